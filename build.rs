@@ -1,0 +1,197 @@
+//! Builds llama.cpp and its bindings.
+//!
+//! 1. Find the source: `LLAMA_CPP_DIR`, or what `make vendor` laid into `vendor/crates/`.
+//! 2. Check the tools: CMake, Ninja, a C++ compiler, libclang. What is missing is named with the command that mends it.
+//! 3. Compile `llama` and `ggml` as static libraries.
+//! 4. Generate bindings for the names that start with `llama_`, `ggml_`, `gguf_`, without the `llama_`.
+//! 5. Tell cargo what to link.
+//!
+//! Environment: `LLAMA_CPP_DIR` another source tree; `CMAKE`, `CXX` the tools; `CUDA_ARCHS`, `CUDAToolkit_ROOT` with
+//! feature `cuda`; `LLAMA_NATIVE=0` for a binary that must run on other CPUs of the same family.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::{Command, exit};
+
+fn main() {
+    let source = source_tree();
+    let tools = Tools::find();
+    let lib = compile(&source, &tools);
+    generate_bindings(&source, &tools);
+    link(&lib, &tools);
+}
+
+/// Stops the build with one line: what is missing and how to mend it.
+fn stop(what: &str) -> ! {
+    println!("cargo::error={what}");
+    exit(1);
+}
+
+fn var(name: &str) -> Option<String> {
+    println!("cargo::rerun-if-env-changed={name}");
+    env::var(name).ok().filter(|v| !v.is_empty())
+}
+
+fn root() -> PathBuf {
+    PathBuf::from(env::var("CARGO_MANIFEST_DIR").expect("cargo sets it"))
+}
+
+fn out_dir() -> PathBuf {
+    PathBuf::from(env::var("OUT_DIR").expect("cargo sets it"))
+}
+
+fn source_tree() -> PathBuf {
+    let tree = var("LLAMA_CPP_DIR").map_or_else(|| root().join("vendor/crates/llama-cpp-sys-2/llama.cpp"), PathBuf::from);
+    let header = tree.join("include/llama.h");
+    if !header.is_file() {
+        stop(&format!(
+            "llama.cpp's source is missing ({} does not exist): run `make vendor`, or set LLAMA_CPP_DIR to a checkout",
+            header.display()
+        ));
+    }
+    println!("cargo::rerun-if-changed={}", header.display());
+    println!("cargo::rerun-if-changed=vendor/Cargo.lock");
+    println!("cargo::rerun-if-changed=build.rs");
+    tree
+}
+
+/// The programs the build calls; each was run once.
+struct Tools {
+    cmake: PathBuf,
+    ninja: Option<PathBuf>,
+    cxx: PathBuf,
+    cuda: bool,
+}
+
+impl Tools {
+    fn find() -> Self {
+        let cmake = find_program("CMAKE", "cmake", "--version")
+            .unwrap_or_else(|| stop("cmake is missing: run `make tools`, or `apt-get install cmake`"));
+        let cxx = find_program("CXX", "c++", "--version")
+            .unwrap_or_else(|| stop("a C++ compiler is missing: run `apt-get install g++`"));
+        if let Err(e) = bindgen_can_load_libclang() {
+            stop(&format!("libclang is missing ({e}): run `make tools`, or `apt-get install libclang-dev`"));
+        }
+        let cuda = env::var_os("CARGO_FEATURE_CUDA").is_some();
+        if cuda && nvcc().is_none() {
+            stop("nvcc is missing: install the CUDA toolkit, or set CUDAToolkit_ROOT to one (feature `cuda`)");
+        }
+        Self { cmake, ninja: find_program("NINJA", "ninja", "--version"), cxx, cuda }
+    }
+}
+
+/// The program that `variable` names, or `name` in PATH, or the one `scripts/setup` fetched; `None` if none runs.
+fn find_program(variable: &str, name: &str, probe: &str) -> Option<PathBuf> {
+    let runs = |p: &PathBuf| Command::new(p).arg(probe).output().is_ok_and(|o| o.status.success());
+    if let Some(named) = var(variable) {
+        return Some(PathBuf::from(named)).filter(runs);
+    }
+    [PathBuf::from(name), root().join(".tools/bin").join(name)].into_iter().find(runs)
+}
+
+fn nvcc() -> Option<PathBuf> {
+    let rooted = var("CUDAToolkit_ROOT").map(|r| Path::new(&r).join("bin/nvcc")).filter(|p| p.is_file());
+    rooted.or_else(|| find_program("CUDACXX", "nvcc", "--version"))
+}
+
+fn bindgen_can_load_libclang() -> Result<(), String> {
+    // clang_version() panics when the library cannot be loaded; the message says where it looked.
+    std::panic::set_hook(Box::new(|_| {}));
+    let loaded = std::panic::catch_unwind(bindgen::clang_version).map(|_| ()).map_err(|p| {
+        let text = p.downcast_ref::<String>().cloned().unwrap_or_default();
+        text.lines().next().unwrap_or("not found").chars().take(160).collect()
+    });
+    let _ = std::panic::take_hook();
+    loaded
+}
+
+/// Compiles and installs into OUT_DIR; returns the folder of the static libraries.
+fn compile(source: &Path, tools: &Tools) -> PathBuf {
+    set_cmake(&tools.cmake);
+    let mut config = cmake::Config::new(source);
+    config.no_default_flags(true); // cargo's target flags would pin -march to the oldest CPU
+    config.define("CMAKE_CXX_COMPILER", &tools.cxx);
+    if let Some(ninja) = &tools.ninja {
+        config.generator("Ninja").define("CMAKE_MAKE_PROGRAM", ninja);
+    }
+    config.profile("Release").define("BUILD_SHARED_LIBS", "OFF");
+    for part in ["COMMON", "TESTS", "TOOLS", "EXAMPLES", "SERVER", "APP"] {
+        config.define(format!("LLAMA_BUILD_{part}"), "OFF");
+    }
+    config.define("GGML_NATIVE", if var("LLAMA_NATIVE").as_deref() == Some("0") { "OFF" } else { "ON" });
+    config.define("GGML_CCACHE", "OFF");
+    if tools.cuda {
+        config.define("GGML_CUDA", "ON").define("GGML_CUDA_NO_VMM", "ON");
+        if let Some(nvcc) = nvcc() {
+            config.define("CMAKE_CUDA_COMPILER", nvcc);
+        }
+        if let Some(root) = var("CUDAToolkit_ROOT") {
+            config.define("CUDAToolkit_ROOT", root);
+        }
+        if let Some(archs) = var("CUDA_ARCHS") {
+            config.define("CMAKE_CUDA_ARCHITECTURES", archs);
+        }
+    }
+    config.build().join("lib")
+}
+
+/// The cmake crate takes the program's path from the environment only.
+#[allow(unsafe_code)]
+fn set_cmake(path: &Path) {
+    // SAFETY: the build script has one thread, so nobody reads the environment meanwhile.
+    unsafe { env::set_var("CMAKE", path) }
+}
+
+fn generate_bindings(source: &Path, tools: &Tools) {
+    // The libclang wheel has no builtin headers (stddef.h ...); the compiler's own serve, behind clang's if it has any.
+    let builtin = Command::new(&tools.cxx).arg("-print-file-name=include").output().expect("the compiler ran before");
+    let builtin = String::from_utf8_lossy(&builtin.stdout).trim().to_owned();
+    bindgen::Builder::default()
+        .header(source.join("include/llama.h").to_string_lossy())
+        .clang_arg(format!("-I{}", source.join("include").display()))
+        .clang_arg(format!("-I{}", source.join("ggml/include").display()))
+        .clang_args(["-idirafter", &builtin])
+        .allowlist_item("(llama|ggml|gguf|LLAMA|GGML)_.*")
+        .blocklist_function("ggml_(v?fprintf|.*print.*)")
+        .prepend_enum_name(false)
+        .layout_tests(false)
+        .parse_callbacks(Box::new(WithoutPrefix))
+        .generate()
+        .unwrap_or_else(|e| stop(&format!("bindgen could not read llama.h: {e}")))
+        .write_to_file(out_dir().join("bindings.rs"))
+        .expect("OUT_DIR is writable");
+}
+
+/// `llama_decode` becomes `decode`, so that calls read `sys::decode`; ggml's names stay as they are.
+#[derive(Debug)]
+struct WithoutPrefix;
+
+impl bindgen::callbacks::ParseCallbacks for WithoutPrefix {
+    fn item_name(&self, item: bindgen::callbacks::ItemInfo) -> Option<String> {
+        item.name.strip_prefix("llama_").filter(|rest| *rest != "model" && *rest != "context").map(str::to_owned)
+    }
+}
+
+fn link(lib: &Path, tools: &Tools) {
+    println!("cargo::rustc-link-search=native={}", lib.display());
+    let lib64 = lib.with_file_name("lib64"); // where some distributions install
+    println!("cargo::rustc-link-search=native={}", lib64.display());
+    println!("cargo::rustc-link-lib=static=llama");
+    println!("cargo::rustc-link-lib=static=ggml");
+    if tools.cuda {
+        println!("cargo::rustc-link-lib=static=ggml-cuda");
+    }
+    println!("cargo::rustc-link-lib=static=ggml-cpu");
+    println!("cargo::rustc-link-lib=static=ggml-base");
+    if tools.cuda {
+        let toolkit = nvcc().and_then(|n| n.parent()?.parent().map(Path::to_path_buf));
+        if let Some(root) = toolkit {
+            println!("cargo::rustc-link-search=native={}", root.join("lib64").display());
+        }
+        for name in ["cudart", "cublas", "cublasLt", "cuda"] {
+            println!("cargo::rustc-link-lib=dylib={name}");
+        }
+    }
+    println!("cargo::rustc-link-lib=dylib=stdc++");
+    println!("cargo::rustc-link-lib=dylib=gomp"); // ggml-cpu's threads
+}

@@ -1,0 +1,134 @@
+//! `medusa-llama serve`: the port first, then the model, then requests until a signal, then what is left of them.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{oneshot, watch};
+
+use super::show_loading;
+use crate::config::Config;
+use crate::engine::{self, Handle, Layout, Stage};
+use crate::http::{self, App};
+
+/// Bytes that were written take this long at most to leave.
+const FLUSH: Duration = Duration::from_secs(2);
+
+/// Runs the server until a signal; then drains.
+///
+/// # Errors
+/// When the port is taken, the model cannot be loaded, or the engine fails.
+pub fn serve(config: Config) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(config.workers)
+        .max_blocking_threads(config.workers.max(2)) // they tokenise prompts
+        .thread_name("http")
+        .enable_all()
+        .build()
+        .context("could not start the network's threads")?;
+    runtime.block_on(run(config))
+}
+
+async fn run(config: Config) -> anyhow::Result<()> {
+    let listener =
+        TcpListener::bind(config.listen).await.with_context(|| format!("could not listen on {}", config.listen))?;
+    let address = listener.local_addr()?;
+    tracing::info!("listening on http://{address}, loading {}", config.engine.model_path.display());
+    let engine = engine::spawn(config.engine);
+    let app = Arc::new(App { stage: engine.stage(), draining: AtomicBool::new(false), limits: config.http });
+
+    let (end, ended) = oneshot::channel::<()>();
+    let until_end = async { drop(ended.await) };
+    let network = tokio::spawn(http::serve(listener, Arc::clone(&app), until_end, FLUSH));
+    tokio::spawn(show_loading(engine.stage()));
+    tokio::spawn(announce(engine.stage()));
+
+    let failure = {
+        let mut signalled = std::pin::pin!(stop_signal()?);
+        tokio::select! {
+            () = &mut signalled => {
+                app.draining.store(true, Ordering::Relaxed);
+                drain(engine.stage(), config.drain_timeout).await;
+                None
+            }
+            why = failed(engine.stage()) => Some(why),
+        }
+    };
+    let _ = end.send(());
+    let _ = network.await;
+    engine.stop();
+    match failure {
+        Some(why) => bail!("{why}"),
+        None => Ok(()),
+    }
+}
+
+/// Completes at the first SIGTERM or SIGINT. Another one while draining ends the process at once.
+fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
+    let mut term = signal(SignalKind::terminate())?;
+    let mut int = signal(SignalKind::interrupt())?;
+    let (tx, rx) = oneshot::channel();
+    tokio::spawn(async move {
+        tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
+        let _ = tx.send(());
+        tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
+        tracing::warn!("second signal: ending at once");
+        std::process::exit(130);
+    });
+    Ok(async { drop(rx.await) })
+}
+
+/// Waits until no request is in flight, or `timeout` has passed.
+async fn drain(stage: watch::Receiver<Stage>, timeout: Duration) {
+    let Stage::Ready(handle) = stage.borrow().clone() else { return };
+    tracing::info!(in_flight = handle.n_in_flight(), "draining");
+    let idle = async {
+        while handle.n_in_flight() > 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    if tokio::time::timeout(timeout, idle).await.is_err() {
+        tracing::warn!(in_flight = handle.n_in_flight(), "the drain time is over; what still runs is cut off");
+    }
+}
+
+async fn failed(mut stage: watch::Receiver<Stage>) -> String {
+    loop {
+        if let Stage::Failed(why) = &*stage.borrow_and_update() {
+            return why.clone();
+        }
+        if stage.changed().await.is_err() {
+            return "the engine's thread ended".into();
+        }
+    }
+}
+
+/// Logs what is served, once it is.
+async fn announce(mut stage: watch::Receiver<Stage>) {
+    let ready = stage.wait_for(|s| !matches!(s, Stage::Loading(_))).await;
+    if let Ok(Stage::Ready(handle)) = ready.as_deref() {
+        log_ready(handle);
+    }
+}
+
+fn log_ready(handle: &Handle) {
+    let (model, limits) = (handle.model(), handle.limits());
+    let kv = match limits.layout {
+        Layout::Unified { n_cells, .. } => format!("unified, {n_cells} cells"),
+        Layout::Streams { n_cells } => format!("{} streams of {n_cells} cells", limits.n_slots),
+    };
+    tracing::info!(
+        "ready: {} ({}), context {}, {} slots, KV {kv}",
+        model.name().unwrap_or_else(|| "unnamed model".into()),
+        model.quantization(),
+        limits.n_ctx,
+        limits.n_slots,
+    );
+    if limits.n_ctx > model.n_ctx_train() {
+        tracing::warn!("MODEL_CONTEXT_SIZE {} is beyond the {} the model was trained on", limits.n_ctx, model.n_ctx_train());
+    }
+}

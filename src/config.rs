@@ -1,0 +1,362 @@
+//! From what was typed ([`Args`]) to what is run ([`Config`]): every limit, with its default, is in the table of [`ServeArgs`].
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+
+use crate::engine::handle::EngineParams;
+use crate::engine::{Layout, Limits};
+use crate::llama;
+
+/// Where `make model` puts the default model.
+pub const DEFAULT_MODEL: &str = "models/smollm2-135m-instruct-q4_1.gguf";
+
+/// The command line.
+#[derive(Debug, Parser)]
+#[command(name = "medusa-llama", version, about = "A server that makes GGUF models answer faster", max_term_width = 110)]
+pub struct Args {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve a GGUF model over HTTP
+    Serve(ServeArgs),
+    /// Generate text from one prompt, streamed to the terminal
+    Generate(GenerateArgs),
+}
+
+/// Model and machine; the same for every command.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct ModelArgs {
+    /// GGUF file to load [default: models/smollm2-135m-instruct-q4_1.gguf]
+    #[arg(short = 'm', long = "model", env = "MODEL_PATH", value_name = "MODEL_PATH", hide_env_values = true)]
+    pub model_path: Option<PathBuf>,
+    /// Longest prompt plus answer of one request, in tokens
+    #[arg(short = 'c', long = "ctx", env = "MODEL_CONTEXT_SIZE", value_name = "MODEL_CONTEXT_SIZE", default_value_t = 2048,
+          value_parser = between(16, 1 << 20))]
+    pub context_size: usize,
+    /// Layers held on the GPU (ignored by a build without one)
+    #[arg(long, env = "N_GPU_LAYERS", value_name = "N_GPU_LAYERS", default_value_t = 25)]
+    pub n_gpu_layers: u32,
+    /// Threads of a forward pass; at most the cores there are
+    #[arg(short = 't', long, env = "N_THREADS", value_name = "N_THREADS", default_value_t = 4, value_parser = between(1, 1024))]
+    pub n_threads: usize,
+    /// What to log: ERROR, WARN, INFO, DEBUG, TRACE
+    #[arg(long, env = "LOG_LEVEL", value_name = "LOG_LEVEL", default_value = "INFO", ignore_case = true)]
+    pub log_level: LogLevel,
+}
+
+/// `medusa-llama serve`.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct ServeArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    /// Sequences decoded together
+    #[arg(short = 'b', long, env = "BATCH_SIZE", value_name = "BATCH_SIZE", default_value_t = 4, value_parser = between(1, 256))]
+    pub batch_size: usize,
+    /// BATCH_SIZE times this many requests may run or wait before one is refused with 429
+    #[arg(long, env = "MAX_CONCURRENT_BATCHES", value_name = "MAX_CONCURRENT_BATCHES", default_value_t = 4,
+          value_parser = between(1, 4096))]
+    pub max_concurrent_batches: usize,
+    /// Longest time an idle engine may wait for company before a step, in seconds. Only bursts ever pay it
+    #[arg(long, env = "MAX_WAIT_TIME", value_name = "MAX_WAIT_TIME", default_value = "0.1", value_parser = seconds)]
+    pub max_wait_time: Duration,
+    /// How the KV cache is divided: one pool, one stream per sequence, or what suits the machine
+    #[arg(long, env = "KV_LAYOUT", value_name = "KV_LAYOUT", default_value = "auto")]
+    pub kv: KvLayout,
+    /// Cells of a unified KV cache, in tokens [default: BATCH_SIZE x MODEL_CONTEXT_SIZE]
+    #[arg(long, env = "KV_CELLS", value_name = "KV_CELLS", value_parser = between(16, 1 << 28))]
+    pub kv_cells: Option<usize>,
+    /// Cells of a unified KV cache that may hold finished prompts for reuse [default: 1024 on a CPU, all on a GPU]
+    #[arg(long, env = "PREFIX_CELLS", value_name = "PREFIX_CELLS", value_parser = between(0, 1 << 28))]
+    pub prefix_cells: Option<usize>,
+    /// Most rows (tokens) of one step; a longer prompt takes several
+    #[arg(long, env = "N_BATCH", value_name = "N_BATCH", default_value_t = 512, value_parser = between(1, 8192))]
+    pub n_batch: usize,
+    /// Heads of a Medusa model to use (reserved: no heads are loaded yet)
+    #[arg(long, env = "MEDUSA_K_HEADS", value_name = "MEDUSA_K_HEADS", default_value_t = 5, value_parser = between(1, 16))]
+    pub medusa_k_heads: usize,
+    /// Most tokens one step may accept [default: heads + 1] (reserved: no heads are loaded yet)
+    #[arg(long, env = "MEDUSA_MAX_TOKENS_PER_STEP", value_name = "MEDUSA_MAX_TOKENS_PER_STEP", value_parser = between(1, 64))]
+    pub medusa_max_tokens_per_step: Option<usize>,
+    /// Address to listen on
+    #[arg(long, env = "HOST", value_name = "HOST", default_value = "0.0.0.0")]
+    pub host: IpAddr,
+    /// Port to listen on; 0 takes a free one
+    #[arg(short = 'p', long, env = "PORT", value_name = "PORT", default_value_t = 8000)]
+    pub port: u16,
+    /// Threads for the network; the model has its own
+    #[arg(long, env = "WORKERS", value_name = "WORKERS", default_value_t = 1, value_parser = between(1, 256))]
+    pub workers: usize,
+    /// After SIGTERM, how long running requests may take to finish, in seconds
+    #[arg(long, env = "DRAIN_TIMEOUT", value_name = "DRAIN_TIMEOUT", default_value = "30", value_parser = seconds)]
+    pub drain_timeout: Duration,
+    /// Largest request body, in bytes
+    #[arg(long, env = "MAX_BODY_BYTES", value_name = "MAX_BODY_BYTES", default_value_t = 1 << 20, value_parser = between(1, 1 << 30))]
+    pub max_body_bytes: usize,
+    /// Open connections; more wait to be accepted
+    #[arg(long, env = "MAX_CONNECTIONS", value_name = "MAX_CONNECTIONS", default_value_t = 1024, value_parser = between(1, 65_536))]
+    pub max_connections: usize,
+    /// How long a client may take to send a request's head, and then its body, in seconds
+    #[arg(long, env = "READ_TIMEOUT", value_name = "READ_TIMEOUT", default_value = "30", value_parser = seconds)]
+    pub read_timeout: Duration,
+}
+
+/// `medusa-llama generate`.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct GenerateArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    /// Text to continue; `-` reads it from standard input
+    #[arg(short = 'p', long)]
+    pub prompt: String,
+    /// Most tokens to generate
+    #[arg(short = 'n', long, default_value_t = 128)]
+    pub max_tokens: u64,
+    /// 0 is greedy
+    #[arg(long, default_value_t = 0.8)]
+    pub temperature: f64,
+    /// Keep the most likely tokens up to this probability together
+    #[arg(long, default_value_t = 0.95)]
+    pub top_p: f64,
+    /// Keep this many most likely tokens; 0 keeps all
+    #[arg(long, default_value_t = 0)]
+    pub top_k: u64,
+    /// Keep tokens at least this fraction as likely as the most likely one
+    #[arg(long, default_value_t = 0.0)]
+    pub min_p: f64,
+    /// The same seed gives the same text [default: a new one each time]
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// End the text before this string; may be given several times
+    #[arg(long)]
+    pub stop: Vec<String>,
+}
+
+/// How the KV cache is divided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum KvLayout {
+    /// Streams on a CPU with several sequences, otherwise unified
+    Auto,
+    /// One pool: prefixes are shared between sequences at no cost
+    Unified,
+    /// One stream per sequence: a row looks at its own sequence's cells only
+    Streams,
+}
+
+/// How much to log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[allow(missing_docs)]
+pub enum LogLevel {
+    Error,
+    #[value(alias = "warning")]
+    Warn,
+    Info,
+    Debug,
+    Trace,
+}
+
+impl LogLevel {
+    /// For `tracing`'s filter.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Error => "error",
+            Self::Warn => "warn",
+            Self::Info => "info",
+            Self::Debug => "debug",
+            Self::Trace => "trace",
+        }
+    }
+}
+
+/// What `serve` runs with. Every value was checked.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where to listen.
+    pub listen: SocketAddr,
+    /// Threads for the network.
+    pub workers: usize,
+    /// For the engine's thread.
+    pub engine: EngineParams,
+    /// For the network side.
+    pub http: HttpLimits,
+    /// How long running requests may take after SIGTERM.
+    pub drain_timeout: Duration,
+}
+
+/// What one client, or all of them, may take of the network side.
+#[derive(Clone, Copy, Debug)]
+pub struct HttpLimits {
+    /// Bytes of a body.
+    pub max_body_bytes: usize,
+    /// Open connections.
+    pub max_connections: usize,
+    /// For a request's head, and for its body.
+    pub read_timeout: Duration,
+}
+
+/// On a CPU a retained cell slows every row a little, so a unified cache keeps few of them.
+const PREFIX_CELLS_CPU: usize = 1024;
+
+impl ModelArgs {
+    /// The model file: what was given, or the default one.
+    ///
+    /// # Errors
+    /// When no model was given and the default one is not there.
+    pub fn path(&self) -> Result<PathBuf, String> {
+        match &self.model_path {
+            Some(path) if path.as_os_str().is_empty() => {
+                Err("MODEL_PATH is empty: name a GGUF file, or leave it unset".into())
+            }
+            Some(path) => Ok(path.clone()),
+            None if Path::new(DEFAULT_MODEL).is_file() => Ok(DEFAULT_MODEL.into()),
+            None => Err(format!(
+                "MODEL_PATH is not set and {DEFAULT_MODEL} is not there: run `make model`, or name a GGUF file with -m"
+            )),
+        }
+    }
+
+    /// Threads to use here.
+    #[must_use]
+    pub fn threads(&self) -> usize {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        self.n_threads.min(cores)
+    }
+}
+
+impl ServeArgs {
+    /// Checks what one value means for another.
+    ///
+    /// # Errors
+    /// One line that names the variable, its value and the limit.
+    pub fn check(&self) -> Result<Config, String> {
+        let n_ctx = self.model.context_size;
+        if self.n_batch < self.batch_size {
+            return Err(format!(
+                "N_BATCH is {}, but each of BATCH_SIZE = {} sequences needs a row",
+                self.n_batch, self.batch_size
+            ));
+        }
+        if let Some(cells) = self.kv_cells.filter(|&cells| cells < n_ctx) {
+            return Err(format!("KV_CELLS is {cells}, but one request may take MODEL_CONTEXT_SIZE = {n_ctx}"));
+        }
+        let limits = Limits {
+            n_slots: self.batch_size,
+            n_ctx,
+            n_batch: self.n_batch,
+            layout: self.layout(llama::supports_gpu_offload()),
+        };
+        Ok(Config {
+            listen: SocketAddr::new(self.host, self.port),
+            workers: self.workers,
+            engine: EngineParams {
+                model_path: self.model.path()?,
+                n_gpu_layers: self.model.n_gpu_layers,
+                n_threads: self.model.threads(),
+                limits,
+                n_queue: self.batch_size * self.max_concurrent_batches,
+                max_wait: self.max_wait_time,
+            },
+            http: HttpLimits {
+                max_body_bytes: self.max_body_bytes,
+                max_connections: self.max_connections,
+                read_timeout: self.read_timeout,
+            },
+            drain_timeout: self.drain_timeout,
+        })
+    }
+
+    /// `auto`: in a unified cache on a CPU every row looks at every sequence's cells, in streams only at its own; on a GPU
+    /// that hardly shows, and one pool shares prefixes. `benches/results/` has the measurement.
+    fn layout(&self, gpu: bool) -> Layout {
+        let unified = match self.kv {
+            KvLayout::Unified => true,
+            KvLayout::Streams => false,
+            // Asking for cells or prefixes is asking for the pool that has them.
+            KvLayout::Auto => gpu || self.kv_cells.is_some() || self.prefix_cells.is_some(),
+        };
+        if !unified {
+            return Layout::Streams { n_cells: self.model.context_size };
+        }
+        let n_cells = self.kv_cells.unwrap_or(self.batch_size * self.model.context_size);
+        let n_retained = self.prefix_cells.unwrap_or(if gpu { n_cells } else { PREFIX_CELLS_CPU }).min(n_cells);
+        Layout::Unified {
+            n_cells,
+            n_retained,
+            n_seqs: (self.batch_size * 2).min(llama::max_sequences()).max(self.batch_size),
+        }
+    }
+}
+
+/// A whole number in a range; the error names both ends.
+fn between(min: usize, max: usize) -> impl Fn(&str) -> Result<usize, String> + Clone + Send + Sync + 'static {
+    move |text| match text.parse() {
+        Ok(n) if (min..=max).contains(&n) => Ok(n),
+        _ => Err(format!("must be a whole number from {min} to {max}")),
+    }
+}
+
+/// Seconds, with fractions; at most a day.
+fn seconds(text: &str) -> Result<Duration, String> {
+    match text.parse::<f64>() {
+        Ok(s) if (0.0..=86_400.0).contains(&s) => Ok(Duration::from_secs_f64(s)),
+        _ => Err("must be a number of seconds from 0 to 86400".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn serve(args: &[&str]) -> Result<ServeArgs, clap::Error> {
+        let all = ["medusa-llama", "serve"].iter().chain(args);
+        Args::try_parse_from(all).map(|a| match a.command {
+            Command::Serve(s) => s,
+            Command::Generate(_) => unreachable!("`serve` was given"),
+        })
+    }
+
+    #[test]
+    fn a_bad_value_is_refused_with_its_variable() {
+        let bad = [
+            (["--batch-size", "0"], "BATCH_SIZE"),
+            (["--port", "70000"], "PORT"),
+            (["--max-wait-time", "100000"], "MAX_WAIT_TIME"),
+            (["--max-wait-time", "nan"], "MAX_WAIT_TIME"),
+            (["--ctx", "x"], "MODEL_CONTEXT_SIZE"),
+            (["--log-level", "loud"], "LOG_LEVEL"),
+            (["--kv", "both"], "KV_LAYOUT"),
+            (["--host", "here"], "HOST"),
+        ];
+        for (args, name) in bad {
+            let text = serve(&args).unwrap_err().to_string();
+            assert!(text.contains(name), "{text}");
+        }
+    }
+
+    #[test]
+    fn values_that_contradict_each_other_are_refused() {
+        let refused = |args: &[&str]| serve(args).unwrap().check().unwrap_err();
+        assert!(refused(&["--n-batch", "2"]).contains("N_BATCH is 2"));
+        assert!(refused(&["--kv-cells", "100"]).contains("KV_CELLS is 100"));
+    }
+
+    #[test]
+    fn the_layout_follows_the_machine_unless_it_is_named() {
+        let layout = |args: &[&str], gpu| serve(args).unwrap().layout(gpu);
+        assert_eq!(layout(&[], false), Layout::Streams { n_cells: 2048 });
+        assert!(matches!(layout(&[], true), Layout::Unified { n_cells: 8192, n_retained: 8192, .. }));
+        assert!(matches!(layout(&["--kv", "unified"], false), Layout::Unified { n_retained: 1024, .. }));
+        assert!(matches!(layout(&["--kv", "streams"], true), Layout::Streams { .. }));
+        assert!(matches!(layout(&["--batch-size", "256", "--kv", "unified"], false), Layout::Unified { n_seqs: 256, .. }));
+    }
+}

@@ -1,0 +1,96 @@
+//! Whether an idle engine should wait a moment for more requests before it starts on the first. Pure: times come from
+//! outside.
+//!
+//! Continuous batching makes waiting mostly needless: a newcomer joins at the next step. What a short wait can save is a
+//! burst's prompts entering one by one. So the engine waits only where bursts are the habit, and a lone request never pays:
+//!
+//! - Each time the engine starts from idle, it later learns whether company came within `MAX_WAIT_TIME`, and how soon.
+//! - It waits only if that happened more often than not over the last starts, and then for twice the mean time until company
+//!   came, at most `MAX_WAIT_TIME`. A client that sends one request after another is always alone, so it never waits.
+//! - The wait ends as soon as every slot has a request.
+
+/// Weight of a new observation; some ten starts are remembered.
+const ALPHA: f64 = 0.2;
+
+/// What earlier starts from idle taught.
+#[derive(Debug)]
+pub struct Company {
+    max_wait_s: f64,
+    /// Running share of starts that got company in time.
+    share: f64,
+    /// Running mean of the seconds until it came.
+    delay_s: f64,
+    /// A start whose outcome is not known yet.
+    started_at: Option<f64>,
+}
+
+impl Company {
+    /// Nothing is known yet, so the first starts do not wait.
+    #[must_use]
+    pub fn new(max_wait_s: f64) -> Self {
+        Self { max_wait_s, share: 0.0, delay_s: 0.0, started_at: None }
+    }
+
+    /// A request arrived at `now` (seconds on any steady clock). Returns how long the engine, if it was `idle`, should wait
+    /// for more before it starts.
+    pub fn arrival(&mut self, now: f64, idle: bool) -> f64 {
+        if let Some(start) = self.started_at.take() {
+            self.learn(now - start, !idle);
+        }
+        if !idle {
+            return 0.0;
+        }
+        self.started_at = Some(now);
+        if self.share > 0.5 { (2.0 * self.delay_s).min(self.max_wait_s) } else { 0.0 }
+    }
+
+    fn learn(&mut self, delay_s: f64, overlapped: bool) {
+        let in_time = overlapped && delay_s <= self.max_wait_s;
+        self.share += ALPHA * (f64::from(u8::from(in_time)) - self.share);
+        if in_time {
+            self.delay_s += ALPHA * (delay_s - self.delay_s);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_client_that_sends_one_request_after_another_never_waits() {
+        let mut company = Company::new(0.1);
+        for i in 0..100 {
+            assert_eq!(company.arrival(f64::from(i) * 0.02, true), 0.0);
+        }
+    }
+
+    #[test]
+    fn where_bursts_are_the_habit_the_first_of_one_waits_briefly() {
+        let mut company = Company::new(0.1);
+        let waits: Vec<f64> = (0..20)
+            .map(|burst| {
+                let start = f64::from(burst) * 10.0;
+                let wait = company.arrival(start, true);
+                assert_eq!(company.arrival(start + 0.004, false), 0.0);
+                assert_eq!(company.arrival(start + 0.008, false), 0.0, "only the first of a burst teaches");
+                wait
+            })
+            .collect();
+        assert_eq!(waits[0], 0.0);
+        assert!((0.003..=0.01).contains(&waits[19]), "{waits:?}");
+        // The habit ends: after some lone requests nobody waits any more.
+        let after: Vec<f64> = (0..10).map(|i| company.arrival(1000.0 + f64::from(i), true)).collect();
+        assert_eq!(after[9], 0.0, "{after:?}");
+    }
+
+    #[test]
+    fn the_wait_is_never_longer_than_allowed() {
+        let mut company = Company::new(0.05);
+        for burst in 0..50 {
+            let start = f64::from(burst);
+            assert!(company.arrival(start, true) <= 0.05);
+            company.arrival(start + 0.049, false);
+        }
+    }
+}

@@ -1,0 +1,339 @@
+//! The engine seen from outside: start it, hand it requests, ask how it is.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, OnceLock};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{Semaphore, mpsc, watch};
+
+use super::company::Company;
+use super::forward::LlamaForward;
+use super::{Engine, Forward, Job, Layout, Limits};
+use crate::error::Invalid;
+use crate::llama::{Context, ContextParams, LlamaError, Model, ModelParams};
+use crate::request::{Event, Request};
+
+/// What the engine needs to start.
+#[derive(Clone, Debug)]
+pub struct EngineParams {
+    /// The GGUF file.
+    pub model_path: PathBuf,
+    /// Layers on the GPU.
+    pub n_gpu_layers: u32,
+    /// Threads of a forward pass.
+    pub n_threads: usize,
+    /// Sizes.
+    pub limits: Limits,
+    /// Requests that may run or wait.
+    pub n_queue: usize,
+    /// The longest an idle engine may wait for company.
+    pub max_wait: Duration,
+}
+
+/// How far the engine is.
+#[derive(Clone)]
+pub enum Stage {
+    /// The model is being read: from 0 to 1.
+    Loading(f32),
+    /// Requests are served.
+    Ready(Handle),
+    /// The engine's thread has ended, and why.
+    Failed(String),
+}
+
+/// Why a request was not accepted.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SubmitError {
+    /// A field cannot be served; the client must change it.
+    #[error("{0}")]
+    Invalid(#[from] Invalid),
+    /// As many requests as may run or wait do so already.
+    #[error("{limit} requests are running or waiting already; try again later")]
+    QueueFull {
+        /// How many those are.
+        limit: usize,
+    },
+    /// The engine's thread has ended.
+    #[error("the engine has stopped")]
+    Stopped,
+}
+
+/// Counters that anyone may read; the engine writes them after each step.
+#[derive(Debug, Default)]
+pub struct Stats {
+    running: AtomicUsize,
+    waiting: AtomicUsize,
+    cells_active: AtomicUsize,
+    cells_retained: AtomicUsize,
+    steps: AtomicU64,
+    tokens: AtomicU64,
+}
+
+/// The counters at one time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Sequences that run.
+    pub running: usize,
+    /// Requests that wait for a place.
+    pub waiting: usize,
+    /// KV cells that running sequences hold.
+    pub cells_active: usize,
+    /// KV cells kept for later prompts.
+    pub cells_retained: usize,
+    /// Steps since the start.
+    pub steps: u64,
+    /// Tokens generated since the start.
+    pub tokens: u64,
+}
+
+impl Stats {
+    pub(super) fn publish(&self, running: usize, waiting: usize, cells_active: usize, cells_retained: usize) {
+        self.running.store(running, Ordering::Relaxed);
+        self.waiting.store(waiting, Ordering::Relaxed);
+        self.cells_active.store(cells_active, Ordering::Relaxed);
+        self.cells_retained.store(cells_retained, Ordering::Relaxed);
+        self.steps.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn count_token(&self) {
+        self.tokens.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        Snapshot {
+            running: self.running.load(Ordering::Relaxed),
+            waiting: self.waiting.load(Ordering::Relaxed),
+            cells_active: self.cells_active.load(Ordering::Relaxed),
+            cells_retained: self.cells_retained.load(Ordering::Relaxed),
+            steps: self.steps.load(Ordering::Relaxed),
+            tokens: self.tokens.load(Ordering::Relaxed),
+        }
+    }
+}
+
+/// Hands requests to a running engine. When the last clone is dropped the engine finishes what it has and ends.
+#[derive(Clone)]
+pub struct Handle {
+    jobs: SyncSender<Job>,
+    permits: Arc<Semaphore>,
+    model: Arc<Model>,
+    limits: Limits,
+    n_queue: usize,
+    stats: Arc<Stats>,
+}
+
+impl Handle {
+    /// The model served.
+    #[must_use]
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// The engine's sizes.
+    #[must_use]
+    pub fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    /// The engine's counters.
+    #[must_use]
+    pub fn stats(&self) -> Snapshot {
+        self.stats.snapshot()
+    }
+
+    /// Requests accepted and not yet ended.
+    #[must_use]
+    pub fn n_in_flight(&self) -> usize {
+        self.n_queue - self.permits.available_permits()
+    }
+
+    /// Hands a request to the engine. Its events come from the receiver; dropping that cancels it.
+    ///
+    /// # Errors
+    /// [`SubmitError`], and then nothing was taken.
+    pub async fn submit(&self, request: Request) -> Result<mpsc::Receiver<Event>, SubmitError> {
+        let accepted = Instant::now();
+        // The place first: a full server must not spend time on tokenising.
+        let permit = Arc::clone(&self.permits).try_acquire_owned();
+        let permit = permit.map_err(|_| SubmitError::QueueFull { limit: self.n_queue })?;
+        let this = self.clone();
+        // Off the network's threads: a long prompt takes milliseconds.
+        let checked = tokio::task::spawn_blocking(move || this.check(&request).map(|prompt| (prompt, request)));
+        let (prompt, request) = checked.await.map_err(|_| SubmitError::Stopped)??;
+        // Every event this request can cause: a piece a token, and an end.
+        let most = request.max_tokens.min(self.limits.n_ctx - prompt.len()) + 1;
+        let (events, receiver) = mpsc::channel(most);
+        let job = Job { prompt, request, events, permit: Some(permit), accepted };
+        // The channel has a place for every permit.
+        self.jobs.try_send(job).map_err(|_| SubmitError::Stopped)?;
+        Ok(receiver)
+    }
+
+    /// Tokenises the prompt and checks what only the model can tell.
+    fn check(&self, request: &Request) -> Result<Vec<crate::llama::Token>, Invalid> {
+        if let Some((bad, _)) = request.sampling.logit_bias.iter().find(|(t, _)| !self.model.contains(*t)) {
+            let message = format!("logit_bias names token {}, but the vocabulary has {}", bad.0, self.model.n_vocab());
+            return Err(Invalid::new("logit_bias", message));
+        }
+        let prompt = self.model.tokenize(&request.prompt, true);
+        let prompt = prompt.map_err(|e| Invalid::new("prompt", e.to_string()))?;
+        if prompt.is_empty() {
+            return Err(Invalid::new("prompt", "prompt is empty: it must have at least one token"));
+        }
+        let most = self.limits.n_ctx - 1;
+        if prompt.len() > most {
+            let message = format!("prompt has {} tokens, but the context leaves room for {most}", prompt.len());
+            return Err(Invalid::new("prompt", message));
+        }
+        Ok(prompt)
+    }
+}
+
+/// A running engine's thread. Dropping it does not stop it: drop all handles, or call [`stop`](EngineThread::stop).
+pub struct EngineThread {
+    stage: watch::Receiver<Stage>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl EngineThread {
+    /// How far the engine is, now and later.
+    #[must_use]
+    pub fn stage(&self) -> watch::Receiver<Stage> {
+        self.stage.clone()
+    }
+
+    /// Waits until the model is loaded.
+    ///
+    /// # Errors
+    /// Why it could not be.
+    pub async fn ready(&self) -> Result<Handle, String> {
+        let mut stage = self.stage.clone();
+        loop {
+            match &*stage.borrow_and_update() {
+                Stage::Ready(handle) => return Ok(handle.clone()),
+                Stage::Failed(why) => return Err(why.clone()),
+                Stage::Loading(_) => {}
+            }
+            if stage.changed().await.is_err() {
+                return Err("the engine's thread ended".into());
+            }
+        }
+    }
+
+    /// Ends the engine after its current step, whatever still runs, and waits for that.
+    pub fn stop(mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join(); // a panic was logged, and shown as `Stage::Failed`
+        }
+    }
+}
+
+/// Starts the engine's thread, which loads the model and then serves.
+///
+/// # Panics
+/// When the operating system gives no thread.
+#[must_use]
+pub fn spawn(params: EngineParams) -> EngineThread {
+    let (tx, stage) = watch::channel(Stage::Loading(0.0));
+    let stop = Arc::new(AtomicBool::new(false));
+    let stopped = Arc::clone(&stop);
+    let body = move || {
+        let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| serve(&params, &tx, &stopped)));
+        let why = match ended {
+            Ok(Ok(())) => "the engine was stopped".to_owned(),
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => "the engine panicked; the log above says where".to_owned(),
+        };
+        tx.send_replace(Stage::Failed(why));
+    };
+    let thread = std::thread::Builder::new().name("engine".into()).spawn(body).expect("a thread for the engine");
+    EngineThread { stage, stop, thread: Some(thread) }
+}
+
+fn serve(params: &EngineParams, stage: &watch::Sender<Stage>, stop: &AtomicBool) -> Result<(), LlamaError> {
+    let mut shown = -1.0;
+    let progress = |p: f32| {
+        if p - shown >= 0.01 || p >= 1.0 {
+            shown = p;
+            stage.send_replace(Stage::Loading(p));
+        }
+        !stop.load(Ordering::Relaxed)
+    };
+    let model = Model::load(&params.model_path, &ModelParams { n_gpu_layers: params.n_gpu_layers }, progress)?;
+    let model = Arc::new(model);
+    let context = Context::new(Arc::clone(&model), &context_params(params))?;
+    let limits = params.limits;
+    let stats = Arc::new(Stats::default());
+    let (jobs, receiver) = sync_channel(params.n_queue);
+    let engine = Engine::new(LlamaForward::new(context), limits, Arc::clone(&stats));
+    let permits = Arc::new(Semaphore::new(params.n_queue));
+    let handle = Handle { jobs, permits, model, limits, n_queue: params.n_queue, stats };
+    stage.send_replace(Stage::Ready(handle));
+    run(engine, &receiver, params.max_wait, stop);
+    Ok(())
+}
+
+fn context_params(params: &EngineParams) -> ContextParams {
+    let Limits { n_slots, n_batch, layout, .. } = params.limits;
+    let (unified, n_cells, n_seq_max) = match layout {
+        Layout::Unified { n_cells, n_seqs, .. } => (true, n_cells, n_seqs),
+        // llama.cpp divides the cells among the streams and rounds each share; so round before multiplying.
+        Layout::Streams { n_cells } => (false, n_cells.next_multiple_of(256) * n_slots, n_slots),
+    };
+    ContextParams {
+        n_cells,
+        n_batch,
+        n_ubatch: n_batch,
+        n_seq_max,
+        n_threads: params.n_threads,
+        unified,
+        tap_hidden: false,
+        embeddings: false,
+    }
+}
+
+/// Seconds between two looks at the stop flag while idle.
+const IDLE_LOOK: Duration = Duration::from_millis(100);
+
+/// The loop: new requests in, a step, until nobody can send any more and all is done, or `stop` is set.
+fn run<F: Forward>(mut engine: Engine<F>, jobs: &Receiver<Job>, max_wait: Duration, stop: &AtomicBool) {
+    let mut company = Company::new(max_wait.as_secs_f64());
+    while !stop.load(Ordering::Relaxed) {
+        if engine.is_idle() {
+            match jobs.recv_timeout(IDLE_LOOK) {
+                Ok(job) => await_company(&mut engine, job, jobs, &mut company),
+                Err(RecvTimeoutError::Timeout) => continue,
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+        }
+        while let Ok(job) = jobs.try_recv() {
+            company.arrival(seconds(job.accepted), false);
+            engine.enqueue(job);
+        }
+        engine.step();
+    }
+}
+
+/// Starts from idle: perhaps waits a moment for more requests (see [`Company`]).
+fn await_company<F: Forward>(engine: &mut Engine<F>, first: Job, jobs: &Receiver<Job>, company: &mut Company) {
+    let wait = Duration::from_secs_f64(company.arrival(seconds(first.accepted), true));
+    let until = first.accepted + wait;
+    engine.enqueue(first);
+    while !engine.is_full() {
+        let left = until.saturating_duration_since(Instant::now());
+        let Ok(job) = jobs.recv_timeout(left) else { return };
+        company.arrival(seconds(job.accepted), false);
+        engine.enqueue(job);
+    }
+}
+
+/// Seconds on a steady clock of this process.
+fn seconds(at: Instant) -> f64 {
+    static ZERO: OnceLock<Instant> = OnceLock::new();
+    at.saturating_duration_since(*ZERO.get_or_init(|| at)).as_secs_f64()
+}

@@ -1,0 +1,219 @@
+//! One token from one row of logits: llama.cpp's filters, then our own draw.
+//!
+//! The draw is keyed by (seed, position) with a counter-based generator, so what a position gets depends neither on how many
+//! draws came before nor on who else is in the batch: the same request with the same seed gives the same text alone, in a
+//! crowd, and with speculation.
+
+use crate::llama::{Candidates, LlamaError, SamplerChain, Token};
+use crate::request::SamplingParams;
+
+/// The sampler of one request.
+pub struct Sampler {
+    /// `None`: greedy on the logits as they are.
+    chain: Option<SamplerChain>,
+    greedy: bool,
+    penalties: bool,
+    seed: u64,
+}
+
+impl Sampler {
+    /// Builds the filters in llama.cpp's order: bias, penalties, top-k, top-p, min-p, temperature. `banned` tokens are never
+    /// chosen. `prompt` fills the penalties' window.
+    ///
+    /// # Errors
+    /// [`LlamaError::Sampler`] for a parameter that llama.cpp refuses.
+    pub fn new(params: &SamplingParams, banned: &[Token], prompt: &[Token], n_vocab: usize) -> Result<Self, LlamaError> {
+        let greedy = params.temperature == 0.0;
+        let penalties = params.has_penalties();
+        let mut bias = params.logit_bias.clone();
+        bias.extend(banned.iter().map(|&t| (t, f32::NEG_INFINITY)));
+        if greedy && !penalties && bias.is_empty() {
+            return Ok(Self { chain: None, greedy, penalties, seed: params.seed });
+        }
+        let mut chain = SamplerChain::new(n_vocab);
+        if !bias.is_empty() {
+            chain = chain.logit_bias(&bias)?;
+        }
+        if penalties {
+            let p = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty);
+            chain = chain.penalties(params.repeat_last_n, p.0, p.1, p.2)?;
+        }
+        if !greedy {
+            if params.top_k > 0 {
+                chain = chain.top_k(params.top_k)?;
+            }
+            if params.top_p < 1.0 {
+                chain = chain.top_p(params.top_p)?;
+            }
+            if params.min_p > 0.0 {
+                chain = chain.min_p(params.min_p)?;
+            }
+            chain = chain.temperature(params.temperature)?;
+        }
+        let mut sampler = Self { chain: Some(chain), greedy, penalties, seed: params.seed };
+        let window = prompt.len().saturating_sub(params.repeat_last_n);
+        prompt[window..].iter().for_each(|&t| sampler.accept(t));
+        Ok(sampler)
+    }
+
+    /// The token at `position` of the sequence, given the logits of the row before it.
+    pub fn draw(&mut self, logits: &[f32], position: usize, scratch: &mut Candidates) -> Token {
+        let Some(chain) = &mut self.chain else { return argmax(logits) };
+        let kept = scratch.filter(chain, logits);
+        let top = kept.clone().reduce(|best, c| if c.1 > best.1 { c } else { best });
+        let Some((best, max)) = top else { return argmax(logits) };
+        if self.greedy || !max.is_finite() {
+            return best;
+        }
+        let weight = |logit: f32| f64::from(logit - max).exp();
+        let sum: f64 = kept.clone().map(|(_, logit)| weight(logit)).sum();
+        let mut left = uniform(self.seed, position as u64) * sum;
+        for (token, logit) in kept {
+            left -= weight(logit);
+            if left < 0.0 {
+                return token;
+            }
+        }
+        best // rounding left a crumb beyond the last token
+    }
+
+    /// Notes the token that was chosen.
+    pub fn accept(&mut self, token: Token) {
+        if self.penalties
+            && let Some(chain) = &mut self.chain
+        {
+            chain.accept(token);
+        }
+    }
+}
+
+/// Index of the largest value, the first of equals; NaN never wins.
+#[must_use]
+pub fn argmax(logits: &[f32]) -> Token {
+    const LANES: usize = 16;
+    // One pass finds the largest value of each block without a branch per value, a second one looks into one block only.
+    let mut best = (f32::NEG_INFINITY, 0);
+    for (block, values) in logits.chunks(2048).enumerate() {
+        let mut lanes = [f32::NEG_INFINITY; LANES];
+        let (chunks, rest) = values.as_chunks::<LANES>();
+        for chunk in chunks {
+            for (lane, &v) in lanes.iter_mut().zip(chunk) {
+                *lane = if v > *lane { v } else { *lane };
+            }
+        }
+        let max = lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m });
+        if max > best.0 {
+            best = (max, block * 2048);
+        }
+    }
+    let at = logits[best.1..].iter().position(|&v| v == best.0).unwrap_or(0);
+    Token((best.1 + at) as i32)
+}
+
+/// A number in [0, 1) for a position: 53 bits of Philox.
+fn uniform(seed: u64, position: u64) -> f64 {
+    let [a, b, ..] = philox([position as u32, (position >> 32) as u32, 0, 0], [seed as u32, (seed >> 32) as u32]);
+    let bits = (u64::from(a) << 32 | u64::from(b)) >> 11;
+    bits as f64 / (1u64 << 53) as f64
+}
+
+/// Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3" (2011): a block cipher on
+/// a counter, so any position's number can be had alone, on any device.
+fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
+    for _ in 0..10 {
+        let (a, b) = (0xD251_1F53 * u64::from(counter[0]), 0xCD9E_8D57 * u64::from(counter[2]));
+        counter = [(b >> 32) as u32 ^ counter[1] ^ key[0], b as u32, (a >> 32) as u32 ^ counter[3] ^ key[1], a as u32];
+        key = [key[0].wrapping_add(0x9E37_79B9), key[1].wrapping_add(0xBB67_AE85)];
+    }
+    counter
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Known answers that the paper's authors publish with Random123.
+    #[test]
+    fn philox_gives_the_published_numbers() {
+        assert_eq!(philox([0; 4], [0; 2]), [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);
+        assert_eq!(philox([u32::MAX; 4], [u32::MAX; 2]), [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]);
+    }
+
+    fn sampler(params: &SamplingParams, n_vocab: usize) -> Sampler {
+        Sampler::new(params, &[], &[], n_vocab).unwrap()
+    }
+
+    /// Draws at 20,000 positions: counts per token.
+    fn histogram(params: &SamplingParams, logits: &[f32]) -> Vec<u32> {
+        let (mut s, mut scratch) = (sampler(params, logits.len()), Candidates::default());
+        let mut counts = vec![0; logits.len()];
+        (0..20_000).for_each(|pos| counts[s.draw(logits, pos, &mut scratch).0 as usize] += 1);
+        counts
+    }
+
+    #[test]
+    fn draws_follow_the_distribution() {
+        let logits: Vec<f32> = [0.4f32, 0.3, 0.15, 0.1, 0.05].map(f32::ln).to_vec();
+        let open = SamplingParams { temperature: 1.0, top_p: 1.0, ..SamplingParams::default() };
+        let chi2 = |counts: &[u32], p: &[f64]| -> f64 {
+            let n = f64::from(counts.iter().sum::<u32>());
+            counts.iter().zip(p).filter(|(_, p)| **p > 0.0).map(|(&c, p)| (f64::from(c) - n * p).powi(2) / (n * p)).sum()
+        };
+        // 18.47: p = 0.001 with four degrees of freedom.
+        assert!(chi2(&histogram(&open, &logits), &[0.4, 0.3, 0.15, 0.1, 0.05]) < 18.47);
+        let top2 = histogram(&SamplingParams { top_k: 2, ..open.clone() }, &logits);
+        assert_eq!(&top2[2..], [0, 0, 0]);
+        assert!(chi2(&top2, &[0.4 / 0.7, 0.3 / 0.7, 0.0, 0.0, 0.0]) < 10.83);
+        assert_eq!(histogram(&SamplingParams { top_p: 0.6, ..open.clone() }, &logits)[2..], [0, 0, 0]);
+        assert_eq!(histogram(&SamplingParams { min_p: 0.5, ..open.clone() }, &logits)[2..], [0, 0, 0]);
+        let squared = [0.16, 0.09, 0.0225, 0.01, 0.0025].map(|p| p / 0.285);
+        assert!(chi2(&histogram(&SamplingParams { temperature: 0.5, ..open }, &logits), &squared) < 18.47);
+    }
+
+    #[test]
+    fn a_draw_depends_on_seed_and_position_alone() {
+        let logits: Vec<f32> = (0..50).map(|i| (i % 7) as f32).collect();
+        let mut scratch = Candidates::default();
+        let params = SamplingParams { seed: 7, ..SamplingParams::default() };
+        let (mut a, mut b) = (sampler(&params, 50), sampler(&params, 50));
+        let forward: Vec<_> = (0..100).map(|p| a.draw(&logits, p, &mut scratch)).collect();
+        let backward: Vec<_> = (0..100).rev().map(|p| b.draw(&logits, p, &mut scratch)).collect();
+        assert!(forward.iter().eq(backward.iter().rev()));
+        let mut other = sampler(&SamplingParams { seed: 8, ..params }, 50);
+        assert!((0..100).map(|p| other.draw(&logits, p, &mut scratch)).ne(forward));
+    }
+
+    #[test]
+    fn penalties_and_bias_move_the_greedy_choice() {
+        let logits = [1.0f32, 2.0, 3.0, 2.9];
+        let mut scratch = Candidates::default();
+        let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
+        let biased = SamplingParams { logit_bias: vec![(Token(0), 5.0)], ..greedy.clone() };
+        assert_eq!(sampler(&biased, 4).draw(&logits, 0, &mut scratch), Token(0));
+        let mut banned = Sampler::new(&greedy, &[Token(2)], &[], 4).unwrap();
+        assert_eq!(banned.draw(&logits, 0, &mut scratch), Token(3));
+        let presence = SamplingParams { presence_penalty: 0.5, ..greedy };
+        let mut s = Sampler::new(&presence, &[], &[Token(2)], 4).unwrap();
+        assert_eq!(s.draw(&logits, 0, &mut scratch), Token(3), "the prompt counts");
+        s.accept(Token(3));
+        assert_eq!(s.draw(&logits, 1, &mut scratch), Token(2));
+    }
+
+    proptest! {
+        #[test]
+        fn argmax_is_the_first_largest(values in prop::collection::vec(-3i8..3, 1..5000)) {
+            let logits: Vec<f32> = values.iter().map(|&v| f32::from(v)).collect();
+            let max = values.iter().max().unwrap();
+            let first = values.iter().position(|v| v == max).unwrap();
+            prop_assert_eq!(argmax(&logits), Token(first as i32));
+        }
+    }
+
+    #[test]
+    fn argmax_survives_what_no_model_should_give() {
+        assert_eq!(argmax(&[f32::NAN, 1.0, f32::NAN]), Token(1));
+        assert_eq!(argmax(&[f32::NEG_INFINITY; 3]), Token(0));
+        assert_eq!(argmax(&[f32::NAN; 40]), Token(0));
+    }
+}

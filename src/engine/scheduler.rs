@@ -1,0 +1,121 @@
+//! Which rows the next step computes. Pure: it sees how many tokens each sequence still has to compute, and nothing else.
+//!
+//! Decoding sequences (one token left to compute) always get their row. What is left of the step's budget goes to prompts
+//! in the order they were admitted, each as far as the budget goes, so that a long prompt enters in chunks between the
+//! steps of the streams that run.
+
+use crate::llama::SeqId;
+
+/// A sequence as the scheduler sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Demand {
+    /// Whose rows.
+    pub seq: SeqId,
+    /// Tokens known but not yet computed: 1 while decoding, more while a prompt is read. Never 0.
+    pub n_pending: usize,
+    /// Admission order: lower is older.
+    pub order: u64,
+}
+
+/// How many rows a step may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Budget {
+    /// All rows; at least the number of sequences.
+    pub n_batch: usize,
+    /// Rows of prompts while other sequences decode; at least 1.
+    pub n_prefill: usize,
+}
+
+/// The first `n_rows` pending tokens of `seq` go into the step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Share {
+    /// Whose rows.
+    pub seq: SeqId,
+    /// How many; never 0.
+    pub n_rows: usize,
+    /// `true` if nothing is pending after them, so that the last row decides the next token.
+    pub to_end: bool,
+}
+
+/// Fills `plan` with the shares of the next step in ascending order of sequence id: streams of a divided cache are only
+/// computed together when their ids follow on one another. `scratch` is working memory.
+pub fn plan(demands: &[Demand], budget: Budget, scratch: &mut Vec<Demand>, plan: &mut Vec<Share>) {
+    plan.clear();
+    let one_left = |d: &&Demand| d.n_pending == 1;
+    plan.extend(demands.iter().filter(one_left).take(budget.n_batch).map(|d| Share { seq: d.seq, n_rows: 1, to_end: true }));
+
+    let mut left = budget.n_batch - plan.len();
+    if !plan.is_empty() {
+        left = left.min(budget.n_prefill);
+    }
+    scratch.clear();
+    scratch.extend(demands.iter().filter(|d| d.n_pending > 1));
+    scratch.sort_unstable_by_key(|d| d.order);
+    for demand in scratch.iter() {
+        let n_rows = demand.n_pending.min(left);
+        if n_rows == 0 {
+            break;
+        }
+        left -= n_rows;
+        plan.push(Share { seq: demand.seq, n_rows, to_end: n_rows == demand.n_pending });
+    }
+    plan.sort_unstable_by_key(|s| s.seq);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn planned(demands: &[Demand], budget: Budget) -> Vec<Share> {
+        let (mut scratch, mut out) = (vec![], vec![]);
+        plan(demands, budget, &mut scratch, &mut out);
+        out
+    }
+
+    fn demand(seq: u32, n_pending: usize, order: u64) -> Demand {
+        Demand { seq: SeqId(seq), n_pending, order }
+    }
+
+    #[test]
+    fn a_prompt_alone_gets_the_whole_budget_and_beside_a_stream_a_chunk() {
+        let budget = Budget { n_batch: 512, n_prefill: 16 };
+        assert_eq!(planned(&[demand(0, 900, 0)], budget)[0].n_rows, 512);
+        let both = planned(&[demand(0, 900, 0), demand(1, 1, 1)], budget);
+        assert_eq!(both[0], Share { seq: SeqId(0), n_rows: 16, to_end: false });
+        assert_eq!(both[1], Share { seq: SeqId(1), n_rows: 1, to_end: true });
+    }
+
+    #[test]
+    fn the_older_prompt_goes_first() {
+        let shares = planned(&[demand(0, 30, 7), demand(1, 30, 3)], Budget { n_batch: 40, n_prefill: 1 });
+        assert_eq!(shares.iter().map(|s| s.n_rows).collect::<Vec<_>>(), [10, 30]);
+    }
+
+    proptest! {
+        #[test]
+        fn a_plan_keeps_the_budget_and_starves_no_stream(
+            pending in prop::collection::vec(1usize..600, 0..32),
+            n_prefill in 1usize..64,
+            spare in 0usize..512,
+        ) {
+            let demands: Vec<_> = (0..).zip(&pending).map(|(i, &n)| demand(i, n, u64::from(31 - i))).collect();
+            let budget = Budget { n_batch: demands.len() + spare, n_prefill };
+            let shares = planned(&demands, budget);
+            let rows: usize = shares.iter().map(|s| s.n_rows).sum();
+            prop_assert!(rows <= budget.n_batch);
+            prop_assert!(shares.is_sorted_by(|a, b| a.seq < b.seq), "each sequence once, ascending");
+            for share in &shares {
+                let n = demands[share.seq.0 as usize].n_pending;
+                prop_assert!(share.n_rows >= 1 && share.n_rows <= n);
+                prop_assert_eq!(share.to_end, share.n_rows == n);
+            }
+            let decoding = pending.iter().filter(|&&n| n == 1).count();
+            prop_assert_eq!(shares.iter().filter(|s| demands[s.seq.0 as usize].n_pending == 1).count(), decoding);
+            if decoding > 0 {
+                prop_assert!(rows - decoding <= n_prefill, "a chunk at most beside streams");
+            }
+            prop_assert!(demands.is_empty() || rows > 0, "some progress in every step");
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! One request on its way through the engine: its tokens, its sampler, its text, its clock.
+
+use std::time::Instant;
+
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
+
+use super::sampler::Sampler;
+use super::text::{Pushed, TextAssembler};
+use crate::llama::{SeqId, Token};
+use crate::request::{Completion, Event, FinishReason, Request, Timings, Usage};
+
+/// A request that was accepted and waits for a sequence id.
+pub struct Job {
+    /// The prompt's tokens: at least one, and at least one less than the context holds.
+    pub prompt: Vec<Token>,
+    /// The rest of it.
+    pub request: Request,
+    /// Where its events go; room for all that can ever come. A dropped receiver cancels the request.
+    pub events: mpsc::Sender<Event>,
+    /// Its place in the queue, free again when this is dropped.
+    pub permit: Option<OwnedSemaphorePermit>,
+    /// When it was accepted.
+    pub accepted: Instant,
+}
+
+impl Job {
+    /// Most tokens this request can generate in a context of `n_ctx` tokens.
+    pub fn n_generate(&self, n_ctx: usize) -> usize {
+        self.request.max_tokens.min(n_ctx - self.prompt.len())
+    }
+}
+
+/// A request that runs.
+pub struct Sequence {
+    /// Its place in the cache.
+    pub seq: SeqId,
+    /// Admission order.
+    pub order: u64,
+    /// Prompt and what was generated.
+    pub tokens: Vec<Token>,
+    /// How many of them are computed and cached.
+    pub n_computed: usize,
+    /// Its sampler.
+    pub sampler: Sampler,
+    n_prompt: usize,
+    n_cached: usize,
+    n_generate: usize,
+    text: TextAssembler,
+    events: mpsc::Sender<Event>,
+    permit: Option<OwnedSemaphorePermit>,
+    clock: Clock,
+}
+
+/// When each stage began.
+struct Clock {
+    accepted: Instant,
+    started: Option<Instant>,
+    first_token: Option<Instant>,
+    last_token: Instant,
+}
+
+impl Sequence {
+    /// Starts a job on `seq`, where the first `n_cached` tokens of its prompt stand already.
+    pub fn new(job: Job, sampler: Sampler, seq: SeqId, n_cached: usize, order: u64, n_ctx: usize) -> Self {
+        let clock = Clock { accepted: job.accepted, started: None, first_token: None, last_token: job.accepted };
+        Self {
+            seq,
+            order,
+            n_prompt: job.prompt.len(),
+            n_generate: job.n_generate(n_ctx),
+            tokens: job.prompt,
+            n_computed: n_cached,
+            sampler,
+            n_cached,
+            text: TextAssembler::new(job.request.stop),
+            events: job.events,
+            permit: job.permit,
+            clock,
+        }
+    }
+
+    /// Tokens known but not computed.
+    pub fn n_pending(&self) -> usize {
+        self.tokens.len() - self.n_computed
+    }
+
+    /// `true` once nobody waits for the answer.
+    pub fn is_cancelled(&self) -> bool {
+        self.events.is_closed()
+    }
+
+    /// Notes that rows of this sequence are computed in a step that began at `now`.
+    pub fn note_step(&mut self, now: Instant) {
+        self.clock.started.get_or_insert(now);
+    }
+
+    /// Takes the next token. `bytes` are its text; `is_end` says that it ends the answer and has none. Returns `true` if the
+    /// answer is complete and its last event sent.
+    pub fn accept(&mut self, token: Token, bytes: &[u8], is_end: bool, now: Instant) -> bool {
+        self.tokens.push(token);
+        self.sampler.accept(token);
+        self.clock.first_token.get_or_insert(now);
+        self.clock.last_token = now;
+        if is_end {
+            let tail = self.text.finish();
+            self.complete(tail, FinishReason::EndOfText);
+            return true;
+        }
+        match self.text.push(bytes) {
+            Pushed::Stopped { text, stop } => {
+                let stop = self.text.stop(stop).to_owned();
+                self.complete(text, FinishReason::StopString(stop));
+                true
+            }
+            Pushed::Text(piece) => {
+                if !piece.is_empty() {
+                    self.send(Event::Piece(piece));
+                }
+                let full = self.tokens.len() - self.n_prompt == self.n_generate;
+                if full {
+                    let tail = self.text.finish();
+                    self.complete(tail, FinishReason::Length);
+                }
+                full
+            }
+        }
+    }
+
+    fn complete(&mut self, tail: String, finish_reason: FinishReason) {
+        let clock = &self.clock;
+        let started = clock.started.unwrap_or(clock.accepted);
+        let first = clock.first_token.unwrap_or(started);
+        let usage = Usage {
+            prompt_tokens: self.n_prompt,
+            cached_tokens: self.n_cached,
+            completion_tokens: self.tokens.len() - self.n_prompt,
+        };
+        let timings = Timings {
+            queue_s: (started - clock.accepted).as_secs_f64(),
+            prefill_s: (first - started).as_secs_f64(),
+            decode_s: (clock.last_token - first).as_secs_f64(),
+        };
+        self.permit = None; // before the answer: its client may send the next request at once
+        self.send(Event::Done(Completion { tail, finish_reason, usage, timings }));
+    }
+
+    /// Ends the answer because the engine failed.
+    pub fn fail(&mut self, id: &str) {
+        self.permit = None;
+        self.send(Event::Failed { id: id.to_owned() });
+    }
+
+    /// The channel has room for every event a request can cause; a closed one is seen at the next commit.
+    fn send(&self, event: Event) {
+        let _ = self.events.try_send(event);
+    }
+}

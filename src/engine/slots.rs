@@ -1,0 +1,606 @@
+//! The ledger of KV cells and sequence ids: who holds which, what may be reused, whether one more request fits. Pure: it
+//! says what to do to the cache ([`KvOp`]) and somebody else does it.
+//!
+//! A sequence id is *free*, *active* (a request computes on it) or *retained* (a finished request's cells, kept because a
+//! later prompt may begin alike). A request is admitted only when the cache holds all it may come to need, so a running
+//! request never runs out of cells; retained prefixes go first, the least recently used one first.
+//!
+//! - [`Layout::Unified`]: one pool of cells, and a cell may belong to several sequences. A prompt that begins like any
+//!   other sequence, running or retained, shares its cells; nothing is copied.
+//! - [`Layout::Streams`]: each id owns its cells. A prompt reuses only what stands on the id it is given.
+
+use crate::llama::{SeqId, Token};
+
+/// How the cache is divided. A start-time choice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// One pool.
+    Unified {
+        /// Cells in it.
+        n_cells: usize,
+        /// Most cells that only retained sequences hold. On a CPU every row looks at every cell in use, whoever's it is.
+        n_retained: usize,
+        /// Sequence ids, for active and retained sequences together.
+        n_seqs: usize,
+    },
+    /// One stream per sequence id.
+    Streams {
+        /// Cells of each.
+        n_cells: usize,
+    },
+}
+
+/// What to do to the cache, in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvOp {
+    /// Take `seq` off its cells from position `from` on.
+    Remove {
+        /// Whose.
+        seq: SeqId,
+        /// First position to go.
+        from: usize,
+    },
+    /// Put `to` on the first `n` cells of `from` as well.
+    Share {
+        /// Who has them.
+        from: SeqId,
+        /// Who gets them.
+        to: SeqId,
+        /// How many.
+        n: usize,
+    },
+}
+
+/// A place for a request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Admission {
+    /// Its sequence id.
+    pub seq: SeqId,
+    /// Tokens of the prompt that are cached already: fewer than all, as the last one must be computed for its logits.
+    pub n_cached: usize,
+    /// To be done before the next forward pass.
+    pub ops: Vec<KvOp>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Free,
+    /// May grow to this many cells.
+    Active(usize),
+    /// Last used at this tick.
+    Retained(u64),
+}
+
+#[derive(Debug)]
+struct Seq {
+    state: State,
+    /// What is cached, by position.
+    tokens: Vec<Token>,
+    /// The cell of each position. Unified only; the numbers are ours, llama.cpp's differ.
+    cells: Vec<u32>,
+}
+
+/// The ledger.
+#[derive(Debug)]
+pub struct Slots {
+    layout: Layout,
+    n_slots: usize,
+    seqs: Vec<Seq>,
+    pool: Pool,
+    tick: u64,
+}
+
+/// A prompt must share this many tokens with a stream to be given it for that; otherwise the lowest id is better, since
+/// only streams whose ids follow on one another are computed together.
+const MIN_STREAM_REUSE: usize = 16;
+
+impl Slots {
+    /// An empty cache for at most `n_slots` active sequences.
+    ///
+    /// # Panics
+    /// When the layout has fewer sequence ids than slots.
+    #[must_use]
+    pub fn new(layout: Layout, n_slots: usize) -> Self {
+        let (n_seqs, n_pool) = match layout {
+            Layout::Unified { n_cells, n_seqs, .. } => (n_seqs, n_cells),
+            Layout::Streams { .. } => (n_slots, 0),
+        };
+        assert!(n_seqs >= n_slots, "every slot needs a sequence id");
+        let free = || Seq { state: State::Free, tokens: Vec::new(), cells: Vec::new() };
+        Self { layout, n_slots, seqs: (0..n_seqs).map(|_| free()).collect(), pool: Pool::new(n_pool), tick: 0 }
+    }
+
+    /// Number of active sequences.
+    #[must_use]
+    pub fn n_active(&self) -> usize {
+        self.seqs.iter().filter(|s| s.is_active()).count()
+    }
+
+    /// Cells that active sequences hold.
+    #[must_use]
+    pub fn n_cells_active(&self) -> usize {
+        match self.layout {
+            Layout::Unified { .. } => self.pool.n_active(),
+            Layout::Streams { .. } => self.seqs.iter().filter(|s| s.is_active()).map(|s| s.tokens.len()).sum(),
+        }
+    }
+
+    /// Cells that only retained sequences hold.
+    #[must_use]
+    pub fn n_cells_retained(&self) -> usize {
+        match self.layout {
+            Layout::Unified { .. } => self.pool.n_used() - self.pool.n_active(),
+            Layout::Streams { .. } => self.seqs.iter().filter(|s| !s.is_active()).map(|s| s.tokens.len()).sum(),
+        }
+    }
+
+    /// Finds a place for a prompt that may grow to `n_max` cells. `None`: not now; try again after a [`release`].
+    ///
+    /// [`release`]: Slots::release
+    ///
+    /// # Panics
+    /// For an empty prompt, or an `n_max` below its length or beyond what [`fits`](Slots::fits) allows.
+    pub fn admit(&mut self, prompt: &[Token], n_max: usize) -> Option<Admission> {
+        assert!(!prompt.is_empty() && n_max >= prompt.len() && self.fits(n_max), "requests are checked against the context");
+        if self.n_active() == self.n_slots {
+            return None;
+        }
+        match self.layout {
+            Layout::Unified { .. } => self.admit_unified(prompt, n_max),
+            Layout::Streams { .. } => Some(self.admit_stream(prompt, n_max)),
+        }
+    }
+
+    /// `true` if a request of `n_max` cells could be admitted into an empty cache.
+    #[must_use]
+    pub fn fits(&self, n_max: usize) -> bool {
+        match self.layout {
+            Layout::Unified { n_cells, .. } | Layout::Streams { n_cells } => n_max <= n_cells,
+        }
+    }
+
+    fn admit_stream(&mut self, prompt: &[Token], n_max: usize) -> Admission {
+        let idle = || self.seqs.iter().enumerate().filter(|(_, s)| !s.is_active());
+        let (best, n) = idle()
+            .map(|(i, s)| (i, s.common_prefix(prompt)))
+            .max_by_key(|&(i, n)| (n, std::cmp::Reverse(i)))
+            .expect("an idle stream: fewer are active than there are slots");
+        let lowest = idle().next().expect("as above").0;
+        let (index, n_cached) =
+            if n >= MIN_STREAM_REUSE { (best, n) } else { (lowest, self.seqs[lowest].common_prefix(prompt)) };
+
+        let seq = SeqId(index as u32);
+        let stale = self.seqs[index].tokens.len() > n_cached;
+        let ops = if stale { vec![KvOp::Remove { seq, from: n_cached }] } else { vec![] };
+        self.seqs[index].tokens.truncate(n_cached);
+        self.seqs[index].state = State::Active(n_max);
+        Admission { seq, n_cached, ops }
+    }
+
+    fn admit_unified(&mut self, prompt: &[Token], n_max: usize) -> Option<Admission> {
+        let (source, n_cached) = (self.seqs.iter().enumerate())
+            .map(|(i, s)| (i, s.common_prefix(prompt)))
+            .max_by_key(|&(i, n)| (n, std::cmp::Reverse(i)))
+            .expect("there are sequence ids");
+        let shared = &self.seqs[source].cells[..n_cached];
+        let n_new = n_max - n_cached + self.pool.n_inactive(shared);
+        if self.pool.n_active() + self.n_promised() + n_new > self.pool.len() {
+            return None;
+        }
+
+        let mut ops = Vec::new();
+        let index = if self.seqs[source].is_retained() && n_cached == self.seqs[source].tokens.len() {
+            source // nothing beyond the shared part would be lost
+        } else {
+            let index = self.id_for_new(source)?;
+            if index == source {
+                self.truncate(index, n_cached, &mut ops);
+            } else {
+                self.truncate(index, 0, &mut ops);
+                if n_cached > 0 {
+                    self.share(source, index, n_cached, &mut ops);
+                }
+            }
+            index
+        };
+        self.set_state(index, State::Active(n_max));
+        let promised = self.n_promised();
+        self.evict_while(|s| s.pool.n_free() < promised, &mut ops);
+        Some(Admission { seq: SeqId(index as u32), n_cached, ops })
+    }
+
+    /// A free id, or that of the retained sequence used longest ago, `source` only if there is no other.
+    fn id_for_new(&self, source: usize) -> Option<usize> {
+        let rank = |(i, s): (usize, &Seq)| match s.state {
+            State::Free => Some((false, 0, i)),
+            State::Retained(tick) => Some((i == source, tick + 1, i)),
+            State::Active(_) => None,
+        };
+        self.seqs.iter().enumerate().filter_map(rank).min().map(|(_, _, i)| i)
+    }
+
+    /// Notes that these tokens were computed and cached for an active sequence.
+    ///
+    /// # Panics
+    /// When the sequence is not active, or grows beyond what it was admitted for.
+    pub fn push(&mut self, seq: SeqId, tokens: &[Token]) {
+        let s = &mut self.seqs[seq.0 as usize];
+        let State::Active(n_max) = s.state else { panic!("only active sequences grow") };
+        assert!(s.tokens.len() + tokens.len() <= n_max, "a sequence keeps to what it was admitted for");
+        s.tokens.extend_from_slice(tokens);
+        if matches!(self.layout, Layout::Unified { .. }) {
+            s.cells.extend(tokens.iter().map(|_| self.pool.take()));
+        }
+    }
+
+    /// Ends an active sequence. Its cells are retained for later prompts as far as the layout allows.
+    pub fn release(&mut self, seq: SeqId) -> Vec<KvOp> {
+        self.tick += 1;
+        let empty = self.seqs[seq.0 as usize].tokens.is_empty();
+        self.set_state(seq.0 as usize, if empty { State::Free } else { State::Retained(self.tick) });
+        let mut ops = Vec::new();
+        self.evict_surplus(&mut ops);
+        ops
+    }
+
+    /// Ends an active sequence and forgets its cells: what they hold is not known.
+    pub fn discard(&mut self, seq: SeqId) -> Vec<KvOp> {
+        let mut ops = vec![KvOp::Remove { seq, from: 0 }]; // even if none is noted here: a failed step may have left some
+        self.truncate(seq.0 as usize, 0, &mut Vec::new());
+        self.set_state(seq.0 as usize, State::Free);
+        self.evict_surplus(&mut ops);
+        ops
+    }
+
+    /// Keeps to the layout's limit of retained cells. A cell may become one whenever an active holder goes.
+    fn evict_surplus(&mut self, ops: &mut Vec<KvOp>) {
+        if let Layout::Unified { n_retained, .. } = self.layout {
+            self.evict_while(|s| s.n_cells_retained() > n_retained, ops);
+        }
+    }
+
+    /// Cells that active sequences may still take.
+    fn n_promised(&self) -> usize {
+        let promised = |s: &Seq| match s.state {
+            State::Active(n_max) => n_max - s.tokens.len(),
+            State::Free | State::Retained(_) => 0,
+        };
+        self.seqs.iter().map(promised).sum()
+    }
+
+    /// Frees retained sequences, the one used longest ago first, while `more` asks for it.
+    fn evict_while(&mut self, more: impl Fn(&Self) -> bool, ops: &mut Vec<KvOp>) {
+        while more(self) {
+            let oldest = (self.seqs.iter().enumerate())
+                .filter_map(|(i, s)| if let State::Retained(tick) = s.state { Some((tick, i)) } else { None })
+                .min();
+            let Some((_, index)) = oldest else { return };
+            self.truncate(index, 0, ops);
+            self.set_state(index, State::Free);
+        }
+    }
+
+    /// Shortens a sequence to `n` cells.
+    fn truncate(&mut self, index: usize, n: usize, ops: &mut Vec<KvOp>) {
+        let seq = &mut self.seqs[index];
+        if seq.tokens.len() > n {
+            ops.push(KvOp::Remove { seq: SeqId(index as u32), from: n });
+        }
+        seq.tokens.truncate(n);
+        let active = seq.is_active();
+        while seq.cells.len() > n {
+            let cell = seq.cells.pop().expect("longer than n");
+            self.pool.put_back(cell, active);
+        }
+    }
+
+    /// Lets the empty sequence `to` share the first `n` cells of `from`.
+    fn share(&mut self, from: usize, to: usize, n: usize, ops: &mut Vec<KvOp>) {
+        let (tokens, cells) = (self.seqs[from].tokens[..n].to_vec(), self.seqs[from].cells[..n].to_vec());
+        let active = self.seqs[to].is_active();
+        cells.iter().for_each(|&cell| self.pool.add(cell, active));
+        (self.seqs[to].tokens, self.seqs[to].cells) = (tokens, cells);
+        ops.push(KvOp::Share { from: SeqId(from as u32), to: SeqId(to as u32), n });
+    }
+
+    fn set_state(&mut self, index: usize, state: State) {
+        let seq = &mut self.seqs[index];
+        let (was, is) = (seq.is_active(), matches!(state, State::Active(_)));
+        if was != is {
+            seq.cells.iter().for_each(|&cell| self.pool.change(cell, is));
+        }
+        seq.state = state;
+    }
+
+    /// Checks every invariant by counting anew. For tests.
+    ///
+    /// # Panics
+    /// When one does not hold.
+    pub fn check_integrity(&self) {
+        assert!(self.n_active() <= self.n_slots);
+        for seq in &self.seqs {
+            match seq.state {
+                State::Free => assert!(seq.tokens.is_empty(), "a free sequence holds nothing"),
+                State::Active(n_max) => assert!(seq.tokens.len() <= n_max),
+                State::Retained(_) => {}
+            }
+        }
+        match self.layout {
+            Layout::Streams { n_cells } => {
+                assert!(self.seqs.iter().all(|s| s.cells.is_empty() && s.tokens.len() <= n_cells));
+            }
+            Layout::Unified { .. } => {
+                assert!(self.seqs.iter().all(|s| s.cells.len() == s.tokens.len()), "a cell per token");
+                self.pool.check_integrity(self.seqs.iter().map(|s| (s.is_active(), s.cells.as_slice())));
+                assert!(self.pool.n_free() >= self.n_promised(), "what was promised is there");
+            }
+        }
+    }
+}
+
+impl Seq {
+    fn is_active(&self) -> bool {
+        matches!(self.state, State::Active(_))
+    }
+
+    fn is_retained(&self) -> bool {
+        matches!(self.state, State::Retained(_))
+    }
+
+    /// Tokens at the beginning of `prompt` that are cached here; never all of them.
+    fn common_prefix(&self, prompt: &[Token]) -> usize {
+        let at_most = &prompt[..prompt.len() - 1];
+        self.tokens.iter().zip(at_most).take_while(|(a, b)| a == b).count()
+    }
+}
+
+/// Cells with a count of the sequences that hold each.
+#[derive(Debug)]
+struct Pool {
+    /// Active and retained holders of each cell.
+    holders: Vec<[u16; 2]>,
+    free: Vec<u32>,
+    n_active: usize,
+}
+
+impl Pool {
+    fn new(n: usize) -> Self {
+        let n = u32::try_from(n).expect("a cache of fewer than 2^32 cells");
+        Self { holders: vec![[0; 2]; n as usize], free: (0..n).rev().collect(), n_active: 0 }
+    }
+
+    fn len(&self) -> usize {
+        self.holders.len()
+    }
+
+    fn n_free(&self) -> usize {
+        self.free.len()
+    }
+
+    fn n_used(&self) -> usize {
+        self.len() - self.n_free()
+    }
+
+    /// Cells with at least one active holder.
+    fn n_active(&self) -> usize {
+        self.n_active
+    }
+
+    /// How many of these cells have no active holder.
+    fn n_inactive(&self, cells: &[u32]) -> usize {
+        cells.iter().filter(|&&c| self.holders[c as usize][0] == 0).count()
+    }
+
+    /// A free cell for an active sequence.
+    fn take(&mut self) -> u32 {
+        let cell = self.free.pop().expect("admission promised it");
+        self.add(cell, true);
+        cell
+    }
+
+    fn add(&mut self, cell: u32, active: bool) {
+        let [of_active, of_retained] = &mut self.holders[cell as usize];
+        if active {
+            *of_active += 1;
+            self.n_active += usize::from(*of_active == 1);
+        } else {
+            *of_retained += 1;
+        }
+    }
+
+    fn remove(&mut self, cell: u32, active: bool) {
+        let [of_active, of_retained] = &mut self.holders[cell as usize];
+        if active {
+            *of_active -= 1;
+            self.n_active -= usize::from(*of_active == 0);
+        } else {
+            *of_retained -= 1;
+        }
+    }
+
+    fn put_back(&mut self, cell: u32, active: bool) {
+        self.remove(cell, active);
+        if self.holders[cell as usize] == [0, 0] {
+            self.free.push(cell);
+        }
+    }
+
+    /// A holder became active, or stopped being so.
+    fn change(&mut self, cell: u32, active: bool) {
+        self.add(cell, active);
+        self.remove(cell, !active);
+    }
+
+    fn check_integrity<'a>(&self, held: impl Iterator<Item = (bool, &'a [u32])>) {
+        let mut counted = vec![[0u16; 2]; self.len()];
+        held.for_each(|(active, cells)| cells.iter().for_each(|&c| counted[c as usize][usize::from(!active)] += 1));
+        assert_eq!(counted, self.holders, "holders of each cell");
+        assert_eq!(self.n_active, counted.iter().filter(|h| h[0] > 0).count(), "cells of active sequences");
+        let mut free: Vec<u32> = self.free.clone();
+        free.sort_unstable();
+        let unheld: Vec<u32> = (0..).zip(&counted).filter(|(_, h)| **h == [0, 0]).map(|(i, _)| i).collect();
+        assert_eq!(free, unheld, "free cells are those that nobody holds");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::HashMap;
+
+    fn tokens(text: &str) -> Vec<Token> {
+        text.bytes().map(|b| Token(i32::from(b))).collect()
+    }
+
+    fn unified(n_cells: usize, n_slots: usize) -> Slots {
+        Slots::new(Layout::Unified { n_cells, n_retained: n_cells, n_seqs: n_slots * 2 }, n_slots)
+    }
+
+    #[test]
+    fn a_prompt_shares_the_cells_of_a_running_one() {
+        let mut slots = unified(30, 2);
+        let a = slots.admit(&tokens("system: hi"), 12).unwrap();
+        slots.push(a.seq, &tokens("system: hi"));
+        let b = slots.admit(&tokens("system: yo"), 12).unwrap();
+        assert_eq!(b.n_cached, 8);
+        assert_eq!(b.ops, [KvOp::Share { from: a.seq, to: b.seq, n: 8 }]);
+        assert_eq!(slots.n_cells_active(), 10, "the shared ones count once");
+        slots.check_integrity();
+    }
+
+    #[test]
+    fn a_full_cache_makes_a_request_wait_and_a_retained_prefix_go() {
+        let mut slots = unified(20, 2);
+        let a = slots.admit(&tokens("aaaa"), 12).unwrap();
+        slots.push(a.seq, &tokens("aaaa"));
+        assert_eq!(slots.admit(&tokens("bbbb"), 12), None, "12 of 20 cells are promised");
+        slots.release(a.seq);
+        assert_eq!(slots.n_cells_retained(), 4);
+        let b = slots.admit(&tokens("bbbb"), 18).unwrap();
+        assert_eq!(b.ops, [KvOp::Remove { seq: a.seq, from: 0 }], "the retained prefix went");
+        slots.check_integrity();
+    }
+
+    #[test]
+    fn the_next_turn_of_a_talk_takes_over_its_cells() {
+        for mut slots in [unified(64, 2), Slots::new(Layout::Streams { n_cells: 64 }, 2)] {
+            let a = slots.admit(&tokens("how are you today"), 40).unwrap();
+            slots.push(a.seq, &tokens("how are you today"));
+            slots.release(a.seq);
+            let b = slots.admit(&tokens("how are you today? fine"), 40).unwrap();
+            assert_eq!((b.seq, b.n_cached, b.ops), (a.seq, 17, vec![]));
+        }
+    }
+
+    #[test]
+    fn the_same_prompt_again_computes_its_last_token_only() {
+        let mut slots = unified(64, 2);
+        let a = slots.admit(&tokens("same"), 10).unwrap();
+        slots.push(a.seq, &tokens("same"));
+        assert_eq!(slots.admit(&tokens("same"), 10).unwrap().n_cached, 3);
+    }
+
+    #[test]
+    fn streams_take_the_lowest_id_unless_a_long_prefix_stands_elsewhere() {
+        let mut slots = Slots::new(Layout::Streams { n_cells: 64 }, 3);
+        let long = tokens("a prefix that is long enough");
+        let ids: Vec<_> = [&tokens("x"), &tokens("y"), &long].map(|p| slots.admit(p, 40).unwrap().seq).into();
+        slots.push(ids[2], &long);
+        ids.iter().for_each(|&id| drop(slots.release(id)));
+        assert_eq!(slots.admit(&tokens("a pre"), 40).unwrap().seq, ids[0]);
+        assert_eq!(slots.admit(&long, 40).unwrap().seq, ids[2]);
+    }
+
+    #[derive(Clone, Debug)]
+    enum Act {
+        Admit(String, usize),
+        Push(usize, String),
+        Release(usize),
+        Discard(usize),
+    }
+
+    fn act() -> impl Strategy<Value = Act> {
+        prop_oneof![
+            3 => ("[ab]{1,10}", 0usize..12).prop_map(|(p, n)| Act::Admit(p, n)),
+            3 => (any::<usize>(), "[ab]{1,4}").prop_map(|(i, t)| Act::Push(i, t)),
+            2 => any::<usize>().prop_map(Act::Release),
+            1 => any::<usize>().prop_map(Act::Discard),
+        ]
+    }
+
+    /// A cache that does what the ops say, cell by cell: which token stands at which position of which sequence.
+    #[derive(Default)]
+    struct Cache(HashMap<u32, Vec<Token>>);
+
+    impl Cache {
+        fn apply(&mut self, ops: &[KvOp]) {
+            for op in ops {
+                match *op {
+                    KvOp::Remove { seq, from } => self.0.entry(seq.0).or_default().truncate(from),
+                    KvOp::Share { from, to, n } => {
+                        assert!(self.0.get(&to.0).is_none_or(Vec::is_empty), "shared into an empty sequence");
+                        let prefix = self.0[&from.0][..n].to_vec();
+                        self.0.insert(to.0, prefix);
+                    }
+                }
+            }
+        }
+    }
+
+    proptest! {
+        /// Whatever happens, the ledger's books balance, and the cache that follows its ops holds what it says.
+        #[test]
+        fn the_books_balance_after_every_step(
+            acts in prop::collection::vec(act(), 0..60),
+            unified in any::<bool>(),
+            n_cells in 22usize..60,
+            n_retained in 0usize..40,
+        ) {
+            let layout = if unified { Layout::Unified { n_cells, n_retained, n_seqs: 5 } } else { Layout::Streams { n_cells } };
+            let mut slots = Slots::new(layout, 3);
+            let mut cache = Cache::default();
+            let mut active: Vec<(SeqId, usize)> = vec![]; // and room left
+            for act in acts {
+                match act {
+                    Act::Admit(prompt, more) => {
+                        let prompt = tokens(&prompt);
+                        if let Some(a) = slots.admit(&prompt, prompt.len() + more) {
+                            cache.apply(&a.ops);
+                            let held = cache.0.entry(a.seq.0).or_default();
+                            prop_assert!(a.n_cached < prompt.len());
+                            prop_assert_eq!(&held[..], &prompt[..a.n_cached], "what is called cached is there, and no more");
+                            active.push((a.seq, prompt.len() + more - a.n_cached));
+                        } else {
+                            prop_assert!(!active.is_empty(), "an idle cache admits anything that fits");
+                        }
+                    }
+                    Act::Push(i, t) if !active.is_empty() => {
+                        let i = i % active.len();
+                        let (seq, room) = &mut active[i];
+                        let t: Vec<Token> = tokens(&t).into_iter().take(*room).collect();
+                        *room -= t.len();
+                        slots.push(*seq, &t);
+                        cache.0.get_mut(&seq.0).unwrap().extend(t);
+                    }
+                    Act::Release(i) if !active.is_empty() => {
+                        let (seq, _) = active.swap_remove(i % active.len());
+                        cache.apply(&slots.release(seq));
+                    }
+                    Act::Discard(i) if !active.is_empty() => {
+                        let (seq, _) = active.swap_remove(i % active.len());
+                        cache.apply(&slots.discard(seq));
+                    }
+                    _ => {}
+                }
+                slots.check_integrity();
+                prop_assert!(!unified || slots.n_cells_retained() <= n_retained);
+                prop_assert_eq!(slots.n_active(), active.len());
+                for (i, seq) in slots.seqs.iter().enumerate() {
+                    let held = cache.0.get(&(i as u32)).map_or(&[][..], Vec::as_slice);
+                    prop_assert_eq!(held, &seq.tokens[..], "sequence {}", i);
+                }
+            }
+        }
+    }
+}

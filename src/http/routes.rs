@@ -1,0 +1,200 @@
+//! What each path does.
+
+use std::hash::{BuildHasher, RandomState};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use hyper::body::Incoming;
+use hyper::header::{ALLOW, CONNECTION, RETRY_AFTER};
+use hyper::{Request, StatusCode};
+use serde_json::{Value, json};
+
+use super::App;
+use super::api::{self, Generate};
+use super::reply::{self, Problem, Reply};
+use crate::engine::{Handle, Layout, Stage, SubmitError};
+use crate::error::Invalid;
+use crate::llama;
+use crate::request::Event;
+
+/// Answers one request.
+pub async fn answer(app: &Arc<App>, request: Request<Incoming>) -> Reply {
+    let (path, method) = (request.uri().path(), request.method());
+    let allow = match path {
+        "/" | "/health" => "GET, HEAD",
+        "/generate" => "POST",
+        _ => return not_found(path).reply(),
+    };
+    if !allow.split(", ").any(|allowed| allowed == method.as_str()) {
+        let message = format!("{path} takes {allow}");
+        let mut problem = Problem::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message);
+        problem.header = Some((ALLOW, allow));
+        return problem.reply();
+    }
+    let done = match path {
+        "/" => information(app),
+        "/health" => Ok(health(app)),
+        _ => generate(app, request).await,
+    };
+    done.unwrap_or_else(Problem::reply)
+}
+
+fn not_found(path: &str) -> Problem {
+    let shown: String = path.chars().take(100).collect();
+    Problem::new(
+        StatusCode::NOT_FOUND,
+        "not_found",
+        format!("there is no {shown}; try GET /, GET /health or POST /generate"),
+    )
+}
+
+fn health(app: &App) -> Reply {
+    let unavailable = StatusCode::SERVICE_UNAVAILABLE;
+    if app.draining.load(Ordering::Relaxed) {
+        return reply::json(unavailable, &json!({ "status": "draining" }));
+    }
+    match &*app.stage.borrow() {
+        Stage::Ready(_) => reply::json(StatusCode::OK, &json!({ "status": "ok" })),
+        Stage::Loading(_) => reply::json(unavailable, &json!({ "status": "loading" })),
+        Stage::Failed(_) => reply::json(unavailable, &json!({ "status": "failed" })),
+    }
+}
+
+/// The engine, if it takes work.
+fn engine(app: &App) -> Result<Handle, Problem> {
+    let unavailable = |kind, message: &str| {
+        let mut problem = Problem::new(StatusCode::SERVICE_UNAVAILABLE, kind, message);
+        problem.header = Some((RETRY_AFTER, "1"));
+        problem
+    };
+    if app.draining.load(Ordering::Relaxed) {
+        return Err(unavailable("draining", "the server is shutting down and takes no new requests"));
+    }
+    match &*app.stage.borrow() {
+        Stage::Ready(handle) => Ok(handle.clone()),
+        Stage::Loading(_) => Err(unavailable("loading", "the model is still loading; GET /health tells when it is ready")),
+        Stage::Failed(_) => Err(unavailable("stopped", "the engine has stopped")),
+    }
+}
+
+fn information(app: &App) -> Result<Reply, Problem> {
+    let mut body = json!({
+        "name": "medusa-llama",
+        "version": env!("CARGO_PKG_VERSION"),
+        "llama_cpp": llama::version(),
+        "backend": if llama::supports_gpu_offload() { "cuda" } else { "cpu" },
+        "endpoints": ["GET /", "GET /health", "POST /generate"],
+    });
+    let stage = app.stage.borrow().clone();
+    if let Stage::Loading(progress) = stage {
+        body["loading"] = progress.into();
+    }
+    if let Stage::Ready(handle) = stage {
+        let (model, limits, load) = (handle.model(), handle.limits(), handle.stats());
+        body["model"] = json!({
+            "name": model.name(),
+            "quantization": model.quantization(),
+            "parameters": model.n_params(),
+            "size_bytes": model.size_bytes(),
+            "n_ctx_train": model.n_ctx_train(),
+            "n_vocab": model.n_vocab(),
+        });
+        body["context_size"] = limits.n_ctx.into();
+        body["slots"] = limits.n_slots.into();
+        body["kv"] = match limits.layout {
+            Layout::Unified { n_cells, .. } => json!({ "layout": "unified", "cells": n_cells }),
+            Layout::Streams { n_cells } => json!({ "layout": "streams", "cells": n_cells * limits.n_slots }),
+        };
+        body["load"] = json!({
+            "in_flight": handle.n_in_flight(),
+            "running": load.running,
+            "waiting": load.waiting,
+            "kv_cells_running": load.cells_active,
+            "kv_cells_kept": load.cells_retained,
+            "steps": load.steps,
+            "tokens_generated": load.tokens,
+        });
+    }
+    Ok(reply::json(StatusCode::OK, &body))
+}
+
+async fn generate(app: &Arc<App>, request: Request<Incoming>) -> Result<Reply, Problem> {
+    let handle = engine(app)?;
+    let body = read_body(app, request).await?;
+    let value: Value = serde_json::from_slice(&body)
+        .map_err(|e| Problem::new(StatusCode::BAD_REQUEST, "invalid_json", format!("the body is not JSON: {e}")))?;
+    let Generate { request, stream } = api::generate(value, handle.limits().n_ctx, random_seed()).map_err(invalid)?;
+    let mut events = handle.submit(request).await.map_err(refused)?;
+
+    if stream {
+        // An error before the first piece is still a plain one.
+        return match events.recv().await {
+            Some(Event::Failed { id }) => Err(Problem::incident(&id)),
+            Some(first) => Ok(reply::stream(first, events)),
+            None => Err(Problem::incident("engine-stopped")),
+        };
+    }
+    let mut text = String::new();
+    while let Some(event) = events.recv().await {
+        match event {
+            Event::Piece(piece) => text += &piece,
+            Event::Done(done) => {
+                text += &done.tail;
+                return Ok(reply::json(StatusCode::OK, &api::completion(&done, &text)));
+            }
+            Event::Failed { id } => return Err(Problem::incident(&id)),
+        }
+    }
+    Err(Problem::incident("engine-stopped"))
+}
+
+async fn read_body(app: &App, request: Request<Incoming>) -> Result<Bytes, Problem> {
+    let limit = app.limits.max_body_bytes;
+    let too_large = || {
+        let message = format!("the body is larger than {limit} bytes");
+        let mut problem = Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message);
+        problem.header = Some((CONNECTION, "close")); // the rest of the body is not worth reading
+        problem
+    };
+    // What is announced need not be sent.
+    let announced = hyper::body::Body::size_hint(request.body()).exact();
+    if announced.is_some_and(|n| n > limit as u64) {
+        return Err(too_large());
+    }
+    let body = Limited::new(request.into_body(), limit).collect();
+    match tokio::time::timeout(app.limits.read_timeout, body).await {
+        Ok(Ok(collected)) => Ok(collected.to_bytes()),
+        Ok(Err(e)) if e.is::<LengthLimitError>() => Err(too_large()),
+        Ok(Err(e)) => Err(Problem::new(StatusCode::BAD_REQUEST, "broken_body", format!("the body could not be read: {e}"))),
+        Err(_) => {
+            let mut problem = Problem::new(StatusCode::REQUEST_TIMEOUT, "timeout", "the body took too long to arrive");
+            problem.header = Some((CONNECTION, "close"));
+            Err(problem)
+        }
+    }
+}
+
+fn invalid(error: Invalid) -> Problem {
+    let mut problem = Problem::new(StatusCode::UNPROCESSABLE_ENTITY, "invalid_request", error.message);
+    problem.param = error.param;
+    problem
+}
+
+fn refused(error: SubmitError) -> Problem {
+    match error {
+        SubmitError::Invalid(error) => invalid(error),
+        SubmitError::QueueFull { .. } => {
+            let mut problem = Problem::new(StatusCode::TOO_MANY_REQUESTS, "queue_full", error.to_string());
+            problem.header = Some((RETRY_AFTER, "1"));
+            problem
+        }
+        SubmitError::Stopped => Problem::new(StatusCode::SERVICE_UNAVAILABLE, "stopped", error.to_string()),
+    }
+}
+
+/// A seed nobody chose: the standard library's keys are random, and differ with each call.
+fn random_seed() -> u64 {
+    RandomState::new().hash_one(0)
+}

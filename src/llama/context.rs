@@ -1,0 +1,268 @@
+//! KV cache and compute buffers for one model: forward passes, logits, hidden states, operations on cached cells.
+
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use super::batch::Limits;
+use super::tap::{HiddenTap, on_tensor};
+use super::{Batch, LlamaError, Model, SeqId, log, max_sequences, sys};
+
+/// How to make a context.
+#[derive(Clone, Debug)]
+pub struct ContextParams {
+    /// Cells of the whole cache, in tokens. llama.cpp rounds up to a multiple of 256.
+    pub n_cells: usize,
+    /// Most rows of one forward pass.
+    pub n_batch: usize,
+    /// Most rows of one pass over the weights; a larger batch takes several.
+    pub n_ubatch: usize,
+    /// Sequence ids; without `unified`, each owns `n_cells / n_seq_max` cells.
+    pub n_seq_max: usize,
+    /// Threads of a forward pass.
+    pub n_threads: usize,
+    /// One cache for all sequences, where a row may belong to several; otherwise a stream per sequence.
+    pub unified: bool,
+    /// Keep the post-norm hidden state of output rows, for [`Context::hidden`]. Needs `unified`.
+    pub tap_hidden: bool,
+    /// Let llama.cpp compute embeddings of every row, as a reference for the tap.
+    pub embeddings: bool,
+}
+
+/// A context belongs to the thread that made it: it is neither `Send` nor `Sync`.
+pub struct Context {
+    ptr: NonNull<sys::llama_context>,
+    memory: sys::memory_t,
+    /// C holds its address as `cb_eval`'s user data, so it goes after the context (see `Drop`).
+    tap: Option<Box<HiddenTap>>,
+    limits: Limits,
+    unified: bool,
+    embeddings: bool,
+    /// For each row of the last batch, whether it has logits.
+    outputs: Vec<bool>,
+    /// Weights that the C context points into.
+    model: Arc<Model>,
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // SAFETY: freed once, before the model and the tap that it points to: fields drop after this.
+        unsafe { sys::free(self.ptr.as_ptr()) };
+    }
+}
+
+impl Context {
+    /// Allocates the cache and the compute buffers.
+    ///
+    /// # Errors
+    /// [`LlamaError::Context`] for sizes that llama.cpp does not take or has no memory for.
+    pub fn new(model: Arc<Model>, params: &ContextParams) -> Result<Self, LlamaError> {
+        let fail = |what: &str| LlamaError::Context(what.to_owned());
+        if params.n_seq_max == 0 || params.n_seq_max > max_sequences() {
+            return Err(fail(&format!("{} sequences, of {} at most", params.n_seq_max, max_sequences())));
+        }
+        if params.tap_hidden && !params.unified {
+            return Err(fail("the hidden-state tap needs a unified cache: streams regroup the rows"));
+        }
+        let c_count = |n: usize, name: &str| {
+            u32::try_from(n).ok().filter(|&n| n > 0 && n <= i32::MAX as u32).ok_or_else(|| fail(&format!("{name} = {n}")))
+        };
+        // SAFETY: no arguments; returns a struct by value.
+        let mut c = unsafe { sys::context_default_params() };
+        c.n_ctx = c_count(params.n_cells, "n_cells")?;
+        c.n_batch = c_count(params.n_batch, "n_batch")?;
+        c.n_ubatch = c_count(params.n_ubatch.min(params.n_batch), "n_ubatch")?;
+        c.n_seq_max = c_count(params.n_seq_max, "n_seq_max")?;
+        c.n_threads = c_count(params.n_threads, "n_threads")? as i32;
+        c.n_threads_batch = c.n_threads;
+        c.flash_attn_type = sys::LLAMA_FLASH_ATTN_TYPE_AUTO;
+        c.kv_unified = params.unified;
+        c.swa_full = true; // dropping a suffix must always be possible
+        c.no_perf = true;
+        c.embeddings = params.embeddings;
+        let mut tap = params.tap_hidden.then(|| HiddenTap::new(model.n_embd()));
+        if let Some(tap) = &mut tap {
+            c.cb_eval = Some(on_tensor);
+            c.cb_eval_user_data = (&raw mut **tap).cast();
+        }
+        log::take_last_error();
+        // SAFETY: the model is loaded and kept by the new value; the tap is boxed and kept too.
+        let ptr = unsafe { sys::init_from_model(model.as_ptr(), c) };
+        let ptr = NonNull::new(ptr).ok_or_else(|| LlamaError::Context(log::take_last_error().unwrap_or_default()))?;
+        // SAFETY: a live context; the memory belongs to it.
+        let memory = unsafe { sys::get_memory(ptr.as_ptr()) };
+        let limits = Limits {
+            n_rows: params.n_batch,
+            n_seq_max: params.n_seq_max,
+            n_vocab: model.n_vocab(),
+            shared_rows: params.unified,
+        };
+        let context = Self {
+            ptr,
+            memory,
+            tap,
+            limits,
+            unified: params.unified,
+            embeddings: params.embeddings,
+            outputs: vec![],
+            model,
+        };
+        if context.memory.is_null() {
+            return Err(fail("the model keeps no cache"));
+        }
+        Ok(context)
+    }
+
+    /// The model this context computes with.
+    #[must_use]
+    pub fn model(&self) -> &Arc<Model> {
+        &self.model
+    }
+
+    /// Cells that one sequence may fill, as llama.cpp allocated them.
+    #[must_use]
+    pub fn n_cells_per_sequence(&self) -> usize {
+        // SAFETY: a live context.
+        unsafe { sys::n_ctx_seq(self.ptr.as_ptr()) as usize }
+    }
+
+    /// Cells of the whole cache, as llama.cpp allocated them.
+    #[must_use]
+    pub fn n_cells(&self) -> usize {
+        // SAFETY: a live context.
+        unsafe { sys::n_ctx(self.ptr.as_ptr()) as usize }
+    }
+
+    /// An empty batch within this context's limits.
+    #[must_use]
+    pub fn batch(&self) -> Batch {
+        Batch::new(self.limits)
+    }
+
+    /// Computes all rows of the batch and caches their keys and values.
+    ///
+    /// # Errors
+    /// [`LlamaError::Batch`] for an empty batch, one made for another context, or positions that do not follow on what
+    /// is cached. [`LlamaError::NoRoom`] leaves the cache as it was. [`LlamaError::Decode`] may leave part of the batch.
+    pub fn forward(&mut self, batch: &Batch) -> Result<(), LlamaError> {
+        if batch.is_empty() {
+            return Err(LlamaError::Batch("no rows".into()));
+        }
+        if batch.limits() != self.limits {
+            return Err(LlamaError::Batch("made for a context with other limits".into()));
+        }
+        self.outputs.clear();
+        if let Some(tap) = &mut self.tap {
+            tap.clear();
+        }
+        // SAFETY: every array of the batch holds `n_tokens` checked entries. The tap is not borrowed during the call.
+        let code = unsafe { sys::decode(self.ptr.as_ptr(), batch.as_c()) };
+        match code {
+            0 => {
+                self.outputs.extend_from_slice(batch.outputs());
+                Ok(())
+            }
+            1 => Err(LlamaError::NoRoom { rows: batch.len() }),
+            -1 => Err(LlamaError::Batch(log::take_last_error().unwrap_or_default())),
+            code => Err(LlamaError::Decode { code, reason: log::take_last_error().unwrap_or_default() }),
+        }
+    }
+
+    fn check_output(&self, row: usize) -> Result<i32, LlamaError> {
+        let wanted = self.outputs.get(row).copied().unwrap_or(false);
+        wanted.then_some(row as i32).ok_or_else(|| LlamaError::Misuse(format!("row {row} has no output")))
+    }
+
+    /// The logits of a row of the last batch: one per token of the vocabulary.
+    ///
+    /// # Errors
+    /// [`LlamaError::Misuse`] for a row that asked for none.
+    pub fn logits(&self, row: usize) -> Result<&[f32], LlamaError> {
+        let c_row = self.check_output(row)?;
+        // SAFETY: the row has an output. The call waits for the device; the first one after a forward pass also puts the
+        // output buffer into the batch's order, before any slice of it was handed out.
+        let ptr = unsafe { sys::get_logits_ith(self.ptr.as_ptr(), c_row) };
+        if ptr.is_null() {
+            return Err(LlamaError::Misuse(format!("llama.cpp has no logits for row {row}")));
+        }
+        // SAFETY: `n_vocab` values, untouched until the next forward pass, which needs `&mut self`.
+        Ok(unsafe { std::slice::from_raw_parts(ptr, self.limits.n_vocab) })
+    }
+
+    /// The post-norm hidden state of an output row of the last batch: `n_embd` values.
+    ///
+    /// # Errors
+    /// [`LlamaError::Misuse`] for a row that asked for no output, or a context made without `tap_hidden`.
+    pub fn hidden(&self, row: usize) -> Result<&[f32], LlamaError> {
+        self.check_output(row)?;
+        // A unified cache computes rows in the batch's order, so the row's place among the outputs is its place here.
+        let place = self.outputs[..row].iter().filter(|&&o| o).count();
+        let tapped = self.tap.as_ref().and_then(|t| t.row(place));
+        tapped.ok_or_else(|| LlamaError::Misuse(format!("no hidden state was kept for row {row}")))
+    }
+
+    /// llama.cpp's own embedding of a row: `n_embd` values; only with `embeddings`.
+    ///
+    /// # Errors
+    /// [`LlamaError::Misuse`] without `embeddings` or for a row out of range.
+    pub fn embedding(&self, row: usize) -> Result<&[f32], LlamaError> {
+        let c_row = self.check_output(row)?;
+        if !self.embeddings {
+            return Err(LlamaError::Misuse("the context computes no embeddings".into()));
+        }
+        // SAFETY: the row has an output and the context computes embeddings.
+        let ptr = unsafe { sys::get_embeddings_ith(self.ptr.as_ptr(), c_row) };
+        if ptr.is_null() {
+            return Err(LlamaError::Misuse(format!("llama.cpp has no embedding for row {row}")));
+        }
+        // SAFETY: `n_embd` values, untouched until the next forward pass, which needs `&mut self`.
+        Ok(unsafe { std::slice::from_raw_parts(ptr, self.model.n_embd()) })
+    }
+
+    fn check_seq(&self, seq: SeqId) -> Result<i32, LlamaError> {
+        if (seq.0 as usize) < self.limits.n_seq_max {
+            return Ok(seq.0 as i32);
+        }
+        Err(LlamaError::Misuse(format!("sequence id {} of {}", seq.0, self.limits.n_seq_max)))
+    }
+
+    /// Takes a sequence's id off its cells from position `from` on. Cells without an id left are free.
+    ///
+    /// # Errors
+    /// [`LlamaError::Misuse`] for an id out of range, or a cache that cannot drop a suffix.
+    pub fn remove_from(&mut self, seq: SeqId, from: usize) -> Result<(), LlamaError> {
+        let c_seq = self.check_seq(seq)?;
+        let from = i32::try_from(from).unwrap_or(i32::MAX);
+        // SAFETY: a live memory and an id in range; -1 is "to the end".
+        let done = unsafe { sys::memory_seq_rm(self.memory, c_seq, from, -1) };
+        done.then_some(()).ok_or_else(|| LlamaError::Misuse(format!("the cache cannot drop positions from {from} on")))
+    }
+
+    /// Puts `to`'s id on the first `n` cells of `from`: both then share them, and no data moves.
+    ///
+    /// # Errors
+    /// [`LlamaError::Misuse`] for an id out of range, or without a unified cache.
+    pub fn share_prefix(&mut self, from: SeqId, to: SeqId, n: usize) -> Result<(), LlamaError> {
+        let (c_from, c_to) = (self.check_seq(from)?, self.check_seq(to)?);
+        if !self.unified {
+            return Err(LlamaError::Misuse("streams share no cells".into()));
+        }
+        let end = i32::try_from(n).unwrap_or(i32::MAX);
+        // SAFETY: a live memory, ids in range, and one stream, for which any range may be copied.
+        unsafe { sys::memory_seq_cp(self.memory, c_from, c_to, 0, end) };
+        Ok(())
+    }
+
+    /// Forgets everything cached.
+    pub fn clear(&mut self) {
+        // SAFETY: a live memory; `false` leaves the buffers' contents, which no cell refers to any more.
+        unsafe { sys::memory_clear(self.memory, false) };
+    }
+
+    /// Number of positions cached for a sequence, or `None` for an id out of range.
+    #[must_use]
+    pub fn cached_len(&self, seq: SeqId) -> Option<usize> {
+        let c_seq = self.check_seq(seq).ok()?;
+        // SAFETY: a live memory and an id in range; -1 for an empty sequence.
+        usize::try_from(unsafe { sys::memory_seq_pos_max(self.memory, c_seq) } + 1).ok()
+    }
+}

@@ -1,0 +1,263 @@
+//! A loaded GGUF model: weights, vocabulary, metadata. Immutable after loading, so any thread may read it.
+
+use std::ffi::{CString, c_char, c_void};
+use std::path::Path;
+use std::ptr::NonNull;
+
+use super::{LlamaError, Token, log, start_backend, sys, text};
+
+/// How to load a model.
+#[derive(Clone, Debug, Default)]
+pub struct ModelParams {
+    /// Layers to hold on the GPU; ignored where llama.cpp was built without one.
+    pub n_gpu_layers: u32,
+}
+
+/// A model and its vocabulary.
+pub struct Model {
+    ptr: NonNull<sys::llama_model>,
+    vocab: NonNull<sys::vocab>,
+}
+
+// SAFETY: after loading nothing in llama.cpp writes to a model; tokenising and metadata are `const` and keep their
+// working memory on the stack. A context only reads the weights.
+unsafe impl Send for Model {}
+// SAFETY: as above.
+unsafe impl Sync for Model {}
+
+impl Drop for Model {
+    fn drop(&mut self) {
+        // SAFETY: `ptr` came from a successful load and is freed once; contexts hold the model by `Arc`.
+        unsafe { sys::model_free(self.ptr.as_ptr()) };
+    }
+}
+
+impl Model {
+    /// Loads a GGUF file. `progress` gets values from 0 to 1 and may stop the load by returning `false`.
+    ///
+    /// # Errors
+    /// [`LlamaError::Load`] with llama.cpp's reason: no such file, not a GGUF, an unknown architecture, no memory, or a
+    /// kind of model that does not generate text from a prompt alone.
+    pub fn load(path: &Path, params: &ModelParams, mut progress: impl FnMut(f32) -> bool) -> Result<Self, LlamaError> {
+        start_backend();
+        let fail = |reason: String| LlamaError::Load { path: path.to_owned(), reason };
+        std::fs::File::open(path).map_err(|e| fail(e.to_string()))?;
+        let c_path = CString::new(path.as_os_str().as_encoded_bytes()).map_err(|e| fail(e.to_string()))?;
+
+        let mut callback: &mut dyn FnMut(f32) -> bool = &mut progress;
+        // SAFETY: no arguments; returns a struct by value.
+        let mut c = unsafe { sys::model_default_params() };
+        c.n_gpu_layers = i32::try_from(params.n_gpu_layers).unwrap_or(i32::MAX);
+        c.progress_callback = Some(on_progress);
+        c.progress_callback_user_data = (&raw mut callback).cast::<c_void>();
+        log::take_last_error();
+        // SAFETY: the path is zero-terminated; `callback` outlives the call, which is the only time C uses it.
+        let ptr = unsafe { sys::model_load_from_file(c_path.as_ptr(), c) };
+        let ptr =
+            NonNull::new(ptr).ok_or_else(|| fail(log::take_last_error().unwrap_or_else(|| "no reason given".into())))?;
+        // SAFETY: `ptr` is a loaded model; the vocabulary is a part of it.
+        let vocab = unsafe { sys::model_get_vocab(ptr.as_ptr()) };
+        let vocab = NonNull::new(vocab.cast_mut()).ok_or_else(|| fail("the model has no vocabulary".into()))?;
+        let model = Self { ptr, vocab };
+        model.check_kind().map_err(fail)?;
+        Ok(model)
+    }
+
+    /// Only decoder models whose cache can drop a suffix serve here: prefix reuse and speculation stand on it.
+    fn check_kind(&self) -> Result<(), String> {
+        let m = self.ptr.as_ptr();
+        // SAFETY: `m` is a loaded model; these read flags.
+        let (encoder, decoder) = unsafe { (sys::model_has_encoder(m), sys::model_has_decoder(m)) };
+        // SAFETY: as above.
+        let (recurrent, hybrid, diffusion) =
+            unsafe { (sys::model_is_recurrent(m), sys::model_is_hybrid(m), sys::model_is_diffusion(m)) };
+        let kind = match () {
+            () if encoder || !decoder => "an encoder",
+            () if recurrent => "a recurrent model",
+            () if hybrid => "a hybrid of attention and recurrence",
+            () if diffusion => "a diffusion model",
+            () if self.n_vocab() == 0 => "a model without a vocabulary",
+            () => return Ok(()),
+        };
+        Err(format!("this is {kind}; only attention decoders are supported"))
+    }
+
+    pub(super) fn as_ptr(&self) -> *mut sys::llama_model {
+        self.ptr.as_ptr()
+    }
+
+    /// Number of tokens in the vocabulary.
+    #[must_use]
+    pub fn n_vocab(&self) -> usize {
+        // SAFETY: the vocabulary lives as long as the model.
+        count(unsafe { sys::vocab_n_tokens(self.vocab.as_ptr()) })
+    }
+
+    /// Width of the hidden state.
+    #[must_use]
+    pub fn n_embd(&self) -> usize {
+        // SAFETY: a loaded model.
+        count(unsafe { sys::model_n_embd(self.as_ptr()) })
+    }
+
+    /// Number of layers.
+    #[must_use]
+    pub fn n_layer(&self) -> usize {
+        // SAFETY: a loaded model.
+        count(unsafe { sys::model_n_layer(self.as_ptr()) })
+    }
+
+    /// The longest context the model was trained on, in tokens.
+    #[must_use]
+    pub fn n_ctx_train(&self) -> usize {
+        // SAFETY: a loaded model.
+        count(unsafe { sys::model_n_ctx_train(self.as_ptr()) })
+    }
+
+    /// Number of parameters.
+    #[must_use]
+    pub fn n_params(&self) -> u64 {
+        // SAFETY: a loaded model.
+        unsafe { sys::model_n_params(self.as_ptr()) }
+    }
+
+    /// Size of all tensors in bytes.
+    #[must_use]
+    pub fn size_bytes(&self) -> u64 {
+        // SAFETY: a loaded model.
+        unsafe { sys::model_size(self.as_ptr()) }
+    }
+
+    /// The quantization of most tensors as llama.cpp names it, for example `Q4_1`.
+    #[must_use]
+    pub fn quantization(&self) -> String {
+        // SAFETY: a loaded model; the name is a constant.
+        unsafe { text(sys::ftype_name(sys::model_ftype(self.as_ptr()))) }
+    }
+
+    /// The model's name from its metadata, if it has one.
+    #[must_use]
+    pub fn name(&self) -> Option<String> {
+        self.meta("general.name")
+    }
+
+    /// A scalar metadata value as text; `None` where the key is absent or holds an array.
+    #[must_use]
+    pub fn meta(&self, key: &str) -> Option<String> {
+        let key = CString::new(key).ok()?;
+        let read = |buffer: &mut [u8]| {
+            // SAFETY: key is zero-terminated; at most `len` bytes are written, the terminator included.
+            unsafe { sys::model_meta_val_str(self.as_ptr(), key.as_ptr(), buffer.as_mut_ptr().cast(), buffer.len()) }
+        };
+        let n = usize::try_from(read(&mut [0; 1])).ok()?; // the value's length, whatever fits
+        let mut buffer = vec![0; n + 1];
+        read(&mut buffer);
+        buffer.truncate(n);
+        Some(String::from_utf8_lossy(&buffer).into_owned())
+    }
+
+    /// The source text of the model's default chat template (Jinja), if it has one.
+    #[must_use]
+    pub fn chat_template(&self) -> Option<String> {
+        // SAFETY: null asks for the default template; the text is a part of the model.
+        let template = unsafe { sys::model_chat_template(self.as_ptr(), std::ptr::null()) };
+        // SAFETY: null or a zero-terminated text that lives as long as the model.
+        (!template.is_null()).then(|| unsafe { text(template) })
+    }
+
+    /// Splits text into tokens. `special`: names of control tokens in the text (`<|im_start|>`) become those tokens. The
+    /// beginning-of-sequence token is added where the model asks for it.
+    ///
+    /// # Errors
+    /// [`LlamaError::Tokenize`] for text over 2 GiB or with more tokens than that.
+    pub fn tokenize(&self, input: &str, special: bool) -> Result<Vec<Token>, LlamaError> {
+        let error = LlamaError::Tokenize { bytes: input.len() };
+        let Ok(len) = i32::try_from(input.len()) else { return Err(error) };
+        let mut ids: Vec<sys::token> = Vec::with_capacity(input.len() / 3 + 8);
+        let fill = |ids: &mut Vec<sys::token>| {
+            let room = i32::try_from(ids.capacity()).unwrap_or(i32::MAX);
+            // SAFETY: `len` bytes of text are readable, `room` tokens writable; the text needs no terminator.
+            unsafe {
+                sys::tokenize(
+                    self.vocab.as_ptr(),
+                    input.as_ptr().cast::<c_char>(),
+                    len,
+                    ids.as_mut_ptr(),
+                    room,
+                    true,
+                    special,
+                )
+            }
+        };
+        let mut n = fill(&mut ids);
+        if n < 0 && n != i32::MIN {
+            ids.reserve(n.unsigned_abs() as usize); // minus the number that was needed
+            n = fill(&mut ids);
+        }
+        let Ok(n) = usize::try_from(n) else { return Err(error) };
+        // SAFETY: C wrote `n` tokens, which fit as it did not ask for more.
+        unsafe { ids.set_len(n) };
+        Ok(ids.into_iter().map(Token).collect())
+    }
+
+    /// Appends a token's bytes to `out`. They may be a part of a UTF-8 character. Control tokens have none unless
+    /// `special` asks for their names.
+    pub fn piece(&self, token: Token, special: bool, out: &mut Vec<u8>) {
+        if !self.contains(token) {
+            return;
+        }
+        let read = |buffer: &mut [u8]| {
+            let len = i32::try_from(buffer.len()).unwrap_or(i32::MAX);
+            // SAFETY: the token is in the vocabulary; at most `len` bytes are written.
+            unsafe { sys::token_to_piece(self.vocab.as_ptr(), token.0, buffer.as_mut_ptr().cast(), len, 0, special) }
+        };
+        let mut buffer = [0; 64];
+        match read(&mut buffer) {
+            n if n >= 0 => out.extend_from_slice(&buffer[..count(n)]),
+            n => {
+                let mut long = vec![0; n.unsigned_abs() as usize]; // minus the number that was needed
+                let n = read(&mut long);
+                long.truncate(count(n));
+                out.extend_from_slice(&long);
+            }
+        }
+    }
+
+    /// The text of several tokens, control tokens by name.
+    #[must_use]
+    pub fn detokenize(&self, tokens: &[Token]) -> String {
+        let mut bytes = Vec::new();
+        tokens.iter().for_each(|&t| self.piece(t, true, &mut bytes));
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// `true` for a token of the vocabulary.
+    #[must_use]
+    pub fn contains(&self, token: Token) -> bool {
+        usize::try_from(token.0).is_ok_and(|t| t < self.n_vocab())
+    }
+
+    /// `true` for the tokens that end a generation (end of sequence, of turn, of message).
+    #[must_use]
+    pub fn is_end(&self, token: Token) -> bool {
+        // SAFETY: the token is in the vocabulary.
+        self.contains(token) && unsafe { sys::vocab_is_eog(self.vocab.as_ptr(), token.0) }
+    }
+}
+
+impl std::fmt::Debug for Model {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Model").field("name", &self.name()).field("quantization", &self.quantization()).finish()
+    }
+}
+
+/// C's counts are `int32_t` and not negative.
+fn count(n: i32) -> usize {
+    usize::try_from(n).unwrap_or(0)
+}
+
+unsafe extern "C" fn on_progress(progress: f32, user_data: *mut c_void) -> bool {
+    // SAFETY: `load` passes a pointer to its callback, which outlives the call that invokes this.
+    let callback = unsafe { &mut *user_data.cast::<&mut dyn FnMut(f32) -> bool>() };
+    callback(progress)
+}

@@ -1,0 +1,162 @@
+//! llama.cpp's samplers as filters over one row of logits. The draw is made elsewhere (`engine::sampler`), because it must
+//! be keyed by position for speculation to change nothing.
+
+use std::ptr::NonNull;
+
+use super::{LlamaError, Token, sys};
+
+/// A chain of filters, applied in the order they were added.
+pub struct SamplerChain {
+    ptr: NonNull<sys::sampler>,
+    n_vocab: i32,
+}
+
+// SAFETY: a chain owns its samplers and they share nothing with other chains; it may move to the engine's thread.
+unsafe impl Send for SamplerChain {}
+
+impl Drop for SamplerChain {
+    fn drop(&mut self) {
+        // SAFETY: the chain is freed once and frees the samplers it took over.
+        unsafe { sys::sampler_free(self.ptr.as_ptr()) };
+    }
+}
+
+impl SamplerChain {
+    /// An empty chain for rows of `n_vocab` logits.
+    ///
+    /// # Panics
+    /// For a vocabulary of over 2^31 tokens or without memory.
+    #[must_use]
+    pub fn new(n_vocab: usize) -> Self {
+        // SAFETY: takes and returns values.
+        let ptr = unsafe { sys::sampler_chain_init(sys::sampler_chain_params { no_perf: true }) };
+        let n_vocab = i32::try_from(n_vocab).expect("token ids are 32-bit");
+        Self { ptr: NonNull::new(ptr).expect("llama.cpp throws instead of returning null"), n_vocab }
+    }
+
+    fn push(self, name: &'static str, sampler: *mut sys::sampler) -> Result<Self, LlamaError> {
+        if sampler.is_null() {
+            return Err(LlamaError::Sampler(name));
+        }
+        // SAFETY: both are live; the chain takes the sampler over.
+        unsafe { sys::sampler_chain_add(self.ptr.as_ptr(), sampler) };
+        Ok(self)
+    }
+
+    /// Adds `bias` to the logits of single tokens.
+    ///
+    /// # Errors
+    /// [`LlamaError::Sampler`] for a token outside the vocabulary, or when llama.cpp refuses.
+    pub fn logit_bias(self, bias: &[(Token, f32)]) -> Result<Self, LlamaError> {
+        if bias.iter().any(|(t, _)| !(0..self.n_vocab).contains(&t.0)) {
+            return Err(LlamaError::Sampler("logit_bias"));
+        }
+        let c: Vec<_> = bias.iter().map(|&(t, bias)| sys::logit_bias { token: t.0, bias }).collect();
+        let n = i32::try_from(c.len()).map_err(|_| LlamaError::Sampler("logit_bias"))?;
+        // SAFETY: `n` entries are readable; C copies them.
+        let sampler = unsafe { sys::sampler_init_logit_bias(self.n_vocab, n, c.as_ptr()) };
+        self.push("logit_bias", sampler)
+    }
+
+    /// Makes tokens among the last `last_n` accepted less likely: `repeat` divides positive logits and multiplies
+    /// negative ones (1 is off), `frequency` is subtracted per occurrence, `presence` once (0 is off).
+    ///
+    /// # Errors
+    /// [`LlamaError::Sampler`] for a `repeat` that is not positive, or a value that is not finite.
+    pub fn penalties(self, last_n: usize, repeat: f32, frequency: f32, presence: f32) -> Result<Self, LlamaError> {
+        let sound = repeat > 0.0 && repeat.is_finite() && frequency.is_finite() && presence.is_finite();
+        let Ok(last_n) = i32::try_from(last_n) else { return Err(LlamaError::Sampler("penalties")) };
+        if !sound {
+            return Err(LlamaError::Sampler("penalties"));
+        }
+        // SAFETY: values only, in the range that C asks for.
+        let sampler = unsafe { sys::sampler_init_penalties(self.n_vocab, last_n, repeat, frequency, presence) };
+        self.push("penalties", sampler)
+    }
+
+    /// Keeps the `k` most likely tokens.
+    ///
+    /// # Errors
+    /// [`LlamaError::Sampler`] when llama.cpp refuses.
+    pub fn top_k(self, k: usize) -> Result<Self, LlamaError> {
+        // SAFETY: values only.
+        let sampler = unsafe { sys::sampler_init_top_k(i32::try_from(k).unwrap_or(i32::MAX)) };
+        self.push("top_k", sampler)
+    }
+
+    /// Keeps the smallest set of most likely tokens with a probability of at least `p` together.
+    ///
+    /// # Errors
+    /// [`LlamaError::Sampler`] when llama.cpp refuses.
+    pub fn top_p(self, p: f32) -> Result<Self, LlamaError> {
+        // SAFETY: values only.
+        let sampler = unsafe { sys::sampler_init_top_p(p, 1) };
+        self.push("top_p", sampler)
+    }
+
+    /// Keeps tokens at least `p` times as likely as the most likely one.
+    ///
+    /// # Errors
+    /// [`LlamaError::Sampler`] when llama.cpp refuses.
+    pub fn min_p(self, p: f32) -> Result<Self, LlamaError> {
+        // SAFETY: values only.
+        let sampler = unsafe { sys::sampler_init_min_p(p, 1) };
+        self.push("min_p", sampler)
+    }
+
+    /// Divides the logits by `t`.
+    ///
+    /// # Errors
+    /// [`LlamaError::Sampler`] when llama.cpp refuses.
+    pub fn temperature(self, t: f32) -> Result<Self, LlamaError> {
+        // SAFETY: values only.
+        let sampler = unsafe { sys::sampler_init_temp(t) };
+        self.push("temperature", sampler)
+    }
+
+    /// Tells the chain which token came next, for the penalties.
+    pub fn accept(&mut self, token: Token) {
+        if (0..self.n_vocab).contains(&token.0) {
+            // SAFETY: a live chain, and a token of its vocabulary.
+            unsafe { sys::sampler_accept(self.ptr.as_ptr(), token.0) };
+        }
+    }
+}
+
+/// Working memory for one row of candidates, reused from row to row.
+#[derive(Default)]
+pub struct Candidates {
+    data: Vec<sys::token_data>,
+}
+
+impl Candidates {
+    /// Runs a row of logits through the chain. Returns the tokens that are left with their logits, in ascending order of
+    /// token id: that order does not depend on rounding, so neither does what a given random number selects.
+    ///
+    /// # Panics
+    /// When the row is not as long as the chain's vocabulary.
+    pub fn filter(
+        &mut self,
+        chain: &mut SamplerChain,
+        logits: &[f32],
+    ) -> impl ExactSizeIterator<Item = (Token, f32)> + Clone {
+        assert_eq!(logits.len(), chain.n_vocab as usize, "one logit per token");
+        self.data.clear();
+        self.data.extend(logits.iter().zip(0..).map(|(&logit, id)| sys::token_data { id, logit, p: 0.0 }));
+        let mut array =
+            sys::token_data_array { data: self.data.as_mut_ptr(), size: self.data.len(), selected: -1, sorted: false };
+        // SAFETY: `array` describes our buffer; samplers permute it, shorten it, or point `data` at memory of the chain's.
+        unsafe { sys::sampler_apply(chain.ptr.as_ptr(), &raw mut array) };
+        let kept = array.size.min(self.data.len());
+        if array.data != self.data.as_mut_ptr() {
+            // SAFETY: `size` entries in memory that the chain owns and leaves alone until it is applied again; it is not
+            // our buffer, so the two do not overlap.
+            unsafe { std::ptr::copy_nonoverlapping(array.data, self.data.as_mut_ptr(), kept) };
+        }
+        self.data.truncate(kept);
+        if !self.data.is_sorted_by_key(|d| d.id) {
+            self.data.sort_unstable_by_key(|d| d.id);
+        }
+        self.data.iter().map(|d| (Token(d.id), d.logit))
+    }
+}

@@ -1,0 +1,40 @@
+//! Arguments to configuration, and then the command they name.
+
+use std::io::IsTerminal;
+use std::process::ExitCode;
+
+use anyhow::anyhow;
+use clap::Parser;
+use medusa_llama::cli;
+use medusa_llama::config::{Args, Command, LogLevel};
+use tracing_subscriber::EnvFilter;
+
+fn main() -> ExitCode {
+    match run(Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: Args) -> anyhow::Result<()> {
+    match args.command {
+        Command::Serve(args) => {
+            log_to_stderr(args.model.log_level);
+            cli::serve(args.check().map_err(|e| anyhow!(e))?)
+        }
+        Command::Generate(args) => {
+            // The terminal is for the text: only a level that was asked for shows more than trouble.
+            log_to_stderr(if args.model.log_level == LogLevel::Info { LogLevel::Warn } else { args.model.log_level });
+            cli::generate(&args)
+        }
+    }
+}
+
+fn log_to_stderr(level: LogLevel) {
+    let colours = std::io::stderr().is_terminal();
+    let filter = EnvFilter::new(level.as_str());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours).init();
+}

@@ -1,0 +1,132 @@
+//! What crosses between HTTP (or the command line) and the engine: a [`Request`] in, [`Event`]s out.
+//!
+//! Both sides know this file and nothing else of each other.
+
+use crate::llama::Token;
+
+/// How to choose each token. Every value is in the range its field names; [`Default`] is `/generate`'s.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SamplingParams {
+    /// 0 is greedy; otherwise logits are divided by it.
+    pub temperature: f32,
+    /// Keep the most likely tokens up to this probability together; 1 keeps all.
+    pub top_p: f32,
+    /// Keep this many most likely tokens; 0 keeps all.
+    pub top_k: usize,
+    /// Keep tokens at least this fraction as likely as the most likely one; 0 keeps all.
+    pub min_p: f32,
+    /// Divides the logits of tokens in the window; 1 is off.
+    pub repetition_penalty: f32,
+    /// Subtracted from a token's logit for each time it stands in the window; 0 is off.
+    pub frequency_penalty: f32,
+    /// Subtracted once from the logit of a token that stands in the window; 0 is off.
+    pub presence_penalty: f32,
+    /// The window of the penalties: this many last tokens, the prompt's included.
+    pub repeat_last_n: usize,
+    /// Added to the logits of single tokens.
+    pub logit_bias: Vec<(Token, f32)>,
+    /// With the position it decides every draw: the same request and seed give the same text.
+    pub seed: u64,
+}
+
+impl Default for SamplingParams {
+    fn default() -> Self {
+        Self {
+            temperature: 0.8,
+            top_p: 0.95,
+            top_k: 0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            repeat_last_n: 64,
+            logit_bias: Vec::new(),
+            seed: 0,
+        }
+    }
+}
+
+impl SamplingParams {
+    /// `true` if a penalty is on, so that the tokens before matter.
+    #[must_use]
+    pub fn has_penalties(&self) -> bool {
+        self.repeat_last_n > 0
+            && (self.repetition_penalty != 1.0 || self.frequency_penalty != 0.0 || self.presence_penalty != 0.0)
+    }
+}
+
+/// A request whose every field is in range. Only the prompt's length in tokens is not known yet: the engine's
+/// [`Handle`](crate::engine::Handle) counts them and may still refuse.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// The text to continue; control tokens may stand in it by name.
+    pub prompt: String,
+    /// Most tokens to generate; at least 1. The context's end may come first.
+    pub max_tokens: usize,
+    /// How to choose tokens.
+    pub sampling: SamplingParams,
+    /// The text ends before the first of these to be complete. None is empty.
+    pub stop: Vec<String>,
+    /// Never choose the model's end-of-text tokens.
+    pub ignore_eos: bool,
+}
+
+/// What a request gets back: any number of pieces, then one end.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// More text; never empty, never half a character.
+    Piece(String),
+    /// The answer is complete. The last event.
+    Done(Completion),
+    /// The engine failed and the answer stays incomplete. The last event. The log names the cause under this id.
+    Failed {
+        /// What the log repeats.
+        id: String,
+    },
+}
+
+/// How an answer ended.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Completion {
+    /// Text that was still held back as a possible beginning of a stop string; often empty.
+    pub tail: String,
+    /// Why it ended.
+    pub finish_reason: FinishReason,
+    /// Token counts.
+    pub usage: Usage,
+    /// Where the time went.
+    pub timings: Timings,
+}
+
+/// Why an answer ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// The model ended the text.
+    EndOfText,
+    /// This stop string appeared; the text ends before it.
+    StopString(String),
+    /// `max_tokens` or the context's end was reached.
+    Length,
+}
+
+/// Token counts of one request.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Those of them that were in the cache already.
+    pub cached_tokens: usize,
+    /// Tokens generated, an end-of-text token included.
+    pub completion_tokens: usize,
+}
+
+/// Seconds a request spent in each stage.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Timings {
+    /// From acceptance to the first step with a row of its own.
+    pub queue_s: f64,
+    /// From there to the first token.
+    pub prefill_s: f64,
+    /// From the first token to the last.
+    pub decode_s: f64,
+}
