@@ -85,7 +85,7 @@ impl<F: Forward> Engine<F> {
             waiting: VecDeque::new(),
             running: (0..n_seqs).map(|_| None).collect(),
             n_admitted: 0,
-            pace: Pace::default(),
+            pace: Pace::new(limits.n_batch),
             end_tokens,
             stats,
             work: Work::default(),
@@ -161,7 +161,7 @@ impl<F: Forward> Engine<F> {
         work.demands.clear();
         let demand = |s: &Sequence| Demand { seq: s.seq, n_pending: s.n_pending(), order: s.order };
         work.demands.extend(self.running.iter().flatten().map(demand));
-        let budget = Budget { n_batch: self.limits.n_batch, n_prefill: self.pace.n_prefill(self.limits.n_batch) };
+        let budget = Budget { n_batch: self.limits.n_batch, n_prefill: self.pace.n_prefill() };
         scheduler::plan(&work.demands, budget, &mut work.by_age, &mut work.shares);
 
         work.rows.clear();
@@ -183,7 +183,9 @@ impl<F: Forward> Engine<F> {
         let shares = std::mem::take(&mut self.work.shares);
         let now = Instant::now();
         let n_decode = shares.iter().filter(|s| s.n_rows == 1 && s.to_end).count();
-        self.pace.record(n_decode, self.work.rows.len() - n_decode, (now - started).as_secs_f64());
+        let (n_prompt, seconds) = (self.work.rows.len() - n_decode, (now - started).as_secs_f64());
+        self.pace.record(n_decode, n_prompt, seconds);
+        tracing::trace!(n_decode, n_prompt, seconds, "step");
         for share in &shares {
             row += share.n_rows;
             match self.advance(share, row - 1, started, now) {

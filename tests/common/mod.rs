@@ -1,0 +1,193 @@
+//! A real server on a free port, and HTTP as bytes on a socket.
+#![allow(dead_code, missing_docs)] // each test binary uses its part
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// The default model, which `make model` fetches; these tests need it.
+pub fn model_path() -> PathBuf {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(medusa_llama::config::DEFAULT_MODEL);
+    assert!(path.is_file(), "the default model is missing: run `make model`");
+    path
+}
+
+/// A running `medusa-llama serve`, killed when dropped.
+pub struct Server {
+    child: Child,
+    pub addr: SocketAddr,
+    log: Arc<Mutex<String>>,
+}
+
+impl Server {
+    /// Starts one and waits until it listens; the model may still be loading.
+    pub fn start_loading(args: &[&str]) -> Self {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_medusa-llama"))
+            .args(["serve", "--host", "127.0.0.1", "--port", "0", "--model"])
+            .arg(model_path())
+            .args(args)
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut stderr = BufReader::new(child.stderr.take().unwrap());
+        let mut line = String::new();
+        stderr.read_line(&mut line).unwrap();
+        let addr = line.split("http://").nth(1).and_then(|l| l.split(',').next()).unwrap_or_else(|| panic!("{line}"));
+        let addr = addr.parse().unwrap();
+        let log = Arc::new(Mutex::new(line));
+        let sink = Arc::clone(&log);
+        std::thread::spawn(move || stderr.lines().map_while(Result::ok).for_each(|l| *sink.lock().unwrap() += &(l + "\n")));
+        Self { child, addr, log }
+    }
+
+    /// Starts one and waits until it serves.
+    pub fn start(args: &[&str]) -> Self {
+        let server = Self::start_loading(args);
+        server.wait(|| server.get("/health").status == 200);
+        server
+    }
+
+    /// Polls for up to 30 seconds.
+    pub fn wait(&self, mut done: impl FnMut() -> bool) {
+        let start = Instant::now();
+        while !done() {
+            assert!(start.elapsed() < Duration::from_secs(30), "waited in vain; the log:\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    pub fn log(&self) -> String {
+        self.log.lock().unwrap().clone()
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub fn terminate(&self) {
+        assert!(Command::new("kill").args(["-TERM", &self.pid().to_string()]).status().unwrap().success());
+    }
+
+    pub fn wait_for_exit(mut self) -> ExitStatus {
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(start.elapsed() < Duration::from_secs(60), "still running");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    pub fn get(&self, path: &str) -> Answer {
+        exchange(self.addr, format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_bytes())
+    }
+
+    pub fn post(&self, body: &[u8]) -> Answer {
+        exchange(self.addr, &post_bytes(body))
+    }
+
+    pub fn generate(&self, body: &Value) -> Answer {
+        self.post(body.to_string().as_bytes())
+    }
+
+    /// The `load` object of `GET /`.
+    pub fn load(&self) -> Value {
+        self.get("/").json()["load"].clone()
+    }
+
+    /// Nothing runs, waits or holds a cell.
+    pub fn is_idle(&self) -> bool {
+        let load = self.load();
+        ["in_flight", "running", "waiting", "kv_cells_running"].iter().all(|name| load[name] == 0)
+    }
+
+    /// Sends a request to stream and leaves the connection open.
+    pub fn open_stream(&self, body: &Value) -> TcpStream {
+        let mut socket = TcpStream::connect(self.addr).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        socket.write_all(&post_bytes(body.to_string().as_bytes())).unwrap();
+        socket
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+pub fn post_bytes(body: &[u8]) -> Vec<u8> {
+    let head = format!("POST /generate HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", body.len());
+    [head.as_bytes(), body].concat()
+}
+
+/// Sends bytes and reads the answer to the end.
+pub fn exchange(addr: SocketAddr, request: &[u8]) -> Answer {
+    let mut socket = TcpStream::connect(addr).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
+    let _ = socket.write_all(request); // an answer may come before all is sent
+    read_answer(socket)
+}
+
+pub fn read_answer(mut socket: TcpStream) -> Answer {
+    let mut bytes = Vec::new();
+    let _ = socket.read_to_end(&mut bytes); // a reset after the answer is fine
+    Answer::parse(&bytes)
+}
+
+#[derive(Debug)]
+pub struct Answer {
+    pub status: u16,
+    pub head: String,
+    pub body: Vec<u8>,
+}
+
+impl Answer {
+    fn parse(bytes: &[u8]) -> Self {
+        let end = bytes.windows(4).position(|w| w == b"\r\n\r\n").unwrap_or_else(|| panic!("no head in {bytes:?}"));
+        let head = String::from_utf8(bytes[..end].to_vec()).unwrap().to_lowercase();
+        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+        let body = &bytes[end + 4..];
+        let body = if head.contains("transfer-encoding: chunked") { unchunk(body) } else { body.to_vec() };
+        Self { status, head, body }
+    }
+
+    pub fn text(&self) -> &str {
+        std::str::from_utf8(&self.body).unwrap()
+    }
+
+    pub fn json(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&self.body)))
+    }
+
+    /// The data of each server-sent event.
+    pub fn events(&self) -> Vec<Value> {
+        let data = self.text().lines().filter_map(|l| l.strip_prefix("data: "));
+        data.map(|d| serde_json::from_str(d).unwrap()).collect()
+    }
+
+    /// The text of a stream's events.
+    pub fn streamed_text(&self) -> String {
+        self.events().iter().map(|e| e["generated_text"].as_str().unwrap_or_default()).collect()
+    }
+}
+
+fn unchunk(mut body: &[u8]) -> Vec<u8> {
+    let mut out = Vec::new();
+    while let Some(end) = body.windows(2).position(|w| w == b"\r\n") {
+        let n = usize::from_str_radix(std::str::from_utf8(&body[..end]).unwrap().trim(), 16).unwrap();
+        if n == 0 {
+            break;
+        }
+        out.extend_from_slice(&body[end + 2..end + 2 + n]);
+        body = &body[end + 4 + n..];
+    }
+    out
+}

@@ -1,0 +1,205 @@
+//! The engine's loop on a stub model: whatever comes and goes, every request gets its own text and leaves nothing behind.
+#![allow(missing_docs)]
+
+#[path = "common/stub.rs"]
+mod stub;
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use medusa_llama::engine::handle::Stats;
+use medusa_llama::engine::{Engine, Job, Layout, Limits};
+use medusa_llama::llama::Token;
+use medusa_llama::request::{Event, FinishReason, Request, SamplingParams};
+use proptest::prelude::*;
+use stub::Stub;
+use tokio::sync::mpsc::{self, Receiver};
+
+const N_VOCAB: usize = 50;
+
+fn limits(layout: Layout, n_slots: usize, n_ctx: usize, n_batch: usize) -> Limits {
+    Limits { n_slots, n_ctx, n_batch, layout }
+}
+
+fn job(prompt: &[i32], max_tokens: usize, temperature: f32) -> (Job, Receiver<Event>) {
+    let (events, receiver) = mpsc::channel(max_tokens + 1);
+    let sampling = SamplingParams { temperature, seed: 3, ..SamplingParams::default() };
+    let request = Request { prompt: String::new(), max_tokens, sampling, stop: vec![], ignore_eos: false };
+    let prompt = prompt.iter().map(|&t| Token(t)).collect();
+    (Job { prompt, request, events, permit: None, accepted: Instant::now() }, receiver)
+}
+
+/// Everything that came: text, and how it ended.
+fn read(receiver: &mut Receiver<Event>) -> (String, Option<Event>) {
+    let mut text = String::new();
+    while let Ok(event) = receiver.try_recv() {
+        match event {
+            Event::Piece(piece) => text += &piece,
+            end => return (text, Some(end)),
+        }
+    }
+    (text, None)
+}
+
+fn expected(prompt: &[i32], n: usize) -> String {
+    let prompt: Vec<Token> = prompt.iter().map(|&t| Token(t)).collect();
+    let tokens = Stub::greedy(N_VOCAB, &prompt, n);
+    tokens.iter().filter(|t| t.0 != 0).map(|t| format!("{} ", t.0)).collect()
+}
+
+fn run_to_end(engine: &mut Engine<Stub>) {
+    for _ in 0..100_000 {
+        if engine.is_idle() {
+            return;
+        }
+        engine.step();
+        engine.check_integrity();
+    }
+    panic!("no end in sight");
+}
+
+#[derive(Clone, Debug)]
+struct Client {
+    prompt: Vec<i32>,
+    max_tokens: usize,
+    arrives: usize,
+    leaves: Option<usize>,
+}
+
+fn client() -> impl Strategy<Value = Client> {
+    // Few tokens and a common beginning: prefixes are shared all the time.
+    (prop::collection::vec(1i32..4, 1..14), 1usize..20, 0usize..30, prop::option::weighted(0.3, 0usize..40)).prop_map(
+        |(mut prompt, max_tokens, arrives, leaves)| {
+            prompt.splice(0..0, [7, 7, 7]);
+            Client { prompt, max_tokens, arrives, leaves }
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    /// Clients come, share prefixes, wait for cells, hang up. Those that stay get exactly their text; afterwards no sequence
+    /// and no cell is held.
+    #[test]
+    fn every_client_gets_its_own_text(
+        clients in prop::collection::vec(client(), 1..14),
+        unified in any::<bool>(),
+        n_slots in 1usize..5,
+        n_batch in 5usize..24,
+        n_cells in 40usize..120,
+        n_retained in 0usize..60,
+    ) {
+        let layout = if unified {
+            Layout::Unified { n_cells, n_retained, n_seqs: n_slots + 3 }
+        } else {
+            Layout::Streams { n_cells: 40 }
+        };
+        let stats = Arc::new(Stats::default());
+        let mut engine = Engine::new(Stub::new(N_VOCAB), limits(layout, n_slots, 40, n_batch), Arc::clone(&stats));
+        let mut receivers: Vec<Option<Receiver<Event>>> = clients.iter().map(|_| None).collect();
+        let mut step = 0;
+        while step < 30 || !engine.is_idle() {
+            for (client, receiver) in clients.iter().zip(&mut receivers) {
+                if client.arrives == step {
+                    let (job, events) = job(&client.prompt, client.max_tokens, 0.0);
+                    engine.enqueue(job);
+                    *receiver = Some(events);
+                }
+                if client.leaves.is_some_and(|l| l > client.arrives && l == step) {
+                    *receiver = None;
+                }
+            }
+            engine.step();
+            engine.check_integrity();
+            step += 1;
+            prop_assert!(step < 10_000, "no end in sight");
+        }
+        for (client, receiver) in clients.iter().zip(&mut receivers) {
+            let Some(receiver) = receiver else { continue };
+            let (text, end) = read(receiver);
+            prop_assert_eq!(text, expected(&client.prompt, client.max_tokens));
+            let Some(Event::Done(done)) = end else { panic!("ended with {end:?}") };
+            prop_assert_eq!(done.usage.prompt_tokens, client.prompt.len());
+            prop_assert!(done.usage.cached_tokens < client.prompt.len());
+        }
+    }
+
+    /// The same request with the same seed: alone, and among others.
+    #[test]
+    fn sampled_text_does_not_depend_on_company(others in prop::collection::vec(client(), 0..6), n_batch in 4usize..20) {
+        let layout = Layout::Unified { n_cells: 200, n_retained: 60, n_seqs: 8 };
+        let mut run = |others: &[Client]| {
+            let mut engine = Engine::new(Stub::new(N_VOCAB), limits(layout, 4, 40, n_batch), Arc::default());
+            let mut kept = vec![];
+            for other in others {
+                let (job, events) = job(&other.prompt, other.max_tokens, 1.0);
+                engine.enqueue(job);
+                kept.push(events);
+            }
+            let (job, mut events) = job(&[7, 7, 7, 1, 2], 20, 1.5);
+            engine.enqueue(job);
+            run_to_end(&mut engine);
+            read(&mut events).0
+        };
+        prop_assert_eq!(run(&others), run(&[]));
+    }
+}
+
+#[test]
+fn a_client_that_left_frees_its_slot_within_one_step() {
+    let layout = Layout::Streams { n_cells: 40 };
+    let mut engine = Engine::new(Stub::new(N_VOCAB), limits(layout, 1, 40, 8), Arc::default());
+    let (first, receiver) = job(&[1, 2, 3], 30, 0.0);
+    engine.enqueue(first);
+    engine.step();
+    assert!(!engine.is_idle());
+    drop(receiver);
+    engine.step();
+    assert!(engine.is_idle());
+    engine.check_integrity();
+}
+
+#[test]
+fn a_client_that_left_while_waiting_is_never_started() {
+    let layout = Layout::Streams { n_cells: 40 };
+    let mut engine = Engine::new(Stub::new(N_VOCAB), limits(layout, 1, 40, 8), Arc::default());
+    let (first, mut kept) = job(&[1, 2, 3], 5, 0.0);
+    let (second, left) = job(&[4, 5], 5, 0.0);
+    engine.enqueue(first);
+    engine.enqueue(second);
+    drop(left);
+    run_to_end(&mut engine);
+    assert!(matches!(read(&mut kept).1, Some(Event::Done(_))));
+}
+
+#[test]
+fn a_failed_pass_ends_its_requests_and_the_engine_goes_on() {
+    for layout in [Layout::Streams { n_cells: 40 }, Layout::Unified { n_cells: 80, n_retained: 40, n_seqs: 4 }] {
+        let mut stub = Stub::new(N_VOCAB);
+        stub.fail_at = Some(2);
+        let mut engine = Engine::new(stub, limits(layout, 2, 40, 8), Arc::default());
+        let (broken, mut events) = job(&[1, 2, 3], 20, 0.0);
+        engine.enqueue(broken);
+        run_to_end(&mut engine);
+        assert!(matches!(read(&mut events).1, Some(Event::Failed { .. })));
+        let (next, mut events) = job(&[1, 2, 3], 5, 0.0);
+        engine.enqueue(next);
+        run_to_end(&mut engine);
+        let (text, end) = read(&mut events);
+        assert_eq!(text, expected(&[1, 2, 3], 5));
+        assert!(matches!(end, Some(Event::Done(_))));
+    }
+}
+
+#[test]
+fn the_context_ends_an_answer() {
+    let layout = Layout::Streams { n_cells: 16 };
+    let mut engine = Engine::new(Stub::new(1 << 20), limits(layout, 1, 16, 8), Arc::default());
+    let (long, mut events) = job(&[1, 2, 3, 4, 5, 6], 100, 0.0);
+    engine.enqueue(long);
+    run_to_end(&mut engine);
+    let Some(Event::Done(done)) = read(&mut events).1 else { panic!("not done") };
+    assert_eq!(done.finish_reason, FinishReason::Length);
+    assert_eq!(done.usage.completion_tokens, 10);
+}

@@ -1,0 +1,185 @@
+//! HTTP as bytes on a socket, with the default model.
+#![allow(missing_docs)]
+
+mod common;
+
+use std::io::Read;
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use common::{Server, exchange, read_answer};
+use serde_json::{Value, json};
+
+static SERVER: LazyLock<Server> = LazyLock::new(|| Server::start(&["--batch-size", "4", "--ctx", "512"]));
+
+fn chat(text: &str) -> String {
+    format!("<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n")
+}
+
+#[test]
+fn the_port_is_open_while_the_model_loads() {
+    let server = Server::start_loading(&[]);
+    let early = server.get("/health");
+    if early.status == 503 {
+        assert_eq!(early.json(), json!({ "status": "loading" }));
+    } // else the model was in memory already and loaded at once
+    server.wait(|| server.get("/health").status == 200);
+    assert_eq!(server.get("/health").json(), json!({ "status": "ok" }));
+}
+
+#[test]
+fn information_names_version_model_and_sizes() {
+    let info = SERVER.get("/").json();
+    assert_eq!((&info["name"], &info["version"]), (&json!("medusa-llama"), &json!(env!("CARGO_PKG_VERSION"))));
+    assert_eq!((&info["context_size"], &info["slots"], &info["backend"]), (&json!(512), &json!(4), &json!("cpu")));
+    assert_eq!(info["model"]["quantization"], "Q4_1");
+}
+
+#[test]
+fn an_answer_has_text_reason_usage_and_timings() {
+    let answer = SERVER.generate(&json!({ "prompt": chat("What is the capital of France?"), "temperature": 0 }));
+    assert_eq!(answer.status, 200);
+    let body = answer.json();
+    assert!(body["generated_text"].as_str().unwrap().contains("Paris"), "{body}");
+    assert_eq!(body["finish_reason"], "stop");
+    let usage = &body["usage"];
+    let n = |name: &str| usage[name].as_u64().unwrap();
+    assert_eq!(n("total_tokens"), n("prompt_tokens") + n("completion_tokens"));
+    for stage in ["queue_s", "prefill_s", "decode_s"] {
+        assert!(body["timings"][stage].as_f64().unwrap() >= 0.0);
+    }
+}
+
+#[test]
+fn a_stream_gives_the_same_text_in_pieces_and_ends_with_usage() {
+    let ask = |stream: bool| {
+        SERVER.generate(&json!({ "prompt": "Count: one, two,", "max_tokens": 24, "seed": 5, "stream": stream }))
+    };
+    let (whole, streamed) = (ask(false), ask(true));
+    assert!(streamed.head.contains("content-type: text/event-stream"));
+    let events = streamed.events();
+    let (last, pieces) = events.split_last().unwrap();
+    assert!(pieces.len() > 2, "{events:?}");
+    assert!(pieces.iter().all(|p| p.as_object().unwrap().len() == 1 && p["generated_text"] != ""));
+    assert_eq!(last["finish_reason"], "length");
+    assert_eq!(last["usage"]["completion_tokens"], 24);
+    assert!(last["timings"]["decode_s"].is_number());
+    assert_eq!(whole.json()["generated_text"].as_str().unwrap(), streamed.streamed_text());
+}
+
+#[test]
+fn a_stop_string_ends_the_text_before_it() {
+    let body = |stop: Value| json!({ "prompt": "1 2 3 4 5 6 7", "max_tokens": 40, "temperature": 0, "stop": stop });
+    let free = SERVER.generate(&body(json!(null))).json();
+    let text = free["generated_text"].as_str().unwrap();
+    // From the middle of one token into another.
+    let stop: String = text.chars().skip(7).take(4).collect();
+    let stopped = SERVER.generate(&body(json!(["never in there", stop]))).json();
+    let expected = &text[..text.find(&stop).unwrap()];
+    assert_eq!(stopped["generated_text"].as_str().unwrap(), expected);
+    assert_eq!((&stopped["finish_reason"], stopped["stop_reason"].as_str().unwrap()), (&json!("stop"), stop.as_str()));
+}
+
+#[test]
+fn the_context_ends_an_answer_and_a_longer_prompt_is_refused() {
+    let words = |n: usize| "word ".repeat(n);
+    let body = SERVER.generate(&json!({ "prompt": words(500), "max_tokens": 512, "temperature": 0, "ignore_eos": true }));
+    let body = body.json();
+    assert_eq!(body["finish_reason"], "length");
+    assert_eq!(body["usage"]["total_tokens"], 512);
+    let refused = SERVER.generate(&json!({ "prompt": words(600) }));
+    assert_eq!(refused.status, 422);
+    let error = &refused.json()["error"];
+    assert_eq!((&error["type"], &error["param"]), (&json!("invalid_request"), &json!("prompt")));
+    let message = error["message"].as_str().unwrap();
+    assert!(message.contains("601 tokens") && message.contains("511"), "{message}");
+}
+
+#[test]
+fn the_same_prompt_again_comes_from_the_cache() {
+    let body = json!({ "prompt": chat("Name one colour of the sky, a unique question for this test."), "max_tokens": 4, "temperature": 0 });
+    let (first, second) = (SERVER.generate(&body).json(), SERVER.generate(&body).json());
+    assert_eq!(first["generated_text"], second["generated_text"]);
+    let usage = &second["usage"];
+    assert_eq!(usage["cached_tokens"].as_u64().unwrap() + 1, usage["prompt_tokens"].as_u64().unwrap(), "{usage}");
+}
+
+#[test]
+fn the_same_seed_gives_the_same_text_alone_and_in_a_crowd() {
+    let body = json!({ "prompt": "The old lighthouse", "max_tokens": 16, "seed": 11, "temperature": 0.8 });
+    let alone = SERVER.generate(&body).json()["generated_text"].clone();
+    std::thread::scope(|scope| {
+        let others: Vec<_> = (0..3)
+            .map(|i| {
+                scope.spawn(move || SERVER.generate(&json!({ "prompt": format!("Crowd {i}"), "max_tokens": 40 })).status)
+            })
+            .collect();
+        assert_eq!(SERVER.generate(&body).json()["generated_text"], alone);
+        others.into_iter().for_each(|o| assert_eq!(o.join().unwrap(), 200));
+    });
+    let other =
+        SERVER.generate(&json!({ "prompt": "The old lighthouse", "max_tokens": 16, "seed": 12, "temperature": 0.8 }));
+    assert_ne!(other.json()["generated_text"], alone);
+}
+
+#[test]
+fn errors_have_one_shape_and_the_right_status() {
+    let post = |head: &str, body: &str| {
+        exchange(
+            SERVER.addr,
+            format!("POST /generate HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{head}\r\n{body}").as_bytes(),
+        )
+    };
+    let checks = [
+        (SERVER.get("/nothing"), 404, "not_found"),
+        (SERVER.get("/generate"), 405, "method_not_allowed"),
+        (SERVER.post(b"{"), 400, "invalid_json"),
+        (SERVER.post(b"\xFF\xFE"), 400, "invalid_json"),
+        (SERVER.post(b"[]"), 422, "invalid_request"),
+        (SERVER.generate(&json!({ "prompt": "" })), 422, "invalid_request"),
+        (SERVER.generate(&json!({ "prompt": "x", "temperature": -1 })), 422, "invalid_request"),
+        (SERVER.generate(&json!({ "prompt": "x", "logit_bias": { "49152": 1 } })), 422, "invalid_request"),
+        (post("Content-Length: 9999999\r\n", ""), 413, "body_too_large"),
+        (
+            post("Transfer-Encoding: chunked\r\n", &format!("200000\r\n{}\r\n0\r\n\r\n", " ".repeat(0x20_0000))),
+            413,
+            "body_too_large",
+        ),
+    ];
+    for (answer, status, kind) in checks {
+        assert_eq!(answer.status, status, "{answer:?}");
+        let error = &answer.json()["error"];
+        assert_eq!(error["type"], kind);
+        assert!(error["message"].as_str().is_some_and(|m| !m.is_empty()));
+    }
+    assert!(SERVER.get("/generate").head.contains("allow: post"));
+    assert_eq!(SERVER.generate(&json!({ "prompt": "x", "temperature": -1 })).json()["error"]["param"], "temperature");
+}
+
+#[test]
+fn one_connection_serves_request_after_request() {
+    use std::io::Write;
+    let mut socket = std::net::TcpStream::connect(SERVER.addr).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    for _ in 0..3 {
+        socket.write_all(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+        let mut seen = Vec::new();
+        while !seen.ends_with(b"{\"status\":\"ok\"}") {
+            let mut byte = [0];
+            socket.read_exact(&mut byte).unwrap();
+            seen.push(byte[0]);
+        }
+    }
+    socket.write_all(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+    assert_eq!(read_answer(socket).status, 200);
+}
+
+/// Readable text, whatever the tokens: no replacement characters from split ones, in the stream either.
+#[test]
+fn characters_of_several_tokens_arrive_whole() {
+    let body = json!({ "prompt": "Emoji list: 😀 😃 😄 😁 😆 😅", "max_tokens": 48, "temperature": 0, "stream": true });
+    let answer = SERVER.generate(&body);
+    let text = answer.streamed_text();
+    assert!(text.chars().any(|c| c as u32 > 0xFFFF), "the model goes on with emoji: {text}");
+    assert!(!text.contains(char::REPLACEMENT_CHARACTER), "{text}");
+}
