@@ -1,2 +1,100 @@
-//! Placeholder: replaced below.
-fn main() {}
+//! The engine's own cost per step, without a model: plan, commit, sampling, text, events.
+//!
+//! `cargo bench --bench host_cost`. A step of N decoding sequences over a vocabulary of 49,152 (SmolLM2's) whose forward pass
+//! does nothing. Greedy reads every logit once; sampled runs llama.cpp's filters with `/generate`'s defaults.
+#![allow(missing_docs)]
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use criterion::{Criterion, criterion_group, criterion_main};
+use medusa_llama::engine::slots::KvOp;
+use medusa_llama::engine::{Engine, Forward, Job, Layout, Limits, Row};
+use medusa_llama::llama::{LlamaError, Token};
+use medusa_llama::request::{Event, Request, SamplingParams};
+use tokio::sync::mpsc::{self, Receiver};
+
+const N_VOCAB: usize = 49_152;
+const N_CTX: usize = 1 << 20;
+
+/// Logits that stay as they are: a heap for each row, as llama.cpp's output buffer has.
+struct Still(Vec<Vec<f32>>);
+
+impl Still {
+    fn new(n_rows: usize) -> Self {
+        // Shaped like a model's: a bell of a thousandth of the mass, and some forty likely tokens ahead of it.
+        let uniform = |i: usize| ((i as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 40) as f32 / (1u64 << 24) as f32;
+        let bell = |i: usize| (0..6).map(|k| uniform(i * 6 + k + 1)).sum::<f32>() - 3.0;
+        let logit = |row: usize, i: usize| match i % 1229 {
+            0 => 20.0 - 0.3 * ((i / 1229 + row) % 40) as f32,
+            _ => 2.5 * bell(i + row),
+        };
+        Self((0..n_rows).map(|row| (0..N_VOCAB).map(|i| logit(row, i)).collect()).collect())
+    }
+}
+
+impl Forward for Still {
+    fn n_vocab(&self) -> usize {
+        N_VOCAB
+    }
+    fn forward(&mut self, rows: &[Row]) -> Result<(), LlamaError> {
+        black_box(rows);
+        Ok(())
+    }
+    fn logits(&self, row: usize) -> Result<&[f32], LlamaError> {
+        Ok(&self.0[row])
+    }
+    fn apply(&mut self, _: KvOp) -> Result<(), LlamaError> {
+        Ok(())
+    }
+    fn piece(&self, _: Token, out: &mut Vec<u8>) {
+        out.extend_from_slice(b" token");
+    }
+    fn is_end(&self, _: Token) -> bool {
+        false
+    }
+}
+
+fn engine(n: usize, temperature: f32) -> (Engine<Still>, Vec<Receiver<Event>>) {
+    let limits = Limits { n_slots: n, n_ctx: N_CTX, n_batch: 512, layout: Layout::Streams { n_cells: N_CTX } };
+    let mut engine = Engine::new(Still::new(n), limits, Default::default());
+    let receivers = (0..n).map(|i| {
+        let (events, receiver) = mpsc::channel(N_CTX);
+        let sampling = SamplingParams { temperature, seed: i as u64, ..SamplingParams::default() };
+        let stop = vec!["\n\n###".to_owned()];
+        let request = Request { prompt: String::new(), max_tokens: N_CTX, sampling, stop, ignore_eos: false };
+        engine.enqueue(Job { prompt: vec![Token(1)], request, events, permit: None, accepted: Instant::now() });
+        receiver
+    });
+    let receivers = receivers.collect();
+    engine.step();
+    (engine, receivers)
+}
+
+/// Only the steps are timed; events are read in between, as the network's thread would.
+fn steps(engine: &mut Engine<Still>, receivers: &mut [Receiver<Event>], n: u64) -> Duration {
+    let mut spent = Duration::ZERO;
+    for _ in 0..n {
+        let start = Instant::now();
+        engine.step();
+        spent += start.elapsed();
+        receivers.iter_mut().for_each(|r| while r.try_recv().is_ok() {});
+    }
+    assert!(!engine.is_idle(), "the sequences ran out");
+    spent
+}
+
+fn host_cost(c: &mut Criterion) {
+    for (name, temperature) in [("greedy", 0.0), ("sampled", 0.8)] {
+        let mut group = c.benchmark_group(name);
+        // A sequence has a million tokens: enough for this many steps.
+        group.sample_size(20).warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(3));
+        for n in [1, 8, 32] {
+            let (mut engine, mut receivers) = engine(n, temperature);
+            group.bench_function(format!("{n} sequences"), |b| b.iter_custom(|n| steps(&mut engine, &mut receivers, n)));
+        }
+    }
+}
+
+criterion_group!(benches, host_cost);
+criterion_main!(benches);
