@@ -44,17 +44,72 @@ pub trait Forward {
 }
 
 /// llama.cpp as the engine's model.
+///
+/// In a unified cache a step is one pass. In streams it is one for all sequences with a single row, and one for each with
+/// more: llama.cpp would divide the rows no better, since sequences of one pass must have equally many, and a pass looks at
+/// as many cells of every stream as the longest one has, so a long prompt must not be in the pass of short streams.
 pub struct LlamaForward {
     context: Context,
     batch: Batch,
     model: Arc<Model>,
+    streams: bool,
+    /// For each row of the step, where its logits are.
+    places: Vec<Place>,
+    /// Logits of earlier passes of the step, row after row.
+    kept: Vec<f32>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Place {
+    /// In the context, for this row of the last pass.
+    Context(usize),
+    /// From this index on in `kept`.
+    Kept(usize),
+    /// Nowhere: the row wanted none.
+    Nowhere,
 }
 
 impl LlamaForward {
     /// Takes a context over.
     #[must_use]
     pub fn new(context: Context) -> Self {
-        Self { batch: context.batch(), model: Arc::clone(context.model()), context }
+        let (batch, model) = (context.batch(), Arc::clone(context.model()));
+        Self { batch, model, streams: !context.is_unified(), context, places: Vec::new(), kept: Vec::new() }
+    }
+
+    /// Adds `row`, which is the step's `index`-th, to the next pass.
+    fn add(&mut self, index: usize, row: &Row) -> Result<(), LlamaError> {
+        let at = self.batch.add(row.token, row.pos, &[row.seq], row.output)?;
+        self.places[index] = if row.output { Place::Context(at) } else { Place::Nowhere };
+        Ok(())
+    }
+
+    /// Copies out what the next pass would overwrite.
+    fn keep_logits(&mut self) -> Result<(), LlamaError> {
+        for place in &mut self.places {
+            if let Place::Context(at) = *place {
+                *place = Place::Kept(self.kept.len());
+                self.kept.extend_from_slice(self.context.logits(at)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// One pass for each sequence with several rows, and then one for the others.
+    fn forward_streams(&mut self, rows: &[Row]) -> Result<(), LlamaError> {
+        let runs = || {
+            rows.chunk_by(|a, b| a.seq == b.seq)
+                .scan(0, |first, run| Some((std::mem::replace(first, *first + run.len()), run)))
+        };
+        for (first, run) in runs().filter(|(_, run)| run.len() > 1) {
+            self.batch.clear();
+            run.iter().enumerate().try_for_each(|(i, row)| self.add(first + i, row))?;
+            self.context.forward(&self.batch)?;
+            self.keep_logits()?;
+        }
+        self.batch.clear();
+        runs().filter(|(_, run)| run.len() == 1).try_for_each(|(first, run)| self.add(first, &run[0]))?;
+        if self.batch.is_empty() { Ok(()) } else { self.context.forward(&self.batch) }
     }
 }
 
@@ -64,15 +119,23 @@ impl Forward for LlamaForward {
     }
 
     fn forward(&mut self, rows: &[Row]) -> Result<(), LlamaError> {
-        self.batch.clear();
-        for row in rows {
-            self.batch.add(row.token, row.pos, &[row.seq], row.output)?;
+        self.places.clear();
+        self.places.resize(rows.len(), Place::Nowhere);
+        self.kept.clear();
+        if self.streams {
+            return self.forward_streams(rows);
         }
+        self.batch.clear();
+        rows.iter().enumerate().try_for_each(|(i, row)| self.add(i, row))?;
         self.context.forward(&self.batch)
     }
 
     fn logits(&self, row: usize) -> Result<&[f32], LlamaError> {
-        self.context.logits(row)
+        match self.places.get(row) {
+            Some(&Place::Context(at)) => self.context.logits(at),
+            Some(&Place::Kept(from)) => Ok(&self.kept[from..from + self.model.n_vocab()]),
+            Some(Place::Nowhere) | None => Err(LlamaError::Misuse(format!("row {row} wanted no logits"))),
+        }
     }
 
     fn apply(&mut self, op: KvOp) -> Result<(), LlamaError> {

@@ -7,7 +7,7 @@
 //! `b` are; where even the fixed part is too long it stays at [`MIN_CHUNK`], below which prompts would never be done.
 
 /// A step with a chunk may last this many times a step without one.
-pub const STALL: f64 = 3.0;
+pub const STALL: f64 = 2.75;
 /// A step may always last this long, in seconds.
 pub const MIN_STALL_S: f64 = 0.045;
 /// The smallest chunk, in rows.

@@ -118,6 +118,12 @@ impl Context {
         &self.model
     }
 
+    /// `true` for one cache that all sequences share.
+    #[must_use]
+    pub fn is_unified(&self) -> bool {
+        self.unified
+    }
+
     /// Cells that one sequence may fill, as llama.cpp allocated them.
     #[must_use]
     pub fn n_cells_per_sequence(&self) -> usize {
