@@ -129,7 +129,7 @@ proptest! {
     #[test]
     fn sampled_text_does_not_depend_on_company(others in prop::collection::vec(client(), 0..6), n_batch in 4usize..20) {
         let layout = Layout::Unified { n_cells: 200, n_retained: 60, n_seqs: 8 };
-        let mut run = |others: &[Client]| {
+        let run = |others: &[Client]| {
             let mut engine = Engine::new(Stub::new(N_VOCAB), limits(layout, 4, 40, n_batch), Arc::default());
             let mut kept = vec![];
             for other in others {

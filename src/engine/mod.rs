@@ -5,6 +5,7 @@
 //! They are pure; this file alone reads the clock, and [`forward`] alone talks to llama.cpp.
 
 pub mod company;
+pub mod filter;
 pub mod forward;
 pub mod handle;
 pub mod pace;
@@ -24,10 +25,10 @@ pub use sequence::Job;
 pub use slots::Layout;
 
 use crate::error::IncidentId;
-use crate::llama::{Candidates, LlamaError, SeqId, Token};
+use crate::llama::{LlamaError, SeqId, Token};
 use handle::Stats;
 use pace::Pace;
-use sampler::Sampler;
+use sampler::{Sampler, Scratch};
 use scheduler::{Budget, Demand, Share};
 use sequence::Sequence;
 use slots::{KvOp, Slots};
@@ -68,7 +69,7 @@ struct Work {
     by_age: Vec<Demand>,
     shares: Vec<Share>,
     rows: Vec<Row>,
-    candidates: Candidates,
+    sampling: Scratch,
     piece: Vec<u8>,
 }
 
@@ -217,7 +218,7 @@ impl<F: Forward> Engine<F> {
             return Ok(false);
         }
         let logits = self.forward.logits(row)?;
-        let token = s.sampler.draw(logits, s.tokens.len(), &mut self.work.candidates);
+        let token = s.sampler.draw(logits, s.tokens.len(), &mut self.work.sampling);
         self.stats.count_token();
         self.work.piece.clear();
         let is_end = self.forward.is_end(token);

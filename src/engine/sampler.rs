@@ -1,80 +1,83 @@
-//! One token from one row of logits: llama.cpp's filters, then our own draw.
+//! One token from one row of logits: bias and penalties by llama.cpp, then [`filter`](super::filter), then the draw.
 //!
 //! The draw is keyed by (seed, position) with a counter-based generator, so what a position gets depends neither on how many
 //! draws came before nor on who else is in the batch: the same request with the same seed gives the same text alone, in a
 //! crowd, and with speculation.
 
+use super::filter::{Filter, largest};
 use crate::llama::{Candidates, LlamaError, SamplerChain, Token};
 use crate::request::SamplingParams;
 
 /// The sampler of one request.
 pub struct Sampler {
-    /// `None`: greedy on the logits as they are.
+    /// Bias and penalties: llama.cpp's. `None` if neither is asked for.
     chain: Option<SamplerChain>,
-    greedy: bool,
+    /// `None`: greedy.
+    filter: Option<Filter>,
     penalties: bool,
     seed: u64,
 }
 
+/// Working memory for one row, reused from row to row.
+#[derive(Default)]
+pub struct Scratch {
+    candidates: Candidates,
+    logits: Vec<f32>,
+    kept: Vec<(Token, f32)>,
+}
+
 impl Sampler {
-    /// Builds the filters in llama.cpp's order: bias, penalties, top-k, top-p, min-p, temperature. `banned` tokens are never
-    /// chosen. `prompt` fills the penalties' window.
+    /// In llama.cpp's order: bias, penalties, top-k, top-p, min-p, temperature. `banned` tokens are never chosen. `prompt`
+    /// fills the penalties' window.
     ///
     /// # Errors
     /// [`LlamaError::Sampler`] for a parameter that llama.cpp refuses.
     pub fn new(params: &SamplingParams, banned: &[Token], prompt: &[Token], n_vocab: usize) -> Result<Self, LlamaError> {
-        let greedy = params.temperature == 0.0;
+        let SamplingParams { top_k, top_p, min_p, temperature, seed, .. } = *params;
+        let filter = (temperature > 0.0).then_some(Filter { top_k, top_p, min_p, temperature });
         let penalties = params.has_penalties();
         let mut bias = params.logit_bias.clone();
         bias.extend(banned.iter().map(|&t| (t, f32::NEG_INFINITY)));
-        if greedy && !penalties && bias.is_empty() {
-            return Ok(Self { chain: None, greedy, penalties, seed: params.seed });
-        }
-        let mut chain = SamplerChain::new(n_vocab);
-        if !bias.is_empty() {
-            chain = chain.logit_bias(&bias)?;
-        }
-        if penalties {
-            let p = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty);
-            chain = chain.penalties(params.repeat_last_n, p.0, p.1, p.2)?;
-        }
-        if !greedy {
-            if params.top_k > 0 {
-                chain = chain.top_k(params.top_k)?;
+        let mut chain = None;
+        if penalties || !bias.is_empty() {
+            let mut new = SamplerChain::new(n_vocab);
+            if !bias.is_empty() {
+                new = new.logit_bias(&bias)?;
             }
-            if params.top_p < 1.0 {
-                chain = chain.top_p(params.top_p)?;
+            if penalties {
+                let p = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty);
+                new = new.penalties(params.repeat_last_n, p.0, p.1, p.2)?;
             }
-            if params.min_p > 0.0 {
-                chain = chain.min_p(params.min_p)?;
-            }
-            chain = chain.temperature(params.temperature)?;
+            chain = Some(new);
         }
-        let mut sampler = Self { chain: Some(chain), greedy, penalties, seed: params.seed };
+        let mut sampler = Self { chain, filter, penalties, seed };
         let window = prompt.len().saturating_sub(params.repeat_last_n);
         prompt[window..].iter().for_each(|&t| sampler.accept(t));
         Ok(sampler)
     }
 
     /// The token at `position` of the sequence, given the logits of the row before it.
-    pub fn draw(&mut self, logits: &[f32], position: usize, scratch: &mut Candidates) -> Token {
-        let Some(chain) = &mut self.chain else { return argmax(logits) };
-        let kept = scratch.filter(chain, logits);
-        let top = kept.clone().reduce(|best, c| if c.1 > best.1 { c } else { best });
-        let Some((best, max)) = top else { return argmax(logits) };
-        if self.greedy || !max.is_finite() {
-            return best;
-        }
-        let weight = |logit: f32| f64::from(logit - max).exp();
-        let sum: f64 = kept.clone().map(|(_, logit)| weight(logit)).sum();
+    pub fn draw(&mut self, logits: &[f32], position: usize, scratch: &mut Scratch) -> Token {
+        let Scratch { candidates, logits: changed, kept } = scratch;
+        let logits = match &mut self.chain {
+            None => logits,
+            Some(chain) => {
+                changed.clear();
+                changed.extend(candidates.filter(chain, logits).map(|(_, logit)| logit)); // all of them, by token
+                changed
+            }
+        };
+        let Some(filter) = &self.filter else { return argmax(logits) };
+        filter.apply(logits, kept);
+        let sum: f64 = kept.iter().map(|k| f64::from(k.1)).sum();
         let mut left = uniform(self.seed, position as u64) * sum;
-        for (token, logit) in kept {
-            left -= weight(logit);
+        for &(token, weight) in kept.iter() {
+            left -= f64::from(weight);
             if left < 0.0 {
                 return token;
             }
         }
-        best // rounding left a crumb beyond the last token
+        argmax(logits) // rounding left a crumb beyond the last token, or there is none
     }
 
     /// Notes the token that was chosen.
@@ -90,20 +93,13 @@ impl Sampler {
 /// Index of the largest value, the first of equals; NaN never wins.
 #[must_use]
 pub fn argmax(logits: &[f32]) -> Token {
-    const LANES: usize = 32;
-    // One pass finds the largest value of each block without a branch per value, a second one looks into one block only.
+    const BLOCK: usize = 2048;
+    // Without a branch per value; then one block is looked into.
     let mut best = (f32::NEG_INFINITY, 0);
-    for (block, values) in logits.chunks(2048).enumerate() {
-        let mut lanes = [f32::NEG_INFINITY; LANES];
-        let (chunks, rest) = values.as_chunks::<LANES>();
-        for chunk in chunks {
-            for (lane, &v) in lanes.iter_mut().zip(chunk) {
-                *lane = if v > *lane { v } else { *lane };
-            }
-        }
-        let max = lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m });
+    for (block, values) in logits.chunks(BLOCK).enumerate() {
+        let max = largest(values);
         if max > best.0 {
-            best = (max, block * 2048);
+            best = (max, block * BLOCK);
         }
     }
     let at = logits[best.1..].iter().position(|&v| v == best.0).unwrap_or(0);
@@ -146,7 +142,7 @@ mod tests {
 
     /// Draws at 20,000 positions: counts per token.
     fn histogram(params: &SamplingParams, logits: &[f32]) -> Vec<u32> {
-        let (mut s, mut scratch) = (sampler(params, logits.len()), Candidates::default());
+        let (mut s, mut scratch) = (sampler(params, logits.len()), Scratch::default());
         let mut counts = vec![0; logits.len()];
         (0..20_000).for_each(|pos| counts[s.draw(logits, pos, &mut scratch).0 as usize] += 1);
         counts
@@ -174,7 +170,7 @@ mod tests {
     #[test]
     fn a_draw_depends_on_seed_and_position_alone() {
         let logits: Vec<f32> = (0..50).map(|i| (i % 7) as f32).collect();
-        let mut scratch = Candidates::default();
+        let mut scratch = Scratch::default();
         let params = SamplingParams { seed: 7, ..SamplingParams::default() };
         let (mut a, mut b) = (sampler(&params, 50), sampler(&params, 50));
         let forward: Vec<_> = (0..100).map(|p| a.draw(&logits, p, &mut scratch)).collect();
@@ -187,7 +183,7 @@ mod tests {
     #[test]
     fn penalties_and_bias_move_the_greedy_choice() {
         let logits = [1.0f32, 2.0, 3.0, 2.9];
-        let mut scratch = Candidates::default();
+        let mut scratch = Scratch::default();
         let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
         let biased = SamplingParams { logit_bias: vec![(Token(0), 5.0)], ..greedy.clone() };
         assert_eq!(sampler(&biased, 4).draw(&logits, 0, &mut scratch), Token(0));

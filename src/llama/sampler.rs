@@ -1,5 +1,5 @@
-//! llama.cpp's samplers as filters over one row of logits. The draw is made elsewhere (`engine::sampler`), because it must
-//! be keyed by position for speculation to change nothing.
+//! llama.cpp's samplers that change logits: bias and penalties. What to keep of them and the draw are made elsewhere
+//! (`engine::filter`, `engine::sampler`): the draw must be keyed by position for speculation to change nothing.
 
 use std::ptr::NonNull;
 
@@ -72,46 +72,6 @@ impl SamplerChain {
         // SAFETY: values only, in the range that C asks for.
         let sampler = unsafe { sys::sampler_init_penalties(self.n_vocab, last_n, repeat, frequency, presence) };
         self.push("penalties", sampler)
-    }
-
-    /// Keeps the `k` most likely tokens.
-    ///
-    /// # Errors
-    /// [`LlamaError::Sampler`] when llama.cpp refuses.
-    pub fn top_k(self, k: usize) -> Result<Self, LlamaError> {
-        // SAFETY: values only.
-        let sampler = unsafe { sys::sampler_init_top_k(i32::try_from(k).unwrap_or(i32::MAX)) };
-        self.push("top_k", sampler)
-    }
-
-    /// Keeps the smallest set of most likely tokens with a probability of at least `p` together.
-    ///
-    /// # Errors
-    /// [`LlamaError::Sampler`] when llama.cpp refuses.
-    pub fn top_p(self, p: f32) -> Result<Self, LlamaError> {
-        // SAFETY: values only.
-        let sampler = unsafe { sys::sampler_init_top_p(p, 1) };
-        self.push("top_p", sampler)
-    }
-
-    /// Keeps tokens at least `p` times as likely as the most likely one.
-    ///
-    /// # Errors
-    /// [`LlamaError::Sampler`] when llama.cpp refuses.
-    pub fn min_p(self, p: f32) -> Result<Self, LlamaError> {
-        // SAFETY: values only.
-        let sampler = unsafe { sys::sampler_init_min_p(p, 1) };
-        self.push("min_p", sampler)
-    }
-
-    /// Divides the logits by `t`.
-    ///
-    /// # Errors
-    /// [`LlamaError::Sampler`] when llama.cpp refuses.
-    pub fn temperature(self, t: f32) -> Result<Self, LlamaError> {
-        // SAFETY: values only.
-        let sampler = unsafe { sys::sampler_init_temp(t) };
-        self.push("temperature", sampler)
     }
 
     /// Tells the chain which token came next, for the penalties.
