@@ -50,7 +50,7 @@ fn source_tree() -> PathBuf {
         ));
     }
     println!("cargo::rerun-if-changed={}", header.display());
-    println!("cargo::rerun-if-changed=vendor/Cargo.lock");
+    println!("cargo::rerun-if-changed=vendor/crates/.locked"); // written when the tree is laid anew
     println!("cargo::rerun-if-changed=build.rs");
     tree
 }

@@ -32,7 +32,7 @@ def run(url, n_streams, n_prompt, seed):
     stop, times = threading.Event(), [[] for _ in range(n_streams)]
     threads = [threading.Thread(target=stream, args=(url, i + 100 * seed, times[i], stop)) for i in range(n_streams)]
     for t in threads: t.start()
-    while min(map(len, times)) < 40: time.sleep(0.05)
+    while min(map(len, times)) < 40 and all(t.is_alive() for t in threads): time.sleep(0.05)
     joined = time.perf_counter()
     with post(url, {"prompt": f"{seed} " + "word " * (n_prompt - 4), "max_tokens": 1, "temperature": 0}) as answer:
         usage = json.load(answer)["usage"]
@@ -62,6 +62,7 @@ def main():
     server = subprocess.Popen(command)
     try:
         while True:
+            if server.poll() is not None: raise SystemExit("the server ended")
             try: urllib.request.urlopen(url + "/health"); break
             except OSError: time.sleep(0.1)
         for seed in range(1, a.runs + 1):

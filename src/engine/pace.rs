@@ -7,11 +7,11 @@
 //! `b` are; where even the fixed part is too long it stays at [`MIN_CHUNK`], below which prompts would never be done.
 
 /// A step with a chunk may last this many times a step without one.
-pub const STALL: f64 = 2.75;
+pub const STALL: f64 = 2.5;
 /// A step may always last this long, in seconds.
 pub const MIN_STALL_S: f64 = 0.045;
 /// The smallest chunk, in rows.
-pub const MIN_CHUNK: usize = 12;
+pub const MIN_CHUNK: usize = 8;
 /// The chunk before anything was measured.
 const FIRST_CHUNK: f64 = 16.0;
 /// Weight of a new measurement of a decode-only step.
