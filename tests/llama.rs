@@ -158,8 +158,16 @@ fn the_tap_sees_the_hidden_state_of_output_rows() {
     assert!(context(&params()).hidden(0).is_err(), "a context without the tap");
 }
 
-/// llama.cpp's own greedy text, a row at a time. Returns the tokens and, for each, how far the runner-up's logit was.
-fn greedy(prompt: &[Token], n: usize) -> Vec<(Token, f32)> {
+/// A token of llama.cpp's own greedy text.
+struct Choice {
+    token: Token,
+    runner_up: Token,
+    /// How far the runner-up's logit was behind.
+    gap: f32,
+}
+
+/// llama.cpp's own greedy text, a row at a time.
+fn greedy(prompt: &[Token], n: usize) -> Vec<Choice> {
     let mut context = context(&params());
     let mut chosen = vec![];
     for (chunk, tokens) in prompt.chunks(64).enumerate() {
@@ -167,23 +175,44 @@ fn greedy(prompt: &[Token], n: usize) -> Vec<(Token, f32)> {
     }
     let mut row = (prompt.len() - 1) % 64;
     for i in 0..n {
-        let logits = context.logits(row).unwrap();
-        let best = argmax(logits);
-        let top = logits[best.0 as usize];
-        let second =
-            logits.iter().enumerate().filter(|(t, _)| *t != best.0 as usize).map(|(_, &l)| l).fold(f32::MIN, f32::max);
-        chosen.push((best, top - second));
-        if MODEL.is_end(best) {
+        let mut rest = context.logits(row).unwrap().to_vec();
+        let token = argmax(&rest);
+        let best = std::mem::replace(&mut rest[token.0 as usize], f32::MIN);
+        let runner_up = argmax(&rest);
+        chosen.push(Choice { token, runner_up, gap: best - rest[runner_up.0 as usize] });
+        if MODEL.is_end(token) {
             break;
         }
-        feed(&mut context, &[best], prompt.len() + i, 0);
+        feed(&mut context, &[token], prompt.len() + i, 0);
         row = 0;
     }
     chosen
 }
 
-/// Alone and in a crowd, with chunked prompts and reused prefixes, in both layouts. ggml rounds a row differently beside
-/// other rows, so where the texts part the two best logits must have been all but equal; anything else is a bug.
+/// How far this machine's ggml moves the gap of two logits when a row is computed beside others: the same text, in
+/// chunks of several sizes. The kernels, and with them the rounding, differ from processor to processor.
+fn rounding(prompt: &[Token], text: &[Choice]) -> f32 {
+    let tokens: Vec<Token> = prompt.iter().copied().chain(text.iter().map(|choice| choice.token)).collect();
+    let mut moved = 0f32;
+    for chunk in [2, 5, 16, 64] {
+        let mut context = context(&params());
+        for (i, rows) in tokens.chunks(chunk).enumerate() {
+            feed(&mut context, rows, i * chunk, 0);
+            for row in 0..rows.len() {
+                let Some(choice) = (i * chunk + row + 1).checked_sub(prompt.len()).and_then(|i| text.get(i)) else {
+                    continue;
+                };
+                let logits = context.logits(row).unwrap();
+                let gap = logits[choice.token.0 as usize] - logits[choice.runner_up.0 as usize];
+                moved = moved.max((gap - choice.gap).abs());
+            }
+        }
+    }
+    moved
+}
+
+/// Alone and in a crowd, with chunked prompts and reused prefixes, in both layouts. Where the texts part, the gap between
+/// the two best logits must have been within what rounding moves it; anything else is a bug.
 #[test]
 fn greedy_text_is_llama_cpps_own() {
     let prompts = [
@@ -194,31 +223,35 @@ fn greedy_text_is_llama_cpps_own() {
         "<|im_start|>user\nWrite a haiku about rain.<|im_end|>\n<|im_start|>assistant\n",
         "<|im_start|>user\nWhat is photosynthesis?<|im_end|>\n<|im_start|>assistant\n",
     ];
+    let prompt_tokens = prompts.map(|prompt| MODEL.tokenize(prompt, true).unwrap());
+    let texts = prompt_tokens.each_ref().map(|prompt| greedy(prompt, 48));
+    let rounding = prompt_tokens.iter().zip(&texts).map(|(prompt, text)| rounding(prompt, text)).fold(0.0, f32::max);
+    assert!(rounding < 1.0, "rows computed beside others differ by {rounding}, more than rounding explains");
     for layout in ["streams", "unified"] {
         let server = Server::start(&["--kv", layout, "--batch-size", "6", "--ctx", "512", "--n-threads", "2"]);
         std::thread::scope(|scope| {
-            for prompt in prompts {
+            for (prompt, text) in prompts.iter().zip(&texts) {
                 let server = &server;
                 scope.spawn(move || {
                     let body = json!({ "prompt": prompt, "max_tokens": 48, "temperature": 0 });
                     let ours = server.generate(&body).json()["generated_text"].as_str().unwrap().to_owned();
-                    compare(prompt, &ours, layout);
+                    compare(&format!("{layout}, {prompt:?}"), &ours, text, 2.0 * rounding);
                 });
             }
         });
     }
 }
 
-fn compare(prompt: &str, ours: &str, layout: &str) {
-    let reference = greedy(&MODEL.tokenize(prompt, true).unwrap(), 48);
+fn compare(what: &str, ours: &str, text: &[Choice], tolerance: f32) {
     let mut bytes = vec![];
-    for (token, gap) in reference {
+    for choice in text {
         let before = bytes.len();
-        MODEL.piece(token, false, &mut bytes);
+        MODEL.piece(choice.token, false, &mut bytes);
         if !ours.as_bytes().starts_with(&bytes) {
-            assert!(gap < 0.05, "{layout}, {prompt:?}: parts at byte {before} where the gap was {gap}: {ours:?}");
+            let gap = choice.gap;
+            assert!(gap < tolerance, "{what}: parts at byte {before} where the gap was {gap} of {tolerance}: {ours:?}");
             return;
         }
     }
-    assert_eq!(ours.len(), bytes.len(), "{layout}, {prompt:?}: {ours:?}");
+    assert_eq!(ours.len(), bytes.len(), "{what}: {ours:?}");
 }
