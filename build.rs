@@ -2,20 +2,24 @@
 //!
 //! 1. Find the source: `LLAMA_CPP_DIR`, or what `make vendor` laid into `vendor/crates/`.
 //! 2. Check the tools: CMake, Ninja, a C++ compiler, libclang. What is missing is named with the command that mends it.
-//! 3. Compile `llama` and `ggml` as static libraries.
-//! 4. Generate bindings for the names that start with `llama_`, `ggml_`, `gguf_`, without the `llama_`.
-//! 5. Tell cargo what to link.
+//! 3. Copy the source into `OUT_DIR` and apply `vendor/patches/` to the copy.
+//! 4. Compile `llama` and `ggml` as static libraries.
+//! 5. Generate bindings for the names that start with `llama_`, `ggml_`, `gguf_`, without the `llama_`.
+//! 6. Tell cargo what to link.
 //!
 //! Environment: `LLAMA_CPP_DIR` another source tree; `CMAKE`, `CXX` the tools; `CUDA_ARCHS`, `CUDAToolkit_ROOT` with
 //! feature `cuda`; `LLAMA_NATIVE=0` for a binary that must run on other CPUs of the same family.
 
-use std::env;
 use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
+use std::{env, fs};
+
+use diffy::patch_set::{FileOperation, ParseOptions, PatchSet};
 
 fn main() {
-    let source = source_tree();
+    let tree = source_tree();
     let tools = Tools::find();
+    let source = patched(&tree);
     let lib = compile(&source, &tools);
     generate_bindings(&source, &tools);
     link(&lib, &tools);
@@ -53,6 +57,75 @@ fn source_tree() -> PathBuf {
     println!("cargo::rerun-if-changed=vendor/crates/.locked"); // written when the tree is laid anew
     println!("cargo::rerun-if-changed=build.rs");
     tree
+}
+
+/// A copy of `tree` with our patches. It is laid anew when a patch or the tree changed, and else left alone, so that
+/// CMake finds its objects up to date.
+fn patched(tree: &Path) -> PathBuf {
+    println!("cargo::rerun-if-changed=vendor/patches");
+    let mut patches: Vec<PathBuf> = fs::read_dir(root().join("vendor/patches"))
+        .map(|entries| {
+            entries.flatten().map(|entry| entry.path()).filter(|p| p.extension() == Some("patch".as_ref())).collect()
+        })
+        .unwrap_or_default();
+    patches.sort();
+    let texts: Vec<String> = patches.iter().map(|p| fs::read_to_string(p).expect("a patch is a text file")).collect();
+    let laid = |path: &str| fs::metadata(root().join(path)).and_then(|m| m.modified()).ok();
+    let state = format!("{} {:?}\n{}", tree.display(), laid("vendor/crates/.locked"), texts.concat());
+
+    let (copy, stamp) = (out_dir().join("llama.cpp"), out_dir().join("llama.cpp.state"));
+    let own_checkout = env::var_os("LLAMA_CPP_DIR").is_some();
+    if !own_checkout && fs::read_to_string(&stamp).is_ok_and(|old| old == state) {
+        return copy;
+    }
+    let _ = fs::remove_file(&stamp);
+    let _ = fs::remove_dir_all(&copy);
+    copy_tree(tree, &copy).unwrap_or_else(|e| stop(&format!("cannot copy {} into the build folder: {e}", tree.display())));
+    for (path, text) in patches.iter().zip(&texts) {
+        let name = path.file_name().unwrap_or_default().display();
+        match apply(text, &copy) {
+            Ok(()) => {}
+            Err(e) if own_checkout => {
+                println!("cargo::warning={name} does not apply to LLAMA_CPP_DIR, built without it: {e}")
+            }
+            Err(e) => stop(&format!("{name} does not apply to the vendored source, run `make vendor`: {e}")),
+        }
+    }
+    fs::write(&stamp, state).expect("OUT_DIR is writable");
+    copy
+}
+
+fn copy_tree(from: &Path, to: &Path) -> std::io::Result<()> {
+    fs::create_dir_all(to)?;
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        let (kind, to) = (entry.file_type()?, to.join(entry.file_name()));
+        if kind.is_dir() && entry.file_name() != ".git" {
+            copy_tree(&entry.path(), &to)?;
+        } else if kind.is_file() {
+            fs::copy(entry.path(), to)?;
+        }
+    }
+    Ok(())
+}
+
+/// Applies a patch in git's format to the files below `tree`: all of it, or nothing.
+fn apply(patch: &str, tree: &Path) -> Result<(), String> {
+    let mut changed = vec![];
+    for file in PatchSet::parse(patch, ParseOptions::gitdiff()) {
+        let file = file.map_err(|e| e.to_string())?;
+        let (old, new) = match file.operation().strip_prefix(1) {
+            FileOperation::Create(path) => (String::new(), tree.join(&*path)),
+            FileOperation::Modify { original, .. } => {
+                let path = tree.join(&*original);
+                (fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))?, path)
+            }
+            other => return Err(format!("{other:?} is not supported")),
+        };
+        let text = file.patch().as_text().ok_or("binary")?;
+        changed.push((new, diffy::apply(&old, text).map_err(|e| e.to_string())?));
+    }
+    changed.iter().try_for_each(|(path, text)| fs::write(path, text).map_err(|e| format!("{}: {e}", path.display())))
 }
 
 /// The programs the build calls; each was run once.
