@@ -2,7 +2,7 @@
 //!
 //! 1. Find the source: `LLAMA_CPP_DIR`, or what `make vendor` laid into `vendor/crates/`.
 //! 2. Check the tools: CMake, Ninja, a C++ compiler, libclang. What is missing is named with the command that mends it.
-//! 3. Copy the source into `OUT_DIR` and apply `vendor/patches/` to the copy.
+//! 3. Copy the source into the target folder and apply `vendor/patches/` to the copy.
 //! 4. Compile `llama` and `ggml` as static libraries.
 //! 5. Generate bindings for the names that start with `llama_`, `ggml_`, `gguf_`, without the `llama_`.
 //! 6. Tell cargo what to link.
@@ -19,7 +19,7 @@ use diffy::patch_set::{FileOperation, ParseOptions, PatchSet};
 fn main() {
     let tree = source_tree();
     let tools = Tools::find();
-    let source = patched(&tree);
+    let source = patched(&tree, tools.cuda);
     let lib = compile(&source, &tools);
     generate_bindings(&source, &tools);
     link(&lib, &tools);
@@ -44,6 +44,14 @@ fn out_dir() -> PathBuf {
     PathBuf::from(env::var("OUT_DIR").expect("cargo sets it"))
 }
 
+/// Where llama.cpp is built: beside the build script's folders, so that `cargo build`, `clippy`, `test` and `bench`, for each
+/// of which cargo runs this script anew, compile it once. Cargo holds a lock on the whole target folder meanwhile.
+fn native_dir(cuda: bool) -> PathBuf {
+    let out_dir = out_dir();
+    let builds = out_dir.ancestors().nth(2).expect("OUT_DIR is target/<profile>/build/<package>/out");
+    builds.join(if cuda { "llama.cpp-cuda" } else { "llama.cpp-cpu" })
+}
+
 fn source_tree() -> PathBuf {
     let tree = var("LLAMA_CPP_DIR").map_or_else(|| root().join("vendor/crates/llama-cpp-sys-2/llama.cpp"), PathBuf::from);
     let header = tree.join("include/llama.h");
@@ -61,7 +69,7 @@ fn source_tree() -> PathBuf {
 
 /// A copy of `tree` with our patches. It is laid anew when a patch or the tree changed, and else left alone, so that
 /// CMake finds its objects up to date.
-fn patched(tree: &Path) -> PathBuf {
+fn patched(tree: &Path, cuda: bool) -> PathBuf {
     println!("cargo::rerun-if-changed=vendor/patches");
     let mut patches: Vec<PathBuf> = fs::read_dir(root().join("vendor/patches"))
         .map(|entries| {
@@ -73,7 +81,7 @@ fn patched(tree: &Path) -> PathBuf {
     let laid = |path: &str| fs::metadata(root().join(path)).and_then(|m| m.modified()).ok();
     let state = format!("{} {:?}\n{}", tree.display(), laid("vendor/crates/.locked"), texts.concat());
 
-    let (copy, stamp) = (out_dir().join("llama.cpp"), out_dir().join("llama.cpp.state"));
+    let (copy, stamp) = (native_dir(cuda).join("source"), native_dir(cuda).join("source.state"));
     let own_checkout = env::var_os("LLAMA_CPP_DIR").is_some();
     if !own_checkout && fs::read_to_string(&stamp).is_ok_and(|old| old == state) {
         return copy;
@@ -178,7 +186,7 @@ fn bindgen_can_load_libclang() -> Result<(), String> {
     loaded
 }
 
-/// Compiles and installs into OUT_DIR; returns the folder of the static libraries.
+/// Compiles and installs; returns the folder of the static libraries.
 fn compile(source: &Path, tools: &Tools) -> PathBuf {
     set_cmake(&tools.cmake);
     let mut config = cmake::Config::new(source);
@@ -187,7 +195,7 @@ fn compile(source: &Path, tools: &Tools) -> PathBuf {
     if let Some(ninja) = &tools.ninja {
         config.generator("Ninja").define("CMAKE_MAKE_PROGRAM", ninja);
     }
-    config.profile("Release").define("BUILD_SHARED_LIBS", "OFF");
+    config.out_dir(native_dir(tools.cuda)).profile("Release").define("BUILD_SHARED_LIBS", "OFF");
     for part in ["COMMON", "TESTS", "TOOLS", "EXAMPLES", "SERVER", "APP"] {
         config.define(format!("LLAMA_BUILD_{part}"), "OFF");
     }

@@ -62,7 +62,8 @@ fn engine(n: usize, temperature: f32) -> (Engine<Still>, Vec<Receiver<Event>>) {
         let (events, receiver) = mpsc::channel(N_CTX);
         let sampling = SamplingParams { temperature, seed: i as u64, ..SamplingParams::default() };
         let stop = vec!["\n\n###".to_owned()];
-        let request = Request { prompt: String::new(), max_tokens: N_CTX, sampling, stop, ignore_eos: false };
+        let request =
+            Request { prompt: String::new(), max_tokens: N_CTX, sampling, stop, ignore_eos: false, cache_prompt: true };
         engine.enqueue(Job { prompt: vec![Token(1)], request, events, permit: None, accepted: Instant::now() });
         receiver
     });

@@ -68,13 +68,13 @@ pub struct ServeArgs {
     /// Longest time an idle engine may wait for company before a step, in seconds. Only bursts ever pay it
     #[arg(long, env = "MAX_WAIT_TIME", value_name = "MAX_WAIT_TIME", default_value = "0.1", value_parser = seconds)]
     pub max_wait_time: Duration,
-    /// How the KV cache is divided: one pool, one stream per sequence, or what suits the machine
+    /// How the KV cache is divided: one pool, one stream per sequence, or what is faster (the pool)
     #[arg(long, env = "KV_LAYOUT", value_name = "KV_LAYOUT", default_value = "auto")]
     pub kv: KvLayout,
     /// Cells of a unified KV cache, in tokens [default: BATCH_SIZE x MODEL_CONTEXT_SIZE]
     #[arg(long, env = "KV_CELLS", value_name = "KV_CELLS", value_parser = between(16, 1 << 28))]
     pub kv_cells: Option<usize>,
-    /// Cells of a unified KV cache that may hold finished prompts for reuse [default: 1024 on a CPU, all on a GPU]
+    /// Cells of a unified KV cache that may hold finished prompts for reuse [default: all]
     #[arg(long, env = "PREFIX_CELLS", value_name = "PREFIX_CELLS", value_parser = between(0, 1 << 28))]
     pub prefix_cells: Option<usize>,
     /// Most rows (tokens) of one step; a longer prompt takes several
@@ -144,7 +144,7 @@ pub struct GenerateArgs {
 /// How the KV cache is divided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum KvLayout {
-    /// Streams on a CPU with several sequences, otherwise unified
+    /// What is faster: the pool
     Auto,
     /// One pool: prefixes are shared between sequences at no cost
     Unified,
@@ -204,9 +204,6 @@ pub struct HttpLimits {
     pub read_timeout: Duration,
 }
 
-/// On a CPU a retained cell slows every row a little, so a unified cache keeps few of them.
-const PREFIX_CELLS_CPU: usize = 1024;
-
 impl ModelArgs {
     /// The model file: what was given, or the default one.
     ///
@@ -249,12 +246,7 @@ impl ServeArgs {
         if let Some(cells) = self.kv_cells.filter(|&cells| cells < n_ctx) {
             return Err(format!("KV_CELLS is {cells}, but one request may take MODEL_CONTEXT_SIZE = {n_ctx}"));
         }
-        let limits = Limits {
-            n_slots: self.batch_size,
-            n_ctx,
-            n_batch: self.n_batch,
-            layout: self.layout(llama::supports_gpu_offload()),
-        };
+        let limits = Limits { n_slots: self.batch_size, n_ctx, n_batch: self.n_batch, layout: self.layout() };
         Ok(Config {
             listen: SocketAddr::new(self.host, self.port),
             workers: self.workers,
@@ -275,20 +267,15 @@ impl ServeArgs {
         })
     }
 
-    /// `auto`: in a unified cache on a CPU every row looks at every sequence's cells, in streams only at its own; on a GPU
-    /// that hardly shows, and one pool shares prefixes. `benches/results/` has the measurement.
-    fn layout(&self, gpu: bool) -> Layout {
-        let unified = match self.kv {
-            KvLayout::Unified => true,
-            KvLayout::Streams => false,
-            // Asking for cells or prefixes is asking for the pool that has them.
-            KvLayout::Auto => gpu || self.kv_cells.is_some() || self.prefix_cells.is_some(),
-        };
+    /// `auto` is the pool: it shares prefixes and holds trees, and with `vendor/patches/` a row pays for the cells it sees
+    /// and no others, so it is the faster layout on a CPU too. `benches/results/` has the measurement.
+    fn layout(&self) -> Layout {
+        let unified = matches!(self.kv, KvLayout::Auto | KvLayout::Unified);
         if !unified {
             return Layout::Streams { n_cells: self.model.context_size };
         }
         let n_cells = self.kv_cells.unwrap_or(self.batch_size * self.model.context_size);
-        let n_retained = self.prefix_cells.unwrap_or(if gpu { n_cells } else { PREFIX_CELLS_CPU }).min(n_cells);
+        let n_retained = self.prefix_cells.unwrap_or(n_cells).min(n_cells);
         Layout::Unified {
             n_cells,
             n_retained,
@@ -351,12 +338,11 @@ mod tests {
     }
 
     #[test]
-    fn the_layout_follows_the_machine_unless_it_is_named() {
-        let layout = |args: &[&str], gpu| serve(args).unwrap().layout(gpu);
-        assert_eq!(layout(&[], false), Layout::Streams { n_cells: 2048 });
-        assert!(matches!(layout(&[], true), Layout::Unified { n_cells: 8192, n_retained: 8192, .. }));
-        assert!(matches!(layout(&["--kv", "unified"], false), Layout::Unified { n_retained: 1024, .. }));
-        assert!(matches!(layout(&["--kv", "streams"], true), Layout::Streams { .. }));
-        assert!(matches!(layout(&["--batch-size", "256", "--kv", "unified"], false), Layout::Unified { n_seqs: 256, .. }));
+    fn the_cache_is_one_pool_unless_streams_are_named() {
+        let layout = |args: &[&str]| serve(args).unwrap().layout();
+        assert!(matches!(layout(&[]), Layout::Unified { n_cells: 8192, n_retained: 8192, n_seqs: 8 }));
+        assert!(matches!(layout(&["--prefix-cells", "100"]), Layout::Unified { n_retained: 100, .. }));
+        assert_eq!(layout(&["--kv", "streams"]), Layout::Streams { n_cells: 2048 });
+        assert!(matches!(layout(&["--batch-size", "256"]), Layout::Unified { n_seqs: 256, .. }));
     }
 }

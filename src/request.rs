@@ -69,6 +69,8 @@ pub struct Request {
     pub stop: Vec<String>,
     /// Never choose the model's end-of-text tokens.
     pub ignore_eos: bool,
+    /// Start from what is cached of the prompt's beginning.
+    pub cache_prompt: bool,
 }
 
 /// What a request gets back: any number of pieces, then one end.

@@ -52,6 +52,7 @@ fn malformed() -> impl Strategy<Value = Vec<u8>> {
         "stop",
         "stream",
         "ignore_eos",
+        "cache_prompt",
     ];
     let out_of_range = prop_oneof![
         Just(json!(-1e300)),

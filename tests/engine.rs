@@ -24,7 +24,8 @@ fn limits(layout: Layout, n_slots: usize, n_ctx: usize, n_batch: usize) -> Limit
 fn job(prompt: &[i32], max_tokens: usize, temperature: f32) -> (Job, Receiver<Event>) {
     let (events, receiver) = mpsc::channel(max_tokens + 1);
     let sampling = SamplingParams { temperature, seed: 3, ..SamplingParams::default() };
-    let request = Request { prompt: String::new(), max_tokens, sampling, stop: vec![], ignore_eos: false };
+    let request =
+        Request { prompt: String::new(), max_tokens, sampling, stop: vec![], ignore_eos: false, cache_prompt: true };
     let prompt = prompt.iter().map(|&t| Token(t)).collect();
     (Job { prompt, request, events, permit: None, accepted: Instant::now() }, receiver)
 }

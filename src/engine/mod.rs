@@ -134,7 +134,7 @@ impl<F: Forward> Engine<F> {
                 continue;
             }
             let n_max = job.prompt.len() + job.n_generate(self.limits.n_ctx);
-            let Some(place) = self.ledger.admit(&job.prompt, n_max) else { return };
+            let Some(place) = self.ledger.admit(&job.prompt, n_max, job.request.cache_prompt) else { return };
             let job = self.waiting.pop_front().expect("it was at the front");
             let banned: &[Token] = if job.request.ignore_eos { &self.end_tokens } else { &[] };
             let sampler = Sampler::new(&job.request.sampling, banned, &job.prompt, self.forward.n_vocab());

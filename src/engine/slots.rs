@@ -18,7 +18,7 @@ pub enum Layout {
     Unified {
         /// Cells in it.
         n_cells: usize,
-        /// Most cells that only retained sequences hold. On a CPU every row looks at every cell in use, whoever's it is.
+        /// Most cells that only retained sequences hold: every row reads the mask of every cell in use, whoever's it is.
         n_retained: usize,
         /// Sequence ids, for active and retained sequences together.
         n_seqs: usize,
@@ -134,20 +134,23 @@ impl Slots {
         }
     }
 
-    /// Finds a place for a prompt that may grow to `n_max` cells. `None`: not now; try again after a [`release`].
+    /// Finds a place for a prompt that may grow to `n_max` cells; with `reuse`, where its beginning is cached. `None`: not
+    /// now; try again after a [`release`].
     ///
     /// [`release`]: Slots::release
     ///
     /// # Panics
     /// For an empty prompt, or an `n_max` below its length or beyond what [`fits`](Slots::fits) allows.
-    pub fn admit(&mut self, prompt: &[Token], n_max: usize) -> Option<Admission> {
+    pub fn admit(&mut self, prompt: &[Token], n_max: usize, reuse: bool) -> Option<Admission> {
         assert!(!prompt.is_empty() && n_max >= prompt.len() && self.fits(n_max), "requests are checked against the context");
         if self.n_active() == self.n_slots {
             return None;
         }
+        // Never all of it: the last token must be computed for its logits.
+        let reusable = if reuse { &prompt[..prompt.len() - 1] } else { &[] };
         match self.layout {
-            Layout::Unified { .. } => self.admit_unified(prompt, n_max),
-            Layout::Streams { .. } => Some(self.admit_stream(prompt, n_max)),
+            Layout::Unified { .. } => self.admit_unified(reusable, n_max),
+            Layout::Streams { .. } => Some(self.admit_stream(reusable, n_max)),
         }
     }
 
@@ -159,15 +162,15 @@ impl Slots {
         }
     }
 
-    fn admit_stream(&mut self, prompt: &[Token], n_max: usize) -> Admission {
+    fn admit_stream(&mut self, reusable: &[Token], n_max: usize) -> Admission {
         let idle = || self.seqs.iter().enumerate().filter(|(_, s)| !s.is_active());
         let (best, n) = idle()
-            .map(|(i, s)| (i, s.common_prefix(prompt)))
+            .map(|(i, s)| (i, s.common_prefix(reusable)))
             .max_by_key(|&(i, n)| (n, std::cmp::Reverse(i)))
             .expect("an idle stream: fewer are active than there are slots");
         let lowest = idle().next().expect("as above").0;
         let (index, n_cached) =
-            if n >= MIN_STREAM_REUSE { (best, n) } else { (lowest, self.seqs[lowest].common_prefix(prompt)) };
+            if n >= MIN_STREAM_REUSE { (best, n) } else { (lowest, self.seqs[lowest].common_prefix(reusable)) };
 
         let seq = SeqId(index as u32);
         let stale = self.seqs[index].tokens.len() > n_cached;
@@ -177,9 +180,9 @@ impl Slots {
         Admission { seq, n_cached, ops }
     }
 
-    fn admit_unified(&mut self, prompt: &[Token], n_max: usize) -> Option<Admission> {
+    fn admit_unified(&mut self, reusable: &[Token], n_max: usize) -> Option<Admission> {
         let (source, n_cached) = (self.seqs.iter().enumerate())
-            .map(|(i, s)| (i, s.common_prefix(prompt)))
+            .map(|(i, s)| (i, s.common_prefix(reusable)))
             .max_by_key(|&(i, n)| (n, std::cmp::Reverse(i)))
             .expect("there are sequence ids");
         let shared = &self.seqs[source].cells[..n_cached];
@@ -347,10 +350,9 @@ impl Seq {
         matches!(self.state, State::Retained(_))
     }
 
-    /// Tokens at the beginning of `prompt` that are cached here; never all of them.
-    fn common_prefix(&self, prompt: &[Token]) -> usize {
-        let at_most = &prompt[..prompt.len() - 1];
-        self.tokens.iter().zip(at_most).take_while(|(a, b)| a == b).count()
+    /// Tokens at the beginning of `reusable` that are cached here.
+    fn common_prefix(&self, reusable: &[Token]) -> usize {
+        self.tokens.iter().zip(reusable).take_while(|(a, b)| a == b).count()
     }
 }
 
@@ -460,9 +462,9 @@ mod tests {
     #[test]
     fn a_prompt_shares_the_cells_of_a_running_one() {
         let mut slots = unified(30, 2);
-        let a = slots.admit(&tokens("system: hi"), 12).unwrap();
+        let a = slots.admit(&tokens("system: hi"), 12, true).unwrap();
         slots.push(a.seq, &tokens("system: hi"));
-        let b = slots.admit(&tokens("system: yo"), 12).unwrap();
+        let b = slots.admit(&tokens("system: yo"), 12, true).unwrap();
         assert_eq!(b.n_cached, 8);
         assert_eq!(b.ops, [KvOp::Share { from: a.seq, to: b.seq, n: 8 }]);
         assert_eq!(slots.n_cells_active(), 10, "the shared ones count once");
@@ -472,12 +474,12 @@ mod tests {
     #[test]
     fn a_full_cache_makes_a_request_wait_and_a_retained_prefix_go() {
         let mut slots = unified(20, 2);
-        let a = slots.admit(&tokens("aaaa"), 12).unwrap();
+        let a = slots.admit(&tokens("aaaa"), 12, true).unwrap();
         slots.push(a.seq, &tokens("aaaa"));
-        assert_eq!(slots.admit(&tokens("bbbb"), 12), None, "12 of 20 cells are promised");
+        assert_eq!(slots.admit(&tokens("bbbb"), 12, true), None, "12 of 20 cells are promised");
         slots.release(a.seq);
         assert_eq!(slots.n_cells_retained(), 4);
-        let b = slots.admit(&tokens("bbbb"), 18).unwrap();
+        let b = slots.admit(&tokens("bbbb"), 18, true).unwrap();
         assert_eq!(b.ops, [KvOp::Remove { seq: a.seq, from: 0 }], "the retained prefix went");
         slots.check_integrity();
     }
@@ -485,10 +487,10 @@ mod tests {
     #[test]
     fn the_next_turn_of_a_talk_takes_over_its_cells() {
         for mut slots in [unified(64, 2), Slots::new(Layout::Streams { n_cells: 64 }, 2)] {
-            let a = slots.admit(&tokens("how are you today"), 40).unwrap();
+            let a = slots.admit(&tokens("how are you today"), 40, true).unwrap();
             slots.push(a.seq, &tokens("how are you today"));
             slots.release(a.seq);
-            let b = slots.admit(&tokens("how are you today? fine"), 40).unwrap();
+            let b = slots.admit(&tokens("how are you today? fine"), 40, true).unwrap();
             assert_eq!((b.seq, b.n_cached, b.ops), (a.seq, 17, vec![]));
         }
     }
@@ -496,20 +498,20 @@ mod tests {
     #[test]
     fn the_same_prompt_again_computes_its_last_token_only() {
         let mut slots = unified(64, 2);
-        let a = slots.admit(&tokens("same"), 10).unwrap();
+        let a = slots.admit(&tokens("same"), 10, true).unwrap();
         slots.push(a.seq, &tokens("same"));
-        assert_eq!(slots.admit(&tokens("same"), 10).unwrap().n_cached, 3);
+        assert_eq!(slots.admit(&tokens("same"), 10, true).unwrap().n_cached, 3);
     }
 
     #[test]
     fn streams_take_the_lowest_id_unless_a_long_prefix_stands_elsewhere() {
         let mut slots = Slots::new(Layout::Streams { n_cells: 64 }, 3);
         let long = tokens("a prefix that is long enough");
-        let ids: Vec<_> = [&tokens("x"), &tokens("y"), &long].map(|p| slots.admit(p, 40).unwrap().seq).into();
+        let ids: Vec<_> = [&tokens("x"), &tokens("y"), &long].map(|p| slots.admit(p, 40, true).unwrap().seq).into();
         slots.push(ids[2], &long);
         ids.iter().for_each(|&id| drop(slots.release(id)));
-        assert_eq!(slots.admit(&tokens("a pre"), 40).unwrap().seq, ids[0]);
-        assert_eq!(slots.admit(&long, 40).unwrap().seq, ids[2]);
+        assert_eq!(slots.admit(&tokens("a pre"), 40, true).unwrap().seq, ids[0]);
+        assert_eq!(slots.admit(&long, 40, true).unwrap().seq, ids[2]);
     }
 
     #[derive(Clone, Debug)]
@@ -565,10 +567,11 @@ mod tests {
                 match act {
                     Act::Admit(prompt, more) => {
                         let prompt = tokens(&prompt);
-                        if let Some(a) = slots.admit(&prompt, prompt.len() + more) {
+                        let reuse = more % 3 != 0;
+                        if let Some(a) = slots.admit(&prompt, prompt.len() + more, reuse) {
                             cache.apply(&a.ops);
                             let held = cache.0.entry(a.seq.0).or_default();
-                            prop_assert!(a.n_cached < prompt.len());
+                            prop_assert!(a.n_cached < prompt.len() && (reuse || a.n_cached == 0));
                             prop_assert_eq!(&held[..], &prompt[..a.n_cached], "what is called cached is there, and no more");
                             active.push((a.seq, prompt.len() + more - a.n_cached));
                         } else {

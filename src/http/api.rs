@@ -49,9 +49,10 @@ pub fn generate(body: Value, n_ctx: usize, random_seed: u64) -> Result<Generate,
     let max_tokens = fields.count("max_tokens", 1, n_ctx as u64)?.map_or(128.min(n_ctx), |n| n as usize);
     let stop = fields.stops()?;
     let ignore_eos = fields.boolean("ignore_eos")?.unwrap_or(false);
+    let cache_prompt = fields.boolean("cache_prompt")?.unwrap_or(true);
     let stream = fields.boolean("stream")?.unwrap_or(false);
     fields.refuse_the_rest()?;
-    Ok(Generate { request: Request { prompt, max_tokens, sampling, stop, ignore_eos }, stream })
+    Ok(Generate { request: Request { prompt, max_tokens, sampling, stop, ignore_eos, cache_prompt }, stream })
 }
 
 /// The fields not yet read. Null counts as absent.
@@ -139,7 +140,7 @@ impl Fields {
             None => Ok(()),
             Some(name) => {
                 let known = "prompt, max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, frequency_penalty, \
-                             presence_penalty, repeat_last_n, logit_bias, seed, stop, ignore_eos, stream";
+                             presence_penalty, repeat_last_n, logit_bias, seed, stop, ignore_eos, cache_prompt, stream";
                 let shown: String = name.chars().take(64).collect();
                 Err(Invalid::new(&shown, format!("unknown field `{shown}`; known are {known}")))
             }
@@ -203,14 +204,15 @@ mod tests {
         let g = read(json!({
             "prompt": "x", "max_tokens": 5.0, "temperature": 0, "top_p": 0.5, "top_k": 3, "min_p": 0.1,
             "repetition_penalty": 1.1, "frequency_penalty": -1, "presence_penalty": 0.5, "repeat_last_n": 7,
-            "logit_bias": { "5": -100 }, "seed": u64::MAX, "stop": ["a", "b"], "ignore_eos": true, "stream": true,
+            "logit_bias": { "5": -100 }, "seed": u64::MAX, "stop": ["a", "b"], "ignore_eos": true, "cache_prompt": false, "stream": true,
         }));
         let g = g.unwrap();
         let s = &g.request.sampling;
         assert_eq!((s.temperature, s.top_p, s.top_k, s.min_p), (0.0, 0.5, 3, 0.1));
         assert_eq!((s.repetition_penalty, s.frequency_penalty, s.presence_penalty, s.repeat_last_n), (1.1, -1.0, 0.5, 7));
         assert_eq!((s.logit_bias.as_slice(), s.seed), (&[(Token(5), -100.0)][..], u64::MAX));
-        assert_eq!((g.request.max_tokens, g.request.stop.len(), g.request.ignore_eos, g.stream), (5, 2, true, true));
+        assert_eq!((g.request.max_tokens, g.request.stop.len()), (5, 2));
+        assert_eq!((g.request.ignore_eos, g.request.cache_prompt, g.stream), (true, false, true));
         assert_eq!(read(json!({ "prompt": "x", "stop": "one" })).unwrap().request.stop, ["one"]);
     }
 
