@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use medusa_llama::engine::slots::KvOp;
-use medusa_llama::engine::{Engine, Forward, Job, Layout, Limits, Row};
+use medusa_llama::engine::{Engine, Forward, Job, Layout, Limits, Rows};
 use medusa_llama::llama::{LlamaError, Token};
-use medusa_llama::request::{Event, Request, SamplingParams};
+use medusa_llama::request::{Event, Request, SamplingParams, Speculation};
 use tokio::sync::mpsc::{self, Receiver};
 
 const N_VOCAB: usize = 49_152;
@@ -37,12 +37,15 @@ impl Forward for Still {
     fn n_vocab(&self) -> usize {
         N_VOCAB
     }
-    fn forward(&mut self, rows: &[Row]) -> Result<(), LlamaError> {
+    fn forward(&mut self, rows: &Rows) -> Result<(), LlamaError> {
         black_box(rows);
         Ok(())
     }
     fn logits(&self, row: usize) -> Result<&[f32], LlamaError> {
         Ok(&self.0[row])
+    }
+    fn hidden(&self, row: usize) -> Result<&[f32], LlamaError> {
+        Err(LlamaError::Misuse(format!("row {row} has no hidden state")))
     }
     fn apply(&mut self, _: KvOp) -> Result<(), LlamaError> {
         Ok(())
@@ -62,8 +65,15 @@ fn engine(n: usize, temperature: f32) -> (Engine<Still>, Vec<Receiver<Event>>) {
         let (events, receiver) = mpsc::channel(N_CTX);
         let sampling = SamplingParams { temperature, seed: i as u64, ..SamplingParams::default() };
         let stop = vec!["\n\n###".to_owned()];
-        let request =
-            Request { prompt: String::new(), max_tokens: N_CTX, sampling, stop, ignore_eos: false, cache_prompt: true };
+        let request = Request {
+            prompt: String::new(),
+            max_tokens: N_CTX,
+            sampling,
+            stop,
+            ignore_eos: false,
+            cache_prompt: true,
+            speculation: Speculation::Auto,
+        };
         engine.enqueue(Job { prompt: vec![Token(1)], request, events, permit: None, accepted: Instant::now() });
         receiver
     });

@@ -52,3 +52,4 @@ pub mod error;
 pub mod http;
 pub mod llama;
 pub mod request;
+pub mod speculate;

@@ -71,6 +71,18 @@ pub struct Request {
     pub ignore_eos: bool,
     /// Start from what is cached of the prompt's beginning.
     pub cache_prompt: bool,
+    /// Whether to draft.
+    pub speculation: Speculation,
+}
+
+/// Whether drafts are verified for a request. The text is the same in either case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Speculation {
+    /// As far as it pays.
+    #[default]
+    Auto,
+    /// Never.
+    Off,
 }
 
 /// What a request gets back: any number of pieces, then one end.
@@ -98,6 +110,8 @@ pub struct Completion {
     pub usage: Usage,
     /// Where the time went.
     pub timings: Timings,
+    /// What drafting did.
+    pub speculation: SpeculationUsage,
 }
 
 /// Why an answer ended.
@@ -120,6 +134,17 @@ pub struct Usage {
     pub cached_tokens: usize,
     /// Tokens generated, an end-of-text token included.
     pub completion_tokens: usize,
+}
+
+/// What drafting did for one request.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SpeculationUsage {
+    /// Steps that decided tokens.
+    pub steps: usize,
+    /// Candidates verified in them.
+    pub drafted: usize,
+    /// Candidates that were what the model chose.
+    pub accepted: usize,
 }
 
 /// Seconds a request spent in each stage.

@@ -53,6 +53,7 @@ fn malformed() -> impl Strategy<Value = Vec<u8>> {
         "stream",
         "ignore_eos",
         "cache_prompt",
+        "speculation",
     ];
     let out_of_range = prop_oneof![
         Just(json!(-1e300)),

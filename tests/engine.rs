@@ -10,9 +10,11 @@ use std::time::Instant;
 use medusa_llama::engine::handle::Stats;
 use medusa_llama::engine::{Engine, Job, Layout, Limits};
 use medusa_llama::llama::Token;
-use medusa_llama::request::{Event, FinishReason, Request, SamplingParams};
+use medusa_llama::request::{Event, FinishReason, Request, SamplingParams, Speculation};
+use medusa_llama::speculate::Speculator;
+use medusa_llama::speculate::cost::Cost;
 use proptest::prelude::*;
-use stub::Stub;
+use stub::{Guess, Stub};
 use tokio::sync::mpsc::{self, Receiver};
 
 const N_VOCAB: usize = 50;
@@ -24,8 +26,15 @@ fn limits(layout: Layout, n_slots: usize, n_ctx: usize, n_batch: usize) -> Limit
 fn job(prompt: &[i32], max_tokens: usize, temperature: f32) -> (Job, Receiver<Event>) {
     let (events, receiver) = mpsc::channel(max_tokens + 1);
     let sampling = SamplingParams { temperature, seed: 3, ..SamplingParams::default() };
-    let request =
-        Request { prompt: String::new(), max_tokens, sampling, stop: vec![], ignore_eos: false, cache_prompt: true };
+    let request = Request {
+        prompt: String::new(),
+        max_tokens,
+        sampling,
+        stop: vec![],
+        ignore_eos: false,
+        cache_prompt: true,
+        speculation: Speculation::Auto,
+    };
     let prompt = prompt.iter().map(|&t| Token(t)).collect();
     (Job { prompt, request, events, permit: None, accepted: Instant::now() }, receiver)
 }
@@ -77,11 +86,35 @@ fn client() -> impl Strategy<Value = Client> {
     )
 }
 
+/// Heads of a random quality on a machine of a random kind, or none.
+#[derive(Clone, Debug)]
+struct Drafting {
+    n_levels: usize,
+    width: usize,
+    max_tokens: usize,
+    row_cost: f64,
+    n_leaf_ids: usize,
+}
+
+impl Drafting {
+    fn apply(&self, engine: &mut Engine<Stub>, n_seqs: usize) {
+        let guess = Guess { n_vocab: N_VOCAB, n_levels: self.n_levels, width: self.width };
+        let cost = Cost::from_points(&[(1, 1.0), (64, 1.0 + 63.0 * self.row_cost)]);
+        engine.speculate(Speculator::new(Box::new(guess), self.max_tokens, cost), n_seqs + self.n_leaf_ids);
+    }
+}
+
+fn drafting() -> impl Strategy<Value = Drafting> {
+    (1usize..5, 1usize..6, 1usize..7, 0.0f64..0.4, 0usize..20).prop_map(
+        |(n_levels, width, max_tokens, row_cost, n_leaf_ids)| Drafting { n_levels, width, max_tokens, row_cost, n_leaf_ids },
+    )
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
-    /// Clients come, share prefixes, wait for cells, hang up. Those that stay get exactly their text; afterwards no sequence
-    /// and no cell is held.
+    /// Clients come, share prefixes, wait for cells, hang up, with drafts and without. Those that stay get exactly their
+    /// text; afterwards no sequence and no cell is held.
     #[test]
     fn every_client_gets_its_own_text(
         clients in prop::collection::vec(client(), 1..14),
@@ -90,6 +123,7 @@ proptest! {
         n_batch in 5usize..24,
         n_cells in 40usize..120,
         n_retained in 0usize..60,
+        drafting in prop::option::of(drafting()),
     ) {
         let layout = if unified {
             Layout::Unified { n_cells, n_retained, n_seqs: n_slots + 3 }
@@ -98,6 +132,9 @@ proptest! {
         };
         let stats = Arc::new(Stats::default());
         let mut engine = Engine::new(Stub::new(N_VOCAB), limits(layout, n_slots, 40, n_batch), Arc::clone(&stats));
+        if let (Some(drafting), true) = (&drafting, unified) {
+            drafting.apply(&mut engine, n_slots + 3);
+        }
         let mut receivers: Vec<Option<Receiver<Event>>> = clients.iter().map(|_| None).collect();
         let mut step = 0;
         while step < 30 || !engine.is_idle() {
@@ -123,15 +160,25 @@ proptest! {
             let Some(Event::Done(done)) = end else { panic!("ended with {end:?}") };
             prop_assert_eq!(done.usage.prompt_tokens, client.prompt.len());
             prop_assert!(done.usage.cached_tokens < client.prompt.len());
+            let s = done.speculation;
+            prop_assert!(s.accepted <= s.drafted && s.steps + s.accepted >= done.usage.completion_tokens);
         }
+        engine.check_nothing_left();
     }
 
-    /// The same request with the same seed: alone, and among others.
+    /// The same request with the same seed: alone, among others, with drafts and without.
     #[test]
-    fn sampled_text_does_not_depend_on_company(others in prop::collection::vec(client(), 0..6), n_batch in 4usize..20) {
+    fn sampled_text_depends_neither_on_company_nor_on_drafts(
+        others in prop::collection::vec(client(), 0..6),
+        n_batch in 4usize..20,
+        drafting in drafting(),
+    ) {
         let layout = Layout::Unified { n_cells: 200, n_retained: 60, n_seqs: 8 };
-        let run = |others: &[Client]| {
+        let run = |others: &[Client], drafting: Option<&Drafting>| {
             let mut engine = Engine::new(Stub::new(N_VOCAB), limits(layout, 4, 40, n_batch), Arc::default());
+            if let Some(drafting) = drafting {
+                drafting.apply(&mut engine, 8);
+            }
             let mut kept = vec![];
             for other in others {
                 let (job, events) = job(&other.prompt, other.max_tokens, 1.0);
@@ -143,8 +190,37 @@ proptest! {
             run_to_end(&mut engine);
             read(&mut events).0
         };
-        prop_assert_eq!(run(&others), run(&[]));
+        let plain = run(&[], None);
+        prop_assert_eq!(&run(&others, None), &plain);
+        prop_assert_eq!(&run(&[], Some(&drafting)), &plain);
+        prop_assert_eq!(&run(&others, Some(&drafting)), &plain);
     }
+}
+
+#[test]
+fn good_drafts_save_steps() {
+    let layout = Layout::Unified { n_cells: 200, n_retained: 60, n_seqs: 8 };
+    let run = |drafting: Option<Drafting>, speculation| {
+        let mut engine = Engine::new(Stub::new(1 << 20), limits(layout, 4, 120, 64), Arc::default());
+        if let Some(drafting) = drafting {
+            let guess = Guess { n_vocab: 1 << 20, n_levels: drafting.n_levels, width: drafting.width };
+            let cost = Cost::from_points(&[(1, 1.0), (64, 1.5)]);
+            engine.speculate(Speculator::new(Box::new(guess), drafting.max_tokens, cost), 40);
+        }
+        let (mut job, mut events) = job(&[1, 2, 3], 100, 0.0);
+        job.request.speculation = speculation;
+        engine.enqueue(job);
+        run_to_end(&mut engine);
+        let Some(Event::Done(done)) = read(&mut events).1 else { panic!("not done") };
+        done.speculation
+    };
+    let heads = Drafting { n_levels: 3, width: 2, max_tokens: 4, row_cost: 0.0, n_leaf_ids: 30 };
+    assert_eq!(run(None, Speculation::Auto).steps, 100);
+    let with = run(Some(heads.clone()), Speculation::Auto);
+    assert!(with.steps < 55 && with.steps + with.accepted == 100, "{with:?}");
+    assert!(run(Some(Drafting { max_tokens: 2, ..heads.clone() }), Speculation::Auto).steps >= 50, "the cap holds");
+    let off = run(Some(heads), Speculation::Off);
+    assert_eq!((off.steps, off.drafted), (100, 0));
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! What the engine needs of a model and its cache. llama.cpp stands behind it in the server, a stub in tests and benches.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::slots::KvOp;
@@ -7,15 +8,76 @@ use crate::llama::{Batch, Context, LlamaError, Model, SeqId, Token};
 
 /// One token to compute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Row {
+pub struct Row<'a> {
     /// Which.
     pub token: Token,
     /// Its position in the sequence.
     pub pos: usize,
-    /// Whose.
-    pub seq: SeqId,
+    /// Whose; a node of a tree has an id for each leaf below it. It sees the cells of the first one.
+    pub seqs: &'a [SeqId],
     /// Whether its logits are wanted.
     pub output: bool,
+}
+
+/// The rows of a step. Keeps its memory from step to step.
+#[derive(Debug, Default)]
+pub struct Rows {
+    rows: Vec<(Token, usize, bool, Range<usize>)>,
+    ids: Vec<SeqId>,
+}
+
+impl Rows {
+    /// Adds a row.
+    pub fn push(&mut self, token: Token, pos: usize, seqs: impl IntoIterator<Item = SeqId>, output: bool) {
+        let from = self.ids.len();
+        self.ids.extend(seqs);
+        self.rows.push((token, pos, output, from..self.ids.len()));
+    }
+
+    /// All rows, in order.
+    pub fn iter(&self) -> impl Iterator<Item = Row<'_>> {
+        self.slice(0..self.len())
+    }
+
+    fn slice(&self, range: Range<usize>) -> impl Iterator<Item = Row<'_>> {
+        let row = |&(token, pos, output, ref ids): &(_, _, _, Range<usize>)| Row {
+            token,
+            pos,
+            seqs: &self.ids[ids.clone()],
+            output,
+        };
+        self.rows[range].iter().map(row)
+    }
+
+    /// Runs of rows of the same sequence.
+    fn runs(&self) -> Vec<Range<usize>> {
+        let mut runs: Vec<Range<usize>> = vec![];
+        for (i, row) in self.iter().enumerate() {
+            match runs.last_mut() {
+                Some(run) if self.ids[self.rows[run.start].3.start] == row.seqs[0] => run.end = i + 1,
+                _ => runs.push(i..i + 1),
+            }
+        }
+        runs
+    }
+
+    /// Number of rows.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// `true` without a row.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
+    /// Drops all rows.
+    pub fn clear(&mut self) {
+        self.rows.clear();
+        self.ids.clear();
+    }
 }
 
 /// A model with its KV cache.
@@ -26,12 +88,17 @@ pub trait Forward {
     ///
     /// # Errors
     /// When the pass failed; what the cache then holds of these sequences is unknown.
-    fn forward(&mut self, rows: &[Row]) -> Result<(), LlamaError>;
+    fn forward(&mut self, rows: &Rows) -> Result<(), LlamaError>;
     /// Logits of a row of the last pass that wanted them.
     ///
     /// # Errors
     /// For any other row.
     fn logits(&self, row: usize) -> Result<&[f32], LlamaError>;
+    /// Hidden state, after the final norm, of a row of the last pass that wanted logits: what heads draft from.
+    ///
+    /// # Errors
+    /// For any other row, or a model that does not keep it.
+    fn hidden(&self, row: usize) -> Result<&[f32], LlamaError>;
     /// Does to the cache what the ledger says.
     ///
     /// # Errors
@@ -78,8 +145,8 @@ impl LlamaForward {
     }
 
     /// Adds `row`, which is the step's `index`-th, to the next pass.
-    fn add(&mut self, index: usize, row: &Row) -> Result<(), LlamaError> {
-        let at = self.batch.add(row.token, row.pos, &[row.seq], row.output)?;
+    fn add(&mut self, index: usize, row: Row<'_>) -> Result<(), LlamaError> {
+        let at = self.batch.add(row.token, row.pos, row.seqs, row.output)?;
         self.places[index] = if row.output { Place::Context(at) } else { Place::Nowhere };
         Ok(())
     }
@@ -96,19 +163,18 @@ impl LlamaForward {
     }
 
     /// One pass for each sequence with several rows, and then one for the others.
-    fn forward_streams(&mut self, rows: &[Row]) -> Result<(), LlamaError> {
-        let runs = || {
-            rows.chunk_by(|a, b| a.seq == b.seq)
-                .scan(0, |first, run| Some((std::mem::replace(first, *first + run.len()), run)))
-        };
-        for (first, run) in runs().filter(|(_, run)| run.len() > 1) {
+    fn forward_streams(&mut self, rows: &Rows) -> Result<(), LlamaError> {
+        let (single, several): (Vec<_>, Vec<_>) = rows.runs().into_iter().partition(|run| run.len() == 1);
+        for run in several {
             self.batch.clear();
-            run.iter().enumerate().try_for_each(|(i, row)| self.add(first + i, row))?;
+            run.clone().zip(rows.slice(run)).try_for_each(|(i, row)| self.add(i, row))?;
             self.context.forward(&self.batch)?;
             self.keep_logits()?;
         }
         self.batch.clear();
-        runs().filter(|(_, run)| run.len() == 1).try_for_each(|(first, run)| self.add(first, &run[0]))?;
+        for run in single {
+            run.clone().zip(rows.slice(run)).try_for_each(|(i, row)| self.add(i, row))?;
+        }
         if self.batch.is_empty() { Ok(()) } else { self.context.forward(&self.batch) }
     }
 }
@@ -118,7 +184,7 @@ impl Forward for LlamaForward {
         self.model.n_vocab()
     }
 
-    fn forward(&mut self, rows: &[Row]) -> Result<(), LlamaError> {
+    fn forward(&mut self, rows: &Rows) -> Result<(), LlamaError> {
         self.places.clear();
         self.places.resize(rows.len(), Place::Nowhere);
         self.kept.clear();
@@ -136,6 +202,10 @@ impl Forward for LlamaForward {
             Some(&Place::Kept(from)) => Ok(&self.kept[from..from + self.model.n_vocab()]),
             Some(Place::Nowhere) | None => Err(LlamaError::Misuse(format!("row {row} wanted no logits"))),
         }
+    }
+
+    fn hidden(&self, row: usize) -> Result<&[f32], LlamaError> {
+        self.context.hidden(row)
     }
 
     fn apply(&mut self, op: KvOp) -> Result<(), LlamaError> {

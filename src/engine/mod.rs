@@ -1,13 +1,15 @@
 //! The engine: one thread, one context, one loop. Requests join and leave at every step.
 //!
-//! A step is: admit, plan, forward, commit. [`slots`] knows who holds which cells, [`scheduler`] which rows come next,
-//! [`sampler`] which token follows, [`text`] what of it may be shown, [`pace`] and [`company`] how long things may take.
-//! They are pure; this file alone reads the clock, and [`forward`] alone talks to llama.cpp.
+//! A step is: admit, plan, draft, forward, commit. [`slots`] knows who holds which cells, [`leaves`] lends ids to trees,
+//! [`scheduler`] says which rows come next, [`sampler`] which token follows, [`text`] what of it may be shown, [`pace`] and
+//! [`company`] how long things may take; [`speculate`](crate::speculate) drafts. They are pure; this file alone reads the
+//! clock, and [`forward`] alone talks to llama.cpp.
 
 pub mod company;
 pub mod filter;
 pub mod forward;
 pub mod handle;
+pub mod leaves;
 pub mod pace;
 pub mod sampler;
 pub mod scheduler;
@@ -19,14 +21,16 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
-pub use forward::{Forward, Row};
+pub use forward::{Forward, Row, Rows};
 pub use handle::{Handle, Stage, SubmitError, spawn};
 pub use sequence::Job;
 pub use slots::Layout;
 
 use crate::error::IncidentId;
 use crate::llama::{LlamaError, SeqId, Token};
+use crate::speculate::{MAX_NODES, Origin, Speculator, Tree};
 use handle::Stats;
+use leaves::Leaves;
 use pace::Pace;
 use sampler::{Sampler, Scratch};
 use scheduler::{Budget, Demand, Share};
@@ -56,6 +60,9 @@ pub struct Engine<F> {
     running: Vec<Option<Sequence>>,
     n_admitted: u64,
     pace: Pace,
+    /// `None`: no heads.
+    speculator: Option<Speculator>,
+    leaves: Leaves,
     /// End-of-text tokens, for requests that ignore them.
     end_tokens: Vec<Token>,
     stats: Arc<Stats>,
@@ -68,7 +75,15 @@ struct Work {
     demands: Vec<Demand>,
     by_age: Vec<Demand>,
     shares: Vec<Share>,
-    rows: Vec<Row>,
+    /// For each share its candidates, and the ids of their leaves: the sequence's own first.
+    trees: Vec<Tree>,
+    leaf_ids: Vec<Vec<SeqId>>,
+    below: Vec<Vec<usize>>,
+    rows: Rows,
+    accepted: Vec<usize>,
+    /// Before the pass, and after it.
+    ops: Vec<KvOp>,
+    settling: Vec<KvOp>,
     sampling: Scratch,
     piece: Vec<u8>,
 }
@@ -87,12 +102,24 @@ impl<F: Forward> Engine<F> {
             running: (0..n_seqs).map(|_| None).collect(),
             n_admitted: 0,
             pace: Pace::new(limits.n_batch),
+            speculator: None,
+            leaves: Leaves::default(),
             end_tokens,
             stats,
             work: Work::default(),
             forward,
             limits,
         }
+    }
+
+    /// Lets trees be drafted and verified, with the sequence ids behind the layout's own up to `n_ids` for their leaves.
+    ///
+    /// # Panics
+    /// In streams, which cannot hold trees.
+    pub fn speculate(&mut self, speculator: Speculator, n_ids: usize) {
+        let Layout::Unified { n_seqs, .. } = self.limits.layout else { panic!("trees need a unified cache") };
+        self.leaves = Leaves::new(n_seqs..n_ids);
+        self.speculator = Some(speculator);
     }
 
     /// Takes a request into the queue.
@@ -116,12 +143,16 @@ impl<F: Forward> Engine<F> {
     pub fn step(&mut self) {
         self.admit();
         self.plan();
+        self.draft();
+        self.fill_rows();
         if !self.work.rows.is_empty() {
             let started = Instant::now();
-            match self.forward.forward(&self.work.rows) {
+            let ops = std::mem::take(&mut self.work.ops);
+            match self.apply(&ops).and_then(|()| self.forward.forward(&self.work.rows)) {
                 Ok(()) => self.commit(started),
                 Err(error) => self.fail(&error),
             }
+            self.work.ops = ops;
         }
         self.publish();
     }
@@ -156,7 +187,7 @@ impl<F: Forward> Engine<F> {
         }
     }
 
-    /// Fills the shares and rows of the next step.
+    /// Fills the shares of the next step.
     fn plan(&mut self) {
         let work = &mut self.work;
         work.demands.clear();
@@ -164,32 +195,92 @@ impl<F: Forward> Engine<F> {
         work.demands.extend(self.running.iter().flatten().map(demand));
         let budget = Budget { n_batch: self.limits.n_batch, n_prefill: self.pace.n_prefill() };
         scheduler::plan(&work.demands, budget, &mut work.by_age, &mut work.shares);
+    }
 
+    /// Fills the trees of the next step, and what to do to the cache for them.
+    fn draft(&mut self) {
+        let work = &mut self.work;
+        work.ops.clear();
+        work.trees.iter_mut().for_each(Tree::clear);
+        work.trees.resize_with(work.shares.len().max(work.trees.len()), Tree::default);
+        work.leaf_ids.iter_mut().for_each(Vec::clear);
+        work.leaf_ids.resize_with(work.trees.len(), Vec::new);
+        let Some(speculator) = &mut self.speculator else { return };
+
+        let sequence = |share: &Share| self.running[share.seq.0 as usize].as_ref().expect("planned from the running ones");
+        let deepest = speculator.max_tokens_per_step() - 1;
+        let origin = |share: &Share| {
+            let s = sequence(share);
+            let max_depth = if share.to_end && share.n_rows == 1 { s.n_draftable().min(deepest) } else { 0 };
+            Origin { hidden: s.hidden(), root: s.tokens[s.n_computed], max_depth }
+        };
+        let origins: Vec<Origin<'_>> = work.shares.iter().map(origin).collect();
+        if origins.iter().all(|o| o.max_depth == 0) || !speculator.is_due() {
+            return;
+        }
+        let trees = &mut work.trees[..origins.len()];
+        let started = Instant::now();
+        speculator.draft(&origins, trees);
+        let seconds = started.elapsed().as_secs_f64();
+        let n_rows: usize = work.shares.iter().map(|s| s.n_rows).sum();
+        let n_decode = work.shares.iter().filter(|s| s.to_end && s.n_rows == 1).count();
+        let n_free = self.ledger.make_room(n_rows + MAX_NODES, &mut work.ops);
+        let room = (self.limits.n_batch - n_rows).min(n_free.saturating_sub(n_rows));
+        speculator.choose(trees, n_rows, n_decode, room, seconds);
+
+        for ((share, tree), ids) in work.shares.iter().zip(trees).zip(&mut work.leaf_ids) {
+            // Fewer nodes are fewer leaves; one leaf needs no id of ours.
+            while !tree.is_empty() && tree.leaves_below(&mut work.below) - 1 > self.leaves.n_free() {
+                tree.truncate(tree.len() - 1);
+            }
+            if !tree.is_empty() {
+                let n_leaves = tree.leaves_below(&mut work.below);
+                self.leaves.lend(share.seq, n_leaves, sequence(share).n_computed, ids, &mut work.ops);
+            }
+        }
+    }
+
+    /// Fills the rows of the next step: each share's, and behind a decoding one's its tree's.
+    fn fill_rows(&mut self) {
+        let work = &mut self.work;
         work.rows.clear();
-        for share in &work.shares {
+        for ((share, tree), ids) in work.shares.iter().zip(&work.trees).zip(&work.leaf_ids) {
             let s = self.running[share.seq.0 as usize].as_ref().expect("planned from the running ones");
-            let last = s.n_computed + share.n_rows - 1;
-            work.rows.extend((s.n_computed..=last).map(|pos| Row {
-                token: s.tokens[pos],
-                pos,
-                seq: s.seq,
-                output: share.to_end && pos == last,
-            }));
+            if tree.is_empty() {
+                let last = s.n_computed + share.n_rows - 1;
+                for pos in s.n_computed..=last {
+                    work.rows.push(s.tokens[pos], pos, [s.seq], share.to_end && pos == last);
+                }
+                continue;
+            }
+            tree.leaves_below(&mut work.below);
+            work.rows.push(s.tokens[s.n_computed], s.n_computed, ids.iter().copied(), true);
+            for (node, below) in tree.nodes().iter().zip(&work.below) {
+                work.rows.push(node.token, s.n_computed + node.depth, below.iter().map(|&leaf| ids[leaf]), true);
+            }
         }
     }
 
     /// Moves every planned sequence on and lets go of those that ended.
     fn commit(&mut self, started: Instant) {
-        let mut row = 0;
-        let shares = std::mem::take(&mut self.work.shares);
         let now = Instant::now();
+        let shares = std::mem::take(&mut self.work.shares);
         let n_decode = shares.iter().filter(|s| s.n_rows == 1 && s.to_end).count();
-        let (n_prompt, seconds) = (self.work.rows.len() - n_decode, (now - started).as_secs_f64());
+        let n_nodes: usize = self.work.trees.iter().take(shares.len()).map(Tree::len).sum();
+        let n_rows = self.work.rows.len();
+        let (n_prompt, seconds) = (n_rows - n_decode - n_nodes, (now - started).as_secs_f64());
         self.pace.record(n_decode, n_prompt, seconds);
-        tracing::trace!(n_decode, n_prompt, seconds, "step");
-        for share in &shares {
-            row += share.n_rows;
-            match self.advance(share, row - 1, started, now) {
+        if let Some(speculator) = &mut self.speculator
+            && n_prompt == 0
+        {
+            speculator.note_step(n_rows, seconds);
+        }
+        tracing::trace!(n_decode, n_prompt, n_nodes, seconds, "step");
+        let mut first_row = 0;
+        for (i, share) in shares.iter().enumerate() {
+            let row = first_row + share.n_rows - 1;
+            first_row += share.n_rows + self.work.trees[i].len();
+            match self.advance(i, share, row, started, now) {
                 Ok(false) => {}
                 Ok(true) => {
                     self.running[share.seq.0 as usize] = None;
@@ -198,34 +289,74 @@ impl<F: Forward> Engine<F> {
                         tracing::error!(%error, "the cache refused to drop a prefix");
                     }
                 }
-                Err(error) => self.fail_one(share.seq, &error),
+                Err(error) => self.fail_one(i, share.seq, &error),
             }
         }
         self.work.shares = shares;
     }
 
-    /// Notes a sequence's computed rows; if they reached its end, chooses the next token from the last one's logits. Returns
-    /// `true` if the sequence is done, or nobody wants it any more.
-    fn advance(&mut self, share: &Share, row: usize, started: Instant, now: Instant) -> Result<bool, LlamaError> {
+    /// Notes a sequence's computed rows; if they reached its end, lets it walk down its tree by the tokens it chooses, from
+    /// the last of them, `row`, on. Returns `true` if the sequence is done, or nobody wants it any more.
+    fn advance(&mut self, i: usize, share: &Share, row: usize, started: Instant, now: Instant) -> Result<bool, LlamaError> {
+        let work = &mut self.work;
         let s = self.running[share.seq.0 as usize].as_mut().expect("planned from the running ones");
         s.note_step(started);
-        self.ledger.push(s.seq, &s.tokens[s.n_computed..s.n_computed + share.n_rows]);
-        s.n_computed += share.n_rows;
-        if s.is_cancelled() {
-            return Ok(true);
+        let n_before = s.n_computed + share.n_rows;
+        let (tree, ids) = (&work.trees[i], &mut work.leaf_ids[i]);
+
+        work.accepted.clear();
+        let mut done = s.is_cancelled();
+        if share.to_end {
+            s.note_drafted(tree.len());
         }
-        if !share.to_end {
-            return Ok(false);
+        let mut at = None;
+        let mut refused = false;
+        while share.to_end && !done && !refused {
+            let row = at.map_or(row, |node| row + 1 + node);
+            let logits = self.forward.logits(row)?;
+            let token = s.sampler.draw(logits, s.tokens.len(), &mut work.sampling);
+            self.stats.count_token();
+            work.piece.clear();
+            let is_end = self.forward.is_end(token);
+            if !is_end {
+                self.forward.piece(token, &mut work.piece);
+            }
+            done = s.accept(token, &work.piece, is_end, now);
+            if done {
+                break;
+            }
+            match tree.child(at, token) {
+                Some(node) => {
+                    work.accepted.push(node);
+                    s.note_accepted();
+                    at = Some(node);
+                }
+                None => {
+                    refused = true;
+                    if self.speculator.is_some() {
+                        s.keep_hidden(self.forward.hidden(row)?);
+                    }
+                }
+            }
         }
-        let logits = self.forward.logits(row)?;
-        let token = s.sampler.draw(logits, s.tokens.len(), &mut self.work.sampling);
-        self.stats.count_token();
-        self.work.piece.clear();
-        let is_end = self.forward.is_end(token);
-        if !is_end {
-            self.forward.piece(token, &mut self.work.piece);
+        let n_after = n_before + work.accepted.len();
+        self.ledger.push(s.seq, &s.tokens[s.n_computed..n_after]);
+        s.n_computed = n_after;
+        if tree.is_empty() {
+            return Ok(done);
         }
-        Ok(s.accept(token, &self.work.piece, is_end, now))
+        if let Some(speculator) = &mut self.speculator {
+            speculator.note_walk(tree, &work.accepted, refused);
+        }
+        tree.leaves_below(&mut work.below);
+        let winner = at.map_or(0, |node| work.below[node][0]);
+        work.settling.clear();
+        self.leaves.settle(ids, winner, n_before, n_after, &mut work.settling);
+        ids.clear();
+        let settling = std::mem::take(&mut work.settling);
+        let settled = self.apply(&settling);
+        self.work.settling = settling;
+        settled.map(|()| done)
     }
 
     fn apply(&mut self, ops: &[KvOp]) -> Result<(), LlamaError> {
@@ -235,15 +366,21 @@ impl<F: Forward> Engine<F> {
     /// A step failed: what the cache holds of its sequences is not known, so they end. The others go on.
     fn fail(&mut self, error: &LlamaError) {
         let shares = std::mem::take(&mut self.work.shares);
-        shares.iter().for_each(|share| self.fail_one(share.seq, error));
+        shares.iter().enumerate().for_each(|(i, share)| self.fail_one(i, share.seq, error));
         self.work.shares = shares;
     }
 
-    fn fail_one(&mut self, seq: SeqId, error: &LlamaError) {
+    fn fail_one(&mut self, i: usize, seq: SeqId, error: &LlamaError) {
         let id = IncidentId::new();
         tracing::error!(%id, %error, "a request failed in the engine");
         if let Some(mut s) = self.running[seq.0 as usize].take() {
             s.fail(&id.to_string());
+        }
+        let mut ops = vec![];
+        self.leaves.take_back(&self.work.leaf_ids[i], &mut ops);
+        self.work.leaf_ids[i].clear();
+        if let Err(error) = self.apply(&ops) {
+            tracing::error!(%error, "the cache refused to drop a tree");
         }
         self.forget(seq);
     }
@@ -268,5 +405,14 @@ impl<F: Forward> Engine<F> {
     pub fn check_integrity(&self) {
         self.ledger.check_integrity();
         assert_eq!(self.running.iter().flatten().count(), self.ledger.n_active());
+    }
+
+    /// Checks that an idle engine holds no sequence, no cell but retained ones, and no lent id. For tests.
+    ///
+    /// # Panics
+    /// When it does.
+    pub fn check_nothing_left(&self) {
+        assert!(self.is_idle() && self.ledger.n_cells_active() == 0);
+        assert_eq!(self.leaves.n_free(), self.leaves.n_all(), "every lent id came back");
     }
 }

@@ -7,7 +7,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use super::sampler::Sampler;
 use super::text::{Pushed, TextAssembler};
 use crate::llama::{SeqId, Token};
-use crate::request::{Completion, Event, FinishReason, Request, Timings, Usage};
+use crate::request::{Completion, Event, FinishReason, Request, Speculation, SpeculationUsage, Timings, Usage};
 
 /// A request that was accepted and waits for a sequence id.
 pub struct Job {
@@ -45,6 +45,11 @@ pub struct Sequence {
     n_prompt: usize,
     n_cached: usize,
     n_generate: usize,
+    /// Draft for this request.
+    speculates: bool,
+    /// Of the last row that decided a token; empty before the first.
+    hidden: Vec<f32>,
+    drafts: SpeculationUsage,
     text: TextAssembler,
     events: mpsc::Sender<Event>,
     permit: Option<OwnedSemaphorePermit>,
@@ -71,6 +76,9 @@ impl Sequence {
             tokens: job.prompt,
             n_computed: n_cached,
             sampler,
+            speculates: job.request.speculation != Speculation::Off,
+            hidden: Vec::new(),
+            drafts: SpeculationUsage::default(),
             n_cached,
             text: TextAssembler::new(job.request.stop),
             events: job.events,
@@ -82,6 +90,36 @@ impl Sequence {
     /// Tokens known but not computed.
     pub fn n_pending(&self) -> usize {
         self.tokens.len() - self.n_computed
+    }
+
+    /// Tokens behind the next one that it makes sense to draft: the answer may end before, but not after.
+    pub fn n_draftable(&self) -> usize {
+        let left = self.n_generate - (self.tokens.len() - self.n_prompt);
+        if self.speculates && !self.hidden.is_empty() { left.saturating_sub(1) } else { 0 }
+    }
+
+    /// The hidden state to draft from, as far as one was kept.
+    pub fn hidden(&self) -> &[f32] {
+        &self.hidden
+    }
+
+    /// Keeps the hidden state of the row that decided the last token.
+    pub fn keep_hidden(&mut self, hidden: &[f32]) {
+        if self.speculates {
+            self.hidden.clear();
+            self.hidden.extend_from_slice(hidden);
+        }
+    }
+
+    /// Notes a step that decides a token of this sequence, and how many candidates were computed with it.
+    pub fn note_drafted(&mut self, n: usize) {
+        self.drafts.steps += 1;
+        self.drafts.drafted += n;
+    }
+
+    /// Notes that a candidate is the token chosen.
+    pub fn note_accepted(&mut self) {
+        self.drafts.accepted += 1;
     }
 
     /// `true` once nobody waits for the answer.
@@ -141,7 +179,7 @@ impl Sequence {
             decode_s: (clock.last_token - first).as_secs_f64(),
         };
         self.permit = None; // before the answer: its client may send the next request at once
-        self.send(Event::Done(Completion { tail, finish_reason, usage, timings }));
+        self.send(Event::Done(Completion { tail, finish_reason, usage, timings, speculation: self.drafts }));
     }
 
     /// Ends the answer because the engine failed.

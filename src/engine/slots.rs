@@ -134,6 +134,18 @@ impl Slots {
         }
     }
 
+    /// Frees retained sequences until `n` cells are free, as far as that goes. Returns how many are: 0 in streams, where
+    /// nobody may borrow any.
+    pub fn make_room(&mut self, n: usize, ops: &mut Vec<KvOp>) -> usize {
+        match self.layout {
+            Layout::Unified { .. } => {
+                self.evict_while(|s| s.pool.n_free() < n, ops);
+                self.pool.n_free()
+            }
+            Layout::Streams { .. } => 0,
+        }
+    }
+
     /// Finds a place for a prompt that may grow to `n_max` cells; with `reuse`, where its beginning is cached. `None`: not
     /// now; try again after a [`release`].
     ///

@@ -4,7 +4,7 @@ use serde_json::{Map, Value, json};
 
 use crate::error::Invalid;
 use crate::llama::Token;
-use crate::request::{Completion, FinishReason, Request, SamplingParams};
+use crate::request::{Completion, FinishReason, Request, SamplingParams, Speculation};
 
 /// A body that was read.
 #[derive(Debug)]
@@ -49,10 +49,11 @@ pub fn generate(body: Value, n_ctx: usize, random_seed: u64) -> Result<Generate,
     let max_tokens = fields.count("max_tokens", 1, n_ctx as u64)?.map_or(128.min(n_ctx), |n| n as usize);
     let stop = fields.stops()?;
     let ignore_eos = fields.boolean("ignore_eos")?.unwrap_or(false);
+    let speculation = fields.speculation()?;
     let cache_prompt = fields.boolean("cache_prompt")?.unwrap_or(true);
     let stream = fields.boolean("stream")?.unwrap_or(false);
     fields.refuse_the_rest()?;
-    Ok(Generate { request: Request { prompt, max_tokens, sampling, stop, ignore_eos, cache_prompt }, stream })
+    Ok(Generate { request: Request { prompt, max_tokens, sampling, stop, ignore_eos, cache_prompt, speculation }, stream })
 }
 
 /// The fields not yet read. Null counts as absent.
@@ -76,6 +77,15 @@ impl Fields {
             None => Ok(None),
             Some(Value::Bool(b)) => Ok(Some(b)),
             Some(other) => Err(wrong(name, &other, "true or false")),
+        }
+    }
+
+    fn speculation(&mut self) -> Result<Speculation, Invalid> {
+        match self.take("speculation") {
+            None => Ok(Speculation::Auto),
+            Some(Value::String(s)) if s == "auto" => Ok(Speculation::Auto),
+            Some(Value::String(s)) if s == "off" => Ok(Speculation::Off),
+            Some(other) => Err(wrong("speculation", &other, "\"auto\" or \"off\"")),
         }
     }
 
@@ -140,7 +150,7 @@ impl Fields {
             None => Ok(()),
             Some(name) => {
                 let known = "prompt, max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, frequency_penalty, \
-                             presence_penalty, repeat_last_n, logit_bias, seed, stop, ignore_eos, cache_prompt, stream";
+                             presence_penalty, repeat_last_n, logit_bias, seed, stop, ignore_eos, cache_prompt, speculation, stream";
                 let shown: String = name.chars().take(64).collect();
                 Err(Invalid::new(&shown, format!("unknown field `{shown}`; known are {known}")))
             }
@@ -173,6 +183,13 @@ pub fn completion(done: &Completion, text: &str) -> Value {
             "decode_s": micros(done.timings.decode_s),
         },
     });
+    let drafts = done.speculation;
+    body["speculation"] = json!({
+        "steps": drafts.steps,
+        "drafted": drafts.drafted,
+        "accepted": drafts.accepted,
+        "tokens_per_step": (done.usage.completion_tokens as f64 / drafts.steps.max(1) as f64 * 1e3).round() / 1e3,
+    });
     if let FinishReason::StopString(stop) = &done.finish_reason {
         body["stop_reason"] = stop.as_str().into();
     }
@@ -204,7 +221,7 @@ mod tests {
         let g = read(json!({
             "prompt": "x", "max_tokens": 5.0, "temperature": 0, "top_p": 0.5, "top_k": 3, "min_p": 0.1,
             "repetition_penalty": 1.1, "frequency_penalty": -1, "presence_penalty": 0.5, "repeat_last_n": 7,
-            "logit_bias": { "5": -100 }, "seed": u64::MAX, "stop": ["a", "b"], "ignore_eos": true, "cache_prompt": false, "stream": true,
+            "logit_bias": { "5": -100 }, "seed": u64::MAX, "stop": ["a", "b"], "ignore_eos": true, "cache_prompt": false, "speculation": "off", "stream": true,
         }));
         let g = g.unwrap();
         let s = &g.request.sampling;
@@ -213,6 +230,7 @@ mod tests {
         assert_eq!((s.logit_bias.as_slice(), s.seed), (&[(Token(5), -100.0)][..], u64::MAX));
         assert_eq!((g.request.max_tokens, g.request.stop.len()), (5, 2));
         assert_eq!((g.request.ignore_eos, g.request.cache_prompt, g.stream), (true, false, true));
+        assert_eq!(g.request.speculation, Speculation::Off);
         assert_eq!(read(json!({ "prompt": "x", "stop": "one" })).unwrap().request.stop, ["one"]);
     }
 
@@ -237,6 +255,7 @@ mod tests {
             json!({ "prompt": "x", "logit_bias": { "1": 101 } }),
             json!({ "prompt": "x", "repetition_penalty": 0 }),
             json!({ "prompt": "x", "stream": "yes" }),
+            json!({ "prompt": "x", "speculation": true }),
             json!({ "prompt": "x", "max_token": 5 }),
         ];
         for body in bad {

@@ -3,14 +3,18 @@
 use std::collections::HashMap;
 
 use medusa_llama::engine::slots::KvOp;
-use medusa_llama::engine::{Forward, Row};
+use medusa_llama::engine::{Forward, Rows};
 use medusa_llama::llama::{LlamaError, SeqId, Token};
+use medusa_llama::speculate::calibration::Calibration;
+use medusa_llama::speculate::{Draft, Origin, Tree};
 
 /// The next token is a function of all tokens before it, so any mix-up of cells shows in the text. Token 0 ends a text.
 pub struct Stub {
     pub n_vocab: usize,
     cache: HashMap<SeqId, Vec<Token>>,
     logits: Vec<Vec<f32>>,
+    /// For each row the tokens it sees, as numbers: all there is to know.
+    hidden: Vec<Vec<f32>>,
     /// Fail the pass with this number, counted from 0.
     pub fail_at: Option<usize>,
     pub n_passes: usize,
@@ -18,7 +22,7 @@ pub struct Stub {
 
 impl Stub {
     pub fn new(n_vocab: usize) -> Self {
-        Self { n_vocab, cache: HashMap::new(), logits: vec![], fail_at: None, n_passes: 0 }
+        Self { n_vocab, cache: HashMap::new(), logits: vec![], hidden: vec![], fail_at: None, n_passes: 0 }
     }
 
     /// What greedy decoding gives after `prompt`: up to `n` tokens, the end token included.
@@ -32,6 +36,35 @@ impl Stub {
             }
         }
         tokens.split_off(prompt.len())
+    }
+}
+
+/// Heads that know the stub: their levels hold its favourites more often than not, among other tokens.
+pub struct Guess {
+    pub n_vocab: usize,
+    pub n_levels: usize,
+    pub width: usize,
+}
+
+impl Draft for Guess {
+    fn draft(&mut self, origins: &[Origin<'_>], n_nodes: usize, calibration: &Calibration, trees: &mut [Tree]) {
+        for (origin, tree) in origins.iter().zip(trees) {
+            let mut tokens: Vec<Token> = origin.hidden.iter().map(|&t| Token(t as i32)).collect();
+            tokens.push(origin.root);
+            let n_levels = self.n_levels.min(origin.max_depth);
+            let mut level = |_| {
+                let (right, h) = (favourite(self.n_vocab, &tokens), hash(&tokens));
+                tokens.push(right);
+                let mut offered: Vec<Token> =
+                    (0..self.width as u64).map(|i| Token(((h >> 7) + i) as i32 & 0xff).min_mod(self.n_vocab)).collect();
+                if h % 4 != 0 && !offered.contains(&right) {
+                    offered[h as usize % self.width] = right;
+                }
+                offered.into_iter().zip((1..).map(|rank| 0.6 / rank as f32)).collect()
+            };
+            let levels: Vec<Vec<(Token, f32)>> = (0..n_levels).map(&mut level).collect();
+            tree.fill(&levels, calibration, n_nodes);
+        }
     }
 }
 
@@ -59,22 +92,28 @@ impl Forward for Stub {
         self.n_vocab
     }
 
-    fn forward(&mut self, rows: &[Row]) -> Result<(), LlamaError> {
+    fn forward(&mut self, rows: &Rows) -> Result<(), LlamaError> {
         assert!(!rows.is_empty());
         self.n_passes += 1;
         self.logits.clear();
-        for row in rows {
-            let cached = self.cache.entry(row.seq).or_default();
-            assert_eq!(row.pos, cached.len(), "positions follow on what is cached for {:?}", row.seq);
-            cached.push(row.token);
+        self.hidden.clear();
+        for row in rows.iter() {
+            for seq in row.seqs {
+                let cached = self.cache.entry(*seq).or_default();
+                assert_eq!(row.pos, cached.len(), "positions follow on what is cached for {seq:?}");
+                cached.push(row.token);
+            }
+            let seen = &self.cache[&row.seqs[0]];
+            assert!(row.seqs.iter().all(|s| self.cache[s] == *seen), "ids of a row have the same past");
             let mut logits = vec![];
             if row.output {
-                let favourite = favourite(self.n_vocab, cached);
-                let h = hash(cached);
+                let favourite = favourite(self.n_vocab, seen);
+                let h = hash(seen);
                 logits = (0..self.n_vocab as u64).map(|i| ((h.rotate_left(i as u32 % 64) ^ i) % 97) as f32 / 97.0).collect();
                 logits[favourite.0 as usize] = 2.0;
             }
             self.logits.push(logits);
+            self.hidden.push(seen.iter().map(|t| t.0 as f32).collect());
         }
         if self.fail_at == Some(self.n_passes - 1) {
             return Err(LlamaError::Decode { code: -3, reason: "the stub was told to".into() });
@@ -87,12 +126,19 @@ impl Forward for Stub {
         logits.map(Vec::as_slice).ok_or_else(|| LlamaError::Misuse(format!("row {row} has no logits")))
     }
 
+    fn hidden(&self, row: usize) -> Result<&[f32], LlamaError> {
+        self.logits(row)?;
+        Ok(&self.hidden[row])
+    }
+
     fn apply(&mut self, op: KvOp) -> Result<(), LlamaError> {
         match op {
             KvOp::Remove { seq, from } => self.cache.entry(seq).or_default().truncate(from),
             KvOp::Share { from, to, n } => {
                 let prefix = self.cache[&from][..n].to_vec();
-                assert!(self.cache.insert(to, prefix).is_none_or(|old| old.is_empty()), "shared into an empty sequence");
+                let old = self.cache.entry(to).or_default();
+                assert!(prefix.starts_with(old), "what the receiver has is the beginning of what it gets");
+                *old = prefix;
             }
         }
         Ok(())

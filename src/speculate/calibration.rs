@@ -1,0 +1,104 @@
+//! How often a candidate is right, against how likely its head called it. Heads are overconfident, each in its own way, and
+//! it depends on the text; so what was accepted is counted, by head and by what the head said, and old counts fade.
+
+/// Heads that are told apart; deeper ones share the last one's counts.
+const N_HEADS: usize = 8;
+/// Ranges of the head's probability, equally wide on a logarithmic scale from [`LOWEST`] to 1.
+const N_BINS: usize = 12;
+const LOWEST: f32 = 1e-3;
+/// Before anything is known, this share of what a head says is believed ...
+const BELIEF: f64 = 0.8;
+/// ... as firmly as after this many expected hits.
+const FIRMNESS: f64 = 2.0;
+/// Counts are halved at this many expected hits, so that a bin follows the text.
+const MEMORY: f64 = 128.0;
+/// Nothing is certain.
+const HIGHEST: f32 = 0.99;
+
+/// Counts for each head and range.
+#[derive(Clone, Debug, Default)]
+pub struct Calibration {
+    bins: [[Bin; N_BINS]; N_HEADS],
+    /// Believe the heads as they are.
+    exact: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Bin {
+    /// Sum of the heads' probabilities of candidates whose parent was accepted.
+    expected: f64,
+    /// Those that were accepted.
+    hits: f64,
+}
+
+impl Calibration {
+    /// One that believes every head, for tests and for comparison.
+    #[must_use]
+    pub fn exact() -> Self {
+        Self { exact: true, ..Self::default() }
+    }
+
+    /// Probability that a candidate at `depth` (1: behind the root) is accepted if its parent is, where its head says `p`.
+    #[must_use]
+    pub fn estimate(&self, depth: usize, p: f32) -> f32 {
+        if self.exact {
+            return p;
+        }
+        let bin = &self.bins[head(depth)][bin(p)];
+        let ratio = (bin.hits + FIRMNESS * BELIEF) / (bin.expected + FIRMNESS);
+        (p * ratio as f32).clamp(0.0, HIGHEST)
+    }
+
+    /// Notes what became of a candidate whose parent was accepted.
+    pub fn note(&mut self, depth: usize, p: f32, accepted: bool) {
+        let bin = &mut self.bins[head(depth)][bin(p)];
+        bin.expected += f64::from(p);
+        bin.hits += f64::from(u8::from(accepted));
+        if bin.expected >= MEMORY {
+            *bin = Bin { expected: bin.expected / 2.0, hits: bin.hits / 2.0 };
+        }
+    }
+}
+
+fn head(depth: usize) -> usize {
+    depth.clamp(1, N_HEADS) - 1
+}
+
+fn bin(p: f32) -> usize {
+    let place = 1.0 - p.clamp(LOWEST, 1.0).ln() / LOWEST.ln();
+    ((place * N_BINS as f32) as usize).min(N_BINS - 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_estimate_approaches_what_happens() {
+        let mut c = Calibration::default();
+        assert!((c.estimate(1, 0.5) - 0.4).abs() < 1e-6);
+        for i in 0..4000 {
+            c.note(1, 0.9, i % 10 < 6);
+            c.note(2, 0.9, i % 10 < 3);
+            c.note(1, 0.01, i % 50 == 0);
+        }
+        for (depth, p, happens) in [(1, 0.9, 0.6), (2, 0.9, 0.3), (1, 0.01, 0.02)] {
+            assert!((c.estimate(depth, p) / happens - 1.0).abs() < 0.1, "{depth} {p}: {}", c.estimate(depth, p));
+        }
+        assert!((c.estimate(3, 0.9) - 0.72).abs() < 1e-6, "other heads know nothing of it");
+    }
+
+    #[test]
+    fn it_follows_a_change_of_text() {
+        let mut c = Calibration::default();
+        (0..10_000).for_each(|_| c.note(1, 0.5, true));
+        (0..2000).for_each(|_| c.note(1, 0.5, false));
+        assert!(c.estimate(1, 0.5) < 0.1);
+    }
+
+    #[test]
+    fn every_probability_has_a_bin() {
+        assert_eq!((bin(0.0), bin(1e-9), bin(1.0), bin(2.0)), (0, 0, N_BINS - 1, N_BINS - 1));
+        assert_eq!(Calibration::default().estimate(99, 1.0), 0.8);
+    }
+}

@@ -1,0 +1,127 @@
+//! How many candidates a step verifies: those that make tokens per second highest. Pure.
+//!
+//! With `S` sequences, `c(n)` the seconds of a step of `n` rows and `d` those of drafting, a step that verifies a set of
+//! candidates gives `S + sum of their q` tokens in `c(rows + candidates) + d` seconds. For each number of candidates the
+//! best set is the one with the highest `q`, over all sequences together, and because a parent's `q` is never below its
+//! child's, that set consists of whole trees. So one sort and one scan find the best step there is.
+
+use super::cost::Cost;
+use super::tree::Tree;
+
+/// What a step has without candidates.
+#[derive(Clone, Copy, Debug)]
+pub struct Step {
+    /// Rows of it: one for each decoding sequence, and those of prompts.
+    pub n_rows: usize,
+    /// Decoding sequences; each gives a token in any case.
+    pub n_decode: usize,
+    /// Seconds that drafting took.
+    pub draft_s: f64,
+    /// Most candidates that the batch and the cache have room for.
+    pub room: usize,
+}
+
+/// Cuts every tree to the nodes that pay. Returns how many are left in all.
+pub fn choose(trees: &mut [Tree], step: Step, cost: &Cost, scratch: &mut Vec<f32>) -> usize {
+    scratch.clear();
+    scratch.extend(trees.iter().flat_map(|t| t.nodes().iter().map(|n| n.q)));
+    scratch.sort_unstable_by(|a, b| b.total_cmp(a));
+
+    let mut tokens = step.n_decode as f64;
+    let plain = tokens / cost.seconds(step.n_rows);
+    let (mut best, mut best_n) = (plain, 0);
+    for (i, q) in scratch.iter().take(step.room).enumerate() {
+        tokens += f64::from(*q);
+        let rate = tokens / (cost.seconds(step.n_rows + i + 1) + step.draft_s);
+        if rate > best {
+            (best, best_n) = (rate, i + 1);
+        }
+    }
+    if best_n == 0 {
+        trees.iter_mut().for_each(Tree::clear);
+        return 0;
+    }
+    // Nodes above the last one's q are in; of those that equal it, as many as there is room for.
+    let last = scratch[best_n - 1];
+    let mut equal = best_n - scratch.partition_point(|&q| q > last);
+    for tree in trees.iter_mut() {
+        let above = tree.nodes().partition_point(|n| n.q > last);
+        let ties = tree.nodes()[above..].iter().take_while(|n| n.q == last).count().min(equal);
+        equal -= ties;
+        tree.truncate(above + ties);
+    }
+    best_n
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::llama::Token;
+    use crate::speculate::calibration::Calibration;
+    use proptest::prelude::*;
+
+    fn tree(probabilities: &[f32], n: usize) -> Tree {
+        let level: Vec<(Token, f32)> = (0..).zip(probabilities).map(|(t, &p)| (Token(t), p)).collect();
+        let mut tree = Tree::default();
+        tree.fill(&[level.clone(), level], &Calibration::exact(), n);
+        tree
+    }
+
+    fn step(n_decode: usize) -> Step {
+        Step { n_rows: n_decode, n_decode, draft_s: 0.0, room: usize::MAX }
+    }
+
+    #[test]
+    fn where_rows_are_free_all_are_taken_and_where_they_cost_as_much_as_a_step_none() {
+        let free = Cost::from_points(&[(1, 1.0), (64, 1.0)]);
+        let dear = Cost::from_points(&[(1, 1.0), (2, 2.0), (64, 64.0)]);
+        let mut trees = [tree(&[0.6, 0.3], 4), tree(&[0.2, 0.1], 4)];
+        assert_eq!(choose(&mut trees, step(2), &free, &mut vec![]), 8);
+        assert_eq!(choose(&mut trees, step(2), &dear, &mut vec![]), 0);
+        assert!(trees.iter().all(Tree::is_empty));
+    }
+
+    #[test]
+    fn the_sure_sequence_gets_the_rows() {
+        // A row costs a third of a step: only candidates above about that pay.
+        let cost = Cost::from_points(&[(1, 1.0), (64, 1.0 + 63.0 / 3.0)]);
+        let mut trees = [tree(&[0.9, 0.05], 6), tree(&[0.1, 0.05], 6)];
+        choose(&mut trees, Step { n_rows: 2, ..step(2) }, &cost, &mut vec![]);
+        assert_eq!((trees[0].len(), trees[1].len()), (2, 0));
+    }
+
+    proptest! {
+        /// No other choice of prefixes gives a higher rate.
+        #[test]
+        fn nothing_beats_the_choice(
+            a in prop::collection::vec(0.0f32..1.0, 1..4),
+            b in prop::collection::vec(0.0f32..1.0, 1..4),
+            slope in 0.0f64..1.0,
+            draft_s in 0.0f64..0.5,
+            room in 0usize..12,
+        ) {
+            let cost = Cost::from_points(&[(1, 1.0), (64, 1.0 + 63.0 * slope)]);
+            let full = [a, b].map(|mut p| { p.sort_by(|x, y| y.total_cmp(x)); tree(&p, 6) });
+            let step = Step { draft_s, room, ..step(2) };
+            let rate = |trees: &[Tree]| {
+                let n: usize = trees.iter().map(Tree::len).sum();
+                let q: f64 = trees.iter().flat_map(|t| t.nodes()).map(|n| f64::from(n.q)).sum();
+                (2.0 + q) / (cost.seconds(2 + n) + if n > 0 { draft_s } else { 0.0 })
+            };
+            let mut chosen = full.clone();
+            let n = choose(&mut chosen, step, &cost, &mut vec![]);
+            prop_assert_eq!(n, chosen.iter().map(Tree::len).sum::<usize>());
+            prop_assert!(n <= room);
+            for i in 0..=full[0].len() {
+                for j in 0..=full[1].len().min(room.saturating_sub(i)) {
+                    if i + j <= room {
+                        let mut other = full.clone();
+                        other[0].truncate(i);
+                        other[1].truncate(j);
+                        prop_assert!(rate(&other) <= rate(&chosen) + 1e-6);
+                    }
+                }
+            }
+        }
+    }
+}
