@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 
-use crate::engine::handle::EngineParams;
+use crate::engine::handle::{EngineParams, HeadsParams};
 use crate::engine::{Layout, Limits};
 use crate::llama;
 
@@ -80,10 +80,13 @@ pub struct ServeArgs {
     /// Most rows (tokens) of one step; a longer prompt takes several
     #[arg(long, env = "N_BATCH", value_name = "N_BATCH", default_value_t = 512, value_parser = between(1, 8192))]
     pub n_batch: usize,
-    /// Heads of a Medusa model to use (reserved: no heads are loaded yet)
+    /// Folder with Medusa heads for the model: v1, v2 or vLLM layout, as safetensors. Without it nothing is drafted
+    #[arg(long, env = "MEDUSA_HEADS", value_name = "MEDUSA_HEADS")]
+    pub heads: Option<PathBuf>,
+    /// Use at most this many of the heads
     #[arg(long, env = "MEDUSA_K_HEADS", value_name = "MEDUSA_K_HEADS", default_value_t = 5, value_parser = between(1, 16))]
     pub medusa_k_heads: usize,
-    /// Most tokens one step may accept [default: heads + 1] (reserved: no heads are loaded yet)
+    /// Most tokens one step may give a sequence, its own choice included [default: heads + 1]
     #[arg(long, env = "MEDUSA_MAX_TOKENS_PER_STEP", value_name = "MEDUSA_MAX_TOKENS_PER_STEP", value_parser = between(1, 64))]
     pub medusa_max_tokens_per_step: Option<usize>,
     /// Address to listen on
@@ -246,6 +249,14 @@ impl ServeArgs {
         if let Some(cells) = self.kv_cells.filter(|&cells| cells < n_ctx) {
             return Err(format!("KV_CELLS is {cells}, but one request may take MODEL_CONTEXT_SIZE = {n_ctx}"));
         }
+        if let (Some(_), KvLayout::Streams) = (&self.heads, self.kv) {
+            return Err("KV_LAYOUT is streams, which cannot hold the trees that MEDUSA_HEADS drafts: use unified".into());
+        }
+        let heads = self.heads.as_ref().map(|folder| HeadsParams {
+            folder: folder.clone(),
+            n_heads: self.medusa_k_heads,
+            max_tokens_per_step: self.medusa_max_tokens_per_step,
+        });
         let limits = Limits { n_slots: self.batch_size, n_ctx, n_batch: self.n_batch, layout: self.layout() };
         Ok(Config {
             listen: SocketAddr::new(self.host, self.port),
@@ -255,6 +266,7 @@ impl ServeArgs {
                 n_gpu_layers: self.model.n_gpu_layers,
                 n_threads: self.model.threads(),
                 limits,
+                heads,
                 n_queue: self.batch_size * self.max_concurrent_batches,
                 max_wait: self.max_wait_time,
             },
@@ -335,6 +347,7 @@ mod tests {
         let refused = |args: &[&str]| serve(args).unwrap().check().unwrap_err();
         assert!(refused(&["--n-batch", "2"]).contains("N_BATCH is 2"));
         assert!(refused(&["--kv-cells", "100"]).contains("KV_CELLS is 100"));
+        assert!(refused(&["--kv", "streams", "--heads", "x"]).contains("MEDUSA_HEADS"));
     }
 
     #[test]

@@ -1,14 +1,14 @@
 //! medusa-llama: a server that makes GGUF models answer faster.
 //!
-//! It links llama.cpp directly and serves many HTTP clients from one continuously batched engine. Medusa heads that draft
-//! several tokens ahead, and CUDA kernels for them, are to come; the walls below leave room for both.
+//! It links llama.cpp directly and serves many HTTP clients from one continuously batched engine. Medusa heads draft trees of
+//! tokens that are verified in the same pass. CUDA kernels for both are to come; the walls below leave room for them.
 //!
 //! # Architecture
 //!
 //! A request flows one way; answers return only as [`Event`](request::Event)s on the request's own channel.
 //!
 //! ```text
-//! http ──> request ──> engine ──> { scheduler, slots, sampler, text } ──> llama ──> llama.cpp
+//! http ──> request ──> engine ──> { scheduler, slots, speculate, sampler, text } ──> llama ──> llama.cpp
 //! ```
 //!
 //! 1. [`http`] reads a body and parses it, once, into a checked [`Request`](request::Request).
@@ -17,10 +17,13 @@
 //! 3. The engine admits it: [`slots`](engine::slots) finds a sequence id and whatever of the prompt is cached already.
 //! 4. [`scheduler::plan`](engine::scheduler::plan) picks the rows of the step: one for each running stream, then chunks of
 //!    prompts as large as [`pace`](engine::pace) allows.
-//! 5. One [`forward`](engine::Forward::forward) over all rows.
-//! 6. Commit: [`sampler`](engine::sampler) chooses a token from each row that ends a sequence, [`text`](engine::text) turns
-//!    its bytes into whole characters and looks for stop strings, and the piece leaves as an event.
-//! 7. `http` turns events into JSON or server-sent events.
+//! 5. [`speculate`] drafts a tree of candidates for each running stream and keeps the nodes that pay.
+//! 6. One [`forward`](engine::Forward::forward) over all rows, the trees' among them. [`leaves`](engine::leaves) lends sequence
+//!    ids, so that a node sees its own path.
+//! 7. Commit: [`sampler`](engine::sampler) (after [`filter`](engine::filter)) chooses a token from each row that ends a sequence,
+//!    and goes on from the child that holds it, if there is one. [`text`](engine::text) turns bytes into whole characters and
+//!    looks for stop strings, and the piece leaves as an event. The cells of paths not taken are free again.
+//! 8. `http` turns events into JSON or server-sent events.
 //!
 //! To cancel is to drop the receiver; the engine sees it when it commits the next step. There is no abort message.
 //!
@@ -28,22 +31,25 @@
 //!
 //! | where | what | must not know |
 //! |---|---|---|
-//! | `build.rs`, `vendor/` | llama.cpp's source, compiled; its bindings | |
+//! | `build.rs`, `vendor/` | llama.cpp's source, patched and compiled; its bindings | |
 //! | [`config`] | arguments as typed, and checked; every limit and default in one table | |
 //! | [`cli`] | the commands: start, signals, drain, terminal | llama.cpp |
 //! | [`http`] | accept loop, routes, JSON, server-sent events | cells, batches |
 //! | [`request`], [`error`] | what `http` and `engine` share | both |
 //! | [`engine`] | the loop; `handle` is its outside, `forward` its way to a model | sockets, JSON |
-//! | [`llama`] | the fence around C | requests, slots |
+//! | [`speculate`] | `heads` (files), `medusa` (drafting), `tree`, `calibration`, `cost`, `policy` | requests, cells |
+//! | [`llama`] | the fence around C: model, context, samplers, and small networks on ggml's kernels | requests, slots |
 //!
 //! # Invariants
 //!
 //! - `unsafe` stands in [`llama`] only.
-//! - `scheduler`, `slots`, `sampler`'s draw, `text`, `pace` and `company` do no I/O and read no clock.
+//! - `scheduler`, `slots`, `leaves`, `sampler`'s draw, `text`, `pace`, `company`, and of `speculate` all but `heads` and `medusa` do no
+//!   I/O and read no clock.
 //! - One thread owns the llama context, and builds it there.
 //! - Nothing grows after the start without a limit in [`config`]: queue, body, connections, cells, events per request.
 //! - A request is admitted only when the cache holds all it may come to need, so a running request always can finish.
-//! - What a position's token is depends on the request, its seed and the position: not on who else is in the batch.
+//! - What a position's token is depends on the request, its seed and the position: not on who else is in the batch, and not on
+//!   what was drafted.
 
 pub mod cli;
 pub mod config;

@@ -3,7 +3,10 @@
 #![allow(missing_docs)]
 
 mod common;
+#[path = "common/heads.rs"]
+mod files;
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
 
 use common::{Server, model_path};
@@ -211,7 +214,7 @@ fn rounding(prompt: &[Token], text: &[Choice]) -> f32 {
     moved
 }
 
-/// Alone and in a crowd, with chunked prompts and reused prefixes, in both layouts. Where the texts part, the gap between
+/// Alone and in a crowd, with chunked prompts and reused prefixes, in both layouts, and with drafts. Where the texts part, the gap between
 /// the two best logits must have been within what rounding moves it; anything else is a bug.
 #[test]
 fn greedy_text_is_llama_cpps_own() {
@@ -222,23 +225,47 @@ fn greedy_text_is_llama_cpps_own() {
         "1, 1, 2, 3, 5, 8,",
         "<|im_start|>user\nWrite a haiku about rain.<|im_end|>\n<|im_start|>assistant\n",
         "<|im_start|>user\nWhat is photosynthesis?<|im_end|>\n<|im_start|>assistant\n",
+        "no no no no no no no no no no no no",
     ];
     let prompt_tokens = prompts.map(|prompt| MODEL.tokenize(prompt, true).unwrap());
     let texts = prompt_tokens.each_ref().map(|prompt| greedy(prompt, 48));
     let rounding = prompt_tokens.iter().zip(&texts).map(|(prompt, text)| rounding(prompt, text)).fold(0.0, f32::max);
     assert!(rounding < 1.0, "rows computed beside others differ by {rounding}, more than rounding explains");
-    for layout in ["streams", "unified"] {
-        let server = Server::start(&["--kv", layout, "--batch-size", "6", "--ctx", "512", "--n-threads", "2"]);
+    // Heads that repeat the model's last choice: right now and then, wrong most of the time.
+    let folder = tempfile::tempdir().unwrap();
+    files::write(&folder.path().join("medusa_lm_head.safetensors"), &files::identity(3, MODEL.n_embd()));
+    let heads = folder.path().to_str().unwrap();
+    for layout in [&["--kv", "streams"], &["--kv", "unified"], &["--heads", heads]] {
+        let server = Server::start(&[layout, &["--batch-size", "7", "--ctx", "512", "--n-threads", "2"][..]].concat());
+        let accepted = AtomicU64::new(0);
         std::thread::scope(|scope| {
             for (prompt, text) in prompts.iter().zip(&texts) {
-                let server = &server;
+                let (server, accepted) = (&server, &accepted);
                 scope.spawn(move || {
                     let body = json!({ "prompt": prompt, "max_tokens": 48, "temperature": 0 });
-                    let ours = server.generate(&body).json()["generated_text"].as_str().unwrap().to_owned();
-                    compare(&format!("{layout}, {prompt:?}"), &ours, text, 2.0 * rounding);
+                    let answer = server.generate(&body).json();
+                    compare(
+                        &format!("{layout:?}, {prompt:?}"),
+                        answer["generated_text"].as_str().unwrap(),
+                        text,
+                        2.0 * rounding,
+                    );
+                    accepted.fetch_add(answer["speculation"]["accepted"].as_u64().unwrap(), Ordering::Relaxed);
                 });
             }
         });
+        // Alone, a draft pays sooner than in a crowd.
+        let body = json!({ "prompt": prompts[6], "max_tokens": 48, "temperature": 0 });
+        let answer = server.generate(&body).json();
+        compare(&format!("{layout:?}, alone"), answer["generated_text"].as_str().unwrap(), &texts[6], 2.0 * rounding);
+        accepted.fetch_add(answer["speculation"]["accepted"].as_u64().unwrap(), Ordering::Relaxed);
+        assert_eq!(
+            accepted.into_inner() > 0,
+            layout[0] == "--heads",
+            "{layout:?}: drafts are accepted with heads, and only then"
+        );
+        let off = json!({ "prompt": prompts[6], "max_tokens": 8, "temperature": 0, "speculation": "off" });
+        assert_eq!(server.generate(&off).json()["speculation"]["drafted"], 0);
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::slots::KvOp;
 use crate::llama::{Batch, Context, LlamaError, Model, SeqId, Token};
@@ -142,6 +143,24 @@ impl LlamaForward {
     pub fn new(context: Context) -> Self {
         let (batch, model) = (context.batch(), Arc::clone(context.model()));
         Self { batch, model, streams: !context.is_unified(), context, places: Vec::new(), kept: Vec::new() }
+    }
+
+    /// Seconds of a pass of `n` rows with logits on an empty cache, which is empty again afterwards: the best of three.
+    ///
+    /// # Errors
+    /// When a pass fails.
+    pub fn seconds_of(&mut self, n: usize) -> Result<f64, LlamaError> {
+        let mut best = f64::INFINITY;
+        for _ in 0..3 {
+            self.batch.clear();
+            (0..n).try_for_each(|pos| self.batch.add(Token(0), pos, &[SeqId(0)], true).map(|_| ()))?;
+            let started = Instant::now();
+            self.context.forward(&self.batch)?;
+            self.context.logits(0)?;
+            best = best.min(started.elapsed().as_secs_f64());
+            self.context.remove_from(SeqId(0), 0)?;
+        }
+        Ok(best)
     }
 
     /// Adds `row`, which is the step's `index`-th, to the next pass.

@@ -13,8 +13,12 @@ use super::company::Company;
 use super::forward::LlamaForward;
 use super::{Engine, Forward, Job, Layout, Limits};
 use crate::error::Invalid;
-use crate::llama::{Context, ContextParams, LlamaError, Model, ModelParams};
+use crate::llama::{Context, ContextParams, LlamaError, Model, ModelParams, max_sequences};
 use crate::request::{Event, Request};
+use crate::speculate::Speculator;
+use crate::speculate::cost::{self, Cost};
+use crate::speculate::heads::{Heads, HeadsError, Shape};
+use crate::speculate::medusa::Medusa;
 
 /// What the engine needs to start.
 #[derive(Clone, Debug)]
@@ -27,10 +31,32 @@ pub struct EngineParams {
     pub n_threads: usize,
     /// Sizes.
     pub limits: Limits,
+    /// Heads to draft with.
+    pub heads: Option<HeadsParams>,
     /// Requests that may run or wait.
     pub n_queue: usize,
     /// The longest an idle engine may wait for company.
     pub max_wait: Duration,
+}
+
+/// Which heads, and how much of them.
+#[derive(Clone, Debug)]
+pub struct HeadsParams {
+    /// The folder they stand in.
+    pub folder: PathBuf,
+    /// Use at most this many.
+    pub n_heads: usize,
+    /// Most tokens a step may give one sequence; `None`: the number of heads and one.
+    pub max_tokens_per_step: Option<usize>,
+}
+
+/// Why the engine did not start.
+#[derive(Debug, thiserror::Error)]
+enum StartError {
+    #[error("{0}")]
+    Llama(#[from] LlamaError),
+    #[error("{0}")]
+    Heads(#[from] HeadsError),
 }
 
 /// How far the engine is.
@@ -121,6 +147,7 @@ pub struct Handle {
     permits: Arc<Semaphore>,
     model: Arc<Model>,
     limits: Limits,
+    n_heads: usize,
     n_queue: usize,
     stats: Arc<Stats>,
 }
@@ -130,6 +157,12 @@ impl Handle {
     #[must_use]
     pub fn model(&self) -> &Model {
         &self.model
+    }
+
+    /// Heads that draft; 0 without any.
+    #[must_use]
+    pub fn n_heads(&self) -> usize {
+        self.n_heads
     }
 
     /// The engine's sizes.
@@ -255,7 +288,7 @@ pub fn spawn(params: EngineParams) -> EngineThread {
     EngineThread { stage, stop, thread: Some(thread) }
 }
 
-fn serve(params: &EngineParams, stage: &watch::Sender<Stage>, stop: &AtomicBool) -> Result<(), LlamaError> {
+fn serve(params: &EngineParams, stage: &watch::Sender<Stage>, stop: &AtomicBool) -> Result<(), StartError> {
     let mut shown = -1.0;
     let progress = |p: f32| {
         if p - shown >= 0.01 || p >= 1.0 {
@@ -270,17 +303,50 @@ fn serve(params: &EngineParams, stage: &watch::Sender<Stage>, stop: &AtomicBool)
     let limits = params.limits;
     let stats = Arc::new(Stats::default());
     let (jobs, receiver) = sync_channel(params.n_queue);
-    let engine = Engine::new(LlamaForward::new(context), limits, Arc::clone(&stats));
+    let mut forward = LlamaForward::new(context);
+    let mut speculator = None;
+    if let Some(heads) = &params.heads {
+        speculator = Some(load_heads(heads, params.n_threads, &model, &mut forward, limits.n_batch)?);
+    }
+    let n_heads = speculator.as_ref().map_or(0, |(_, n_heads)| *n_heads);
+    let mut engine = Engine::new(forward, limits, Arc::clone(&stats));
+    if let Some((speculator, _)) = speculator {
+        engine.speculate(speculator, max_sequences());
+    }
     let permits = Arc::new(Semaphore::new(params.n_queue));
-    let handle = Handle { jobs, permits, model, limits, n_queue: params.n_queue, stats };
+    let handle = Handle { jobs, permits, model, limits, n_heads, n_queue: params.n_queue, stats };
     stage.send_replace(Stage::Ready(handle));
     run(engine, &receiver, params.max_wait, stop);
     Ok(())
 }
 
+/// Reads heads, and measures what rows cost. Returns how many heads there are, too.
+fn load_heads(
+    params: &HeadsParams,
+    n_threads: usize,
+    model: &Model,
+    forward: &mut LlamaForward,
+    n_batch: usize,
+) -> Result<(Speculator, usize), StartError> {
+    let shape = Shape { n_embd: model.n_embd(), n_vocab: model.n_vocab() };
+    let heads = Heads::load(&params.folder, shape, params.n_heads)?;
+    let medusa = Medusa::new(heads, || model.output_matrix(), n_threads)?;
+    let n_heads = medusa.n_heads();
+    let mut points = vec![];
+    for n in cost::POINTS.into_iter().filter(|&n| n <= n_batch) {
+        points.push((n, forward.seconds_of(n)?));
+    }
+    let curve: Vec<String> = points.iter().map(|(n, s)| format!("{n}: {:.1}", s * 1e3)).collect();
+    tracing::info!(n_heads, "heads loaded; milliseconds of a step by rows: {}", curve.join(", "));
+    let max_tokens = params.max_tokens_per_step.unwrap_or(n_heads + 1);
+    Ok((Speculator::new(Box::new(medusa), max_tokens, Cost::from_points(&points)), n_heads))
+}
+
 fn context_params(params: &EngineParams) -> ContextParams {
     let Limits { n_slots, n_batch, layout, .. } = params.limits;
     let (unified, n_cells, n_seq_max) = match layout {
+        // The ids beyond the layout's own are for the leaves of trees.
+        Layout::Unified { n_cells, .. } if params.heads.is_some() => (true, n_cells, max_sequences()),
         Layout::Unified { n_cells, n_seqs, .. } => (true, n_cells, n_seqs),
         // llama.cpp divides the cells among the streams and rounds each share; so round before multiplying.
         Layout::Streams { n_cells } => (false, n_cells.next_multiple_of(256) * n_slots, n_slots),
@@ -292,7 +358,7 @@ fn context_params(params: &EngineParams) -> ContextParams {
         n_seq_max,
         n_threads: params.n_threads,
         unified,
-        tap_hidden: false,
+        tap_hidden: params.heads.is_some() && unified,
         embeddings: false,
     }
 }

@@ -107,6 +107,7 @@ fn information(app: &App) -> Result<Reply, Problem> {
             Layout::Unified { n_cells, .. } => json!({ "layout": "unified", "cells": n_cells }),
             Layout::Streams { n_cells } => json!({ "layout": "streams", "cells": n_cells * limits.n_slots }),
         };
+        body["heads"] = handle.n_heads().into();
         body["load"] = json!({
             "in_flight": handle.n_in_flight(),
             "running": load.running,

@@ -10,8 +10,10 @@
 mod batch;
 mod context;
 mod error;
+mod gguf;
 mod log;
 mod model;
+mod net;
 mod sampler;
 mod sys;
 mod tap;
@@ -20,6 +22,7 @@ pub use batch::Batch;
 pub use context::{Context, ContextParams};
 pub use error::LlamaError;
 pub use model::{Model, ModelParams};
+pub use net::{Block, Matrix, Net, Weights};
 pub use sampler::{Candidates, SamplerChain};
 
 use std::ffi::CStr;

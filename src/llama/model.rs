@@ -1,10 +1,10 @@
 //! A loaded GGUF model: weights, vocabulary, metadata. Immutable after loading, so any thread may read it.
 
 use std::ffi::{CString, c_char, c_void};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 
-use super::{LlamaError, Token, log, start_backend, sys, text};
+use super::{LlamaError, Matrix, Token, gguf, log, start_backend, sys, text};
 
 /// How to load a model.
 #[derive(Clone, Debug, Default)]
@@ -17,6 +17,7 @@ pub struct ModelParams {
 pub struct Model {
     ptr: NonNull<sys::llama_model>,
     vocab: NonNull<sys::vocab>,
+    path: PathBuf,
 }
 
 // SAFETY: after loading nothing in llama.cpp writes to a model; tokenising and metadata are `const` and keep their
@@ -58,9 +59,18 @@ impl Model {
         // SAFETY: `ptr` is a loaded model; the vocabulary is a part of it.
         let vocab = unsafe { sys::model_get_vocab(ptr.as_ptr()) };
         let vocab = NonNull::new(vocab.cast_mut()).ok_or_else(|| fail("the model has no vocabulary".into()))?;
-        let model = Self { ptr, vocab };
+        let model = Self { ptr, vocab, path: path.to_owned() };
         model.check_kind().map_err(fail)?;
         Ok(model)
+    }
+
+    /// The output matrix, `n_vocab` rows of `n_embd` values, read from the file anew.
+    ///
+    /// # Errors
+    /// [`LlamaError::Load`] when the file cannot be read any more, or is one of several.
+    pub fn output_matrix(&self) -> Result<Matrix, LlamaError> {
+        // Without one of its own a model uses its input embeddings.
+        gguf::read_matrix(&self.path, &["output.weight", "token_embd.weight"])
     }
 
     /// Only decoder models whose cache can drop a suffix serve here: prefix reuse and speculation stand on it.

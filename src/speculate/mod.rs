@@ -8,6 +8,8 @@
 
 pub mod calibration;
 pub mod cost;
+pub mod heads;
+pub mod medusa;
 pub mod policy;
 pub mod tree;
 

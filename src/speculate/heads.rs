@@ -1,0 +1,232 @@
+//! Head files: which layout a folder holds, and that its tensors fit the model. Nothing in a file is trusted: heads are
+//! counted from the keys, since published configurations are often wrong, and every shape is checked.
+//!
+//! | layout | keys |
+//! |---|---|
+//! | v1 | `{h}.{l}.linear.weight`, `.bias`; the head's own output matrix `{h}.{L}.weight` |
+//! | v2 | the same without output matrices: the model's serves all heads |
+//! | full model | v1 or v2 under `medusa_head.`, among the model's own tensors, in shards |
+//! | vLLM | `blocks.{h}.layers.{l}.weight`, perhaps `.bias`; `lm_heads.{h}.weight` |
+//!
+//! Each may carry `token_map`, the vocabulary ids of the output rows, where heads know only the most frequent tokens.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use safetensors::{Dtype, SafeTensors};
+
+use crate::llama::{Block, Matrix, Token, Weights};
+
+/// What the model needs of heads.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    /// Width of the hidden state.
+    pub n_embd: usize,
+    /// Tokens of the vocabulary.
+    pub n_vocab: usize,
+}
+
+/// Heads as they stand in a folder, checked.
+#[derive(Debug, PartialEq)]
+pub struct Heads {
+    /// One network for each head. Without output matrices the model's own is meant.
+    pub weights: Weights,
+    /// The token of each output row; `None`: the vocabulary itself.
+    pub token_map: Option<Vec<Token>>,
+}
+
+/// Why heads were refused.
+#[derive(Debug, thiserror::Error)]
+pub enum HeadsError {
+    /// The folder holds no file that could be heads.
+    #[error("{}: no heads here; looked for {}", .0.display(), FILES.join(", "))]
+    NotFound(PathBuf),
+    /// A file could not be read.
+    #[error("{}: {reason}", path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// A tensor is missing, unknown or does not fit.
+    #[error("{}: {key}: {reason}", path.display())]
+    Tensor {
+        /// The file.
+        path: PathBuf,
+        /// The tensor's name.
+        key: String,
+        /// What is wrong, with what was expected.
+        reason: String,
+    },
+}
+
+/// The names heads go by, in the order they are looked for.
+const FILES: [&str; 3] = ["medusa_lm_head.safetensors", "model.safetensors", "model.safetensors.index.json"];
+/// Prefix of the heads' keys in a full model.
+const FULL_MODEL: &str = "medusa_head.";
+/// More heads or blocks than any published file has.
+const MAX_HEADS: usize = 16;
+
+impl Heads {
+    /// Reads the first `n_heads` heads of a folder.
+    ///
+    /// # Errors
+    /// [`HeadsError`] names the file, and the tensor if one is to blame.
+    pub fn load(folder: &Path, shape: Shape, n_heads: usize) -> Result<Self, HeadsError> {
+        let file = FILES.iter().map(|name| folder.join(name)).find(|path| path.is_file());
+        let file = file.ok_or_else(|| HeadsError::NotFound(folder.to_owned()))?;
+        let shards = if file.extension() == Some("json".as_ref()) { shards(&file)? } else { vec![file.clone()] };
+        let mut tensors = Tensors { file, map: BTreeMap::new() };
+        for shard in &shards {
+            tensors.read(shard)?;
+        }
+        tensors.into_heads(shape, n_heads.min(MAX_HEADS))
+    }
+}
+
+/// The shards that hold heads, as an index names them.
+fn shards(index: &Path) -> Result<Vec<PathBuf>, HeadsError> {
+    let fail = |reason: String| HeadsError::File { path: index.to_owned(), reason };
+    let text = std::fs::read_to_string(index).map_err(|e| fail(e.to_string()))?;
+    let value: serde_json::Value = serde_json::from_str(&text).map_err(|e| fail(e.to_string()))?;
+    let map = value["weight_map"].as_object().ok_or_else(|| fail("no weight_map".into()))?;
+    let mut names: Vec<&str> =
+        map.iter().filter(|(key, _)| key.starts_with(FULL_MODEL)).filter_map(|(_, file)| file.as_str()).collect();
+    names.sort_unstable();
+    names.dedup();
+    if let Some(name) = names.iter().find(|name| Path::new(name).file_name() != Some(name.as_ref())) {
+        return Err(fail(format!("{name} is not the name of a file in this folder")));
+    }
+    if names.is_empty() {
+        return Err(fail(format!("no key begins with {FULL_MODEL}")));
+    }
+    Ok(names.into_iter().map(|name| index.with_file_name(name)).collect())
+}
+
+/// A tensor's shape and values.
+type Tensor = (Vec<usize>, Vec<f32>);
+
+/// What the files hold, by key.
+struct Tensors {
+    /// Named in errors.
+    file: PathBuf,
+    map: BTreeMap<String, Tensor>,
+}
+
+impl Tensors {
+    /// Reads the tensors of one file: of a full model those of the heads.
+    fn read(&mut self, path: &Path) -> Result<(), HeadsError> {
+        let fail = |reason: String| HeadsError::File { path: path.to_owned(), reason };
+        let bytes = std::fs::read(path).map_err(|e| fail(e.to_string()))?;
+        let file = SafeTensors::deserialize(&bytes).map_err(|e| fail(format!("not a whole safetensors file: {e}")))?;
+        let full = file.names().iter().any(|name| name.starts_with(FULL_MODEL));
+        for (name, view) in file.tensors() {
+            let key = if full { name.strip_prefix(FULL_MODEL) } else { Some(name.as_str()) };
+            let Some(key) = key else { continue };
+            let refuse = |reason: String| HeadsError::Tensor { path: path.to_owned(), key: name.clone(), reason };
+            let values = floats(view.dtype(), view.data()).map_err(refuse)?;
+            if let Some(bad) = values.iter().find(|v| !v.is_finite()) {
+                return Err(refuse(format!("holds {bad}")));
+            }
+            self.map.insert(key.to_owned(), (view.shape().to_vec(), values));
+        }
+        Ok(())
+    }
+
+    fn error(&self, key: &str, reason: impl Into<String>) -> HeadsError {
+        HeadsError::Tensor { path: self.file.clone(), key: key.to_owned(), reason: reason.into() }
+    }
+
+    fn has(&self, key: &str) -> bool {
+        self.map.contains_key(key)
+    }
+
+    /// Takes a matrix out; `n_out` of `None` may be any.
+    fn matrix(&mut self, key: &str, n_out: Option<usize>, n_in: usize) -> Result<Matrix, HeadsError> {
+        let (shape, values) = self.map.remove(key).ok_or_else(|| self.error(key, "is missing"))?;
+        match shape[..] {
+            [rows, columns] if columns == n_in && rows > 0 && n_out.is_none_or(|n| n == rows) => {
+                Ok(Matrix { n_out: rows, n_in, values })
+            }
+            _ => {
+                let rows = n_out.map_or("any".to_owned(), |n| n.to_string());
+                Err(self.error(key, format!("its shape is {shape:?}; this model needs [{rows}, {n_in}]")))
+            }
+        }
+    }
+
+    fn vector(&mut self, key: &str, n: usize) -> Result<Vec<f32>, HeadsError> {
+        let (shape, values) = self.map.remove(key).ok_or_else(|| self.error(key, "is missing"))?;
+        if shape == [n] {
+            Ok(values)
+        } else {
+            Err(self.error(key, format!("its shape is {shape:?}; this model needs [{n}]")))
+        }
+    }
+
+    fn into_heads(mut self, shape: Shape, n_heads: usize) -> Result<Heads, HeadsError> {
+        let token_map = self.token_map(shape.n_vocab)?;
+        let n_out = token_map.as_ref().map_or(shape.n_vocab, Vec::len);
+        let vllm = self.map.keys().any(|key| key.starts_with("blocks."));
+        let name = |h: usize, l: usize| if vllm { format!("blocks.{h}.layers.{l}") } else { format!("{h}.{l}.linear") };
+        let n_found = (0..MAX_HEADS).take_while(|&h| self.has(&format!("{}.weight", name(h, 0)))).count();
+        if n_found == 0 {
+            return Err(self.error(&format!("{}.weight", name(0, 0)), "is missing: there is no head"));
+        }
+        let n_blocks = (0..MAX_HEADS).take_while(|&l| self.has(&format!("{}.weight", name(0, l)))).count();
+        let output = |h: usize| if vllm { format!("lm_heads.{h}.weight") } else { format!("{h}.{n_blocks}.weight") };
+        let own_outputs = vllm || self.has(&output(0));
+        let biases = !vllm || self.has(&format!("{}.bias", name(0, 0)));
+
+        let (mut blocks, mut outputs) = (vec![], vec![]);
+        for h in 0..n_found {
+            let mut of_head = vec![];
+            for l in 0..n_blocks {
+                let weight = self.matrix(&format!("{}.weight", name(h, l)), Some(shape.n_embd), shape.n_embd)?;
+                let bias = biases.then(|| self.vector(&format!("{}.bias", name(h, l)), shape.n_embd)).transpose()?;
+                of_head.push(Block { weight, bias });
+            }
+            blocks.push(of_head);
+            if own_outputs {
+                outputs.push(self.matrix(&output(h), Some(n_out), shape.n_embd)?);
+            }
+        }
+        if let Some(key) = self.map.keys().next() {
+            return Err(self.error(key, "is a key that no layout has here"));
+        }
+        blocks.truncate(n_heads);
+        outputs.truncate(n_heads);
+        Ok(Heads { weights: Weights { n_embd: shape.n_embd, blocks, outputs }, token_map })
+    }
+
+    fn token_map(&mut self, n_vocab: usize) -> Result<Option<Vec<Token>>, HeadsError> {
+        let key = "token_map";
+        let Some((shape, values)) = self.map.remove(key) else { return Ok(None) };
+        if shape.len() != 1 || values.is_empty() {
+            return Err(self.error(key, format!("its shape is {shape:?}; it must be a list of tokens")));
+        }
+        let id = |v: &f32| (v.fract() == 0.0 && (0.0..n_vocab as f32).contains(v)).then_some(Token(*v as i32));
+        let tokens: Option<Vec<Token>> = values.iter().map(id).collect();
+        let tokens = tokens.ok_or_else(|| self.error(key, format!("holds something else than tokens below {n_vocab}")))?;
+        let mut once = tokens.clone();
+        once.sort_unstable();
+        once.dedup();
+        if once.len() < tokens.len() {
+            return Err(self.error(key, "names a token twice"));
+        }
+        Ok(Some(tokens))
+    }
+}
+
+/// A tensor's bytes as floats. Token ids fit exactly: vocabularies are far below 2^24.
+fn floats(dtype: Dtype, bytes: &[u8]) -> Result<Vec<f32>, String> {
+    Ok(match dtype {
+        Dtype::F32 => bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+        Dtype::F16 => bytes.as_chunks::<2>().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()).collect(),
+        Dtype::BF16 => bytes.as_chunks::<2>().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect(),
+        Dtype::I64 => bytes.as_chunks::<8>().0.iter().map(|b| i64::from_le_bytes(*b) as f32).collect(),
+        Dtype::I32 => bytes.as_chunks::<4>().0.iter().map(|b| i32::from_le_bytes(*b) as f32).collect(),
+        other => return Err(format!("is of type {other:?}; F32, F16 and BF16 can be read")),
+    })
+}
