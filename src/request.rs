@@ -75,14 +75,16 @@ pub struct Request {
     pub speculation: Speculation,
 }
 
-/// Whether drafts are verified for a request. The text is the same in either case.
+/// Whether drafts are verified for a request, and how.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Speculation {
-    /// As far as it pays.
+    /// As far as it pays; the text is the same as without.
     #[default]
     Auto,
     /// Never.
     Off,
+    /// As far as it pays, and a drafted token that is typical is accepted in place of a draw: lossy.
+    Typical,
 }
 
 /// What a request gets back: any number of pieces, then one end.

@@ -4,6 +4,7 @@
 #[path = "common/stub.rs"]
 mod stub;
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -194,6 +195,69 @@ proptest! {
         prop_assert_eq!(&run(&others, None), &plain);
         prop_assert_eq!(&run(&[], Some(&drafting)), &plain);
         prop_assert_eq!(&run(&others, Some(&drafting)), &plain);
+    }
+}
+
+/// All answers of at most three tokens, each with its probability by the stub's own logits; token 0 ends one.
+fn answers(n_vocab: usize, prompt: &[Token]) -> HashMap<Vec<i32>, f64> {
+    let mut all = HashMap::new();
+    let mut open = vec![(vec![], 1.0)];
+    while let Some((answer, p)) = open.pop() {
+        if answer.len() == 3 || answer.last() == Some(&0) {
+            all.insert(answer.into_iter().filter(|&t| t != 0).collect(), p);
+            continue;
+        }
+        let seen: Vec<Token> = prompt.iter().copied().chain(answer.iter().map(|&t| Token(t))).collect();
+        let weights: Vec<f64> = Stub::logits_of(n_vocab, &seen).iter().map(|&l| f64::from(l).exp()).collect();
+        let sum: f64 = weights.iter().sum();
+        open.extend((0..).zip(weights).map(|(t, w)| ([&answer[..], &[t]].concat(), p * w / sum)));
+    }
+    all
+}
+
+/// 20,000 requests that differ in their seed alone: their answers are distributed as the model says, with drafts and without.
+#[test]
+fn sampled_text_has_the_models_own_distribution() {
+    const N: u32 = 20_000;
+    const V: usize = 4;
+    let expected = answers(V, &[1, 2, 3].map(Token));
+    assert!((expected.values().sum::<f64>() - 1.0).abs() < 1e-9);
+    for drafts in [false, true] {
+        let layout = Layout::Unified { n_cells: 400, n_retained: 60, n_seqs: 16 };
+        let mut engine = Engine::new(Stub::new(V), limits(layout, 8, 40, 100), Arc::default());
+        if drafts {
+            let guess = Guess { n_vocab: V, n_levels: 2, width: 3 };
+            engine.speculate(Speculator::new(Box::new(guess), 3, Cost::from_points(&[(1, 1.0), (64, 1.1)])), 100);
+        }
+        let mut counts: HashMap<Vec<i32>, u32> = HashMap::new();
+        let mut accepted = 0;
+        for first in (0..N).step_by(8) {
+            let mut start = |seed| {
+                let (mut job, events) = job(&[1, 2, 3], 3, 1.0);
+                job.request.sampling.seed = u64::from(seed);
+                job.request.sampling.top_p = 1.0;
+                engine.enqueue(job);
+                events
+            };
+            let mut events: Vec<_> = (first..first + 8).map(&mut start).collect();
+            run_to_end(&mut engine);
+            for events in &mut events {
+                let (text, end) = read(events);
+                *counts.entry(text.split_whitespace().map(|t| t.parse().unwrap()).collect()).or_default() += 1;
+                let Some(Event::Done(done)) = end else { panic!("not done") };
+                accepted += done.speculation.accepted;
+            }
+        }
+        assert_eq!(accepted > 1000, drafts, "{accepted} drafts were accepted");
+        let chi2: f64 = expected
+            .iter()
+            .map(|(answer, p)| {
+                (f64::from(*counts.get(answer).unwrap_or(&0)) - *p * f64::from(N)).powi(2) / (*p * f64::from(N))
+            })
+            .sum();
+        // 39 degrees of freedom: p = 0.001 at 72.1.
+        assert_eq!((expected.len(), counts.keys().all(|answer| expected.contains_key(answer))), (40, true));
+        assert!(chi2 < 72.1, "{chi2}, drafts: {drafts}");
     }
 }
 

@@ -6,13 +6,22 @@ mod common;
 #[path = "common/heads.rs"]
 mod files;
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::path::Path;
 use std::sync::{Arc, LazyLock};
+use std::time::Instant;
 
 use common::{Server, model_path};
+use medusa_llama::engine::forward::LlamaForward;
 use medusa_llama::engine::sampler::argmax;
-use medusa_llama::llama::{Context, ContextParams, LlamaError, Model, ModelParams, SeqId, Token};
+use medusa_llama::engine::{Engine, Job, Layout, Limits};
+use medusa_llama::llama::{Context, ContextParams, LlamaError, Model, ModelParams, SeqId, Token, max_sequences};
+use medusa_llama::request::{Event, Request, SamplingParams, Speculation};
+use medusa_llama::speculate::Speculator;
+use medusa_llama::speculate::cost::Cost;
+use medusa_llama::speculate::heads::{Heads, Shape};
+use medusa_llama::speculate::medusa::Medusa;
 use serde_json::json;
+use tokio::sync::mpsc;
 
 static MODEL: LazyLock<Arc<Model>> =
     LazyLock::new(|| Arc::new(Model::load(&model_path(), &ModelParams::default(), |_| true).unwrap()));
@@ -93,14 +102,21 @@ fn what_does_not_fit_is_refused_before_it_crosses() {
     batch.add(Token(1), 90, &[SeqId(0)], true).unwrap();
     assert!(matches!(context.forward(&batch), Err(LlamaError::Batch(_))), "a gap in the positions");
     assert!(context.logits(0).is_err(), "nothing is left of an earlier pass");
-    assert!(context.remove_from(SeqId(4), 0).is_err() && context.share_prefix(SeqId(0), SeqId(4), 1).is_err());
+    assert!(context.remove_from(SeqId(4), 0).is_err() && context.share(SeqId(0), SeqId(4), 0..1).is_err());
     let streams = ContextParams { unified: false, ..params() };
     let mut streams = Context::new(Arc::clone(&MODEL), &streams).unwrap();
     refused(streams.batch().add(Token(1), 0, &[SeqId(0), SeqId(1)], true));
-    assert!(streams.share_prefix(SeqId(0), SeqId(1), 1).is_err());
+    assert!(streams.share(SeqId(0), SeqId(1), 0..1).is_err());
     let tapped = ContextParams { unified: false, tap_hidden: true, ..params() };
     assert!(Context::new(Arc::clone(&MODEL), &tapped).is_err());
     assert!(Context::new(Arc::clone(&MODEL), &ContextParams { n_seq_max: 0, ..params() }).is_err());
+}
+
+#[test]
+fn a_context_may_have_more_sequences_than_rows() {
+    let mut context = context(&ContextParams { n_batch: 2, n_ubatch: 2, n_seq_max: 9, ..params() });
+    feed(&mut context, &[Token(1), Token(2)], 0, 8);
+    assert!(context.logits(1).is_ok());
 }
 
 #[test]
@@ -125,7 +141,7 @@ fn a_shared_prefix_gives_the_logits_of_a_computed_one() {
     let (last, prefix) = text.split_last().unwrap();
     let mut context = context(&params());
     feed(&mut context, prefix, 0, 0);
-    context.share_prefix(SeqId(0), SeqId(1), prefix.len()).unwrap();
+    context.share(SeqId(0), SeqId(1), 0..prefix.len()).unwrap();
     feed(&mut context, &[*last], prefix.len(), 1);
     let shared = context.logits(0).unwrap().to_vec();
     context.clear();
@@ -231,42 +247,95 @@ fn greedy_text_is_llama_cpps_own() {
     let texts = prompt_tokens.each_ref().map(|prompt| greedy(prompt, 48));
     let rounding = prompt_tokens.iter().zip(&texts).map(|(prompt, text)| rounding(prompt, text)).fold(0.0, f32::max);
     assert!(rounding < 1.0, "rows computed beside others differ by {rounding}, more than rounding explains");
-    // Heads that repeat the model's last choice: right now and then, wrong most of the time.
-    let folder = tempfile::tempdir().unwrap();
-    files::write(&folder.path().join("medusa_lm_head.safetensors"), &files::identity(3, MODEL.n_embd()));
-    let heads = folder.path().to_str().unwrap();
-    for layout in [&["--kv", "streams"], &["--kv", "unified"], &["--heads", heads]] {
+    let heads = identity_heads(&texts);
+    for layout in [&["--kv", "streams"], &["--kv", "unified"], &["--heads", heads.path().to_str().unwrap()]] {
         let server = Server::start(&[layout, &["--batch-size", "7", "--ctx", "512", "--n-threads", "2"][..]].concat());
-        let accepted = AtomicU64::new(0);
         std::thread::scope(|scope| {
             for (prompt, text) in prompts.iter().zip(&texts) {
-                let (server, accepted) = (&server, &accepted);
+                let server = &server;
                 scope.spawn(move || {
                     let body = json!({ "prompt": prompt, "max_tokens": 48, "temperature": 0 });
-                    let answer = server.generate(&body).json();
-                    compare(
-                        &format!("{layout:?}, {prompt:?}"),
-                        answer["generated_text"].as_str().unwrap(),
-                        text,
-                        2.0 * rounding,
-                    );
-                    accepted.fetch_add(answer["speculation"]["accepted"].as_u64().unwrap(), Ordering::Relaxed);
+                    let ours = server.generate(&body).json()["generated_text"].as_str().unwrap().to_owned();
+                    compare(&format!("{layout:?}, {prompt:?}"), &ours, text, 2.0 * rounding);
                 });
             }
         });
-        // Alone, a draft pays sooner than in a crowd.
-        let body = json!({ "prompt": prompts[6], "max_tokens": 48, "temperature": 0 });
-        let answer = server.generate(&body).json();
-        compare(&format!("{layout:?}, alone"), answer["generated_text"].as_str().unwrap(), &texts[6], 2.0 * rounding);
-        accepted.fetch_add(answer["speculation"]["accepted"].as_u64().unwrap(), Ordering::Relaxed);
-        assert_eq!(
-            accepted.into_inner() > 0,
-            layout[0] == "--heads",
-            "{layout:?}: drafts are accepted with heads, and only then"
-        );
+        assert_eq!(server.get("/").json()["heads"], if layout[0] == "--heads" { 3 } else { 0 });
         let off = json!({ "prompt": prompts[6], "max_tokens": 8, "temperature": 0, "speculation": "off" });
         assert_eq!(server.generate(&off).json()["speculation"]["drafted"], 0);
     }
+    // A server drafts where that pays; here rows are said to cost nothing, so trees of all sizes are verified.
+    let mut engine = drafting_engine(heads.path());
+    let accepted: usize = run(&mut engine, &prompts, |i, answer| compare(prompts[i], answer, &texts[i], 2.0 * rounding));
+    let alone: usize = run(&mut engine, &prompts[6..], |_, answer| compare("alone", answer, &texts[6], 2.0 * rounding));
+    assert!(accepted > 20 && alone > 5, "{accepted} and {alone} drafts were accepted");
+    engine.check_nothing_left();
+}
+
+/// Heads that repeat the model's last choice, among the tokens of these texts: right now and then, wrong most of the time.
+fn identity_heads(texts: &[Vec<Choice>]) -> tempfile::TempDir {
+    let mut known: Vec<i64> = texts.iter().flatten().map(|choice| i64::from(choice.token.0)).collect();
+    known.sort_unstable();
+    known.dedup();
+    let mut tensors = files::identity(3, MODEL.n_embd());
+    tensors.insert("token_map".into(), files::Tensor::i64(&known));
+    let folder = tempfile::tempdir().unwrap();
+    files::write(&folder.path().join("medusa_lm_head.safetensors"), &tensors);
+    folder
+}
+
+/// An engine of 7 slots on the model, with these heads.
+fn drafting_engine(heads: &Path) -> Engine<LlamaForward> {
+    let (n_seqs, n_ids) = (14, max_sequences());
+    let params = ContextParams { n_cells: 2048, n_batch: 64, n_ubatch: 64, n_seq_max: n_ids, tap_hidden: true, ..params() };
+    let layout = Layout::Unified { n_cells: 2048, n_retained: 512, n_seqs };
+    let limits = Limits { n_slots: 7, n_ctx: 256, n_batch: 64, layout };
+    let mut engine = Engine::new(LlamaForward::new(context(&params)), limits, Arc::default());
+    let shape = Shape { n_embd: MODEL.n_embd(), n_vocab: MODEL.n_vocab() };
+    let heads = Heads::load(heads, shape, 3).unwrap();
+    let medusa = Medusa::new(heads, || MODEL.output_matrix(), 2).unwrap();
+    engine.speculate(Speculator::new(Box::new(medusa), 4, Cost::from_points(&[(1, 1e9), (64, 1.01e9)])), n_ids);
+    engine
+}
+
+/// Lets the prompts be continued greedily together, hands each answer to `check`, and returns how many drafts were accepted.
+fn run(engine: &mut Engine<LlamaForward>, prompts: &[&str], check: impl Fn(usize, &str)) -> usize {
+    let start = |prompt: &&str| {
+        let (events, receiver) = mpsc::channel(64);
+        let request = Request {
+            prompt: String::new(),
+            max_tokens: 48,
+            sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
+            stop: vec![],
+            ignore_eos: false,
+            cache_prompt: true,
+            speculation: Speculation::Auto,
+        };
+        let prompt = MODEL.tokenize(prompt, true).unwrap();
+        engine.enqueue(Job { prompt, request, events, permit: None, accepted: Instant::now() });
+        receiver
+    };
+    let receivers: Vec<_> = prompts.iter().map(start).collect();
+    while !engine.is_idle() {
+        engine.step();
+        engine.check_integrity();
+    }
+    let mut accepted = 0;
+    for (i, mut receiver) in receivers.into_iter().enumerate() {
+        let mut text = String::new();
+        while let Ok(event) = receiver.try_recv() {
+            match event {
+                Event::Piece(piece) => text += &piece,
+                Event::Done(done) => {
+                    text += &done.tail;
+                    check(i, &text);
+                    accepted += done.speculation.accepted;
+                }
+                Event::Failed { id } => panic!("{id}"),
+            }
+        }
+    }
+    accepted
 }
 
 fn compare(what: &str, ours: &str, text: &[Choice], tolerance: f32) {

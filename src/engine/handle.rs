@@ -311,7 +311,7 @@ fn serve(params: &EngineParams, stage: &watch::Sender<Stage>, stop: &AtomicBool)
     let n_heads = speculator.as_ref().map_or(0, |(_, n_heads)| *n_heads);
     let mut engine = Engine::new(forward, limits, Arc::clone(&stats));
     if let Some((speculator, _)) = speculator {
-        engine.speculate(speculator, max_sequences());
+        engine.speculate(speculator, n_ids(params));
     }
     let permits = Arc::new(Semaphore::new(params.n_queue));
     let handle = Handle { jobs, permits, model, limits, n_heads, n_queue: params.n_queue, stats };
@@ -342,12 +342,20 @@ fn load_heads(
     Ok((Speculator::new(Box::new(medusa), max_tokens, Cost::from_points(&points)), n_heads))
 }
 
+/// Leaves of a sequence's tree, if there are ids for as many.
+const MAX_LEAVES: usize = 32;
+
+/// Sequence ids of a unified cache: the layout's, and behind them those for the leaves of trees.
+fn n_ids(params: &EngineParams) -> usize {
+    let Layout::Unified { n_seqs, .. } = params.limits.layout else { return params.limits.n_slots };
+    let for_trees = if params.heads.is_some() { params.limits.n_slots * (MAX_LEAVES - 1) } else { 0 };
+    (n_seqs + for_trees).min(max_sequences())
+}
+
 fn context_params(params: &EngineParams) -> ContextParams {
     let Limits { n_slots, n_batch, layout, .. } = params.limits;
     let (unified, n_cells, n_seq_max) = match layout {
-        // The ids beyond the layout's own are for the leaves of trees.
-        Layout::Unified { n_cells, .. } if params.heads.is_some() => (true, n_cells, max_sequences()),
-        Layout::Unified { n_cells, n_seqs, .. } => (true, n_cells, n_seqs),
+        Layout::Unified { n_cells, .. } => (true, n_cells, n_ids(params)),
         // llama.cpp divides the cells among the streams and rounds each share; so round before multiplying.
         Layout::Streams { n_cells } => (false, n_cells.next_multiple_of(256) * n_slots, n_slots),
     };

@@ -1,73 +1,103 @@
-//! Sequence ids for the leaves of trees, lent for one step. Pure.
+//! Sequence ids for the leaves of trees. Pure.
 //!
 //! A row of the batch sees the cells that carry its first id. So a tree of `n` leaves needs `n` ids: the sequence's own for
-//! its first leaf, and others for the rest, each put on everything the sequence has cached. A node carries the ids of the
-//! leaves below it. Afterwards the sequence takes over the cells of the accepted path, and the lent ids come off all cells,
-//! which frees those of the other paths. No keys or values move.
+//! its first leaf, and others for the rest, on everything the sequence has cached. A node carries the ids of the leaves
+//! below it. Afterwards the sequence takes over the cells of the accepted path, and the others come off the cells behind
+//! the root, which frees the paths that were not taken. No keys or values move.
+//!
+//! Each running sequence that drafts has a block of ids of its own, and they stay on its cells from step to step: to put an
+//! id on a cell, or to take it off, is the dear part of llama.cpp's bookkeeping, so only what is new is touched.
 
 use super::slots::KvOp;
 use crate::llama::SeqId;
 
-/// The ids that are free.
-#[derive(Debug, Default)]
+/// The ids, in blocks.
+#[derive(Debug)]
 pub struct Leaves {
-    free: Vec<SeqId>,
-    n_all: usize,
+    /// Most leaves of a tree: a block, and the sequence's own id.
+    n_leaves: usize,
+    n_blocks: usize,
+    free: Vec<Block>,
+    /// By sequence id.
+    held: Vec<Option<Block>>,
 }
 
+/// Ids, each with how many of the sequence's first tokens it stands on.
+#[derive(Debug)]
+struct Block(Vec<(SeqId, usize)>);
+
 impl Leaves {
-    /// With these ids to lend.
+    /// Divides the ids from `n_seqs` to `n_ids` among `n_slots` running sequences.
     #[must_use]
-    pub fn new(ids: std::ops::Range<usize>) -> Self {
-        Self { n_all: ids.len(), free: ids.rev().map(|i| SeqId(i as u32)).collect() }
+    pub fn new(n_seqs: usize, n_ids: usize, n_slots: usize) -> Self {
+        let n_each = n_ids.saturating_sub(n_seqs) / n_slots.max(1);
+        let block = |slot: usize| Block((0..n_each).map(|i| (SeqId((n_seqs + slot * n_each + i) as u32), 0)).collect());
+        Self {
+            n_leaves: n_each + 1,
+            n_blocks: n_slots,
+            free: (0..n_slots).rev().map(block).collect(),
+            held: (0..n_seqs).map(|_| None).collect(),
+        }
     }
 
-    /// Ids there are.
+    /// Most leaves that a tree may have.
     #[must_use]
-    pub fn n_all(&self) -> usize {
-        self.n_all
-    }
-
-    /// Ids that could be lent now.
-    #[must_use]
-    pub fn n_free(&self) -> usize {
-        self.free.len()
+    pub fn n_leaves(&self) -> usize {
+        self.n_leaves
     }
 
     /// Appends the ids of `n` leaves behind the `n_cached` tokens of `seq` to `ids`, and what to do before the step to `ops`.
     ///
     /// # Panics
-    /// For no leaf, or more than there are ids for.
+    /// For no leaf, more than [`n_leaves`](Self::n_leaves), or more sequences at a time than there are blocks.
     pub fn lend(&mut self, seq: SeqId, n: usize, n_cached: usize, ids: &mut Vec<SeqId>, ops: &mut Vec<KvOp>) {
-        assert!(n >= 1 && n - 1 <= self.free.len(), "{n} leaves with {} ids", self.free.len());
+        assert!((1..=self.n_leaves).contains(&n), "{n} leaves of {}", self.n_leaves);
         ids.push(seq);
-        for _ in 1..n {
-            let id = self.free.pop().expect("as many as were asked for");
-            ids.push(id);
-            if n_cached > 0 {
-                ops.push(KvOp::Share { from: seq, to: id, n: n_cached });
+        if n == 1 {
+            return;
+        }
+        let held = &mut self.held[seq.0 as usize];
+        let block = held.get_or_insert_with(|| self.free.pop().expect("a block for each running sequence"));
+        for (id, n_on) in &mut block.0[..n - 1] {
+            if *n_on < n_cached {
+                ops.push(KvOp::Share { from: seq, to: *id, start: *n_on, end: n_cached });
+                *n_on = n_cached;
             }
+            ids.push(*id);
         }
     }
 
-    /// Takes the ids of a tree back: `ids[0]` keeps the first `n_kept` tokens of the path that ends in leaf `winner`, of
-    /// which all paths have the first `n_common`.
+    /// After a step with the tree of these `ids`: `ids[0]` keeps the first `n_kept` tokens of the path that ends in leaf
+    /// `winner`; all paths have the first `n_common`, which end with the root.
     pub fn settle(&mut self, ids: &[SeqId], winner: usize, n_common: usize, n_kept: usize, ops: &mut Vec<KvOp>) {
         let seq = ids[0];
         if winner == 0 {
             ops.push(KvOp::Remove { seq, from: n_kept });
         } else {
             ops.push(KvOp::Remove { seq, from: n_common });
-            ops.push(KvOp::Share { from: ids[winner], to: seq, n: n_kept });
+            if n_kept > n_common {
+                ops.push(KvOp::Share { from: ids[winner], to: seq, start: n_common, end: n_kept });
+            }
         }
-        self.take_back(ids, ops);
+        ops.extend(ids[1..].iter().map(|&id| KvOp::Remove { seq: id, from: n_common }));
+        if let Some(block) = &mut self.held[seq.0 as usize] {
+            block.0[..ids.len() - 1].iter_mut().for_each(|(_, n_on)| *n_on = n_common);
+        }
     }
 
-    /// Takes the ids of a tree back after a step that failed.
-    pub fn take_back(&mut self, ids: &[SeqId], ops: &mut Vec<KvOp>) {
-        for &id in ids.iter().skip(1) {
-            ops.push(KvOp::Remove { seq: id, from: 0 });
-            self.free.push(id);
+    /// The sequence has ended, or what its cells hold is not known: its block is free for the next.
+    pub fn end(&mut self, seq: SeqId, ops: &mut Vec<KvOp>) {
+        let Some(mut block) = self.held.get_mut(seq.0 as usize).and_then(Option::take) else { return };
+        for (id, n_on) in block.0.iter_mut().filter(|(_, n_on)| *n_on > 0) {
+            ops.push(KvOp::Remove { seq: *id, from: 0 });
+            *n_on = 0;
         }
+        self.free.push(block);
+    }
+
+    /// `true` if no sequence holds a block.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        self.free.len() == self.n_blocks
     }
 }

@@ -28,6 +28,7 @@ pub use slots::Layout;
 
 use crate::error::IncidentId;
 use crate::llama::{LlamaError, SeqId, Token};
+use crate::request::Speculation;
 use crate::speculate::{MAX_NODES, Origin, Speculator, Tree};
 use handle::Stats;
 use leaves::Leaves;
@@ -81,6 +82,8 @@ struct Work {
     below: Vec<Vec<usize>>,
     rows: Rows,
     accepted: Vec<usize>,
+    /// The tokens drafted for one place.
+    offered: Vec<Token>,
     /// Before the pass, and after it.
     ops: Vec<KvOp>,
     settling: Vec<KvOp>,
@@ -103,7 +106,7 @@ impl<F: Forward> Engine<F> {
             n_admitted: 0,
             pace: Pace::new(limits.n_batch),
             speculator: None,
-            leaves: Leaves::default(),
+            leaves: Leaves::new(0, 0, 0),
             end_tokens,
             stats,
             work: Work::default(),
@@ -118,7 +121,7 @@ impl<F: Forward> Engine<F> {
     /// In streams, which cannot hold trees.
     pub fn speculate(&mut self, speculator: Speculator, n_ids: usize) {
         let Layout::Unified { n_seqs, .. } = self.limits.layout else { panic!("trees need a unified cache") };
-        self.leaves = Leaves::new(n_seqs..n_ids);
+        self.leaves = Leaves::new(n_seqs, n_ids, self.limits.n_slots);
         self.speculator = Some(speculator);
     }
 
@@ -229,8 +232,7 @@ impl<F: Forward> Engine<F> {
         speculator.choose(trees, n_rows, n_decode, room, seconds);
 
         for ((share, tree), ids) in work.shares.iter().zip(trees).zip(&mut work.leaf_ids) {
-            // Fewer nodes are fewer leaves; one leaf needs no id of ours.
-            while !tree.is_empty() && tree.leaves_below(&mut work.below) - 1 > self.leaves.n_free() {
+            while tree.leaves_below(&mut work.below) > self.leaves.n_leaves() {
                 tree.truncate(tree.len() - 1);
             }
             if !tree.is_empty() {
@@ -284,12 +286,13 @@ impl<F: Forward> Engine<F> {
                 Ok(false) => {}
                 Ok(true) => {
                     self.running[share.seq.0 as usize] = None;
-                    let ops = self.ledger.release(share.seq);
+                    let mut ops = self.ledger.release(share.seq);
+                    self.leaves.end(share.seq, &mut ops);
                     if let Err(error) = self.apply(&ops) {
                         tracing::error!(%error, "the cache refused to drop a prefix");
                     }
                 }
-                Err(error) => self.fail_one(i, share.seq, &error),
+                Err(error) => self.fail_one(share.seq, &error),
             }
         }
         self.work.shares = shares;
@@ -314,7 +317,11 @@ impl<F: Forward> Engine<F> {
         while share.to_end && !done && !refused {
             let row = at.map_or(row, |node| row + 1 + node);
             let logits = self.forward.logits(row)?;
-            let token = s.sampler.draw(logits, s.tokens.len(), &mut work.sampling);
+            work.offered.clear();
+            if s.speculation == Speculation::Typical {
+                work.offered.extend(tree.nodes().iter().filter(|n| n.parent == at).map(|n| n.token));
+            }
+            let token = s.sampler.draw_typical(logits, s.tokens.len(), &work.offered, &mut work.sampling);
             self.stats.count_token();
             work.piece.clear();
             let is_end = self.forward.is_end(token);
@@ -366,28 +373,23 @@ impl<F: Forward> Engine<F> {
     /// A step failed: what the cache holds of its sequences is not known, so they end. The others go on.
     fn fail(&mut self, error: &LlamaError) {
         let shares = std::mem::take(&mut self.work.shares);
-        shares.iter().enumerate().for_each(|(i, share)| self.fail_one(i, share.seq, error));
+        shares.iter().for_each(|share| self.fail_one(share.seq, error));
         self.work.shares = shares;
     }
 
-    fn fail_one(&mut self, i: usize, seq: SeqId, error: &LlamaError) {
+    fn fail_one(&mut self, seq: SeqId, error: &LlamaError) {
         let id = IncidentId::new();
         tracing::error!(%id, %error, "a request failed in the engine");
         if let Some(mut s) = self.running[seq.0 as usize].take() {
             s.fail(&id.to_string());
-        }
-        let mut ops = vec![];
-        self.leaves.take_back(&self.work.leaf_ids[i], &mut ops);
-        self.work.leaf_ids[i].clear();
-        if let Err(error) = self.apply(&ops) {
-            tracing::error!(%error, "the cache refused to drop a tree");
         }
         self.forget(seq);
     }
 
     /// Ends a sequence whose cells cannot be trusted.
     fn forget(&mut self, seq: SeqId) {
-        let ops = self.ledger.discard(seq);
+        let mut ops = self.ledger.discard(seq);
+        self.leaves.end(seq, &mut ops);
         if let Err(error) = self.apply(&ops) {
             tracing::error!(%error, "the cache refused to drop a sequence");
         }
@@ -413,6 +415,6 @@ impl<F: Forward> Engine<F> {
     /// When it does.
     pub fn check_nothing_left(&self) {
         assert!(self.is_idle() && self.ledger.n_cells_active() == 0);
-        assert_eq!(self.leaves.n_free(), self.leaves.n_all(), "every lent id came back");
+        assert!(self.leaves.is_whole(), "every block of ids came back");
     }
 }

@@ -58,6 +58,15 @@ impl Sampler {
 
     /// The token at `position` of the sequence, given the logits of the row before it.
     pub fn draw(&mut self, logits: &[f32], position: usize, scratch: &mut Scratch) -> Token {
+        self.draw_typical(logits, position, &[], scratch)
+    }
+
+    /// As [`draw`](Self::draw), but a drafted token that is typical of the distribution is taken in place of a draw, the most
+    /// likely one if there are several. This is lossy: the text follows the drafts more than the model alone would.
+    ///
+    /// Typical is a token with a probability above `min(eps, delta exp(-H))`, `H` being the entropy in nats: "Medusa" (Cai et
+    /// al., 2024), section 2.3.1. Here of the distribution that is drawn from, after temperature and filters. Greedy has none.
+    pub fn draw_typical(&mut self, logits: &[f32], position: usize, drafted: &[Token], scratch: &mut Scratch) -> Token {
         let Scratch { candidates, logits: changed, kept } = scratch;
         let logits = match &mut self.chain {
             None => logits,
@@ -70,6 +79,9 @@ impl Sampler {
         let Some(filter) = &self.filter else { return argmax(logits) };
         filter.apply(logits, kept);
         let sum: f64 = kept.iter().map(|k| f64::from(k.1)).sum();
+        if let Some(token) = typical(kept, sum, drafted) {
+            return token;
+        }
         let mut left = uniform(self.seed, position as u64) * sum;
         for &(token, weight) in kept.iter() {
             left -= f64::from(weight);
@@ -88,6 +100,23 @@ impl Sampler {
             chain.accept(token);
         }
     }
+}
+
+/// A drafted token of at least this probability is typical of any distribution ...
+const TYPICAL_EPS: f64 = 0.09;
+/// ... and of a flat one also one of this many times `exp(-H)`.
+const TYPICAL_DELTA: f64 = 0.3;
+
+/// The most likely drafted token that is typical of the tokens kept, whose weights add up to `sum`.
+fn typical(kept: &[(Token, f32)], sum: f64, drafted: &[Token]) -> Option<Token> {
+    if drafted.is_empty() {
+        return None;
+    }
+    let p = kept.iter().map(|&(token, weight)| (token, f64::from(weight) / sum));
+    let entropy: f64 = p.clone().filter(|(_, p)| *p > 0.0).map(|(_, p)| -p * p.ln()).sum();
+    let least = TYPICAL_EPS.min(TYPICAL_DELTA * (-entropy).exp());
+    let typical = p.filter(|(token, p)| *p > least && drafted.contains(token));
+    typical.max_by(|a, b| a.1.total_cmp(&b.1)).map(|(token, _)| token)
 }
 
 /// Index of the largest value, the first of equals; NaN never wins.
@@ -165,6 +194,22 @@ mod tests {
         assert_eq!(histogram(&SamplingParams { min_p: 0.5, ..open.clone() }, &logits)[2..], [0, 0, 0]);
         let squared = [0.16, 0.09, 0.0225, 0.01, 0.0025].map(|p| p / 0.285);
         assert!(chi2(&histogram(&SamplingParams { temperature: 0.5, ..open }, &logits), &squared) < 18.47);
+    }
+
+    #[test]
+    fn typical_drafts_are_taken_and_others_are_left_to_the_draw() {
+        // Entropy 1.39: typical is what is above 0.3 exp(-1.39) = 0.075.
+        let logits: Vec<f32> = [0.4f32, 0.3, 0.15, 0.1, 0.05].map(f32::ln).to_vec();
+        let open = SamplingParams { temperature: 1.0, top_p: 1.0, ..SamplingParams::default() };
+        let (mut s, mut scratch) = (sampler(&open, 5), Scratch::default());
+        for pos in 0..100 {
+            let plain = s.draw(&logits, pos, &mut scratch);
+            assert_eq!(s.draw_typical(&logits, pos, &[Token(4), Token(3)], &mut scratch), Token(3));
+            assert_eq!(s.draw_typical(&logits, pos, &[Token(3), Token(1)], &mut scratch), Token(1), "the most likely one");
+            assert_eq!(s.draw_typical(&logits, pos, &[Token(4)], &mut scratch), plain);
+        }
+        let mut greedy = sampler(&SamplingParams { temperature: 0.0, ..open }, 5);
+        assert_eq!(greedy.draw_typical(&logits, 0, &[Token(1)], &mut scratch), Token(0));
     }
 
     #[test]

@@ -45,8 +45,8 @@ pub struct Sequence {
     n_prompt: usize,
     n_cached: usize,
     n_generate: usize,
-    /// Draft for this request.
-    speculates: bool,
+    /// Whether to draft, and how to accept.
+    pub speculation: Speculation,
     /// Of the last row that decided a token; empty before the first.
     hidden: Vec<f32>,
     drafts: SpeculationUsage,
@@ -76,7 +76,7 @@ impl Sequence {
             tokens: job.prompt,
             n_computed: n_cached,
             sampler,
-            speculates: job.request.speculation != Speculation::Off,
+            speculation: job.request.speculation,
             hidden: Vec::new(),
             drafts: SpeculationUsage::default(),
             n_cached,
@@ -95,7 +95,7 @@ impl Sequence {
     /// Tokens behind the next one that it makes sense to draft: the answer may end before, but not after.
     pub fn n_draftable(&self) -> usize {
         let left = self.n_generate - (self.tokens.len() - self.n_prompt);
-        if self.speculates && !self.hidden.is_empty() { left.saturating_sub(1) } else { 0 }
+        if self.speculation != Speculation::Off && !self.hidden.is_empty() { left.saturating_sub(1) } else { 0 }
     }
 
     /// The hidden state to draft from, as far as one was kept.
@@ -105,7 +105,7 @@ impl Sequence {
 
     /// Keeps the hidden state of the row that decided the last token.
     pub fn keep_hidden(&mut self, hidden: &[f32]) {
-        if self.speculates {
+        if self.speculation != Speculation::Off {
             self.hidden.clear();
             self.hidden.extend_from_slice(hidden);
         }

@@ -40,14 +40,16 @@ pub enum KvOp {
         /// First position to go.
         from: usize,
     },
-    /// Put `to` on the first `n` cells of `from` as well.
+    /// Put `to` on the cells of `from` at positions `start..end` as well.
     Share {
         /// Who has them.
         from: SeqId,
         /// Who gets them.
         to: SeqId,
-        /// How many.
-        n: usize,
+        /// First position.
+        start: usize,
+        /// Behind the last one.
+        end: usize,
     },
 }
 
@@ -315,7 +317,7 @@ impl Slots {
         let active = self.seqs[to].is_active();
         cells.iter().for_each(|&cell| self.pool.add(cell, active));
         (self.seqs[to].tokens, self.seqs[to].cells) = (tokens, cells);
-        ops.push(KvOp::Share { from: SeqId(from as u32), to: SeqId(to as u32), n });
+        ops.push(KvOp::Share { from: SeqId(from as u32), to: SeqId(to as u32), start: 0, end: n });
     }
 
     fn set_state(&mut self, index: usize, state: State) {
@@ -478,7 +480,7 @@ mod tests {
         slots.push(a.seq, &tokens("system: hi"));
         let b = slots.admit(&tokens("system: yo"), 12, true).unwrap();
         assert_eq!(b.n_cached, 8);
-        assert_eq!(b.ops, [KvOp::Share { from: a.seq, to: b.seq, n: 8 }]);
+        assert_eq!(b.ops, [KvOp::Share { from: a.seq, to: b.seq, start: 0, end: 8 }]);
         assert_eq!(slots.n_cells_active(), 10, "the shared ones count once");
         slots.check_integrity();
     }
@@ -552,9 +554,9 @@ mod tests {
             for op in ops {
                 match *op {
                     KvOp::Remove { seq, from } => self.0.entry(seq.0).or_default().truncate(from),
-                    KvOp::Share { from, to, n } => {
-                        assert!(self.0.get(&to.0).is_none_or(Vec::is_empty), "shared into an empty sequence");
-                        let prefix = self.0[&from.0][..n].to_vec();
+                    KvOp::Share { from, to, start, end } => {
+                        assert!(start == 0 && self.0.get(&to.0).is_none_or(Vec::is_empty), "shared into an empty sequence");
+                        let prefix = self.0[&from.0][..end].to_vec();
                         self.0.insert(to.0, prefix);
                     }
                 }

@@ -85,7 +85,8 @@ impl Fields {
             None => Ok(Speculation::Auto),
             Some(Value::String(s)) if s == "auto" => Ok(Speculation::Auto),
             Some(Value::String(s)) if s == "off" => Ok(Speculation::Off),
-            Some(other) => Err(wrong("speculation", &other, "\"auto\" or \"off\"")),
+            Some(Value::String(s)) if s == "typical" => Ok(Speculation::Typical),
+            Some(other) => Err(wrong("speculation", &other, "\"auto\", \"off\" or \"typical\"")),
         }
     }
 

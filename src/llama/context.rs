@@ -1,5 +1,6 @@
 //! KV cache and compute buffers for one model: forward passes, logits, hidden states, operations on cached cells.
 
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -72,6 +73,7 @@ impl Context {
         c.n_batch = c_count(params.n_batch, "n_batch")?;
         c.n_ubatch = c_count(params.n_ubatch.min(params.n_batch), "n_ubatch")?;
         c.n_seq_max = c_count(params.n_seq_max, "n_seq_max")?;
+        c.n_outputs_max = c.n_batch.max(c.n_seq_max); // it keeps room for an output of each sequence, and aborts without
         c.n_threads = c_count(params.n_threads, "n_threads")? as i32;
         c.n_threads_batch = c.n_threads;
         c.flash_attn_type = sys::LLAMA_FLASH_ATTN_TYPE_AUTO;
@@ -243,18 +245,18 @@ impl Context {
         done.then_some(()).ok_or_else(|| LlamaError::Misuse(format!("the cache cannot drop positions from {from} on")))
     }
 
-    /// Puts `to`'s id on the first `n` cells of `from`: both then share them, and no data moves.
+    /// Puts `to`'s id on the cells of `from` at these positions: both then share them, and no data moves.
     ///
     /// # Errors
     /// [`LlamaError::Misuse`] for an id out of range, or without a unified cache.
-    pub fn share_prefix(&mut self, from: SeqId, to: SeqId, n: usize) -> Result<(), LlamaError> {
+    pub fn share(&mut self, from: SeqId, to: SeqId, positions: Range<usize>) -> Result<(), LlamaError> {
         let (c_from, c_to) = (self.check_seq(from)?, self.check_seq(to)?);
         if !self.unified {
             return Err(LlamaError::Misuse("streams share no cells".into()));
         }
-        let end = i32::try_from(n).unwrap_or(i32::MAX);
+        let [start, end] = [positions.start, positions.end].map(|n| i32::try_from(n).unwrap_or(i32::MAX));
         // SAFETY: a live memory, ids in range, and one stream, for which any range may be copied.
-        unsafe { sys::memory_seq_cp(self.memory, c_from, c_to, 0, end) };
+        unsafe { sys::memory_seq_cp(self.memory, c_from, c_to, start, end) };
         Ok(())
     }
 

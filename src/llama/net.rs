@@ -129,7 +129,7 @@ impl Net {
 
     fn matrix(&self, m: &Matrix) -> Result<Tensor, LlamaError> {
         // Q8_0 has a scale for each 32 values of a row.
-        let kind = if m.n_in % 32 == 0 { sys::GGML_TYPE_Q8_0 } else { sys::GGML_TYPE_F16 };
+        let kind = if m.n_in.is_multiple_of(32) { sys::GGML_TYPE_Q8_0 } else { sys::GGML_TYPE_F16 };
         let tensor = self.tensor(kind, m.n_in, m.n_out)?;
         // SAFETY: the tensor holds `n_out` rows of `n_in` values of that type, `values` as many floats (checked in `new`).
         unsafe {

@@ -2,7 +2,7 @@
 //! outside.
 
 /// Numbers of rows that are measured; in between it is a straight line.
-pub const POINTS: [usize; 13] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96];
+pub const POINTS: [usize; 12] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64];
 /// Weight of a step for the speed of the whole machine: others share it, it heats up, contexts grow.
 const SPEED: f64 = 0.1;
 /// Weight of a step for the shape of the curve near its number of rows.

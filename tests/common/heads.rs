@@ -1,4 +1,5 @@
 //! Head files, written as other projects write them.
+#![allow(dead_code)] // each test binary uses its part
 
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -25,6 +25,15 @@ impl Stub {
         Self { n_vocab, cache: HashMap::new(), logits: vec![], hidden: vec![], fail_at: None, n_passes: 0 }
     }
 
+    /// The logits after these tokens.
+    pub fn logits_of(n_vocab: usize, seen: &[Token]) -> Vec<f32> {
+        let h = hash(seen);
+        let mut logits: Vec<f32> =
+            (0..n_vocab as u64).map(|i| ((h.rotate_left(i as u32 % 64) ^ i) % 97) as f32 / 97.0).collect();
+        logits[favourite(n_vocab, seen).0 as usize] = 2.0;
+        logits
+    }
+
     /// What greedy decoding gives after `prompt`: up to `n` tokens, the end token included.
     pub fn greedy(n_vocab: usize, prompt: &[Token], n: usize) -> Vec<Token> {
         let mut tokens = prompt.to_vec();
@@ -107,10 +116,7 @@ impl Forward for Stub {
             assert!(row.seqs.iter().all(|s| self.cache[s] == *seen), "ids of a row have the same past");
             let mut logits = vec![];
             if row.output {
-                let favourite = favourite(self.n_vocab, seen);
-                let h = hash(seen);
-                logits = (0..self.n_vocab as u64).map(|i| ((h.rotate_left(i as u32 % 64) ^ i) % 97) as f32 / 97.0).collect();
-                logits[favourite.0 as usize] = 2.0;
+                logits = Self::logits_of(self.n_vocab, seen);
             }
             self.logits.push(logits);
             self.hidden.push(seen.iter().map(|t| t.0 as f32).collect());
@@ -134,11 +140,11 @@ impl Forward for Stub {
     fn apply(&mut self, op: KvOp) -> Result<(), LlamaError> {
         match op {
             KvOp::Remove { seq, from } => self.cache.entry(seq).or_default().truncate(from),
-            KvOp::Share { from, to, n } => {
-                let prefix = self.cache[&from][..n].to_vec();
+            KvOp::Share { from, to, start, end } => {
+                let given = self.cache[&from][..end].to_vec();
                 let old = self.cache.entry(to).or_default();
-                assert!(prefix.starts_with(old), "what the receiver has is the beginning of what it gets");
-                *old = prefix;
+                assert_eq!(*old, given[..start], "what the receiver has is what stands before");
+                *old = given;
             }
         }
         Ok(())
