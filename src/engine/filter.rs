@@ -93,12 +93,17 @@ fn more_likely(a: &(Token, f32), b: &(Token, f32)) -> std::cmp::Ordering {
     b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
 }
 
-/// Values that are worked on together: eight registers of the smallest x86-64.
+/// Values that are worked on together: eight registers of the smallest x86-64, two of the largest.
 const LANES: usize = 32;
 
 /// The largest value; NaN never is. Negative infinity for none.
 #[must_use]
 pub fn largest(values: &[f32]) -> f32 {
+    pulp::Arch::new().dispatch(|| largest_lanes(values))
+}
+
+#[inline(always)] // into the code that `dispatch` compiles for each processor
+fn largest_lanes(values: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];
     let (chunks, rest) = values.as_chunks::<LANES>();
     for chunk in chunks {
@@ -111,6 +116,11 @@ pub fn largest(values: &[f32]) -> f32 {
 
 /// The sum of `e^(v - max)`.
 fn sum_exp(values: &[f32], max: f32) -> f32 {
+    pulp::Arch::new().dispatch(|| sum_exp_lanes(values, max))
+}
+
+#[inline(always)]
+fn sum_exp_lanes(values: &[f32], max: f32) -> f32 {
     let mut lanes = [0.0f32; LANES];
     let (chunks, rest) = values.as_chunks::<LANES>();
     for chunk in chunks {
@@ -123,6 +133,7 @@ fn sum_exp(values: &[f32], max: f32) -> f32 {
 
 /// `e^x` for x at most 0, to some 2 units in the last place; 0 below -32 and for NaN. Without branches or calls, so that
 /// loops over it become vector code.
+#[inline(always)]
 fn exp(x: f32) -> f32 {
     // 2^n e^f with |f| at most ln(2)/2; adding this number rounds to an integer, which then stands in the low bits.
     const ROUND: f32 = 12_582_912.0;
