@@ -8,7 +8,7 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 
 use crate::engine::handle::{EngineParams, HeadsParams};
 use crate::engine::{Layout, Limits};
-use crate::llama;
+use crate::llama::{self, Quantization};
 
 /// Where `make model` puts the default model.
 pub const DEFAULT_MODEL: &str = "models/smollm2-135m-instruct-q4_1.gguf";
@@ -29,6 +29,10 @@ pub enum Command {
     Serve(ServeArgs),
     /// Generate text from one prompt, streamed to the terminal
     Generate(GenerateArgs),
+    /// Write a GGUF file in another quantization
+    Quantize(QuantizeArgs),
+    /// Measure how well a model foretells a text
+    Perplexity(PerplexityArgs),
 }
 
 /// Model and machine; the same for every command.
@@ -142,6 +146,35 @@ pub struct GenerateArgs {
     /// End the text before this string; may be given several times
     #[arg(long)]
     pub stop: Vec<String>,
+}
+
+/// `medusa-llama quantize`.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct QuantizeArgs {
+    /// GGUF file to read; F16 or BF16 gives the best result
+    pub input: PathBuf,
+    /// GGUF file to write
+    pub output: PathBuf,
+    /// For example Q4_0, Q8_0, Q4_K_M
+    #[arg(value_name = "TYPE", value_parser = quantization)]
+    pub kind: Quantization,
+    /// Overwrite the output
+    #[arg(short, long)]
+    pub force: bool,
+    /// Threads
+    #[arg(short = 't', long, default_value_t = 4, value_parser = between(1, 1024))]
+    pub n_threads: usize,
+}
+
+/// `medusa-llama perplexity`.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct PerplexityArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    /// Text to read
+    #[arg(short, long)]
+    pub file: PathBuf,
 }
 
 /// How the KV cache is divided.
@@ -312,6 +345,11 @@ fn seconds(text: &str) -> Result<Duration, String> {
     }
 }
 
+fn quantization(name: &str) -> Result<Quantization, String> {
+    let names = || Quantization::names().collect::<Vec<_>>().join(", ");
+    Quantization::by_name(name).ok_or_else(|| format!("must be one of {}", names()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -320,7 +358,7 @@ mod tests {
         let all = ["medusa-llama", "serve"].iter().chain(args);
         Args::try_parse_from(all).map(|a| match a.command {
             Command::Serve(s) => s,
-            Command::Generate(_) => unreachable!("`serve` was given"),
+            _ => unreachable!("`serve` was given"),
         })
     }
 

@@ -55,6 +55,7 @@ pub mod cli;
 pub mod config;
 pub mod engine;
 pub mod error;
+pub mod eval;
 pub mod http;
 pub mod llama;
 pub mod request;

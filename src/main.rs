@@ -26,11 +26,23 @@ fn run(args: Args) -> anyhow::Result<()> {
             cli::serve(args.check().map_err(|e| anyhow!(e))?)
         }
         Command::Generate(args) => {
-            // The terminal is for the text: only a level that was asked for shows more than trouble.
-            log_to_stderr(if args.model.log_level == LogLevel::Info { LogLevel::Warn } else { args.model.log_level });
+            log_trouble(args.model.log_level);
             cli::generate(&args)
         }
+        Command::Perplexity(args) => {
+            log_trouble(args.model.log_level);
+            cli::perplexity(&args)
+        }
+        Command::Quantize(args) => {
+            log_to_stderr(LogLevel::Warn);
+            cli::quantize(&args)
+        }
     }
+}
+
+/// Where the terminal is for a command's own output: only a level that was asked for shows more than trouble.
+fn log_trouble(level: LogLevel) {
+    log_to_stderr(if level == LogLevel::Info { LogLevel::Warn } else { level });
 }
 
 fn log_to_stderr(level: LogLevel) {

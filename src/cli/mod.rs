@@ -1,9 +1,13 @@
 //! The commands: what `main` calls once the arguments are checked.
 
 mod generate;
+mod perplexity;
+mod quantize;
 mod serve;
 
 pub use generate::generate;
+pub use perplexity::perplexity;
+pub use quantize::quantize;
 pub use serve::serve;
 
 use std::io::IsTerminal;

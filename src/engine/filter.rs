@@ -114,6 +114,13 @@ fn largest_lanes(values: &[f32]) -> f32 {
     lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m })
 }
 
+/// The logarithm of the sum of `e^v`: what turns logits into logarithms of probabilities.
+#[must_use]
+pub fn log_sum_exp(values: &[f32]) -> f32 {
+    let max = largest(values);
+    max + sum_exp(values, max).ln()
+}
+
 /// The sum of `e^(v - max)`.
 fn sum_exp(values: &[f32], max: f32) -> f32 {
     pulp::Arch::new().dispatch(|| sum_exp_lanes(values, max))

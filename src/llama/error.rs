@@ -13,6 +13,14 @@ pub enum LlamaError {
         /// What llama.cpp logged last, or what the fence found.
         reason: String,
     },
+    /// The GGUF file could not be quantized.
+    #[error("could not quantize {}: {reason}", path.display())]
+    Quantize {
+        /// The file.
+        path: PathBuf,
+        /// What llama.cpp logged last, or what the fence found.
+        reason: String,
+    },
     /// No context could be made for the model, usually for want of memory.
     #[error("could not create a context: {0}")]
     Context(String),

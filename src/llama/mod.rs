@@ -14,6 +14,7 @@ mod gguf;
 mod log;
 mod model;
 mod net;
+mod quantize;
 mod sampler;
 mod sys;
 mod tap;
@@ -23,6 +24,7 @@ pub use context::{Context, ContextParams};
 pub use error::LlamaError;
 pub use model::{Model, ModelParams};
 pub use net::{Block, Matrix, Net, Weights};
+pub use quantize::{Quantization, quantize};
 pub use sampler::{Candidates, SamplerChain};
 
 use std::ffi::CStr;

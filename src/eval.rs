@@ -1,0 +1,64 @@
+//! How good a model is, in figures: perplexity.
+
+use std::sync::Arc;
+
+use crate::engine::filter::log_sum_exp;
+use crate::llama::{Context, ContextParams, LlamaError, Model, SeqId, Token};
+
+/// Tokens that are read together; the model knows nothing of what stood before.
+pub const WINDOW: usize = 512;
+/// The first tokens of a window are read without being counted: they have too little before them.
+const UNCOUNTED: usize = 64;
+
+/// `exp` of the mean negative log-likelihood.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Perplexity {
+    /// The perplexity.
+    pub value: f64,
+    /// Its standard error, as if tokens were independent. Two models on the same text differ with far more certainty.
+    pub error: f64,
+    /// Tokens counted.
+    pub n_tokens: usize,
+}
+
+/// A model's perplexity on a text, in windows of [`WINDOW`] tokens. `progress` gets the number of tokens read.
+///
+/// # Errors
+/// When a forward pass fails.
+pub fn perplexity(
+    model: &Arc<Model>,
+    tokens: &[Token],
+    n_threads: usize,
+    mut progress: impl FnMut(usize),
+) -> Result<Perplexity, LlamaError> {
+    let params = ContextParams {
+        n_cells: WINDOW,
+        n_batch: WINDOW,
+        n_ubatch: WINDOW,
+        n_seq_max: 1,
+        n_threads,
+        unified: true,
+        tap_hidden: false,
+        embeddings: false,
+    };
+    let mut context = Context::new(Arc::clone(model), &params)?;
+    let mut batch = context.batch();
+    let mut losses: Vec<f64> = vec![];
+    for (i, window) in tokens.chunks(WINDOW).enumerate() {
+        context.clear();
+        batch.clear();
+        for (pos, &token) in window.iter().enumerate() {
+            batch.add(token, pos, &[SeqId(0)], pos >= UNCOUNTED)?;
+        }
+        context.forward(&batch)?;
+        for pos in UNCOUNTED..window.len().saturating_sub(1) {
+            let logits = context.logits(pos)?;
+            losses.push(f64::from(log_sum_exp(logits) - logits[window[pos + 1].0 as usize]));
+        }
+        progress(i * WINDOW + window.len());
+    }
+    let n = losses.len().max(1) as f64;
+    let mean = losses.iter().sum::<f64>() / n;
+    let variance = losses.iter().map(|l| (l - mean).powi(2)).sum::<f64>() / n;
+    Ok(Perplexity { value: mean.exp(), error: mean.exp() * (variance / n).sqrt(), n_tokens: losses.len() })
+}

@@ -1,0 +1,77 @@
+//! A GGUF file in another quantization, by llama.cpp's own quantizer.
+
+use std::ffi::CString;
+use std::path::Path;
+
+use super::{LlamaError, log, start_backend, sys};
+
+/// What most of a file's tensors are turned into. Others are finer, as llama.cpp chooses; rows whose length a type's blocks
+/// do not divide get a similar type that fits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Quantization {
+    name: &'static str,
+    ftype: sys::ftype,
+}
+
+/// All types that need no importance matrix, from the smallest values to the largest.
+const TYPES: [Quantization; 15] = [
+    Quantization { name: "Q2_K", ftype: sys::LLAMA_FTYPE_MOSTLY_Q2_K },
+    Quantization { name: "Q3_K_S", ftype: sys::LLAMA_FTYPE_MOSTLY_Q3_K_S },
+    Quantization { name: "Q3_K_M", ftype: sys::LLAMA_FTYPE_MOSTLY_Q3_K_M },
+    Quantization { name: "IQ4_NL", ftype: sys::LLAMA_FTYPE_MOSTLY_IQ4_NL },
+    Quantization { name: "Q4_0", ftype: sys::LLAMA_FTYPE_MOSTLY_Q4_0 },
+    Quantization { name: "Q4_1", ftype: sys::LLAMA_FTYPE_MOSTLY_Q4_1 },
+    Quantization { name: "Q4_K_S", ftype: sys::LLAMA_FTYPE_MOSTLY_Q4_K_S },
+    Quantization { name: "Q4_K_M", ftype: sys::LLAMA_FTYPE_MOSTLY_Q4_K_M },
+    Quantization { name: "Q5_0", ftype: sys::LLAMA_FTYPE_MOSTLY_Q5_0 },
+    Quantization { name: "Q5_1", ftype: sys::LLAMA_FTYPE_MOSTLY_Q5_1 },
+    Quantization { name: "Q5_K_M", ftype: sys::LLAMA_FTYPE_MOSTLY_Q5_K_M },
+    Quantization { name: "Q6_K", ftype: sys::LLAMA_FTYPE_MOSTLY_Q6_K },
+    Quantization { name: "Q8_0", ftype: sys::LLAMA_FTYPE_MOSTLY_Q8_0 },
+    Quantization { name: "F16", ftype: sys::LLAMA_FTYPE_MOSTLY_F16 },
+    Quantization { name: "BF16", ftype: sys::LLAMA_FTYPE_MOSTLY_BF16 },
+];
+
+impl Quantization {
+    /// By the name that llama.cpp gives it, in any case.
+    #[must_use]
+    pub fn by_name(name: &str) -> Option<Self> {
+        TYPES.into_iter().find(|t| t.name.eq_ignore_ascii_case(name))
+    }
+
+    /// All names.
+    pub fn names() -> impl Iterator<Item = &'static str> {
+        TYPES.iter().map(|t| t.name)
+    }
+
+    /// llama.cpp's name for it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        self.name
+    }
+}
+
+/// Writes `from` to `to` in another quantization. A file that is quantized already is quantized again, which loses more than
+/// starting from F16 would.
+///
+/// # Errors
+/// [`LlamaError::Quantize`] with llama.cpp's reason; `to` then may hold part of a file.
+pub fn quantize(from: &Path, to: &Path, kind: Quantization, n_threads: usize) -> Result<(), LlamaError> {
+    start_backend();
+    let fail = |reason: String| LlamaError::Quantize { path: from.to_owned(), reason };
+    std::fs::File::open(from).map_err(|e| fail(e.to_string()))?;
+    let c_path = |path: &Path| CString::new(path.as_os_str().as_encoded_bytes()).map_err(|e| fail(e.to_string()));
+    let (c_from, c_to) = (c_path(from)?, c_path(to)?);
+    // SAFETY: no arguments; returns a struct by value.
+    let mut params = unsafe { sys::model_quantize_default_params() };
+    params.nthread = i32::try_from(n_threads).unwrap_or(1);
+    params.ftype = kind.ftype;
+    params.allow_requantize = true;
+    log::take_last_error();
+    // SAFETY: zero-terminated paths and parameters that outlive the call.
+    let code = unsafe { sys::model_quantize(c_from.as_ptr(), c_to.as_ptr(), &raw const params) };
+    if code == 0 {
+        return Ok(());
+    }
+    Err(fail(log::take_last_error().unwrap_or_else(|| format!("llama.cpp's quantizer returned {code}"))))
+}
