@@ -13,6 +13,12 @@ use crate::llama::{self, Quantization};
 /// Where `make model` puts the default model.
 pub const DEFAULT_MODEL: &str = "models/smollm2-135m-instruct-q4_1.gguf";
 
+/// Heads for the default model, as they are shipped.
+pub const DEFAULT_HEADS: &str = "heads/smollm2-135m-instruct";
+
+/// What MEDUSA_HEADS says for none.
+const NO_HEADS: &str = "none";
+
 /// The command line.
 #[derive(Debug, Parser)]
 #[command(name = "medusa-llama", version, about = "A server that makes GGUF models answer faster", max_term_width = 110)]
@@ -29,6 +35,10 @@ pub enum Command {
     Serve(ServeArgs),
     /// Generate text from one prompt, streamed to the terminal
     Generate(GenerateArgs),
+    /// Train heads for a model from its own answers to a file of prompts
+    Train(TrainArgs),
+    /// Measure what heads are worth: each prompt with and without drafts
+    Bench(BenchArgs),
     /// Write a GGUF file in another quantization
     Quantize(QuantizeArgs),
     /// Measure how well a model foretells a text
@@ -54,6 +64,20 @@ pub struct ModelArgs {
     /// What to log: ERROR, WARN, INFO, DEBUG, TRACE
     #[arg(long, env = "LOG_LEVEL", value_name = "LOG_LEVEL", default_value = "INFO", ignore_case = true)]
     pub log_level: LogLevel,
+}
+
+/// Which heads draft; the same for every command that drafts.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct HeadsArgs {
+    /// Folder with heads for the model, or `none`. Without heads nothing is drafted [default: those shipped for the default model]
+    #[arg(long = "heads", env = "MEDUSA_HEADS", value_name = "MEDUSA_HEADS")]
+    pub folder: Option<PathBuf>,
+    /// Use at most this many of the heads
+    #[arg(long = "medusa-k-heads", env = "MEDUSA_K_HEADS", value_name = "MEDUSA_K_HEADS", default_value_t = 5, value_parser = between(1, 16))]
+    pub k_heads: usize,
+    /// Most tokens one step may give a sequence, its own choice included [default: heads + 1]
+    #[arg(long = "medusa-max-tokens-per-step", env = "MEDUSA_MAX_TOKENS_PER_STEP", value_name = "MEDUSA_MAX_TOKENS_PER_STEP", value_parser = between(1, 64))]
+    pub max_tokens_per_step: Option<usize>,
 }
 
 /// `medusa-llama serve`.
@@ -84,15 +108,9 @@ pub struct ServeArgs {
     /// Most rows (tokens) of one step; a longer prompt takes several
     #[arg(long, env = "N_BATCH", value_name = "N_BATCH", default_value_t = 512, value_parser = between(1, 8192))]
     pub n_batch: usize,
-    /// Folder with Medusa heads for the model: v1, v2 or vLLM layout, as safetensors. Without it nothing is drafted
-    #[arg(long, env = "MEDUSA_HEADS", value_name = "MEDUSA_HEADS")]
-    pub heads: Option<PathBuf>,
-    /// Use at most this many of the heads
-    #[arg(long, env = "MEDUSA_K_HEADS", value_name = "MEDUSA_K_HEADS", default_value_t = 5, value_parser = between(1, 16))]
-    pub medusa_k_heads: usize,
-    /// Most tokens one step may give a sequence, its own choice included [default: heads + 1]
-    #[arg(long, env = "MEDUSA_MAX_TOKENS_PER_STEP", value_name = "MEDUSA_MAX_TOKENS_PER_STEP", value_parser = between(1, 64))]
-    pub medusa_max_tokens_per_step: Option<usize>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub heads: HeadsArgs,
     /// Address to listen on
     #[arg(long, env = "HOST", value_name = "HOST", default_value = "0.0.0.0")]
     pub host: IpAddr,
@@ -146,6 +164,88 @@ pub struct GenerateArgs {
     /// End the text before this string; may be given several times
     #[arg(long)]
     pub stop: Vec<String>,
+}
+
+/// `medusa-llama train`.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct TrainArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    /// What to ask: one JSON object a line, with "prompt"
+    #[arg(long, value_name = "FILE.jsonl")]
+    pub prompts: PathBuf,
+    /// Folder for the heads
+    #[arg(short, long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// Folder for answers and features, to go on from after a kill [default: OUTPUT/work]
+    #[arg(long, value_name = "DIR")]
+    pub work: Option<PathBuf>,
+    /// Train on this many tokens of answers
+    #[arg(long, default_value_t = 200_000, value_parser = between(1000, 1 << 40))]
+    pub tokens: usize,
+    /// Most tokens of one answer
+    #[arg(long, default_value_t = 256, value_parser = between(8, 1 << 20))]
+    pub max_answer: usize,
+    /// System message before each prompt
+    #[arg(long)]
+    pub system: Option<String>,
+    /// Take the prompts as they are, not as a user's messages in the model's chat format
+    #[arg(long)]
+    pub raw: bool,
+    /// Answers generated together
+    #[arg(short = 'b', long, default_value_t = 32, value_parser = between(1, 256))]
+    pub batch_size: usize,
+    /// Most disk space for features, in GiB; what does not fit is not trained on
+    #[arg(long, default_value_t = 8, value_parser = between(1, 1 << 20))]
+    pub max_disk_gib: usize,
+    /// Orders the prompts, seeds answers and weights
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+}
+
+/// `medusa-llama bench`.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct BenchArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub heads: HeadsArgs,
+    /// What to ask: one JSON object a line, with "prompt" or "turns", and perhaps "category"
+    #[arg(long, value_name = "FILE.jsonl")]
+    pub prompts: PathBuf,
+    /// Ask this many of them, spread over the file
+    #[arg(short = 'k', long, default_value_t = 24, value_parser = between(1, 1 << 20))]
+    pub n_prompts: usize,
+    /// Most tokens of an answer
+    #[arg(short = 'n', long, default_value_t = 128, value_parser = between(1, 1 << 20))]
+    pub max_tokens: usize,
+    /// Parallel requests
+    #[arg(long, default_value = "1,2,4,8", value_delimiter = ',', value_parser = between(1, 256))]
+    pub parallel: Vec<usize>,
+    /// How often everything is measured
+    #[arg(long, default_value_t = 3, value_parser = between(1, 1000))]
+    pub rounds: usize,
+    /// 0 is greedy
+    #[arg(long, default_value_t = 0.0)]
+    pub temperature: f64,
+    /// Verify this many candidates in every step whatever they cost, instead of those that pay
+    #[arg(long, value_parser = between(1, 64))]
+    pub tree_nodes: Option<usize>,
+    /// System message before each prompt
+    #[arg(long)]
+    pub system: Option<String>,
+    /// Take the prompts as they are, not as a user's messages in the model's chat format
+    #[arg(long)]
+    pub raw: bool,
+    /// Write all figures to this file
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Write a plot to this file
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
 }
 
 /// `medusa-llama quantize`.
@@ -266,6 +366,19 @@ impl ModelArgs {
     }
 }
 
+impl HeadsArgs {
+    /// The heads to use: what was given, or for the default model those that are shipped with it. `fixed_nodes`: see
+    /// [`HeadsParams`].
+    #[must_use]
+    pub fn params(&self, model: &ModelArgs, fixed_nodes: Option<usize>) -> Option<HeadsParams> {
+        let folder = match &self.folder {
+            Some(folder) => (folder.as_os_str() != NO_HEADS).then(|| folder.clone()),
+            None => (model.model_path.is_none() && Path::new(DEFAULT_HEADS).is_dir()).then(|| DEFAULT_HEADS.into()),
+        }?;
+        Some(HeadsParams { folder, n_heads: self.k_heads, max_tokens_per_step: self.max_tokens_per_step, fixed_nodes })
+    }
+}
+
 impl ServeArgs {
     /// Checks what one value means for another.
     ///
@@ -282,14 +395,11 @@ impl ServeArgs {
         if let Some(cells) = self.kv_cells.filter(|&cells| cells < n_ctx) {
             return Err(format!("KV_CELLS is {cells}, but one request may take MODEL_CONTEXT_SIZE = {n_ctx}"));
         }
-        if let (Some(_), KvLayout::Streams) = (&self.heads, self.kv) {
+        let streams = self.kv == KvLayout::Streams;
+        if self.heads.folder.as_ref().is_some_and(|folder| folder.as_os_str() != NO_HEADS) && streams {
             return Err("KV_LAYOUT is streams, which cannot hold the trees that MEDUSA_HEADS drafts: use unified".into());
         }
-        let heads = self.heads.as_ref().map(|folder| HeadsParams {
-            folder: folder.clone(),
-            n_heads: self.medusa_k_heads,
-            max_tokens_per_step: self.medusa_max_tokens_per_step,
-        });
+        let heads = self.heads.params(&self.model, None).filter(|_| !streams);
         let limits = Limits { n_slots: self.batch_size, n_ctx, n_batch: self.n_batch, layout: self.layout() };
         Ok(Config {
             listen: SocketAddr::new(self.host, self.port),

@@ -58,5 +58,7 @@ pub mod error;
 pub mod eval;
 pub mod http;
 pub mod llama;
+pub mod plot;
 pub mod request;
 pub mod speculate;
+pub mod train;

@@ -29,6 +29,14 @@ fn run(args: Args) -> anyhow::Result<()> {
             log_trouble(args.model.log_level);
             cli::generate(&args)
         }
+        Command::Train(args) => {
+            log_trouble(args.model.log_level);
+            cli::train(&args)
+        }
+        Command::Bench(args) => {
+            log_trouble(args.model.log_level);
+            cli::bench(&args)
+        }
         Command::Perplexity(args) => {
             log_trouble(args.model.log_level);
             cli::perplexity(&args)

@@ -8,7 +8,8 @@ use std::path::Path;
 
 use files::{Tensor, Tensors, write};
 use medusa_llama::llama::Token;
-use medusa_llama::speculate::heads::{Heads, HeadsError, Shape};
+use medusa_llama::llama::Weights;
+use medusa_llama::speculate::heads::{HeadNets, Heads, HeadsError, Shape};
 use proptest::prelude::*;
 use safetensors::Dtype;
 
@@ -57,6 +58,14 @@ fn load(folder: &Path) -> Result<Heads, HeadsError> {
     Heads::load(folder, SHAPE, 16)
 }
 
+/// The networks of a layout whose heads see the hidden state only.
+fn plain(heads: &Heads) -> &Weights {
+    match &heads.nets {
+        HeadNets::Plain(weights) => weights,
+        HeadNets::Conditioned(_) => panic!("these are conditioned"),
+    }
+}
+
 fn load_tensors(name: &str, tensors: &Tensors) -> Result<Heads, HeadsError> {
     let folder = tempfile::tempdir().unwrap();
     write(&folder.path().join(name), tensors);
@@ -71,15 +80,15 @@ fn refusal(tensors: &Tensors) -> String {
 fn all_layouts_of_the_same_weights_are_the_same_heads() {
     let v1 = load_tensors("medusa_lm_head.safetensors", &tensors(Layout::V1)).unwrap();
     assert_eq!(
-        (v1.weights.blocks.len(), v1.weights.blocks[0].len(), v1.weights.outputs.len()),
+        (plain(&v1).blocks.len(), plain(&v1).blocks[0].len(), plain(&v1).outputs.len()),
         (N_HEADS, N_BLOCKS, N_HEADS)
     );
-    assert_eq!(v1.weights.outputs[2].values, values(24, 202));
+    assert_eq!(plain(&v1).outputs[2].values, values(24, 202));
 
     assert_eq!(load_tensors("model.safetensors", &tensors(Layout::Vllm)).unwrap(), v1);
     let v2 = load_tensors("medusa_lm_head.safetensors", &tensors(Layout::V2)).unwrap();
-    assert_eq!(v2.weights.blocks, v1.weights.blocks);
-    assert!(v2.weights.outputs.is_empty(), "the model's own serves");
+    assert_eq!(plain(&v2).blocks, plain(&v1).blocks);
+    assert!(plain(&v2).outputs.is_empty(), "the model's own serves");
 
     // A full model in two shards, with its own tensors among the heads'.
     let folder = tempfile::tempdir().unwrap();
@@ -115,7 +124,7 @@ fn half_floats_and_fewer_heads() {
     let folder = tempfile::tempdir().unwrap();
     write(&folder.path().join("medusa_lm_head.safetensors"), &halves);
     let two = Heads::load(folder.path(), SHAPE, 2).unwrap();
-    assert_eq!((two.weights.blocks.len(), two.weights.outputs.len()), (2, 2));
+    assert_eq!((plain(&two).blocks.len(), plain(&two).outputs.len()), (2, 2));
 }
 
 #[test]
@@ -194,4 +203,55 @@ proptest! {
         std::fs::write(&path, bytes).unwrap();
         let _ = load(folder.path());
     }
+}
+
+/// Conditioned heads of width 2.
+fn conditioned() -> Tensors {
+    let (d, m) = (SHAPE.n_embd, 2);
+    let of_head = |h: usize| {
+        [("w", vec![m, d], 1), ("u", vec![m, d], 2), ("v", vec![d, m], 3), ("b", vec![m], 4)].map(|(name, shape, seed)| {
+            let n = shape.iter().product();
+            (format!("{h}.{name}"), Tensor::f32(&shape, &values(n, 10 * h + seed)))
+        })
+    };
+    (0..N_HEADS).flat_map(of_head).collect()
+}
+
+#[test]
+fn conditioned_heads_may_be_in_8_bit_with_scales() {
+    let name = "conditioned_heads.safetensors";
+    let heads = load_tensors(name, &conditioned()).unwrap();
+    let HeadNets::Conditioned(floats) = &heads.nets else { panic!("conditioned heads were written") };
+    assert_eq!((floats.steps.len(), floats.steps[1].v.n_out, floats.steps[1].b.len()), (N_HEADS, 4, 2));
+    assert_eq!(floats.steps[2].u.values, values(8, 22));
+
+    // Eighths from -2 to 2 are whole numbers times an eighth.
+    let mut tensors = conditioned();
+    let bytes = |v: &[f32]| v.iter().map(|v| (v * 8.0) as i8 as u8).collect();
+    tensors.insert("2.u".into(), Tensor { dtype: Dtype::I8, shape: vec![2, 4], bytes: bytes(&values(8, 22)) });
+    tensors.insert("2.u.scale".into(), Tensor::f32(&[2], &[0.125; 2]));
+    assert_eq!(load_tensors(name, &tensors).unwrap(), heads);
+}
+
+#[test]
+fn conditioned_heads_that_do_not_fit_are_refused_by_name() {
+    let refused = |change: &dyn Fn(&mut Tensors)| {
+        let mut tensors = conditioned();
+        change(&mut tensors);
+        load_tensors("conditioned_heads.safetensors", &tensors).unwrap_err().to_string()
+    };
+    let put = |t: &mut Tensors, key: &str, shape: &[usize]| {
+        t.insert(key.into(), Tensor::f32(shape, &values(shape.iter().product(), 1)));
+    };
+    assert!(refused(&|t| drop(t.remove("1.b"))).contains("1.b: is missing"));
+    assert!(refused(&|t| put(t, "1.u", &[2, 5])).contains("1.u: its shape is [2, 5]"));
+    assert!(refused(&|t| put(t, "0.v.scale", &[3])).contains("0.v.scale"));
+    assert!(refused(&|t| put(t, "9.w.scale", &[3])).contains("9.w, which is missing"));
+    assert!(refused(&|t| put(t, "more", &[3])).contains("more"));
+    let wider = |t: &mut Tensors| {
+        [("1.w", vec![3, 4]), ("1.u", vec![3, 4]), ("1.v", vec![4, 3]), ("1.b", vec![3])]
+            .iter()
+            .for_each(|(k, s)| put(t, k, s));
+    };
+    assert!(refused(&wider).contains("1.w: is not as wide"));
 }

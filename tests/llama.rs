@@ -16,10 +16,9 @@ use medusa_llama::engine::sampler::argmax;
 use medusa_llama::engine::{Engine, Job, Layout, Limits};
 use medusa_llama::llama::{Context, ContextParams, LlamaError, Model, ModelParams, SeqId, Token, max_sequences};
 use medusa_llama::request::{Event, Request, SamplingParams, Speculation};
-use medusa_llama::speculate::Speculator;
 use medusa_llama::speculate::cost::Cost;
 use medusa_llama::speculate::heads::{Heads, Shape};
-use medusa_llama::speculate::medusa::Medusa;
+use medusa_llama::speculate::{self, Speculator};
 use serde_json::json;
 use tokio::sync::mpsc;
 
@@ -293,8 +292,8 @@ fn drafting_engine(heads: &Path) -> Engine<LlamaForward> {
     let mut engine = Engine::new(LlamaForward::new(context(&params)), limits, Arc::default());
     let shape = Shape { n_embd: MODEL.n_embd(), n_vocab: MODEL.n_vocab() };
     let heads = Heads::load(heads, shape, 3).unwrap();
-    let medusa = Medusa::new(heads, || MODEL.output_matrix(), 2).unwrap();
-    engine.speculate(Speculator::new(Box::new(medusa), 4, Cost::from_points(&[(1, 1e9), (64, 1.01e9)])), n_ids);
+    let drafter = speculate::drafter(heads, &MODEL, 2).unwrap();
+    engine.speculate(Speculator::new(drafter, 4, Cost::from_points(&[(1, 1e9), (64, 1.01e9)])), n_ids);
     engine
 }
 

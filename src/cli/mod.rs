@@ -1,14 +1,18 @@
 //! The commands: what `main` calls once the arguments are checked.
 
+mod bench;
 mod generate;
 mod perplexity;
 mod quantize;
 mod serve;
+mod train;
 
+pub use bench::bench;
 pub use generate::generate;
 pub use perplexity::perplexity;
 pub use quantize::quantize;
 pub use serve::serve;
+pub use train::train;
 
 use std::io::IsTerminal;
 

@@ -23,6 +23,12 @@ pub fn perplexity(args: &PerplexityArgs) -> anyhow::Result<()> {
     bar.set_style(ProgressStyle::with_template("{bar:40} {pos}/{len} tokens {eta}").expect("a valid template"));
     let found = eval::perplexity(&model.into(), &tokens, args.model.threads(), |done| bar.set_position(done as u64))?;
     bar.finish_and_clear();
-    println!("perplexity {:.3} +- {:.3} over {} tokens of {}", found.value, found.error, found.n_tokens, args.file.display());
+    println!(
+        "perplexity {:.3} +- {:.3} over {} tokens of {}",
+        found.value,
+        found.error,
+        found.n_tokens,
+        args.file.display()
+    );
     Ok(())
 }

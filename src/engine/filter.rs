@@ -114,6 +114,33 @@ fn largest_lanes(values: &[f32]) -> f32 {
     lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m })
 }
 
+/// Fills `best` with the `k` largest values and their places, best first; of equal ones the first places. NaN never is.
+pub fn largest_k(values: &[f32], k: usize, best: &mut Vec<(Token, f32)>) {
+    best.clear();
+    if k > 0 {
+        pulp::Arch::new().dispatch(|| largest_k_blocks(values, k, best));
+    }
+}
+
+#[inline(always)]
+fn largest_k_blocks(values: &[f32], k: usize, best: &mut Vec<(Token, f32)>) {
+    let mut least = f32::NEG_INFINITY;
+    for (block, chunk) in values.chunks(LANES).enumerate() {
+        // Most blocks have none: one comparison per value, without a branch.
+        if best.len() == k && !chunk.iter().fold(false, |any, &v| any | (v > least)) {
+            continue;
+        }
+        for (i, &value) in chunk.iter().enumerate().filter(|(_, v)| !v.is_nan()) {
+            if best.len() < k || value > least {
+                best.truncate(k - 1);
+                let place = best.partition_point(|&(_, better)| better >= value);
+                best.insert(place, (Token((block * LANES + i) as i32), value));
+                least = best[best.len() - 1].1;
+            }
+        }
+    }
+}
+
 /// The logarithm of the sum of `e^v`: what turns logits into logarithms of probabilities.
 #[must_use]
 pub fn log_sum_exp(values: &[f32]) -> f32 {

@@ -15,10 +15,9 @@ use super::{Engine, Forward, Job, Layout, Limits};
 use crate::error::Invalid;
 use crate::llama::{Context, ContextParams, LlamaError, Model, ModelParams, max_sequences};
 use crate::request::{Event, Request};
-use crate::speculate::Speculator;
 use crate::speculate::cost::{self, Cost};
 use crate::speculate::heads::{Heads, HeadsError, Shape};
-use crate::speculate::medusa::Medusa;
+use crate::speculate::{self, MAX_NODES, Speculator};
 
 /// What the engine needs to start.
 #[derive(Clone, Debug)]
@@ -48,6 +47,8 @@ pub struct HeadsParams {
     pub n_heads: usize,
     /// Most tokens a step may give one sequence; `None`: the number of heads and one.
     pub max_tokens_per_step: Option<usize>,
+    /// Verify this many candidates for each sequence in every step, to measure; `None` to serve.
+    pub fixed_nodes: Option<usize>,
 }
 
 /// Why the engine did not start.
@@ -330,8 +331,8 @@ fn load_heads(
 ) -> Result<(Speculator, usize), StartError> {
     let shape = Shape { n_embd: model.n_embd(), n_vocab: model.n_vocab() };
     let heads = Heads::load(&params.folder, shape, params.n_heads)?;
-    let medusa = Medusa::new(heads, || model.output_matrix(), n_threads)?;
-    let n_heads = medusa.n_heads();
+    let drafter = speculate::drafter(heads, model, n_threads)?;
+    let n_heads = drafter.n_heads();
     let mut points = vec![];
     for n in cost::POINTS.into_iter().filter(|&n| n <= n_batch) {
         points.push((n, forward.seconds_of(n)?));
@@ -339,11 +340,16 @@ fn load_heads(
     let curve: Vec<String> = points.iter().map(|(n, s)| format!("{n}: {:.1}", s * 1e3)).collect();
     tracing::info!(n_heads, "heads loaded; milliseconds of a step by rows: {}", curve.join(", "));
     let max_tokens = params.max_tokens_per_step.unwrap_or(n_heads + 1);
-    Ok((Speculator::new(Box::new(medusa), max_tokens, Cost::from_points(&points)), n_heads))
+    let speculator = Speculator::new(drafter, max_tokens, Cost::from_points(&points));
+    let speculator = match params.fixed_nodes {
+        Some(n) => speculator.with_fixed_nodes(n),
+        None => speculator,
+    };
+    Ok((speculator, n_heads))
 }
 
 /// Leaves of a sequence's tree, if there are ids for as many.
-const MAX_LEAVES: usize = 32;
+const MAX_LEAVES: usize = MAX_NODES;
 
 /// Sequence ids of a unified cache: the layout's, and behind them those for the leaves of trees.
 fn n_ids(params: &EngineParams) -> usize {

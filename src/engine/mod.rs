@@ -222,11 +222,11 @@ impl<F: Forward> Engine<F> {
             return;
         }
         let trees = &mut work.trees[..origins.len()];
-        let started = Instant::now();
-        speculator.draft(&origins, trees);
-        let seconds = started.elapsed().as_secs_f64();
         let n_rows: usize = work.shares.iter().map(|s| s.n_rows).sum();
         let n_decode = work.shares.iter().filter(|s| s.to_end && s.n_rows == 1).count();
+        let started = Instant::now();
+        speculator.draft(&origins, n_rows, n_decode, trees);
+        let seconds = started.elapsed().as_secs_f64();
         let n_free = self.ledger.make_room(n_rows + MAX_NODES, &mut work.ops);
         let room = (self.limits.n_batch - n_rows).min(n_free.saturating_sub(n_rows));
         speculator.choose(trees, n_rows, n_decode, room, seconds);

@@ -1,8 +1,8 @@
-//! Single matrices of a GGUF file, as floats.
+//! Single matrices of a GGUF file, as floats: whole, or row by row.
 
 use std::ffi::CString;
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::ptr::NonNull;
 
@@ -18,52 +18,103 @@ impl Drop for Gguf {
     }
 }
 
-/// The first tensor of these names that the file has.
-///
-/// # Errors
-/// [`LlamaError::Load`] when the file is no GGUF, has none of them, or it is no matrix.
-pub(super) fn read_matrix(path: &Path, names: &[&str]) -> Result<Matrix, LlamaError> {
-    let fail = |reason: String| LlamaError::Load { path: path.to_owned(), reason };
-    let c_path = CString::new(path.as_os_str().as_encoded_bytes()).map_err(|e| fail(e.to_string()))?;
-    let params = sys::gguf_init_params { no_alloc: true, ctx: std::ptr::null_mut() };
-    // SAFETY: a zero-terminated path; no tensors are asked for.
-    let header = NonNull::new(unsafe { sys::gguf_init_from_file(c_path.as_ptr(), params) });
-    let header = Gguf(header.ok_or_else(|| fail("not a GGUF file".into()))?);
-    let gguf = header.0.as_ptr();
+/// The rows of a matrix where they stand in the file. A row costs a read from the page cache, and no memory.
+#[derive(Debug)]
+pub struct MatrixRows {
+    file: File,
+    /// Where the first one is.
+    offset: u64,
+    row_bytes: usize,
+    /// `None` for F32.
+    to_float: Option<unsafe extern "C" fn(*const std::ffi::c_void, *mut f32, i64)>,
+    n_rows: usize,
+    n_in: usize,
+}
 
-    let find = |name: &&str| {
-        let c_name = CString::new(*name).ok()?;
-        // SAFETY: a live header and a zero-terminated name; -1 for none.
-        usize::try_from(unsafe { sys::gguf_find_tensor(gguf, c_name.as_ptr()) }).ok()
-    };
-    let id =
-        names.iter().find_map(find).ok_or_else(|| fail(format!("has none of the tensors {}", names.join(", "))))? as i64;
-    // SAFETY: a live header and the id of one of its tensors; the shape is an array of four.
-    let (kind, from, n_bytes, ne) = unsafe {
-        (
-            sys::gguf_get_tensor_type(gguf, id),
-            sys::gguf_get_data_offset(gguf) + sys::gguf_get_tensor_offset(gguf, id),
-            sys::gguf_get_tensor_size(gguf, id),
-            std::slice::from_raw_parts(sys::gguf_get_tensor_ne(gguf, id), 4),
-        )
-    };
-    let [n_in, n_out] = [ne[0], ne[1]].map(|n| usize::try_from(n).unwrap_or(0));
-    if n_in == 0 || n_out == 0 || ne[2..] != [1, 1] {
-        return Err(fail(format!("{}: its shape is {ne:?}, not a matrix", names[0])));
-    }
-    let mut bytes = vec![0u8; n_bytes];
-    let mut file = File::open(path).map_err(|e| fail(e.to_string()))?;
-    file.seek(SeekFrom::Start(from as u64)).and_then(|_| file.read_exact(&mut bytes)).map_err(|e| fail(e.to_string()))?;
+impl MatrixRows {
+    /// The first tensor of these names that the file has.
+    ///
+    /// # Errors
+    /// [`LlamaError::Load`] when the file is no GGUF, has none of them, or it is no matrix.
+    pub(super) fn open(path: &Path, names: &[&str]) -> Result<Self, LlamaError> {
+        let fail = |reason: String| LlamaError::Load { path: path.to_owned(), reason };
+        let c_path = CString::new(path.as_os_str().as_encoded_bytes()).map_err(|e| fail(e.to_string()))?;
+        let params = sys::gguf_init_params { no_alloc: true, ctx: std::ptr::null_mut() };
+        // SAFETY: a zero-terminated path; no tensors are asked for.
+        let header = NonNull::new(unsafe { sys::gguf_init_from_file(c_path.as_ptr(), params) });
+        let header = Gguf(header.ok_or_else(|| fail("not a GGUF file".into()))?);
+        let gguf = header.0.as_ptr();
 
-    let mut values = vec![0f32; n_in * n_out];
-    if kind == sys::GGML_TYPE_F32 {
-        values.iter_mut().zip(bytes.as_chunks::<4>().0).for_each(|(v, b)| *v = f32::from_le_bytes(*b));
-        return Ok(Matrix { n_out, n_in, values });
+        let find = |name: &&str| {
+            let c_name = CString::new(*name).ok()?;
+            // SAFETY: a live header and a zero-terminated name; -1 for none.
+            usize::try_from(unsafe { sys::gguf_find_tensor(gguf, c_name.as_ptr()) }).ok()
+        };
+        let none = || fail(format!("has none of the tensors {}", names.join(", ")));
+        let id = names.iter().find_map(find).ok_or_else(none)? as i64;
+        // SAFETY: a live header and the id of one of its tensors; the shape is an array of four.
+        let (kind, offset, n_bytes, ne) = unsafe {
+            (
+                sys::gguf_get_tensor_type(gguf, id),
+                sys::gguf_get_data_offset(gguf) + sys::gguf_get_tensor_offset(gguf, id),
+                sys::gguf_get_tensor_size(gguf, id),
+                std::slice::from_raw_parts(sys::gguf_get_tensor_ne(gguf, id), 4),
+            )
+        };
+        let [n_in, n_rows] = [ne[0], ne[1]].map(|n| usize::try_from(n).unwrap_or(0));
+        if n_in == 0 || n_rows == 0 || ne[2..] != [1, 1] {
+            return Err(fail(format!("{}: its shape is {ne:?}, not a matrix", names[0])));
+        }
+        // SAFETY: a type that the header named, which the reader has checked.
+        let to_float = unsafe { (*sys::ggml_get_type_traits(kind)).to_float };
+        if to_float.is_none() && kind != sys::GGML_TYPE_F32 {
+            return Err(fail(format!("values of type {kind} cannot be read")));
+        }
+        let file = File::open(path).map_err(|e| fail(e.to_string()))?;
+        Ok(Self { file, offset: offset as u64, row_bytes: n_bytes / n_rows, to_float, n_rows, n_in })
     }
-    // SAFETY: a type that the header named, which the reader has checked.
-    let to_float = unsafe { (*sys::ggml_get_type_traits(kind)).to_float };
-    let to_float = to_float.ok_or_else(|| fail(format!("values of type {kind} cannot be read")))?;
-    // SAFETY: `bytes` holds the tensor of `n_in * n_out` values of that type, `values` has room for as many floats.
-    unsafe { to_float(bytes.as_ptr().cast(), values.as_mut_ptr(), (n_in * n_out) as i64) };
-    Ok(Matrix { n_out, n_in, values })
+
+    /// Number of rows.
+    #[must_use]
+    pub fn n_rows(&self) -> usize {
+        self.n_rows
+    }
+
+    /// Values of a row.
+    #[must_use]
+    pub fn n_in(&self) -> usize {
+        self.n_in
+    }
+
+    /// Appends `n` rows from `first` on.
+    ///
+    /// # Errors
+    /// [`LlamaError::Misuse`] for rows that are not there, or a file that cannot be read any more.
+    pub fn read(&self, first: usize, n: usize, out: &mut Vec<f32>) -> Result<(), LlamaError> {
+        if first.checked_add(n).is_none_or(|end| end > self.n_rows) {
+            return Err(LlamaError::Misuse(format!("{n} rows from {first} on, of {}", self.n_rows)));
+        }
+        let mut bytes = vec![0u8; n * self.row_bytes];
+        let at = self.offset + (first * self.row_bytes) as u64;
+        self.file.read_exact_at(&mut bytes, at).map_err(|e| LlamaError::Misuse(format!("cannot read the model: {e}")))?;
+        let Some(to_float) = self.to_float else {
+            out.extend(bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)));
+            return Ok(());
+        };
+        let from = out.len();
+        out.resize(from + n * self.n_in, 0.0);
+        // SAFETY: `bytes` holds `n` rows of the type that `to_float` reads, the target has room for as many floats.
+        unsafe { to_float(bytes.as_ptr().cast(), out[from..].as_mut_ptr(), (n * self.n_in) as i64) };
+        Ok(())
+    }
+
+    /// All rows.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub fn matrix(&self) -> Result<Matrix, LlamaError> {
+        let mut values = Vec::with_capacity(self.n_rows * self.n_in);
+        self.read(0, self.n_rows, &mut values)?;
+        Ok(Matrix { n_out: self.n_rows, n_in: self.n_in, values })
+    }
 }

@@ -14,18 +14,23 @@ mod gguf;
 mod log;
 mod model;
 mod net;
+mod path_net;
 mod quantize;
 mod sampler;
+mod store;
 mod sys;
 mod tap;
 
 pub use batch::Batch;
 pub use context::{Context, ContextParams};
 pub use error::LlamaError;
+pub use gguf::MatrixRows;
 pub use model::{Model, ModelParams};
-pub use net::{Block, Matrix, Net, Weights};
+pub use net::{Block, Net, Weights};
+pub use path_net::{PathNet, PathStep, PathWeights};
 pub use quantize::{Quantization, quantize};
 pub use sampler::{Candidates, SamplerChain};
+pub use store::Matrix;
 
 use std::ffi::CStr;
 use std::sync::Once;

@@ -4,7 +4,7 @@ use std::ffi::{CString, c_char, c_void};
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 
-use super::{LlamaError, Matrix, Token, gguf, log, start_backend, sys, text};
+use super::{LlamaError, MatrixRows, Token, log, start_backend, sys, text};
 
 /// How to load a model.
 #[derive(Clone, Debug, Default)]
@@ -64,13 +64,21 @@ impl Model {
         Ok(model)
     }
 
-    /// The output matrix, `n_vocab` rows of `n_embd` values, read from the file anew.
+    /// The output matrix in the file, `n_vocab` rows of `n_embd` values.
     ///
     /// # Errors
     /// [`LlamaError::Load`] when the file cannot be read any more, or is one of several.
-    pub fn output_matrix(&self) -> Result<Matrix, LlamaError> {
+    pub fn output_rows(&self) -> Result<MatrixRows, LlamaError> {
         // Without one of its own a model uses its input embeddings.
-        gguf::read_matrix(&self.path, &["output.weight", "token_embd.weight"])
+        MatrixRows::open(&self.path, &["output.weight", "token_embd.weight"])
+    }
+
+    /// The input embeddings in the file, `n_vocab` rows of `n_embd` values.
+    ///
+    /// # Errors
+    /// As [`output_rows`](Self::output_rows).
+    pub fn embedding_rows(&self) -> Result<MatrixRows, LlamaError> {
+        MatrixRows::open(&self.path, &["token_embd.weight"])
     }
 
     /// Only decoder models whose cache can drop a suffix serve here: prefix reuse and speculation stand on it.
@@ -173,6 +181,37 @@ impl Model {
         let template = unsafe { sys::model_chat_template(self.as_ptr(), std::ptr::null()) };
         // SAFETY: null or a zero-terminated text that lives as long as the model.
         (!template.is_null()).then(|| unsafe { text(template) })
+    }
+
+    /// Messages, each a role and what it says, in the model's chat format, up to where the assistant begins; `None` where the
+    /// model has no template, or one that llama.cpp does not know.
+    #[must_use]
+    pub fn chat_prompt(&self, messages: &[(&str, &str)]) -> Option<String> {
+        let template = CString::new(self.chat_template()?).ok()?;
+        let c = |s: &str| CString::new(s.replace('\0', "")).ok();
+        let owned = messages.iter().map(|(role, content)| Some((c(role)?, c(content)?))).collect::<Option<Vec<_>>>()?;
+        let chat: Vec<sys::chat_message> =
+            owned.iter().map(|(r, t)| sys::chat_message { role: r.as_ptr(), content: t.as_ptr() }).collect();
+        let fill = |out: &mut [u8]| {
+            let room = i32::try_from(out.len()).unwrap_or(i32::MAX);
+            // SAFETY: zero-terminated texts that live through the call; at most `room` bytes are written.
+            unsafe {
+                let out = out.as_mut_ptr().cast::<c_char>();
+                sys::chat_apply_template(template.as_ptr(), chat.as_ptr(), chat.len(), true, out, room)
+            }
+        };
+        let n = usize::try_from(fill(&mut [])).ok()?; // -1 for a template it does not know; else the length, whatever fits
+        let mut out = vec![0; n];
+        fill(&mut out);
+        String::from_utf8(out).ok()
+    }
+
+    /// The token that ends a turn, or a text where turns have none of their own.
+    #[must_use]
+    pub fn end_token(&self) -> Option<Token> {
+        // SAFETY: the vocabulary lives as long as the model; -1 for none.
+        let tokens = unsafe { [sys::vocab_eot(self.vocab.as_ptr()), sys::vocab_eos(self.vocab.as_ptr())] };
+        tokens.into_iter().map(Token).find(|&t| self.contains(t))
     }
 
     /// Splits text into tokens. `special`: names of control tokens in the text (`<|im_start|>`) become those tokens. The

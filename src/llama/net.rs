@@ -1,21 +1,7 @@
-//! Small networks on ggml's kernels: residual blocks and output matrices, for heads. Weights are 8-bit where their rows
-//! allow it, F16 elsewhere.
+//! The network of Medusa heads: residual blocks and an output matrix, on ggml's kernels.
 
-use std::ffi::c_void;
-use std::ptr::NonNull;
-
-use super::{LlamaError, start_backend, sys};
-
-/// A matrix as it stands in a file: `n_out` rows of `n_in` values.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Matrix {
-    /// Rows.
-    pub n_out: usize,
-    /// Columns.
-    pub n_in: usize,
-    /// Row after row.
-    pub values: Vec<f32>,
-}
+use super::store::{self, Matrix, Store, Tensor};
+use super::{LlamaError, sys};
 
 /// `x + SiLU(W x + b)`.
 #[derive(Clone, Debug, PartialEq)]
@@ -39,28 +25,13 @@ pub struct Weights {
 
 /// Weights in ggml's memory, and room to compute. Belongs to one thread.
 pub struct Net {
-    weights: NonNull<sys::ggml_context>,
+    store: Store,
     blocks: Vec<Vec<(Tensor, Option<Tensor>)>>,
     outputs: Vec<Tensor>,
     n_embd: usize,
     n_out: usize,
-    n_threads: usize,
-    /// Where graphs are built and computed.
-    arena: Vec<u64>,
     results: Vec<f32>,
 }
-
-type Tensor = NonNull<sys::ggml_tensor>;
-
-impl Drop for Net {
-    fn drop(&mut self) {
-        // SAFETY: made by `ggml_init`, freed once; the tensors live in it.
-        unsafe { sys::ggml_free(self.weights.as_ptr()) };
-    }
-}
-
-/// A run of `Tensor`s needs at most this many bytes besides its data: headers, alignment, the graph.
-const OVERHEAD: usize = 1 << 20;
 
 impl Net {
     /// Takes weights over, quantized.
@@ -68,45 +39,23 @@ impl Net {
     /// # Errors
     /// [`LlamaError::Misuse`] for shapes that do not fit together, [`LlamaError::Context`] without memory.
     pub fn new(w: &Weights, n_threads: usize) -> Result<Self, LlamaError> {
-        start_backend();
         let misuse = |what: &str| LlamaError::Misuse(format!("network weights: {what}"));
         let n_out = w.outputs.first().ok_or_else(|| misuse("no output matrix"))?.n_out;
-        let whole = |m: &Matrix| m.values.len() == m.n_out * m.n_in && m.n_in == w.n_embd && m.n_out > 0;
         if w.n_embd == 0 || w.blocks.is_empty() || ![1, w.blocks.len()].contains(&w.outputs.len()) {
             return Err(misuse("an output matrix for each network, or one for all"));
         }
-        let fits = |b: &Block| {
-            whole(&b.weight) && b.weight.n_out == w.n_embd && b.bias.as_ref().is_none_or(|bias| bias.len() == w.n_embd)
-        };
-        if !w.blocks.iter().flatten().all(fits) || !w.outputs.iter().all(|m| whole(m) && m.n_out == n_out) {
+        let fits = |b: &Block| b.weight.is(w.n_embd, w.n_embd) && b.bias.as_ref().is_none_or(|bias| bias.len() == w.n_embd);
+        if !w.blocks.iter().flatten().all(fits) || !w.outputs.iter().all(|m| m.is(n_out, w.n_embd)) {
             return Err(misuse("shapes do not fit together"));
         }
-        let n_values: usize =
-            w.outputs.iter().chain(w.blocks.iter().flatten().map(|b| &b.weight)).map(|m| m.values.len()).sum();
-        // 2 bytes a value are enough for either type; biases are F32.
-        let bytes = 2 * n_values + 4 * w.n_embd * w.blocks.iter().map(Vec::len).sum::<usize>() + OVERHEAD;
-        let params = sys::ggml_init_params { mem_size: bytes, mem_buffer: std::ptr::null_mut(), no_alloc: false };
-        // SAFETY: no buffer of ours is passed; C allocates or returns null.
-        let ctx = NonNull::new(unsafe { sys::ggml_init(params) })
-            .ok_or_else(|| LlamaError::Context(format!("no memory for {bytes} bytes of weights")))?;
-        let mut net = Self {
-            weights: ctx,
-            blocks: vec![],
-            outputs: vec![],
-            n_embd: w.n_embd,
-            n_out,
-            n_threads: n_threads.max(1),
-            arena: vec![],
-            results: vec![],
-        };
-        for blocks in &w.blocks {
-            let taken =
-                blocks.iter().map(|b| Ok((net.matrix(&b.weight)?, b.bias.as_deref().map(|b| net.vector(b)).transpose()?)));
-            let taken = taken.collect::<Result<_, LlamaError>>()?;
-            net.blocks.push(taken);
-        }
-        net.outputs = w.outputs.iter().map(|m| net.matrix(m)).collect::<Result<_, _>>()?;
-        Ok(net)
+        let matrices = w.outputs.iter().chain(w.blocks.iter().flatten().map(|b| &b.weight));
+        let n_biases: usize = w.blocks.iter().map(Vec::len).sum();
+        let store = Store::new(matrices.map(|m| m.values.len()).sum(), w.n_embd * n_biases, n_threads)?;
+        let block = |b: &Block| Ok((store.matrix(&b.weight)?, b.bias.as_deref().map(|b| store.vector(b)).transpose()?));
+        let blocks = w.blocks.iter().map(|blocks| blocks.iter().map(block).collect::<Result<_, LlamaError>>());
+        let blocks = blocks.collect::<Result<_, _>>()?;
+        let outputs = w.outputs.iter().map(|m| store.matrix(m)).collect::<Result<_, _>>()?;
+        Ok(Self { store, blocks, outputs, n_embd: w.n_embd, n_out, results: vec![] })
     }
 
     /// Number of networks.
@@ -121,32 +70,6 @@ impl Net {
         self.n_out
     }
 
-    fn tensor(&self, kind: sys::ggml_type, n_in: usize, n_out: usize) -> Result<Tensor, LlamaError> {
-        // SAFETY: a live context with memory allocated for all weights; null if that were not so.
-        let t = unsafe { sys::ggml_new_tensor_2d(self.weights.as_ptr(), kind, n_in as i64, n_out as i64) };
-        NonNull::new(t).ok_or_else(|| LlamaError::Context("no memory for weights".into()))
-    }
-
-    fn matrix(&self, m: &Matrix) -> Result<Tensor, LlamaError> {
-        // Q8_0 has a scale for each 32 values of a row.
-        let kind = if m.n_in.is_multiple_of(32) { sys::GGML_TYPE_Q8_0 } else { sys::GGML_TYPE_F16 };
-        let tensor = self.tensor(kind, m.n_in, m.n_out)?;
-        // SAFETY: the tensor holds `n_out` rows of `n_in` values of that type, `values` as many floats (checked in `new`).
-        unsafe {
-            let data = (*tensor.as_ptr()).data;
-            let (n_out, n_in) = (m.n_out as i64, m.n_in as i64);
-            sys::ggml_quantize_chunk(kind, m.values.as_ptr(), data, 0, n_out, n_in, std::ptr::null());
-        }
-        Ok(tensor)
-    }
-
-    fn vector(&self, values: &[f32]) -> Result<Tensor, LlamaError> {
-        let tensor = self.tensor(sys::GGML_TYPE_F32, values.len(), 1)?;
-        // SAFETY: the tensor holds as many floats.
-        unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), (*tensor.as_ptr()).data.cast(), values.len()) };
-        Ok(tensor)
-    }
-
     /// The outputs of all networks for `input`, rows of `n_embd` values: for each network, for each row, `n_out` values.
     ///
     /// # Errors
@@ -156,79 +79,54 @@ impl Net {
         if n_rows == 0 || rest != 0 {
             return Err(LlamaError::Misuse(format!("{} values are not rows of {}", input.len(), self.n_embd)));
         }
-        let n_nets = self.n_nets();
         // Every tensor of the graph has its own memory, and so has the product's working copy of its input.
-        let n_blocks: usize = self.blocks.iter().map(Vec::len).sum();
-        let floats = n_rows * (self.n_embd * (2 + 4 * n_blocks + 2 * n_nets) + 2 * n_nets * self.n_out);
-        let bytes = 4 * floats + 4 * self.n_embd * n_rows * n_nets + 2 * OVERHEAD + 4096 * self.n_threads;
-        if self.arena.len() * 8 < bytes {
-            self.arena.resize(bytes.div_ceil(8), 0);
-        }
-        let params = sys::ggml_init_params {
-            mem_size: self.arena.len() * 8,
-            mem_buffer: self.arena.as_mut_ptr().cast::<c_void>(),
-            no_alloc: false,
-        };
-        // SAFETY: the buffer is ours, 8-byte aligned, of that size, and outlives the context, which is freed below.
-        let ctx = NonNull::new(unsafe { sys::ggml_init(params) }).ok_or_else(|| LlamaError::Context("no graph".into()))?;
-        // SAFETY: as the function asks; `ctx` has room as computed above.
-        let computed = unsafe { self.compute(ctx.as_ptr(), input, n_rows) };
-        // SAFETY: made above, freed once; no tensor of it is used any more.
-        unsafe { sys::ggml_free(ctx.as_ptr()) };
-        computed.map(|()| self.results.as_slice())
-    }
-
-    /// Builds the graph in `ctx`, computes it, and copies the outputs to `results`.
-    ///
-    /// # Safety
-    /// `ctx` is live and has room for the graph of `n_rows` rows; `input` holds that many.
-    unsafe fn compute(&mut self, ctx: *mut sys::ggml_context, input: &[f32], n_rows: usize) -> Result<(), LlamaError> {
-        // SAFETY: all tensors are live, their shapes fit together (checked in `new`), and `ctx` has room by contract. ggml
-        // stops the process when it has not.
+        let (n_nets, n_blocks) = (self.n_nets(), self.blocks.iter().map(Vec::len).sum::<usize>());
+        let n_floats = n_rows * (self.n_embd * (2 + 4 * n_blocks + 3 * n_nets) + 2 * n_nets * self.n_out);
+        let (blocks, outputs, n_embd) = (&self.blocks, &self.outputs, self.n_embd);
+        // SAFETY: all tensors are live and their shapes fit together (checked in `new`); the room is computed above.
         unsafe {
-            let x = sys::ggml_new_tensor_2d(ctx, sys::GGML_TYPE_F32, self.n_embd as i64, n_rows as i64);
-            std::ptr::copy_nonoverlapping(input.as_ptr(), (*x).data.cast(), input.len());
-            let mut states = vec![];
-            for blocks in &self.blocks {
-                let mut state = x;
-                for (weight, bias) in blocks {
-                    let mut inner = sys::ggml_mul_mat(ctx, weight.as_ptr(), state);
-                    if let Some(bias) = bias {
-                        inner = sys::ggml_add(ctx, inner, bias.as_ptr());
-                    }
-                    state = sys::ggml_add(ctx, state, sys::ggml_silu(ctx, inner));
+            self.store
+                .compute(n_floats, &mut self.results, |ctx| build(ctx, store::input(ctx, input, n_embd), blocks, outputs))
+        }?;
+        Ok(&self.results)
+    }
+}
+
+/// The graph, up to its outputs.
+///
+/// # Safety
+/// As [`Store::compute`] asks.
+unsafe fn build(
+    ctx: *mut sys::ggml_context,
+    x: *mut sys::ggml_tensor,
+    blocks: &[Vec<(Tensor, Option<Tensor>)>],
+    outputs: &[Tensor],
+) -> Vec<*mut sys::ggml_tensor> {
+    // SAFETY: by contract.
+    unsafe {
+        let mut states = vec![];
+        for blocks in blocks {
+            let mut state = x;
+            for (weight, bias) in blocks {
+                let mut inner = sys::ggml_mul_mat(ctx, weight.as_ptr(), state);
+                if let Some(bias) = bias {
+                    inner = sys::ggml_add(ctx, inner, bias.as_ptr());
                 }
-                states.push(state);
+                state = sys::ggml_add(ctx, state, sys::ggml_silu(ctx, inner));
             }
-            let graph = sys::ggml_new_graph(ctx);
-            let mut results = vec![];
-            if let [output] = self.outputs.as_slice() {
-                // One matrix for all: one product over the rows of all networks.
-                let mut all = states[0];
-                for &state in &states[1..] {
-                    all = sys::ggml_concat(ctx, all, state, 1);
-                }
-                results.push(sys::ggml_mul_mat(ctx, output.as_ptr(), all));
-            } else {
-                results.extend(states.iter().zip(&self.outputs).map(|(&s, o)| sys::ggml_mul_mat(ctx, o.as_ptr(), s)));
-            }
-            results.iter().for_each(|&r| sys::ggml_build_forward_expand(graph, r));
-            let status = sys::ggml_graph_compute_with_ctx(ctx, graph, self.n_threads as i32);
-            if status != sys::GGML_STATUS_SUCCESS {
-                return Err(LlamaError::Decode { code: status, reason: "a head's network was not computed".into() });
-            }
-            self.results.clear();
-            for r in results {
-                let n = sys::ggml_nelements(r) as usize;
-                self.results.extend_from_slice(std::slice::from_raw_parts((*r).data.cast::<f32>(), n));
-            }
+            states.push(state);
         }
-        Ok(())
+        if let [output] = outputs {
+            // One matrix for all: one product over the rows of all networks.
+            let all = states[1..].iter().fold(states[0], |all, &state| sys::ggml_concat(ctx, all, state, 1));
+            return vec![sys::ggml_mul_mat(ctx, output.as_ptr(), all)];
+        }
+        states.iter().zip(outputs).map(|(&s, o)| sys::ggml_mul_mat(ctx, o.as_ptr(), s)).collect()
     }
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
     /// The formula in plain Rust.
@@ -251,7 +149,7 @@ mod tests {
         out
     }
 
-    fn random(n: usize, seed: u64, scale: f32) -> Vec<f32> {
+    pub(in crate::llama) fn random(n: usize, seed: u64, scale: f32) -> Vec<f32> {
         let mut x = seed * 2 + 1;
         let mut next = || {
             x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);

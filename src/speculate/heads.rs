@@ -7,15 +7,16 @@
 //! | v2 | the same without output matrices: the model's serves all heads |
 //! | full model | v1 or v2 under `medusa_head.`, among the model's own tensors, in shards |
 //! | vLLM | `blocks.{h}.layers.{l}.weight`, perhaps `.bias`; `lm_heads.{h}.weight` |
+//! | conditioned | `{h}.w`, `{h}.u`, `{h}.v`, `{h}.b`: ours, see [`PathWeights`]; the model's output matrix serves all heads |
 //!
-//! Each may carry `token_map`, the vocabulary ids of the output rows, where heads know only the most frequent tokens.
+//! In ours a matrix may be I8 with `{key}.scale`, what each row is multiplied by. Each may carry `token_map`, the vocabulary ids of the output rows, where heads know only the most frequent tokens.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use safetensors::{Dtype, SafeTensors};
 
-use crate::llama::{Block, Matrix, Token, Weights};
+use crate::llama::{Block, Matrix, PathStep, PathWeights, Token, Weights};
 
 /// What the model needs of heads.
 #[derive(Clone, Copy, Debug)]
@@ -29,10 +30,19 @@ pub struct Shape {
 /// Heads as they stand in a folder, checked.
 #[derive(Debug, PartialEq)]
 pub struct Heads {
-    /// One network for each head. Without output matrices the model's own is meant.
-    pub weights: Weights,
+    /// One network for each head.
+    pub nets: HeadNets,
     /// The token of each output row; `None`: the vocabulary itself.
     pub token_map: Option<Vec<Token>>,
+}
+
+/// The networks of heads. Without output matrices the model's own is meant.
+#[derive(Debug, PartialEq)]
+pub enum HeadNets {
+    /// Each sees the hidden state only.
+    Plain(Weights),
+    /// Each sees the path it goes on from, too.
+    Conditioned(PathWeights),
 }
 
 /// Why heads were refused.
@@ -62,7 +72,8 @@ pub enum HeadsError {
 }
 
 /// The names heads go by, in the order they are looked for.
-const FILES: [&str; 3] = ["medusa_lm_head.safetensors", "model.safetensors", "model.safetensors.index.json"];
+const FILES: [&str; 4] =
+    ["medusa_lm_head.safetensors", "conditioned_heads.safetensors", "model.safetensors", "model.safetensors.index.json"];
 /// Prefix of the heads' keys in a full model.
 const FULL_MODEL: &str = "medusa_head.";
 /// More heads or blocks than any published file has.
@@ -167,6 +178,9 @@ impl Tensors {
 
     fn into_heads(mut self, shape: Shape, n_heads: usize) -> Result<Heads, HeadsError> {
         let token_map = self.token_map(shape.n_vocab)?;
+        if self.has("0.w") {
+            return Ok(Heads { nets: HeadNets::Conditioned(self.conditioned(shape, n_heads)?), token_map });
+        }
         let n_out = token_map.as_ref().map_or(shape.n_vocab, Vec::len);
         let vllm = self.map.keys().any(|key| key.starts_with("blocks."));
         let name = |h: usize, l: usize| if vllm { format!("blocks.{h}.layers.{l}") } else { format!("{h}.{l}.linear") };
@@ -197,7 +211,49 @@ impl Tensors {
         }
         blocks.truncate(n_heads);
         outputs.truncate(n_heads);
-        Ok(Heads { weights: Weights { n_embd: shape.n_embd, blocks, outputs }, token_map })
+        Ok(Heads { nets: HeadNets::Plain(Weights { n_embd: shape.n_embd, blocks, outputs }), token_map })
+    }
+
+    fn conditioned(&mut self, shape: Shape, n_heads: usize) -> Result<PathWeights, HeadsError> {
+        self.apply_scales()?;
+        let d = shape.n_embd;
+        let n_found = (0..MAX_HEADS).take_while(|&h| self.has(&format!("{h}.w"))).count();
+        let mut steps = vec![];
+        for h in 0..n_found {
+            let w = self.matrix(&format!("{h}.w"), None, d)?;
+            let width = w.n_out;
+            steps.push(PathStep {
+                u: self.matrix(&format!("{h}.u"), Some(width), d)?,
+                v: self.matrix(&format!("{h}.v"), Some(d), width)?,
+                b: self.vector(&format!("{h}.b"), width)?,
+                w,
+            });
+        }
+        if let Some(key) = self.map.keys().next() {
+            return Err(self.error(key, "is a key that this layout does not have"));
+        }
+        if let Some(h) = steps.iter().position(|s| s.b.len() != steps[0].b.len()) {
+            return Err(self.error(&format!("{h}.w"), "is not as wide as the first head's"));
+        }
+        steps.truncate(n_heads);
+        Ok(PathWeights { n_embd: d, steps, output: None })
+    }
+
+    /// Multiplies the rows of matrices by their scales.
+    fn apply_scales(&mut self) -> Result<(), HeadsError> {
+        let suffix = ".scale";
+        let keys: Vec<String> = self.map.keys().filter(|key| key.ends_with(suffix)).cloned().collect();
+        for key in keys {
+            let of = key.trim_end_matches(suffix);
+            let n_rows = self.map.get(of).and_then(|(shape, _)| shape.first().copied());
+            let n_rows =
+                n_rows.filter(|&n| n > 0).ok_or_else(|| self.error(&key, format!("scales {of}, which is missing")))?;
+            let scales = self.vector(&key, n_rows)?;
+            let (_, values) = self.map.get_mut(of).expect("it was just there");
+            let n_in = values.len() / n_rows;
+            values.chunks_mut(n_in.max(1)).zip(scales).for_each(|(row, s)| row.iter_mut().for_each(|v| *v *= s));
+        }
+        Ok(())
     }
 
     fn token_map(&mut self, n_vocab: usize) -> Result<Option<Vec<Token>>, HeadsError> {
@@ -226,6 +282,8 @@ fn floats(dtype: Dtype, bytes: &[u8]) -> Result<Vec<f32>, String> {
         Dtype::F16 => bytes.as_chunks::<2>().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()).collect(),
         Dtype::BF16 => bytes.as_chunks::<2>().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect(),
         Dtype::I64 => bytes.as_chunks::<8>().0.iter().map(|b| i64::from_le_bytes(*b) as f32).collect(),
+        Dtype::I8 => bytes.iter().map(|&b| f32::from(b.cast_signed())).collect(),
+        Dtype::U32 => bytes.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b) as f32).collect(),
         Dtype::I32 => bytes.as_chunks::<4>().0.iter().map(|b| i32::from_le_bytes(*b) as f32).collect(),
         other => return Err(format!("is of type {other:?}; F32, F16 and BF16 can be read")),
     })

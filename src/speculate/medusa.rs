@@ -4,12 +4,12 @@
 //! T. Cai et al., "Medusa: Simple LLM Inference Acceleration Framework with Multiple Decoding Heads" (2024).
 
 use super::calibration::Calibration;
-use super::heads::Heads;
-use super::{Draft, Origin, Tree};
-use crate::llama::{LlamaError, Matrix, Net, Token};
+use super::{Draft, Origin, Tree, Worth};
+use crate::engine::filter::{largest_k, log_sum_exp};
+use crate::llama::{LlamaError, Matrix, MatrixRows, Net, Token, Weights};
 
 /// Tokens that each head offers.
-const WIDTH: usize = 10;
+pub(super) const WIDTH: usize = 10;
 
 /// Heads ready to draft.
 pub struct Medusa {
@@ -20,41 +20,37 @@ pub struct Medusa {
 }
 
 impl Medusa {
-    /// From heads; `output` gives the model's own output matrix for those that have none.
+    /// From heads; `output` is the model's output matrix, for those that have none.
     ///
     /// # Errors
-    /// What `output` gives, or when there is no memory.
+    /// When the matrix cannot be read, or there is no memory.
     pub fn new(
-        mut heads: Heads,
-        output: impl FnOnce() -> Result<Matrix, LlamaError>,
+        mut weights: Weights,
+        token_map: Option<Vec<Token>>,
+        output: &MatrixRows,
         n_threads: usize,
     ) -> Result<Self, LlamaError> {
-        if heads.weights.outputs.is_empty() {
-            let full = output()?;
-            heads.weights.outputs.push(match &heads.token_map {
-                Some(tokens) => pick(&full, tokens),
-                None => full,
-            });
+        if weights.outputs.is_empty() {
+            weights.outputs.push(pick(output, token_map.as_deref())?);
         }
-        let net = Net::new(&heads.weights, n_threads)?;
-        Ok(Self { net, token_map: heads.token_map, input: vec![], levels: vec![] })
-    }
-
-    /// Number of heads.
-    #[must_use]
-    pub fn n_heads(&self) -> usize {
-        self.net.n_nets()
+        Ok(Self { net: Net::new(&weights, n_threads)?, token_map, input: vec![], levels: vec![] })
     }
 }
 
-/// The rows of these tokens.
-fn pick(full: &Matrix, tokens: &[Token]) -> Matrix {
-    let row = |t: &Token| &full.values[t.0 as usize * full.n_in..][..full.n_in];
-    Matrix { n_out: tokens.len(), n_in: full.n_in, values: tokens.iter().flat_map(row).copied().collect() }
+/// The rows of these tokens; of all without a map.
+pub(super) fn pick(rows: &MatrixRows, tokens: Option<&[Token]>) -> Result<Matrix, LlamaError> {
+    let Some(tokens) = tokens else { return rows.matrix() };
+    let mut values = Vec::with_capacity(tokens.len() * rows.n_in());
+    tokens.iter().try_for_each(|t| rows.read(t.0 as usize, 1, &mut values))?;
+    Ok(Matrix { n_out: tokens.len(), n_in: rows.n_in(), values })
 }
 
 impl Draft for Medusa {
-    fn draft(&mut self, origins: &[Origin<'_>], n_nodes: usize, calibration: &Calibration, trees: &mut [Tree]) {
+    fn n_heads(&self) -> usize {
+        self.net.n_nets()
+    }
+
+    fn draft(&mut self, origins: &[Origin<'_>], worth: Worth, calibration: &Calibration, trees: &mut [Tree]) {
         trees.iter_mut().for_each(Tree::clear);
         self.input.clear();
         let wanted: Vec<usize> = (0..origins.len()).filter(|&i| origins[i].max_depth > 0).collect();
@@ -72,30 +68,21 @@ impl Draft for Medusa {
             self.levels.resize_with(n_levels, Vec::new);
             for (h, level) in self.levels.iter_mut().enumerate() {
                 let at = (h * wanted.len() + row) * n_out;
-                largest(&logits[at..at + n_out], level);
+                likeliest(&logits[at..at + n_out], level);
                 if let Some(map) = &self.token_map {
                     level.iter_mut().for_each(|(token, _)| *token = map[token.0 as usize]);
                 }
             }
-            trees[i].fill(&self.levels, calibration, n_nodes);
+            trees[i].fill(&self.levels, calibration, worth.n_nodes);
         }
     }
 }
 
 /// The [`WIDTH`] most likely entries, best first, with their probabilities.
-fn largest(logits: &[f32], out: &mut Vec<(Token, f32)>) {
-    out.clear();
-    let mut sum = 0.0;
-    for (i, &logit) in logits.iter().enumerate() {
-        if out.len() < WIDTH || logit > out[WIDTH - 1].1 {
-            let place = out.partition_point(|&(_, better)| better >= logit);
-            out.truncate(WIDTH - 1);
-            out.insert(place, (Token(i as i32), logit));
-        }
-    }
-    let max = out.first().map_or(0.0, |best| best.1);
-    logits.iter().for_each(|&logit| sum += (logit - max).exp());
-    out.iter_mut().for_each(|(_, p)| *p = (*p - max).exp() / sum);
+pub(super) fn likeliest(logits: &[f32], out: &mut Vec<(Token, f32)>) {
+    largest_k(logits, WIDTH, out);
+    let norm = log_sum_exp(logits);
+    out.iter_mut().for_each(|(_, p)| *p = (*p - norm).exp());
 }
 
 #[cfg(test)]
@@ -105,9 +92,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_largest_are_the_first_of_all_sorted(logits in prop::collection::vec(-9.0f32..9.0, 1..200)) {
+        fn the_likeliest_are_the_first_of_all_sorted(logits in prop::collection::vec(-9.0f32..9.0, 1..200)) {
             let mut got = vec![];
-            largest(&logits, &mut got);
+            likeliest(&logits, &mut got);
             let mut all: Vec<usize> = (0..logits.len()).collect();
             all.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
             let sum: f64 = logits.iter().map(|l| f64::from(*l).exp()).sum();

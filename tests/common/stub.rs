@@ -6,7 +6,7 @@ use medusa_llama::engine::slots::KvOp;
 use medusa_llama::engine::{Forward, Rows};
 use medusa_llama::llama::{LlamaError, SeqId, Token};
 use medusa_llama::speculate::calibration::Calibration;
-use medusa_llama::speculate::{Draft, Origin, Tree};
+use medusa_llama::speculate::{Draft, Origin, Tree, Worth};
 
 /// The next token is a function of all tokens before it, so any mix-up of cells shows in the text. Token 0 ends a text.
 pub struct Stub {
@@ -56,7 +56,11 @@ pub struct Guess {
 }
 
 impl Draft for Guess {
-    fn draft(&mut self, origins: &[Origin<'_>], n_nodes: usize, calibration: &Calibration, trees: &mut [Tree]) {
+    fn n_heads(&self) -> usize {
+        self.n_levels
+    }
+
+    fn draft(&mut self, origins: &[Origin<'_>], worth: Worth, calibration: &Calibration, trees: &mut [Tree]) {
         for (origin, tree) in origins.iter().zip(trees) {
             let mut tokens: Vec<Token> = origin.hidden.iter().map(|&t| Token(t as i32)).collect();
             tokens.push(origin.root);
@@ -72,7 +76,7 @@ impl Draft for Guess {
                 offered.into_iter().zip((1..).map(|rank| 0.6 / rank as f32)).collect()
             };
             let levels: Vec<Vec<(Token, f32)>> = (0..n_levels).map(&mut level).collect();
-            tree.fill(&levels, calibration, n_nodes);
+            tree.fill(&levels, calibration, worth.n_nodes);
         }
     }
 }

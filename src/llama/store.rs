@@ -1,0 +1,154 @@
+//! Weights in ggml's memory and room to compute with them: what the networks of heads have in common. Weights are 8-bit where
+//! their rows allow it, F16 elsewhere.
+
+use std::ffi::c_void;
+use std::ptr::NonNull;
+
+use super::{LlamaError, start_backend, sys};
+
+/// A matrix as it stands in a file: `n_out` rows of `n_in` values.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Matrix {
+    /// Rows.
+    pub n_out: usize,
+    /// Columns.
+    pub n_in: usize,
+    /// Row after row.
+    pub values: Vec<f32>,
+}
+
+impl Matrix {
+    /// `true` for this many rows and columns, all of them there.
+    pub(super) fn is(&self, n_out: usize, n_in: usize) -> bool {
+        (self.n_out, self.n_in) == (n_out, n_in) && self.values.len() == n_out * n_in && n_out > 0 && n_in > 0
+    }
+}
+
+pub(super) type Tensor = NonNull<sys::ggml_tensor>;
+
+/// Weights that live as long as it, and an arena for graphs. Belongs to one thread.
+pub(super) struct Store {
+    weights: NonNull<sys::ggml_context>,
+    arena: Vec<u64>,
+    n_threads: usize,
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        // SAFETY: made by `ggml_init`, freed once; the tensors live in it.
+        unsafe { sys::ggml_free(self.weights.as_ptr()) };
+    }
+}
+
+/// Headers, alignment and a graph need at most this many bytes besides the tensors' data.
+const OVERHEAD: usize = 1 << 20;
+
+impl Store {
+    /// Room for matrices of `n_values` values together and vectors of `n_floats`.
+    pub(super) fn new(n_values: usize, n_floats: usize, n_threads: usize) -> Result<Self, LlamaError> {
+        start_backend();
+        // 2 bytes a value are enough for either type; vectors are F32.
+        let bytes = 2 * n_values + 4 * n_floats + OVERHEAD;
+        let params = sys::ggml_init_params { mem_size: bytes, mem_buffer: std::ptr::null_mut(), no_alloc: false };
+        // SAFETY: no buffer of ours is passed; C allocates or returns null.
+        let weights = NonNull::new(unsafe { sys::ggml_init(params) })
+            .ok_or_else(|| LlamaError::Context(format!("no memory for {bytes} bytes of weights")))?;
+        Ok(Self { weights, arena: vec![], n_threads: n_threads.max(1) })
+    }
+
+    fn tensor(&self, kind: sys::ggml_type, n_in: usize, n_out: usize) -> Result<Tensor, LlamaError> {
+        // SAFETY: a live context with memory allocated for all weights; null if that were not so.
+        let t = unsafe { sys::ggml_new_tensor_2d(self.weights.as_ptr(), kind, n_in as i64, n_out as i64) };
+        NonNull::new(t).ok_or_else(|| LlamaError::Context("no memory for weights".into()))
+    }
+
+    /// Takes a matrix in, quantized.
+    pub(super) fn matrix(&self, m: &Matrix) -> Result<Tensor, LlamaError> {
+        if !m.is(m.n_out, m.n_in) {
+            return Err(LlamaError::Misuse(format!(
+                "a matrix of {} values is not {} x {}",
+                m.values.len(),
+                m.n_out,
+                m.n_in
+            )));
+        }
+        // Q8_0 has a scale for each 32 values of a row.
+        let kind = if m.n_in.is_multiple_of(32) { sys::GGML_TYPE_Q8_0 } else { sys::GGML_TYPE_F16 };
+        let tensor = self.tensor(kind, m.n_in, m.n_out)?;
+        // SAFETY: the tensor holds `n_out` rows of `n_in` values of that type, `values` as many floats (checked above).
+        unsafe {
+            let data = (*tensor.as_ptr()).data;
+            let (n_out, n_in) = (m.n_out as i64, m.n_in as i64);
+            sys::ggml_quantize_chunk(kind, m.values.as_ptr(), data, 0, n_out, n_in, std::ptr::null());
+        }
+        Ok(tensor)
+    }
+
+    /// Takes a vector in.
+    pub(super) fn vector(&self, values: &[f32]) -> Result<Tensor, LlamaError> {
+        let tensor = self.tensor(sys::GGML_TYPE_F32, values.len(), 1)?;
+        // SAFETY: the tensor holds as many floats.
+        unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), (*tensor.as_ptr()).data.cast(), values.len()) };
+        Ok(tensor)
+    }
+
+    /// Lets `build` make the tensors of a graph, computes those it returns, and copies their values behind each other to
+    /// `results`. `n_floats`: an upper bound of the values of all tensors of the graph.
+    ///
+    /// # Safety
+    /// What `build` calls must suit the tensors it passes. It may allocate `n_floats` floats in the context; ggml stops the
+    /// process when it needs more.
+    pub(super) unsafe fn compute(
+        &mut self,
+        n_floats: usize,
+        results: &mut Vec<f32>,
+        build: impl FnOnce(*mut sys::ggml_context) -> Vec<*mut sys::ggml_tensor>,
+    ) -> Result<(), LlamaError> {
+        let bytes = 4 * n_floats + 2 * OVERHEAD + 4096 * self.n_threads;
+        if self.arena.len() * 8 < bytes {
+            self.arena.resize(bytes.div_ceil(8), 0);
+        }
+        let params = sys::ggml_init_params {
+            mem_size: self.arena.len() * 8,
+            mem_buffer: self.arena.as_mut_ptr().cast::<c_void>(),
+            no_alloc: false,
+        };
+        // SAFETY: the buffer is ours, 8-byte aligned, of that size, and outlives the context, which is freed below.
+        let ctx = NonNull::new(unsafe { sys::ggml_init(params) }).ok_or_else(|| LlamaError::Context("no graph".into()))?;
+        let outputs = build(ctx.as_ptr());
+        // SAFETY: tensors that `build` made in the live context; the graph and its working memory have room by contract.
+        let status = unsafe {
+            let graph = sys::ggml_new_graph(ctx.as_ptr());
+            outputs.iter().for_each(|&t| sys::ggml_build_forward_expand(graph, t));
+            sys::ggml_graph_compute_with_ctx(ctx.as_ptr(), graph, self.n_threads as i32)
+        };
+        results.clear();
+        for &t in &outputs {
+            // SAFETY: a computed, contiguous F32 tensor of that many values.
+            let values = unsafe {
+                let n = sys::ggml_nelements(t) as usize;
+                std::slice::from_raw_parts((*t).data.cast::<f32>(), n)
+            };
+            results.extend_from_slice(values);
+        }
+        // SAFETY: made above, freed once; no tensor of it is used any more.
+        unsafe { sys::ggml_free(ctx.as_ptr()) };
+        if status == sys::GGML_STATUS_SUCCESS {
+            return Ok(());
+        }
+        Err(LlamaError::Decode { code: status, reason: "a head's network was not computed".into() })
+    }
+}
+
+/// A graph's input: rows of `n_in` values.
+///
+/// # Safety
+/// `ctx` is live and has room for as many floats as `values` has, a multiple of `n_in`.
+pub(super) unsafe fn input(ctx: *mut sys::ggml_context, values: &[f32], n_in: usize) -> *mut sys::ggml_tensor {
+    // SAFETY: by contract; the new tensor holds as many floats.
+    unsafe {
+        let x = sys::ggml_new_tensor_2d(ctx, sys::GGML_TYPE_F32, n_in as i64, (values.len() / n_in) as i64);
+        std::ptr::copy_nonoverlapping(values.as_ptr(), (*x).data.cast(), values.len());
+        x
+    }
+}
