@@ -178,6 +178,21 @@ pub struct TrainArgs {
     /// Folder for the heads
     #[arg(short, long, value_name = "DIR")]
     pub output: PathBuf,
+    /// What the heads see: the hidden state and the path they draft behind, or, as in Medusa, the hidden state only
+    #[arg(long, default_value = "conditioned")]
+    pub kind: HeadKind,
+    /// Number of heads
+    #[arg(long, default_value_t = 4, value_parser = between(1, 16))]
+    pub heads: usize,
+    /// Width of a conditioned head's block [default: the model's]
+    #[arg(long, value_parser = between(1, 1 << 16))]
+    pub width: Option<usize>,
+    /// Tokens that heads can draft: the most frequent ones
+    #[arg(long, default_value_t = 16_384, value_parser = between(16, 1 << 24))]
+    pub draft_vocab: usize,
+    /// Times that everything is seen
+    #[arg(long, default_value_t = 3, value_parser = between(1, 1000))]
+    pub epochs: usize,
     /// Folder for answers and features, to go on from after a kill [default: OUTPUT/work]
     #[arg(long, value_name = "DIR")]
     pub work: Option<PathBuf>,
@@ -275,6 +290,15 @@ pub struct PerplexityArgs {
     /// Text to read
     #[arg(short, long)]
     pub file: PathBuf,
+}
+
+/// What trained heads see.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum HeadKind {
+    /// The hidden state and the path drafted so far
+    Conditioned,
+    /// The hidden state
+    Medusa,
 }
 
 /// How the KV cache is divided.

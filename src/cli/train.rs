@@ -1,19 +1,26 @@
 //! `medusa-llama train`: answers, features, heads, each with a progress bar and time left.
 
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::config::TrainArgs;
+use crate::config::{HeadKind, TrainArgs};
 use crate::engine::handle::EngineParams;
 use crate::engine::{self, Layout, Limits};
 use crate::llama::{Model, ModelParams, max_sequences};
+use crate::plot::{self, Labels, Line};
 use crate::train::answers::{self, Wanted};
 use crate::train::features::{self, FeatureParams};
+use crate::train::fit::batch::Teaching;
+use crate::train::fit::net::{Kind, Net, Shape};
+use crate::train::fit::shards::{Matrices, Shards};
+use crate::train::fit::{self, FitParams, Fitted};
 use crate::train::prompts::Prompts;
+use crate::train::save::{self, Origin};
 
 /// Runs all steps.
 ///
@@ -29,11 +36,17 @@ pub fn train(args: &TrainArgs) -> anyhow::Result<()> {
     let answers = answers::read(&path)?;
     let model = Model::load(&args.model.path().map_err(|e| anyhow!(e))?, &ModelParams::default(), |_| true)?;
     let model = Arc::new(model);
-    let params = FeatureParams { n_ctx: args.model.context_size, n_threads: args.model.threads() };
+    let params = FeatureParams {
+        n_ctx: args.model.context_size,
+        n_threads: args.model.threads(),
+        max_bytes: (args.max_disk_gib as u64) << 30,
+    };
     let bar = bar("features", answers.len(), "answers");
-    features::compute(&model, &prompts, &answers, &work.join("features"), params, |n| bar.set_position(n as u64))?;
+    let folder = work.join("features");
+    features::compute(&model, &prompts, &answers, &folder, params, |n| bar.set_position(n as u64))?;
     bar.finish();
-    Ok(())
+    let n_tokens = answers.iter().map(|a| a.n).sum();
+    learn(args, &model, &folder, &work.join("checkpoint.safetensors"), n_tokens)
 }
 
 fn collect(args: &TrainArgs, prompts: &Prompts, path: &Path) -> anyhow::Result<()> {
@@ -69,6 +82,79 @@ fn collect(args: &TrainArgs, prompts: &Prompts, path: &Path) -> anyhow::Result<(
     bar.finish();
     engine.stop();
     collected
+}
+
+/// Fits heads to the features and writes them.
+fn learn(args: &TrainArgs, model: &Model, folder: &Path, checkpoint: &Path, n_tokens: usize) -> anyhow::Result<()> {
+    let (train, held) = (Shards::open(folder, "train-")?, Shards::open(folder, "held-")?);
+    let n_vocab = model.n_vocab();
+    let matrices = Matrices::of(model, train.frequent_tokens(args.draft_vocab.min(n_vocab), n_vocab)?)?;
+    let kind = match args.kind {
+        HeadKind::Conditioned => Kind::Conditioned,
+        HeadKind::Medusa => Kind::Medusa,
+    };
+    let n_embd = model.n_embd();
+    let width = if kind == Kind::Medusa { n_embd } else { args.width.unwrap_or(n_embd) };
+    let params = FitParams {
+        shape: Shape { kind, n_embd, width, n_heads: args.heads, n_blocks: vec![1], previous: false },
+        epochs: args.epochs,
+        batch: 256,
+        learning_rate: 1e-3,
+        weight_decay: 0.01,
+        decay: 0.8,
+        n_classes: 4096,
+        teaching: Teaching { hard: 0.0, renormalise: true, n_likely: features::TOP, min_p: 0.0 },
+        max_held_rows: 20_000,
+        seed: args.seed,
+        n_threads: args.model.threads(),
+    };
+    let bar = bar("heads", 0, "steps");
+    let started = Instant::now();
+    let fitted = fit::fit(&train, &held, &matrices, &params, Some(checkpoint), &mut |p| {
+        bar.set_length(p.n_steps as u64);
+        bar.set_position(p.step as u64);
+        ControlFlow::Continue(())
+    })?;
+    bar.finish();
+
+    let output = &args.output;
+    save::weights(output, kind, &Net::new(&params.shape), &fitted.params, &matrices.token_map)?;
+    let origin = Origin {
+        model: format!("{} ({})", model.name().unwrap_or_else(|| "unnamed model".into()), model.quantization()),
+        heads: kind,
+        n_heads: args.heads,
+        width,
+        n_draft_vocab: matrices.token_map.len(),
+        answer_tokens: n_tokens,
+        rows: train.n_rows(),
+        fit_s: started.elapsed().as_secs(),
+        command: std::env::args().collect::<Vec<_>>().join(" "),
+    };
+    save::card(output, &origin, &fitted)?;
+    draw_loss(&output.join("loss.svg"), &fitted)?;
+    report(&fitted);
+    Ok(())
+}
+
+fn draw_loss(path: &Path, fitted: &Fitted) -> anyhow::Result<()> {
+    let loss = |(i, epoch): (usize, &fit::Epoch)| {
+        let n = epoch.train_loss.len() as f64;
+        let at = move |j: usize| i as f64 + (j as f64 + 0.5) / n;
+        epoch.train_loss.iter().enumerate().map(|(j, &l)| (at(j), f64::from(l))).collect::<Vec<_>>()
+    };
+    let points = fitted.history.iter().enumerate().flat_map(loss).collect();
+    let labels = Labels { title: "Loss of all heads, weighted", x: "epochs", y: "cross entropy" };
+    plot::lines(path, labels, &[Line { name: "training".into(), points }], false)
+}
+
+/// Prints what the heads reach on text that was held out.
+fn report(fitted: &Fitted) {
+    println!("epoch   head   top-1   top-5");
+    for (i, epoch) in fitted.history.iter().enumerate() {
+        for (h, score) in epoch.held.iter().enumerate() {
+            println!("{:5} {h:6} {:7.3} {:7.3}", i + 1, score.top(1), score.top(5));
+        }
+    }
 }
 
 fn bar(what: &str, n: usize, unit: &str) -> ProgressBar {

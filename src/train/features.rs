@@ -21,6 +21,8 @@ use safetensors::{Dtype, SafeTensors};
 
 use super::TrainError;
 use super::answers::Answer;
+use super::fit::FitError;
+use super::fit::shards::Shards;
 use super::prompts::Prompts;
 use crate::engine::filter::{largest_k, log_sum_exp};
 use crate::llama::{Context, ContextParams, Model, SeqId, Token};
@@ -68,7 +70,8 @@ pub fn compute(
     let n_common = prompts.n_common(model);
     let (mut train, mut held) = (Rows::default(), Rows::default());
     progress(done);
-    while done < answers.len() {
+    let mut room = (params.max_bytes / row_bytes(model.n_embd()) as u64).saturating_sub(rows_on_disk(folder)?);
+    while done < answers.len() && room > 0 {
         let answer = &answers[done];
         let held_out = super::mix(answer.id as u64).is_multiple_of(HELD_OUT);
         let prompt = prompts.text(model, answer.id);
@@ -81,7 +84,8 @@ pub fn compute(
         let first = if held_out { n_prompt.saturating_sub(1) } else { n_common.min(n_prompt.saturating_sub(1)) };
         reader.read(&tokens, first, if held_out { &mut held } else { &mut train })?;
         done += 1;
-        if train.next.len() + held.next.len() >= SHARD || done == answers.len() {
+        room = room.saturating_sub(tokens.len() as u64);
+        if train.next.len() + held.next.len() >= SHARD || done == answers.len() || room == 0 {
             for (rows, kind) in [(&mut train, "train"), (&mut held, "held")] {
                 let meta = [("model", identity.clone()), ("answers", done.to_string())];
                 let meta = meta.into_iter().map(|(k, v)| (k.to_owned(), v)).collect();
@@ -101,6 +105,14 @@ pub struct FeatureParams {
     pub n_ctx: usize,
     /// Threads.
     pub n_threads: usize,
+    /// Bytes that all shards together may take, about.
+    pub max_bytes: u64,
+}
+
+/// Rows that stand in shards already.
+fn rows_on_disk(folder: &Path) -> Result<u64, TrainError> {
+    let n = |prefix| Shards::open(folder, prefix).map(|shards| shards.n_rows() as u64);
+    Ok(n("train-").map_err(FitError::from)? + n("held-").map_err(FitError::from)?)
 }
 
 /// The next shard's number, and the answers that stand in shards already.

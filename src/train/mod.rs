@@ -2,13 +2,15 @@
 //!
 //! 1. [`answers`]: the model answers the prompts, in the batched engine.
 //! 2. [`features`]: the same model reads its answers; hidden states and distributions go to the disk.
-//! 3. `fit`: heads learn from them.
+//! 3. [`fit`]: heads learn from them; [`save`] writes them down.
 //!
 //! Each step goes on where a killed run left it. The steps share a work folder.
 
 pub mod answers;
 pub mod features;
+pub mod fit;
 pub mod prompts;
+pub mod save;
 
 use std::collections::HashMap;
 use std::fmt::Display;
@@ -39,6 +41,9 @@ pub enum TrainError {
     /// The model.
     #[error("{0}")]
     Llama(#[from] LlamaError),
+    /// Fitting.
+    #[error("{0}")]
+    Fit(#[from] fit::FitError),
 }
 
 impl TrainError {

@@ -1,0 +1,336 @@
+//! Fits draft heads: the loop over minibatches, the optimizer, and what is kept of it. Deterministic by seed for a given
+//! number of threads, across interruptions too.
+
+pub mod batch;
+mod checkpoint;
+pub mod evaluate;
+mod lanes;
+mod loss;
+pub mod net;
+pub mod shards;
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use ndarray::{Array2, s};
+use serde::{Deserialize, Serialize};
+
+use crate::train::fit::batch::{Lookup, Teaching};
+use crate::train::fit::evaluate::{HeadScore, evaluate};
+use crate::train::fit::loss::{Classes, Labels};
+use crate::train::fit::net::{Net, Shape};
+use crate::train::fit::shards::{DataError, Matrices, Shard, Shards};
+use checkpoint::State;
+use lanes::AdamStep;
+
+/// How to fit.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FitParams {
+    /// The network.
+    pub shape: Shape,
+    /// Times that each row is seen.
+    pub epochs: usize,
+    /// Rows per step.
+    pub batch: usize,
+    /// Highest learning rate: reached after the warm-up, a twentieth of it at the end.
+    pub learning_rate: f32,
+    /// AdamW's weight decay.
+    pub weight_decay: f32,
+    /// A head's loss counts this much of the one before.
+    pub decay: f32,
+    /// Classes a step compares with; 0: the whole draft vocabulary.
+    pub n_classes: usize,
+    /// How labels are made.
+    pub teaching: Teaching,
+    /// Held-out rows that are scored after each epoch.
+    pub max_held_rows: usize,
+    /// Everything random follows from it.
+    pub seed: u64,
+    /// Threads: each takes a part of every minibatch.
+    pub n_threads: usize,
+}
+
+/// Where the work stands, after each step.
+#[derive(Clone, Copy, Debug)]
+pub struct Progress {
+    /// Steps done, those before an interruption included.
+    pub step: usize,
+    /// Steps in all.
+    pub n_steps: usize,
+    /// Rows this call has worked through.
+    pub n_rows: usize,
+    /// Mean loss of the last minibatch per row.
+    pub loss: f32,
+}
+
+/// What an epoch brought.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Epoch {
+    /// Mean loss of each tenth of the epoch.
+    pub train_loss: Vec<f32>,
+    /// Each head on held-out rows.
+    pub held: Vec<HeadScore>,
+}
+
+impl Epoch {
+    /// The heads' mean losses, weighted as in training.
+    fn held_loss(&self, decay: f32) -> f64 {
+        self.held.iter().enumerate().map(|(h, score)| f64::from(decay).powi(h as i32) * score.mean_loss()).sum()
+    }
+}
+
+/// Fitted heads.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Fitted {
+    /// Parameters of the best epoch, laid out as [`Net`] says.
+    pub params: Vec<f32>,
+    /// Which epoch that was.
+    pub best: usize,
+    /// All epochs.
+    pub history: Vec<Epoch>,
+}
+
+/// Why fitting ended without heads.
+#[derive(Debug, thiserror::Error)]
+pub enum FitError {
+    /// Data could not be read.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// There is nothing to learn from, or nothing to measure with.
+    #[error("no rows to {0} on")]
+    Empty(&'static str),
+    /// The checkpoint cannot be written, or cannot be used.
+    #[error("{}: {reason}", path.display())]
+    Checkpoint {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// The loss is not a number any more.
+    #[error("the loss is {0} at step {1}: try a lower learning rate")]
+    Diverged(f32, usize),
+    /// The caller asked to stop; the checkpoint has everything so far.
+    #[error("stopped")]
+    Stopped,
+}
+
+/// Time between checkpoints.
+const CHECKPOINT_EVERY: Duration = Duration::from_secs(120);
+
+/// Fits heads to `train`, measures them on `held` after each epoch, and keeps the best epoch's. With a `checkpoint` file
+/// the work survives a kill: it is written every two minutes and at each epoch's end, and continued from if it is there.
+///
+/// # Errors
+/// [`FitError`]; a checkpoint of other parameters or other data is refused, not overwritten.
+pub fn fit(
+    train: &Shards,
+    held: &Shards,
+    matrices: &Matrices,
+    params: &FitParams,
+    checkpoint: Option<&Path>,
+    progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+) -> Result<Fitted, FitError> {
+    let plan = Plan::new(train, params);
+    if plan.n_steps() == 0 {
+        return Err(FitError::Empty("fit"));
+    }
+    if held.n_rows() == 0 {
+        return Err(FitError::Empty("measure"));
+    }
+    let net = Net::new(&params.shape);
+    let identity = checkpoint::identity(params, train, held);
+    let mut state = match checkpoint.filter(|path| path.exists()) {
+        Some(path) => State::load(path, &identity, net.n_params())?,
+        None => State::new(net.init(&mut fastrand::Rng::with_seed(params.seed))),
+    };
+    let mut trainer = Trainer::new(&net, matrices, params);
+    let (mut saved, mut n_rows) = (Instant::now(), 0);
+    for epoch in state.history.len()..params.epochs {
+        for (shard, first_step) in plan.epoch(epoch) {
+            let batches = plan.batches[shard];
+            if state.step >= first_step + batches {
+                continue; // done before an interruption
+            }
+            let data = train.load(shard)?;
+            let rows = shuffled_rows(&data, params.seed ^ ((epoch as u64) << 32 | shard as u64));
+            for batch in state.step - first_step..batches {
+                let rows = &rows[batch * rows.len() / batches..(batch + 1) * rows.len() / batches];
+                let loss = trainer.step(&mut state, &data, rows, plan.n_steps());
+                if !loss.is_finite() {
+                    return Err(FitError::Diverged(loss, state.step));
+                }
+                n_rows += rows.len();
+                let now = Progress { step: state.step, n_steps: plan.n_steps(), n_rows, loss };
+                let stop = progress(now).is_break();
+                if let Some(path) = checkpoint.filter(|_| stop || saved.elapsed() >= CHECKPOINT_EVERY) {
+                    state.save(path, &identity)?;
+                    saved = Instant::now();
+                }
+                if stop {
+                    return Err(FitError::Stopped);
+                }
+            }
+        }
+        let held = evaluate(&net, &state.params, held, &trainer.lookup, params.max_held_rows, params.n_threads)?;
+        state.end_epoch(held, params.decay);
+        if let Some(path) = checkpoint {
+            state.save(path, &identity)?;
+        }
+    }
+    let best = state.best_epoch(params.decay);
+    Ok(Fitted { params: state.best, best, history: state.history })
+}
+
+impl State {
+    /// Files an epoch's results, and its parameters if they are the best so far.
+    fn end_epoch(&mut self, held: Vec<HeadScore>, decay: f32) {
+        let losses = std::mem::take(&mut self.losses);
+        let tenth = losses.len().div_ceil(10).max(1);
+        let train_loss = losses.chunks(tenth).map(|part| part.iter().sum::<f32>() / part.len() as f32).collect();
+        self.history.push(Epoch { train_loss, held });
+        if self.best_epoch(decay) + 1 == self.history.len() {
+            self.best.clone_from(&self.params);
+        }
+    }
+
+    fn best_epoch(&self, decay: f32) -> usize {
+        let loss = |i: usize| self.history[i].held_loss(decay);
+        (0..self.history.len()).min_by(|&a, &b| loss(a).total_cmp(&loss(b))).unwrap_or(0)
+    }
+}
+
+/// Which minibatches come when.
+struct Plan {
+    /// Minibatches of each shard.
+    batches: Vec<usize>,
+    epochs: usize,
+    seed: u64,
+}
+
+impl Plan {
+    fn new(shards: &Shards, params: &FitParams) -> Self {
+        // A shard's rows make minibatches of nearly equal size, none of which crosses into the next shard.
+        let batches = |i: usize| if shards.n_rows_of(i) == 0 { 0 } else { (shards.n_rows_of(i) / params.batch).max(1) };
+        Self { batches: (0..shards.len()).map(batches).collect(), epochs: params.epochs, seed: params.seed }
+    }
+
+    fn n_steps(&self) -> usize {
+        self.epochs * self.batches.iter().sum::<usize>()
+    }
+
+    /// The shards in this epoch's order, each with its first step.
+    fn epoch(&self, epoch: usize) -> Vec<(usize, usize)> {
+        let mut order: Vec<usize> = (0..self.batches.len()).collect();
+        fastrand::Rng::with_seed(self.seed.wrapping_add(epoch as u64)).shuffle(&mut order);
+        let mut step = epoch * self.batches.iter().sum::<usize>();
+        let mut first = |shard: usize| {
+            step += self.batches[shard];
+            (shard, step - self.batches[shard])
+        };
+        order.into_iter().map(&mut first).collect()
+    }
+}
+
+/// Rows that have something to predict, in random order.
+fn shuffled_rows(shard: &Shard, seed: u64) -> Vec<u32> {
+    let mut rows: Vec<u32> = (0..shard.n_rows() as u32).filter(|row| shard.n_targets(*row as usize) > 0).collect();
+    fastrand::Rng::with_seed(seed).shuffle(&mut rows);
+    rows
+}
+
+/// Does steps.
+struct Trainer<'a> {
+    net: &'a Net,
+    params: &'a FitParams,
+    lookup: Lookup<'a>,
+    /// One gradient per thread, zero between steps.
+    grads: Vec<Vec<f32>>,
+}
+
+impl<'a> Trainer<'a> {
+    fn new(net: &'a Net, matrices: &'a Matrices, params: &'a FitParams) -> Self {
+        let grads = vec![vec![0.0; net.n_params()]; params.n_threads.max(1)];
+        Self { net, params, lookup: Lookup::new(matrices), grads }
+    }
+
+    /// One minibatch: labels, classes, gradients of each thread's rows, one optimizer step.
+    fn step(&mut self, state: &mut State, shard: &Shard, rows: &[u32], n_steps: usize) -> f32 {
+        let params = self.params;
+        let mut labels = self.lookup.labels(shard, rows, self.net.n_heads(), params.teaching);
+        let classes = if params.n_classes == 0 {
+            Classes::all(self.lookup.output())
+        } else {
+            let mut rng = fastrand::Rng::with_seed(params.seed.wrapping_mul(31).wrapping_add(state.step as u64));
+            Classes::sample(self.lookup.output(), &mut labels, params.n_classes, &mut rng)
+        };
+        let (net, lookup, n_threads) = (self.net, &self.lookup, self.grads.len());
+        let loss: f64 = std::thread::scope(|scope| {
+            let (weights, labels, classes) = (&state.params, &labels, &classes);
+            let work = |(i, grad): (usize, &'_ mut Vec<f32>)| {
+                let range = i * rows.len() / n_threads..(i + 1) * rows.len() / n_threads;
+                let part = Part { shard, rows, range, labels, classes };
+                part.gradient(net, lookup, weights, params.decay, grad)
+            };
+            let workers: Vec<_> = self.grads.iter_mut().enumerate().map(|job| scope.spawn(move || work(job))).collect();
+            workers.into_iter().map(|w| w.join().expect("a worker does not panic")).sum()
+        });
+        state.step += 1;
+        state.losses.push(loss as f32);
+        self.optimize(state, n_steps);
+        loss as f32
+    }
+
+    /// AdamW, each thread on its part of the parameters.
+    fn optimize(&mut self, state: &mut State, n_steps: usize) {
+        let (step, params) = (state.step as f32, self.params);
+        let warm_up = (n_steps as f32 / 20.0).clamp(1.0, 100.0);
+        let part = ((step - warm_up) / (n_steps as f32 - warm_up).max(1.0)).clamp(0.0, 1.0);
+        let cosine = 0.05 + 0.95 * (0.5 + 0.5 * (std::f32::consts::PI * part).cos());
+        let rate = params.learning_rate * (step / warm_up).min(1.0) * cosine;
+        let adam = AdamStep {
+            rate: rate / (1.0 - 0.9f32.powf(step)),
+            second: 1.0 / (1.0 - 0.98f32.powf(step)),
+            decay: rate * params.weight_decay,
+        };
+        let n = state.params.len().div_ceil(self.grads.len()).max(1);
+        let mut grads: Vec<_> = self.grads.iter_mut().map(|grad| grad.chunks_mut(n)).collect();
+        std::thread::scope(|scope| {
+            let moments = state.m.chunks_mut(n).zip(state.v.chunks_mut(n));
+            for (weights, (m, v)) in state.params.chunks_mut(n).zip(moments) {
+                let mut grads: Vec<&mut [f32]> = grads.iter_mut().filter_map(Iterator::next).collect();
+                scope.spawn(move || lanes::adam(adam, weights, m, v, &mut grads));
+            }
+        });
+    }
+}
+
+/// One thread's rows of a minibatch.
+struct Part<'a> {
+    shard: &'a Shard,
+    /// The whole minibatch.
+    rows: &'a [u32],
+    range: std::ops::Range<usize>,
+    labels: &'a Labels,
+    classes: &'a Classes<'a>,
+}
+
+impl Part<'_> {
+    /// Adds the gradient of the loss per row of the minibatch; returns this part's share of that loss.
+    fn gradient(&self, net: &Net, lookup: &Lookup<'_>, params: &[f32], decay: f32, grad: &mut [f32]) -> f64 {
+        let rows = &self.rows[self.range.clone()];
+        let (x, e) = lookup.inputs(self.shard, rows, net.n_heads());
+        let trace = net.forward(params, &x, &e);
+        let mut loss = 0.0;
+        let mut dz = vec![Array2::zeros(x.dim()); net.n_heads()];
+        for (head, dz) in dz.iter_mut().enumerate() {
+            let weight = decay.powi(head as i32) / self.rows.len() as f32;
+            let first = head * self.rows.len() + self.range.start;
+            let z = net.state(&trace, head);
+            loss += self.classes.cross_entropy(z, self.labels, first, weight, dz.slice_mut(s![.., ..]));
+        }
+        net.backward(params, &x, &e, &trace, dz, grad);
+        loss
+    }
+}

@@ -1,0 +1,299 @@
+//! Training data as files: what a model thought at each position of its own answers. Reads safetensors shards, one at a
+//! time; knows nothing of networks.
+//!
+//! A shard's rows are positions, answers one after the other. Row i has the post-norm hidden state (`hidden` F16 [n, d]),
+//! the token that follows (`next` U32 [n]), how many rows of the same answer follow (`remaining` U32 [n]), and the model's
+//! most likely tokens after this row with their probabilities (`top` U32 [n, k], `top_p` F16 [n, k]).
+
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use crate::llama::{LlamaError, Model};
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+use ndarray::Array2;
+use safetensors::{Dtype, SafeTensors};
+
+/// Why data could not be read.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {reason}", path.display())]
+pub struct DataError {
+    /// The file or folder.
+    pub path: PathBuf,
+    /// What is wrong.
+    pub reason: String,
+}
+
+impl DataError {
+    fn new(path: &Path, reason: impl ToString) -> Self {
+        Self { path: path.to_owned(), reason: reason.to_string() }
+    }
+}
+
+/// The shards of one kind in a folder.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Shards {
+    files: Vec<(PathBuf, usize)>,
+}
+
+/// One shard in memory.
+pub struct Shard {
+    n_embd: usize,
+    k: usize,
+    hidden: Vec<f16>,
+    next: Vec<u32>,
+    remaining: Vec<u32>,
+    top: Vec<u32>,
+    top_p: Vec<f16>,
+}
+
+/// The model's matrices that fitting reads.
+pub struct Matrices {
+    /// Embeddings [V, d].
+    pub embedding: Array2<f32>,
+    /// Output rows of the draft vocabulary [n, d].
+    pub output: Array2<f32>,
+    /// The token of each output row.
+    pub token_map: Vec<u32>,
+}
+
+impl Shards {
+    /// Finds the shards named `{prefix}*.safetensors`, in order of their names, and reads how many rows each has.
+    ///
+    /// # Errors
+    /// When the folder or a shard's header cannot be read.
+    pub fn open(folder: &Path, prefix: &str) -> Result<Self, DataError> {
+        let fail = |e: std::io::Error| DataError::new(folder, e);
+        let mut files = Vec::new();
+        for entry in std::fs::read_dir(folder).map_err(fail)? {
+            let path = entry.map_err(fail)?.path();
+            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            if name.starts_with(prefix) && name.ends_with(".safetensors") {
+                let n_rows = n_rows(&path)?;
+                files.push((path, n_rows));
+            }
+        }
+        files.sort();
+        Ok(Self { files })
+    }
+
+    /// Shards.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.files.len()
+    }
+
+    /// There are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.files.is_empty()
+    }
+
+    /// The name of each file and its rows: what tells one set of data from another.
+    pub fn files(&self) -> impl Iterator<Item = (String, usize)> {
+        self.files.iter().map(|(path, n)| (path.file_name().unwrap_or_default().to_string_lossy().into_owned(), *n))
+    }
+
+    /// Rows of all shards.
+    #[must_use]
+    pub fn n_rows(&self) -> usize {
+        self.files.iter().map(|(_, n)| n).sum()
+    }
+
+    /// Rows of one shard.
+    #[must_use]
+    pub fn n_rows_of(&self, shard: usize) -> usize {
+        self.files[shard].1
+    }
+
+    /// Reads one shard.
+    ///
+    /// # Errors
+    /// When the file cannot be read or its tensors do not fit together.
+    pub fn load(&self, shard: usize) -> Result<Shard, DataError> {
+        Shard::read(&self.files[shard].0)
+    }
+
+    /// The `n` tokens that come most often in the answers, the most frequent first: a vocabulary to draft from. Tokens the
+    /// model thought of as likely count by their probability, so that a small sample of text tells more.
+    ///
+    /// # Errors
+    /// When a shard cannot be read.
+    pub fn frequent_tokens(&self, n: usize, n_vocab: usize) -> Result<Vec<u32>, DataError> {
+        let mut counts = vec![0.0f64; n_vocab];
+        for i in 0..self.len() {
+            let shard = self.load(i)?;
+            let likely = shard.top.iter().zip(&shard.top_p).map(|(t, p)| (*t, f64::from(p.to_f32())));
+            for (token, count) in likely.chain(shard.next.iter().map(|t| (*t, 1.0))) {
+                if let Some(sum) = counts.get_mut(token as usize) {
+                    *sum += count;
+                }
+            }
+        }
+        let mut tokens: Vec<u32> = (0..n_vocab as u32).collect();
+        tokens.sort_by(|a, b| counts[*b as usize].total_cmp(&counts[*a as usize]).then(a.cmp(b)));
+        tokens.truncate(n);
+        Ok(tokens)
+    }
+}
+
+/// Rows of a shard, from its header: the length of a JSON text in 8 bytes, then the text.
+fn n_rows(path: &Path) -> Result<usize, DataError> {
+    let fail = |e: &dyn std::fmt::Display| DataError::new(path, e);
+    let mut file = File::open(path).map_err(|e| fail(&e))?;
+    let mut length = [0; 8];
+    file.read_exact(&mut length).map_err(|e| fail(&e))?;
+    let header: serde_json::Value =
+        serde_json::from_reader(file.take(u64::from_le_bytes(length).min(1 << 20))).map_err(|e| fail(&e))?;
+    let n = header["next"]["shape"][0].as_u64().and_then(|n| usize::try_from(n).ok());
+    n.ok_or_else(|| fail(&"has no list `next`"))
+}
+
+impl Shard {
+    fn read(path: &Path) -> Result<Self, DataError> {
+        let bytes = std::fs::read(path).map_err(|e| DataError::new(path, e))?;
+        let file = SafeTensors::deserialize(&bytes).map_err(|e| DataError::new(path, e))?;
+        let tensor = |name: &str, dtype: Dtype| {
+            let view = file.tensor(name).map_err(|e| DataError::new(path, format!("{name}: {e}")))?;
+            if view.dtype() != dtype {
+                return Err(DataError::new(path, format!("{name} is {:?}, not {dtype:?}", view.dtype())));
+            }
+            Ok((view.shape().to_vec(), view.data().to_vec()))
+        };
+        let u32s = |data: &[u8]| data.as_chunks().0.iter().map(|b| u32::from_le_bytes(*b)).collect::<Vec<_>>();
+        let f16s = |data: &[u8]| data.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b)).collect::<Vec<_>>();
+        let (hidden_shape, hidden) = tensor("hidden", Dtype::F16)?;
+        let (next_shape, next) = tensor("next", Dtype::U32)?;
+        let (remaining_shape, remaining) = tensor("remaining", Dtype::U32)?;
+        let (top_shape, top) = tensor("top", Dtype::U32)?;
+        let (top_p_shape, top_p) = tensor("top_p", Dtype::F16)?;
+        let (&[n, n_embd], &[n_top, k]) = (&hidden_shape[..], &top_shape[..]) else {
+            return Err(DataError::new(path, format!("hidden is {hidden_shape:?} and top {top_shape:?}: not matrices")));
+        };
+        if next_shape != [n] || remaining_shape != [n] || n_top != n || top_p_shape != top_shape {
+            let all = format!("{next_shape:?}, {remaining_shape:?}, {top_shape:?}, {top_p_shape:?}");
+            return Err(DataError::new(path, format!("next, remaining, top, top_p are {all} for {n} rows")));
+        }
+        let (next, remaining) = (u32s(&next), u32s(&remaining));
+        if let Some(row) = (0..n).find(|&i| remaining[i] as usize >= n - i) {
+            return Err(DataError::new(path, format!("row {row} of {n} says that {} follow", remaining[row])));
+        }
+        Ok(Self { n_embd, k, hidden: f16s(&hidden), next, remaining, top: u32s(&top), top_p: f16s(&top_p) })
+    }
+
+    /// Rows.
+    #[must_use]
+    pub fn n_rows(&self) -> usize {
+        self.next.len()
+    }
+
+    /// Width of the hidden states.
+    #[must_use]
+    pub fn n_embd(&self) -> usize {
+        self.n_embd
+    }
+
+    /// Writes the hidden state of a row.
+    pub fn hidden(&self, row: usize, to: &mut [f32]) {
+        self.hidden[row * self.n_embd..(row + 1) * self.n_embd].convert_to_f32_slice(to);
+    }
+
+    /// How many heads have something to predict from this row.
+    #[must_use]
+    pub fn n_targets(&self, row: usize) -> usize {
+        self.remaining[row] as usize
+    }
+
+    /// The path's token in column `column` of this row: 0 is the token at the row's own position (the first row of an
+    /// answer does not know it), 1 the one that follows, and so on; `None` past the answer's end.
+    #[must_use]
+    pub fn path(&self, row: usize, column: usize) -> Option<u32> {
+        if column == 0 {
+            let before = row.checked_sub(1)?;
+            return (self.remaining[before] == self.remaining[row] + 1).then(|| self.next[before]);
+        }
+        (self.remaining[row] as usize >= column - 1).then(|| self.next[row + column - 1])
+    }
+
+    /// What the model thought of the token after this row: likely tokens with their probabilities.
+    pub fn likely(&self, row: usize) -> impl Iterator<Item = (u32, f32)> {
+        let range = row * self.k..(row + 1) * self.k;
+        self.top[range.clone()].iter().copied().zip(self.top_p[range].iter().map(|p| p.to_f32()))
+    }
+}
+
+impl Matrices {
+    /// A model's own, with the output rows of `token_map`.
+    ///
+    /// # Errors
+    /// When the model's file cannot be read any more, or a token is not in its vocabulary.
+    pub fn of(model: &Model, token_map: Vec<u32>) -> Result<Self, LlamaError> {
+        let whole = model.embedding_rows()?.matrix()?;
+        let rows = model.output_rows()?;
+        let mut values = Vec::with_capacity(token_map.len() * rows.n_in());
+        token_map.iter().try_for_each(|&t| rows.read(t as usize, 1, &mut values))?;
+        let shaped = |n, d, values| Array2::from_shape_vec((n, d), values).expect("rows of d values");
+        Ok(Self {
+            embedding: shaped(whole.n_out, whole.n_in, whole.values),
+            output: shaped(token_map.len(), rows.n_in(), values),
+            token_map,
+        })
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// Writes a shard of sequences of `(hidden, next, top)`, with one likely token per row.
+    pub(crate) fn write(path: &Path, d: usize, sequences: &[Vec<(Vec<f32>, u32, u32)>]) {
+        let rows: Vec<_> = sequences.iter().flatten().collect();
+        let n = rows.len();
+        let bytes = |values: &[u32]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+        let halves = |v: &[f32]| v.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect::<Vec<u8>>();
+        let hidden: Vec<f32> = rows.iter().flat_map(|r| r.0.clone()).collect();
+        let remaining: Vec<u32> = sequences.iter().flat_map(|s| (0..s.len() as u32).rev()).collect();
+        let next = bytes(&rows.iter().map(|r| r.1).collect::<Vec<_>>());
+        let top = bytes(&rows.iter().map(|r| r.2).collect::<Vec<_>>());
+        let (hidden, remaining, top_p) = (halves(&hidden), bytes(&remaining), halves(&vec![1.0; n]));
+        let view = |dtype, shape: &[usize], data| {
+            safetensors::tensor::TensorView::new(dtype, shape.to_vec(), data).expect("shape fits")
+        };
+        let tensors = [
+            ("hidden", view(Dtype::F16, &[n, d], &hidden)),
+            ("next", view(Dtype::U32, &[n], &next)),
+            ("remaining", view(Dtype::U32, &[n], &remaining)),
+            ("top", view(Dtype::U32, &[n, 1], &top)),
+            ("top_p", view(Dtype::F16, &[n, 1], &top_p)),
+        ];
+        safetensors::serialize_to_file(tensors, None, path).expect("writable");
+    }
+
+    #[test]
+    fn paths_end_with_the_answer() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let row = |t: u32| (vec![t as f32, 0.5], t, t + 10);
+        write(&folder.path().join("train-0.safetensors"), 2, &[vec![row(1), row(2), row(3)], vec![row(4)]]);
+        let shards = Shards::open(folder.path(), "train-").expect("opens");
+        assert_eq!((shards.len(), shards.n_rows()), (1, 4));
+        let shard = shards.load(0).expect("loads");
+        let path = |row: usize| (0..4).map(|c| shard.path(row, c)).collect::<Vec<_>>();
+        assert_eq!(path(0), [None, Some(1), Some(2), Some(3)]);
+        assert_eq!(path(2), [Some(2), Some(3), None, None]);
+        assert_eq!(path(3), [None, Some(4), None, None]);
+        assert_eq!(shard.likely(1).collect::<Vec<_>>(), [(12, 1.0)]);
+        let mut hidden = [0.0; 2];
+        shard.hidden(1, &mut hidden);
+        assert_eq!(hidden, [2.0, 0.5]);
+        assert_eq!(shards.frequent_tokens(2, 20).expect("counts"), [1, 2]);
+    }
+
+    #[test]
+    fn a_shard_that_promises_too_much_is_refused() {
+        let folder = tempfile::tempdir().expect("a folder");
+        std::fs::write(folder.path().join("train-0.safetensors"), b"no tensors").expect("writable");
+        assert!(Shards::open(folder.path(), "train-").is_err());
+        assert!(Shards::open(folder.path(), "held-").expect("none of these").is_empty());
+    }
+}
