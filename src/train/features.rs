@@ -5,10 +5,10 @@
 //!
 //! | tensor | shape | what |
 //! |---|---|---|
-//! | `hidden` | F16 [n, n_embd] | post-norm hidden state at the row's position |
-//! | `next` | U32 [n] | the token behind it |
-//! | `remaining` | U32 [n] | rows of the same sequence that follow |
-//! | `top`, `top_p` | U32, F16 [n, [`TOP`]] | the likeliest tokens there, and their probabilities |
+//! | `hidden` | F16, n x n_embd | post-norm hidden state at the row's position |
+//! | `next` | U32, n | the token behind it |
+//! | `remaining` | U32, n | rows of the same sequence that follow |
+//! | `top`, `top_p` | U32 and F16, n x [`TOP`] | the likeliest tokens there, and their probabilities |
 //!
 //! Every twentieth prompt is held out: its answers are in shards of their own, without the prompts.
 

@@ -1,9 +1,9 @@
 //! Training data as files: what a model thought at each position of its own answers. Reads safetensors shards, one at a
 //! time; knows nothing of networks.
 //!
-//! A shard's rows are positions, answers one after the other. Row i has the post-norm hidden state (`hidden` F16 [n, d]),
-//! the token that follows (`next` U32 [n]), how many rows of the same answer follow (`remaining` U32 [n]), and the model's
-//! most likely tokens after this row with their probabilities (`top` U32 [n, k], `top_p` F16 [n, k]).
+//! A shard's rows are positions, answers one after the other. Row i has the post-norm hidden state (`hidden` F16, n x d),
+//! the token that follows (`next` U32, n), how many rows of the same answer follow (`remaining` U32, n), and the model's
+//! most likely tokens after this row with their probabilities (`top` U32, n x k, `top_p` F16, n x k).
 
 use std::fs::File;
 use std::io::Read;
