@@ -13,7 +13,7 @@ use crate::llama::{self, Quantization};
 /// Where `make model` puts the default model.
 pub const DEFAULT_MODEL: &str = "models/smollm2-135m-instruct-q4_1.gguf";
 
-/// Heads for the default model, as they are shipped.
+/// Where heads for the default model are looked for.
 pub const DEFAULT_HEADS: &str = "heads/smollm2-135m-instruct";
 
 /// What MEDUSA_HEADS says for none.
@@ -69,7 +69,8 @@ pub struct ModelArgs {
 /// Which heads draft; the same for every command that drafts.
 #[derive(Clone, Debug, ClapArgs)]
 pub struct HeadsArgs {
-    /// Folder with heads for the model, or `none`. Without heads nothing is drafted [default: those shipped for the default model]
+    /// Folder with heads for the model, or `none`. Without heads nothing is drafted [default:
+    /// heads/smollm2-135m-instruct, if it exists and the model is the default one]
     #[arg(long = "heads", env = "MEDUSA_HEADS", value_name = "MEDUSA_HEADS")]
     pub folder: Option<PathBuf>,
     /// Use at most this many of the heads
@@ -391,7 +392,7 @@ impl ModelArgs {
 }
 
 impl HeadsArgs {
-    /// The heads to use: what was given, or for the default model those that are shipped with it. `fixed_nodes`: see
+    /// The heads to use: what was given, or for the default model those in its folder, if there are any. `fixed_nodes`: see
     /// [`HeadsParams`].
     #[must_use]
     pub fn params(&self, model: &ModelArgs, fixed_nodes: Option<usize>) -> Option<HeadsParams> {

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use crate::engine::filter::log_sum_exp;
 use crate::llama::{Context, ContextParams, LlamaError, Model, SeqId, Token};
+use crate::vector::log_sum_exp;
 
 /// Tokens that are read together; the model knows nothing of what stood before.
 pub const WINDOW: usize = 512;

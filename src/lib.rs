@@ -40,6 +40,7 @@
 //! | [`speculate`] | `heads` (files), `medusa` and `conditioned` (drafting), `tree`, `calibration`, `cost`, `policy` | requests, cells |
 //! | [`train`] | heads from a model's own answers: answers, features, fit | HTTP |
 //! | [`eval`], [`plot`] | perplexity; SVG plots | requests |
+//! | [`vector`] | loops over logits as vector code | what they are for |
 //! | [`llama`] | the fence around C: model, context, samplers, and small networks on ggml's kernels | requests, slots |
 //!
 //! # Invariants
@@ -64,3 +65,4 @@ pub mod plot;
 pub mod request;
 pub mod speculate;
 pub mod train;
+pub mod vector;

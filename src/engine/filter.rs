@@ -5,6 +5,7 @@
 //! logit, one adds up the probabilities, and only the tokens within reach of the top are collected and sorted.
 
 use crate::llama::Token;
+use crate::vector::{NEGLIGIBLE, exp_below, largest, sum_exp};
 
 /// What to keep of a row.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -21,8 +22,7 @@ pub struct Filter {
 
 /// Distances from the largest logit within which tokens are collected, tried in turn until enough are found. All tokens
 /// beyond the last one together have less probability than rounding loses.
-const REACHES: [f32; 5] = [3.0, 6.0, 10.0, 16.0, 32.0];
-const FARTHEST: f32 = REACHES[REACHES.len() - 1];
+const REACHES: [f32; 5] = [3.0, 6.0, 10.0, 16.0, NEGLIGIBLE];
 
 impl Filter {
     /// Fills `kept` with the tokens that are left and their unnormalised probabilities, in ascending order of token id: that
@@ -43,15 +43,15 @@ impl Filter {
         }
         if self.top_p < 1.0 {
             // Probabilities are of what top-k left.
-            let sum = if self.top_k > 0 { kept.iter().map(|k| exp(k.1 - max)).sum() } else { sum_exp(logits, max) };
+            let sum = if self.top_k > 0 { kept.iter().map(|k| exp_below(k.1 - max)).sum() } else { sum_exp(logits, max) };
             let enough = self.top_p * sum;
             if self.top_k == 0 {
-                self.collect(logits, max, kept, |kept| kept.iter().map(|k| exp(k.1 - max)).sum::<f32>() >= enough);
+                self.collect(logits, max, kept, |kept| kept.iter().map(|k| exp_below(k.1 - max)).sum::<f32>() >= enough);
             }
             kept.sort_unstable_by(more_likely);
             let mut mass = 0.0;
             let beyond = kept.iter().position(|k| {
-                mass += exp(k.1 - max);
+                mass += exp_below(k.1 - max);
                 mass >= enough
             });
             kept.truncate(beyond.map_or(kept.len(), |i| i + 1));
@@ -93,107 +93,10 @@ fn more_likely(a: &(Token, f32), b: &(Token, f32)) -> std::cmp::Ordering {
     b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
 }
 
-/// Values that are worked on together: eight registers of the smallest x86-64, two of the largest.
-const LANES: usize = 32;
-
-/// The largest value; NaN never is. Negative infinity for none.
-#[must_use]
-pub fn largest(values: &[f32]) -> f32 {
-    pulp::Arch::new().dispatch(|| largest_lanes(values))
-}
-
-#[inline(always)] // into the code that `dispatch` compiles for each processor
-fn largest_lanes(values: &[f32]) -> f32 {
-    let mut lanes = [f32::NEG_INFINITY; LANES];
-    let (chunks, rest) = values.as_chunks::<LANES>();
-    for chunk in chunks {
-        for (lane, &v) in lanes.iter_mut().zip(chunk) {
-            *lane = if v > *lane { v } else { *lane };
-        }
-    }
-    lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m })
-}
-
-/// Fills `best` with the `k` largest values and their places, best first; of equal ones the first places. NaN never is.
-pub fn largest_k(values: &[f32], k: usize, best: &mut Vec<(Token, f32)>) {
-    best.clear();
-    if k > 0 {
-        pulp::Arch::new().dispatch(|| largest_k_blocks(values, k, best));
-    }
-}
-
-#[inline(always)]
-fn largest_k_blocks(values: &[f32], k: usize, best: &mut Vec<(Token, f32)>) {
-    let mut least = f32::NEG_INFINITY;
-    for (block, chunk) in values.chunks(LANES).enumerate() {
-        // Most blocks have none: one comparison per value, without a branch.
-        if best.len() == k && !chunk.iter().fold(false, |any, &v| any | (v > least)) {
-            continue;
-        }
-        for (i, &value) in chunk.iter().enumerate().filter(|(_, v)| !v.is_nan()) {
-            if best.len() < k || value > least {
-                best.truncate(k - 1);
-                let place = best.partition_point(|&(_, better)| better >= value);
-                best.insert(place, (Token((block * LANES + i) as i32), value));
-                least = best[best.len() - 1].1;
-            }
-        }
-    }
-}
-
-/// The logarithm of the sum of `e^v`: what turns logits into logarithms of probabilities.
-#[must_use]
-pub fn log_sum_exp(values: &[f32]) -> f32 {
-    let max = largest(values);
-    max + sum_exp(values, max).ln()
-}
-
-/// The sum of `e^(v - max)`.
-fn sum_exp(values: &[f32], max: f32) -> f32 {
-    pulp::Arch::new().dispatch(|| sum_exp_lanes(values, max))
-}
-
-#[inline(always)]
-fn sum_exp_lanes(values: &[f32], max: f32) -> f32 {
-    let mut lanes = [0.0f32; LANES];
-    let (chunks, rest) = values.as_chunks::<LANES>();
-    for chunk in chunks {
-        for (lane, &v) in lanes.iter_mut().zip(chunk) {
-            *lane += exp(v - max);
-        }
-    }
-    lanes.iter().sum::<f32>() + rest.iter().map(|&v| exp(v - max)).sum::<f32>()
-}
-
-/// `e^x` for x at most 0, to some 2 units in the last place; 0 below -32 and for NaN. Without branches or calls, so that
-/// loops over it become vector code.
-#[inline(always)]
-fn exp(x: f32) -> f32 {
-    // 2^n e^f with |f| at most ln(2)/2; adding this number rounds to an integer, which then stands in the low bits.
-    const ROUND: f32 = 12_582_912.0;
-    let clamped = if x > -FARTHEST { x } else { -FARTHEST };
-    let rounded = clamped * std::f32::consts::LOG2_E + ROUND;
-    let n = rounded - ROUND;
-    let f = clamped - n * 0.693_359_4 + n * 2.121_944_4e-4; // ln(2) in two parts
-    let series = 1.0 + f * (1.0 + f * (0.5 + f * (1.0 / 6.0 + f * (1.0 / 24.0 + f * (1.0 / 120.0 + f * (1.0 / 720.0))))));
-    let scaled = f32::from_bits((rounded.to_bits() << 23).wrapping_add(series.to_bits()));
-    if x > -FARTHEST { scaled } else { 0.0 }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
-
-    #[test]
-    fn exp_is_exp() {
-        for i in 0..320_000 {
-            let x = -(i as f32) * 1e-4;
-            let (ours, exact) = (f64::from(exp(x)), f64::from(x).exp());
-            assert!((ours - exact).abs() <= exact * 4e-7, "{x}: {ours} {exact}");
-        }
-        assert_eq!((exp(-40.0), exp(f32::NEG_INFINITY), exp(f32::NAN), exp(0.0)), (0.0, 0.0, 0.0, 1.0));
-    }
 
     /// The definitions, by sorting everything, in double precision. Also how close the decision was.
     fn by_definition(f: &Filter, logits: &[f32]) -> (Vec<Token>, f64) {

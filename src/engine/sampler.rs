@@ -4,9 +4,10 @@
 //! draws came before nor on who else is in the batch: the same request with the same seed gives the same text alone, in a
 //! crowd, and with speculation.
 
-use super::filter::{Filter, largest};
+use super::filter::Filter;
 use crate::llama::{Candidates, LlamaError, SamplerChain, Token};
 use crate::request::SamplingParams;
+use crate::vector::largest;
 
 /// The sampler of one request.
 pub struct Sampler {

@@ -5,8 +5,8 @@
 
 use super::calibration::Calibration;
 use super::{Draft, Origin, Tree, Worth};
-use crate::engine::filter::{largest_k, log_sum_exp};
 use crate::llama::{LlamaError, Matrix, MatrixRows, Net, Token, Weights};
+use crate::vector::{largest_k, log_sum_exp};
 
 /// Tokens that each head offers.
 pub(super) const WIDTH: usize = 10;

@@ -24,8 +24,8 @@ use super::answers::Answer;
 use super::fit::FitError;
 use super::fit::shards::Shards;
 use super::prompts::Prompts;
-use crate::engine::filter::{largest_k, log_sum_exp};
 use crate::llama::{Context, ContextParams, Model, SeqId, Token};
+use crate::vector::{largest_k, log_sum_exp};
 
 /// Rows of a shard.
 pub const SHARD: usize = 1 << 16;

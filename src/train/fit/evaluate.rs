@@ -8,6 +8,7 @@ use crate::train::fit::batch::Lookup;
 use crate::train::fit::lanes;
 use crate::train::fit::net::Net;
 use crate::train::fit::shards::{DataError, Shard, Shards};
+use crate::vector::largest;
 
 /// Ranks that are counted one by one.
 const N_RANKS: usize = 16;
@@ -104,7 +105,7 @@ fn part(net: &Net, params: &[f32], shard: &Shard, lookup: &Lookup<'_>, rows: &[u
                 if let Some(count) = score.ranks.get_mut(lanes::count_above(logits, logit)) {
                     *count += 1;
                 }
-                let max = lanes::max(logits);
+                let max = largest(logits);
                 score.loss += f64::from(max + lanes::exp_minus(logits, max).ln() - logit);
             }
         }

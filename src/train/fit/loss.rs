@@ -9,6 +9,7 @@ use ndarray::linalg::general_mat_mul;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
 
 use crate::train::fit::lanes;
+use crate::vector::largest;
 
 /// Rows of logits at a time: 256 rows of 4,096 classes are 4 MiB, which stay in the last cache.
 const CHUNK: usize = 256;
@@ -123,7 +124,7 @@ impl<'a> Classes<'a> {
         }
         let label: f32 = labels.of(pair).map(|(class, p)| p * logits[class]).sum();
         let (certain, drawn) = logits.split_at_mut(self.n_certain);
-        let max = lanes::max(certain).max(lanes::max(drawn) + self.correction);
+        let max = largest(certain).max(largest(drawn) + self.correction);
         let sum = lanes::exp_minus(certain, max) + lanes::exp_minus(drawn, max - self.correction);
         lanes::scale(logits, weight * mass / sum);
         for (class, p) in labels.of(pair) {

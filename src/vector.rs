@@ -1,0 +1,129 @@
+//! Loops over rows of values, logits most of all, as vector code for the processor at hand. Pure.
+
+use crate::llama::Token;
+
+/// Values that are worked on together: eight registers of the smallest x86-64, two of the largest.
+const LANES: usize = 32;
+
+/// The largest value; NaN never is. Negative infinity for none.
+#[must_use]
+pub fn largest(values: &[f32]) -> f32 {
+    pulp::Arch::new().dispatch(|| largest_lanes(values))
+}
+
+#[inline(always)] // into the code that `dispatch` compiles for each processor
+fn largest_lanes(values: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let (chunks, rest) = values.as_chunks::<LANES>();
+    for chunk in chunks {
+        for (lane, &v) in lanes.iter_mut().zip(chunk) {
+            *lane = if v > *lane { v } else { *lane };
+        }
+    }
+    lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m })
+}
+
+/// Fills `best` with the `k` largest values and their places, best first; of equal ones the first places. NaN never is.
+pub fn largest_k(values: &[f32], k: usize, best: &mut Vec<(Token, f32)>) {
+    best.clear();
+    if k > 0 {
+        pulp::Arch::new().dispatch(|| largest_k_blocks(values, k, best));
+    }
+}
+
+#[inline(always)]
+fn largest_k_blocks(values: &[f32], k: usize, best: &mut Vec<(Token, f32)>) {
+    let mut least = f32::NEG_INFINITY;
+    for (block, chunk) in values.chunks(LANES).enumerate() {
+        // Most blocks have none: one comparison per value, without a branch.
+        if best.len() == k && !chunk.iter().fold(false, |any, &v| any | (v > least)) {
+            continue;
+        }
+        for (i, &value) in chunk.iter().enumerate().filter(|(_, v)| !v.is_nan()) {
+            if best.len() < k || value > least {
+                best.truncate(k - 1);
+                let place = best.partition_point(|&(_, better)| better >= value);
+                best.insert(place, (Token((block * LANES + i) as i32), value));
+                least = best[best.len() - 1].1;
+            }
+        }
+    }
+}
+
+/// The logarithm of the sum of `e^v`: what turns logits into logarithms of probabilities.
+#[must_use]
+pub fn log_sum_exp(values: &[f32]) -> f32 {
+    let max = largest(values);
+    max + sum_exp(values, max).ln()
+}
+
+/// The sum of `e^(v - max)`, where `max` is the largest.
+#[must_use]
+pub fn sum_exp(values: &[f32], max: f32) -> f32 {
+    pulp::Arch::new().dispatch(|| sum_exp_lanes(values, max))
+}
+
+#[inline(always)]
+fn sum_exp_lanes(values: &[f32], max: f32) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let (chunks, rest) = values.as_chunks::<LANES>();
+    for chunk in chunks {
+        for (lane, &v) in lanes.iter_mut().zip(chunk) {
+            *lane += exp_below(v - max);
+        }
+    }
+    lanes.iter().sum::<f32>() + rest.iter().map(|&v| exp_below(v - max)).sum::<f32>()
+}
+
+/// Behind `e^-NEGLIGIBLE`, what all tokens of a vocabulary have together is less than rounding loses.
+pub const NEGLIGIBLE: f32 = 32.0;
+
+/// `e^x` for x at most 0; 0 below `-NEGLIGIBLE` and for NaN.
+#[inline(always)]
+#[must_use]
+pub fn exp_below(x: f32) -> f32 {
+    let scaled = exp(x);
+    if x > -NEGLIGIBLE { scaled } else { 0.0 }
+}
+
+/// `e^x` for `-87 <= x <= 87`, clamped outside, to some 2 units in the last place. Without branches or calls, so that loops
+/// over it become vector code. NaN gives anything.
+#[inline(always)]
+#[must_use]
+pub fn exp(x: f32) -> f32 {
+    // 2^n e^f with |f| at most ln(2)/2; adding this number rounds to an integer, which then stands in the low bits.
+    const ROUND: f32 = 12_582_912.0;
+    let clamped = x.clamp(-87.0, 87.0);
+    let rounded = clamped * std::f32::consts::LOG2_E + ROUND;
+    let n = rounded - ROUND;
+    let f = clamped - n * 0.693_359_4 + n * 2.121_944_4e-4; // ln(2) in two parts
+    let series = 1.0 + f * (1.0 + f * (0.5 + f * (1.0 / 6.0 + f * (1.0 / 24.0 + f * (1.0 / 120.0 + f * (1.0 / 720.0))))));
+    f32::from_bits((rounded.to_bits() << 23).wrapping_add(series.to_bits()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_close_over_its_range() {
+        for i in -8700..8700 {
+            let x = i as f32 / 100.0;
+            let (ours, exact) = (exp(x), x.exp());
+            assert!((ours - exact).abs() <= 4e-7 * exact, "{x}: {ours}, not {exact}");
+        }
+    }
+
+    #[test]
+    fn below_zero_it_is_exp_until_it_is_negligible() {
+        for i in 0..320_000 {
+            let x = -(i as f32) * 1e-4;
+            let (ours, exact) = (f64::from(exp_below(x)), f64::from(x).exp());
+            assert!((ours - exact).abs() <= exact * 4e-7, "{x}: {ours} {exact}");
+        }
+        assert_eq!(
+            (exp_below(-40.0), exp_below(f32::NEG_INFINITY), exp_below(f32::NAN), exp_below(0.0)),
+            (0.0, 0.0, 0.0, 1.0)
+        );
+    }
+}
