@@ -1,6 +1,6 @@
 //! The network of Medusa heads: residual blocks and an output matrix, on ggml's kernels.
 
-use super::store::{self, Matrix, Store, Tensor};
+use super::store::{self, Matrix, Precision, Store, Tensor};
 use super::{LlamaError, sys};
 
 /// `x + SiLU(W x + b)`.
@@ -50,11 +50,14 @@ impl Net {
         }
         let matrices = w.outputs.iter().chain(w.blocks.iter().flatten().map(|b| &b.weight));
         let n_biases: usize = w.blocks.iter().map(Vec::len).sum();
-        let store = Store::new(matrices.map(|m| m.values.len()).sum(), w.n_embd * n_biases, n_threads)?;
-        let block = |b: &Block| Ok((store.matrix(&b.weight)?, b.bias.as_deref().map(|b| store.vector(b)).transpose()?));
-        let blocks = w.blocks.iter().map(|blocks| blocks.iter().map(block).collect::<Result<_, LlamaError>>());
+        let mut store = Store::new(matrices.map(|m| m.values.len()).sum(), w.n_embd * n_biases, n_threads)?;
+        let mut block = |b: &Block| {
+            let weight = store.matrix(&b.weight, Precision::Eight)?;
+            Ok((weight, b.bias.as_deref().map(|b| store.vector(b)).transpose()?))
+        };
+        let blocks = w.blocks.iter().map(|blocks| blocks.iter().map(&mut block).collect::<Result<_, LlamaError>>());
         let blocks = blocks.collect::<Result<_, _>>()?;
-        let outputs = w.outputs.iter().map(|m| store.matrix(m)).collect::<Result<_, _>>()?;
+        let outputs = w.outputs.iter().map(|m| store.matrix(m, Precision::Four)).collect::<Result<_, _>>()?;
         Ok(Self { store, blocks, outputs, n_embd: w.n_embd, n_out, results: vec![] })
     }
 
@@ -158,28 +161,53 @@ pub(super) mod tests {
         (0..n).map(|_| next()).collect()
     }
 
+    /// Values that 4 bits hold exactly: sixteen steps, the lowest and the highest in each 32.
+    pub(in crate::llama) fn on_grid(n: usize, seed: u64) -> Vec<f32> {
+        let mut values = random(n, seed, 1.0);
+        values.iter_mut().for_each(|v| *v = ((*v + 0.5) * 15.99).floor() / 16.0 - 0.5);
+        values.chunks_mut(32).for_each(|block| {
+            block[0] = -0.5;
+            block[1] = 15.0 / 16.0 - 0.5;
+        });
+        values
+    }
+
     #[test]
     fn ggml_computes_the_formula() {
-        // Odd sizes are F16, multiples of 32 8-bit.
-        for (n_embd, n_out, n_nets, n_blocks, shared, n_rows) in
-            [(64, 100, 3, 1, true, 5), (96, 33, 2, 2, false, 1), (30, 7, 4, 1, false, 9), (32, 1, 1, 0, true, 2)]
-        {
+        // Rows that 32 does not divide are F16, others quantized, and repacked where 8 divides their number.
+        for (n_embd, n_out, n_nets, n_blocks, shared, n_rows) in [
+            (64, 100, 3, 1, true, 5),
+            (96, 33, 2, 2, false, 1),
+            (30, 7, 4, 1, false, 9),
+            (32, 1, 1, 0, true, 2),
+            (32, 8, 1, 1, true, 1),
+            (576, 40, 2, 1, true, 7),
+            (64, 1000, 1, 1, true, 33),
+            (96, 16, 1, 1, false, 600),
+        ] {
             let matrix = |n_out, seed| Matrix { n_out, n_in: n_embd, values: random(n_out * n_embd, seed, 1.0) };
             let block =
                 |seed| Block { weight: matrix(n_embd, seed), bias: (seed % 2 == 0).then(|| random(n_embd, seed + 9, 1.0)) };
             let w = Weights {
                 n_embd,
                 blocks: (0..n_nets).map(|i| (0..n_blocks).map(|j| block(10 * i + j)).collect()).collect(),
-                outputs: (0..if shared { 1 } else { n_nets }).map(|i| matrix(n_out, 77 + i)).collect(),
+                outputs: (0..if shared { 1 } else { n_nets })
+                    .map(|i| Matrix { values: on_grid(n_out * n_embd, 77 + i), ..matrix(n_out, 0) })
+                    .collect(),
             };
             let mut net = Net::new(&w, 2).unwrap();
-            for n_rows in [n_rows, n_rows + 3] {
+            for n_rows in [n_rows, n_rows + 1, n_rows + 3] {
                 let x = random(n_rows * n_embd, 5, 4.0);
                 let (got, want) = (net.forward(&x).unwrap().to_vec(), twin(&w, &x));
                 assert_eq!(got.len(), want.len());
                 let size = (want.iter().map(|v| v * v).sum::<f32>() / want.len() as f32).sqrt();
                 let far = got.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-                assert!(far < 0.05 * size, "{n_embd} {n_out} {n_nets}: {far} of {size}");
+                assert!(far < 0.05 * size, "{n_embd} {n_out} {n_nets} {n_rows}: {far} of {size}");
+                // A row does not depend on the rows beside it.
+                let alone = net.forward(&x[..n_embd]).unwrap();
+                for net in 0..n_nets as usize {
+                    assert_eq!(alone[net * n_out..][..n_out], got[net * n_rows * n_out..][..n_out]);
+                }
             }
         }
     }

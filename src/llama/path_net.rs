@@ -3,7 +3,7 @@
 //! With `z` the state before (the model's hidden state at first) and `e` the embedding of the path's newest token, head `h` has
 //! `z' = z + V SiLU(W z + U e + b)`, and its logits are `Out z'`. So a path's state holds what its tokens were.
 
-use super::store::{self, Matrix, Store, Tensor};
+use super::store::{self, Matrix, Precision, Store, Tensor};
 use super::{LlamaError, sys};
 
 /// One head.
@@ -55,10 +55,13 @@ impl PathNet {
             return Err(misuse("shapes do not fit together"));
         }
         let n_steps = weights.steps.len();
-        let store = Store::new(output.values.len() + 3 * n_steps * width * d, n_steps * width, n_threads)?;
-        let step = |s: &PathStep| Ok([store.matrix(&s.w)?, store.matrix(&s.u)?, store.matrix(&s.v)?, store.vector(&s.b)?]);
-        let steps = weights.steps.iter().map(step).collect::<Result<_, LlamaError>>()?;
-        let shared = store.matrix(output)?;
+        let mut store = Store::new(output.values.len() + 3 * n_steps * width * d, n_steps * width, n_threads)?;
+        let mut steps = vec![];
+        for s in &weights.steps {
+            let [w, u, v] = [&s.w, &s.u, &s.v].map(|m| store.matrix(m, Precision::Eight));
+            steps.push([w?, u?, v?, store.vector(&s.b)?]);
+        }
+        let shared = store.matrix(output, Precision::Four)?;
         Ok(Self { store, steps, output: shared, n_embd: d, width, n_out: output.n_out, results: vec![] })
     }
 
@@ -113,7 +116,7 @@ impl PathNet {
 
 #[cfg(test)]
 mod tests {
-    use super::super::net::tests::random;
+    use super::super::net::tests::{on_grid, random};
     use super::*;
 
     fn product(m: &Matrix, x: &[f32]) -> Vec<f32> {
@@ -132,7 +135,7 @@ mod tests {
 
     #[test]
     fn ggml_computes_the_formula() {
-        for (d, width, n_out, n_rows) in [(64, 96, 100, 5), (32, 32, 7, 1), (30, 34, 9, 3)] {
+        for (d, width, n_out, n_rows) in [(64, 96, 100, 5), (32, 32, 7, 1), (30, 34, 9, 3), (64, 64, 96, 12)] {
             let matrix = |n_out, n_in, seed| Matrix { n_out, n_in, values: random(n_out * n_in, seed, 0.5) };
             let step = |i| PathStep {
                 w: matrix(width, d, i),
@@ -140,7 +143,7 @@ mod tests {
                 v: matrix(d, width, i + 2),
                 b: random(width, i + 3, 1.0),
             };
-            let output = matrix(n_out, d, 40);
+            let output = Matrix { values: on_grid(n_out * d, 40), ..matrix(n_out, d, 0) };
             let weights = PathWeights { n_embd: d, steps: vec![step(1), step(11)], output: None };
             let mut net = PathNet::new(&weights, &output, 2).unwrap();
             let (z, e) = (random(n_rows * d, 5, 4.0), random(n_rows * d, 6, 4.0));

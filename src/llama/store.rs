@@ -1,7 +1,7 @@
-//! Weights in ggml's memory and room to compute with them: what the networks of heads have in common. Weights are 8-bit where
-//! their rows allow it, F16 elsewhere.
+//! Weights in ggml's memory and room to compute with them: what the networks of heads have in common. Weights are quantized
+//! where their rows allow it, F16 elsewhere, and repacked where the processor has kernels for that.
 
-use std::ffi::c_void;
+use std::ffi::{CStr, c_void};
 use std::ptr::NonNull;
 
 use super::{LlamaError, start_backend, sys};
@@ -26,9 +26,20 @@ impl Matrix {
 
 pub(super) type Tensor = NonNull<sys::ggml_tensor>;
 
+/// How finely a matrix is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Precision {
+    /// 8 bits and a scale for each 32 values: for what a state goes through.
+    Eight,
+    /// 4 bits, a scale and an offset for each 32 values: for matrices so large that reading them takes the time.
+    Four,
+}
+
 /// Weights that live as long as it, and an arena for graphs. Belongs to one thread.
 pub(super) struct Store {
     weights: NonNull<sys::ggml_context>,
+    /// Memory of the repacked weights, one buffer each.
+    repacked: Vec<Buffer>,
     arena: Vec<u64>,
     n_threads: usize,
 }
@@ -37,6 +48,39 @@ impl Drop for Store {
     fn drop(&mut self) {
         // SAFETY: made by `ggml_init`, freed once; the tensors live in it.
         unsafe { sys::ggml_free(self.weights.as_ptr()) };
+    }
+}
+
+/// Memory of one tensor whose values stand in an order of their own.
+struct Buffer(NonNull<sys::ggml_backend_buffer>);
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        // SAFETY: allocated by ggml, freed once. It does not touch the tensor in it.
+        unsafe { sys::ggml_backend_buffer_free(self.0.as_ptr()) };
+    }
+}
+
+/// The kind of memory in which ggml's CPU backend repacks matrices for the processor, if this build has it.
+fn repacking() -> Option<sys::ggml_backend_buffer_type_t> {
+    // SAFETY: plain lookups in ggml's registry, null where there is nothing; the function's type is the one that
+    // ggml-backend.h declares for this name, and its result ends with a null.
+    unsafe {
+        let device = sys::ggml_backend_dev_by_type(sys::GGML_BACKEND_DEVICE_TYPE_CPU);
+        if device.is_null() {
+            return None;
+        }
+        let registry = sys::ggml_backend_dev_backend_reg(device);
+        let address = sys::ggml_backend_reg_get_proc_address(registry, c"ggml_backend_dev_get_extra_bufts".as_ptr());
+        let extra = std::mem::transmute::<*mut c_void, sys::ggml_backend_dev_get_extra_bufts_t>(address)?;
+        let mut kinds = extra(device);
+        while !kinds.is_null() && !(*kinds).is_null() {
+            if CStr::from_ptr(sys::ggml_backend_buft_name(*kinds)) == c"CPU_REPACK" {
+                return Some(*kinds);
+            }
+            kinds = kinds.add(1);
+        }
+        None
     }
 }
 
@@ -53,7 +97,7 @@ impl Store {
         // SAFETY: no buffer of ours is passed; C allocates or returns null.
         let weights = NonNull::new(unsafe { sys::ggml_init(params) })
             .ok_or_else(|| LlamaError::Context(format!("no memory for {bytes} bytes of weights")))?;
-        Ok(Self { weights, arena: vec![], n_threads: n_threads.max(1) })
+        Ok(Self { weights, repacked: vec![], arena: vec![], n_threads: n_threads.max(1) })
     }
 
     fn tensor(&self, kind: sys::ggml_type, n_in: usize, n_out: usize) -> Result<Tensor, LlamaError> {
@@ -63,7 +107,7 @@ impl Store {
     }
 
     /// Takes a matrix in, quantized.
-    pub(super) fn matrix(&self, m: &Matrix) -> Result<Tensor, LlamaError> {
+    pub(super) fn matrix(&mut self, m: &Matrix, precision: Precision) -> Result<Tensor, LlamaError> {
         if !m.is(m.n_out, m.n_in) {
             return Err(LlamaError::Misuse(format!(
                 "a matrix of {} values is not {} x {}",
@@ -72,16 +116,45 @@ impl Store {
                 m.n_in
             )));
         }
-        // Q8_0 has a scale for each 32 values of a row.
-        let kind = if m.n_in.is_multiple_of(32) { sys::GGML_TYPE_Q8_0 } else { sys::GGML_TYPE_F16 };
-        let tensor = self.tensor(kind, m.n_in, m.n_out)?;
-        // SAFETY: the tensor holds `n_out` rows of `n_in` values of that type, `values` as many floats (checked above).
-        unsafe {
-            let data = (*tensor.as_ptr()).data;
-            let (n_out, n_in) = (m.n_out as i64, m.n_in as i64);
-            sys::ggml_quantize_chunk(kind, m.values.as_ptr(), data, 0, n_out, n_in, std::ptr::null());
+        let kind = match precision {
+            _ if !m.n_in.is_multiple_of(32) => sys::GGML_TYPE_F16,
+            Precision::Eight => sys::GGML_TYPE_Q8_0,
+            Precision::Four => sys::GGML_TYPE_Q4_1,
+        };
+        if let Some(tensor) = self.repacked(m, kind)? {
+            return Ok(tensor);
         }
+        let tensor = self.tensor(kind, m.n_in, m.n_out)?;
+        // SAFETY: the tensor holds as many bytes as its own size says, which the arguments of `quantize` give.
+        unsafe { quantize(m, kind, (*tensor.as_ptr()).data) };
         Ok(tensor)
+    }
+
+    /// Takes a matrix in as the processor's kernels like it best, if they like it in any order of its own.
+    fn repacked(&mut self, m: &Matrix, kind: sys::ggml_type) -> Result<Option<Tensor>, LlamaError> {
+        let Some(memory) = repacking() else { return Ok(None) };
+        // SAFETY: the context is live; a tensor without data is a header that the buffer then gets.
+        unsafe {
+            sys::ggml_set_no_alloc(self.weights.as_ptr(), true);
+            let tensor = self.tensor(kind, m.n_in, m.n_out);
+            sys::ggml_set_no_alloc(self.weights.as_ptr(), false);
+            let tensor = tensor?;
+            let bytes = sys::ggml_nbytes(tensor.as_ptr());
+            let buffer = NonNull::new(sys::ggml_backend_buft_alloc_buffer(memory, bytes))
+                .map(Buffer)
+                .ok_or_else(|| LlamaError::Context(format!("no memory for {bytes} bytes of weights")))?;
+            let start = sys::ggml_backend_buffer_get_base(buffer.0.as_ptr());
+            let status = sys::ggml_backend_tensor_alloc(buffer.0.as_ptr(), tensor.as_ptr(), start);
+            // What repacks the tensor; there is nothing for a type or a shape without kernels.
+            if status != sys::GGML_STATUS_SUCCESS || (*tensor.as_ptr()).extra.is_null() {
+                return Ok(None);
+            }
+            let mut values = vec![0u8; bytes];
+            quantize(m, kind, values.as_mut_ptr().cast());
+            sys::ggml_backend_tensor_set(tensor.as_ptr(), values.as_ptr().cast(), 0, bytes);
+            self.repacked.push(buffer);
+            Ok(Some(tensor))
+        }
     }
 
     /// Takes a vector in.
@@ -138,6 +211,16 @@ impl Store {
         }
         Err(LlamaError::Decode { code: status, reason: "a head's network was not computed".into() })
     }
+}
+
+/// Writes the quantized matrix to `to`.
+///
+/// # Safety
+/// `to` has room for `n_out` rows of `n_in` values of the type, whose blocks divide `n_in`.
+unsafe fn quantize(m: &Matrix, kind: sys::ggml_type, to: *mut c_void) {
+    let (n_out, n_in) = (m.n_out as i64, m.n_in as i64);
+    // SAFETY: by contract; `values` has `n_out` times `n_in` floats.
+    unsafe { sys::ggml_quantize_chunk(kind, m.values.as_ptr(), to, 0, n_out, n_in, std::ptr::null()) };
 }
 
 /// A graph's input: rows of `n_in` values.
