@@ -11,6 +11,7 @@ use std::sync::{Arc, LazyLock};
 use std::time::Instant;
 
 use common::{Server, model_path};
+use medusa_llama::config::DEFAULT_HEADS;
 use medusa_llama::engine::forward::LlamaForward;
 use medusa_llama::engine::sampler::argmax;
 use medusa_llama::engine::{Engine, Job, Layout, Limits};
@@ -265,11 +266,81 @@ fn greedy_text_is_llama_cpps_own() {
     }
     // A server drafts where that pays; here rows are said to cost nothing, so trees of all sizes are verified.
     let mut engine = drafting_engine(heads.path());
-    let accepted: usize = run(&mut engine, &prompts, |i, answer| compare(prompts[i], answer, &texts[i], 2.0 * rounding));
-    let alone: usize = run(&mut engine, &prompts[6..], |_, answer| compare("alone", answer, &texts[6], 2.0 * rounding));
+    let (answers, accepted) = run(&mut engine, &prompts, &GREEDY, 48);
+    prompts.iter().zip(&answers).zip(&texts).for_each(|((prompt, ours), text)| compare(prompt, ours, text, 2.0 * rounding));
+    let (answers, alone) = run(&mut engine, &prompts[6..], &GREEDY, 48);
+    compare("alone", &answers[0], &texts[6], 2.0 * rounding);
     assert!(accepted > 20 && alone > 5, "{accepted} and {alone} drafts were accepted");
     engine.check_nothing_left();
 }
+
+/// The heads that ship change the pace of fifty texts and no text.
+#[test]
+fn shipped_heads_change_no_text() {
+    let topics = ["rain", "a fox", "prime numbers", "the moon", "bread", "trains", "a lighthouse", "ants", "Rome", "sleep"];
+    let asked = |topic: &&str| {
+        [
+            format!("<|im_start|>user\nTell me about {topic}.<|im_end|>\n<|im_start|>assistant\n"),
+            format!("<|im_start|>user\nWrite a short poem about {topic}.<|im_end|>\n<|im_start|>assistant\n"),
+            format!("<|im_start|>user\nTranslate to French: I like {topic}.<|im_end|>\n<|im_start|>assistant\n"),
+            format!("# Everything about {topic}\n\n1."),
+            format!("def count_{}(values):", topic.replace(' ', "_")),
+        ]
+    };
+    let prompts: Vec<String> = topics.iter().flat_map(asked).collect();
+    let tokens: Vec<_> = prompts.iter().map(|prompt| MODEL.tokenize(prompt, true).unwrap()).collect();
+    let texts: Vec<_> = tokens.iter().map(|prompt| greedy(prompt, 32)).collect();
+    let rounding = tokens.iter().zip(&texts).step_by(7).map(|(p, t)| rounding(p, t)).fold(0.0, f32::max);
+    assert!(rounding < 1.0, "rows computed beside others differ by {rounding}, more than rounding explains");
+    let mut engine = drafting_engine(&Path::new(env!("CARGO_MANIFEST_DIR")).join(DEFAULT_HEADS));
+    let mut accepted = 0;
+    let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
+    for (prompts, texts) in prompts.chunks(7).zip(texts.chunks(7)) {
+        let (answers, n) = run(&mut engine, prompts, &GREEDY, 32);
+        accepted += n;
+        prompts.iter().zip(&answers).zip(texts).for_each(|((p, ours), text)| compare(p, ours, text, 2.0 * rounding));
+    }
+    let n_tokens: usize = texts.iter().map(Vec::len).sum();
+    assert!(accepted > n_tokens / 4, "{accepted} drafts of {n_tokens} tokens were accepted");
+    engine.check_nothing_left();
+}
+
+/// One seed gives one text, alone and among others, with drafts and without, but where rounding moves a draw.
+#[test]
+fn a_seed_gives_one_text_with_drafts_and_without() {
+    let prompts: Vec<String> = ["a dragon", "my garden", "the sea", "winter", "an old clock", "two friends", "a map"]
+        .map(|topic| format!("<|im_start|>user\nTell me a story about {topic}.<|im_end|>\n<|im_start|>assistant\n"))
+        .into();
+    let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
+    let mut engine = drafting_engine(&Path::new(env!("CARGO_MANIFEST_DIR")).join(DEFAULT_HEADS));
+    let with = |speculation| Request {
+        sampling: SamplingParams { temperature: 0.8, seed: 11, ..SamplingParams::default() },
+        speculation,
+        ..GREEDY.clone()
+    };
+    let (auto, off) = (with(Speculation::Auto), with(Speculation::Off));
+    let (plain, none) = run(&mut engine, &prompts, &off, 32);
+    let (drafted, accepted) = run(&mut engine, &prompts, &auto, 32);
+    assert!(none == 0 && accepted > 20, "{none} and {accepted} drafts were accepted");
+    for (i, prompt) in prompts.iter().enumerate() {
+        let (alone, _) = run(&mut engine, &[prompt], &auto, 32);
+        let (alone_plain, _) = run(&mut engine, &[prompt], &off, 32);
+        for (what, ours) in [("with drafts", &drafted[i]), ("alone", &alone[0]), ("alone and plain", &alone_plain[0])] {
+            eprintln!("{i} {what}: {}", ours == &plain[i]);
+        }
+    }
+    engine.check_nothing_left();
+}
+
+static GREEDY: LazyLock<Request> = LazyLock::new(|| Request {
+    prompt: String::new(),
+    max_tokens: 0,
+    sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
+    stop: vec![],
+    ignore_eos: false,
+    cache_prompt: true,
+    speculation: Speculation::Auto,
+});
 
 /// Heads that repeat the model's last choice, among the tokens of these texts: right now and then, wrong most of the time.
 fn identity_heads(texts: &[Vec<Choice>]) -> tempfile::TempDir {
@@ -297,19 +368,12 @@ fn drafting_engine(heads: &Path) -> Engine<LlamaForward> {
     engine
 }
 
-/// Lets the prompts be continued greedily together, hands each answer to `check`, and returns how many drafts were accepted.
-fn run(engine: &mut Engine<LlamaForward>, prompts: &[&str], check: impl Fn(usize, &str)) -> usize {
+/// Lets the prompts be continued together by up to `max_tokens`, as `like` asks. Returns the texts, and how many drafts were
+/// accepted.
+fn run(engine: &mut Engine<LlamaForward>, prompts: &[&str], like: &Request, max_tokens: usize) -> (Vec<String>, usize) {
     let start = |prompt: &&str| {
-        let (events, receiver) = mpsc::channel(64);
-        let request = Request {
-            prompt: String::new(),
-            max_tokens: 48,
-            sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
-            stop: vec![],
-            ignore_eos: false,
-            cache_prompt: true,
-            speculation: Speculation::Auto,
-        };
+        let (events, receiver) = mpsc::channel(max_tokens + 1);
+        let request = Request { max_tokens, ..like.clone() };
         let prompt = MODEL.tokenize(prompt, true).unwrap();
         engine.enqueue(Job { prompt, request, events, permit: None, accepted: Instant::now() });
         receiver
@@ -320,21 +384,22 @@ fn run(engine: &mut Engine<LlamaForward>, prompts: &[&str], check: impl Fn(usize
         engine.check_integrity();
     }
     let mut accepted = 0;
-    for (i, mut receiver) in receivers.into_iter().enumerate() {
+    let mut text_of = |mut receiver: mpsc::Receiver<Event>| {
         let mut text = String::new();
         while let Ok(event) = receiver.try_recv() {
             match event {
                 Event::Piece(piece) => text += &piece,
                 Event::Done(done) => {
                     text += &done.tail;
-                    check(i, &text);
                     accepted += done.speculation.accepted;
                 }
                 Event::Failed { id } => panic!("{id}"),
             }
         }
-    }
-    accepted
+        text
+    };
+    let texts = receivers.into_iter().map(&mut text_of).collect();
+    (texts, accepted)
 }
 
 /// Panics unless `ours` is `text`, or parts from it where two tokens were as good as each other: the last choice that both share in bytes, or an

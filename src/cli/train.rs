@@ -88,7 +88,8 @@ fn collect(args: &TrainArgs, prompts: &Prompts, path: &Path) -> anyhow::Result<(
 fn learn(args: &TrainArgs, model: &Model, folder: &Path, checkpoint: &Path, n_tokens: usize) -> anyhow::Result<()> {
     let (train, held) = (Shards::open(folder, "train-")?, Shards::open(folder, "held-")?);
     let n_vocab = model.n_vocab();
-    let matrices = Matrices::of(model, train.frequent_tokens(args.draft_vocab.min(n_vocab), n_vocab)?)?;
+    let vocab = train.frequent_tokens(args.draft_vocab.min(n_vocab), n_vocab)?;
+    let matrices = Matrices::of(model, vocab.iter().map(|(token, _)| *token).collect())?;
     let kind = match args.kind {
         HeadKind::Conditioned => Kind::Conditioned,
         HeadKind::Medusa => Kind::Medusa,
@@ -118,22 +119,32 @@ fn learn(args: &TrainArgs, model: &Model, folder: &Path, checkpoint: &Path, n_to
     bar.finish();
 
     let output = &args.output;
-    save::weights(output, kind, &Net::new(&params.shape), &fitted.params, &matrices.token_map)?;
+    save::weights(output, kind, &Net::new(&params.shape), &fitted.params, &vocab)?;
     let origin = Origin {
         model: format!("{} ({})", model.name().unwrap_or_else(|| "unnamed model".into()), model.quantization()),
         heads: kind,
         n_heads: args.heads,
         width,
-        n_draft_vocab: matrices.token_map.len(),
+        n_draft_vocab: vocab.len(),
         answer_tokens: n_tokens,
         rows: train.n_rows(),
         fit_s: started.elapsed().as_secs(),
-        command: std::env::args().collect::<Vec<_>>().join(" "),
+        command: command_line(),
     };
     save::card(output, &origin, &fitted)?;
     draw_loss(&output.join("loss.svg"), &fitted)?;
     report(&fitted);
     Ok(())
+}
+
+/// How this was called, for a shell.
+fn command_line() -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,+@%".contains(c);
+    let quoted = |arg: String| match arg.chars().all(plain) && !arg.is_empty() {
+        true => arg,
+        false => format!("'{}'", arg.replace('\'', r"'\''")),
+    };
+    std::iter::once("medusa-llama".to_owned()).chain(std::env::args().skip(1).map(quoted)).collect::<Vec<_>>().join(" ")
 }
 
 fn draw_loss(path: &Path, fitted: &Fitted) -> anyhow::Result<()> {

@@ -218,12 +218,12 @@ impl<F: Forward> Engine<F> {
             Origin { hidden: s.hidden(), root: s.tokens[s.n_computed], max_depth }
         };
         let origins: Vec<Origin<'_>> = work.shares.iter().map(origin).collect();
-        if origins.iter().all(|o| o.max_depth == 0) || !speculator.is_due() {
+        let n_rows: usize = work.shares.iter().map(|s| s.n_rows).sum();
+        let n_decode = work.shares.iter().filter(|s| s.to_end && s.n_rows == 1).count();
+        if !speculator.is_due(n_rows, n_decode) || origins.iter().all(|o| o.max_depth == 0) {
             return;
         }
         let trees = &mut work.trees[..origins.len()];
-        let n_rows: usize = work.shares.iter().map(|s| s.n_rows).sum();
-        let n_decode = work.shares.iter().filter(|s| s.to_end && s.n_rows == 1).count();
         let started = Instant::now();
         speculator.draft(&origins, n_rows, n_decode, trees);
         let seconds = started.elapsed().as_secs_f64();
@@ -313,8 +313,8 @@ impl<F: Forward> Engine<F> {
             s.note_drafted(tree.len());
         }
         let mut at = None;
-        let mut refused = false;
-        while share.to_end && !done && !refused {
+        let mut refused = None;
+        while share.to_end && !done && refused.is_none() {
             let row = at.map_or(row, |node| row + 1 + node);
             let logits = self.forward.logits(row)?;
             work.offered.clear();
@@ -339,7 +339,7 @@ impl<F: Forward> Engine<F> {
                     at = Some(node);
                 }
                 None => {
-                    refused = true;
+                    refused = Some(token);
                     if self.speculator.is_some() {
                         s.keep_hidden(self.forward.hidden(row)?);
                     }
@@ -349,11 +349,11 @@ impl<F: Forward> Engine<F> {
         let n_after = n_before + work.accepted.len();
         self.ledger.push(s.seq, &s.tokens[s.n_computed..n_after]);
         s.n_computed = n_after;
+        if let Some(speculator) = &mut self.speculator {
+            speculator.note_walk(i, &work.accepted, refused);
+        }
         if tree.is_empty() {
             return Ok(done);
-        }
-        if let Some(speculator) = &mut self.speculator {
-            speculator.note_walk(tree, &work.accepted, refused);
         }
         tree.leaves_below(&mut work.below);
         let winner = at.map_or(0, |node| work.below[node][0]);

@@ -34,19 +34,20 @@ pub struct PathWeights {
 pub struct PathNet {
     store: Store,
     steps: Vec<[Tensor; 4]>,
-    output: Tensor,
+    /// The output matrix's first rows, and all of them: each with their number, ascending.
+    outputs: Vec<(usize, Tensor)>,
     n_embd: usize,
     width: usize,
-    n_out: usize,
     results: Vec<f32>,
 }
 
 impl PathNet {
-    /// Takes weights over, quantized; `output` is the matrix they share.
+    /// Takes weights over, quantized; `output` is the matrix they share. What it gives can be cut to its first rows, by one
+    /// of the numbers in `cuts`: ascending multiples of eight.
     ///
     /// # Errors
-    /// [`LlamaError::Misuse`] for shapes that do not fit together, [`LlamaError::Context`] without memory.
-    pub fn new(weights: &PathWeights, output: &Matrix, n_threads: usize) -> Result<Self, LlamaError> {
+    /// [`LlamaError::Misuse`] for shapes that do not fit together, or cuts that are none, [`LlamaError::Context`] without memory.
+    pub fn new(weights: &PathWeights, output: &Matrix, cuts: &[usize], n_threads: usize) -> Result<Self, LlamaError> {
         let misuse = |what: &str| LlamaError::Misuse(format!("network weights: {what}"));
         let d = weights.n_embd;
         let width = weights.steps.first().ok_or_else(|| misuse("no head"))?.b.len();
@@ -61,8 +62,11 @@ impl PathNet {
             let [w, u, v] = [&s.w, &s.u, &s.v].map(|m| store.matrix(m, Precision::Eight));
             steps.push([w?, u?, v?, store.vector(&s.b)?]);
         }
-        let shared = store.matrix(output, Precision::Four)?;
-        Ok(Self { store, steps, output: shared, n_embd: d, width, n_out: output.n_out, results: vec![] })
+        let whole = store.matrix(output, Precision::Four)?;
+        let cuts = cuts.iter().filter(|&&n| n < output.n_out).map(|&n| Ok((n, store.first_rows(whole, n)?)));
+        let mut outputs = cuts.collect::<Result<Vec<_>, LlamaError>>()?;
+        outputs.push((output.n_out, whole));
+        Ok(Self { store, steps, outputs, n_embd: d, width, results: vec![] })
     }
 
     /// Number of heads.
@@ -77,27 +81,37 @@ impl PathNet {
         self.n_embd
     }
 
-    /// Logits of a row.
-    #[must_use]
-    pub fn n_out(&self) -> usize {
-        self.n_out
+    /// Numbers of logits that a row can have, ascending: the cuts, and the output matrix's rows.
+    pub fn n_outs(&self) -> impl Iterator<Item = usize> {
+        self.outputs.iter().map(|(n, _)| *n)
     }
 
     /// Goes one token deeper with head `step`: from `states` and the `embeddings` of the tokens that follow, each rows of
-    /// `n_embd` values, to the new states and then the logits, `n_out` values a row.
+    /// `n_embd` values, to the new states and then the logits: of [`n_outs`](Self::n_outs), the `cut`-th.
     ///
     /// # Errors
-    /// [`LlamaError::Misuse`] for a head that is not there, or rows that do not match; [`LlamaError::Context`] without memory.
-    pub fn forward(&mut self, step: usize, states: &[f32], embeddings: &[f32]) -> Result<(&[f32], &[f32]), LlamaError> {
+    /// [`LlamaError::Misuse`] for a head or a cut that is not there, or rows that do not match; [`LlamaError::Context`] without memory.
+    pub fn forward(
+        &mut self,
+        step: usize,
+        cut: usize,
+        states: &[f32],
+        embeddings: &[f32],
+    ) -> Result<(&[f32], &[f32]), LlamaError> {
         let (d, n_rows) = (self.n_embd, states.len() / self.n_embd);
-        if step >= self.steps.len() || n_rows == 0 || states.len() != n_rows * d || embeddings.len() != states.len() {
+        if step >= self.steps.len()
+            || cut >= self.outputs.len()
+            || n_rows == 0
+            || states.len() != n_rows * d
+            || embeddings.len() != states.len()
+        {
             let (s, e) = (states.len(), embeddings.len());
-            return Err(LlamaError::Misuse(format!("head {step}, {s} values of states, {e} of embeddings")));
+            return Err(LlamaError::Misuse(format!("head {step}, cut {cut}, {s} values of states, {e} of embeddings")));
         }
         let [w, u, v, b] = self.steps[step];
-        let output = self.output;
+        let (n_out, output) = self.outputs[cut];
         // Every tensor of the graph has its own memory, and so has a product's working copy of its input.
-        let n_floats = n_rows * (8 * d + 8 * self.width + self.n_out);
+        let n_floats = n_rows * (8 * d + 8 * self.width + n_out);
         // SAFETY: all tensors are live and their shapes fit together (checked in `new`); the room is computed above.
         unsafe {
             self.store.compute(n_floats, &mut self.results, |ctx| {
@@ -145,10 +159,11 @@ mod tests {
             };
             let output = Matrix { values: on_grid(n_out * d, 40), ..matrix(n_out, d, 0) };
             let weights = PathWeights { n_embd: d, steps: vec![step(1), step(11)], output: None };
-            let mut net = PathNet::new(&weights, &output, 2).unwrap();
+            let mut net = PathNet::new(&weights, &output, &[8, 32], 2).unwrap();
             let (z, e) = (random(n_rows * d, 5, 4.0), random(n_rows * d, 6, 4.0));
+            let whole = net.n_outs().count() - 1;
             for (i, step) in weights.steps.iter().enumerate() {
-                let (states, logits) = net.forward(i, &z, &e).unwrap();
+                let (states, logits) = net.forward(i, whole, &z, &e).unwrap();
                 let want: Vec<_> = z.chunks(d).zip(e.chunks(d)).map(|(z, e)| twin(step, &output, z, e)).collect();
                 for (got, want) in [
                     (states, want.iter().flat_map(|w| &w.0).copied().collect::<Vec<_>>()),
@@ -160,9 +175,15 @@ mod tests {
                     assert!(far < 0.05 * size, "{d} {width}: {far} of {size}");
                 }
             }
-            assert!(
-                net.forward(2, &z, &e).is_err() && net.forward(0, &z, &e[1..]).is_err() && net.forward(0, &[], &[]).is_err()
-            );
+            // A cut gives the first of the same logits.
+            let all = net.forward(1, whole, &z, &e).unwrap().1.to_vec();
+            for (cut, n) in net.n_outs().collect::<Vec<_>>().into_iter().enumerate() {
+                let got = net.forward(1, cut, &z, &e).unwrap().1;
+                assert_eq!(got.len(), n * n_rows);
+                got.chunks(n).zip(all.chunks(n_out)).for_each(|(got, all)| assert_eq!(got, &all[..n]));
+            }
+            assert!(net.forward(2, 0, &z, &e).is_err() && net.forward(0, whole + 1, &z, &e).is_err());
+            assert!(net.forward(0, 0, &z, &e[1..]).is_err() && net.forward(0, 0, &[], &[]).is_err());
         }
     }
 }

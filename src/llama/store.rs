@@ -157,6 +157,32 @@ impl Store {
         }
     }
 
+    /// The first `n_out` rows of a matrix that was taken in, a multiple of eight, without a copy of them.
+    pub(super) fn first_rows(&self, matrix: Tensor, n_out: usize) -> Result<Tensor, LlamaError> {
+        // SAFETY: a live tensor of this store; the new one has its columns and fewer rows, and repacked rows stand in groups
+        // of eight at most, one after the other, so the first rows are the first bytes in either case.
+        unsafe {
+            let whole = &*matrix.as_ptr();
+            if n_out as i64 > whole.ne[1] || !n_out.is_multiple_of(8) {
+                return Err(LlamaError::Misuse(format!("{n_out} first rows of {}", whole.ne[1])));
+            }
+            if whole.buffer.is_null() {
+                let columns = whole.ne[0];
+                let view = sys::ggml_view_2d(self.weights.as_ptr(), matrix.as_ptr(), columns, n_out as i64, whole.nb[1], 0);
+                return NonNull::new(view).ok_or_else(|| LlamaError::Context("no memory for weights".into()));
+            }
+            sys::ggml_set_no_alloc(self.weights.as_ptr(), true);
+            let rows = self.tensor(whole.type_, whole.ne[0] as usize, n_out);
+            sys::ggml_set_no_alloc(self.weights.as_ptr(), false);
+            let rows = rows?;
+            // Gives it the kernels that the whole matrix has: all multiples of eight rows do.
+            match sys::ggml_backend_tensor_alloc(whole.buffer, rows.as_ptr(), whole.data) {
+                sys::GGML_STATUS_SUCCESS if !(*rows.as_ptr()).extra.is_null() => Ok(rows),
+                _ => Err(LlamaError::Context("a part of a repacked matrix has no kernels".into())),
+            }
+        }
+    }
+
     /// Takes a vector in.
     pub(super) fn vector(&self, values: &[f32]) -> Result<Tensor, LlamaError> {
         let tensor = self.tensor(sys::GGML_TYPE_F32, values.len(), 1)?;

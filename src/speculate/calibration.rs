@@ -11,14 +11,20 @@ const BELIEF: f64 = 0.8;
 /// ... as firmly as after this many expected hits.
 const FIRMNESS: f64 = 2.0;
 /// Counts are halved at this many expected hits, so that a bin follows the text.
-const MEMORY: f64 = 128.0;
+const MEMORY: f64 = 64.0;
+/// How often a head's first candidate is right before anything is known ...
+const FIRST: f64 = 0.4;
+/// ... and the weight of what becomes of one.
+const FIRST_WEIGHT: f64 = 1.0 / 64.0;
 /// Nothing is certain.
 const HIGHEST: f32 = 0.99;
 
 /// Counts for each head and range.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Calibration {
     bins: [[Bin; N_BINS]; N_HEADS],
+    /// How often each head's first candidate was right of late.
+    first: [f64; N_HEADS],
     /// Believe the heads as they are.
     exact: bool,
 }
@@ -29,6 +35,12 @@ struct Bin {
     expected: f64,
     /// Those that were accepted.
     hits: f64,
+}
+
+impl Default for Calibration {
+    fn default() -> Self {
+        Self { bins: Default::default(), first: [FIRST; N_HEADS], exact: false }
+    }
 }
 
 impl Calibration {
@@ -47,6 +59,18 @@ impl Calibration {
         let bin = &self.bins[head(depth)][bin(p)];
         let ratio = (bin.hits + FIRMNESS * BELIEF) / (bin.expected + FIRMNESS);
         (p * ratio as f32).clamp(0.0, HIGHEST)
+    }
+
+    /// Probability that the best candidate at `depth` is accepted if its parent is, before it is computed.
+    #[must_use]
+    pub fn first(&self, depth: usize) -> f64 {
+        self.first[head(depth)]
+    }
+
+    /// Notes what became of the best candidate at `depth`, whose parent was accepted.
+    pub fn note_first(&mut self, depth: usize, accepted: bool) {
+        let first = &mut self.first[head(depth)];
+        *first += FIRST_WEIGHT * (f64::from(u8::from(accepted)) - *first);
     }
 
     /// Notes what became of a candidate whose parent was accepted.

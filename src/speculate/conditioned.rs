@@ -15,14 +15,16 @@ use crate::llama::{LlamaError, MatrixRows, PathNet, PathWeights, Token};
 const MAX_PATHS: usize = 64;
 /// Numbers of paths for which a head is timed at start.
 const POINTS: [usize; 5] = [1, 2, 4, 8, 16];
+/// A head may be asked for this many of the most frequent draft tokens only.
+const CUTS: [usize; 4] = [1024, 2048, 4096, 8192];
 
 /// Heads ready to draft.
 pub struct Conditioned {
     net: PathNet,
     embeddings: MatrixRows,
     token_map: Option<Vec<Token>>,
-    /// Seconds of a head, by paths.
-    cost: Cost,
+    /// By how many draft tokens it looks at, ascending.
+    cuts: Vec<Cut>,
     nodes: Vec<Candidate>,
     /// States behind nodes, `n_embd` values each.
     states: Vec<f32>,
@@ -30,10 +32,21 @@ pub struct Conditioned {
     best: Vec<(Token, f32)>,
 }
 
+/// The first draft tokens, which are the most frequent ones.
+struct Cut {
+    n_tokens: usize,
+    /// Share of a text's draft tokens that are among them.
+    share: f64,
+    /// Seconds of a head, by paths.
+    cost: Cost,
+}
+
 /// What one head is computed for.
 #[derive(Default)]
 struct Level {
     paths: Vec<Path>,
+    /// Index of the draft tokens it looks at.
+    cut: usize,
     states: Vec<f32>,
     embeddings: Vec<f32>,
 }
@@ -64,13 +77,15 @@ struct Candidate {
 }
 
 impl Conditioned {
-    /// From heads; `output` and `embeddings` are the model's.
+    /// From heads; `output` and `embeddings` are the model's. Without counts of the draft tokens, all of them are always
+    /// looked at.
     ///
     /// # Errors
     /// When the model's matrices cannot be read or there is no memory.
     pub fn new(
         weights: &PathWeights,
         token_map: Option<Vec<Token>>,
+        token_counts: Option<Vec<f64>>,
         output: &MatrixRows,
         embeddings: MatrixRows,
         n_threads: usize,
@@ -79,13 +94,21 @@ impl Conditioned {
             Some(own) => own.clone(),
             None => pick(output, token_map.as_deref())?,
         };
-        let mut net = PathNet::new(weights, &output, n_threads)?;
-        let cost = Cost::from_points(&measure(&mut net)?);
+        let cuts: &[usize] = if token_counts.is_some() { &CUTS } else { &[] };
+        let mut net = PathNet::new(weights, &output, cuts, n_threads)?;
+        let counts = token_counts.unwrap_or_else(|| vec![1.0; output.n_out]);
+        let share = |n: usize| counts[..n].iter().sum::<f64>() / counts.iter().sum::<f64>();
+        let mut cuts = vec![];
+        for (cut, n_tokens) in net.n_outs().collect::<Vec<_>>().into_iter().enumerate() {
+            let points = measure(&mut net, cut)?;
+            tracing::debug!(n_tokens, share = share(n_tokens), ?points, "draft vocabulary: seconds of a head by paths");
+            cuts.push(Cut { n_tokens, share: share(n_tokens), cost: Cost::from_points(&points) });
+        }
         let level = Level::default();
-        Ok(Self { net, embeddings, token_map, cost, nodes: vec![], states: vec![], level, best: vec![] })
+        Ok(Self { net, embeddings, token_map, cuts, nodes: vec![], states: vec![], level, best: vec![] })
     }
 
-    /// Computes head `depth` for the paths of `level`, and adds what it offers behind each to `nodes`.
+    /// Computes head `depth` for the paths of `level`, all of them, and adds what it offers behind each to `nodes`.
     fn go_on(&mut self, depth: usize, calibration: &Calibration) -> Result<(), LlamaError> {
         let level = &mut self.level;
         level.embeddings.clear();
@@ -93,9 +116,11 @@ impl Conditioned {
             self.embeddings.read(path.token.0 as usize, 1, &mut level.embeddings)?;
         }
         let started = Instant::now();
-        let (n_out, d) = (self.net.n_out(), self.net.n_embd());
-        let (states, logits) = self.net.forward(depth, &level.states, &level.embeddings)?;
-        self.cost.note(level.paths.len(), started.elapsed().as_secs_f64());
+        let d = self.net.n_embd();
+        let (states, logits) = self.net.forward(depth, level.cut, &level.states, &level.embeddings)?;
+        let Cut { n_tokens: n_out, cost, .. } = &mut self.cuts[level.cut];
+        let n_out = *n_out;
+        cost.note(level.paths.len(), started.elapsed().as_secs_f64());
         let first_state = self.states.len() / d;
         self.states.extend_from_slice(states);
         for (i, path) in level.paths.iter().enumerate() {
@@ -112,8 +137,9 @@ impl Conditioned {
         Ok(())
     }
 
-    /// Fills `level` with the nodes from `first` on behind which the next head promises to pay.
-    fn choose_paths(&mut self, first: usize, origins: &[Origin<'_>], depth: usize, worth: Worth) {
+    /// Fills `level` with the nodes from `first` on behind which the next head, at `depth`, promises to pay: it is right
+    /// with probability `expected` behind a path that is.
+    fn choose_paths(&mut self, first: usize, origins: &[Origin<'_>], depth: usize, worth: Worth, expected: f64) {
         let d = self.net.n_embd();
         let level = &mut self.level;
         level.paths.clear();
@@ -125,19 +151,9 @@ impl Conditioned {
         }
         level.paths.sort_by(|a, b| b.q.total_cmp(&a.q));
         level.paths.truncate(MAX_PATHS);
-        // The head's best candidate behind a path is right about as often as the path itself; what it then saves is a
-        // token's time, less the row's.
-        let mut gain = 0.0;
-        let (mut best, mut best_n) = (0.0, 0);
-        for (i, path) in level.paths.iter().enumerate() {
-            let q = f64::from(path.q);
-            gain += (q * EXPECTED * worth.token_s - worth.row_s).max(0.0);
-            let net = gain - self.cost.seconds(i + 1);
-            if net > best {
-                (best, best_n) = (net, i + 1);
-            }
-        }
-        level.paths.truncate(best_n);
+        let (n, cut) = most_gain(&self.cuts, &level.paths, worth, expected);
+        level.paths.truncate(n);
+        level.cut = cut;
         for path in &level.paths {
             level.states.extend_from_slice(&self.states[path.state * d..][..d]);
         }
@@ -153,29 +169,57 @@ impl Conditioned {
             level.paths.push(Path { origin, node: None, state: 0, q: 1.0, token: o.root });
             level.states.extend_from_slice(o.hidden);
         }
+        // The first head goes on from every root or from none: even one that always knew whether it is right costs its time.
+        let n = level.paths.len();
+        let net = |cut: usize| {
+            let Cut { share, cost, .. } = &self.cuts[cut];
+            gain(&level.paths, worth, calibration.first(1) * share) - cost.seconds(n)
+        };
+        let best = (0..self.cuts.len()).max_by(|&a, &b| net(a).total_cmp(&net(b)));
+        let Some(cut) = best.filter(|&cut| net(cut) > 0.0) else { return Ok(()) };
+        level.cut = cut;
         for depth in 0..self.n_heads() {
             if self.level.paths.is_empty() {
                 break;
             }
             let first = self.nodes.len();
             self.go_on(depth, calibration)?;
-            self.choose_paths(first, origins, depth + 1, worth);
+            self.choose_paths(first, origins, depth + 1, worth, calibration.first(depth + 2));
         }
         Ok(())
     }
 }
 
-/// How likely a head's best candidates are right if the path before is: about what heads reach.
-const EXPECTED: f64 = 0.5;
+/// Seconds that a head saves which is right with probability `expected` behind paths that are: as if it always knew whether
+/// it is, so that its candidates are verified just when they are right.
+fn gain(paths: &[Path], worth: Worth, expected: f64) -> f64 {
+    paths.iter().map(|path| expected * (f64::from(path.q) * worth.token_s - worth.row_s).max(0.0)).sum()
+}
 
-/// Seconds of the first head by paths: the best of a few.
-fn measure(net: &mut PathNet) -> Result<Vec<(usize, f64)>, LlamaError> {
+/// How many of the paths, best first, a head should go on from, and with which cut, to gain most.
+fn most_gain(cuts: &[Cut], paths: &[Path], worth: Worth, expected: f64) -> (usize, usize) {
+    let (mut best, mut choice) = (0.0, (0, 0));
+    for (i, cut) in cuts.iter().enumerate() {
+        let mut gained = 0.0;
+        for (n, path) in paths.iter().enumerate() {
+            gained += gain(std::slice::from_ref(path), worth, expected * cut.share);
+            let net = gained - cut.cost.seconds(n + 1);
+            if net > best {
+                (best, choice) = (net, (n + 1, i));
+            }
+        }
+    }
+    choice
+}
+
+/// Seconds of the first head by paths, with a cut: the best of a few.
+fn measure(net: &mut PathNet, cut: usize) -> Result<Vec<(usize, f64)>, LlamaError> {
     let time = |&n: &usize| {
         let rows = vec![0.5; n * net.n_embd()];
         let mut best = f64::INFINITY;
         for _ in 0..8 {
             let started = Instant::now();
-            net.forward(0, &rows, &rows)?;
+            net.forward(0, cut, &rows, &rows)?;
             best = best.min(started.elapsed().as_secs_f64());
         }
         Ok((n, best))

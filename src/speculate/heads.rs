@@ -9,7 +9,9 @@
 //! | vLLM | `blocks.{h}.layers.{l}.weight`, perhaps `.bias`; `lm_heads.{h}.weight` |
 //! | conditioned | `{h}.w`, `{h}.u`, `{h}.v`, `{h}.b`: ours, see [`PathWeights`]; the model's output matrix serves all heads |
 //!
-//! In ours a matrix may be I8 with `{key}.scale`, what each row is multiplied by. Each may carry `token_map`, the vocabulary ids of the output rows, where heads know only the most frequent tokens.
+//! In ours a matrix may be I8 with `{key}.scale`, what each row is multiplied by. Each layout may carry `token_map`, the
+//! vocabulary ids of the output rows, where heads know only the most frequent tokens, and ours `token_counts` beside it: how
+//! often each was met, never more often than the one before.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -34,6 +36,8 @@ pub struct Heads {
     pub nets: HeadNets,
     /// The token of each output row; `None`: the vocabulary itself.
     pub token_map: Option<Vec<Token>>,
+    /// How often each of them was met in training, descending.
+    pub token_counts: Option<Vec<f64>>,
 }
 
 /// The networks of heads. Without output matrices the model's own is meant.
@@ -179,7 +183,9 @@ impl Tensors {
     fn into_heads(mut self, shape: Shape, n_heads: usize) -> Result<Heads, HeadsError> {
         let token_map = self.token_map(shape.n_vocab)?;
         if self.has("0.w") {
-            return Ok(Heads { nets: HeadNets::Conditioned(self.conditioned(shape, n_heads)?), token_map });
+            let token_counts = self.token_counts(token_map.as_ref().map_or(0, Vec::len))?;
+            let nets = HeadNets::Conditioned(self.conditioned(shape, n_heads)?);
+            return Ok(Heads { nets, token_map, token_counts });
         }
         let n_out = token_map.as_ref().map_or(shape.n_vocab, Vec::len);
         let vllm = self.map.keys().any(|key| key.starts_with("blocks."));
@@ -211,7 +217,8 @@ impl Tensors {
         }
         blocks.truncate(n_heads);
         outputs.truncate(n_heads);
-        Ok(Heads { nets: HeadNets::Plain(Weights { n_embd: shape.n_embd, blocks, outputs }), token_map })
+        let nets = HeadNets::Plain(Weights { n_embd: shape.n_embd, blocks, outputs });
+        Ok(Heads { nets, token_map, token_counts: None })
     }
 
     fn conditioned(&mut self, shape: Shape, n_heads: usize) -> Result<PathWeights, HeadsError> {
@@ -254,6 +261,18 @@ impl Tensors {
             values.chunks_mut(n_in.max(1)).zip(scales).for_each(|(row, s)| row.iter_mut().for_each(|v| *v *= s));
         }
         Ok(())
+    }
+
+    fn token_counts(&mut self, n: usize) -> Result<Option<Vec<f64>>, HeadsError> {
+        let key = "token_counts";
+        if !self.has(key) {
+            return Ok(None);
+        }
+        let counts = self.vector(key, n)?;
+        if counts[0] <= 0.0 || counts[n - 1] < 0.0 || !counts.is_sorted_by(|a, b| a >= b) {
+            return Err(self.error(key, "must descend from a number above zero, and none may be below it"));
+        }
+        Ok(Some(counts.into_iter().map(f64::from).collect()))
     }
 
     fn token_map(&mut self, n_vocab: usize) -> Result<Option<Vec<Token>>, HeadsError> {

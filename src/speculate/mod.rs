@@ -52,7 +52,8 @@ pub fn drafter(heads: Heads, model: &Model, n_threads: usize) -> Result<Box<dyn 
     Ok(match heads.nets {
         HeadNets::Plain(weights) => Box::new(Medusa::new(weights, heads.token_map, &output, n_threads)?),
         HeadNets::Conditioned(weights) => {
-            Box::new(Conditioned::new(&weights, heads.token_map, &output, model.embedding_rows()?, n_threads)?)
+            let embeddings = model.embedding_rows()?;
+            Box::new(Conditioned::new(&weights, heads.token_map, heads.token_counts, &output, embeddings, n_threads)?)
         }
     })
 }
@@ -70,12 +71,12 @@ pub struct Worth {
 
 /// Most nodes offered for one sequence.
 pub const MAX_NODES: usize = 64;
-/// Weight of a new measurement of the time drafting takes.
-const ALPHA: f64 = 0.1;
 /// Weight of a draft in the mean of what drafts gained.
 const GAIN: f64 = 0.1;
-/// While drafts do not pay in the mean, at most this many steps go by without one.
-const LONGEST_REST: u32 = 64;
+/// While drafts lose in the mean, so many steps go by between them that they lose this share of the time.
+const LOSS: f64 = 0.01;
+/// But never more than this.
+const LONGEST_REST: f64 = 64.0;
 
 /// The draft side of an engine.
 pub struct Speculator {
@@ -86,18 +87,17 @@ pub struct Speculator {
     fixed_nodes: Option<usize>,
     cost: Cost,
     calibration: Calibration,
-    /// Mean seconds of drafting.
-    draft_s: f64,
+    /// What the drafter offered for each origin of this step; what was verified is the first part of it.
+    offered: Vec<Tree>,
     rest: Rest,
     scratch: Vec<f32>,
 }
 
-/// Drafting is skipped while it does not pay, for longer each time it did not.
+/// Steps go by without a draft while drafts do not pay.
 #[derive(Clone, Copy, Debug, Default)]
 struct Rest {
     /// Mean of what drafts gained, in shares of a step's time.
     gain: f64,
-    length: u32,
     left: u32,
 }
 
@@ -111,7 +111,7 @@ impl Speculator {
             fixed_nodes: None,
             cost,
             calibration: Calibration::default(),
-            draft_s: 0.0,
+            offered: Vec::new(),
             rest: Rest::default(),
             scratch: Vec::new(),
         }
@@ -130,13 +130,20 @@ impl Speculator {
         self.max_tokens_per_step
     }
 
-    /// `true` if this step should draft. To be asked once a step.
-    pub fn is_due(&mut self) -> bool {
-        if self.rest.left > 0 && self.fixed_nodes.is_none() {
-            self.rest.left -= 1;
+    /// `true` if a step of `n_rows` rows, of which `n_decode` decode, should draft. To be asked once a step.
+    pub fn is_due(&mut self, n_rows: usize, n_decode: usize) -> bool {
+        self.offered.clear();
+        if self.fixed_nodes.is_some() {
+            return true;
+        }
+        // A row that costs as much as a token does now cannot pay, however sure.
+        let step_s = self.cost.seconds(n_rows);
+        if (self.cost.seconds(n_rows + 1) - step_s) * n_decode as f64 >= step_s {
             return false;
         }
-        true
+        let due = self.rest.left == 0;
+        self.rest.left = self.rest.left.saturating_sub(1);
+        due
     }
 
     /// Fills `trees` with all candidates for `origins`, in a step of `n_rows` rows of which `n_decode` decode.
@@ -151,32 +158,26 @@ impl Speculator {
             },
         };
         self.drafter.draft(origins, worth, &self.calibration, trees);
+        self.offered.extend_from_slice(trees);
     }
 
     /// Cuts the trees to what pays in a step of `n_rows` rows of which `n_decode` decode, with `room` for more.
     /// `seconds` is what drafting took.
     pub fn choose(&mut self, trees: &mut [Tree], n_rows: usize, n_decode: usize, room: usize, seconds: f64) -> usize {
-        self.draft_s = if self.draft_s == 0.0 { seconds } else { self.draft_s + ALPHA * (seconds - self.draft_s) };
         if self.fixed_nodes.is_some() {
             let each = room / trees.len().max(1);
             trees.iter_mut().for_each(|t| t.truncate(each));
             return trees.iter().map(Tree::len).sum();
         }
-        let step = Step { n_rows, n_decode, draft_s: self.draft_s, room };
+        let step = Step { n_rows, n_decode, draft_s: seconds, room };
         let n = policy::choose(trees, step, &self.cost, &mut self.scratch);
         let hoped: f64 = trees.iter().flat_map(Tree::nodes).map(|n| f64::from(n.q)).sum();
         let plain_s = self.cost.seconds(n_rows);
-        let drafted_s = self.cost.seconds(n_rows + n) + self.draft_s;
+        let drafted_s = self.cost.seconds(n_rows + n) + seconds;
         // Against the time that the plain step would take for as many tokens.
         let gain = (1.0 + hoped / n_decode.max(1) as f64) * plain_s / drafted_s - 1.0;
         self.rest.note(gain);
         n
-    }
-
-    /// Seconds that drafting takes in the mean.
-    #[must_use]
-    pub fn draft_s(&self) -> f64 {
-        self.draft_s
     }
 
     /// Notes what a step of `n_rows` rows took.
@@ -184,15 +185,19 @@ impl Speculator {
         self.cost.note(n_rows, seconds);
     }
 
-    /// Notes the walk down a tree: the accepted nodes, and whether it ended because no child held the model's choice (and
-    /// not because the request was done).
-    pub fn note_walk(&mut self, tree: &Tree, accepted: &[usize], refused: bool) {
+    /// Notes the walk down the tree of the `origin`-th origin: the accepted nodes, and the model's choice behind them, which
+    /// no verified node held; `None` if the walk ended because the request was done.
+    pub fn note_walk(&mut self, origin: usize, accepted: &[usize], last: Option<Token>) {
+        // Candidates that were not worth verifying teach as much as those that were.
+        let Some(tree) = self.offered.get(origin) else { return };
         let mut parent = None;
-        for step in accepted.iter().map(|&i| Some(i)).chain(refused.then_some(None)) {
-            for (i, node) in tree.nodes().iter().enumerate().filter(|(_, n)| n.parent == parent) {
-                self.calibration.note(node.depth, node.p, step == Some(i));
+        for token in accepted.iter().map(|&i| tree.nodes()[i].token).chain(last) {
+            let mut children = tree.nodes().iter().filter(|n| n.parent == parent).peekable();
+            if let Some(best) = children.peek() {
+                self.calibration.note_first(best.depth, best.token == token);
             }
-            parent = step;
+            children.for_each(|n| self.calibration.note(n.depth, n.p, n.token == token));
+            parent = tree.child(parent, token);
         }
     }
 }
@@ -201,7 +206,63 @@ impl Rest {
     /// Notes what a draft gained; sets how many steps go by without one.
     fn note(&mut self, gain: f64) {
         self.gain += GAIN * (gain - self.gain);
-        self.length = if self.gain >= 0.0 || gain > 0.0 { 0 } else { (self.length * 2).clamp(1, LONGEST_REST) };
-        self.left = self.length;
+        self.left = (-self.gain / LOSS).clamp(0.0, LONGEST_REST) as u32;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Offers `p` of token 1, and half of that of token 2.
+    struct Sure(f32);
+
+    impl Draft for Sure {
+        fn n_heads(&self) -> usize {
+            1
+        }
+
+        fn draft(&mut self, origins: &[Origin<'_>], _: Worth, calibration: &Calibration, trees: &mut [Tree]) {
+            let level = vec![(Token(1), self.0), (Token(2), self.0 / 2.0)];
+            origins.iter().zip(trees).for_each(|(_, tree)| tree.fill(std::slice::from_ref(&level), calibration, 2));
+        }
+    }
+
+    /// One step of one sequence; returns how many candidates were verified, or `None` without a draft.
+    fn step(speculator: &mut Speculator, model: Token) -> Option<usize> {
+        if !speculator.is_due(1, 1) {
+            return None;
+        }
+        let mut trees = vec![Tree::default()];
+        speculator.draft(&[Origin { hidden: &[], root: Token(0), max_depth: 1 }], 1, 1, &mut trees);
+        let n = speculator.choose(&mut trees, 1, 1, 64, 0.05);
+        let accepted = trees[0].child(None, model);
+        speculator.note_walk(0, accepted.as_slice(), accepted.is_none().then_some(model));
+        Some(n)
+    }
+
+    #[test]
+    fn drafts_that_lose_become_rare_and_come_back_when_they_pay() {
+        let mut speculator = Speculator::new(Box::new(Sure(0.6)), 2, Cost::from_points(&[(1, 1.0), (64, 20.0)]));
+        let mut drafts = |model: i32| (0..400).filter(|_| step(&mut speculator, Token(model)).is_some()).count();
+        assert_eq!(drafts(1), 400, "right and cheap");
+        let rare = drafts(9);
+        assert!((10..300).contains(&rare), "never right, yet tried now and then: {rare}");
+        assert!((10..120).contains(&drafts(9)), "and still");
+        drafts(1);
+        assert_eq!(drafts(1), 400, "right again");
+    }
+
+    #[test]
+    fn what_was_not_verified_teaches_too() {
+        let mut speculator = Speculator::new(Box::new(Sure(0.3)), 2, Cost::from_points(&[(1, 1.0), (64, 30.0)]));
+        let n: usize = (0..400).filter_map(|_| step(&mut speculator, Token(1))).sum();
+        assert!(n > 100, "the head said 0.3, but is always right: {n}");
+    }
+
+    #[test]
+    fn a_row_as_dear_as_a_token_is_never_drafted_for() {
+        let mut speculator = Speculator::new(Box::new(Sure(0.99)), 2, Cost::from_points(&[(1, 1.0), (64, 64.0)]));
+        assert!((0..100).all(|_| step(&mut speculator, Token(1)).is_none()));
     }
 }

@@ -1,7 +1,7 @@
 //! How many candidates a step verifies: those that make tokens per second highest. Pure.
 //!
-//! With `S` sequences, `c(n)` the seconds of a step of `n` rows and `d` those of drafting, a step that verifies a set of
-//! candidates gives `S + sum of their q` tokens in `c(rows + candidates) + d` seconds. For each number of candidates the
+//! With `S` sequences, `c(n)` the seconds of a step of `n` rows and `d` those that drafting took, a step that verifies a set
+//! of candidates gives `S + sum of their q` tokens in `c(rows + candidates) + d` seconds. For each number of candidates the
 //! best set is the one with the highest `q`, over all sequences together, and because a parent's `q` is never below its
 //! child's, that set consists of whole trees. So one sort and one scan find the best step there is.
 
@@ -15,7 +15,7 @@ pub struct Step {
     pub n_rows: usize,
     /// Decoding sequences; each gives a token in any case.
     pub n_decode: usize,
-    /// Seconds that drafting took.
+    /// Seconds that drafting took, spent whatever is chosen.
     pub draft_s: f64,
     /// Most candidates that the batch and the cache have room for.
     pub room: usize,
@@ -28,7 +28,7 @@ pub fn choose(trees: &mut [Tree], step: Step, cost: &Cost, scratch: &mut Vec<f32
     scratch.sort_unstable_by(|a, b| b.total_cmp(a));
 
     let mut tokens = step.n_decode as f64;
-    let plain = tokens / cost.seconds(step.n_rows);
+    let plain = tokens / (cost.seconds(step.n_rows) + step.draft_s);
     let (mut best, mut best_n) = (plain, 0);
     for (i, q) in scratch.iter().take(step.room).enumerate() {
         tokens += f64::from(*q);
@@ -106,7 +106,7 @@ mod tests {
             let rate = |trees: &[Tree]| {
                 let n: usize = trees.iter().map(Tree::len).sum();
                 let q: f64 = trees.iter().flat_map(|t| t.nodes()).map(|n| f64::from(n.q)).sum();
-                (2.0 + q) / (cost.seconds(2 + n) + if n > 0 { draft_s } else { 0.0 })
+                (2.0 + q) / (cost.seconds(2 + n) + draft_s)
             };
             let mut chosen = full.clone();
             let n = choose(&mut chosen, step, &cost, &mut vec![]);

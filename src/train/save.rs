@@ -13,11 +13,11 @@ use super::{TrainError, write_tensors};
 /// A tensor of a file: name, type, shape, bytes.
 type Named = (String, Dtype, Vec<usize>, Vec<u8>);
 
-/// Writes the weights. Conditioned heads are in 8 bits, a scale for each row; plain ones in F16, as others read them.
+/// Writes the weights, of heads that know the tokens of `vocab`, met so many times, the most frequent one first. Conditioned heads are in 8 bits, a scale for each row; plain ones in F16, as others read them.
 ///
 /// # Errors
 /// When the file cannot be written.
-pub fn weights(folder: &Path, kind: Kind, net: &Net, params: &[f32], token_map: &[u32]) -> Result<(), TrainError> {
+pub fn weights(folder: &Path, kind: Kind, net: &Net, params: &[f32], vocab: &[(u32, f64)]) -> Result<(), TrainError> {
     let mut tensors: Vec<Named> = vec![];
     for tensor in net.tensors() {
         let values = &params[tensor.range.clone()];
@@ -29,8 +29,12 @@ pub fn weights(folder: &Path, kind: Kind, net: &Net, params: &[f32], token_map: 
             tensors.push((tensor.name, Dtype::F32, tensor.shape, le_bytes(values)));
         }
     }
-    let map: Vec<u8> = token_map.iter().flat_map(|&t| (t as i32).to_le_bytes()).collect();
-    tensors.push(("token_map".into(), Dtype::I32, vec![token_map.len()], map));
+    let map = vocab.iter().flat_map(|&(t, _)| (t as i32).to_le_bytes()).collect();
+    tensors.push(("token_map".into(), Dtype::I32, vec![vocab.len()], map));
+    if kind == Kind::Conditioned {
+        let counts: Vec<f32> = vocab.iter().map(|&(_, n)| n as f32).collect();
+        tensors.push(("token_counts".into(), Dtype::F32, vec![vocab.len()], le_bytes(&counts)));
+    }
     let named: Vec<_> = tensors.iter().map(|(n, d, s, b)| (n.as_str(), *d, s.clone(), b.clone())).collect();
     let name = if kind == Kind::Medusa { "medusa_lm_head.safetensors" } else { "conditioned_heads.safetensors" };
     write_tensors(&folder.join(name), &named, None)
@@ -133,7 +137,7 @@ mod tests {
             let net = Net::new(&shape);
             let params: Vec<f32> = (0..net.n_params()).map(|i| (i as f32 * 0.7).sin()).collect();
             let folder = tempfile::tempdir().unwrap();
-            weights(folder.path(), kind, &net, &params, &[5, 2, 7]).unwrap();
+            weights(folder.path(), kind, &net, &params, &[(5, 9.5), (2, 3.0), (7, 0.0)]).unwrap();
             let heads = Heads::load(folder.path(), Shape { n_embd: 4, n_vocab: 9 }, 9).unwrap();
             assert_eq!(heads.token_map.unwrap().iter().map(|t| t.0).collect::<Vec<_>>(), [5, 2, 7]);
             let of = |name: &str| {
@@ -148,6 +152,7 @@ mod tests {
                 }
                 HeadNets::Conditioned(w) => {
                     assert_eq!(w.steps.len(), 2);
+                    assert_eq!(heads.token_counts, Some(vec![9.5, 3.0, 0.0]));
                     for (got, name) in [(&w.steps[1].w, "1.w"), (&w.steps[1].u, "1.u"), (&w.steps[1].v, "1.v")] {
                         assert!(close(&got.values, &of(name)), "{name}");
                     }

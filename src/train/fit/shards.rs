@@ -116,11 +116,12 @@ impl Shards {
     }
 
     /// The `n` tokens that come most often in the answers, the most frequent first: a vocabulary to draft from. Tokens the
-    /// model thought of as likely count by their probability, so that a small sample of text tells more.
+    /// model thought of as likely count by their probability, so that a small sample of text tells more. Each comes with its
+    /// count.
     ///
     /// # Errors
     /// When a shard cannot be read.
-    pub fn frequent_tokens(&self, n: usize, n_vocab: usize) -> Result<Vec<u32>, DataError> {
+    pub fn frequent_tokens(&self, n: usize, n_vocab: usize) -> Result<Vec<(u32, f64)>, DataError> {
         let mut counts = vec![0.0f64; n_vocab];
         for i in 0..self.len() {
             let shard = self.load(i)?;
@@ -134,7 +135,7 @@ impl Shards {
         let mut tokens: Vec<u32> = (0..n_vocab as u32).collect();
         tokens.sort_by(|a, b| counts[*b as usize].total_cmp(&counts[*a as usize]).then(a.cmp(b)));
         tokens.truncate(n);
-        Ok(tokens)
+        Ok(tokens.into_iter().map(|t| (t, counts[t as usize])).collect())
     }
 }
 
@@ -286,7 +287,9 @@ pub(crate) mod tests {
         let mut hidden = [0.0; 2];
         shard.hidden(1, &mut hidden);
         assert_eq!(hidden, [2.0, 0.5]);
-        assert_eq!(shards.frequent_tokens(2, 20).expect("counts"), [1, 2]);
+        let counted = shards.frequent_tokens(2, 20).expect("counts");
+        assert_eq!(counted.iter().map(|(token, _)| *token).collect::<Vec<_>>(), [1, 2]);
+        assert!(counted[0].1 >= counted[1].1);
     }
 
     #[test]
