@@ -13,7 +13,7 @@ use std::time::Instant;
 use common::{Server, model_path};
 use medusa_llama::config::DEFAULT_HEADS;
 use medusa_llama::engine::forward::LlamaForward;
-use medusa_llama::engine::sampler::argmax;
+use medusa_llama::engine::sampler::{Sampler, Scratch, argmax};
 use medusa_llama::engine::{Engine, Job, Layout, Limits};
 use medusa_llama::llama::{Context, ContextParams, LlamaError, Model, ModelParams, SeqId, Token, max_sequences};
 use medusa_llama::request::{Event, Request, SamplingParams, Speculation};
@@ -319,17 +319,98 @@ fn a_seed_gives_one_text_with_drafts_and_without() {
         ..GREEDY.clone()
     };
     let (auto, off) = (with(Speculation::Auto), with(Speculation::Off));
+    let tokens: Vec<_> = prompts.iter().map(|prompt| MODEL.tokenize(prompt, true).unwrap()).collect();
+    let texts: Vec<_> = tokens.iter().map(|prompt| sampled(prompt, &auto.sampling, 32)).collect();
+    let moved = tokens.iter().zip(&texts).map(|(prompt, text)| moved(prompt, text)).fold(0.0, f32::max);
+    assert!(moved < 3.0, "rows computed beside others differ by {moved}, more than rounding explains");
     let (plain, none) = run(&mut engine, &prompts, &off, 32);
     let (drafted, accepted) = run(&mut engine, &prompts, &auto, 32);
     assert!(none == 0 && accepted > 20, "{none} and {accepted} drafts were accepted");
+    let mut n_same = 0;
     for (i, prompt) in prompts.iter().enumerate() {
         let (alone, _) = run(&mut engine, &[prompt], &auto, 32);
         let (alone_plain, _) = run(&mut engine, &[prompt], &off, 32);
-        for (what, ours) in [("with drafts", &drafted[i]), ("alone", &alone[0]), ("alone and plain", &alone_plain[0])] {
-            eprintln!("{i} {what}: {}", ours == &plain[i]);
+        for ours in [&plain[i], &drafted[i], &alone[0], &alone_plain[0]] {
+            n_same += usize::from(follow(prompt, ours, &texts[i], &auto.sampling, moved));
         }
     }
+    assert!(n_same >= prompts.len(), "only {n_same} of {} texts are the same throughout", 4 * prompts.len());
     engine.check_nothing_left();
+}
+
+/// A token drawn, and the logits it was drawn from.
+type Draw = (Token, Vec<f32>);
+
+/// A text drawn a row at a time.
+fn sampled(prompt: &[Token], params: &SamplingParams, n: usize) -> Vec<Draw> {
+    let mut sampler = Sampler::new(params, &[], prompt, MODEL.n_vocab()).unwrap();
+    let (mut context, mut scratch) = (context(&self::params()), Scratch::default());
+    let mut drawn = vec![];
+    for (chunk, tokens) in prompt.chunks(64).enumerate() {
+        feed(&mut context, tokens, chunk * 64, 0);
+    }
+    let mut row = (prompt.len() - 1) % 64;
+    for i in 0..n {
+        let logits = context.logits(row).unwrap().to_vec();
+        let token = sampler.draw(&logits, prompt.len() + i, &mut scratch);
+        drawn.push((token, logits));
+        if MODEL.is_end(token) {
+            break;
+        }
+        feed(&mut context, &[token], prompt.len() + i, 0);
+        row = 0;
+    }
+    drawn
+}
+
+/// As [`rounding`], but of any logit.
+fn moved(prompt: &[Token], text: &[Draw]) -> f32 {
+    let tokens: Vec<Token> = prompt.iter().copied().chain(text.iter().map(|(token, _)| *token)).collect();
+    let mut moved = 0f32;
+    for chunk in [2, 5, 16, 64] {
+        let mut context = context(&params());
+        for (i, rows) in tokens.chunks(chunk).enumerate() {
+            feed(&mut context, rows, i * chunk, 0);
+            for row in 0..rows.len() {
+                let at = (i * chunk + row + 1).checked_sub(prompt.len()).and_then(|i| text.get(i));
+                let Some((_, before)) = at else { continue };
+                let now = context.logits(row).unwrap();
+                moved = now.iter().zip(before).map(|(a, b)| (a - b).abs()).fold(moved, f32::max);
+            }
+        }
+    }
+    moved
+}
+
+/// Returns whether `ours` is the text. Panics unless it is, or parts from it with a token that would have been drawn had the
+/// logits been up to `moved` higher or lower.
+fn follow(prompt: &str, ours: &str, text: &[Draw], params: &SamplingParams, moved: f32) -> bool {
+    let mut sampler = Sampler::new(params, &[], &[], MODEL.n_vocab()).unwrap();
+    let (mut bytes, mut scratch) = (vec![], Scratch::default());
+    let first = MODEL.tokenize(prompt, true).unwrap().len();
+    for (i, (token, logits)) in text.iter().enumerate() {
+        let before = bytes.len();
+        MODEL.piece(*token, false, &mut bytes);
+        if ours.as_bytes().starts_with(&bytes) {
+            continue;
+        }
+        // A draw goes through the tokens in the order of their ids, so the last token it can come to is that where those
+        // before are as unlikely as they can be, and the first one where they are as likely.
+        let mut draw = |by: f32| {
+            let tilted = |(id, v): (usize, &f32)| if (id as i32) < token.0 { v + by } else { v - by };
+            sampler.draw(&logits.iter().enumerate().map(tilted).collect::<Vec<_>>(), first + i, &mut scratch).0
+        };
+        let mut possible = draw(moved)..=draw(-moved);
+        let goes_on = |other: i32| {
+            let mut with = bytes[..before].to_vec();
+            MODEL.piece(Token(other), false, &mut with);
+            ours.as_bytes().starts_with(&with)
+        };
+        assert!(possible.any(goes_on), "{prompt}: parts at byte {before} by more than rounding: {ours:?}");
+        return false;
+    }
+    assert_eq!(ours.len(), bytes.len(), "{prompt}: {ours:?}");
+    true
 }
 
 static GREEDY: LazyLock<Request> = LazyLock::new(|| Request {
