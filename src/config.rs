@@ -69,8 +69,8 @@ pub struct ModelArgs {
 /// Which heads draft; the same for every command that drafts.
 #[derive(Clone, Debug, ClapArgs)]
 pub struct HeadsArgs {
-    /// Folder with heads for the model, or `none`. Without heads nothing is drafted [default:
-    /// heads/smollm2-135m-instruct, if it exists and the model is the default one]
+    /// Folder with heads for the model, or `none`. Without heads nothing is drafted [default: for the default model
+    /// heads/smollm2-135m-instruct, else none]
     #[arg(long = "heads", env = "MEDUSA_HEADS", value_name = "MEDUSA_HEADS")]
     pub folder: Option<PathBuf>,
     /// Use at most this many of the heads
