@@ -348,14 +348,18 @@ fn load_heads(
     Ok((speculator, n_heads))
 }
 
-/// Leaves of a sequence's tree, if there are ids for as many.
-const MAX_LEAVES: usize = MAX_NODES;
+/// Leaves of a sequence's tree, if there are ids for as many. For every id llama.cpp keeps room for a row of logits.
+const MAX_LEAVES: usize = 16;
 
 /// Sequence ids of a unified cache: the layout's, and behind them those for the leaves of trees.
 fn n_ids(params: &EngineParams) -> usize {
     let Layout::Unified { n_seqs, .. } = params.limits.layout else { return params.limits.n_slots };
-    let for_trees = if params.heads.is_some() { params.limits.n_slots * (MAX_LEAVES - 1) } else { 0 };
-    (n_seqs + for_trees).min(max_sequences())
+    let n_leaves = match &params.heads {
+        Some(HeadsParams { fixed_nodes: Some(_), .. }) => MAX_NODES,
+        Some(_) => MAX_LEAVES,
+        None => 1,
+    };
+    (n_seqs + params.limits.n_slots * (n_leaves - 1)).min(max_sequences())
 }
 
 fn context_params(params: &EngineParams) -> ContextParams {
