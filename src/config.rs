@@ -435,6 +435,7 @@ impl ServeArgs {
                 n_threads: self.model.threads(),
                 limits,
                 heads,
+                traces: false,
                 n_queue: self.batch_size * self.max_concurrent_batches,
                 max_wait: self.max_wait_time,
             },

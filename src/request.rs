@@ -2,7 +2,10 @@
 //!
 //! Both sides know this file and nothing else of each other.
 
+use half::f16;
+
 use crate::llama::Token;
+use crate::vector::{largest_k, log_sum_exp};
 
 /// How to choose each token. Every value is in the range its field names; [`Default`] is `/generate`'s.
 #[derive(Clone, Debug, PartialEq)]
@@ -114,6 +117,34 @@ pub struct Completion {
     pub timings: Timings,
     /// What drafting did.
     pub speculation: SpeculationUsage,
+    /// What the model thought at each token; only from an engine that traces.
+    pub trace: Option<Trace>,
+}
+
+/// What the model thought at each token of an answer: what heads learn from.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Trace {
+    /// The tokens chosen, an end-of-text token included.
+    pub tokens: Vec<Token>,
+    /// For each the post-norm hidden state that it was chosen from: `n_embd` values.
+    pub hidden: Vec<f16>,
+    /// For each the [`TOP`](Self::TOP) likeliest tokens, before temperature and filters, and their probabilities.
+    pub top: Vec<(Token, f16)>,
+}
+
+impl Trace {
+    /// Likeliest tokens that are kept; of a smaller vocabulary, tokens of no probability fill the rest.
+    pub const TOP: usize = 16;
+
+    /// Appends a token; `best` is room to work in.
+    pub fn push(&mut self, token: Token, hidden: &[f32], logits: &[f32], best: &mut Vec<(Token, f32)>) {
+        let norm = log_sum_exp(logits);
+        largest_k(logits, Self::TOP, best);
+        self.tokens.push(token);
+        self.hidden.extend(hidden.iter().map(|&v| f16::from_f32(v)));
+        self.top.extend(best.iter().map(|&(token, logit)| (token, f16::from_f32((logit - norm).exp()))));
+        self.top.resize(self.tokens.len() * Self::TOP, (Token(0), f16::ZERO));
+    }
 }
 
 /// Why an answer ended.

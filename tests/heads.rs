@@ -6,7 +6,7 @@ mod files;
 
 use std::path::Path;
 
-use files::{Tensor, Tensors, write};
+use files::{Tensor, Tensors, write, write_archive, write_pt};
 use medusa_llama::llama::Token;
 use medusa_llama::llama::Weights;
 use medusa_llama::speculate::heads::{HeadNets, Heads, HeadsError, Shape};
@@ -109,6 +109,60 @@ fn all_layouts_of_the_same_weights_are_the_same_heads() {
 }
 
 #[test]
+fn pytorchs_own_files_are_the_same_heads() {
+    for layout in [Layout::V1, Layout::V2] {
+        let folder = tempfile::tempdir().unwrap();
+        let mut tensors = tensors(layout);
+        let expected = load_tensors("medusa_lm_head.safetensors", &tensors).unwrap();
+        let half = tensors.get_mut("0.0.linear.weight").unwrap();
+        let floats = half.bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b));
+        let bytes = floats.flat_map(|v| half::f16::from_f32(v).to_le_bytes()).collect();
+        *half = Tensor { dtype: Dtype::F16, shape: half.shape.clone(), bytes };
+        write_pt(&folder.path().join("medusa_lm_head.pt"), &tensors);
+        assert_eq!(load(folder.path()).unwrap(), expected);
+    }
+}
+
+#[test]
+fn broken_and_hostile_pickles_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("medusa_lm_head.pt");
+    let refused = || load(folder.path()).unwrap_err().to_string();
+
+    let changed = |change: &dyn Fn(&mut Tensors)| {
+        let mut tensors = tensors(Layout::V1);
+        change(&mut tensors);
+        write_pt(&path, &tensors);
+        refused()
+    };
+    assert!(changed(&|t| drop(t.remove("1.0.linear.bias"))).contains("1.0.linear.bias: is missing"));
+    let nan = |t: &mut Tensors| drop(t.insert("0.1.linear.bias".into(), Tensor::f32(&[4], &[f32::NAN; 4])));
+    assert!(changed(&nan).contains("0.1.linear.bias: holds NaN"));
+    let huge = |t: &mut Tensors| t.get_mut("0.0.linear.weight").unwrap().shape = vec![1 << 30, 1 << 30];
+    assert!(changed(&huge).contains("0.0.linear.weight: its shape is [1073741824, 1073741824]"));
+    let short = |t: &mut Tensors| t.get_mut("0.0.linear.weight").unwrap().bytes.truncate(5);
+    assert!(changed(&short).contains("0.0.linear.weight"));
+
+    // A pickle that would run a command where pickles are run, alone and as a dictionary's value.
+    let witness = folder.path().join("it-ran");
+    let command = format!("touch {}", witness.display());
+    let call = [b"cposix\nsystem\n(X".as_slice(), &(command.len() as u32).to_le_bytes(), command.as_bytes(), b"tR"].concat();
+    let value = [b"}(X\x01\0\0\0a".as_slice(), &call, b"u"].concat();
+    for program in [call, value] {
+        write_archive(&path, &[b"\x80\x02".as_slice(), &program, b"."].concat(), &[]);
+        assert!(refused().contains("there is no head"), "{}", refused());
+        assert!(!witness.exists());
+    }
+
+    write_pt(&path, &tensors(Layout::V1));
+    let bytes = std::fs::read(&path).unwrap();
+    for n in [0, 1, 100, bytes.len() / 2, bytes.len() - 1] {
+        std::fs::write(&path, &bytes[..n]).unwrap();
+        assert!(load(folder.path()).is_err(), "{n} bytes");
+    }
+}
+
+#[test]
 fn half_floats_and_fewer_heads() {
     let mut halves = tensors(Layout::V1);
     for (i, t) in halves.values_mut().enumerate() {
@@ -191,10 +245,13 @@ fn broken_and_hostile_files_are_refused() {
 proptest! {
     /// Whatever bytes are changed, reading ends with heads or an error.
     #[test]
-    fn changed_bytes_never_panic(changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8)) {
+    fn changed_bytes_never_panic(
+        pt in any::<bool>(),
+        changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8),
+    ) {
         let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("medusa_lm_head.safetensors");
-        write(&path, &tensors(Layout::V1));
+        let path = folder.path().join(if pt { "medusa_lm_head.pt" } else { "medusa_lm_head.safetensors" });
+        if pt { write_pt(&path, &tensors(Layout::V1)) } else { write(&path, &tensors(Layout::V1)) }
         let mut bytes = std::fs::read(&path).unwrap();
         for (at, byte) in changes {
             let at = at.index(bytes.len());

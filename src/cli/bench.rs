@@ -132,6 +132,7 @@ fn params(args: &BenchArgs) -> anyhow::Result<EngineParams> {
             layout: Layout::Unified { n_cells, n_retained: 0, n_seqs: n_slots.min(max_sequences()) },
         },
         heads: args.heads.params(&args.model, args.tree_nodes),
+        traces: false,
         n_queue: n_slots + 1,
         max_wait: Duration::ZERO,
     })

@@ -26,6 +26,7 @@ pub fn generate(args: &GenerateArgs) -> anyhow::Result<()> {
         n_threads: args.model.threads(),
         limits: Limits { n_slots: 1, n_ctx, n_batch: 512, layout: Layout::Streams { n_cells: n_ctx } },
         heads: None,
+        traces: false,
         n_queue: 1,
         max_wait: Duration::ZERO,
     };

@@ -1,8 +1,7 @@
-//! `medusa-llama train`: answers, features, heads, each with a progress bar and time left.
+//! `medusa-llama train`: answers with their features, then heads, each with a progress bar and time left.
 
 use std::ops::ControlFlow;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
@@ -13,8 +12,9 @@ use crate::engine::handle::EngineParams;
 use crate::engine::{self, Layout, Limits};
 use crate::llama::{Model, ModelParams, max_sequences};
 use crate::plot::{self, Labels, Line};
+use crate::request::Trace;
 use crate::train::answers::{self, Wanted};
-use crate::train::features::{self, FeatureParams};
+use crate::train::features::Writer;
 use crate::train::fit::batch::Teaching;
 use crate::train::fit::net::{Kind, Net, Shape};
 use crate::train::fit::shards::{Matrices, Shards};
@@ -27,29 +27,17 @@ use crate::train::save::{self, Origin};
 /// # Errors
 /// When a file cannot be read or written, the model cannot be loaded, or the work folder belongs to another model.
 pub fn train(args: &TrainArgs) -> anyhow::Result<()> {
+    std::fs::create_dir_all(&args.output)?;
     let work = args.work.clone().unwrap_or_else(|| args.output.join("work"));
-    std::fs::create_dir_all(&work)?;
     let prompts = Prompts::read(&args.prompts, args.system.clone(), args.raw)?;
-    let path = work.join("answers.jsonl");
-    collect(args, &prompts, &path)?;
-
-    let answers = answers::read(&path)?;
-    let model = Model::load(&args.model.path().map_err(|e| anyhow!(e))?, &ModelParams::default(), |_| true)?;
-    let model = Arc::new(model);
-    let params = FeatureParams {
-        n_ctx: args.model.context_size,
-        n_threads: args.model.threads(),
-        max_bytes: (args.max_disk_gib as u64) << 30,
-    };
-    let bar = bar("features", answers.len(), "answers");
     let folder = work.join("features");
-    features::compute(&model, &prompts, &answers, &folder, params, |n| bar.set_position(n as u64))?;
-    bar.finish();
-    let n_tokens = answers.iter().map(|a| a.n).sum();
-    learn(args, &model, &folder, &work.join("checkpoint.safetensors"), n_tokens)
+    let (n_tokens, collect_s) = collect(args, &prompts, &folder)?;
+    let model = Model::load(&args.model.path().map_err(|e| anyhow!(e))?, &ModelParams::default(), |_| true)?;
+    learn(args, &model, &folder, &work.join("checkpoint.safetensors"), n_tokens, collect_s)
 }
 
-fn collect(args: &TrainArgs, prompts: &Prompts, path: &Path) -> anyhow::Result<()> {
+/// Collects answers with their features. Returns how many tokens there are, and the seconds that those of this run took.
+fn collect(args: &TrainArgs, prompts: &Prompts, folder: &Path) -> anyhow::Result<(usize, u64)> {
     let n_ctx = args.model.context_size;
     let n_cells = args.batch_size * n_ctx.min(2 * args.max_answer + 256);
     let params = EngineParams {
@@ -67,6 +55,7 @@ fn collect(args: &TrainArgs, prompts: &Prompts, path: &Path) -> anyhow::Result<(
             },
         },
         heads: None,
+        traces: true,
         n_queue: args.batch_size + 8,
         max_wait: Duration::ZERO,
     };
@@ -74,18 +63,27 @@ fn collect(args: &TrainArgs, prompts: &Prompts, path: &Path) -> anyhow::Result<(
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let engine = engine::spawn(params);
     let bar = bar("answers", args.tokens, "tokens");
+    let started = Instant::now();
     let collected = runtime.block_on(async {
         let handle = engine.ready().await.map_err(|e| anyhow!(e))?;
-        answers::collect(&handle, prompts, path, wanted, |n| bar.set_position(n as u64)).await?;
-        anyhow::Ok(())
+        let mut shards = Writer::open(folder, handle.model(), (args.max_disk_gib as u64) << 30)?;
+        answers::collect(&handle, prompts, &mut shards, wanted, |n| bar.set_position(n as u64)).await?;
+        anyhow::Ok(shards.n_tokens())
     });
     bar.finish();
     engine.stop();
-    collected
+    Ok((collected?, started.elapsed().as_secs()))
 }
 
 /// Fits heads to the features and writes them.
-fn learn(args: &TrainArgs, model: &Model, folder: &Path, checkpoint: &Path, n_tokens: usize) -> anyhow::Result<()> {
+fn learn(
+    args: &TrainArgs,
+    model: &Model,
+    folder: &Path,
+    checkpoint: &Path,
+    n_tokens: usize,
+    collect_s: u64,
+) -> anyhow::Result<()> {
     let (train, held) = (Shards::open(folder, "train-")?, Shards::open(folder, "held-")?);
     let n_vocab = model.n_vocab();
     let vocab = train.frequent_tokens(args.draft_vocab.min(n_vocab), n_vocab)?;
@@ -104,7 +102,7 @@ fn learn(args: &TrainArgs, model: &Model, folder: &Path, checkpoint: &Path, n_to
         weight_decay: 0.01,
         decay: 0.8,
         n_classes: 4096,
-        teaching: Teaching { hard: 0.0, renormalise: true, n_likely: features::TOP, min_p: 0.0 },
+        teaching: Teaching { hard: 0.0, renormalise: true, n_likely: Trace::TOP, min_p: 0.0 },
         max_held_rows: 20_000,
         seed: args.seed,
         n_threads: args.model.threads(),
@@ -127,7 +125,7 @@ fn learn(args: &TrainArgs, model: &Model, folder: &Path, checkpoint: &Path, n_to
         width,
         n_draft_vocab: vocab.len(),
         answer_tokens: n_tokens,
-        rows: train.n_rows(),
+        collect_s,
         fit_s: started.elapsed().as_secs(),
         command: command_line(),
     };

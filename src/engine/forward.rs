@@ -111,6 +111,10 @@ pub trait Forward {
     fn is_end(&self, token: Token) -> bool;
 }
 
+/// Rounds of measuring, fewer where there would be more than so many rows of one number.
+const ROUNDS: usize = 10;
+const MOST_ROWS: usize = 96;
+
 /// llama.cpp as the engine's model.
 ///
 /// In a unified cache a step is one pass. In streams it is one for all sequences with a single row, and one for each with
@@ -145,22 +149,38 @@ impl LlamaForward {
         Self { batch, model, streams: !context.is_unified(), context, places: Vec::new(), kept: Vec::new() }
     }
 
-    /// Seconds of a pass of `n` rows with logits on an empty cache, which is empty again afterwards: the best of a few.
+    /// What steps take, measured: seconds of a pass of each number of rows behind one of as many, and the seconds more that
+    /// one takes behind another number. The best of a few rounds, so that a moment's disturbance does not hit one number alone.
     ///
     /// # Errors
     /// When a pass fails.
-    pub fn seconds_of(&mut self, n: usize) -> Result<f64, LlamaError> {
-        let mut best = f64::INFINITY;
-        for _ in 0..(32 / n).clamp(1, 4) {
-            self.batch.clear();
-            (0..n).try_for_each(|pos| self.batch.add(Token(0), pos, &[SeqId(0)], true).map(|_| ()))?;
-            let started = Instant::now();
-            self.context.forward(&self.batch)?;
-            self.context.logits(0)?;
-            best = best.min(started.elapsed().as_secs_f64());
-            self.context.remove_from(SeqId(0), 0)?;
+    pub fn measure(&mut self, numbers: &[usize]) -> Result<(Vec<(usize, f64)>, f64), LlamaError> {
+        let mut points: Vec<(usize, f64)> = numbers.iter().map(|&n| (n, f64::INFINITY)).collect();
+        for round in 0..ROUNDS {
+            for (n, best) in points.iter_mut().filter(|(n, _)| n * round <= MOST_ROWS) {
+                self.time_pass(*n)?;
+                *best = best.min(self.time_pass(*n)?);
+            }
         }
-        Ok(best)
+        let mut changed = [f64::INFINITY; 2];
+        for i in (0..2).cycle().take(2 * ROUNDS) {
+            changed[i] = changed[i].min(self.time_pass(i + 1)?);
+        }
+        let more = |i: usize| points.iter().find(|(n, _)| *n == i + 1).map_or(0.0, |(_, same)| changed[i] - same);
+        let change_s = f64::midpoint(more(0), more(1)).max(0.0);
+        Ok((points, change_s))
+    }
+
+    /// Seconds of a pass of `n` rows with logits on an empty cache, which is empty again afterwards.
+    fn time_pass(&mut self, n: usize) -> Result<f64, LlamaError> {
+        self.batch.clear();
+        (0..n).try_for_each(|pos| self.batch.add(Token(0), pos, &[SeqId(0)], true).map(|_| ()))?;
+        let started = Instant::now();
+        self.context.forward(&self.batch)?;
+        self.context.logits(0)?;
+        let seconds = started.elapsed().as_secs_f64();
+        self.context.remove_from(SeqId(0), 0)?;
+        Ok(seconds)
     }
 
     /// Adds `row`, which is the step's `index`-th, to the next pass.

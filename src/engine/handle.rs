@@ -32,6 +32,8 @@ pub struct EngineParams {
     pub limits: Limits,
     /// Heads to draft with.
     pub heads: Option<HeadsParams>,
+    /// Answers come with what the model thought at each token.
+    pub traces: bool,
     /// Requests that may run or wait.
     pub n_queue: usize,
     /// The longest an idle engine may wait for company.
@@ -314,6 +316,9 @@ fn serve(params: &EngineParams, stage: &watch::Sender<Stage>, stop: &AtomicBool)
     if let Some((speculator, _)) = speculator {
         engine.speculate(speculator, n_ids(params));
     }
+    if params.traces {
+        engine.trace_answers();
+    }
     let permits = Arc::new(Semaphore::new(params.n_queue));
     let handle = Handle { jobs, permits, model, limits, n_heads, n_queue: params.n_queue, stats };
     stage.send_replace(Stage::Ready(handle));
@@ -333,14 +338,16 @@ fn load_heads(
     let heads = Heads::load(&params.folder, shape, params.n_heads)?;
     let drafter = speculate::drafter(heads, model, n_threads)?;
     let n_heads = drafter.n_heads();
-    let mut points = vec![];
-    for n in cost::POINTS.into_iter().filter(|&n| n <= n_batch) {
-        points.push((n, forward.seconds_of(n)?));
-    }
+    let numbers: Vec<usize> = cost::POINTS.into_iter().filter(|&n| n <= n_batch).collect();
+    let (points, change_s) = forward.measure(&numbers)?;
     let curve: Vec<String> = points.iter().map(|(n, s)| format!("{n}: {:.1}", s * 1e3)).collect();
-    tracing::info!(n_heads, "heads loaded; milliseconds of a step by rows: {}", curve.join(", "));
+    let (curve, change) = (curve.join(", "), change_s * 1e3);
+    tracing::info!(
+        n_heads,
+        "heads loaded; milliseconds of a step by rows: {curve}; {change:.1} more if their number changes"
+    );
     let max_tokens = params.max_tokens_per_step.unwrap_or(n_heads + 1);
-    let speculator = Speculator::new(drafter, max_tokens, Cost::from_points(&points));
+    let speculator = Speculator::new(drafter, max_tokens, Cost::from_points(&points).with_change(change_s));
     let speculator = match params.fixed_nodes {
         Some(n) => speculator.with_fixed_nodes(n),
         None => speculator,
@@ -376,7 +383,7 @@ fn context_params(params: &EngineParams) -> ContextParams {
         n_seq_max,
         n_threads: params.n_threads,
         unified,
-        tap_hidden: params.heads.is_some() && unified,
+        tap_hidden: (params.heads.is_some() || params.traces) && unified,
         embeddings: false,
     }
 }

@@ -28,7 +28,7 @@ pub use slots::Layout;
 
 use crate::error::IncidentId;
 use crate::llama::{LlamaError, SeqId, Token};
-use crate::request::Speculation;
+use crate::request::{Speculation, Trace};
 use crate::speculate::{MAX_NODES, Origin, Speculator, Tree};
 use handle::Stats;
 use leaves::Leaves;
@@ -64,6 +64,8 @@ pub struct Engine<F> {
     /// `None`: no heads.
     speculator: Option<Speculator>,
     leaves: Leaves,
+    /// Answers come with what the model thought.
+    traces: bool,
     /// End-of-text tokens, for requests that ignore them.
     end_tokens: Vec<Token>,
     stats: Arc<Stats>,
@@ -88,6 +90,7 @@ struct Work {
     ops: Vec<KvOp>,
     settling: Vec<KvOp>,
     sampling: Scratch,
+    likeliest: Vec<(Token, f32)>,
     piece: Vec<u8>,
 }
 
@@ -107,6 +110,7 @@ impl<F: Forward> Engine<F> {
             pace: Pace::new(limits.n_batch),
             speculator: None,
             leaves: Leaves::new(0, 0, 0),
+            traces: false,
             end_tokens,
             stats,
             work: Work::default(),
@@ -123,6 +127,11 @@ impl<F: Forward> Engine<F> {
         let Layout::Unified { n_seqs, .. } = self.limits.layout else { panic!("trees need a unified cache") };
         self.leaves = Leaves::new(n_seqs, n_ids, self.limits.n_slots);
         self.speculator = Some(speculator);
+    }
+
+    /// Lets answers come with what the model thought at each token. Its [`Forward`] must keep hidden states.
+    pub fn trace_answers(&mut self) {
+        self.traces = true;
     }
 
     /// Takes a request into the queue.
@@ -176,8 +185,9 @@ impl<F: Forward> Engine<F> {
             match ready {
                 Ok(sampler) => {
                     let (seq, n_ctx) = (place.seq, self.limits.n_ctx);
-                    self.running[seq.0 as usize] =
-                        Some(Sequence::new(job, sampler, seq, place.n_cached, self.n_admitted, n_ctx));
+                    let mut sequence = Sequence::new(job, sampler, seq, place.n_cached, self.n_admitted, n_ctx);
+                    sequence.trace = self.traces.then(Trace::default);
+                    self.running[seq.0 as usize] = Some(sequence);
                     self.n_admitted += 1;
                 }
                 Err(error) => {
@@ -215,7 +225,7 @@ impl<F: Forward> Engine<F> {
         let origin = |share: &Share| {
             let s = sequence(share);
             let max_depth = if share.to_end && share.n_rows == 1 { s.n_draftable().min(deepest) } else { 0 };
-            Origin { hidden: s.hidden(), root: s.tokens[s.n_computed], max_depth }
+            Origin { hidden: s.hidden(), root: s.tokens[s.n_computed], max_depth, trust: s.trust.factor() }
         };
         let origins: Vec<Origin<'_>> = work.shares.iter().map(origin).collect();
         let n_rows: usize = work.shares.iter().map(|s| s.n_rows).sum();
@@ -272,10 +282,8 @@ impl<F: Forward> Engine<F> {
         let n_rows = self.work.rows.len();
         let (n_prompt, seconds) = (n_rows - n_decode - n_nodes, (now - started).as_secs_f64());
         self.pace.record(n_decode, n_prompt, seconds);
-        if let Some(speculator) = &mut self.speculator
-            && n_prompt == 0
-        {
-            speculator.note_step(n_rows, seconds);
+        if let Some(speculator) = &mut self.speculator {
+            speculator.note_step(n_rows, (n_prompt == 0).then_some(seconds));
         }
         tracing::trace!(n_decode, n_prompt, n_nodes, seconds, "step");
         let mut first_row = 0;
@@ -323,6 +331,9 @@ impl<F: Forward> Engine<F> {
             }
             let token = s.sampler.draw_typical(logits, s.tokens.len(), &work.offered, &mut work.sampling);
             self.stats.count_token();
+            if let Some(trace) = &mut s.trace {
+                trace.push(token, self.forward.hidden(row)?, logits, &mut work.likeliest);
+            }
             work.piece.clear();
             let is_end = self.forward.is_end(token);
             if !is_end {
@@ -350,7 +361,7 @@ impl<F: Forward> Engine<F> {
         self.ledger.push(s.seq, &s.tokens[s.n_computed..n_after]);
         s.n_computed = n_after;
         if let Some(speculator) = &mut self.speculator {
-            speculator.note_walk(i, &work.accepted, refused);
+            speculator.note_walk(i, &work.accepted, refused, &mut s.trust);
         }
         if tree.is_empty() {
             return Ok(done);

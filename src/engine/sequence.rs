@@ -7,7 +7,8 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use super::sampler::Sampler;
 use super::text::{Pushed, TextAssembler};
 use crate::llama::{SeqId, Token};
-use crate::request::{Completion, Event, FinishReason, Request, Speculation, SpeculationUsage, Timings, Usage};
+use crate::request::{Completion, Event, FinishReason, Request, Speculation, SpeculationUsage, Timings, Trace, Usage};
+use crate::speculate::calibration::Trust;
 
 /// A request that was accepted and waits for a sequence id.
 pub struct Job {
@@ -50,6 +51,10 @@ pub struct Sequence {
     /// Of the last row that decided a token; empty before the first.
     hidden: Vec<f32>,
     drafts: SpeculationUsage,
+    /// How far its drafts are to be trusted.
+    pub trust: Trust,
+    /// What the model thought so far, where that is wanted.
+    pub trace: Option<Trace>,
     text: TextAssembler,
     events: mpsc::Sender<Event>,
     permit: Option<OwnedSemaphorePermit>,
@@ -79,6 +84,8 @@ impl Sequence {
             speculation: job.request.speculation,
             hidden: Vec::new(),
             drafts: SpeculationUsage::default(),
+            trust: Trust::default(),
+            trace: None,
             n_cached,
             text: TextAssembler::new(job.request.stop),
             events: job.events,
@@ -179,7 +186,8 @@ impl Sequence {
             decode_s: (clock.last_token - first).as_secs_f64(),
         };
         self.permit = None; // before the answer: its client may send the next request at once
-        self.send(Event::Done(Completion { tail, finish_reason, usage, timings, speculation: self.drafts }));
+        let (speculation, trace) = (self.drafts, self.trace.take());
+        self.send(Event::Done(Completion { tail, finish_reason, usage, timings, speculation, trace }));
     }
 
     /// Ends the answer because the engine failed.

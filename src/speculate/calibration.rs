@@ -16,6 +16,12 @@ const MEMORY: f64 = 64.0;
 const FIRST: f64 = 0.4;
 /// ... and the weight of what becomes of one.
 const FIRST_WEIGHT: f64 = 1.0 / 64.0;
+/// Places of a sequence that count for how far its text is to be trusted: older ones fade.
+const TRUST_MEMORY: f64 = 32.0;
+/// A sequence's text is taken for an ordinary one as firmly as after this many expected hits.
+const TRUST_FIRMNESS: f64 = 4.0;
+/// What a place without candidates leaves of them.
+const TRUST_FADE: f64 = 0.98;
 /// Nothing is certain.
 const HIGHEST: f32 = 0.99;
 
@@ -50,15 +56,16 @@ impl Calibration {
         Self { exact: true, ..Self::default() }
     }
 
-    /// Probability that a candidate at `depth` (1: behind the root) is accepted if its parent is, where its head says `p`.
+    /// Probability that a candidate at `depth` (1: behind the root) is accepted if its parent is, where its head says `p` and
+    /// the sequence's heads are to be trusted so far.
     #[must_use]
-    pub fn estimate(&self, depth: usize, p: f32) -> f32 {
+    pub fn estimate(&self, depth: usize, p: f32, trust: f32) -> f32 {
         if self.exact {
             return p;
         }
         let bin = &self.bins[head(depth)][bin(p)];
         let ratio = (bin.hits + FIRMNESS * BELIEF) / (bin.expected + FIRMNESS);
-        (p * ratio as f32).clamp(0.0, HIGHEST)
+        (p * ratio as f32 * trust).clamp(0.0, HIGHEST)
     }
 
     /// Probability that the best candidate at `depth` is accepted if its parent is, before it is computed.
@@ -84,6 +91,36 @@ impl Calibration {
     }
 }
 
+/// How much better or worse heads are at one sequence's text than at all texts of late.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Trust {
+    /// Hits that [`Calibration`] alone foresaw.
+    foreseen: f64,
+    hits: f64,
+}
+
+impl Trust {
+    /// By what to multiply what is foreseen.
+    #[must_use]
+    pub fn factor(&self) -> f32 {
+        ((self.hits + TRUST_FIRMNESS) / (self.foreseen + TRUST_FIRMNESS)) as f32
+    }
+
+    /// Notes a place without candidates: what was noted before is a little older.
+    pub fn fade(&mut self) {
+        self.foreseen *= TRUST_FADE;
+        self.hits *= TRUST_FADE;
+    }
+
+    /// Notes a place: the probability that one of its candidates is right, as [`Calibration`] alone foresees it, and
+    /// whether one was.
+    pub fn note(&mut self, foreseen: f32, hit: bool) {
+        let keep = 1.0 - 1.0 / TRUST_MEMORY;
+        self.foreseen = keep * self.foreseen + f64::from(foreseen.min(1.0));
+        self.hits = keep * self.hits + f64::from(u8::from(hit));
+    }
+}
+
 fn head(depth: usize) -> usize {
     depth.clamp(1, N_HEADS) - 1
 }
@@ -100,16 +137,16 @@ mod tests {
     #[test]
     fn the_estimate_approaches_what_happens() {
         let mut c = Calibration::default();
-        assert!((c.estimate(1, 0.5) - 0.4).abs() < 1e-6);
+        assert!((c.estimate(1, 0.5, 1.0) - 0.4).abs() < 1e-6);
         for i in 0..4000 {
             c.note(1, 0.9, i % 10 < 6);
             c.note(2, 0.9, i % 10 < 3);
             c.note(1, 0.01, i % 50 == 0);
         }
         for (depth, p, happens) in [(1, 0.9, 0.6), (2, 0.9, 0.3), (1, 0.01, 0.02)] {
-            assert!((c.estimate(depth, p) / happens - 1.0).abs() < 0.1, "{depth} {p}: {}", c.estimate(depth, p));
+            assert!((c.estimate(depth, p, 1.0) / happens - 1.0).abs() < 0.1, "{depth} {p}: {}", c.estimate(depth, p, 1.0));
         }
-        assert!((c.estimate(3, 0.9) - 0.72).abs() < 1e-6, "other heads know nothing of it");
+        assert!((c.estimate(3, 0.9, 1.0) - 0.72).abs() < 1e-6, "other heads know nothing of it");
     }
 
     #[test]
@@ -117,12 +154,24 @@ mod tests {
         let mut c = Calibration::default();
         (0..10_000).for_each(|_| c.note(1, 0.5, true));
         (0..2000).for_each(|_| c.note(1, 0.5, false));
-        assert!(c.estimate(1, 0.5) < 0.1);
+        assert!(c.estimate(1, 0.5, 1.0) < 0.1);
+    }
+
+    #[test]
+    fn a_text_is_trusted_by_its_own_hits() {
+        let mut trust = Trust::default();
+        assert_eq!(trust.factor(), 1.0);
+        (0..200).for_each(|i| trust.note(0.5, i % 4 == 0));
+        assert!((0.5..0.65).contains(&trust.factor()), "{trust:?}");
+        (0..200).for_each(|_| trust.fade());
+        assert!(trust.factor() > 0.95, "{trust:?}");
+        (0..200).for_each(|_| trust.note(0.5, true));
+        assert!((1.7..2.0).contains(&trust.factor()), "{trust:?}");
     }
 
     #[test]
     fn every_probability_has_a_bin() {
         assert_eq!((bin(0.0), bin(1e-9), bin(1.0), bin(2.0)), (0, 0, N_BINS - 1, N_BINS - 1));
-        assert_eq!(Calibration::default().estimate(99, 1.0), 0.8);
+        assert_eq!(Calibration::default().estimate(99, 1.0, 1.0), 0.8);
     }
 }

@@ -62,6 +62,8 @@ struct Path {
     state: usize,
     q: f32,
     token: Token,
+    /// Of its sequence.
+    trust: f32,
 }
 
 /// A node that could be.
@@ -120,7 +122,8 @@ impl Conditioned {
         let (states, logits) = self.net.forward(depth, level.cut, &level.states, &level.embeddings)?;
         let Cut { n_tokens: n_out, cost, .. } = &mut self.cuts[level.cut];
         let n_out = *n_out;
-        cost.note(level.paths.len(), started.elapsed().as_secs_f64());
+        let n = level.paths.len();
+        cost.note(n, n, started.elapsed().as_secs_f64());
         let first_state = self.states.len() / d;
         self.states.extend_from_slice(states);
         for (i, path) in level.paths.iter().enumerate() {
@@ -129,7 +132,7 @@ impl Conditioned {
             for &(token, p) in &self.best {
                 let token = self.token_map.as_ref().map_or(token, |map| map[token.0 as usize]);
                 // A calibrated sibling may come out above a better one; the order must hold all the same.
-                let q = (path.q * calibration.estimate(depth + 1, p)).min(above);
+                let q = (path.q * calibration.estimate(depth + 1, p, path.trust)).min(above);
                 above = q;
                 self.nodes.push(Candidate { origin: path.origin, parent: path.node, token, p, q, state: first_state + i });
             }
@@ -137,23 +140,17 @@ impl Conditioned {
         Ok(())
     }
 
-    /// Fills `level` with the nodes from `first` on behind which the next head, at `depth`, promises to pay: it is right
-    /// with probability `expected` behind a path that is.
-    fn choose_paths(&mut self, first: usize, origins: &[Origin<'_>], depth: usize, worth: Worth, expected: f64) {
+    /// Keeps the paths of `level` behind which a head promises to pay that is right with probability `expected` behind a path
+    /// that is, and fetches their states.
+    fn choose_paths(&mut self, worth: Worth, expected: f64) {
         let d = self.net.n_embd();
         let level = &mut self.level;
-        level.paths.clear();
-        level.states.clear();
-        for (i, n) in self.nodes.iter().enumerate().skip(first) {
-            if origins[n.origin].max_depth > depth {
-                level.paths.push(Path { origin: n.origin, node: Some(i), state: n.state, q: n.q, token: n.token });
-            }
-        }
-        level.paths.sort_by(|a, b| b.q.total_cmp(&a.q));
+        level.paths.sort_by(|a, b| (b.q * b.trust).total_cmp(&(a.q * a.trust)));
         level.paths.truncate(MAX_PATHS);
         let (n, cut) = most_gain(&self.cuts, &level.paths, worth, expected);
         level.paths.truncate(n);
         level.cut = cut;
+        level.states.clear();
         for path in &level.paths {
             level.states.extend_from_slice(&self.states[path.state * d..][..d]);
         }
@@ -162,29 +159,29 @@ impl Conditioned {
     fn candidates(&mut self, origins: &[Origin<'_>], worth: Worth, calibration: &Calibration) -> Result<(), LlamaError> {
         self.nodes.clear();
         self.states.clear();
-        let level = &mut self.level;
-        level.paths.clear();
-        level.states.clear();
+        // The roots stand where a head before the first one would have left their states.
+        let paths = &mut self.level.paths;
+        paths.clear();
         for (origin, o) in origins.iter().enumerate().filter(|(_, o)| o.max_depth > 0) {
-            level.paths.push(Path { origin, node: None, state: 0, q: 1.0, token: o.root });
-            level.states.extend_from_slice(o.hidden);
+            let state = self.states.len() / self.net.n_embd();
+            self.states.extend_from_slice(o.hidden);
+            paths.push(Path { origin, node: None, state, q: 1.0, token: o.root, trust: o.trust });
         }
-        // The first head goes on from every root or from none: even one that always knew whether it is right costs its time.
-        let n = level.paths.len();
-        let net = |cut: usize| {
-            let Cut { share, cost, .. } = &self.cuts[cut];
-            gain(&level.paths, worth, calibration.first(1) * share) - cost.seconds(n)
-        };
-        let best = (0..self.cuts.len()).max_by(|&a, &b| net(a).total_cmp(&net(b)));
-        let Some(cut) = best.filter(|&cut| net(cut) > 0.0) else { return Ok(()) };
-        level.cut = cut;
+        self.choose_paths(worth, calibration.first(1));
         for depth in 0..self.n_heads() {
             if self.level.paths.is_empty() {
                 break;
             }
             let first = self.nodes.len();
             self.go_on(depth, calibration)?;
-            self.choose_paths(first, origins, depth + 1, worth, calibration.first(depth + 2));
+            let goes_on = |(i, n): (usize, &Candidate)| {
+                let o = &origins[n.origin];
+                let path = Path { origin: n.origin, node: Some(i), state: n.state, q: n.q, token: n.token, trust: o.trust };
+                (o.max_depth > depth + 1).then_some(path)
+            };
+            self.level.paths.clear();
+            self.level.paths.extend(self.nodes.iter().enumerate().skip(first).filter_map(goes_on));
+            self.choose_paths(worth, calibration.first(depth + 2));
         }
         Ok(())
     }
@@ -193,7 +190,10 @@ impl Conditioned {
 /// Seconds that a head saves which is right with probability `expected` behind paths that are: as if it always knew whether
 /// it is, so that its candidates are verified just when they are right.
 fn gain(paths: &[Path], worth: Worth, expected: f64) -> f64 {
-    paths.iter().map(|path| expected * (f64::from(path.q) * worth.token_s - worth.row_s).max(0.0)).sum()
+    paths
+        .iter()
+        .map(|path| expected * f64::from(path.trust) * (f64::from(path.q) * worth.token_s - worth.row_s).max(0.0))
+        .sum()
 }
 
 /// How many of the paths, best first, a head should go on from, and with which cut, to gain most.

@@ -5,6 +5,8 @@
 pub const POINTS: [usize; 12] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64];
 /// Weight of a step for the speed of the whole machine: others share it, it heats up, contexts grow.
 const SPEED: f64 = 0.1;
+/// Weight of a step for what a change of the number of rows costs.
+const CHANGE: f64 = 0.05;
 /// Weight of a step for the shape of the curve near its number of rows.
 const SHAPE: f64 = 0.02;
 /// A step this many times slower or faster than foreseen says nothing: the machine was elsewhere.
@@ -15,6 +17,8 @@ const OUTLIER: f64 = 4.0;
 pub struct Cost {
     /// (rows, seconds), both ascending.
     points: Vec<(usize, f64)>,
+    /// Seconds more for a step that has another number of rows than the one before: its graph is built anew.
+    change_s: f64,
     /// By what everything is multiplied now.
     speed: f64,
 }
@@ -27,12 +31,24 @@ impl Cost {
     #[must_use]
     pub fn from_points(measured: &[(usize, f64)]) -> Self {
         assert!(!measured.is_empty() && measured.is_sorted_by(|a, b| a.0 < b.0), "points in order");
-        let mut cost = Self { points: measured.to_vec(), speed: 1.0 };
+        let mut cost = Self { points: measured.to_vec(), change_s: 0.0, speed: 1.0 };
         cost.keep_order();
         cost
     }
 
-    /// Seconds of a step of `n` rows. Beyond the last point it goes on as between the last two.
+    /// The same, where a step takes so many seconds more if it has another number of rows than the one before.
+    #[must_use]
+    pub fn with_change(self, change_s: f64) -> Self {
+        Self { change_s: change_s.max(0.0), ..self }
+    }
+
+    /// Seconds of a step of `n` rows behind one of `before`.
+    #[must_use]
+    pub fn seconds_behind(&self, before: usize, n: usize) -> f64 {
+        self.seconds(n) + if n == before { 0.0 } else { self.change_s * self.speed }
+    }
+
+    /// Seconds of a step of `n` rows behind one of as many. Beyond the last point it goes on as between the last two.
     #[must_use]
     pub fn seconds(&self, n: usize) -> f64 {
         let points = &self.points;
@@ -43,10 +59,15 @@ impl Cost {
         (s0 + slope * (n as f64 - n0 as f64)).max(0.5 * points[0].1) * self.speed
     }
 
-    /// Notes that a step of `n` rows took `seconds`.
-    pub fn note(&mut self, n: usize, seconds: f64) {
-        let ratio = seconds / self.seconds(n);
+    /// Notes that a step of `n` rows behind one of `before` took `seconds`.
+    pub fn note(&mut self, before: usize, n: usize, seconds: f64) {
+        let foreseen = self.seconds_behind(before, n);
+        let ratio = seconds / foreseen;
         if !(1.0 / OUTLIER..OUTLIER).contains(&ratio) {
+            return;
+        }
+        if n != before {
+            self.change_s = (self.change_s + CHANGE * (seconds - foreseen) / self.speed).max(0.0);
             return;
         }
         self.speed *= 1.0 + SPEED * (ratio - 1.0);
@@ -81,11 +102,18 @@ mod tests {
     #[test]
     fn it_follows_the_machine_and_ignores_a_hiccup() {
         let mut cost = Cost::from_points(&[(1, 1.0), (2, 1.2), (8, 2.0)]);
-        cost.note(1, 50.0);
+        cost.note(1, 1, 50.0);
         assert_eq!(cost.seconds(1), 1.0);
-        (0..200).for_each(|_| cost.note(1, 2.0));
+        (0..200).for_each(|_| cost.note(1, 1, 2.0));
         assert!((cost.seconds(1) - 2.0).abs() < 0.05 && (cost.seconds(8) - 4.0).abs() < 1.0, "{cost:?}");
-        (0..400).for_each(|i| if i % 2 == 0 { cost.note(1, 2.0) } else { cost.note(2, 3.8) });
+        (0..400).for_each(|i| if i % 2 == 0 { cost.note(1, 1, 2.0) } else { cost.note(2, 2, 3.8) });
         assert!((cost.seconds(2) - 3.8).abs() < 0.3, "the shape follows too: {cost:?}");
+    }
+    #[test]
+    fn a_change_of_rows_costs_what_it_was_seen_to_cost() {
+        let mut cost = Cost::from_points(&[(1, 1.0), (2, 1.2)]).with_change(0.5);
+        assert_eq!((cost.seconds_behind(2, 2), cost.seconds_behind(1, 2)), (1.2, 1.7));
+        (0..200).for_each(|_| cost.note(1, 2, 1.3));
+        assert!((cost.seconds_behind(1, 2) - 1.3).abs() < 0.01 && cost.seconds(2) == 1.2, "{cost:?}");
     }
 }

@@ -9,7 +9,7 @@
 //! | vLLM | `blocks.{h}.layers.{l}.weight`, perhaps `.bias`; `lm_heads.{h}.weight` |
 //! | conditioned | `{h}.w`, `{h}.u`, `{h}.v`, `{h}.b`: ours, see [`PathWeights`]; the model's output matrix serves all heads |
 //!
-//! In ours a matrix may be I8 with `{key}.scale`, what each row is multiplied by. Each layout may carry `token_map`, the
+//! Files are safetensors, or for v1 and v2 PyTorch's own (see [`pickle`]). In ours a matrix may be I8 with `{key}.scale`, what each row is multiplied by. Each layout may carry `token_map`, the
 //! vocabulary ids of the output rows, where heads know only the most frequent tokens, and ours `token_counts` beside it: how
 //! often each was met, never more often than the one before.
 
@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 
 use safetensors::{Dtype, SafeTensors};
 
+use super::pickle;
 use crate::llama::{Block, Matrix, PathStep, PathWeights, Token, Weights};
 
 /// What the model needs of heads.
@@ -76,8 +77,13 @@ pub enum HeadsError {
 }
 
 /// The names heads go by, in the order they are looked for.
-const FILES: [&str; 4] =
-    ["medusa_lm_head.safetensors", "conditioned_heads.safetensors", "model.safetensors", "model.safetensors.index.json"];
+const FILES: [&str; 5] = [
+    "medusa_lm_head.safetensors",
+    "medusa_lm_head.pt",
+    "conditioned_heads.safetensors",
+    "model.safetensors",
+    "model.safetensors.index.json",
+];
 /// Prefix of the heads' keys in a full model.
 const FULL_MODEL: &str = "medusa_head.";
 /// More heads or blocks than any published file has.
@@ -133,6 +139,9 @@ impl Tensors {
     /// Reads the tensors of one file: of a full model those of the heads.
     fn read(&mut self, path: &Path) -> Result<(), HeadsError> {
         let fail = |reason: String| HeadsError::File { path: path.to_owned(), reason };
+        if path.extension() == Some("pt".as_ref()) {
+            return self.read_pickle(path);
+        }
         let bytes = std::fs::read(path).map_err(|e| fail(e.to_string()))?;
         let file = SafeTensors::deserialize(&bytes).map_err(|e| fail(format!("not a whole safetensors file: {e}")))?;
         let full = file.names().iter().any(|name| name.starts_with(FULL_MODEL));
@@ -141,11 +150,26 @@ impl Tensors {
             let Some(key) = key else { continue };
             let refuse = |reason: String| HeadsError::Tensor { path: path.to_owned(), key: name.clone(), reason };
             let values = floats(view.dtype(), view.data()).map_err(refuse)?;
-            if let Some(bad) = values.iter().find(|v| !v.is_finite()) {
-                return Err(refuse(format!("holds {bad}")));
-            }
-            self.map.insert(key.to_owned(), (view.shape().to_vec(), values));
+            self.insert(path, &name, key, view.shape().to_vec(), values)?;
         }
+        Ok(())
+    }
+
+    /// Reads the tensors of one of PyTorch's files.
+    fn read_pickle(&mut self, path: &Path) -> Result<(), HeadsError> {
+        let tensors = pickle::read(path).map_err(|(key, reason)| match key {
+            Some(key) => HeadsError::Tensor { path: path.to_owned(), key, reason },
+            None => HeadsError::File { path: path.to_owned(), reason },
+        })?;
+        tensors.into_iter().try_for_each(|(name, shape, values)| self.insert(path, &name, &name, shape, values))
+    }
+
+    /// Takes a tensor in that a file calls `name`.
+    fn insert(&mut self, path: &Path, name: &str, key: &str, shape: Vec<usize>, values: Vec<f32>) -> Result<(), HeadsError> {
+        if let Some(bad) = values.iter().find(|v| !v.is_finite()) {
+            return Err(HeadsError::Tensor { path: path.to_owned(), key: name.to_owned(), reason: format!("holds {bad}") });
+        }
+        self.map.insert(key.to_owned(), (shape, values));
         Ok(())
     }
 

@@ -73,7 +73,7 @@ impl Draft for Medusa {
                     level.iter_mut().for_each(|(token, _)| *token = map[token.0 as usize]);
                 }
             }
-            trees[i].fill(&self.levels, calibration, worth.n_nodes);
+            trees[i].fill(&self.levels, calibration, origins[i].trust, worth.n_nodes);
         }
     }
 }

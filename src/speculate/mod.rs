@@ -11,10 +11,11 @@ pub mod conditioned;
 pub mod cost;
 pub mod heads;
 pub mod medusa;
+mod pickle;
 pub mod policy;
 pub mod tree;
 
-use calibration::Calibration;
+use calibration::{Calibration, Trust};
 use conditioned::Conditioned;
 use cost::Cost;
 use heads::{HeadNets, Heads};
@@ -33,6 +34,8 @@ pub struct Origin<'a> {
     pub root: Token,
     /// Tokens behind the root that may be drafted; 0 for none.
     pub max_depth: usize,
+    /// [`Trust::factor`] of the sequence.
+    pub trust: f32,
 }
 
 /// Something that proposes continuations.
@@ -63,7 +66,7 @@ pub fn drafter(heads: Heads, model: &Model, n_threads: usize) -> Result<Box<dyn 
 pub struct Worth {
     /// Most candidates of one tree.
     pub n_nodes: usize,
-    /// Seconds that one token more saves: what a token takes now.
+    /// Seconds that one token more saves: what a token takes in a step of these sequences alone.
     pub token_s: f64,
     /// Seconds that one row more costs.
     pub row_s: f64,
@@ -86,6 +89,8 @@ pub struct Speculator {
     /// Verify this many candidates whatever they cost, for comparison.
     fixed_nodes: Option<usize>,
     cost: Cost,
+    /// Rows of the last step.
+    n_before: usize,
     calibration: Calibration,
     /// What the drafter offered for each origin of this step; what was verified is the first part of it.
     offered: Vec<Tree>,
@@ -110,6 +115,7 @@ impl Speculator {
             max_tokens_per_step: max_tokens_per_step.max(1),
             fixed_nodes: None,
             cost,
+            n_before: 0,
             calibration: Calibration::default(),
             offered: Vec::new(),
             rest: Rest::default(),
@@ -136,26 +142,28 @@ impl Speculator {
         if self.fixed_nodes.is_some() {
             return true;
         }
-        // A row that costs as much as a token does now cannot pay, however sure.
-        let step_s = self.cost.seconds(n_rows);
-        if (self.cost.seconds(n_rows + 1) - step_s) * n_decode as f64 >= step_s {
-            return false;
+        let worth = self.worth(n_rows, n_decode);
+        if worth.row_s >= worth.token_s {
+            return false; // it cannot pay, however sure
         }
         let due = self.rest.left == 0;
         self.rest.left = self.rest.left.saturating_sub(1);
         due
     }
 
+    fn worth(&self, n_rows: usize, n_decode: usize) -> Worth {
+        Worth {
+            n_nodes: MAX_NODES,
+            token_s: self.cost.seconds(n_decode) / n_decode.max(1) as f64,
+            row_s: self.cost.seconds(n_rows + 1) - self.cost.seconds(n_rows),
+        }
+    }
+
     /// Fills `trees` with all candidates for `origins`, in a step of `n_rows` rows of which `n_decode` decode.
     pub fn draft(&mut self, origins: &[Origin<'_>], n_rows: usize, n_decode: usize, trees: &mut [Tree]) {
-        let step_s = self.cost.seconds(n_rows);
         let worth = match self.fixed_nodes {
             Some(n_nodes) => Worth { n_nodes, token_s: f64::MAX.sqrt(), row_s: 0.0 },
-            None => Worth {
-                n_nodes: MAX_NODES,
-                token_s: step_s / n_decode.max(1) as f64,
-                row_s: self.cost.seconds(n_rows + 1) - step_s,
-            },
+            None => self.worth(n_rows, n_decode),
         };
         self.drafter.draft(origins, worth, &self.calibration, trees);
         self.offered.extend_from_slice(trees);
@@ -169,32 +177,35 @@ impl Speculator {
             trees.iter_mut().for_each(|t| t.truncate(each));
             return trees.iter().map(Tree::len).sum();
         }
-        let step = Step { n_rows, n_decode, draft_s: seconds, room };
+        let step = Step { n_rows, n_before: self.n_before, n_decode, draft_s: seconds, room };
         let n = policy::choose(trees, step, &self.cost, &mut self.scratch);
         let hoped: f64 = trees.iter().flat_map(Tree::nodes).map(|n| f64::from(n.q)).sum();
-        let plain_s = self.cost.seconds(n_rows);
-        let drafted_s = self.cost.seconds(n_rows + n) + seconds;
-        // Against the time that the plain step would take for as many tokens.
-        let gain = (1.0 + hoped / n_decode.max(1) as f64) * plain_s / drafted_s - 1.0;
+        // Against the time that plain steps would take for as many tokens.
+        let gain = (1.0 + hoped / n_decode.max(1) as f64) * self.cost.seconds(n_decode) / step.seconds(&self.cost, n) - 1.0;
         self.rest.note(gain);
         n
     }
 
-    /// Notes what a step of `n_rows` rows took.
-    pub fn note_step(&mut self, n_rows: usize, seconds: f64) {
-        self.cost.note(n_rows, seconds);
+    /// Notes a step of `n_rows` rows, and what it took if that says what rows cost: if none was a prompt's.
+    pub fn note_step(&mut self, n_rows: usize, seconds: Option<f64>) {
+        if let Some(seconds) = seconds {
+            self.cost.note(self.n_before, n_rows, seconds);
+        }
+        self.n_before = n_rows;
     }
 
     /// Notes the walk down the tree of the `origin`-th origin: the accepted nodes, and the model's choice behind them, which
-    /// no verified node held; `None` if the walk ended because the request was done.
-    pub fn note_walk(&mut self, origin: usize, accepted: &[usize], last: Option<Token>) {
+    /// no verified node held; `None` if the walk ended because the request was done. `trust` is the sequence's.
+    pub fn note_walk(&mut self, origin: usize, accepted: &[usize], last: Option<Token>, trust: &mut Trust) {
         // Candidates that were not worth verifying teach as much as those that were.
-        let Some(tree) = self.offered.get(origin) else { return };
+        let Some(tree) = self.offered.get(origin).filter(|tree| !tree.is_empty()) else { return trust.fade() };
         let mut parent = None;
         for token in accepted.iter().map(|&i| tree.nodes()[i].token).chain(last) {
             let mut children = tree.nodes().iter().filter(|n| n.parent == parent).peekable();
             if let Some(best) = children.peek() {
                 self.calibration.note_first(best.depth, best.token == token);
+                let foreseen = |n: &Node| self.calibration.estimate(n.depth, n.p, 1.0);
+                trust.note(children.clone().map(foreseen).sum(), children.clone().any(|n| n.token == token));
             }
             children.for_each(|n| self.calibration.note(n.depth, n.p, n.token == token));
             parent = tree.child(parent, token);
@@ -224,7 +235,7 @@ mod tests {
 
         fn draft(&mut self, origins: &[Origin<'_>], _: Worth, calibration: &Calibration, trees: &mut [Tree]) {
             let level = vec![(Token(1), self.0), (Token(2), self.0 / 2.0)];
-            origins.iter().zip(trees).for_each(|(_, tree)| tree.fill(std::slice::from_ref(&level), calibration, 2));
+            origins.iter().zip(trees).for_each(|(_, tree)| tree.fill(std::slice::from_ref(&level), calibration, 1.0, 2));
         }
     }
 
@@ -234,10 +245,10 @@ mod tests {
             return None;
         }
         let mut trees = vec![Tree::default()];
-        speculator.draft(&[Origin { hidden: &[], root: Token(0), max_depth: 1 }], 1, 1, &mut trees);
+        speculator.draft(&[Origin { hidden: &[], root: Token(0), max_depth: 1, trust: 1.0 }], 1, 1, &mut trees);
         let n = speculator.choose(&mut trees, 1, 1, 64, 0.05);
         let accepted = trees[0].child(None, model);
-        speculator.note_walk(0, accepted.as_slice(), accepted.is_none().then_some(model));
+        speculator.note_walk(0, accepted.as_slice(), accepted.is_none().then_some(model), &mut Trust::default());
         Some(n)
     }
 

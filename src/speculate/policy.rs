@@ -1,7 +1,8 @@
 //! How many candidates a step verifies: those that make tokens per second highest. Pure.
 //!
 //! With `S` sequences, `c(n)` the seconds of a step of `n` rows and `d` those that drafting took, a step that verifies a set
-//! of candidates gives `S + sum of their q` tokens in `c(rows + candidates) + d` seconds. For each number of candidates the
+//! of candidates gives `S + sum of their q` tokens in `c(rows + candidates) + d` seconds, and a few more if the step before had
+//! another number of rows. For each number of candidates the
 //! best set is the one with the highest `q`, over all sequences together, and because a parent's `q` is never below its
 //! child's, that set consists of whole trees. So one sort and one scan find the best step there is.
 
@@ -13,12 +14,27 @@ use super::tree::Tree;
 pub struct Step {
     /// Rows of it: one for each decoding sequence, and those of prompts.
     pub n_rows: usize,
+    /// Rows of the step before it.
+    pub n_before: usize,
     /// Decoding sequences; each gives a token in any case.
     pub n_decode: usize,
     /// Seconds that drafting took, spent whatever is chosen.
     pub draft_s: f64,
     /// Most candidates that the batch and the cache have room for.
     pub room: usize,
+}
+
+impl Step {
+    /// Seconds to give the decoding sequences what they get with `n` candidates. What a prompt's rows take is not counted, since
+    /// they must be computed in some step: a token is worth what it takes in a step without them.
+    #[must_use]
+    pub fn seconds(&self, cost: &Cost, n: usize) -> f64 {
+        let n_rows = self.n_rows + n;
+        if self.n_rows == self.n_decode {
+            return cost.seconds_behind(self.n_before, n_rows) + self.draft_s;
+        }
+        cost.seconds(self.n_decode) + cost.seconds(n_rows) - cost.seconds(self.n_rows) + self.draft_s
+    }
 }
 
 /// Cuts every tree to the nodes that pay. Returns how many are left in all.
@@ -28,11 +44,11 @@ pub fn choose(trees: &mut [Tree], step: Step, cost: &Cost, scratch: &mut Vec<f32
     scratch.sort_unstable_by(|a, b| b.total_cmp(a));
 
     let mut tokens = step.n_decode as f64;
-    let plain = tokens / (cost.seconds(step.n_rows) + step.draft_s);
+    let plain = tokens / step.seconds(cost, 0);
     let (mut best, mut best_n) = (plain, 0);
     for (i, q) in scratch.iter().take(step.room).enumerate() {
         tokens += f64::from(*q);
-        let rate = tokens / (cost.seconds(step.n_rows + i + 1) + step.draft_s);
+        let rate = tokens / step.seconds(cost, i + 1);
         if rate > best {
             (best, best_n) = (rate, i + 1);
         }
@@ -63,12 +79,12 @@ mod tests {
     fn tree(probabilities: &[f32], n: usize) -> Tree {
         let level: Vec<(Token, f32)> = (0..).zip(probabilities).map(|(t, &p)| (Token(t), p)).collect();
         let mut tree = Tree::default();
-        tree.fill(&[level.clone(), level], &Calibration::exact(), n);
+        tree.fill(&[level.clone(), level], &Calibration::exact(), 1.0, n);
         tree
     }
 
     fn step(n_decode: usize) -> Step {
-        Step { n_rows: n_decode, n_decode, draft_s: 0.0, room: usize::MAX }
+        Step { n_rows: n_decode, n_before: 0, n_decode, draft_s: 0.0, room: usize::MAX }
     }
 
     #[test]
@@ -88,6 +104,13 @@ mod tests {
         let mut trees = [tree(&[0.9, 0.05], 6), tree(&[0.1, 0.05], 6)];
         choose(&mut trees, Step { n_rows: 2, ..step(2) }, &cost, &mut vec![]);
         assert_eq!((trees[0].len(), trees[1].len()), (2, 0));
+    }
+
+    #[test]
+    fn as_many_rows_as_before_are_kept_for_a_candidate_more_or_less() {
+        let cost = Cost::from_points(&[(1, 1.0), (64, 1.0 + 63.0 * 0.2)]).with_change(0.3);
+        let best = |n_before: usize, p: &[f32]| choose(&mut [tree(p, 3)], Step { n_before, ..step(1) }, &cost, &mut vec![]);
+        assert_eq!([best(1, &[0.4]), best(2, &[0.4]), best(2, &[0.05]), best(1, &[0.9])], [0, 1, 1, 2]);
     }
 
     proptest! {

@@ -110,12 +110,12 @@ impl Tree {
 
     /// Fills the tree with the `n` best paths through `levels`: for each depth the tokens its head offers with their
     /// probabilities, best first, whatever the path. A path's probability is the product of its tokens'.
-    pub fn fill(&mut self, levels: &[Vec<(Token, f32)>], calibration: &Calibration, n: usize) {
+    pub fn fill(&mut self, levels: &[Vec<(Token, f32)>], calibration: &Calibration, trust: f32, n: usize) {
         self.clear();
         let mut heap = BinaryHeap::new();
         let offer = |heap: &mut BinaryHeap<Offer>, parent: Option<usize>, above: f32, depth: usize, rank: usize| {
             if let Some(&(token, p)) = levels.get(depth - 1).and_then(|level| level.get(rank)) {
-                heap.push(Offer { q: above * calibration.estimate(depth, p), parent, above, depth, rank, token, p });
+                heap.push(Offer { q: above * calibration.estimate(depth, p, trust), parent, above, depth, rank, token, p });
             }
         };
         offer(&mut heap, None, 1.0, 1, 0);
@@ -170,7 +170,7 @@ mod tests {
     #[test]
     fn the_best_paths_come_first() {
         let mut tree = Tree::default();
-        tree.fill(&levels(&[&[0.6, 0.3], &[0.9, 0.05]]), &Calibration::exact(), 4);
+        tree.fill(&levels(&[&[0.6, 0.3], &[0.9, 0.05]]), &Calibration::exact(), 1.0, 4);
         let path = |i: usize| (tree.nodes[i].parent, tree.nodes[i].token.0);
         assert_eq!([path(0), path(1), path(2), path(3)], [(None, 0), (Some(0), 0), (None, 1), (Some(2), 0)]);
         let q: Vec<f32> = tree.nodes.iter().map(|n| n.q).collect();
@@ -180,7 +180,7 @@ mod tests {
     #[test]
     fn leaves_are_numbered_along_the_best_path() {
         let mut tree = Tree::default();
-        tree.fill(&levels(&[&[0.6, 0.3], &[0.9, 0.05]]), &Calibration::exact(), 4);
+        tree.fill(&levels(&[&[0.6, 0.3], &[0.9, 0.05]]), &Calibration::exact(), 1.0, 4);
         let mut below = vec![];
         assert_eq!(tree.leaves_below(&mut below), 2);
         assert_eq!(below, [vec![0], vec![0], vec![1], vec![1]]);
@@ -203,7 +203,7 @@ mod tests {
                 })
                 .collect();
             let mut tree = Tree::default();
-            tree.fill(&levels, &Calibration::default(), n);
+            tree.fill(&levels, &Calibration::default(), 1.0, n);
             let paths: usize = levels.iter().scan(1, |all, level| { *all *= level.len(); Some(*all) }).sum();
             prop_assert_eq!(tree.len(), n.min(paths), "as many as there are");
             tree.truncate(cut);

@@ -1,10 +1,10 @@
 //! Training of heads, from a GGUF and a file of prompts and nothing else.
 //!
 //! 1. [`answers`]: the model answers the prompts, in the batched engine.
-//! 2. [`features`]: the same model reads its answers; hidden states and distributions go to the disk.
+//! 2. [`features`]: what it thought at each token, hidden states and distributions, goes to the disk.
 //! 3. [`fit`]: heads learn from them; [`save`] writes them down.
 //!
-//! Each step goes on where a killed run left it. The steps share a work folder.
+//! A killed run goes on where it was, in the same work folder.
 
 pub mod answers;
 pub mod features;

@@ -75,11 +75,4 @@ impl Prompts {
         let messages: Vec<(&str, &str)> = system.chain([("user", text)]).collect();
         model.chat_prompt(&messages).unwrap_or_else(|| text.to_owned())
     }
-
-    /// Tokens that all wrapped prompts begin with.
-    #[must_use]
-    pub fn n_common(&self, model: &Model) -> usize {
-        let [a, b] = ["Who?", "1 + 1"].map(|text| model.tokenize(&self.wrap(model, text), true).unwrap_or_default());
-        a.iter().zip(&b).take_while(|(a, b)| a == b).count()
-    }
 }

@@ -80,8 +80,8 @@ pub struct Origin {
     pub n_draft_vocab: usize,
     /// Tokens of the model's own answers that were trained on.
     pub answer_tokens: usize,
-    /// Rows trained on: those of the prompts are among them.
-    pub rows: usize,
+    /// Seconds that those took which the last run collected.
+    pub collect_s: u64,
     /// Seconds that fitting took.
     pub fit_s: u64,
     /// How it was called.
@@ -101,12 +101,12 @@ pub fn card(folder: &Path, origin: &Origin, fitted: &Fitted) -> Result<(), Train
     write("config.json", config + "\n")?;
 
     let mut text = format!("# Heads for {}\n\n", origin.model);
-    let Origin { n_heads, width, n_draft_vocab, answer_tokens, rows, fit_s, .. } = origin;
+    let Origin { n_heads, width, n_draft_vocab, answer_tokens, collect_s, fit_s, .. } = origin;
     let kind = if origin.heads == Kind::Medusa { "Medusa heads" } else { "Heads conditioned on the drafted path" };
     let _ = writeln!(
         text,
         "{kind}: {n_heads}, blocks of {width}, a draft vocabulary of {n_draft_vocab} tokens. Trained on {answer_tokens} tokens of \
-         the model's own answers ({rows} rows, those of the prompts among them) in {fit_s} s.\n\n```sh\n{}\n```\n",
+         the model's own answers, collected in {collect_s} s and learnt in {fit_s} s.\n\n```sh\n{}\n```\n",
         origin.command
     );
     text += "Accuracy on held-out answers, given the true path; a token outside the draft vocabulary counts as missed:\n\n";

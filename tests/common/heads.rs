@@ -33,6 +33,56 @@ pub fn write(path: &Path, tensors: &Tensors) {
     std::fs::write(path, serialize(views, None).unwrap()).unwrap();
 }
 
+/// As `torch.save` writes a state dictionary of floats: a zip archive with a pickle of protocol 2, and a file for each tensor.
+pub fn write_pt(path: &Path, tensors: &Tensors) {
+    let mut pickle = b"\x80\x02ccollections\nOrderedDict\n)R(".to_vec();
+    let text = |out: &mut Vec<u8>, text: &str| {
+        out.push(b'X');
+        out.extend((text.len() as u32).to_le_bytes());
+        out.extend(text.as_bytes());
+    };
+    let numbers = |out: &mut Vec<u8>, numbers: &[usize]| {
+        out.push(b'(');
+        numbers.iter().for_each(|&n| {
+            out.push(b'J');
+            out.extend((n as u32).to_le_bytes());
+        });
+        out.push(b't');
+    };
+    for (i, (name, t)) in tensors.iter().enumerate() {
+        text(&mut pickle, name);
+        pickle.extend(b"ctorch._utils\n_rebuild_tensor_v2\n((");
+        text(&mut pickle, "storage");
+        pickle.extend(if t.dtype == Dtype::F16 { &b"ctorch\nHalfStorage\n"[..] } else { b"ctorch\nFloatStorage\n" });
+        text(&mut pickle, &i.to_string());
+        text(&mut pickle, "cpu");
+        pickle.push(b'J');
+        pickle.extend((t.shape.iter().product::<usize>() as u32).to_le_bytes());
+        pickle.extend(b"tQK\0");
+        numbers(&mut pickle, &t.shape);
+        let strides: Vec<usize> = (0..t.shape.len()).map(|d| t.shape[d + 1..].iter().product()).collect();
+        numbers(&mut pickle, &strides);
+        pickle.extend(b"\x89ccollections\nOrderedDict\n)RtR");
+    }
+    pickle.extend(b"u.");
+    let bytes = tensors.values().map(|t| t.bytes.clone()).collect::<Vec<_>>();
+    write_archive(path, &pickle, &bytes);
+}
+
+/// The archive around a pickle and its tensors' bytes.
+pub fn write_archive(path: &Path, pickle: &[u8], tensors: &[Vec<u8>]) {
+    let mut zip = zip::ZipWriter::new(std::fs::File::create(path).unwrap());
+    let mut add = |name: String, bytes: &[u8]| {
+        let stored = zip::write::SimpleFileOptions::default().compression_method(zip::CompressionMethod::Stored);
+        zip.start_file(name, stored).unwrap();
+        std::io::Write::write_all(&mut zip, bytes).unwrap();
+    };
+    add("medusa_lm_head/data.pkl".into(), pickle);
+    tensors.iter().enumerate().for_each(|(i, bytes)| add(format!("medusa_lm_head/data/{i}"), bytes));
+    add("medusa_lm_head/version".into(), b"3\n");
+    zip.finish().unwrap();
+}
+
 /// Heads that change nothing (v2): each says what the model itself would, had it no new token.
 pub fn identity(n_heads: usize, n_embd: usize) -> Tensors {
     let zero = |shape: &[usize]| Tensor::f32(shape, &vec![0.0; shape.iter().product()]);

@@ -76,7 +76,7 @@ impl Draft for Guess {
                 offered.into_iter().zip((1..).map(|rank| 0.6 / rank as f32)).collect()
             };
             let levels: Vec<Vec<(Token, f32)>> = (0..n_levels).map(&mut level).collect();
-            tree.fill(&levels, calibration, worth.n_nodes);
+            tree.fill(&levels, calibration, origin.trust, worth.n_nodes);
         }
     }
 }

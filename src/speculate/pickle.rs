@@ -1,0 +1,49 @@
+//! PyTorch's own files: a zip archive with a pickle, which is a program, and the tensors' bytes. candle reads the pickle and
+//! runs nothing of it: what is no tensor is passed over. What a file claims is checked against its size before it is read.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+
+use candle_core::pickle::PthTensors;
+use candle_core::{DType, Error};
+
+/// A tensor: name, shape, values.
+pub type Named = (String, Vec<usize>, Vec<f32>);
+
+/// All tensors of the dictionary that a file holds.
+///
+/// # Errors
+/// What is wrong with the file, and of a tensor with its name in front.
+pub fn read(path: &Path) -> Result<Vec<Named>, (Option<String>, String)> {
+    let whole = |reason: String| (None, reason);
+    let n_bytes = std::fs::metadata(path).map_err(|e| whole(e.to_string()))?.len();
+    let file = guarded(|| PthTensors::new(path, None));
+    let file =
+        file.map_err(|reason| whole(format!("not a file that torch.save wrote, or not of tensors only: {reason}")))?;
+    let mut left = n_bytes;
+    let mut tensors = vec![];
+    for (name, info) in file.tensor_infos() {
+        let fail = |reason: String| (Some(name.clone()), reason);
+        let shape = info.layout.dims().to_vec();
+        let size = shape.iter().try_fold(info.dtype.size_in_bytes() as u64, |n, &d| n.checked_mul(d as u64));
+        left = size.and_then(|size| left.checked_sub(size)).ok_or_else(|| {
+            fail(format!("its shape is {shape:?}: with those before more than the file's {n_bytes} bytes can hold"))
+        })?;
+        if info.layout.start_offset() != 0 {
+            return Err(fail("is a part of another tensor: save a copy of it, as `.clone()` makes".into()));
+        }
+        let read = || {
+            file.get(name)?.ok_or_else(|| Error::Msg("is missing".into()))?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
+        };
+        tensors.push((name.clone(), shape, guarded(read).map_err(fail)?));
+    }
+    Ok(tensors)
+}
+
+/// Runs candle's reader, which panics at some files that PyTorch never wrote.
+fn guarded<T>(read: impl FnOnce() -> Result<T, Error>) -> Result<T, String> {
+    match catch_unwind(AssertUnwindSafe(read)) {
+        Ok(result) => result.map_err(|e| e.to_string()),
+        Err(_) => Err("it cannot be understood".into()),
+    }
+}
