@@ -37,7 +37,7 @@
 //! | [`http`] | accept loop, routes, JSON, server-sent events | cells, batches |
 //! | [`request`], [`error`] | what `http` and `engine` share | both |
 //! | [`engine`] | the loop; `handle` is its outside, `forward` its way to a model | sockets, JSON |
-//! | [`speculate`] | `heads` (files), `medusa` and `conditioned` (drafting), `tree`, `calibration`, `cost`, `policy` | requests, cells |
+//! | [`speculate`] | `heads` and `pickle` (files), `medusa` and `conditioned` (drafting), `tree`, `calibration`, `cost`, `policy` | requests, cells |
 //! | [`train`] | heads from a model's own answers: answers, features, fit | HTTP |
 //! | [`eval`], [`plot`] | perplexity; SVG plots | requests |
 //! | [`vector`] | loops over logits as vector code | what they are for |
@@ -46,7 +46,7 @@
 //! # Invariants
 //!
 //! - `unsafe` stands in [`llama`] only.
-//! - `scheduler`, `slots`, `leaves`, `sampler`'s draw, `text`, `pace`, `company`, and of `speculate` all but `heads`, `medusa` and `conditioned` do no
+//! - `scheduler`, `slots`, `leaves`, `sampler`'s draw, `text`, `pace`, `company`, and of `speculate` all but `heads`, `pickle`, `medusa` and `conditioned` do no
 //!   I/O and read no clock.
 //! - One thread owns the llama context, and builds it there.
 //! - Nothing grows after the start without a limit in [`config`]: queue, body, connections, cells, events per request.

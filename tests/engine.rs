@@ -11,7 +11,7 @@ use std::time::Instant;
 use medusa_llama::engine::handle::Stats;
 use medusa_llama::engine::{Engine, Job, Layout, Limits};
 use medusa_llama::llama::Token;
-use medusa_llama::request::{Event, FinishReason, Request, SamplingParams, Speculation};
+use medusa_llama::request::{Event, FinishReason, Request, SamplingParams, Speculation, Trace};
 use medusa_llama::speculate::Speculator;
 use medusa_llama::speculate::cost::Cost;
 use proptest::prelude::*;
@@ -258,6 +258,28 @@ fn sampled_text_has_the_models_own_distribution() {
         // 39 degrees of freedom: p = 0.001 at 72.1.
         assert_eq!((expected.len(), counts.keys().all(|answer| expected.contains_key(answer))), (40, true));
         assert!(chi2 < 72.1, "{chi2}, drafts: {drafts}");
+    }
+}
+
+#[test]
+fn an_engine_that_traces_tells_what_the_model_thought() {
+    let layout = Layout::Unified { n_cells: 100, n_retained: 0, n_seqs: 2 };
+    let mut engine = Engine::new(Stub::new(N_VOCAB), limits(layout, 2, 40, 8), Arc::default());
+    engine.trace_answers();
+    let (prompt, n) = ([5, 6, 7], 6);
+    let (job, mut events) = job(&prompt, n, 0.0);
+    engine.enqueue(job);
+    run_to_end(&mut engine);
+    let (_, Some(Event::Done(done))) = read(&mut events) else { panic!("not done") };
+    let trace = done.trace.unwrap();
+    let greedy = Stub::greedy(N_VOCAB, &prompt.map(Token), n);
+    assert_eq!(trace.tokens, greedy);
+    let seen = |i: usize| prompt.map(Token).into_iter().chain(greedy[..i].to_vec());
+    let hidden: Vec<f32> = (0..greedy.len()).flat_map(seen).map(|t| t.0 as f32).collect();
+    assert_eq!(trace.hidden.iter().map(|v| v.to_f32()).collect::<Vec<_>>(), hidden);
+    for (likely, token) in trace.top.chunks(Trace::TOP).zip(&greedy) {
+        let p: f32 = likely.iter().map(|(_, p)| p.to_f32()).sum();
+        assert!(likely[0].0 == *token && likely.is_sorted_by(|a, b| a.1 >= b.1) && p < 1.001, "{likely:?}");
     }
 }
 

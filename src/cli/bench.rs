@@ -242,22 +242,28 @@ fn print(report: &Report) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     let Report { model, quantization, n_heads, threads, prompts, .. } = report;
     writeln!(out, "{model} ({quantization}), {n_heads} heads, {threads} threads, {prompts} prompts")?;
-    writeln!(out, "\nparallel   plain tok/s   heads tok/s   ratio (lowest to highest)   tokens/step   accepted/drafted")?;
+    writeln!(
+        out,
+        "\nparallel   plain tok/s   heads tok/s   ratio (lowest to highest)   tokens/step   accepted/drafted   batched/sequential"
+    )?;
+    let sequential = report.by_parallel.get(&1);
     for (parallel, pair) in &report.by_parallel {
         let mut ratios = pair.ratios.clone();
         ratios.sort_by(f64::total_cmp);
         let middle = ratios[ratios.len() / 2];
         let (plain, heads) = (&pair.plain, &pair.heads);
+        // Against the same mode's requests one after the other.
+        let gains = sequential.map(|one| [plain.rate() / one.plain.rate(), heads.rate() / one.heads.rate()]);
+        let gains = gains.map_or_else(|| "-".into(), |[plain, heads]| format!("plain {plain:.2}, heads {heads:.2}"));
         writeln!(
             out,
-            "{parallel:8} {:13.1} {:13.1}   {middle:5.3} ({:.3} to {:.3})      {:11.3}   {}/{}",
+            "{parallel:8} {:13.1} {:13.1}   {middle:5.3} ({:.3} to {:.3})      {:11.3}   {:>16}   {gains}",
             plain.rate(),
             heads.rate(),
             ratios[0],
             ratios[ratios.len() - 1],
             heads.tokens_per_step(),
-            heads.accepted,
-            heads.drafted,
+            format!("{}/{}", heads.accepted, heads.drafted),
         )?;
     }
     if !report.by_category.is_empty() {

@@ -149,7 +149,9 @@ mod tests {
 
     #[test]
     fn ggml_computes_the_formula() {
-        for (d, width, n_out, n_rows) in [(64, 96, 100, 5), (32, 32, 7, 1), (30, 34, 9, 3), (64, 64, 96, 12)] {
+        for (d, width, n_out, n_rows) in
+            [(64, 96, 100, 5), (32, 32, 7, 1), (30, 34, 9, 3), (64, 64, 96, 12), (64, 96, 104, 9)]
+        {
             let matrix = |n_out, n_in, seed| Matrix { n_out, n_in, values: random(n_out * n_in, seed, 0.5) };
             let step = |i| PathStep {
                 w: matrix(width, d, i),

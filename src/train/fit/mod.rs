@@ -98,7 +98,7 @@ pub enum FitError {
     #[error(transparent)]
     Data(#[from] DataError),
     /// There is nothing to learn from, or nothing to measure with.
-    #[error("no rows to {0} on")]
+    #[error("no rows to {0} on: every twentieth prompt is held out, so it takes a few dozen prompts and their answers")]
     Empty(&'static str),
     /// The checkpoint cannot be written, or cannot be used.
     #[error("{}: {reason}", path.display())]

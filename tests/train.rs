@@ -1,0 +1,72 @@
+//! `medusa-llama train` from prompts to heads that a server drafts with.
+#![allow(missing_docs)]
+
+mod common;
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use common::{Server, model_path};
+use serde_json::json;
+
+fn train(folder: &Path, args: &[&str]) -> Output {
+    let prompts = folder.join("prompts.jsonl");
+    let asked = |i: usize| json!({ "prompt": format!("What is {i} plus {i}?") }).to_string() + "\n";
+    std::fs::write(&prompts, (0..80).map(asked).collect::<String>()).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_medusa-llama"));
+    command.args(["train", "-c", "256", "-b", "8", "--max-answer", "24", "--epochs", "1", "--heads", "2"]);
+    command.args(["--draft-vocab", "1024", "--tokens", "1500", "-m"]).arg(model_path());
+    command.arg("--prompts").arg(prompts).arg("--work").arg(folder.join("work")).args(args).output().unwrap()
+}
+
+/// Trains heads of a kind and returns their files' bytes, after a server has drafted with them.
+fn trained(work: &Path, output: &Path, kind: &str, file: &str) -> Vec<u8> {
+    let done = train(work, &["-o", output.to_str().unwrap(), "--kind", kind, "--width", "64"]);
+    let (out, err) = (String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
+    assert!(done.status.success() && out.contains("top-5"), "{out}{err}");
+    let card = std::fs::read_to_string(output.join("README.md")).unwrap();
+    assert!(card.contains("tokens of the model's own answers") && card.contains(&format!("--kind {kind}")), "{card}");
+    assert!(std::fs::read_to_string(output.join("loss.svg")).unwrap().contains("<svg"));
+    let server = Server::start(&["--ctx", "256", "--heads", output.to_str().unwrap()]);
+    assert_eq!(server.get("/").json()["heads"], 2);
+    assert_eq!(server.generate(&json!({ "prompt": "1 2 3", "max_tokens": 4 })).status, 200);
+    std::fs::read(output.join(file)).unwrap()
+}
+
+#[test]
+fn a_few_prompts_become_heads_of_either_kind_and_a_second_run_goes_on_where_the_first_was() {
+    let folder = tempfile::tempdir().unwrap();
+    let conditioned = folder.path().join("conditioned");
+    let heads = trained(folder.path(), &conditioned, "conditioned", "conditioned_heads.safetensors");
+
+    // Everything is there: nothing is asked anew, and the same heads come out.
+    let features = || std::fs::read_dir(folder.path().join("work/features")).unwrap().count();
+    let n_before = features();
+    assert!(trained(folder.path(), &conditioned, "conditioned", "conditioned_heads.safetensors") == heads);
+    assert_eq!(features(), n_before);
+
+    // The features serve for heads of another shape, but what was half fitted does not.
+    let plain = folder.path().join("plain");
+    let other = train(folder.path(), &["-o", plain.to_str().unwrap(), "--kind", "medusa"]);
+    let refusal = String::from_utf8_lossy(&other.stderr).into_owned();
+    assert!(!other.status.success() && refusal.contains("remove it to begin anew"), "{refusal}");
+    std::fs::remove_file(folder.path().join("work/checkpoint.safetensors")).unwrap();
+    trained(folder.path(), &plain, "medusa", "medusa_lm_head.safetensors");
+    assert_eq!(features(), n_before);
+}
+
+#[test]
+fn what_cannot_be_trained_on_is_refused_with_its_reason() {
+    let folder = tempfile::tempdir().unwrap();
+    let prompts = folder.path().join("p.jsonl");
+    std::fs::write(&prompts, "{\"text\": 1}\n").unwrap();
+    let run = |args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_medusa-llama"));
+        command.args(["train", "-o"]).arg(folder.path().join("out")).arg("-m").arg(model_path()).args(args);
+        let output = command.output().unwrap();
+        assert!(!output.status.success());
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    assert!(run(&["--prompts", prompts.to_str().unwrap()]).contains("line 1: has no string \"prompt\""));
+    assert!(run(&["--prompts", "nowhere.jsonl"]).contains("nowhere.jsonl"));
+}
