@@ -9,9 +9,9 @@
 //! | vLLM | `blocks.{h}.layers.{l}.weight`, perhaps `.bias`; `lm_heads.{h}.weight` |
 //! | conditioned | `{h}.w`, `{h}.u`, `{h}.v`, `{h}.b`: ours, see [`PathWeights`]; the model's output matrix serves all heads |
 //!
-//! Files are safetensors, or for v1 and v2 PyTorch's own (see `pickle`). In ours a matrix may be I8 with `{key}.scale`, what each row is multiplied by. Each layout may carry `token_map`, the
-//! vocabulary ids of the output rows, where heads know only the most frequent tokens, and ours `token_counts` beside it: how
-//! often each was met, never more often than the one before.
+//! Files are safetensors, or for v1 and v2 PyTorch's own (see `pickle`). In ours a matrix may be I8 with `{key}.scale`, what each
+//! row is multiplied by. Each layout may carry `token_map`, the vocabulary ids of the output rows, where heads know only the most
+//! frequent tokens, and ours `token_counts` beside it: how often each was met, never more often than the one before.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -1,7 +1,7 @@
 //! What heads learn from, on the disk: for each token of the answers the hidden state it was chosen from, the token, and the
 //! model's own distribution.
 //!
-//! Features stand in shards, safetensors files of about [`SHARD`] rows, answers one after the other:
+//! Features stand in shards, safetensors files of some 32 thousand rows, answers one after the other:
 //!
 //! | tensor | shape | what |
 //! |---|---|---|
