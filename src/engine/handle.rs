@@ -309,7 +309,7 @@ fn serve(params: &EngineParams, stage: &watch::Sender<Stage>, stop: &AtomicBool)
     let mut forward = LlamaForward::new(context);
     let mut speculator = None;
     if let Some(heads) = &params.heads {
-        speculator = Some(load_heads(heads, params.n_threads, &model, &mut forward, limits.n_batch)?);
+        speculator = Some(load_heads(heads, params.n_threads, &model, &mut forward, limits)?);
     }
     let n_heads = speculator.as_ref().map_or(0, |(_, n_heads)| *n_heads);
     let mut engine = Engine::new(forward, limits, Arc::clone(&stats));
@@ -326,19 +326,24 @@ fn serve(params: &EngineParams, stage: &watch::Sender<Stage>, stop: &AtomicBool)
     Ok(())
 }
 
+/// Rows are measured up to two for each slot and so many more.
+const MEASURED_BEYOND: usize = 8;
+
 /// Reads heads, and measures what rows cost. Returns how many heads there are, too.
 fn load_heads(
     params: &HeadsParams,
     n_threads: usize,
     model: &Model,
     forward: &mut LlamaForward,
-    n_batch: usize,
+    Limits { n_batch, n_slots, .. }: Limits,
 ) -> Result<(Speculator, usize), StartError> {
     let shape = Shape { n_embd: model.n_embd(), n_vocab: model.n_vocab() };
     let heads = Heads::load(&params.folder, shape, params.n_heads)?;
     let drafter = speculate::drafter(heads, model, n_threads)?;
     let n_heads = drafter.n_heads();
-    let numbers: Vec<usize> = cost::POINTS.into_iter().filter(|&n| n <= n_batch).collect();
+    // Beyond, the curve goes on as a line; and what is measured takes memory.
+    let most = n_batch.min(2 * n_slots + MEASURED_BEYOND);
+    let numbers: Vec<usize> = cost::POINTS.into_iter().filter(|&n| n <= most).collect();
     let (points, change_s) = forward.measure(&numbers)?;
     let curve: Vec<String> = points.iter().map(|(n, s)| format!("{n}: {:.1}", s * 1e3)).collect();
     let (curve, change) = (curve.join(", "), change_s * 1e3);

@@ -12,10 +12,16 @@ const BELIEF: f64 = 0.8;
 const FIRMNESS: f64 = 2.0;
 /// Counts are halved at this many expected hits, so that a bin follows the text.
 const MEMORY: f64 = 64.0;
-/// How often a head's first candidate is right before anything is known ...
-const FIRST: f64 = 0.4;
-/// ... and the weight of what becomes of one.
-const FIRST_WEIGHT: f64 = 1.0 / 64.0;
+/// Ranges, equally wide, of the probabilities that a head's candidates may turn out to have.
+const N_RANGES: usize = 20;
+/// Places that count for that: older ones fade.
+const PLACES: f64 = 128.0;
+/// Before anything is known, a head is taken to be sure and right at this share of places ...
+const SURE: f64 = 0.4;
+/// ... as firmly as after so many of them.
+const SURE_FIRMNESS: f64 = 4.0;
+/// What a step without candidates leaves of what is known of places, so that they are tried again.
+const PLACES_FADE: f64 = 0.99;
 /// Places of a sequence that count for how far its text is to be trusted: older ones fade.
 const TRUST_MEMORY: f64 = 32.0;
 /// A sequence's text is taken for an ordinary one as firmly as after this many expected hits.
@@ -26,11 +32,10 @@ const TRUST_FADE: f64 = 0.98;
 const HIGHEST: f32 = 0.99;
 
 /// Counts for each head and range.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Calibration {
     bins: [[Bin; N_BINS]; N_HEADS],
-    /// How often each head's first candidate was right of late.
-    first: [f64; N_HEADS],
+    offers: [Offers; N_HEADS],
     /// Believe the heads as they are.
     exact: bool,
 }
@@ -43,10 +48,12 @@ struct Bin {
     hits: f64,
 }
 
-impl Default for Calibration {
-    fn default() -> Self {
-        Self { bins: Default::default(), first: [FIRST; N_HEADS], exact: false }
-    }
+/// What a head's candidates turned out to be worth at the places it was asked at.
+#[derive(Clone, Copy, Debug, Default)]
+struct Offers {
+    places: f64,
+    /// For each range the candidates in it, and the sum of their probabilities.
+    ranges: [(f64, f64); N_RANGES],
 }
 
 impl Calibration {
@@ -68,16 +75,36 @@ impl Calibration {
         (p * ratio as f32 * trust).clamp(0.0, HIGHEST)
     }
 
-    /// Probability that the best candidate at `depth` is accepted if its parent is, before it is computed.
+    /// What to expect of a head that is to be asked for candidates at `depth`, before it is: the sum of `q - row` over those
+    /// whose probability `q` is above `row`, what verifying one costs.
     #[must_use]
-    pub fn first(&self, depth: usize) -> f64 {
-        self.first[head(depth)]
+    pub fn expect(&self, depth: usize, row: f64, trust: f32) -> f64 {
+        let Offers { places, ranges } = &self.offers[head(depth)];
+        let trust = f64::from(trust);
+        let seen: f64 = ranges.iter().map(|&(n, q)| (q * trust - n * row).max(0.0)).sum();
+        let sure = SURE * (f64::from(HIGHEST) * trust.min(1.0) - row).max(0.0);
+        (seen + SURE_FIRMNESS * sure) / (places + SURE_FIRMNESS)
     }
 
-    /// Notes what became of the best candidate at `depth`, whose parent was accepted.
-    pub fn note_first(&mut self, depth: usize, accepted: bool) {
-        let first = &mut self.first[head(depth)];
-        *first += FIRST_WEIGHT * (f64::from(u8::from(accepted)) - *first);
+    /// Notes the candidates' probabilities at one place where a head was asked.
+    pub fn note_offer(&mut self, depth: usize, offered: impl Iterator<Item = f32>) {
+        let Offers { places, ranges } = &mut self.offers[head(depth)];
+        let keep = 1.0 - 1.0 / PLACES;
+        *places = *places * keep + 1.0;
+        ranges.iter_mut().for_each(|(n, q)| (*n, *q) = (*n * keep, *q * keep));
+        for q in offered {
+            let (n, sum) = &mut ranges[((q * N_RANGES as f32) as usize).min(N_RANGES - 1)];
+            *n += 1.0;
+            *sum += f64::from(q);
+        }
+    }
+
+    /// Notes a step in which no head was asked.
+    pub fn fade(&mut self) {
+        for Offers { places, ranges } in &mut self.offers {
+            *places *= PLACES_FADE;
+            ranges.iter_mut().for_each(|(n, q)| (*n, *q) = (*n * PLACES_FADE, *q * PLACES_FADE));
+        }
     }
 
     /// Notes what became of a candidate whose parent was accepted.
@@ -155,6 +182,22 @@ mod tests {
         (0..10_000).for_each(|_| c.note(1, 0.5, true));
         (0..2000).for_each(|_| c.note(1, 0.5, false));
         assert!(c.estimate(1, 0.5, 1.0) < 0.1);
+    }
+
+    #[test]
+    fn what_heads_offered_is_expected_again() {
+        let mut c = Calibration::default();
+        let before = c.expect(1, 0.5, 1.0);
+        for i in 0..1000 {
+            c.note_offer(1, [if i % 2 == 0 { 0.9 } else { 0.3 }, 0.1].into_iter());
+        }
+        for (row, expected) in [(0.95, 0.0), (0.5, 0.2), (0.2, 0.4), (0.0, 0.7)] {
+            assert!((c.expect(1, row, 1.0) - expected).abs() < 0.03, "{row}: {}", c.expect(1, row, 1.0));
+        }
+        assert!((c.expect(1, 0.2, 0.5) - 0.5 * (0.45 - 0.2)).abs() < 0.03, "half of all, where half is trusted");
+        assert_eq!(c.expect(2, 0.5, 1.0), before, "other heads know nothing of it");
+        (0..2000).for_each(|_| c.fade());
+        assert!((c.expect(1, 0.5, 1.0) - before).abs() < 1e-3, "and long ago is as never");
     }
 
     #[test]

@@ -140,14 +140,17 @@ impl Conditioned {
         Ok(())
     }
 
-    /// Keeps the paths of `level` behind which a head promises to pay that is right with probability `expected` behind a path
-    /// that is, and fetches their states.
-    fn choose_paths(&mut self, worth: Worth, expected: f64) {
+    /// Keeps the paths of `level` behind which the candidates at `depth` promise to pay, and fetches their states.
+    fn choose_paths(&mut self, depth: usize, worth: Worth, calibration: &Calibration) {
         let d = self.net.n_embd();
         let level = &mut self.level;
         level.paths.sort_by(|a, b| (b.q * b.trust).total_cmp(&(a.q * a.trust)));
         level.paths.truncate(MAX_PATHS);
-        let (n, cut) = most_gain(&self.cuts, &level.paths, worth, expected);
+        let value = |path: &Path| {
+            let token_s = f64::from(path.q) * worth.token_s;
+            token_s * calibration.expect(depth, worth.row_s / token_s, path.trust)
+        };
+        let (n, cut) = most_gain(&self.cuts, level.paths.iter().map(value));
         level.paths.truncate(n);
         level.cut = cut;
         level.states.clear();
@@ -167,7 +170,7 @@ impl Conditioned {
             self.states.extend_from_slice(o.hidden);
             paths.push(Path { origin, node: None, state, q: 1.0, token: o.root, trust: o.trust });
         }
-        self.choose_paths(worth, calibration.first(1));
+        self.choose_paths(1, worth, calibration);
         for depth in 0..self.n_heads() {
             if self.level.paths.is_empty() {
                 break;
@@ -181,28 +184,20 @@ impl Conditioned {
             };
             self.level.paths.clear();
             self.level.paths.extend(self.nodes.iter().enumerate().skip(first).filter_map(goes_on));
-            self.choose_paths(worth, calibration.first(depth + 2));
+            self.choose_paths(depth + 2, worth, calibration);
         }
         Ok(())
     }
 }
 
-/// Seconds that a head saves which is right with probability `expected` behind paths that are: as if it always knew whether
-/// it is, so that its candidates are verified just when they are right.
-fn gain(paths: &[Path], worth: Worth, expected: f64) -> f64 {
-    paths
-        .iter()
-        .map(|path| expected * f64::from(path.trust) * (f64::from(path.q) * worth.token_s - worth.row_s).max(0.0))
-        .sum()
-}
-
-/// How many of the paths, best first, a head should go on from, and with which cut, to gain most.
-fn most_gain(cuts: &[Cut], paths: &[Path], worth: Worth, expected: f64) -> (usize, usize) {
+/// How many of the paths a head should go on from, and with which cut, to gain most; `seconds` is what its candidates save
+/// behind each of them, best first.
+fn most_gain(cuts: &[Cut], seconds: impl Iterator<Item = f64> + Clone) -> (usize, usize) {
     let (mut best, mut choice) = (0.0, (0, 0));
     for (i, cut) in cuts.iter().enumerate() {
         let mut gained = 0.0;
-        for (n, path) in paths.iter().enumerate() {
-            gained += gain(std::slice::from_ref(path), worth, expected * cut.share);
+        for (n, saved) in seconds.clone().enumerate() {
+            gained += saved * cut.share;
             let net = gained - cut.cost.seconds(n + 1);
             if net > best {
                 (best, choice) = (net, (n + 1, i));

@@ -166,6 +166,9 @@ impl Speculator {
             None => self.worth(n_rows, n_decode),
         };
         self.drafter.draft(origins, worth, &self.calibration, trees);
+        if trees.iter().all(Tree::is_empty) {
+            self.calibration.fade();
+        }
         self.offered.extend_from_slice(trees);
     }
 
@@ -201,11 +204,12 @@ impl Speculator {
         let Some(tree) = self.offered.get(origin).filter(|tree| !tree.is_empty()) else { return trust.fade() };
         let mut parent = None;
         for token in accepted.iter().map(|&i| tree.nodes()[i].token).chain(last) {
-            let mut children = tree.nodes().iter().filter(|n| n.parent == parent).peekable();
-            if let Some(best) = children.peek() {
-                self.calibration.note_first(best.depth, best.token == token);
-                let foreseen = |n: &Node| self.calibration.estimate(n.depth, n.p, 1.0);
-                trust.note(children.clone().map(foreseen).sum(), children.clone().any(|n| n.token == token));
+            let children = tree.nodes().iter().filter(|n| n.parent == parent);
+            let foreseen: Vec<f32> = children.clone().map(|n| self.calibration.estimate(n.depth, n.p, 1.0)).collect();
+            if !foreseen.is_empty() {
+                trust.note(foreseen.iter().sum(), children.clone().any(|n| n.token == token));
+                let depth = parent.map_or(0, |i| tree.nodes()[i].depth) + 1;
+                self.calibration.note_offer(depth, foreseen.into_iter());
             }
             children.for_each(|n| self.calibration.note(n.depth, n.p, n.token == token));
             parent = tree.child(parent, token);
