@@ -1,10 +1,10 @@
 //! How many candidates a step verifies: those that make tokens per second highest. Pure.
 //!
 //! With `S` sequences, `c(n)` the seconds of a step of `n` rows and `d` those that drafting took, a step that verifies a set
-//! of candidates gives `S + sum of their q` tokens in `c(rows + candidates) + d` seconds, and a few more if the step before had
-//! another number of rows. For each number of candidates the
-//! best set is the one with the highest `q`, over all sequences together, and because a parent's `q` is never below its
-//! child's, that set consists of whole trees. So one sort and one scan find the best step there is.
+//! of candidates gives `S + sum of their q` tokens in `c(rows + candidates) + d` seconds, and a little more if the step before
+//! had another number of rows. For each number of candidates the best set is the one with the highest `q`, over all sequences
+//! together, and because a parent's `q` is never below its child's, that set consists of whole trees. So one sort and one scan
+//! find the best step there is.
 
 use super::cost::Cost;
 use super::tree::Tree;
@@ -104,6 +104,17 @@ mod tests {
         let mut trees = [tree(&[0.9, 0.05], 6), tree(&[0.1, 0.05], 6)];
         choose(&mut trees, Step { n_rows: 2, ..step(2) }, &cost, &mut vec![]);
         assert_eq!((trees[0].len(), trees[1].len()), (2, 0));
+    }
+
+    #[test]
+    fn a_prompts_rows_make_no_token_dearer() {
+        let cost = Cost::from_points(&[(1, 1.0), (64, 1.0 + 63.0 * 0.2)]);
+        for (p, n) in [(0.15, 0), (0.25, 1)] {
+            for n_prompt in [0, 40] {
+                let step = Step { n_rows: 1 + n_prompt, n_before: 1, ..step(1) };
+                assert_eq!(choose(&mut [tree(&[p], 1)], step, &cost, &mut vec![]), n, "{p} beside {n_prompt} rows");
+            }
+        }
     }
 
     #[test]
