@@ -35,7 +35,8 @@ impl Company {
     /// for more before it starts.
     pub fn arrival(&mut self, now: f64, idle: bool) -> f64 {
         if let Some(start) = self.started_at.take() {
-            self.learn(now - start, !idle);
+            // Requests that come together may arrive in another order than they were accepted in.
+            self.learn((now - start).max(0.0), !idle);
         }
         if !idle {
             return 0.0;
@@ -62,6 +63,17 @@ mod tests {
         let mut company = Company::new(0.1);
         for i in 0..100 {
             assert_eq!(company.arrival(f64::from(i) * 0.02, true), 0.0);
+        }
+    }
+
+    #[test]
+    fn requests_that_overtake_each_other_ask_for_no_wait_below_zero() {
+        for max_wait_s in [0.0, 0.1] {
+            let mut company = Company::new(max_wait_s);
+            for burst in 1..20 {
+                assert!(company.arrival(f64::from(burst), true) >= 0.0);
+                company.arrival(f64::from(burst) - 1e-6, false);
+            }
         }
     }
 
