@@ -11,7 +11,8 @@ use half::f16;
 use medusa_llama::engine::filter::Filter;
 use medusa_llama::engine::sampler::{Sampler, Scratch};
 use medusa_llama::gpu::kernels::{
-    self, Finish, Input, N_BINS, Paths, Reliability, RowRule, Rows, Span, Verification, choose_paths, product, top_k,
+    self, Finish, Input, N_BINS, NextPaths, Paths, Reliability, RowRule, Rows, Span, Verification, choose_paths, product,
+    top_k,
 };
 use medusa_llama::gpu::weights::{Matrices, Precision, Table};
 use medusa_llama::gpu::{Buffer, Device, GpuError};
@@ -78,8 +79,7 @@ fn check_product(device: &Rc<dyn Device>, c: Case, rng: &mut fastrand::Rng) {
     let Case { n_out, n_x, n_table, n_rows, n_nets, .. } = c;
     let w: Vec<Matrix> = (0..n_nets).map(|_| matrix(n_out, n_x, rng)).collect();
     let u: Vec<Matrix> = (0..n_nets).map(|_| matrix(n_out, n_table.max(1), rng)).collect();
-    let parts: Vec<Vec<&Matrix>> =
-        w.iter().zip(&u).map(|(w, u)| if n_table > 0 { vec![w, u] } else { vec![w] }).collect();
+    let parts: Vec<Vec<&Matrix>> = w.iter().zip(&u).map(|(w, u)| if n_table > 0 { vec![w, u] } else { vec![w] }).collect();
     let matrices = Matrices::new(device, &parts, c.precision).unwrap();
 
     let n_sources = if c.indexed { n_rows + 3 } else { n_rows };
@@ -106,7 +106,7 @@ fn check_product(device: &Rc<dyn Device>, c: Case, rng: &mut fastrand::Rng) {
         finish: c.finish,
     };
     let mut y = Buffer::zeros(device, n_nets * n_rows * n_out).unwrap();
-    product(&**device, &matrices, input, &mut y).unwrap();
+    product(&**device, &matrices, input, y.slice_mut()).unwrap();
     let mut got = vec![0.0; y.len()];
     y.download(&mut got).unwrap();
 
@@ -193,7 +193,7 @@ fn arguments_that_do_not_fit_are_refused() {
             residual: None,
             finish: Finish::Plain,
         };
-        assert!(product(&**device, &w, input, &mut y).is_ok());
+        assert!(product(&**device, &w, input, y.slice_mut()).is_ok());
         let bad = [
             Input { n_rows: 3, ..input },
             Input { n_rows: 0, ..input },
@@ -202,16 +202,17 @@ fn arguments_that_do_not_fit_are_refused() {
             Input { residual: Some(input.x), ..input },
         ];
         for input in bad {
-            assert!(matches!(product(&**device, &w, input, &mut y), Err(GpuError::Shape { .. })));
+            assert!(matches!(product(&**device, &w, input, y.slice_mut()), Err(GpuError::Shape { .. })));
         }
         let other = matrix(5, 7, &mut rng);
         assert!(Matrices::new(device, &[vec![&m], vec![&other]], Precision::Q8).is_err());
 
         let (mut tokens, mut p) = (Buffer::zeros(device, 10).unwrap(), Buffer::zeros(device, 10).unwrap());
         for (n, k) in [(5, 3), (12, 0), (12, 13), (0, 1)] {
-            assert!(top_k(&**device, x.slice(), n, None, k, &mut tokens, &mut p).is_err(), "{n} {k}");
+            assert!(top_k(&**device, x.slice(), n, None, k, tokens.slice_mut(), p.slice_mut()).is_err(), "{n} {k}");
         }
         let mut room = Verification::new(device, 4, 2).unwrap();
+        let mut chosen = Buffer::zeros(device, 4).unwrap();
         let rule = RowRule { parent: -1, ..RowRule::default() };
         let span = |first, n| Span { first, n };
         for (rules, spans) in [
@@ -222,7 +223,10 @@ fn arguments_that_do_not_fit_are_refused() {
             (vec![RowRule { sequence: 1, ..rule }], vec![span(0, 1)]),
             (vec![rule; 5], vec![span(0, 1)]),
         ] {
-            assert!(kernels::verify(&**device, x.slice(), 6, &rules, &spans, &mut room).is_err(), "{rules:?}");
+            assert!(
+                kernels::verify(&**device, x.slice(), 6, &rules, &spans, &mut room, chosen.slice_mut()).is_err(),
+                "{rules:?}"
+            );
         }
     });
 }
@@ -266,7 +270,7 @@ fn top_k_is_the_first_of_all_sorted() {
                 let mut tokens = Buffer::zeros(device, rows.len() * k).unwrap();
                 let mut p = Buffer::zeros(device, rows.len() * k).unwrap();
                 let token_map = mapped.then(|| d_map.slice());
-                top_k(&**device, logits.slice(), n, token_map, k, &mut tokens, &mut p).unwrap();
+                top_k(&**device, logits.slice(), n, token_map, k, tokens.slice_mut(), p.slice_mut()).unwrap();
                 let (mut got, mut got_p) = (vec![0; tokens.len()], vec![0.0; p.len()]);
                 tokens.download(&mut got).unwrap();
                 p.download(&mut got_p).unwrap();
@@ -291,7 +295,7 @@ fn a_row_that_is_not_a_number_anywhere_still_gives_tokens() {
     on_devices(|device| {
         let logits = Buffer::from_host(device, &[f32::NAN; 700]).unwrap();
         let (mut tokens, mut p) = (Buffer::zeros(device, 3).unwrap(), Buffer::zeros(device, 3).unwrap());
-        top_k(&**device, logits.slice(), 700, None, 3, &mut tokens, &mut p).unwrap();
+        top_k(&**device, logits.slice(), 700, None, 3, tokens.slice_mut(), p.slice_mut()).unwrap();
         let mut got = [9; 3];
         tokens.download(&mut got).unwrap();
         assert_eq!(got, [0, 1, 2]);
@@ -302,7 +306,9 @@ fn a_row_that_is_not_a_number_anywhere_still_gives_tokens() {
 fn paths_are_chosen_by_what_they_are_likely_to_bring() {
     on_devices(|device| {
         let mut rng = fastrand::Rng::with_seed(4);
-        for (n_paths, k, n_next, n_origins) in [(1, 10, 4, 1), (1, 1, 1, 1), (7, 10, 13, 3), (64, 10, 64, 32), (100, 10, 1000, 5)] {
+        for (n_paths, k, n_next, n_origins) in
+            [(1, 10, 4, 1), (1, 1, 1, 1), (7, 10, 13, 3), (64, 10, 64, 32), (100, 10, 1000, 5)]
+        {
             let path_q: Vec<f32> = (0..n_paths).map(|_| rng.f32()).collect();
             let origins: Vec<i32> = (0..n_paths).map(|_| rng.usize(0..n_origins) as i32).collect();
             let trust: Vec<f32> = (0..n_origins).map(|_| 0.5 + rng.f32()).collect();
@@ -329,19 +335,21 @@ fn paths_are_chosen_by_what_they_are_likely_to_bring() {
 
             let int = |values: &[i32]| Buffer::from_host(device, values).unwrap();
             let float = |values: &[f32]| Buffer::from_host(device, values).unwrap();
-            let zeros = vec![0; n_paths.max(n_next)];
+            let (d_q, d_origins, d_tokens, d_p) = (float(&path_q), int(&origins), int(&tokens), float(&p));
+            let (d_ratios, d_trust) = (float(&ratios), float(&trust));
             let paths =
-                Paths { q: float(&path_q), origins: int(&origins), parents: int(&zeros), tokens: int(&zeros), n: n_paths };
-            let room = vec![0.0; n_next];
-            let mut next = Paths { q: float(&room), origins: int(&zeros), parents: int(&zeros), tokens: int(&zeros), n: n_next };
-            let reliability = Reliability { ratios: float(&ratios), lowest, highest, trust: float(&trust) };
-            let (d_p, d_tokens) = (float(&p), int(&tokens));
-            choose_paths(&**device, &paths, k, d_p.slice(), d_tokens.slice(), &reliability, &mut next).unwrap();
-            let (mut q, mut parents, mut got, mut whose) = (room, vec![0; n_next], vec![0; n_next], vec![0; n_next]);
-            next.q.download(&mut q).unwrap();
-            next.parents.download(&mut parents).unwrap();
-            next.tokens.download(&mut got).unwrap();
-            next.origins.download(&mut whose).unwrap();
+                Paths { q: d_q.slice(), origins: d_origins.slice(), candidates: d_tokens.slice(), p: d_p.slice(), k };
+            let reliability = Reliability { ratios: d_ratios.slice(), lowest, highest, trust: d_trust.slice() };
+            let mut out = int(&vec![0; 4 * n_next]);
+            let (next_q, rest) = out.slice_mut().split_at(n_next);
+            let (origins_out, rest) = rest.split_at(n_next);
+            let (parents_out, tokens_out) = rest.split_at(n_next);
+            let mut next = NextPaths { q: next_q.cast(), origins: origins_out, parents: parents_out, tokens: tokens_out };
+            choose_paths(&**device, paths, reliability, &mut next).unwrap();
+            let mut words = vec![0; 4 * n_next];
+            out.download(&mut words).unwrap();
+            let q: Vec<f32> = words[..n_next].iter().map(|&w| f32::from_bits(w as u32)).collect();
+            let [whose, parents, got] = [1, 2, 3].map(|i| &words[i * n_next..][..n_next]);
             for i in 0..n_next {
                 // A range's edge may be met on the other side: then the neighbours differ by rounding only.
                 let (score, place, want_q) = all[i];
@@ -391,18 +399,12 @@ fn tolerance(params: &SamplingParams, logits: &[f32]) -> f64 {
 /// How far a token is from being the one that is drawn, in shares of the sum: 0 for that one. In double precision.
 fn distance(params: &SamplingParams, logits: &[f32], position: usize, token: usize) -> f64 {
     let mut kept = vec![];
-    let f = Filter {
-        top_k: params.top_k,
-        top_p: params.top_p,
-        min_p: params.min_p,
-        temperature: params.temperature,
-    };
+    let f = Filter { top_k: params.top_k, top_p: params.top_p, min_p: params.min_p, temperature: params.temperature };
     f.apply(logits, &mut kept);
     // Where the draw points to, told by a row of which each token is one of 2^20 shares.
     let fine = vec![0.0; 1 << 20];
     let open = SamplingParams { temperature: 1.0, top_p: 1.0, top_k: 0, min_p: 0.0, ..params.clone() };
-    let Token(at) =
-        Sampler::new(&open, &[], &[], fine.len()).unwrap().draw(&fine, position, &mut Scratch::default());
+    let Token(at) = Sampler::new(&open, &[], &[], fine.len()).unwrap().draw(&fine, position, &mut Scratch::default());
     let u = (f64::from(at) + 0.5) / fine.len() as f64;
     let sum: f64 = kept.iter().map(|k| f64::from(k.1)).sum();
     let mut before = 0.0;
@@ -455,9 +457,10 @@ fn verified_rows_get_the_samplers_tokens() {
                     .collect();
                 let spans: Vec<Span> = (0..rows.len()).map(|i| Span { first: i as i32, n: 1 }).collect();
                 let mut room = Verification::new(device, rows.len(), rows.len()).unwrap();
-                kernels::verify(&**device, logits.slice(), n, &rules, &spans, &mut room).unwrap();
+                let mut out = Buffer::zeros(device, rows.len()).unwrap();
+                kernels::verify(&**device, logits.slice(), n, &rules, &spans, &mut room, out.slice_mut()).unwrap();
                 let mut chosen = vec![0; rows.len()];
-                room.chosen.download(&mut chosen).unwrap();
+                out.download(&mut chosen).unwrap();
                 let mut sampler = Sampler::new(&params, &[], &[], n).unwrap();
                 for (i, row) in rows.iter().enumerate() {
                     let Token(want) = sampler.draw(row, position + i, &mut Scratch::default());
@@ -503,11 +506,13 @@ fn trees_are_walked_by_what_was_chosen() {
             let values = random(n_rows * n_vocab, &mut rng);
             let logits = Buffer::from_host(device, &values).unwrap();
             let mut room = Verification::new(device, 400, 8).unwrap();
+            let mut out = Buffer::zeros(device, n_rows).unwrap();
             for _ in 0..2 {
-                kernels::verify(&**device, logits.slice(), n_vocab, &rules, &spans, &mut room).unwrap(); // leaves its counters clean
+                // The second finds the counters as the first left them.
+                kernels::verify(&**device, logits.slice(), n_vocab, &rules, &spans, &mut room, out.slice_mut()).unwrap();
             }
             let (mut chosen, mut last, mut roots) = (vec![0; n_rows], vec![0; n_sequences], vec![0; n_sequences]);
-            room.chosen.download(&mut chosen).unwrap();
+            out.download(&mut chosen).unwrap();
             room.last.download(&mut last).unwrap();
             room.roots.download(&mut roots).unwrap();
             for (sequence, span) in spans.iter().enumerate() {
@@ -521,8 +526,7 @@ fn trees_are_walked_by_what_was_chosen() {
                 for row in rows.clone() {
                     assert_eq!(chosen[row], choice(row));
                 }
-                while let Some(child) =
-                    rows.clone().find(|&r| rules[r].parent == at as i32 && rules[r].token == choice(at))
+                while let Some(child) = rows.clone().find(|&r| rules[r].parent == at as i32 && rules[r].token == choice(at))
                 {
                     at = child;
                 }

@@ -3,7 +3,7 @@
 use std::ffi::c_void;
 use std::ptr;
 
-use super::memory::{Plain, Slice};
+use super::memory::{Plain, Slice, SliceMut};
 use super::weights::{Matrices, Precision, Table};
 use super::{Address, Buffer, Device, GpuError, Launch};
 
@@ -93,7 +93,7 @@ struct ProductArgs {
 ///
 /// # Errors
 /// [`GpuError::Shape`] where sizes do not fit together, [`GpuError::Launch`].
-pub fn product(device: &dyn Device, w: &Matrices, input: Input<'_>, y: &mut Buffer<f32>) -> Result<(), GpuError> {
+pub fn product(device: &dyn Device, w: &Matrices, input: Input<'_>, y: SliceMut<'_, f32>) -> Result<(), GpuError> {
     let kernels = match w.precision {
         Precision::F16 => ["product_f16_1", "product_f16_2", "product_f16_4", "product_f16_8"],
         Precision::Q8 => ["product_q8_1", "product_q8_2", "product_q8_4", "product_q8_8"],
@@ -141,7 +141,7 @@ pub fn product(device: &dyn Device, w: &Matrices, input: Input<'_>, y: &mut Buff
         tokens: input.table.map_or(0, |(_, tokens)| tokens.address()),
         residual: residual.map_or(0, |(rows, _)| rows.values.address()),
         residual_rows: residual.map_or(0, |(rows, _)| address(rows.index)),
-        y: y.slice().address(),
+        y: y.address(),
         x_net: net_stride(&input.x, n_x_rows, n_x),
         residual_net: residual.map_or(0, |(rows, n)| net_stride(rows, n, w.n_out)),
         n_rows: n_rows as i32,
@@ -185,8 +185,8 @@ pub fn top_k(
     n: usize,
     token_map: Option<Slice<'_, i32>>,
     k: usize,
-    tokens: &mut Buffer<i32>,
-    p: &mut Buffer<f32>,
+    tokens: SliceMut<'_, i32>,
+    p: SliceMut<'_, f32>,
 ) -> Result<(), GpuError> {
     let kernel = "top_k";
     let misfit = |what: &str| Err(GpuError::Shape { kernel, reason: what.to_owned() });
@@ -206,8 +206,8 @@ pub fn top_k(
     let mut args = TopKArgs {
         logits: logits.address(),
         token_map: token_map.map_or(0, |map| map.address()),
-        tokens: tokens.slice().address(),
-        p: p.slice().address(),
+        tokens: tokens.address(),
+        p: p.address(),
         n: n as i32,
         k: k as i32,
     };
@@ -216,30 +216,44 @@ pub fn top_k(
     unsafe { device.launch(launch, &mut [ptr::from_mut(&mut args).cast()]) }
 }
 
-/// Paths that a head was computed for.
-pub struct Paths {
+/// Paths that a head was computed for, and what it offered behind each.
+#[derive(Clone, Copy)]
+pub struct Paths<'a> {
     /// Probability that each is reached.
-    pub q: Buffer<f32>,
+    pub q: Slice<'a, f32>,
     /// Index of its sequence.
-    pub origins: Buffer<i32>,
+    pub origins: Slice<'a, i32>,
+    /// The candidates behind each, `k` to a path, best first.
+    pub candidates: Slice<'a, i32>,
+    /// What the head says of them.
+    pub p: Slice<'a, f32>,
+    /// Candidates of a path.
+    pub k: usize,
+}
+
+/// Room for the paths to go on from.
+pub struct NextPaths<'a> {
+    /// Probability that each is reached.
+    pub q: SliceMut<'a, f32>,
+    /// Index of its sequence.
+    pub origins: SliceMut<'a, i32>,
     /// The path that each goes on from.
-    pub parents: Buffer<i32>,
-    /// Its last token.
-    pub tokens: Buffer<i32>,
-    /// How many there are.
-    pub n: usize,
+    pub parents: SliceMut<'a, i32>,
+    /// And with which token.
+    pub tokens: SliceMut<'a, i32>,
 }
 
 /// What turns a head's probabilities into how often its candidates are right.
-pub struct Reliability {
+#[derive(Clone, Copy)]
+pub struct Reliability<'a> {
     /// For each range of what the head says, the factor: see [`Calibration`](crate::speculate::calibration::Calibration).
-    pub ratios: Buffer<f32>,
+    pub ratios: Slice<'a, f32>,
     /// The lower end of the first range.
     pub lowest: f32,
     /// No candidate is surer.
     pub highest: f32,
     /// A factor for each sequence.
-    pub trust: Buffer<f32>,
+    pub trust: Slice<'a, f32>,
 }
 
 #[repr(C)]
@@ -262,49 +276,48 @@ struct ChoosePathsArgs {
     n_origins: i32,
 }
 
-/// Fills `next` with its `n` likeliest continuations of `paths`, over all sequences: `p` and `candidates` are what a head
-/// offered behind each, `k` to a path, best first.
+/// Fills `next` with the likeliest continuations of `paths`, over all sequences, as many as it has room for.
 ///
 /// # Errors
 /// [`GpuError::Shape`] where sizes do not fit together, [`GpuError::Launch`].
 pub fn choose_paths(
     device: &dyn Device,
-    paths: &Paths,
-    k: usize,
-    p: Slice<'_, f32>,
-    candidates: Slice<'_, i32>,
-    reliability: &Reliability,
-    next: &mut Paths,
+    paths: Paths<'_>,
+    reliability: Reliability<'_>,
+    next: &mut NextPaths<'_>,
 ) -> Result<(), GpuError> {
     let kernel = "choose_paths";
     let misfit = |what: &str| Err(GpuError::Shape { kernel, reason: what.to_owned() });
-    let n = paths.n * k;
-    if n == 0 || n > MOST_CANDIDATES || next.n == 0 || next.n > n {
+    let (n_paths, n_next) = (paths.q.len(), next.q.len());
+    let n = n_paths * paths.k;
+    if n == 0 || n > MOST_CANDIDATES || n_next == 0 || n_next > n {
         return misfit("no candidate, too many, or fewer than paths to choose");
     }
-    let shortest = |of: &Paths| of.q.len().min(of.origins.len()).min(of.parents.len()).min(of.tokens.len());
-    if p.len() < n || candidates.len() < n || shortest(paths) < paths.n || shortest(next) < next.n {
-        return misfit("too few values, or no room for the result");
+    if paths.origins.len() != n_paths || paths.p.len() != n || paths.candidates.len() != n {
+        return misfit("paths, their origins and candidates differ in number");
+    }
+    if [next.origins.len(), next.parents.len(), next.tokens.len()] != [n_next; 3] {
+        return misfit("no room for the result");
     }
     if reliability.ratios.len() != N_BINS || reliability.trust.is_empty() {
         return misfit("no factors");
     }
     let mut args = ChoosePathsArgs {
-        p: p.address(),
-        candidates: candidates.address(),
-        path_q: paths.q.slice().address(),
-        origins: paths.origins.slice().address(),
-        trust: reliability.trust.slice().address(),
-        ratios: reliability.ratios.slice().address(),
-        next_q: next.q.slice().address(),
-        next_origins: next.origins.slice().address(),
-        next_parents: next.parents.slice().address(),
-        next_tokens: next.tokens.slice().address(),
+        p: paths.p.address(),
+        candidates: paths.candidates.address(),
+        path_q: paths.q.address(),
+        origins: paths.origins.address(),
+        trust: reliability.trust.address(),
+        ratios: reliability.ratios.address(),
+        next_q: next.q.address(),
+        next_origins: next.origins.address(),
+        next_parents: next.parents.address(),
+        next_tokens: next.tokens.address(),
         lowest: reliability.lowest,
         highest: reliability.highest,
-        n_paths: paths.n as i32,
-        k: k as i32,
-        n_next: next.n as i32,
+        n_paths: n_paths as i32,
+        k: paths.k as i32,
+        n_next: n_next as i32,
         n_origins: reliability.trust.len() as i32,
     };
     let launch = Launch { kernel, grid: [1; 3], block: SELECT_THREADS, shared: 0 };
@@ -358,8 +371,6 @@ unsafe impl Plain for Span {}
 pub struct Verification {
     rules: Buffer<RowRule>,
     spans: Buffer<Span>,
-    /// By row the token chosen; -1 where the host chooses.
-    pub chosen: Buffer<i32>,
     /// By sequence the logits row of the last accepted row; the root's where the host has to choose on the way.
     pub last: Buffer<i32>,
     /// By sequence the token chosen there: the next root. 0 where the host chooses.
@@ -376,7 +387,6 @@ impl Verification {
         Ok(Self {
             rules: Buffer::zeros(device, n_rows)?,
             spans: Buffer::zeros(device, n_sequences)?,
-            chosen: Buffer::zeros(device, n_rows)?,
             last: Buffer::zeros(device, n_sequences)?,
             roots: Buffer::zeros(device, n_sequences)?,
             n_done: Buffer::zeros(device, n_sequences)?,
@@ -397,7 +407,7 @@ struct VerifyArgs {
     padding: i32,
 }
 
-/// Chooses the token behind each row and walks down each sequence's tree by what was chosen. `spans` are all rows, in order.
+/// Chooses the token behind each row, -1 where the host is to choose, and walks down each sequence's tree by what was chosen. `spans` are all rows, in order.
 ///
 /// # Errors
 /// [`GpuError::Shape`] for rules and spans that do not fit together or go beyond the logits, [`GpuError::Memory`],
@@ -409,13 +419,14 @@ pub fn verify(
     rules: &[RowRule],
     spans: &[Span],
     room: &mut Verification,
+    chosen: SliceMut<'_, i32>,
 ) -> Result<(), GpuError> {
     let kernel = "verify";
     let misfit = |what: String| Err(GpuError::Shape { kernel, reason: what });
     if n_vocab == 0 || n_vocab > i32::MAX as usize || rules.is_empty() {
         return misfit("no vocabulary or no row".into());
     }
-    if rules.len() > room.rules.len() || spans.len() > room.spans.len() {
+    if rules.len() > room.rules.len().min(chosen.len()) || spans.len() > room.spans.len() {
         return misfit(format!("{} rows of {} sequences, more than there is room for", rules.len(), spans.len()));
     }
     let n_logits_rows = (logits.len() / n_vocab) as i32;
@@ -443,7 +454,7 @@ pub fn verify(
         logits: logits.address(),
         rules: room.rules.slice().address(),
         spans: room.spans.slice().address(),
-        chosen: room.chosen.slice().address(),
+        chosen: chosen.address(),
         last: room.last.slice().address(),
         roots: room.roots.slice().address(),
         n_done: room.n_done.slice().address(),

@@ -66,6 +66,66 @@ impl<'a, T: Plain> Slice<'a, T> {
     }
 }
 
+/// Room on the device for values that a kernel is to write.
+#[derive(Debug)]
+pub struct SliceMut<'a, T> {
+    address: Address,
+    len: usize,
+    of: PhantomData<&'a mut [T]>,
+}
+
+impl<'a, T: Plain> SliceMut<'a, T> {
+    /// Number of values.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// `true` without a value.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    pub(super) fn address(&self) -> Address {
+        self.address
+    }
+
+    /// For reading what is written there: by a kernel that is queued later.
+    #[must_use]
+    pub fn slice(&self) -> Slice<'_, T> {
+        Slice { address: self.address, len: self.len, of: PhantomData }
+    }
+
+    /// The same room under a shorter loan.
+    #[must_use]
+    pub fn again(&mut self) -> SliceMut<'_, T> {
+        SliceMut { address: self.address, len: self.len, of: PhantomData }
+    }
+
+    /// The first `n` values, and the rest.
+    ///
+    /// # Panics
+    /// With fewer.
+    #[must_use]
+    pub fn split_at(self, n: usize) -> (Self, Self) {
+        assert!(n <= self.len, "{n} of {}", self.len);
+        let rest = self.address + (n * size_of::<T>()) as Address;
+        let part = |address, len| Self { address, len, of: PhantomData };
+        (part(self.address, n), part(rest, self.len - n))
+    }
+
+    /// The same room for values of another type.
+    ///
+    /// # Panics
+    /// If they have another size.
+    #[must_use]
+    pub fn cast<U: Plain>(self) -> SliceMut<'a, U> {
+        assert_eq!(size_of::<T>(), size_of::<U>());
+        SliceMut { address: self.address, len: self.len, of: PhantomData }
+    }
+}
+
 /// Owned values on a device.
 pub struct Buffer<T> {
     device: Rc<dyn Device>,
@@ -110,6 +170,12 @@ impl<T: Plain> Buffer<T> {
     #[must_use]
     pub fn slice(&self) -> Slice<'_, T> {
         Slice { address: self.address, len: self.len, of: PhantomData }
+    }
+
+    /// All of it, to be written to.
+    #[must_use]
+    pub fn slice_mut(&mut self) -> SliceMut<'_, T> {
+        SliceMut { address: self.address, len: self.len, of: PhantomData }
     }
 
     /// Overwrites values from place `from` on.

@@ -16,7 +16,7 @@ pub mod weights;
 
 use std::ffi::c_void;
 
-pub use memory::{Buffer, Plain, Slice};
+pub use memory::{Buffer, Plain, Slice, SliceMut};
 
 /// An address in a device's memory.
 pub type Address = u64;
