@@ -1,16 +1,17 @@
 # make serve   set up what is missing, build, serve the default model on :8000
-# make test    the same set-up, then every test
+# make test    the same set-up and CUDA's compiler, then every test
 # make check   formatting, lints, documentation
 # make bench   the engine's host cost per step
-# Steps of the set-up, each idempotent: make tools, make vendor, make model.
+# make gpu     a CUDA build with its checks and benches, packed for a host with a GPU
+# Steps of the set-up, each idempotent: make tools, make vendor, make model; for CUDA make nvcc, make cuda.
 
-.PHONY: serve test check bench build setup tools vendor model deny help
+.PHONY: serve test check bench build gpu setup tools vendor model nvcc cuda deny help
 .DEFAULT_GOAL := help
 
 help:
 	@sed -n 's/^# //p' Makefile
 
-tools vendor model:
+tools vendor model nvcc cuda:
 	@scripts/setup $@
 
 setup:
@@ -25,13 +26,18 @@ serve: build
 test: setup check
 	cargo test --release --locked
 
-check: tools vendor
+check: tools vendor nvcc
 	cargo fmt --check
 	cargo clippy --release --locked --all-targets -- -D warnings
+	cargo clippy --release --locked --all-targets --features cuda-kernels -- -D warnings
+	scripts/check-kernels
 	RUSTDOCFLAGS="-D warnings" cargo doc --release --locked --no-deps
 
 bench: setup
 	cargo bench --locked
+
+gpu: setup cuda
+	scripts/gpu-bundle
 
 # Licences and duplicate dependencies; installs cargo-deny once.
 deny:

@@ -1,4 +1,4 @@
-//! Builds llama.cpp and its bindings.
+//! Builds llama.cpp and its bindings, and our CUDA kernels where they are asked for.
 //!
 //! 1. Find the source: `LLAMA_CPP_DIR`, or what `make vendor` laid into `vendor/crates/`.
 //! 2. Check the tools: CMake, Ninja, a C++ compiler, libclang. What is missing is named with the command that mends it.
@@ -6,9 +6,11 @@
 //! 4. Compile `llama` and `ggml` as static libraries.
 //! 5. Generate bindings for the names that start with `llama_`, `ggml_`, `gguf_`, without the `llama_`.
 //! 6. Tell cargo what to link.
+//! 7. With feature `cuda-kernels`: compile `cuda/` to `OUT_DIR/kernels.fatbin`.
 //!
-//! Environment: `LLAMA_CPP_DIR` another source tree; `CMAKE`, `CXX` the tools; `CUDA_ARCHS`, `CUDAToolkit_ROOT` with
-//! feature `cuda`; `LLAMA_NATIVE=0` for a binary that must run on other CPUs of the same family.
+//! Environment: `LLAMA_CPP_DIR` another source tree; `CMAKE`, `CXX` the tools; `LLAMA_NATIVE=0` for a binary that must run on
+//! other CPUs of the same family. With the CUDA features: `CUDAToolkit_ROOT`, `CUDACXX` where nvcc is; `CUDA_ARCHS` what to
+//! compile for, as CMake writes it ("90", "80;90", "90-real").
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
@@ -19,8 +21,12 @@ use diffy::patch_set::{FileOperation, ParseOptions, PatchSet};
 fn main() {
     let tree = source_tree();
     let tools = Tools::find();
-    let source = patched(&tree, tools.cuda);
-    let lib = compile(&source, &tools);
+    if let Some(nvcc) = &tools.nvcc {
+        compile_kernels(nvcc); // first: seconds, and what is wrong there shows at once
+    }
+    let native = native_dir(tools.cuda);
+    let source = patched(&tree, &native);
+    let lib = compile(&source, &native, &tools);
     generate_bindings(&source, &tools);
     link(&lib, &tools);
 }
@@ -49,7 +55,12 @@ fn out_dir() -> PathBuf {
 fn native_dir(cuda: bool) -> PathBuf {
     let out_dir = out_dir();
     let builds = out_dir.ancestors().nth(2).expect("OUT_DIR is target/<profile>/build/<package>/out");
-    builds.join(if cuda { "llama.cpp-cuda" } else { "llama.cpp-cpu" })
+    builds.join(format!("llama.cpp-{}{}", if cuda { "cuda" } else { "cpu" }, if native_cpu() { "" } else { "-portable" }))
+}
+
+/// Whether the code may use all that this machine's CPU has.
+fn native_cpu() -> bool {
+    var("LLAMA_NATIVE").as_deref() != Some("0")
 }
 
 fn source_tree() -> PathBuf {
@@ -69,7 +80,7 @@ fn source_tree() -> PathBuf {
 
 /// A copy of `tree` with our patches. It is laid anew when a patch or the tree changed, and else left alone, so that
 /// CMake finds its objects up to date.
-fn patched(tree: &Path, cuda: bool) -> PathBuf {
+fn patched(tree: &Path, native: &Path) -> PathBuf {
     println!("cargo::rerun-if-changed=vendor/patches");
     let mut patches: Vec<PathBuf> = fs::read_dir(root().join("vendor/patches"))
         .map(|entries| {
@@ -81,7 +92,7 @@ fn patched(tree: &Path, cuda: bool) -> PathBuf {
     let laid = |path: &str| fs::metadata(root().join(path)).and_then(|m| m.modified()).ok();
     let state = format!("{} {:?}\n{}", tree.display(), laid("vendor/crates/.locked"), texts.concat());
 
-    let (copy, stamp) = (native_dir(cuda).join("source"), native_dir(cuda).join("source.state"));
+    let (copy, stamp) = (native.join("source"), native.join("source.state"));
     let own_checkout = env::var_os("LLAMA_CPP_DIR").is_some();
     if !own_checkout && fs::read_to_string(&stamp).is_ok_and(|old| old == state) {
         return copy;
@@ -141,6 +152,9 @@ struct Tools {
     cmake: PathBuf,
     ninja: Option<PathBuf>,
     cxx: PathBuf,
+    /// With feature `cuda-kernels`, which `cuda` contains.
+    nvcc: Option<PathBuf>,
+    /// Whether ggml's CUDA backend is built.
     cuda: bool,
 }
 
@@ -154,10 +168,8 @@ impl Tools {
             stop(&format!("libclang is missing ({e}): run `make tools`, or `apt-get install libclang-dev`"));
         }
         let cuda = env::var_os("CARGO_FEATURE_CUDA").is_some();
-        if cuda && nvcc().is_none() {
-            stop("nvcc is missing: install the CUDA toolkit, or set CUDAToolkit_ROOT to one (feature `cuda`)");
-        }
-        Self { cmake, ninja: find_program("NINJA", "ninja", "--version"), cxx, cuda }
+        let nvcc = env::var_os("CARGO_FEATURE_CUDA_KERNELS").is_some().then(|| find_nvcc(cuda));
+        Self { cmake, ninja: find_program("NINJA", "ninja", "--version"), cxx, nvcc, cuda }
     }
 }
 
@@ -170,9 +182,29 @@ fn find_program(variable: &str, name: &str, probe: &str) -> Option<PathBuf> {
     [PathBuf::from(name), root().join(".tools/bin").join(name)].into_iter().find(runs)
 }
 
-fn nvcc() -> Option<PathBuf> {
+/// nvcc of the toolkit that was named, or in PATH, or the one `scripts/setup` fetched.
+fn find_nvcc(with_libraries: bool) -> PathBuf {
     let rooted = var("CUDAToolkit_ROOT").map(|r| Path::new(&r).join("bin/nvcc")).filter(|p| p.is_file());
-    rooted.or_else(|| find_program("CUDACXX", "nvcc", "--version"))
+    if let Some(nvcc) = rooted.or_else(|| find_program("CUDACXX", "nvcc", "--version")) {
+        return nvcc;
+    }
+    let (step, needed) = if with_libraries { ("cuda", "lib/libcublas.so") } else { ("nvcc", "lib64") };
+    let toolkit = root().join(".tools/cuda");
+    if !toolkit.join(needed).exists() {
+        stop(&format!(
+            "no CUDA toolkit: run `scripts/setup {step}`, or set CUDAToolkit_ROOT to one of version 12.8 or newer"
+        ));
+    }
+    toolkit.join("bin/nvcc")
+}
+
+/// The folder above nvcc's `bin`, as nvcc itself tells it: what PATH names may be a link or a wrapper.
+fn toolkit(nvcc: &Path) -> PathBuf {
+    let told = Command::new(nvcc).args(["--dryrun", "-x", "cu", "/dev/null"]).output().map(|o| o.stderr).unwrap_or_default();
+    let told = String::from_utf8_lossy(&told);
+    let top = told.lines().find_map(|line| line.strip_prefix("#$ TOP="));
+    let top = top.unwrap_or_else(|| stop(&format!("{} does not tell where its toolkit is", nvcc.display())));
+    fs::canonicalize(top).unwrap_or_else(|e| stop(&format!("{top}: {e}")))
 }
 
 fn bindgen_can_load_libclang() -> Result<(), String> {
@@ -187,7 +219,7 @@ fn bindgen_can_load_libclang() -> Result<(), String> {
 }
 
 /// Compiles and installs; returns the folder of the static libraries.
-fn compile(source: &Path, tools: &Tools) -> PathBuf {
+fn compile(source: &Path, native: &Path, tools: &Tools) -> PathBuf {
     set_cmake(&tools.cmake);
     let mut config = cmake::Config::new(source);
     config.no_default_flags(true); // cargo's target flags would pin -march to the oldest CPU
@@ -195,20 +227,16 @@ fn compile(source: &Path, tools: &Tools) -> PathBuf {
     if let Some(ninja) = &tools.ninja {
         config.generator("Ninja").define("CMAKE_MAKE_PROGRAM", ninja);
     }
-    config.out_dir(native_dir(tools.cuda)).profile("Release").define("BUILD_SHARED_LIBS", "OFF");
+    config.out_dir(native).profile("Release").define("BUILD_SHARED_LIBS", "OFF");
     for part in ["COMMON", "TESTS", "TOOLS", "EXAMPLES", "SERVER", "APP"] {
         config.define(format!("LLAMA_BUILD_{part}"), "OFF");
     }
-    config.define("GGML_NATIVE", if var("LLAMA_NATIVE").as_deref() == Some("0") { "OFF" } else { "ON" });
+    config.define("GGML_NATIVE", if native_cpu() { "ON" } else { "OFF" });
     config.define("GGML_CCACHE", "OFF");
-    if tools.cuda {
-        config.define("GGML_CUDA", "ON").define("GGML_CUDA_NO_VMM", "ON");
-        if let Some(nvcc) = nvcc() {
-            config.define("CMAKE_CUDA_COMPILER", nvcc);
-        }
-        if let Some(root) = var("CUDAToolkit_ROOT") {
-            config.define("CUDAToolkit_ROOT", root);
-        }
+    if let Some(nvcc) = tools.nvcc.as_ref().filter(|_| tools.cuda) {
+        // Without virtual memory nothing links libcuda, so that the binary starts on a host without a driver.
+        config.define("GGML_CUDA", "ON").define("GGML_CUDA_NO_VMM", "ON").define("GGML_CUDA_NCCL", "OFF");
+        config.define("CMAKE_CUDA_COMPILER", nvcc).define("CUDAToolkit_ROOT", toolkit(nvcc));
         if let Some(archs) = var("CUDA_ARCHS") {
             config.define("CMAKE_CUDA_ARCHITECTURES", archs);
         }
@@ -264,15 +292,61 @@ fn link(lib: &Path, tools: &Tools) {
     }
     println!("cargo::rustc-link-lib=static=ggml-cpu");
     println!("cargo::rustc-link-lib=static=ggml-base");
-    if tools.cuda {
-        let toolkit = nvcc().and_then(|n| n.parent()?.parent().map(Path::to_path_buf));
-        if let Some(root) = toolkit {
-            println!("cargo::rustc-link-search=native={}", root.join("lib64").display());
-        }
-        for name in ["cudart", "cublas", "cublasLt", "cuda"] {
+    if let Some(nvcc) = tools.nvcc.as_ref().filter(|_| tools.cuda) {
+        let cuda_lib = toolkit(nvcc).join("lib64");
+        println!("cargo::rustc-link-search=native={}", cuda_lib.display());
+        println!("cargo::rustc-link-arg=-Wl,-rpath,{}", cuda_lib.display()); // for a toolkit that ld.so does not know
+        for name in ["cudart", "cublas", "cublasLt"] {
             println!("cargo::rustc-link-lib=dylib={name}");
         }
     }
     println!("cargo::rustc-link-lib=dylib=stdc++");
     println!("cargo::rustc-link-lib=dylib=gomp"); // ggml-cpu's threads
+}
+
+/// Compiles `cuda/*.cu` as one unit, so that one fatbin holds every kernel.
+fn compile_kernels(nvcc: &Path) {
+    println!("cargo::rerun-if-changed=cuda");
+    let mut sources: Vec<PathBuf> = fs::read_dir(root().join("cuda"))
+        .map(|entries| entries.flatten().map(|e| e.path()).filter(|p| p.extension() == Some("cu".as_ref())).collect())
+        .unwrap_or_default();
+    sources.sort();
+    let unit: String = sources.iter().map(|p| format!("#include \"{}\"\n", p.display())).collect();
+    let unit_path = out_dir().join("kernels.cu");
+    fs::write(&unit_path, unit).expect("OUT_DIR is writable");
+    let mut command = Command::new(nvcc);
+    command.args(["-fatbin", "-O3", "-std=c++17", "-lineinfo", "--threads=0"]).args(gencode(nvcc));
+    command.arg("-o").arg(out_dir().join("kernels.fatbin")).arg(unit_path);
+    let done = command.output().unwrap_or_else(|e| stop(&format!("nvcc does not run: {e}")));
+    let said = String::from_utf8_lossy(&done.stderr);
+    if !done.status.success() {
+        eprintln!("{said}");
+        stop("nvcc could not compile cuda/: its errors are above, `scripts/check-kernels` compiles file by file");
+    }
+    said.lines().for_each(|line| println!("cargo::warning={line}"));
+}
+
+/// What to compile for, as nvcc's options: `CUDA_ARCHS`, or every major architecture from 80 on that this nvcc names, and PTX
+/// of the newest for those to come.
+fn gencode(nvcc: &Path) -> Vec<String> {
+    let archs = var("CUDA_ARCHS").unwrap_or_else(|| {
+        let listed = Command::new(nvcc).arg("--list-gpu-arch").output().map(|o| o.stdout).unwrap_or_default();
+        let majors: Vec<String> = String::from_utf8_lossy(&listed)
+            .lines()
+            .filter_map(|line| line.strip_prefix("compute_")?.parse::<u32>().ok())
+            .filter(|arch| *arch >= 80 && arch % 10 == 0)
+            .map(|arch| arch.to_string())
+            .collect();
+        majors.join("-real;") // the last one keeps its PTX
+    });
+    if !archs.starts_with(|c: char| c.is_ascii_digit()) {
+        return vec![format!("-arch={archs}")]; // native, all, all-major
+    }
+    let one = |arch: &str| {
+        let number = arch.trim_end_matches("-real").trim_end_matches("-virtual").to_owned();
+        let real = (!arch.ends_with("-virtual")).then(|| format!("-gencode=arch=compute_{number},code=sm_{number}"));
+        let ptx = (!arch.ends_with("-real")).then(|| format!("-gencode=arch=compute_{number},code=compute_{number}"));
+        real.into_iter().chain(ptx)
+    };
+    archs.split(';').flat_map(one).collect()
 }
