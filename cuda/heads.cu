@@ -190,8 +190,9 @@ template <class Weights, int COLUMNS> __device__ inline void product(const Produ
     }
 }
 
-#define PRODUCT_KERNEL(name, weights, columns)                                                       \
-    KERNEL __launch_bounds__(PRODUCT_THREADS) name(Product p) { product<weights, columns>(p); } \
+// With 8 columns the sums alone take 32 registers of a thread, so only one block of it must fit a multiprocessor.
+#define PRODUCT_KERNEL(name, weights, columns)                                                                           \
+    KERNEL __launch_bounds__(PRODUCT_THREADS, columns == 8 ? 1 : 2) name(Product p) { product<weights, columns>(p); } \
     EMULATED(name)
 
 PRODUCT_KERNEL(product_f16_1, HalfWeights, 1)

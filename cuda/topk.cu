@@ -9,10 +9,8 @@ struct TopK {
     int32_t *tokens;          // [n_rows, k], best first; of equal ones the first places
     float *p;                 // [n_rows, k]
     int32_t n;
-    int32_t k;                // at most n and MOST_K
+    int32_t k;                // at most n, and 64
 };
-
-constexpr int MOST_K = 64;
 
 // The k-th of the threads' own best ranks, best first: at least k ranks of the row are as good.
 __device__ inline unsigned long long least_of_best(unsigned long long own, int k) {

@@ -21,7 +21,7 @@
 #define KERNEL extern "C" void
 #define __device__
 #define __shared__ static
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 using std::max;
 using std::min;
