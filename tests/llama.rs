@@ -3,10 +3,14 @@
 #![allow(missing_docs)]
 
 mod common;
+#[path = "common/emulated.rs"]
+mod emulated;
 #[path = "common/heads.rs"]
 mod files;
 
+use std::cell::RefCell;
 use std::path::Path;
+use std::rc::Rc;
 use std::sync::{Arc, LazyLock};
 use std::time::Instant;
 
@@ -15,9 +19,11 @@ use medusa_llama::config::DEFAULT_HEADS;
 use medusa_llama::engine::forward::LlamaForward;
 use medusa_llama::engine::sampler::{Sampler, Scratch, argmax};
 use medusa_llama::engine::{Engine, Job, Layout, Limits};
+use medusa_llama::gpu::weights::Precision;
 use medusa_llama::llama::{Context, ContextParams, LlamaError, Model, ModelParams, SeqId, Token, max_sequences};
 use medusa_llama::request::{Event, Request, SamplingParams, Speculation};
 use medusa_llama::speculate::cost::Cost;
+use medusa_llama::speculate::device::{DeviceDraft, DeviceHeads};
 use medusa_llama::speculate::heads::{Heads, Shape};
 use medusa_llama::speculate::{self, Speculator};
 use serde_json::json;
@@ -338,6 +344,49 @@ fn a_seed_gives_one_text_with_drafts_and_without() {
     engine.check_nothing_left();
 }
 
+/// Heads and verification on a device, which an emulation of its kernels stands in for here, give the host's texts; and a
+/// request with penalties, whose tokens the host chooses, runs beside them.
+#[test]
+fn what_a_device_verifies_and_drafts_changes_no_text() {
+    let prompts = ["a dragon", "the sea"]
+        .map(|topic| format!("<|im_start|>user\nTell me about {topic}.<|im_end|>\n<|im_start|>assistant\n"));
+    let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
+    let sampled =
+        Request { sampling: SamplingParams { temperature: 0.8, seed: 5, ..SamplingParams::default() }, ..GREEDY.clone() };
+    let plain = |like: &Request| Request { speculation: Speculation::Off, ..like.clone() };
+    let penalties =
+        Request { sampling: SamplingParams { repetition_penalty: 1.2, ..GREEDY.sampling.clone() }, ..plain(&GREEDY) };
+
+    let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join(DEFAULT_HEADS);
+    let shape = Shape { n_embd: MODEL.n_embd(), n_vocab: MODEL.n_vocab() };
+    let tokens: Vec<_> = prompts.iter().map(|prompt| MODEL.tokenize(prompt, true).unwrap()).collect();
+    let texts: Vec<_> = tokens.iter().map(|prompt| greedy(prompt, 24)).collect();
+    let rounding = tokens.iter().zip(&texts).map(|(p, t)| rounding(p, t)).fold(0.0, f32::max);
+    let mut host = drafting_engine(&shipped);
+    // Conditioned heads, with few draft tokens as the emulation is slow; and plain ones.
+    let repeating = identity_heads(&texts);
+    for folder in [shipped.as_path(), repeating.path()] {
+        let mut heads = Heads::load(folder, shape, 3).unwrap();
+        heads.token_map.as_mut().unwrap().truncate(512);
+        let device = DeviceHeads::new(emulated::Emulated::device(), heads, &MODEL, Precision::Q8).unwrap();
+        let device = Rc::new(RefCell::new(device));
+        let drafter = Box::new(DeviceDraft(Rc::clone(&device)));
+        let speculator = Speculator::new(drafter, 4, Cost::from_points(&[(1, 1.0)])).with_fixed_nodes(4);
+        let mut engine = engine_of(|forward| forward.with_device(Rc::clone(&device)), speculator);
+        // Without drafts the same rows are computed, so the same logits are chosen from.
+        for like in [plain(&GREEDY), plain(&sampled), penalties.clone()] {
+            assert_eq!(run(&mut engine, &prompts, &like, 12), run(&mut host, &prompts, &like, 12));
+        }
+        let before = device.borrow().n_verified();
+        assert_eq!(before, 2 * 2 * 12, "all but the rows with penalties");
+        let (answers, accepted) = run(&mut engine, &prompts, &GREEDY, 24);
+        prompts.iter().zip(&answers).zip(&texts).for_each(|((p, ours), text)| compare(p, ours, text, 2.0 * rounding));
+        assert!(accepted >= 4, "{accepted} drafts were accepted");
+        assert!(device.borrow().n_verified() > before + accepted as u64);
+        engine.check_nothing_left();
+    }
+}
+
 /// A token drawn, and the logits it was drawn from.
 type Draw = (Token, Vec<f32>);
 
@@ -437,15 +486,19 @@ fn identity_heads(texts: &[Vec<Choice>]) -> tempfile::TempDir {
 
 /// An engine of 7 slots on the model, with these heads.
 fn drafting_engine(heads: &Path) -> Engine<LlamaForward> {
+    let shape = Shape { n_embd: MODEL.n_embd(), n_vocab: MODEL.n_vocab() };
+    let heads = Heads::load(heads, shape, 3).unwrap();
+    let drafter = speculate::drafter(heads, &MODEL, 2).unwrap();
+    engine_of(|forward| forward, Speculator::new(drafter, 4, Cost::from_points(&[(1, 1e9), (64, 1.01e9)])))
+}
+
+fn engine_of(with: impl FnOnce(LlamaForward) -> LlamaForward, speculator: Speculator) -> Engine<LlamaForward> {
     let (n_seqs, n_ids) = (14, max_sequences());
     let params = ContextParams { n_cells: 2048, n_batch: 64, n_ubatch: 64, n_seq_max: n_ids, tap_hidden: true, ..params() };
     let layout = Layout::Unified { n_cells: 2048, n_retained: 512, n_seqs };
     let limits = Limits { n_slots: 7, n_ctx: 256, n_batch: 64, layout };
-    let mut engine = Engine::new(LlamaForward::new(context(&params)), limits, Arc::default());
-    let shape = Shape { n_embd: MODEL.n_embd(), n_vocab: MODEL.n_vocab() };
-    let heads = Heads::load(heads, shape, 3).unwrap();
-    let drafter = speculate::drafter(heads, &MODEL, 2).unwrap();
-    engine.speculate(Speculator::new(drafter, 4, Cost::from_points(&[(1, 1e9), (64, 1.01e9)])), n_ids);
+    let mut engine = Engine::new(with(LlamaForward::new(context(&params))), limits, Arc::default());
+    engine.speculate(speculator, n_ids);
     engine
 }
 

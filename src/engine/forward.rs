@@ -1,11 +1,14 @@
 //! What the engine needs of a model and its cache. llama.cpp stands behind it in the server, a stub in tests and benches.
 
+use std::cell::RefCell;
 use std::ops::Range;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
 use super::slots::KvOp;
-use crate::llama::{Batch, Context, LlamaError, Model, SeqId, Token};
+use crate::llama::{Batch, Context, LlamaError, Model, SeqId, Tapped, Token};
+use crate::speculate::device::{Ask, DeviceHeads};
 
 /// One token to compute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,6 +103,15 @@ pub trait Forward {
     /// # Errors
     /// For any other row, or a model that does not keep it.
     fn hidden(&self, row: usize) -> Result<&[f32], LlamaError>;
+    /// `true` if [`verify`](Self::verify) is worth a call.
+    fn verifies(&self) -> bool {
+        false
+    }
+    /// Chooses the tokens behind the last pass's output rows, and drafts behind them, where the logits are: by row the token, -1
+    /// for the rows of sequences that the host is to choose for. `None` where the host is to choose for all.
+    fn verify(&mut self, _ask: Ask<'_>) -> Option<&[i32]> {
+        None
+    }
     /// Does to the cache what the ledger says.
     ///
     /// # Errors
@@ -129,6 +141,9 @@ pub struct LlamaForward {
     places: Vec<Place>,
     /// Logits of earlier passes of the step, row after row.
     kept: Vec<f32>,
+    /// Heads and verification where the logits are.
+    device: Option<Rc<RefCell<DeviceHeads>>>,
+    chosen: Vec<i32>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -146,7 +161,28 @@ impl LlamaForward {
     #[must_use]
     pub fn new(context: Context) -> Self {
         let (batch, model) = (context.batch(), Arc::clone(context.model()));
-        Self { batch, model, streams: !context.is_unified(), context, places: Vec::new(), kept: Vec::new() }
+        Self {
+            batch,
+            model,
+            streams: !context.is_unified(),
+            context,
+            places: Vec::new(),
+            kept: Vec::new(),
+            device: None,
+            chosen: Vec::new(),
+        }
+    }
+
+    /// Lets tokens be chosen and drafted on the device that the logits are on. `heads` must be on that device, too.
+    #[must_use]
+    pub fn with_device(self, heads: Rc<RefCell<DeviceHeads>>) -> Self {
+        Self { device: Some(heads), ..self }
+    }
+
+    /// Where the last pass left its logits and hidden states.
+    #[must_use]
+    pub fn tapped(&self) -> Option<Tapped<'_>> {
+        self.context.tapped()
     }
 
     /// What steps take, measured: seconds of a pass of each number of rows behind one of as many, and the seconds more that
@@ -245,6 +281,26 @@ impl Forward for LlamaForward {
 
     fn hidden(&self, row: usize) -> Result<&[f32], LlamaError> {
         self.context.hidden(row)
+    }
+
+    fn verifies(&self) -> bool {
+        self.device.is_some()
+    }
+
+    fn verify(&mut self, ask: Ask<'_>) -> Option<&[i32]> {
+        let heads = Rc::clone(self.device.as_ref()?);
+        let n_outputs = self.places.iter().filter(|p| matches!(p, Place::Context(_))).count();
+        let tapped = self.context.tapped().filter(|t| t.n_rows() == n_outputs && ask.rules.len() <= n_outputs)?;
+        self.chosen.clear();
+        match heads.borrow_mut().verify(tapped.logits(), tapped.hidden(), self.model.n_vocab(), ask) {
+            Ok(chosen) => self.chosen.extend_from_slice(chosen),
+            Err(error) => {
+                tracing::error!(%error, "the device failed to verify; from now on the host does");
+                self.device = None;
+                return None;
+            }
+        }
+        Some(&self.chosen)
     }
 
     fn apply(&mut self, op: KvOp) -> Result<(), LlamaError> {

@@ -27,8 +27,10 @@ pub use sequence::Job;
 pub use slots::Layout;
 
 use crate::error::IncidentId;
+use crate::gpu::kernels::{RowRule, Span};
 use crate::llama::{LlamaError, SeqId, Token};
 use crate::request::{Speculation, Trace};
+use crate::speculate::device::Ask;
 use crate::speculate::{MAX_NODES, Origin, Speculator, Tree};
 use handle::Stats;
 use leaves::Leaves;
@@ -92,6 +94,14 @@ struct Work {
     sampling: Scratch,
     likeliest: Vec<(Token, f32)>,
     piece: Vec<u8>,
+    /// What the device is asked: for each output row its rule, for each sequence its rows, its id and how far it is trusted.
+    rules: Vec<RowRule>,
+    spans: Vec<Span>,
+    asked: Vec<SeqId>,
+    trust: Vec<f32>,
+    /// What it chose, and where each share's rows begin there. Empty if it chose nothing.
+    chosen: Vec<i32>,
+    first_choice: Vec<usize>,
 }
 
 impl<F: Forward> Engine<F> {
@@ -225,7 +235,7 @@ impl<F: Forward> Engine<F> {
         let origin = |share: &Share| {
             let s = sequence(share);
             let max_depth = if share.to_end && share.n_rows == 1 { s.n_draftable().min(deepest) } else { 0 };
-            Origin { hidden: s.hidden(), root: s.tokens[s.n_computed], max_depth, trust: s.trust.factor() }
+            Origin { seq: s.seq, hidden: s.hidden(), root: s.tokens[s.n_computed], max_depth, trust: s.trust.factor() }
         };
         let origins: Vec<Origin<'_>> = work.shares.iter().map(origin).collect();
         let n_rows: usize = work.shares.iter().map(|s| s.n_rows).sum();
@@ -286,6 +296,7 @@ impl<F: Forward> Engine<F> {
             speculator.note_step(n_rows, (n_prompt == 0).then_some(seconds));
         }
         tracing::trace!(n_decode, n_prompt, n_nodes, seconds, "step");
+        self.choose_on_device(&shares, n_decode);
         let mut first_row = 0;
         for (i, share) in shares.iter().enumerate() {
             let row = first_row + share.n_rows - 1;
@@ -306,6 +317,48 @@ impl<F: Forward> Engine<F> {
         self.work.shares = shares;
     }
 
+    /// Lets the device choose the tokens behind the rows of sequences whose choice it knows how to make, and draft behind them.
+    fn choose_on_device(&mut self, shares: &[Share], n_decode: usize) {
+        let work = &mut self.work;
+        work.rules.clear();
+        work.spans.clear();
+        work.asked.clear();
+        work.trust.clear();
+        work.chosen.clear();
+        work.first_choice.clear();
+        if !self.forward.verifies() {
+            work.first_choice.resize(shares.len(), 0);
+            return;
+        }
+        for (share, tree) in shares.iter().zip(&work.trees) {
+            work.first_choice.push(work.rules.len());
+            if !share.to_end {
+                continue;
+            }
+            let s = self.running[share.seq.0 as usize].as_ref().expect("planned from the running ones");
+            let (first, sequence) = (work.rules.len() as i32, work.spans.len() as i32);
+            let on_host = s.speculation == Speculation::Typical || s.sampler.rule(0).is_none();
+            let nodes = tree.nodes().iter().map(|n| (n.parent.map_or(first, |p| first + 1 + p as i32), n.token.0, n.depth));
+            for (parent, token, depth) in std::iter::once((-1, 0, 0)).chain(nodes) {
+                let rule = s.sampler.rule(s.tokens.len() + depth).unwrap_or_default();
+                let logits_row = work.rules.len() as i32; // every output row belongs to a rule, in order
+                work.rules.push(RowRule { logits_row, sequence, parent, token, on_host: i32::from(on_host), ..rule });
+            }
+            work.spans.push(Span { first, n: work.rules.len() as i32 - first });
+            work.asked.push(share.seq);
+            work.trust.push(s.trust.factor());
+        }
+        if work.rules.is_empty() {
+            return;
+        }
+        let calibration = self.speculator.as_ref().and_then(|s| s.will_draft(n_decode));
+        let Work { rules, spans, asked: seqs, trust, .. } = work;
+        let ask = Ask { rules, spans, seqs, trust, draft: calibration };
+        if let Some(chosen) = self.forward.verify(ask) {
+            work.chosen.extend_from_slice(chosen);
+        }
+    }
+
     /// Notes a sequence's computed rows; if they reached its end, lets it walk down its tree by the tokens it chooses, from
     /// the last of them, `row`, on. Returns `true` if the sequence is done, or nobody wants it any more.
     fn advance(&mut self, i: usize, share: &Share, row: usize, started: Instant, now: Instant) -> Result<bool, LlamaError> {
@@ -324,15 +377,21 @@ impl<F: Forward> Engine<F> {
         let mut refused = None;
         while share.to_end && !done && refused.is_none() {
             let row = at.map_or(row, |node| row + 1 + node);
-            let logits = self.forward.logits(row)?;
-            work.offered.clear();
-            if s.speculation == Speculation::Typical {
-                work.offered.extend(tree.nodes().iter().filter(|n| n.parent == at).map(|n| n.token));
-            }
-            let token = s.sampler.draw_typical(logits, s.tokens.len(), &work.offered, &mut work.sampling);
+            let choice = work.chosen.get(work.first_choice[i] + at.map_or(0, |node| 1 + node));
+            let token = match choice {
+                Some(&token) if token >= 0 => Token(token),
+                _ => {
+                    work.offered.clear();
+                    if s.speculation == Speculation::Typical {
+                        work.offered.extend(tree.nodes().iter().filter(|n| n.parent == at).map(|n| n.token));
+                    }
+                    let logits = self.forward.logits(row)?;
+                    s.sampler.draw_typical(logits, s.tokens.len(), &work.offered, &mut work.sampling)
+                }
+            };
             self.stats.count_token();
             if let Some(trace) = &mut s.trace {
-                trace.push(token, self.forward.hidden(row)?, logits, &mut work.likeliest);
+                trace.push(token, self.forward.hidden(row)?, self.forward.logits(row)?, &mut work.likeliest);
             }
             work.piece.clear();
             let is_end = self.forward.is_end(token);

@@ -5,6 +5,7 @@
 //! crowd, and with speculation.
 
 use super::filter::Filter;
+use crate::gpu::kernels::RowRule;
 use crate::llama::{Candidates, LlamaError, SamplerChain, Token};
 use crate::request::SamplingParams;
 use crate::vector::largest;
@@ -91,6 +92,27 @@ impl Sampler {
             }
         }
         argmax(logits) // rounding left a crumb beyond the last token, or there is none
+    }
+
+    /// How a device can choose the token at `position` as [`draw`](Self::draw) does; `None` where bias or penalties change the
+    /// logits first. Where the row is, is for the caller to say.
+    #[must_use]
+    pub fn rule(&self, position: usize) -> Option<RowRule> {
+        if self.chain.is_some() {
+            return None;
+        }
+        let halves = |n: u64| [n as u32, (n >> 32) as u32];
+        let rule = RowRule { seed: halves(self.seed), position: halves(position as u64), ..RowRule::default() };
+        Some(match self.filter {
+            None => rule,
+            Some(Filter { top_k, top_p, min_p, temperature }) => RowRule {
+                inverse_temperature: 1.0 / temperature,
+                top_p,
+                min_logit: if min_p > 0.0 { min_p.ln() } else { f32::NEG_INFINITY },
+                top_k: i32::try_from(top_k).unwrap_or(i32::MAX),
+                ..rule
+            },
+        })
     }
 
     /// Notes the token that was chosen.

@@ -18,8 +18,9 @@ const SELECT_THREADS: u32 = 512;
 pub const MOST_CANDIDATES: usize = 1024;
 /// Most tokens of [`top_k`]. As in `cuda/topk.cu`.
 pub const MOST_K: usize = 64;
-/// Ranges of probability in [`Paths::ratios`]. As in `cuda/topk.cu`.
+/// Ranges of probability in [`Reliability::ratios`]. As in `cuda/topk.cu`.
 pub const N_BINS: usize = 12;
+const _: () = assert!(N_BINS == crate::speculate::calibration::N_BINS);
 
 /// What becomes of a product's sums `s`, after the bias was added. As in `cuda/heads.cu`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

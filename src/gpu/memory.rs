@@ -61,8 +61,27 @@ impl<'a, T: Plain> Slice<'a, T> {
     /// With fewer.
     #[must_use]
     pub fn first(self, n: usize) -> Slice<'a, T> {
-        assert!(n <= self.len, "{n} of {}", self.len);
-        Slice { len: n, ..self }
+        self.part(0, n)
+    }
+
+    /// `n` of them from place `from` on.
+    ///
+    /// # Panics
+    /// With fewer.
+    #[must_use]
+    pub fn part(self, from: usize, n: usize) -> Slice<'a, T> {
+        assert!(from + n <= self.len, "{n} from {from} on of {}", self.len);
+        Slice { address: self.address + (from * size_of::<T>()) as Address, len: n, of: PhantomData }
+    }
+
+    /// The same bytes as values of another type.
+    ///
+    /// # Panics
+    /// If they have another size.
+    #[must_use]
+    pub fn cast<U: Plain>(self) -> Slice<'a, U> {
+        assert_eq!(size_of::<T>(), size_of::<U>());
+        Slice { address: self.address, len: self.len, of: PhantomData }
     }
 }
 

@@ -54,6 +54,18 @@ pub struct Matrices {
 }
 
 impl Matrices {
+    /// Number of matrices.
+    #[must_use]
+    pub fn n_nets(&self) -> usize {
+        self.n_nets
+    }
+
+    /// Rows of each.
+    #[must_use]
+    pub fn n_out(&self) -> usize {
+        self.n_out
+    }
+
     /// Copies matrices to the device; each is given as parts that stand beside each other: rows of `[W | U]` for a product with
     /// `[x, e]`. Weights beyond what F16 holds are cut to it.
     ///

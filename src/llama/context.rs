@@ -5,7 +5,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use super::batch::Limits;
-use super::tap::{HiddenTap, on_tensor};
+use super::tap::{HiddenTap, Tapped, on_tensor};
 use super::{Batch, LlamaError, Model, SeqId, log, max_sequences, sys};
 
 /// How to make a context.
@@ -206,6 +206,12 @@ impl Context {
         let place = self.outputs[..row].iter().filter(|&&o| o).count();
         let tapped = self.tap.as_ref().and_then(|t| t.row(place));
         tapped.ok_or_else(|| LlamaError::Misuse(format!("no hidden state was kept for row {row}")))
+    }
+
+    /// Where the last pass left logits and hidden states, if one micro-batch gave them all; only with `tap_hidden`.
+    #[must_use]
+    pub fn tapped(&self) -> Option<Tapped<'_>> {
+        self.tap.as_ref()?.tapped()
     }
 
     /// llama.cpp's own embedding of a row: `n_embd` values; only with `embeddings`.

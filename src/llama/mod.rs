@@ -31,6 +31,7 @@ pub use path_net::{PathNet, PathStep, PathWeights};
 pub use quantize::{Quantization, quantize};
 pub use sampler::{Candidates, SamplerChain};
 pub use store::Matrix;
+pub use tap::Tapped;
 
 use std::ffi::CStr;
 use std::sync::Once;

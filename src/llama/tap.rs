@@ -6,23 +6,84 @@
 //! `embeddings = true` would turn every prompt token into an output row instead.
 
 use std::ffi::{CStr, c_void};
+use std::marker::PhantomData;
 
 use super::sys;
+use crate::gpu::{Address, Slice};
 
 /// Hidden rows of the last forward pass, appended micro-batch by micro-batch.
 pub(super) struct HiddenTap {
     rows: Vec<f32>,
     n_embd: usize,
+    n_micro_batches: usize,
+    /// Where the last micro-batch left its results.
+    results: Option<Results>,
+}
+
+/// Where a forward pass left its results.
+#[derive(Clone, Copy)]
+struct Results {
+    logits: Address,
+    hidden: Address,
+    n_rows: usize,
+    n_vocab: usize,
+    n_embd: usize,
+    on_host: bool,
+}
+
+/// The results of a forward pass where they are, as long as the context is not used for another.
+#[derive(Clone, Copy)]
+pub struct Tapped<'a> {
+    results: Results,
+    of: PhantomData<&'a HiddenTap>,
+}
+
+impl<'a> Tapped<'a> {
+    /// Output rows.
+    #[must_use]
+    pub fn n_rows(&self) -> usize {
+        self.results.n_rows
+    }
+
+    /// `false`: on a device.
+    #[must_use]
+    pub fn on_host(&self) -> bool {
+        self.results.on_host
+    }
+
+    /// `[n_rows, n_vocab]`.
+    #[must_use]
+    pub fn logits(&self) -> Slice<'a, f32> {
+        let Results { logits, n_rows, n_vocab, .. } = self.results;
+        // SAFETY: contiguous values of a tensor that was computed, untouched while the context is borrowed.
+        unsafe { Slice::from_raw(logits, n_rows * n_vocab) }
+    }
+
+    /// After the final norm: `[n_rows, n_embd]`.
+    #[must_use]
+    pub fn hidden(&self) -> Slice<'a, f32> {
+        let Results { hidden, n_rows, n_embd, .. } = self.results;
+        // SAFETY: as above.
+        unsafe { Slice::from_raw(hidden, n_rows * n_embd) }
+    }
 }
 
 impl HiddenTap {
     /// Boxed: C keeps the address.
     pub(super) fn new(n_embd: usize) -> Box<Self> {
-        Box::new(Self { rows: Vec::new(), n_embd })
+        Box::new(Self { rows: Vec::new(), n_embd, n_micro_batches: 0, results: None })
     }
 
     pub(super) fn clear(&mut self) {
         self.rows.clear();
+        self.n_micro_batches = 0;
+        self.results = None;
+    }
+
+    /// Where the results are, if one micro-batch gave them all: of several, the last one's are left.
+    pub(super) fn tapped(&self) -> Option<Tapped<'_>> {
+        let results = self.results.filter(|_| self.n_micro_batches == 1)?;
+        Some(Tapped { results, of: PhantomData })
     }
 
     /// The `i`-th output row in the order that llama.cpp computed them.
@@ -51,6 +112,9 @@ pub(super) unsafe extern "C" fn on_tensor(tensor: *mut sys::ggml_tensor, ask: bo
     if kind != sys::GGML_TYPE_F32 || usize::try_from(ne[0]) != Ok(tap.n_embd) {
         return true; // a graph of another shape; `Context::hidden` then finds no row
     }
+    tap.n_micro_batches += 1;
+    // SAFETY: both tensors are live; computed ones have memory.
+    tap.results = unsafe { results(tensor, hidden) };
     let n = tap.n_embd * usize::try_from(ne[1]).unwrap_or(0);
     let start = tap.rows.len();
     tap.rows.resize(start + n, 0.0);
@@ -58,4 +122,30 @@ pub(super) unsafe extern "C" fn on_tensor(tensor: *mut sys::ggml_tensor, ask: bo
     // copies from the device where the tensor lives on one.
     unsafe { sys::ggml_backend_tensor_get(hidden, tap.rows[start..].as_mut_ptr().cast(), 0, n * size_of::<f32>()) };
     true
+}
+
+/// Where logits and hidden states are, if both stand row by row on the same side.
+///
+/// # Safety
+/// Both are live and computed.
+unsafe fn results(logits: *const sys::ggml_tensor, hidden: *const sys::ggml_tensor) -> Option<Results> {
+    // SAFETY: by contract.
+    let (logits, hidden) = unsafe { (&*logits, &*hidden) };
+    let side = |t: &sys::ggml_tensor| {
+        let plain = t.type_ == sys::GGML_TYPE_F32 && !t.data.is_null() && !t.buffer.is_null();
+        // SAFETY: live tensors.
+        let plain = plain && unsafe { sys::ggml_is_contiguous(t) };
+        // SAFETY: as above, with a buffer.
+        plain.then(|| unsafe { sys::ggml_backend_buffer_is_host(t.buffer) })
+    };
+    let [n_vocab, n_embd, n_rows] = [logits.ne[0], hidden.ne[0], hidden.ne[1]].map(|n| usize::try_from(n).unwrap_or(0));
+    let on_host = side(logits)?;
+    (side(hidden)? == on_host && logits.ne[1] == hidden.ne[1]).then_some(Results {
+        logits: logits.data as Address,
+        hidden: hidden.data as Address,
+        n_rows,
+        n_vocab,
+        n_embd,
+        on_host,
+    })
 }

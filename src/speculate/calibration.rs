@@ -4,8 +4,9 @@
 /// Heads that are told apart; deeper ones share the last one's counts.
 const N_HEADS: usize = 8;
 /// Ranges of the head's probability, equally wide on a logarithmic scale from [`LOWEST`] to 1.
-const N_BINS: usize = 12;
-const LOWEST: f32 = 1e-3;
+pub const N_BINS: usize = 12;
+/// The lower end of the first of them.
+pub const LOWEST: f32 = 1e-3;
 /// Before anything is known, this share of what a head says is believed ...
 const BELIEF: f64 = 0.8;
 /// ... as firmly as after this many expected hits.
@@ -29,7 +30,7 @@ const TRUST_FIRMNESS: f64 = 4.0;
 /// What a place without candidates leaves of them.
 const TRUST_FADE: f64 = 0.98;
 /// Nothing is certain.
-const HIGHEST: f32 = 0.99;
+pub const HIGHEST: f32 = 0.99;
 
 /// Counts for each head and range.
 #[derive(Clone, Debug, Default)]
@@ -46,6 +47,12 @@ struct Bin {
     expected: f64,
     /// Those that were accepted.
     hits: f64,
+}
+
+impl Bin {
+    fn ratio(self) -> f32 {
+        ((self.hits + FIRMNESS * BELIEF) / (self.expected + FIRMNESS)) as f32
+    }
 }
 
 /// What a head's candidates turned out to be worth at the places it was asked at.
@@ -70,9 +77,13 @@ impl Calibration {
         if self.exact {
             return p;
         }
-        let bin = &self.bins[head(depth)][bin(p)];
-        let ratio = (bin.hits + FIRMNESS * BELIEF) / (bin.expected + FIRMNESS);
-        (p * ratio as f32 * trust).clamp(0.0, HIGHEST)
+        (p * self.bins[head(depth)][bin(p)].ratio() * trust).clamp(0.0, HIGHEST)
+    }
+
+    /// For each range of what the head at `depth` says, how often candidates are accepted, against that.
+    #[must_use]
+    pub fn ratios(&self, depth: usize) -> [f32; N_BINS] {
+        self.bins[head(depth)].map(|bin| if self.exact { 1.0 } else { bin.ratio() })
     }
 
     /// What to expect of a head that is to be asked for candidates at `depth`, before it is: the sum of `q - row` over those

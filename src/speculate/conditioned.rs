@@ -68,14 +68,15 @@ struct Path {
 
 /// A node that could be.
 #[derive(Clone, Copy, Debug)]
-struct Candidate {
-    origin: usize,
-    parent: Option<usize>,
-    token: Token,
-    p: f32,
-    q: f32,
+pub(super) struct Candidate {
+    pub(super) origin: usize,
+    /// Index of the candidate before it.
+    pub(super) parent: Option<usize>,
+    pub(super) token: Token,
+    pub(super) p: f32,
+    pub(super) q: f32,
     /// Its parent's state, in `states`, computed with the parent's token.
-    state: usize,
+    pub(super) state: usize,
 }
 
 impl Conditioned {
@@ -233,18 +234,23 @@ impl Draft for Conditioned {
             tracing::error!(%error, "heads could not be computed; this step goes without drafts");
             return;
         }
-        // Best first; a parent comes before its children, as its q is higher and among equals it is older.
-        let mut order: Vec<usize> = (0..self.nodes.len()).collect();
-        order.sort_by(|&a, &b| self.nodes[b].q.total_cmp(&self.nodes[a].q));
-        let mut place: Vec<Option<usize>> = vec![None; self.nodes.len()];
-        for i in order {
-            let n = self.nodes[i];
-            let tree = &mut trees[n.origin];
-            let parent = n.parent.map(|p| place[p]);
-            if tree.len() == worth.n_nodes || parent == Some(None) {
-                continue;
-            }
-            place[i] = Some(tree.push(parent.flatten(), n.token, n.p, n.q));
+        plant(&self.nodes, worth.n_nodes, trees);
+    }
+}
+
+/// Fills trees with candidates, best first: a parent comes before its children, as its `q` is higher and among equals it is
+/// older.
+pub(super) fn plant(nodes: &[Candidate], n_nodes: usize, trees: &mut [Tree]) {
+    let mut order: Vec<usize> = (0..nodes.len()).collect();
+    order.sort_by(|&a, &b| nodes[b].q.total_cmp(&nodes[a].q));
+    let mut place: Vec<Option<usize>> = vec![None; nodes.len()];
+    for i in order {
+        let n = nodes[i];
+        let tree = &mut trees[n.origin];
+        let parent = n.parent.map(|p| place[p]);
+        if tree.len() == n_nodes || parent == Some(None) {
+            continue;
         }
+        place[i] = Some(tree.push(parent.flatten(), n.token, n.p, n.q));
     }
 }

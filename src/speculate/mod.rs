@@ -9,6 +9,7 @@
 pub mod calibration;
 pub mod conditioned;
 pub mod cost;
+pub mod device;
 pub mod heads;
 pub mod medusa;
 mod pickle;
@@ -23,11 +24,13 @@ use medusa::Medusa;
 use policy::Step;
 pub use tree::{Node, Tree};
 
-use crate::llama::{LlamaError, Model, Token};
+use crate::llama::{LlamaError, Model, SeqId, Token};
 
 /// Where a sequence stands.
 #[derive(Clone, Copy, Debug)]
 pub struct Origin<'a> {
+    /// Which it is.
+    pub seq: SeqId,
     /// Hidden state, after the final norm, of the token before the root: `n_embd` values.
     pub hidden: &'a [f32],
     /// The sequence's last token.
@@ -151,6 +154,14 @@ impl Speculator {
         due
     }
 
+    /// How far heads are right, if the step after this one, of so many rows that decode, will draft as things stand.
+    #[must_use]
+    pub fn will_draft(&self, n_decode: usize) -> Option<&Calibration> {
+        let worth = self.worth(n_decode, n_decode);
+        let will = self.fixed_nodes.is_some() || (self.rest.left == 0 && worth.row_s < worth.token_s);
+        will.then_some(&self.calibration)
+    }
+
     fn worth(&self, n_rows: usize, n_decode: usize) -> Worth {
         Worth {
             n_nodes: MAX_NODES,
@@ -249,7 +260,12 @@ mod tests {
             return None;
         }
         let mut trees = vec![Tree::default()];
-        speculator.draft(&[Origin { hidden: &[], root: Token(0), max_depth: 1, trust: 1.0 }], 1, 1, &mut trees);
+        speculator.draft(
+            &[Origin { seq: SeqId(0), hidden: &[], root: Token(0), max_depth: 1, trust: 1.0 }],
+            1,
+            1,
+            &mut trees,
+        );
         let n = speculator.choose(&mut trees, 1, 1, 64, 0.05);
         let accepted = trees[0].child(None, model);
         speculator.note_walk(0, accepted.as_slice(), accepted.is_none().then_some(model), &mut Trust::default());
