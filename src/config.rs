@@ -9,6 +9,7 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use crate::engine::handle::{EngineParams, HeadsParams};
 use crate::engine::{Layout, Limits};
 use crate::llama::{self, Quantization};
+use crate::synth::Shape;
 
 /// Where `make model` puts the default model.
 pub const DEFAULT_MODEL: &str = "models/smollm2-135m-instruct-q4_1.gguf";
@@ -43,6 +44,8 @@ pub enum Command {
     Quantize(QuantizeArgs),
     /// Measure how well a model foretells a text
     Perplexity(PerplexityArgs),
+    /// Write a model of random weights in a known one's shape, to measure speed with
+    Synth(SynthArgs),
 }
 
 /// Model and machine; the same for every command.
@@ -293,6 +296,35 @@ pub struct PerplexityArgs {
     pub file: PathBuf,
 }
 
+/// `medusa-llama synth`.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct SynthArgs {
+    /// Whose shape: vicuna-7b, llama-3-8b, smollm2-135m, tiny
+    #[arg(long, value_name = "NAME", value_parser = shape)]
+    pub like: Shape,
+    /// GGUF file to write
+    #[arg(short, long, value_name = "FILE.gguf")]
+    pub output: PathBuf,
+    /// How the model is stored, in llama.cpp's mixture: for example Q4_K_M, Q8_0, F16
+    #[arg(short, long, value_name = "TYPE", default_value = "Q4_K_M", value_parser = quantization)]
+    pub quantization: Quantization,
+    /// Folder to write heads to
+    #[arg(long, value_name = "DIR")]
+    pub heads: Option<PathBuf>,
+    /// Number of heads
+    #[arg(long, default_value_t = 4, value_parser = between(1, 16))]
+    pub n_heads: usize,
+    /// What the heads see: the hidden state, each with an output matrix of its own, or the path they draft behind, too
+    #[arg(long, default_value = "medusa")]
+    pub kind: HeadKind,
+    /// The same seed gives the same files
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// Overwrite the files
+    #[arg(short, long)]
+    pub force: bool,
+}
+
 /// What trained heads see.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum HeadKind {
@@ -486,6 +518,11 @@ fn quantization(name: &str) -> Result<Quantization, String> {
     Quantization::by_name(name).ok_or_else(|| format!("must be one of {}", names()))
 }
 
+fn shape(name: &str) -> Result<Shape, String> {
+    let names = || Shape::names().collect::<Vec<_>>().join(", ");
+    Shape::by_name(name).ok_or_else(|| format!("must be one of {}", names()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -514,6 +551,12 @@ mod tests {
             let text = serve(&args).unwrap_err().to_string();
             assert!(text.contains(name), "{text}");
         }
+    }
+
+    #[test]
+    fn an_unknown_shape_is_refused_with_those_there_are() {
+        let text = Args::try_parse_from(["x", "synth", "--like", "gpt-9", "-o", "f"]).unwrap_err().to_string();
+        assert!(text.contains("--like") && text.contains("vicuna-7b") && text.contains("tiny"), "{text}");
     }
 
     #[test]
