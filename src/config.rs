@@ -253,6 +253,11 @@ pub struct BenchArgs {
     /// Verify this many candidates in every step whatever they cost, instead of those that pay
     #[arg(long, value_parser = between(1, 64))]
     pub tree_nodes: Option<usize>,
+    /// Simulate that heads are right at these rates, the first head's first: each is the probability that a head's best
+    /// candidate is right given that the path before it is. As many heads are used. Texts are meaningless then; what steps take
+    /// is measured as ever, which tells what good heads would be worth where there are random ones only
+    #[arg(long, value_name = "RATE,...", value_delimiter = ',', value_parser = rate)]
+    pub acceptance: Option<Vec<f32>>,
     /// System message before each prompt
     #[arg(long)]
     pub system: Option<String>,
@@ -432,7 +437,8 @@ impl HeadsArgs {
             Some(folder) => (folder.as_os_str() != NO_HEADS).then(|| folder.clone()),
             None => (model.model_path.is_none() && Path::new(DEFAULT_HEADS).is_dir()).then(|| DEFAULT_HEADS.into()),
         }?;
-        Some(HeadsParams { folder, n_heads: self.k_heads, max_tokens_per_step: self.max_tokens_per_step, fixed_nodes })
+        let (n_heads, max_tokens_per_step) = (self.k_heads, self.max_tokens_per_step);
+        Some(HeadsParams { folder, n_heads, max_tokens_per_step, fixed_nodes, acceptance: None })
     }
 }
 
@@ -513,6 +519,14 @@ fn seconds(text: &str) -> Result<Duration, String> {
     }
 }
 
+/// A probability.
+fn rate(text: &str) -> Result<f32, String> {
+    match text.parse::<f32>() {
+        Ok(rate) if (0.0..=1.0).contains(&rate) => Ok(rate),
+        _ => Err("must be a number from 0 to 1".into()),
+    }
+}
+
 fn quantization(name: &str) -> Result<Quantization, String> {
     let names = || Quantization::names().collect::<Vec<_>>().join(", ");
     Quantization::by_name(name).ok_or_else(|| format!("must be one of {}", names()))
@@ -551,6 +565,17 @@ mod tests {
             let text = serve(&args).unwrap_err().to_string();
             assert!(text.contains(name), "{text}");
         }
+    }
+
+    #[test]
+    fn rates_of_acceptance_are_probabilities() {
+        let bench = |rates: &str| Args::try_parse_from(["x", "bench", "--prompts=p", &format!("--acceptance={rates}")]);
+        for rates in ["0.5,1.5", "-0.1", "0.5,nan", "", "0.5,x"] {
+            let text = bench(rates).unwrap_err().to_string();
+            assert!(text.contains("acceptance"), "{text}");
+        }
+        let Command::Bench(args) = bench("0.56,0.32,1").unwrap().command else { unreachable!("`bench` was given") };
+        assert_eq!(args.acceptance, Some(vec![0.56, 0.32, 1.0]));
     }
 
     #[test]

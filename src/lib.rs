@@ -37,7 +37,7 @@
 //! | [`http`] | accept loop, routes, JSON, server-sent events | cells, batches |
 //! | [`request`], [`error`] | what `http` and `engine` share | both |
 //! | [`engine`] | the loop; `handle` is its outside, `forward` its way to a model | sockets, JSON |
-//! | [`speculate`] | `heads` and `pickle` (files), `medusa` and `conditioned` (drafting), `tree`, `calibration`, `cost`, `policy` | requests, cells |
+//! | [`speculate`] | `heads` and `pickle` (files), `medusa` and `conditioned` (drafting), `tree`, `calibration`, `cost`, `policy`; `simulated` for `bench` | requests, cells |
 //! | [`train`] | heads from a model's own answers: answers, features, fit | HTTP |
 //! | [`synth`] | models and heads of random weights in known shapes, to measure with | requests |
 //! | [`eval`], [`plot`] | perplexity; SVG plots | requests |

@@ -249,6 +249,48 @@ fn the_command_writes_what_is_asked_for_and_nothing_twice() {
     assert!(!heads.join("medusa_lm_head.safetensors").exists(), "old heads would be taken for the new ones");
 }
 
+#[test]
+fn a_bench_of_simulated_acceptance_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    write(&folder, "tiny.gguf", "Q8_0", 1);
+    let at = |name: &str| folder.path().join(name);
+    heads::write(&at("heads"), heads::Spec { shape: &tiny(), kind: HeadKind::Medusa, n_heads: 2, seed: 1 }).unwrap();
+    std::fs::write(at("prompts.jsonl"), "{\"prompt\": \"rain\"}\n{\"prompt\": \"the sea\"}\n").unwrap();
+    let bench = |acceptance: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_medusa-llama"));
+        command.arg("bench").arg("-m").arg(at("tiny.gguf")).arg("--heads").arg(at("heads"));
+        command.arg("--prompts").arg(at("prompts.jsonl")).arg("--json").arg(at("b.json")).arg("--svg").arg(at("b.svg"));
+        command
+            .args(["-c", "512", "-t", "1", "-n", "200", "--parallel", "1,2", "--rounds", "1", "--tree-nodes", "4"])
+            .args(acceptance);
+        let output = command.output().unwrap();
+        let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        (output.status.success(), text)
+    };
+    let (ok, text) = bench(&["--acceptance", "0.9,0.9,0.9"]);
+    assert!(!ok && text.contains("3 heads") && text.contains("there are 2"), "{text}");
+
+    let (ok, text) = bench(&["--acceptance", "1,0"]);
+    assert!(ok && text.contains("simulated") && text.contains("candidates/step"), "{text}");
+    let json: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(at("b.json")).unwrap()).unwrap();
+    assert_eq!((&json["simulated"], &json["acceptance"]), (&true.into(), &serde_json::json!([1.0, 0.0])));
+    assert!(std::fs::read_to_string(at("b.svg")).unwrap().contains("simulated acceptance"));
+    for parallel in ["1", "2"] {
+        let of = |mode: &str| {
+            let figures = &json["by_parallel"][parallel][mode];
+            figures["tokens"].as_f64().unwrap() / figures["steps"].as_f64().unwrap()
+        };
+        assert_eq!(of("plain"), 1.0);
+        // The first head is always right, the second one never; the first step has none.
+        assert!((of("heads") - 2.0).abs() < 0.05, "{}", of("heads"));
+    }
+
+    let (ok, text) = bench(&[]);
+    assert!(ok && !text.contains("simulated"), "{text}");
+    let json: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(at("b.json")).unwrap()).unwrap();
+    assert_eq!(json["simulated"], false);
+}
+
 /// Tokens and their probabilities at a temperature.
 fn distribution(logits: &[f32], temperature: f64) -> Vec<(Token, f64)> {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);

@@ -17,6 +17,7 @@ use crate::llama::{Context, ContextParams, LlamaError, Model, ModelParams, max_s
 use crate::request::{Event, Request};
 use crate::speculate::cost::{self, Cost};
 use crate::speculate::heads::{Heads, HeadsError, Shape};
+use crate::speculate::simulated::Acceptance;
 use crate::speculate::{self, MAX_NODES, Speculator};
 
 /// What the engine needs to start.
@@ -51,6 +52,8 @@ pub struct HeadsParams {
     pub max_tokens_per_step: Option<usize>,
     /// Verify this many candidates for each sequence in every step, to measure; `None` to serve.
     pub fixed_nodes: Option<usize>,
+    /// Simulate that candidates are accepted at these rates, to measure; `None` to serve.
+    pub acceptance: Option<Acceptance>,
 }
 
 /// Why the engine did not start.
@@ -60,6 +63,8 @@ enum StartError {
     Llama(#[from] LlamaError),
     #[error("{0}")]
     Heads(#[from] HeadsError),
+    #[error("acceptance is given for {rates} heads, but there are {heads}")]
+    Acceptance { rates: usize, heads: usize },
 }
 
 /// How far the engine is.
@@ -341,6 +346,9 @@ fn load_heads(
     let heads = Heads::load(&params.folder, shape, params.n_heads)?;
     let drafter = speculate::drafter(heads, model, n_threads)?;
     let n_heads = drafter.n_heads();
+    if let Some(rates) = params.acceptance.as_ref().map(|a| a.rates().len()).filter(|&n| n > n_heads) {
+        return Err(StartError::Acceptance { rates, heads: n_heads });
+    }
     // Beyond, the curve goes on as a line; and what is measured takes memory.
     let most = n_batch.min(2 * n_slots + MEASURED_BEYOND);
     let numbers: Vec<usize> = cost::POINTS.into_iter().filter(|&n| n <= most).collect();
@@ -355,6 +363,10 @@ fn load_heads(
     let speculator = Speculator::new(drafter, max_tokens, Cost::from_points(&points).with_change(change_s));
     let speculator = match params.fixed_nodes {
         Some(n) => speculator.with_fixed_nodes(n),
+        None => speculator,
+    };
+    let speculator = match &params.acceptance {
+        Some(acceptance) => speculator.with_acceptance(acceptance.clone()),
         None => speculator,
     };
     Ok((speculator, n_heads))

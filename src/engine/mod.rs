@@ -329,7 +329,10 @@ impl<F: Forward> Engine<F> {
             if s.speculation == Speculation::Typical {
                 work.offered.extend(tree.nodes().iter().filter(|n| n.parent == at).map(|n| n.token));
             }
-            let token = s.sampler.draw_typical(logits, s.tokens.len(), &work.offered, &mut work.sampling);
+            let mut token = s.sampler.draw_typical(logits, s.tokens.len(), &work.offered, &mut work.sampling);
+            if let Some(speculator) = &self.speculator {
+                token = speculator.choice(i, at, token, logits, || s.sampler.chance(s.tokens.len()));
+            }
             self.stats.count_token();
             if let Some(trace) = &mut s.trace {
                 trace.push(token, self.forward.hidden(row)?, logits, &mut work.likeliest);
