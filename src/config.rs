@@ -9,6 +9,7 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use crate::engine::handle::{EngineParams, HeadsParams};
 use crate::engine::{Layout, Limits};
 use crate::llama::{self, Quantization};
+use crate::synth::Shape;
 
 /// Where `make model` puts the default model.
 pub const DEFAULT_MODEL: &str = "models/smollm2-135m-instruct-q4_1.gguf";
@@ -43,6 +44,8 @@ pub enum Command {
     Quantize(QuantizeArgs),
     /// Measure how well a model foretells a text
     Perplexity(PerplexityArgs),
+    /// Write a model of random weights in a known one's shape, to measure speed with
+    Synth(SynthArgs),
 }
 
 /// Model and machine; the same for every command.
@@ -250,6 +253,11 @@ pub struct BenchArgs {
     /// Verify this many candidates in every step whatever they cost, instead of those that pay
     #[arg(long, value_parser = between(1, 64))]
     pub tree_nodes: Option<usize>,
+    /// Simulate that heads are right at these rates, the first head's first: each is the probability that a head's best
+    /// candidate is right given that the path before it is. As many heads are used. Texts are meaningless then; what steps take
+    /// is measured as ever, which tells what good heads would be worth where there are random ones only
+    #[arg(long, value_name = "RATE,...", value_delimiter = ',', value_parser = rate)]
+    pub acceptance: Option<Vec<f32>>,
     /// System message before each prompt
     #[arg(long)]
     pub system: Option<String>,
@@ -291,6 +299,35 @@ pub struct PerplexityArgs {
     /// Text to read
     #[arg(short, long)]
     pub file: PathBuf,
+}
+
+/// `medusa-llama synth`.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct SynthArgs {
+    /// Whose shape: vicuna-7b, llama-3-8b, smollm2-135m, tiny
+    #[arg(long, value_name = "NAME", value_parser = shape)]
+    pub like: Shape,
+    /// GGUF file to write
+    #[arg(short, long, value_name = "FILE.gguf")]
+    pub output: PathBuf,
+    /// How the model is stored, in llama.cpp's mixture: for example Q4_K_M, Q8_0, F16
+    #[arg(short, long, value_name = "TYPE", default_value = "Q4_K_M", value_parser = quantization)]
+    pub quantization: Quantization,
+    /// Folder to write heads to
+    #[arg(long, value_name = "DIR")]
+    pub heads: Option<PathBuf>,
+    /// Number of heads
+    #[arg(long, default_value_t = 4, value_parser = between(1, 16))]
+    pub n_heads: usize,
+    /// What the heads see: the hidden state, each with an output matrix of its own, or the path they draft behind, too
+    #[arg(long, default_value = "medusa")]
+    pub kind: HeadKind,
+    /// The same seed gives the same files
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// Overwrite the files
+    #[arg(short, long)]
+    pub force: bool,
 }
 
 /// What trained heads see.
@@ -400,7 +437,8 @@ impl HeadsArgs {
             Some(folder) => (folder.as_os_str() != NO_HEADS).then(|| folder.clone()),
             None => (model.model_path.is_none() && Path::new(DEFAULT_HEADS).is_dir()).then(|| DEFAULT_HEADS.into()),
         }?;
-        Some(HeadsParams { folder, n_heads: self.k_heads, max_tokens_per_step: self.max_tokens_per_step, fixed_nodes })
+        let (n_heads, max_tokens_per_step) = (self.k_heads, self.max_tokens_per_step);
+        Some(HeadsParams { folder, n_heads, max_tokens_per_step, fixed_nodes, acceptance: None })
     }
 }
 
@@ -481,9 +519,22 @@ fn seconds(text: &str) -> Result<Duration, String> {
     }
 }
 
+/// A probability.
+fn rate(text: &str) -> Result<f32, String> {
+    match text.parse::<f32>() {
+        Ok(rate) if (0.0..=1.0).contains(&rate) => Ok(rate),
+        _ => Err("must be a number from 0 to 1".into()),
+    }
+}
+
 fn quantization(name: &str) -> Result<Quantization, String> {
     let names = || Quantization::names().collect::<Vec<_>>().join(", ");
     Quantization::by_name(name).ok_or_else(|| format!("must be one of {}", names()))
+}
+
+fn shape(name: &str) -> Result<Shape, String> {
+    let names = || Shape::names().collect::<Vec<_>>().join(", ");
+    Shape::by_name(name).ok_or_else(|| format!("must be one of {}", names()))
 }
 
 #[cfg(test)]
@@ -514,6 +565,23 @@ mod tests {
             let text = serve(&args).unwrap_err().to_string();
             assert!(text.contains(name), "{text}");
         }
+    }
+
+    #[test]
+    fn rates_of_acceptance_are_probabilities() {
+        let bench = |rates: &str| Args::try_parse_from(["x", "bench", "--prompts=p", &format!("--acceptance={rates}")]);
+        for rates in ["0.5,1.5", "-0.1", "0.5,nan", "", "0.5,x"] {
+            let text = bench(rates).unwrap_err().to_string();
+            assert!(text.contains("acceptance"), "{text}");
+        }
+        let Command::Bench(args) = bench("0.56,0.32,1").unwrap().command else { unreachable!("`bench` was given") };
+        assert_eq!(args.acceptance, Some(vec![0.56, 0.32, 1.0]));
+    }
+
+    #[test]
+    fn an_unknown_shape_is_refused_with_those_there_are() {
+        let text = Args::try_parse_from(["x", "synth", "--like", "gpt-9", "-o", "f"]).unwrap_err().to_string();
+        assert!(text.contains("--like") && text.contains("vicuna-7b") && text.contains("tiny"), "{text}");
     }
 
     #[test]

@@ -37,8 +37,9 @@
 //! | [`http`] | accept loop, routes, JSON, server-sent events | cells, batches |
 //! | [`request`], [`error`] | what `http` and `engine` share | both |
 //! | [`engine`] | the loop; `handle` is its outside, `forward` its way to a model | sockets, JSON |
-//! | [`speculate`] | `heads` and `pickle` (files), `medusa` and `conditioned` (drafting), `tree`, `calibration`, `cost`, `policy` | requests, cells |
+//! | [`speculate`] | `heads` and `pickle` (files), `medusa` and `conditioned` (drafting), `tree`, `calibration`, `cost`, `policy`; `simulated` for `bench` | requests, cells |
 //! | [`train`] | heads from a model's own answers: answers, features, fit | HTTP |
+//! | [`synth`] | models and heads of random weights in known shapes, to measure with | requests |
 //! | [`eval`], [`plot`] | perplexity; SVG plots | requests |
 //! | [`vector`] | loops over logits as vector code | what they are for |
 //! | [`llama`] | the fence around C: model, context, samplers, and small networks on ggml's kernels | requests, slots |
@@ -65,5 +66,6 @@ pub mod llama;
 pub mod plot;
 pub mod request;
 pub mod speculate;
+pub mod synth;
 pub mod train;
 pub mod vector;

@@ -45,6 +45,10 @@ fn run(args: Args) -> anyhow::Result<()> {
             log_to_stderr(LogLevel::Warn);
             cli::quantize(&args)
         }
+        Command::Synth(args) => {
+            log_to_stderr(LogLevel::Warn);
+            cli::synth(&args)
+        }
     }
 }
 

@@ -12,8 +12,10 @@ use medusa_llama::engine::handle::Stats;
 use medusa_llama::engine::{Engine, Job, Layout, Limits};
 use medusa_llama::llama::Token;
 use medusa_llama::request::{Event, FinishReason, Request, SamplingParams, Speculation, Trace};
-use medusa_llama::speculate::Speculator;
+use medusa_llama::speculate::calibration::Calibration;
 use medusa_llama::speculate::cost::Cost;
+use medusa_llama::speculate::simulated::Acceptance;
+use medusa_llama::speculate::{Draft, Origin, Speculator, Tree, Worth};
 use proptest::prelude::*;
 use stub::{Guess, Stub};
 use tokio::sync::mpsc::{self, Receiver};
@@ -259,6 +261,102 @@ fn sampled_text_has_the_models_own_distribution() {
         assert_eq!((expected.len(), counts.keys().all(|answer| expected.contains_key(answer))), (40, true));
         assert!(chi2 < 72.1, "{chi2}, drafts: {drafts}");
     }
+}
+
+/// Heads that offer the same two tokens at every place.
+struct Two;
+
+impl Draft for Two {
+    fn n_heads(&self) -> usize {
+        3
+    }
+
+    fn draft(&mut self, origins: &[Origin<'_>], worth: Worth, calibration: &Calibration, trees: &mut [Tree]) {
+        let level = vec![(Token(41), 0.01), (Token(42), 0.005)];
+        for (origin, tree) in origins.iter().zip(trees) {
+            tree.fill(&vec![level.clone(); origin.max_depth.min(3)], calibration, origin.trust, worth.n_nodes);
+        }
+    }
+}
+
+/// What becomes of drafts by heads that are right at given rates, over long answers: steps that could draft, candidates verified,
+/// and candidates accepted. `fixed`: verify so many; else those that pay, where a row more costs `row` of a step.
+fn simulated(rates: &[f32], fixed: Option<usize>, row: f64) -> [f64; 3] {
+    const LONG: usize = 2000;
+    let layout = Layout::Unified { n_cells: 2200, n_retained: 0, n_seqs: 1 };
+    let mut engine = Engine::new(Stub::new(2048), limits(layout, 1, 2100, 64), Arc::default());
+    let cost = Cost::from_points(&[(1, 1.0), (64, 1.0 + 63.0 * row)]);
+    let mut speculator = Speculator::new(Box::new(Two), 4, cost).with_acceptance(Acceptance::new(rates.to_vec()).unwrap());
+    if let Some(n) = fixed {
+        speculator = speculator.with_fixed_nodes(n);
+    }
+    engine.speculate(speculator, 30);
+    let mut sums = [0.0; 3];
+    for seed in 0.. {
+        let (mut job, mut events) = job(&[7, 8, 9], LONG, 0.0);
+        job.request.sampling.seed = seed;
+        engine.enqueue(job);
+        while !engine.is_idle() {
+            engine.step();
+        }
+        engine.check_integrity();
+        let Some(Event::Done(done)) = read(&mut events).1 else { panic!("not done") };
+        // The prompt's step drafts nothing.
+        let s = done.speculation;
+        [s.steps - 1, s.drafted, s.accepted].iter().zip(&mut sums).for_each(|(&n, sum)| *sum += n as f64);
+        if sums[0] > 8000.0 {
+            break;
+        }
+    }
+    sums
+}
+
+#[test]
+fn simulated_heads_are_right_at_their_rates() {
+    let rates = [0.56, 0.32, 0.2];
+    for (h, &rate) in rates.iter().enumerate() {
+        // With sure heads before it, the step's last acceptance is this head's alone.
+        let given: Vec<f32> = vec![1.0; h].into_iter().chain([rate]).collect();
+        let [steps, _, accepted] = simulated(&given, Some(14), 0.0);
+        let (measured, rate) = (accepted / steps - h as f64, f64::from(rate));
+        let error = (rate * (1.0 - rate) / steps).sqrt();
+        assert!((measured - rate).abs() < 4.0 * error, "head {h}: {measured} of {rate} +- {error}");
+    }
+}
+
+/// Where a row more costs a tenth of a step, two candidates give 1.74 tokens in 1.2 steps' time, and one more would not pay.
+#[test]
+fn simulated_heads_are_worth_what_arithmetic_says() {
+    for (row, n, tokens) in [(0.001, 3.0, 1.0 + 0.56 * (1.0 + 0.32 * 1.2)), (0.1, 2.0, 1.0 + 0.56 * 1.32), (0.4, 1.0, 1.56)]
+    {
+        let [steps, drafted, accepted] = simulated(&[0.56, 0.32, 0.2], None, row);
+        assert!((drafted / steps - n).abs() < 0.01, "{row}: {}", drafted / steps);
+        // A step's tokens vary by less than one.
+        assert!(
+            (1.0 + accepted / steps - tokens).abs() < 4.0 / steps.sqrt(),
+            "{row}: {} of {tokens}",
+            1.0 + accepted / steps
+        );
+    }
+    let [_, drafted, _] = simulated(&[0.56, 0.32, 0.2], None, 0.7);
+    assert_eq!(drafted, 0.0, "where no candidate pays none is verified");
+}
+
+#[test]
+fn a_request_without_drafts_is_not_simulated() {
+    let layout = Layout::Unified { n_cells: 200, n_retained: 60, n_seqs: 8 };
+    let mut engine = Engine::new(Stub::new(N_VOCAB), limits(layout, 4, 60, 64), Arc::default());
+    let speculator = Speculator::new(Box::new(Two), 4, Cost::from_points(&[(1, 1.0), (64, 1.1)]));
+    engine.speculate(speculator.with_acceptance(Acceptance::new(vec![0.9]).unwrap()), 30);
+    let (mut plain, mut events) = job(&[1, 2, 3], 40, 0.0);
+    plain.request.speculation = Speculation::Off;
+    let (drafting, mut others) = job(&[1, 2, 3], 40, 0.0);
+    engine.enqueue(plain);
+    engine.enqueue(drafting);
+    run_to_end(&mut engine);
+    assert_eq!(read(&mut events).0, expected(&[1, 2, 3], 40));
+    assert!(read(&mut others).0.contains("41 "));
+    engine.check_nothing_left();
 }
 
 #[test]

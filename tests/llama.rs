@@ -266,6 +266,7 @@ fn greedy_text_is_llama_cpps_own() {
                 });
             }
         });
+        assert_eq!(server.get("/").json()["drafting_on"], "cpu");
         assert_eq!(server.get("/").json()["heads"], if layout[0] == "--heads" { 3 } else { 0 });
         let off = json!({ "prompt": prompts[6], "max_tokens": 8, "temperature": 0, "speculation": "off" });
         assert_eq!(server.generate(&off).json()["speculation"]["drafted"], 0);
@@ -301,7 +302,7 @@ fn shipped_heads_change_no_text() {
     let mut engine = drafting_engine(&Path::new(env!("CARGO_MANIFEST_DIR")).join(DEFAULT_HEADS));
     let mut accepted = 0;
     let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
-    for (prompts, texts) in prompts.chunks(7).zip(texts.chunks(7)) {
+    for (prompts, texts) in prompts.chunks(8).zip(texts.chunks(8)) {
         let (answers, n) = run(&mut engine, prompts, &GREEDY, 32);
         accepted += n;
         prompts.iter().zip(&answers).zip(texts).for_each(|((p, ours), text)| compare(p, ours, text, 2.0 * rounding));
@@ -311,12 +312,13 @@ fn shipped_heads_change_no_text() {
     engine.check_nothing_left();
 }
 
-/// One seed gives one text, alone and among others, with drafts and without, but where rounding moves a draw.
+/// One seed gives one text, alone and among eight, with drafts and without, but where rounding moves a draw.
 #[test]
 fn a_seed_gives_one_text_with_drafts_and_without() {
-    let prompts: Vec<String> = ["a dragon", "my garden", "the sea", "winter", "an old clock", "two friends", "a map"]
-        .map(|topic| format!("<|im_start|>user\nTell me a story about {topic}.<|im_end|>\n<|im_start|>assistant\n"))
-        .into();
+    let prompts: Vec<String> =
+        ["a dragon", "my garden", "the sea", "winter", "an old clock", "two friends", "a map", "a bell"]
+            .map(|topic| format!("<|im_start|>user\nTell me a story about {topic}.<|im_end|>\n<|im_start|>assistant\n"))
+            .into();
     let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
     let mut engine = drafting_engine(&Path::new(env!("CARGO_MANIFEST_DIR")).join(DEFAULT_HEADS));
     let with = |speculation| Request {
@@ -372,7 +374,7 @@ fn what_a_device_verifies_and_drafts_changes_no_text() {
         let device = Rc::new(RefCell::new(device));
         let drafter = Box::new(DeviceDraft(Rc::clone(&device)));
         let speculator = Speculator::new(drafter, 4, Cost::from_points(&[(1, 1.0)])).with_fixed_nodes(4);
-        let mut engine = engine_of(|forward| forward.with_device(Rc::clone(&device)), speculator);
+        let mut engine = engine_of(|forward| forward.use_device(Rc::clone(&device)), speculator);
         // Without drafts the same rows are computed, so the same logits are chosen from.
         for like in [plain(&GREEDY), plain(&sampled), penalties.clone()] {
             assert_eq!(run(&mut engine, &prompts, &like, 12), run(&mut host, &prompts, &like, 12));
@@ -484,20 +486,22 @@ fn identity_heads(texts: &[Vec<Choice>]) -> tempfile::TempDir {
     folder
 }
 
-/// An engine of 7 slots on the model, with these heads.
+/// An engine of 8 slots on the model, with these heads.
 fn drafting_engine(heads: &Path) -> Engine<LlamaForward> {
     let shape = Shape { n_embd: MODEL.n_embd(), n_vocab: MODEL.n_vocab() };
     let heads = Heads::load(heads, shape, 3).unwrap();
     let drafter = speculate::drafter(heads, &MODEL, 2).unwrap();
-    engine_of(|forward| forward, Speculator::new(drafter, 4, Cost::from_points(&[(1, 1e9), (64, 1.01e9)])))
+    engine_of(|_| {}, Speculator::new(drafter, 4, Cost::from_points(&[(1, 1e9), (64, 1.01e9)])))
 }
 
-fn engine_of(with: impl FnOnce(LlamaForward) -> LlamaForward, speculator: Speculator) -> Engine<LlamaForward> {
-    let (n_seqs, n_ids) = (14, max_sequences());
+fn engine_of(prepare: impl FnOnce(&mut LlamaForward), speculator: Speculator) -> Engine<LlamaForward> {
+    let (n_seqs, n_ids) = (16, max_sequences());
     let params = ContextParams { n_cells: 2048, n_batch: 64, n_ubatch: 64, n_seq_max: n_ids, tap_hidden: true, ..params() };
     let layout = Layout::Unified { n_cells: 2048, n_retained: 512, n_seqs };
-    let limits = Limits { n_slots: 7, n_ctx: 256, n_batch: 64, layout };
-    let mut engine = Engine::new(with(LlamaForward::new(context(&params))), limits, Arc::default());
+    let limits = Limits { n_slots: 8, n_ctx: 256, n_batch: 64, layout };
+    let mut forward = LlamaForward::new(context(&params));
+    prepare(&mut forward);
+    let mut engine = Engine::new(forward, limits, Arc::default());
     engine.speculate(speculator, n_ids);
     engine
 }

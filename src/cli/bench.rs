@@ -16,6 +16,7 @@ use crate::engine::{self, Layout, Limits};
 use crate::llama::max_sequences;
 use crate::plot::{self, Labels, Line};
 use crate::request::{Completion, Event, Request, SamplingParams, Speculation};
+use crate::speculate::simulated::Acceptance;
 use crate::train::prompts::Prompts;
 
 /// One mode at one number of parallel requests.
@@ -53,6 +54,11 @@ impl Figures {
         self.tokens as f64 / self.steps.max(1) as f64
     }
 
+    /// Candidates verified with each token that a step decides for one sequence.
+    fn candidates_per_step(&self) -> f64 {
+        self.drafted as f64 / self.steps.max(1) as f64
+    }
+
     fn rate(&self) -> f64 {
         self.tokens as f64 / self.wall_s.max(1e-9)
     }
@@ -72,6 +78,9 @@ struct Report {
     model: String,
     quantization: String,
     n_heads: usize,
+    /// Acceptance is simulated at these rates, and texts are meaningless.
+    simulated: bool,
+    acceptance: Option<Vec<f32>>,
     threads: usize,
     tree_nodes: Option<usize>,
     temperature: f64,
@@ -110,7 +119,8 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<()> {
             points: report.by_parallel.iter().map(|(&n, pair)| (n as f64, of(pair).rate())).collect(),
         };
         let lines = [line("plain", |p| &p.plain), line("with heads", |p| &p.heads)];
-        let title = format!("{}, {}", report.model, report.quantization);
+        let simulated = if report.simulated { ", simulated acceptance" } else { "" };
+        let title = format!("{}, {}{simulated}", report.model, report.quantization);
         let labels = Labels { title: &title, x: "parallel requests", y: "tokens/s" };
         plot::lines(path, labels, &lines, true)?;
     }
@@ -121,6 +131,11 @@ fn params(args: &BenchArgs) -> anyhow::Result<EngineParams> {
     let n_slots = args.parallel.iter().copied().max().unwrap_or(1);
     let n_ctx = args.model.context_size;
     let n_cells = n_slots * n_ctx;
+    let mut heads = args.heads.params(&args.model, args.tree_nodes);
+    if let (Some(heads), Some(rates)) = (&mut heads, &args.acceptance) {
+        heads.acceptance = Some(Acceptance::new(rates.clone()).context("--acceptance: no rates from 0 to 1")?);
+        heads.n_heads = heads.n_heads.min(rates.len()); // others would never be right
+    }
     Ok(EngineParams {
         model_path: args.model.path().map_err(|e| anyhow!(e))?,
         n_gpu_layers: args.model.n_gpu_layers,
@@ -131,7 +146,7 @@ fn params(args: &BenchArgs) -> anyhow::Result<EngineParams> {
             n_batch: 512,
             layout: Layout::Unified { n_cells, n_retained: 0, n_seqs: n_slots.min(max_sequences()) },
         },
-        heads: args.heads.params(&args.model, args.tree_nodes),
+        heads,
         traces: false,
         n_queue: n_slots + 1,
         max_wait: Duration::ZERO,
@@ -146,6 +161,8 @@ async fn measure(args: &BenchArgs, handle: &Handle, prompts: &Prompts) -> anyhow
         model: handle.model().name().unwrap_or_else(|| "unnamed model".into()),
         quantization: handle.model().quantization(),
         n_heads: handle.n_heads(),
+        simulated: args.acceptance.is_some(),
+        acceptance: args.acceptance.clone(),
         threads: args.model.threads(),
         tree_nodes: args.tree_nodes,
         temperature: args.temperature,
@@ -158,7 +175,7 @@ async fn measure(args: &BenchArgs, handle: &Handle, prompts: &Prompts) -> anyhow
     bar.set_style(
         ProgressStyle::with_template("{bar:40} {pos}/{len} prompts {elapsed}, {eta} left").expect("a valid template"),
     );
-    ask(handle, &request(args, "Say hi.".into(), Speculation::Auto)).await?;
+    ask(handle, &request(args, "Say hi.".into(), 0, Speculation::Auto)).await?;
     for (i, &parallel) in args.parallel.iter().enumerate() {
         let mut all = Pair::default();
         for round in 0..args.rounds {
@@ -209,7 +226,7 @@ async fn run(
     let started = Instant::now();
     let mut running = JoinSet::new();
     for &i in group {
-        let (handle, request) = (handle.clone(), request(args, prompts.text(handle.model(), i), mode));
+        let (handle, request) = (handle.clone(), request(args, prompts.text(handle.model(), i), i, mode));
         running.spawn(async move { ask(&handle, &request).await });
     }
     let mut figures = Figures::default();
@@ -220,8 +237,11 @@ async fn run(
     Ok(figures)
 }
 
-fn request(args: &BenchArgs, prompt: String, speculation: Speculation) -> Request {
-    let sampling = SamplingParams { temperature: args.temperature as f32, seed: 1, ..SamplingParams::default() };
+/// `i` is the prompt's number.
+fn request(args: &BenchArgs, prompt: String, i: usize, speculation: Speculation) -> Request {
+    // Simulated acceptance follows the seed: the same for all prompts, they would be lucky at the same positions.
+    let seed = if args.acceptance.is_some() { i as u64 } else { 1 };
+    let sampling = SamplingParams { temperature: args.temperature as f32, seed, ..SamplingParams::default() };
     let max_tokens = args.max_tokens;
     Request { prompt, max_tokens, sampling, stop: vec![], ignore_eos: false, cache_prompt: false, speculation }
 }
@@ -242,9 +262,12 @@ fn print(report: &Report) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     let Report { model, quantization, n_heads, threads, prompts, .. } = report;
     writeln!(out, "{model} ({quantization}), {n_heads} heads, {threads} threads, {prompts} prompts")?;
+    if let Some(rates) = &report.acceptance {
+        writeln!(out, "simulated: heads are taken to be right at the rates {rates:?}; texts are meaningless")?;
+    }
     writeln!(
         out,
-        "\nparallel   plain tok/s   heads tok/s   ratio (lowest to highest)   tokens/step   accepted/drafted   batched/sequential"
+        "\nparallel   plain tok/s   heads tok/s   ratio (lowest to highest)   tokens/step   candidates/step   accepted/drafted   batched/sequential"
     )?;
     let sequential = report.by_parallel.get(&1);
     for (parallel, pair) in &report.by_parallel {
@@ -257,12 +280,13 @@ fn print(report: &Report) -> anyhow::Result<()> {
         let gains = gains.map_or_else(|| "-".into(), |[plain, heads]| format!("plain {plain:.2}, heads {heads:.2}"));
         writeln!(
             out,
-            "{parallel:8} {:13.1} {:13.1}   {middle:5.3} ({:.3} to {:.3})      {:11.3}   {:>16}   {gains}",
+            "{parallel:8} {:13.1} {:13.1}   {middle:5.3} ({:.3} to {:.3})      {:11.3}   {:15.2}   {:>16}   {gains}",
             plain.rate(),
             heads.rate(),
             ratios[0],
             ratios[ratios.len() - 1],
             heads.tokens_per_step(),
+            heads.candidates_per_step(),
             format!("{}/{}", heads.accepted, heads.drafted),
         )?;
     }

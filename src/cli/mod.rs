@@ -5,6 +5,7 @@ mod generate;
 mod perplexity;
 mod quantize;
 mod serve;
+mod synth;
 mod train;
 
 pub use bench::bench;
@@ -12,6 +13,7 @@ pub use generate::generate;
 pub use perplexity::perplexity;
 pub use quantize::quantize;
 pub use serve::serve;
+pub use synth::synth;
 pub use train::train;
 
 use std::io::IsTerminal;

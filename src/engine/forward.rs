@@ -174,9 +174,8 @@ impl LlamaForward {
     }
 
     /// Lets tokens be chosen and drafted on the device that the logits are on. `heads` must be on that device, too.
-    #[must_use]
-    pub fn with_device(self, heads: Rc<RefCell<DeviceHeads>>) -> Self {
-        Self { device: Some(heads), ..self }
+    pub fn use_device(&mut self, heads: Rc<RefCell<DeviceHeads>>) {
+        self.device = Some(heads);
     }
 
     /// Where the last pass left its logits and hidden states.

@@ -1,6 +1,8 @@
 //! The engine seen from outside: start it, hand it requests, ask how it is.
 
+use std::cell::RefCell;
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, OnceLock};
@@ -13,11 +15,15 @@ use super::company::Company;
 use super::forward::LlamaForward;
 use super::{Engine, Forward, Job, Layout, Limits};
 use crate::error::Invalid;
+use crate::gpu::Device;
+use crate::gpu::weights::Precision;
 use crate::llama::{Context, ContextParams, LlamaError, Model, ModelParams, max_sequences};
 use crate::request::{Event, Request};
 use crate::speculate::cost::{self, Cost};
+use crate::speculate::device::{DeviceDraft, DeviceHeads};
 use crate::speculate::heads::{Heads, HeadsError, Shape};
-use crate::speculate::{self, MAX_NODES, Speculator};
+use crate::speculate::simulated::Acceptance;
+use crate::speculate::{self, Draft, MAX_NODES, Speculator};
 
 /// What the engine needs to start.
 #[derive(Clone, Debug)]
@@ -51,6 +57,8 @@ pub struct HeadsParams {
     pub max_tokens_per_step: Option<usize>,
     /// Verify this many candidates for each sequence in every step, to measure; `None` to serve.
     pub fixed_nodes: Option<usize>,
+    /// Simulate that candidates are accepted at these rates, to measure; `None` to serve.
+    pub acceptance: Option<Acceptance>,
 }
 
 /// Why the engine did not start.
@@ -60,6 +68,8 @@ enum StartError {
     Llama(#[from] LlamaError),
     #[error("{0}")]
     Heads(#[from] HeadsError),
+    #[error("acceptance is given for {rates} heads, but there are {heads}")]
+    Acceptance { rates: usize, heads: usize },
 }
 
 /// How far the engine is.
@@ -151,8 +161,29 @@ pub struct Handle {
     model: Arc<Model>,
     limits: Limits,
     n_heads: usize,
+    side: Side,
     n_queue: usize,
     stats: Arc<Stats>,
+}
+
+/// Where heads and verification are computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// On the host.
+    Cpu,
+    /// By our kernels, where the logits are.
+    Cuda,
+}
+
+impl Side {
+    /// As `GET /` calls it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu",
+            Self::Cuda => "cuda",
+        }
+    }
 }
 
 impl Handle {
@@ -166,6 +197,12 @@ impl Handle {
     #[must_use]
     pub fn n_heads(&self) -> usize {
         self.n_heads
+    }
+
+    /// Where heads and verification are computed.
+    #[must_use]
+    pub fn side(&self) -> Side {
+        self.side
     }
 
     /// The engine's sizes.
@@ -311,16 +348,16 @@ fn serve(params: &EngineParams, stage: &watch::Sender<Stage>, stop: &AtomicBool)
     if let Some(heads) = &params.heads {
         speculator = Some(load_heads(heads, params.n_threads, &model, &mut forward, limits)?);
     }
-    let n_heads = speculator.as_ref().map_or(0, |(_, n_heads)| *n_heads);
+    let (n_heads, side) = speculator.as_ref().map_or((0, Side::Cpu), |(_, n_heads, side)| (*n_heads, *side));
     let mut engine = Engine::new(forward, limits, Arc::clone(&stats));
-    if let Some((speculator, _)) = speculator {
+    if let Some((speculator, ..)) = speculator {
         engine.speculate(speculator, n_ids(params));
     }
     if params.traces {
         engine.trace_answers();
     }
     let permits = Arc::new(Semaphore::new(params.n_queue));
-    let handle = Handle { jobs, permits, model, limits, n_heads, n_queue: params.n_queue, stats };
+    let handle = Handle { jobs, permits, model, limits, n_heads, side, n_queue: params.n_queue, stats };
     stage.send_replace(Stage::Ready(handle));
     run(engine, &receiver, params.max_wait, stop);
     Ok(())
@@ -336,19 +373,33 @@ fn load_heads(
     model: &Model,
     forward: &mut LlamaForward,
     Limits { n_batch, n_slots, .. }: Limits,
-) -> Result<(Speculator, usize), StartError> {
+) -> Result<(Speculator, usize, Side), StartError> {
     let shape = Shape { n_embd: model.n_embd(), n_vocab: model.n_vocab() };
     let heads = Heads::load(&params.folder, shape, params.n_heads)?;
-    let drafter = speculate::drafter(heads, model, n_threads)?;
-    let n_heads = drafter.n_heads();
     // Beyond, the curve goes on as a line; and what is measured takes memory.
     let most = n_batch.min(2 * n_slots + MEASURED_BEYOND);
     let numbers: Vec<usize> = cost::POINTS.into_iter().filter(|&n| n <= most).collect();
     let (points, change_s) = forward.measure(&numbers)?;
+    let device = logits_device(forward);
+    let side = if device.is_some() { Side::Cuda } else { Side::Cpu };
+    let drafter: Box<dyn Draft> = match device {
+        Some(device) => {
+            let heads = DeviceHeads::new(device, heads, model, Precision::Q8)?;
+            let heads = Rc::new(RefCell::new(heads));
+            forward.use_device(Rc::clone(&heads));
+            Box::new(DeviceDraft(heads))
+        }
+        None => speculate::drafter(heads, model, n_threads)?,
+    };
+    let n_heads = drafter.n_heads();
+    if let Some(rates) = params.acceptance.as_ref().map(|a| a.rates().len()).filter(|&n| n > n_heads) {
+        return Err(StartError::Acceptance { rates, heads: n_heads });
+    }
     let curve: Vec<String> = points.iter().map(|(n, s)| format!("{n}: {:.1}", s * 1e3)).collect();
     let (curve, change) = (curve.join(", "), change_s * 1e3);
     tracing::info!(
         n_heads,
+        side = side.name(),
         "heads loaded; milliseconds of a step by rows: {curve}; {change:.1} more if their number changes"
     );
     let max_tokens = params.max_tokens_per_step.unwrap_or(n_heads + 1);
@@ -357,7 +408,24 @@ fn load_heads(
         Some(n) => speculator.with_fixed_nodes(n),
         None => speculator,
     };
-    Ok((speculator, n_heads))
+    let speculator = match &params.acceptance {
+        Some(acceptance) => speculator.with_acceptance(acceptance.clone()),
+        None => speculator,
+    };
+    Ok((speculator, n_heads, side))
+}
+
+/// The device that the last pass left its logits on, if our kernels can work there.
+fn logits_device(forward: &LlamaForward) -> Option<Rc<dyn Device>> {
+    if forward.tapped().is_none_or(|tapped| tapped.on_host()) {
+        return None;
+    }
+    #[cfg(feature = "cuda-kernels")]
+    match crate::gpu::cuda::Cuda::new(0) {
+        Ok(cuda) => return Some(Rc::new(cuda)),
+        Err(error) => tracing::warn!(%error, "heads and verification stay on the CPU"),
+    }
+    None
 }
 
 /// Leaves of a sequence's tree, if there are ids for as many. For every id llama.cpp keeps room for a row of logits.

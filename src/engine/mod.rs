@@ -326,7 +326,8 @@ impl<F: Forward> Engine<F> {
         work.trust.clear();
         work.chosen.clear();
         work.first_choice.clear();
-        if !self.forward.verifies() {
+        let simulated = self.speculator.as_ref().is_some_and(Speculator::is_simulated);
+        if simulated || !self.forward.verifies() {
             work.first_choice.resize(shares.len(), 0);
             return;
         }
@@ -378,7 +379,7 @@ impl<F: Forward> Engine<F> {
         while share.to_end && !done && refused.is_none() {
             let row = at.map_or(row, |node| row + 1 + node);
             let choice = work.chosen.get(work.first_choice[i] + at.map_or(0, |node| 1 + node));
-            let token = match choice {
+            let mut token = match choice {
                 Some(&token) if token >= 0 => Token(token),
                 _ => {
                     work.offered.clear();
@@ -389,6 +390,9 @@ impl<F: Forward> Engine<F> {
                     s.sampler.draw_typical(logits, s.tokens.len(), &work.offered, &mut work.sampling)
                 }
             };
+            if let Some(speculator) = self.speculator.as_ref().filter(|s| s.is_simulated()) {
+                token = speculator.choice(i, at, token, self.forward.logits(row)?, || s.sampler.chance(s.tokens.len()));
+            }
             self.stats.count_token();
             if let Some(trace) = &mut s.trace {
                 trace.push(token, self.forward.hidden(row)?, self.forward.logits(row)?, &mut work.likeliest);

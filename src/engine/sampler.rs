@@ -84,7 +84,7 @@ impl Sampler {
         if let Some(token) = typical(kept, sum, drafted) {
             return token;
         }
-        let mut left = uniform(self.seed, position as u64) * sum;
+        let mut left = uniform(self.seed, position as u64, 0) * sum;
         for &(token, weight) in kept.iter() {
             left -= f64::from(weight);
             if left < 0.0 {
@@ -113,6 +113,12 @@ impl Sampler {
                 ..rule
             },
         })
+    }
+
+    /// A number in [0, 1) for a position, which has nothing to do with its draw.
+    #[must_use]
+    pub fn chance(&self, position: usize) -> f64 {
+        uniform(self.seed, position as u64, 1)
     }
 
     /// Notes the token that was chosen.
@@ -158,9 +164,9 @@ pub fn argmax(logits: &[f32]) -> Token {
     Token((best.1 + at) as i32)
 }
 
-/// A number in [0, 1) for a position: 53 bits of Philox.
-fn uniform(seed: u64, position: u64) -> f64 {
-    let [a, b, ..] = philox([position as u32, (position >> 32) as u32, 0, 0], [seed as u32, (seed >> 32) as u32]);
+/// A number in [0, 1) for a position and a purpose: 53 bits of Philox.
+fn uniform(seed: u64, position: u64, purpose: u32) -> f64 {
+    let [a, b, ..] = philox([position as u32, (position >> 32) as u32, purpose, 0], [seed as u32, (seed >> 32) as u32]);
     let bits = (u64::from(a) << 32 | u64::from(b)) >> 11;
     bits as f64 / (1u64 << 53) as f64
 }

@@ -21,6 +21,14 @@ pub enum LlamaError {
         /// What llama.cpp logged last, or what the fence found.
         reason: String,
     },
+    /// A GGUF file could not be written.
+    #[error("could not write {}: {reason}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What ggml logged last, or what the fence found.
+        reason: String,
+    },
     /// No context could be made for the model, usually for want of memory.
     #[error("could not create a context: {0}")]
     Context(String),

@@ -9,12 +9,24 @@ use std::ptr::NonNull;
 use super::{LlamaError, Matrix, sys};
 
 /// A file's header.
-struct Gguf(NonNull<sys::gguf_context>);
+pub(super) struct Gguf(pub(super) NonNull<sys::gguf_context>);
 
 impl Drop for Gguf {
     fn drop(&mut self) {
-        // SAFETY: made by `gguf_init_from_file`, freed once.
+        // SAFETY: made by one of `gguf_init_*`, freed once.
         unsafe { sys::gguf_free(self.0.as_ptr()) };
+    }
+}
+
+impl Gguf {
+    /// Reads a file's header; its tensors' values must be there, but are not looked at.
+    pub(super) fn open(path: &Path) -> Result<Self, LlamaError> {
+        let fail = |reason: String| LlamaError::Load { path: path.to_owned(), reason };
+        let c_path = CString::new(path.as_os_str().as_encoded_bytes()).map_err(|e| fail(e.to_string()))?;
+        let params = sys::gguf_init_params { no_alloc: true, ctx: std::ptr::null_mut() };
+        // SAFETY: a zero-terminated path; no tensors are asked for.
+        let header = NonNull::new(unsafe { sys::gguf_init_from_file(c_path.as_ptr(), params) });
+        header.map(Self).ok_or_else(|| fail("not a GGUF file".into()))
     }
 }
 
@@ -38,11 +50,7 @@ impl MatrixRows {
     /// [`LlamaError::Load`] when the file is no GGUF, has none of them, or it is no matrix.
     pub(super) fn open(path: &Path, names: &[&str]) -> Result<Self, LlamaError> {
         let fail = |reason: String| LlamaError::Load { path: path.to_owned(), reason };
-        let c_path = CString::new(path.as_os_str().as_encoded_bytes()).map_err(|e| fail(e.to_string()))?;
-        let params = sys::gguf_init_params { no_alloc: true, ctx: std::ptr::null_mut() };
-        // SAFETY: a zero-terminated path; no tensors are asked for.
-        let header = NonNull::new(unsafe { sys::gguf_init_from_file(c_path.as_ptr(), params) });
-        let header = Gguf(header.ok_or_else(|| fail("not a GGUF file".into()))?);
+        let header = Gguf::open(path)?;
         let gguf = header.0.as_ptr();
 
         let find = |name: &&str| {

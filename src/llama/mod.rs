@@ -20,6 +20,7 @@ mod sampler;
 mod store;
 mod sys;
 mod tap;
+mod writer;
 
 pub use batch::Batch;
 pub use context::{Context, ContextParams};
@@ -32,6 +33,7 @@ pub use quantize::{Quantization, quantize};
 pub use sampler::{Candidates, SamplerChain};
 pub use store::Matrix;
 pub use tap::Tapped;
+pub use writer::{ALIGNMENT, Meta, TensorInfo, TensorType, tensor_types, write_header};
 
 use std::ffi::CStr;
 use std::sync::Once;

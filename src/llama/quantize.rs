@@ -49,6 +49,12 @@ impl Quantization {
     pub fn name(self) -> &'static str {
         self.name
     }
+
+    /// llama.cpp's number for it, `general.file_type` in a file.
+    #[must_use]
+    pub fn file_type(self) -> u32 {
+        self.ftype
+    }
 }
 
 /// Writes `from` to `to` in another quantization. A file that is quantized already is quantized again, which loses more than

@@ -1,6 +1,8 @@
 //! How often a candidate is right, against how likely its head called it. Heads are overconfident, each in its own way, and
 //! it depends on the text; so what was accepted is counted, by head and by what the head said, and old counts fade.
 
+use super::simulated::Acceptance;
+
 /// Heads that are told apart; deeper ones share the last one's counts.
 const N_HEADS: usize = 8;
 /// Ranges of the head's probability, equally wide on a logarithmic scale from [`LOWEST`] to 1.
@@ -37,8 +39,19 @@ pub const HIGHEST: f32 = 0.99;
 pub struct Calibration {
     bins: [[Bin; N_BINS]; N_HEADS],
     offers: [Offers; N_HEADS],
-    /// Believe the heads as they are.
-    exact: bool,
+    belief: Belief,
+}
+
+/// What estimates come from.
+#[derive(Clone, Debug, Default)]
+enum Belief {
+    /// What was counted.
+    #[default]
+    Learnt,
+    /// The heads as they are.
+    Exact,
+    /// Rates from outside.
+    Given(Acceptance),
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -67,15 +80,23 @@ impl Calibration {
     /// One that believes every head, for tests and for comparison.
     #[must_use]
     pub fn exact() -> Self {
-        Self { exact: true, ..Self::default() }
+        Self { belief: Belief::Exact, ..Self::default() }
     }
 
-    /// Probability that a candidate at `depth` (1: behind the root) is accepted if its parent is, where its head says `p` and
-    /// the sequence's heads are to be trusted so far.
+    /// One that knows how often candidates are accepted, where that is simulated.
     #[must_use]
-    pub fn estimate(&self, depth: usize, p: f32, trust: f32) -> f32 {
-        if self.exact {
-            return p;
+    pub fn given(acceptance: Acceptance) -> Self {
+        Self { belief: Belief::Given(acceptance), ..Self::default() }
+    }
+
+    /// Probability that a candidate at `depth` (1: behind the root) is accepted if its parent is, where `rank` of its siblings
+    /// are better, its head says `p`, and the sequence's heads are to be trusted so far.
+    #[must_use]
+    pub fn estimate(&self, depth: usize, rank: usize, p: f32, trust: f32) -> f32 {
+        match &self.belief {
+            Belief::Learnt => {}
+            Belief::Exact => return p,
+            Belief::Given(acceptance) => return acceptance.rate(depth, rank),
         }
         (p * self.bins[head(depth)][bin(p)].ratio() * trust).clamp(0.0, HIGHEST)
     }
@@ -83,13 +104,19 @@ impl Calibration {
     /// For each range of what the head at `depth` says, how often candidates are accepted, against that.
     #[must_use]
     pub fn ratios(&self, depth: usize) -> [f32; N_BINS] {
-        self.bins[head(depth)].map(|bin| if self.exact { 1.0 } else { bin.ratio() })
+        match self.belief {
+            Belief::Learnt => self.bins[head(depth)].map(Bin::ratio),
+            Belief::Exact | Belief::Given(_) => [1.0; N_BINS],
+        }
     }
 
     /// What to expect of a head that is to be asked for candidates at `depth`, before it is: the sum of `q - row` over those
     /// whose probability `q` is above `row`, what verifying one costs.
     #[must_use]
     pub fn expect(&self, depth: usize, row: f64, trust: f32) -> f64 {
+        if let Belief::Given(acceptance) = &self.belief {
+            return (f64::from(acceptance.rate(depth, 0)) - row).max(0.0);
+        }
         let Offers { places, ranges } = &self.offers[head(depth)];
         let trust = f64::from(trust);
         let seen: f64 = ranges.iter().map(|&(n, q)| (q * trust - n * row).max(0.0)).sum();
@@ -175,16 +202,20 @@ mod tests {
     #[test]
     fn the_estimate_approaches_what_happens() {
         let mut c = Calibration::default();
-        assert!((c.estimate(1, 0.5, 1.0) - 0.4).abs() < 1e-6);
+        assert!((c.estimate(1, 0, 0.5, 1.0) - 0.4).abs() < 1e-6);
         for i in 0..4000 {
             c.note(1, 0.9, i % 10 < 6);
             c.note(2, 0.9, i % 10 < 3);
             c.note(1, 0.01, i % 50 == 0);
         }
         for (depth, p, happens) in [(1, 0.9, 0.6), (2, 0.9, 0.3), (1, 0.01, 0.02)] {
-            assert!((c.estimate(depth, p, 1.0) / happens - 1.0).abs() < 0.1, "{depth} {p}: {}", c.estimate(depth, p, 1.0));
+            assert!(
+                (c.estimate(depth, 0, p, 1.0) / happens - 1.0).abs() < 0.1,
+                "{depth} {p}: {}",
+                c.estimate(depth, 0, p, 1.0)
+            );
         }
-        assert!((c.estimate(3, 0.9, 1.0) - 0.72).abs() < 1e-6, "other heads know nothing of it");
+        assert!((c.estimate(3, 0, 0.9, 1.0) - 0.72).abs() < 1e-6, "other heads know nothing of it");
     }
 
     #[test]
@@ -192,7 +223,7 @@ mod tests {
         let mut c = Calibration::default();
         (0..10_000).for_each(|_| c.note(1, 0.5, true));
         (0..2000).for_each(|_| c.note(1, 0.5, false));
-        assert!(c.estimate(1, 0.5, 1.0) < 0.1);
+        assert!(c.estimate(1, 0, 0.5, 1.0) < 0.1);
     }
 
     #[test]
@@ -226,6 +257,6 @@ mod tests {
     #[test]
     fn every_probability_has_a_bin() {
         assert_eq!((bin(0.0), bin(1e-9), bin(1.0), bin(2.0)), (0, 0, N_BINS - 1, N_BINS - 1));
-        assert_eq!(Calibration::default().estimate(99, 1.0, 1.0), 0.8);
+        assert_eq!(Calibration::default().estimate(99, 0, 1.0, 1.0), 0.8);
     }
 }

@@ -130,10 +130,10 @@ impl Conditioned {
         for (i, path) in level.paths.iter().enumerate() {
             likeliest(&logits[i * n_out..][..n_out], &mut self.best);
             let mut above = path.q;
-            for &(token, p) in &self.best {
+            for (rank, &(token, p)) in self.best.iter().enumerate() {
                 let token = self.token_map.as_ref().map_or(token, |map| map[token.0 as usize]);
                 // A calibrated sibling may come out above a better one; the order must hold all the same.
-                let q = (path.q * calibration.estimate(depth + 1, p, path.trust)).min(above);
+                let q = (path.q * calibration.estimate(depth + 1, rank, p, path.trust)).min(above);
                 above = q;
                 self.nodes.push(Candidate { origin: path.origin, parent: path.node, token, p, q, state: first_state + i });
             }

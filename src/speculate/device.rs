@@ -593,9 +593,9 @@ fn candidates(
             here[path] = Some((origin, nodes.len()));
             let q = parent.map_or(1.0, |node: usize| nodes[node].q);
             let mut above = q;
-            for &(token, p) in &offer.best {
+            for (rank, &(token, p)) in offer.best.iter().enumerate() {
                 // A calibrated sibling may come out above a better one; the order must hold all the same.
-                above = (q * calibration.estimate(depth + 1, p, o.trust)).min(above);
+                above = (q * calibration.estimate(depth + 1, rank, p, o.trust)).min(above);
                 nodes.push(Candidate { origin, parent, token, p, q: above, state: 0 });
             }
         }

@@ -14,6 +14,7 @@ pub mod heads;
 pub mod medusa;
 mod pickle;
 pub mod policy;
+pub mod simulated;
 pub mod tree;
 
 use calibration::{Calibration, Trust};
@@ -22,6 +23,7 @@ use cost::Cost;
 use heads::{HeadNets, Heads};
 use medusa::Medusa;
 use policy::Step;
+use simulated::Acceptance;
 pub use tree::{Node, Tree};
 
 use crate::llama::{LlamaError, Model, SeqId, Token};
@@ -91,6 +93,8 @@ pub struct Speculator {
     max_tokens_per_step: usize,
     /// Verify this many candidates whatever they cost, for comparison.
     fixed_nodes: Option<usize>,
+    /// What becomes of drafts is simulated.
+    acceptance: Option<Acceptance>,
     cost: Cost,
     /// Rows of the last step.
     n_before: usize,
@@ -117,6 +121,7 @@ impl Speculator {
             drafter,
             max_tokens_per_step: max_tokens_per_step.max(1),
             fixed_nodes: None,
+            acceptance: None,
             cost,
             n_before: 0,
             calibration: Calibration::default(),
@@ -131,6 +136,30 @@ impl Speculator {
     pub fn with_fixed_nodes(mut self, n: usize) -> Self {
         self.fixed_nodes = Some(n.min(MAX_NODES));
         self
+    }
+
+    /// Takes candidates to be right at these rates, whatever the model chooses: not to serve with, but to measure.
+    #[must_use]
+    pub fn with_acceptance(mut self, acceptance: Acceptance) -> Self {
+        self.calibration = Calibration::given(acceptance.clone());
+        self.acceptance = Some(acceptance);
+        self
+    }
+
+    /// `true` if acceptance is simulated, so that [`choice`](Self::choice) has to be asked.
+    #[must_use]
+    pub fn is_simulated(&self) -> bool {
+        self.acceptance.is_some()
+    }
+
+    /// The token behind node `at` of the `origin`-th origin's tree, where the model chose `own` by `logits`: that, unless
+    /// acceptance is simulated, where `chance`, from 0 to 1, decides.
+    #[must_use]
+    pub fn choice(&self, origin: usize, at: Option<usize>, own: Token, logits: &[f32], chance: impl Fn() -> f64) -> Token {
+        match (&self.acceptance, self.offered.get(origin)) {
+            (Some(acceptance), Some(tree)) => acceptance.choose(tree, at, own, logits, chance()),
+            _ => own,
+        }
     }
 
     /// Most tokens a step may give one sequence.
@@ -216,7 +245,8 @@ impl Speculator {
         let mut parent = None;
         for token in accepted.iter().map(|&i| tree.nodes()[i].token).chain(last) {
             let children = tree.nodes().iter().filter(|n| n.parent == parent);
-            let foreseen: Vec<f32> = children.clone().map(|n| self.calibration.estimate(n.depth, n.p, 1.0)).collect();
+            let estimate = |(rank, n): (usize, &Node)| self.calibration.estimate(n.depth, rank, n.p, 1.0);
+            let foreseen: Vec<f32> = children.clone().enumerate().map(estimate).collect();
             if !foreseen.is_empty() {
                 trust.note(foreseen.iter().sum(), children.clone().any(|n| n.token == token));
                 let depth = parent.map_or(0, |i| tree.nodes()[i].depth) + 1;

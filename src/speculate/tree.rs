@@ -115,7 +115,8 @@ impl Tree {
         let mut heap = BinaryHeap::new();
         let offer = |heap: &mut BinaryHeap<Offer>, parent: Option<usize>, above: f32, depth: usize, rank: usize| {
             if let Some(&(token, p)) = levels.get(depth - 1).and_then(|level| level.get(rank)) {
-                heap.push(Offer { q: above * calibration.estimate(depth, p, trust), parent, above, depth, rank, token, p });
+                let q = above * calibration.estimate(depth, rank, p, trust);
+                heap.push(Offer { q, parent, above, depth, rank, token, p });
             }
         };
         offer(&mut heap, None, 1.0, 1, 0);

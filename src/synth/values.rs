@@ -1,0 +1,105 @@
+//! Random values as they are stored: pieces are drawn once for each type and deviation, and a row is a random sequence of them.
+//!
+//! To draw and quantize seven billion values would take minutes; to copy them takes as long as the disk. Rows that have a piece
+//! in common at the same place are a little alike, which no measurement of speed sees.
+
+use std::collections::HashMap;
+use std::io::{self, Write};
+
+use super::weights::{Fill, Weights};
+use crate::llama::{LlamaError, TensorType};
+
+/// Pieces of each kind.
+const N_PIECES: usize = 8192;
+/// Values of a piece, or those of the type's block where it is larger.
+const PIECE: usize = 32;
+/// By what the deviation of faint rows is divided.
+const FAINT: f32 = 4.0;
+
+/// Where values come from.
+pub(super) struct Values {
+    rng: fastrand::Rng,
+    /// By type, and deviation in bits.
+    pieces: HashMap<(TensorType, u32), Vec<u8>>,
+}
+
+impl Values {
+    pub fn new(seed: u64) -> Self {
+        Self { rng: fastrand::Rng::with_seed(seed), pieces: HashMap::new() }
+    }
+
+    /// Writes a tensor row by row, and tells `wrote` how many bytes each time.
+    ///
+    /// # Errors
+    /// When `out` does not take them, or `kind` does not take such rows.
+    pub fn write(
+        &mut self,
+        weights: &Weights,
+        kind: TensorType,
+        out: &mut impl Write,
+        wrote: &mut dyn FnMut(usize),
+    ) -> io::Result<()> {
+        let mut row = vec![];
+        for i in 0..weights.n_out {
+            row.clear();
+            match weights.fill {
+                Fill::Ones => row.extend(kind.store(&vec![1.0; weights.n_in]).map_err(io::Error::other)?),
+                Fill::Zeros => row.extend(kind.store(&vec![0.0; weights.n_in]).map_err(io::Error::other)?),
+                Fill::Normal { deviation, n_faint } => {
+                    let deviation = if i < n_faint { deviation / FAINT } else { deviation };
+                    self.normal(weights.n_in, kind, deviation, &mut row).map_err(io::Error::other)?;
+                }
+            }
+            out.write_all(&row)?;
+            wrote(row.len());
+        }
+        Ok(())
+    }
+
+    /// Appends `n` values, whole blocks.
+    fn normal(&mut self, n: usize, kind: TensorType, deviation: f32, row: &mut Vec<u8>) -> Result<(), LlamaError> {
+        let n_piece = kind.block().max(PIECE);
+        let Self { rng, pieces } = self;
+        let pieces = match pieces.entry((kind, deviation.to_bits())) {
+            std::collections::hash_map::Entry::Occupied(there) => there.into_mut(),
+            std::collections::hash_map::Entry::Vacant(none) => {
+                let values: Vec<f32> = (0..N_PIECES * n_piece).map(|_| deviation * gauss(rng)).collect();
+                none.insert(kind.store(&values)?)
+            }
+        };
+        let n_bytes = kind.bytes(n_piece);
+        for from in (0..n).step_by(n_piece) {
+            let piece = &pieces[rng.usize(..N_PIECES) * n_bytes..];
+            row.extend_from_slice(&piece[..kind.bytes(n_piece.min(n - from))]);
+        }
+        Ok(())
+    }
+}
+
+/// A standard normal value, by the method of Box and Muller.
+fn gauss(rng: &mut fastrand::Rng) -> f32 {
+    let radius = (-2.0 * (1.0 - rng.f32()).ln()).sqrt();
+    radius * (std::f32::consts::TAU * rng.f32()).cos()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_have_their_deviation_and_rows_differ() {
+        let fill = Fill::Normal { deviation: 0.5, n_faint: 1 };
+        let weights = Weights { name: "x".into(), n_in: 40, n_out: 500, fill };
+        let mut bytes = vec![];
+        Values::new(1).write(&weights, TensorType::F32, &mut bytes, &mut |_| ()).unwrap();
+        let values: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+        assert_eq!(values.len(), 40 * 500);
+        let deviation = |v: &[f32]| (v.iter().map(|v| v * v).sum::<f32>() / v.len() as f32).sqrt();
+        assert!((deviation(&values[40..]) / 0.5 - 1.0).abs() < 0.03, "{}", deviation(&values[40..]));
+        assert!(deviation(&values[..40]) < 0.25);
+        let mut rows: Vec<&[u8]> = bytes.chunks(160).collect();
+        rows.sort_unstable();
+        rows.dedup();
+        assert_eq!(rows.len(), 500);
+    }
+}

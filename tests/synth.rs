@@ -1,0 +1,413 @@
+//! Models and heads of random weights: they load, generate and draft, and one seed gives one file. And what a real model, if a
+//! tiny one, shows about sampling that a stub cannot: that llama.cpp's trees leave the distribution alone.
+#![allow(missing_docs)]
+
+use std::collections::{HashMap, HashSet};
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Instant;
+
+use medusa_llama::config::HeadKind;
+use medusa_llama::engine::forward::LlamaForward;
+use medusa_llama::engine::{Engine, Job, Layout, Limits};
+use medusa_llama::llama::{Context, ContextParams, Model, ModelParams, Quantization, SeqId, Token};
+use medusa_llama::request::{Completion, Event, Request, SamplingParams, Speculation};
+use medusa_llama::speculate::cost::Cost;
+use medusa_llama::speculate::heads::{HeadNets, Heads, Shape as HeadsShape};
+use medusa_llama::speculate::{self, Speculator};
+use medusa_llama::synth::{self, Shape, heads};
+use tempfile::TempDir;
+use tokio::sync::mpsc::{self, Receiver};
+
+#[path = "common/heads.rs"]
+mod files;
+
+const N_SLOTS: usize = 8;
+const N_IDS: usize = 128;
+
+fn tiny() -> Shape {
+    Shape::by_name("tiny").unwrap()
+}
+
+/// Writes a tiny model and returns its bytes.
+fn write(folder: &TempDir, name: &str, quantization: &str, seed: u64) -> Vec<u8> {
+    let path = folder.path().join(name);
+    let quantization = Quantization::by_name(quantization).unwrap();
+    let (mut last, mut all) = (0, 0);
+    synth::model(&path, &tiny(), quantization, seed, &mut |done, n| (last, all) = (done, n)).unwrap();
+    assert!(last == all && all > 0, "{last} of {all}");
+    std::fs::read(path).unwrap()
+}
+
+fn load(path: &Path) -> Arc<Model> {
+    Arc::new(Model::load(path, &ModelParams::default(), |_| true).unwrap())
+}
+
+fn context(model: &Arc<Model>, n_seq_max: usize, tap_hidden: bool) -> Context {
+    let params = ContextParams {
+        n_cells: 1024,
+        n_batch: 256,
+        n_ubatch: 256,
+        n_seq_max,
+        n_threads: 1,
+        unified: true,
+        tap_hidden,
+        embeddings: false,
+    };
+    Context::new(Arc::clone(model), &params).unwrap()
+}
+
+/// An engine on a model; with heads it verifies `n_nodes` of their candidates in every step.
+fn engine(model: &Arc<Model>, folder: Option<(&Path, usize)>) -> Engine<LlamaForward> {
+    let layout = Layout::Unified { n_cells: 1024, n_retained: 64, n_seqs: 2 * N_SLOTS };
+    let limits = Limits { n_slots: N_SLOTS, n_ctx: 128, n_batch: 256, layout };
+    let mut engine = Engine::new(LlamaForward::new(context(model, N_IDS, true)), limits, Arc::default());
+    if let Some((folder, n_nodes)) = folder {
+        let shape = HeadsShape { n_embd: model.n_embd(), n_vocab: model.n_vocab() };
+        let drafter = speculate::drafter(Heads::load(folder, shape, 16).unwrap(), model, 1).unwrap();
+        let n_heads = drafter.n_heads();
+        let cost = Cost::from_points(&[(1, 1.0), (64, 2.0)]);
+        engine.speculate(Speculator::new(drafter, n_heads + 1, cost).with_fixed_nodes(n_nodes), N_IDS);
+    }
+    engine
+}
+
+fn enqueue(engine: &mut Engine<LlamaForward>, prompt: &[Token], n: usize, sampling: SamplingParams) -> Receiver<Event> {
+    let (events, receiver) = mpsc::channel(n + 1);
+    let request = Request {
+        prompt: String::new(),
+        max_tokens: n,
+        sampling,
+        stop: vec![],
+        ignore_eos: false,
+        cache_prompt: true,
+        speculation: Speculation::Auto,
+    };
+    engine.enqueue(Job { prompt: prompt.to_vec(), request, events, permit: None, accepted: Instant::now() });
+    receiver
+}
+
+fn run(engine: &mut Engine<LlamaForward>) {
+    while !engine.is_idle() {
+        engine.step();
+    }
+}
+
+/// The text, and what came of the request.
+fn read(mut receiver: Receiver<Event>) -> (String, Completion) {
+    let mut text = String::new();
+    loop {
+        match receiver.try_recv() {
+            Ok(Event::Piece(piece)) => text += &piece,
+            Ok(Event::Done(done)) => return (text + &done.tail, done),
+            other => panic!("not done: {other:?}"),
+        }
+    }
+}
+
+const GREEDY: SamplingParams = SamplingParams {
+    temperature: 0.0,
+    top_p: 1.0,
+    top_k: 0,
+    min_p: 0.0,
+    repetition_penalty: 1.0,
+    frequency_penalty: 0.0,
+    presence_penalty: 0.0,
+    repeat_last_n: 64,
+    logit_bias: Vec::new(),
+    seed: 0,
+};
+
+#[test]
+fn a_seed_gives_one_file() {
+    let folder = tempfile::tempdir().unwrap();
+    for quantization in ["Q4_K_M", "Q8_0", "Q4_0", "F16", "BF16"] {
+        let first = write(&folder, "a.gguf", quantization, 1);
+        assert!(first.len() < 1_000_000, "{quantization}: {} bytes", first.len());
+        assert!(first == write(&folder, "b.gguf", quantization, 1), "{quantization}");
+        assert!(first != write(&folder, "c.gguf", quantization, 2), "{quantization}");
+        let model = load(&folder.path().join("a.gguf"));
+        assert!(model.quantization().starts_with(&quantization[..4.min(quantization.len())]), "{}", model.quantization());
+        assert_eq!((model.n_vocab(), model.n_embd(), model.n_layer(), model.n_ctx_train()), (512, 64, 2, 2048));
+    }
+    let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(left.len(), 3, "nothing but what was asked for: {left:?}");
+}
+
+#[test]
+fn a_tiny_model_reads_and_writes_text() {
+    let folder = tempfile::tempdir().unwrap();
+    write(&folder, "tiny.gguf", "Q8_0", 1);
+    let model = load(&folder.path().join("tiny.gguf"));
+    for text in ["hello world", "Naïve café 😀, 1 + 1 = 2\n\ttabs", "a\0b"] {
+        let tokens = model.tokenize(text, false).unwrap();
+        assert_eq!(model.detokenize(&tokens).trim_start_matches("<s>").trim_start(), text);
+    }
+    let mut engine = engine(&model, None);
+    let prompt = model.tokenize("tell me of rain", true).unwrap();
+    let sampled = SamplingParams { temperature: 1.0, seed: 5, ..GREEDY };
+    let answers = [GREEDY, GREEDY, sampled].map(|sampling| enqueue(&mut engine, &prompt, 64, sampling));
+    run(&mut engine);
+    let [first, again, sampled] = answers.map(read);
+    assert_eq!(first.0, again.0);
+    assert_ne!(first.0, sampled.0);
+    for (text, done) in [&first, &sampled] {
+        assert_eq!(done.usage.completion_tokens, 64, "it goes on: {text:?}");
+        let letters: HashSet<char> = text.chars().filter(char::is_ascii_lowercase).collect();
+        assert!(letters.len() > 8, "{text:?}");
+    }
+    assert!(first.0.chars().all(|c| c == ' ' || c.is_ascii_lowercase()), "bytes are unlikely: {:?}", first.0);
+    engine.check_nothing_left();
+}
+
+/// Neither one token for all nor all tokens alike: a sampler has something to choose.
+#[test]
+fn logits_are_finite_and_leave_a_choice() {
+    let folder = tempfile::tempdir().unwrap();
+    write(&folder, "tiny.gguf", "F16", 1);
+    let model = load(&folder.path().join("tiny.gguf"));
+    let mut context = context(&model, 1, false);
+    let tokens: Vec<Token> = (0..100).map(|i| Token(259 + (i * 37) % 253)).collect();
+    let mut batch = context.batch();
+    for (i, &token) in tokens.iter().enumerate() {
+        batch.add(token, i, &[SeqId(0)], true).unwrap();
+    }
+    context.forward(&batch).unwrap();
+    let mut favourites = HashSet::new();
+    let mut entropy = 0.0;
+    for row in 0..tokens.len() {
+        let p = distribution(context.logits(row).unwrap(), 1.0);
+        entropy += p.iter().filter(|(_, p)| *p > 0.0).map(|(_, p)| -p * p.ln()).sum::<f64>() / tokens.len() as f64;
+        favourites.insert(p.iter().max_by(|a, b| a.1.total_cmp(&b.1)).unwrap().0);
+    }
+    assert!((0.5..5.0).contains(&entropy), "{entropy} nats");
+    assert!(favourites.len() > 40, "what follows depends on what was: {}", favourites.len());
+}
+
+#[test]
+fn heads_of_both_kinds_load_and_draft() {
+    let folder = tempfile::tempdir().unwrap();
+    write(&folder, "tiny.gguf", "Q8_0", 1);
+    let model = load(&folder.path().join("tiny.gguf"));
+    let prompt = model.tokenize("tell me of rain", true).unwrap();
+    let plain = {
+        let mut engine = engine(&model, None);
+        let answer = enqueue(&mut engine, &prompt, 40, GREEDY);
+        run(&mut engine);
+        read(answer).0
+    };
+    for kind in [HeadKind::Medusa, HeadKind::Conditioned] {
+        let to = folder.path().join(format!("{kind:?}"));
+        let spec = heads::Spec { shape: &tiny(), kind, n_heads: 3, seed: 1 };
+        let n_bytes = heads::write(&to, spec).unwrap();
+        let path = heads::file(&to, kind);
+        let bytes = std::fs::read(&path).unwrap();
+        assert_eq!(bytes.len() as u64, n_bytes);
+        heads::write(&to, spec).unwrap();
+        assert!(bytes == std::fs::read(&path).unwrap(), "one seed, one file");
+
+        let loaded = Heads::load(&to, HeadsShape { n_embd: 64, n_vocab: 512 }, 16).unwrap();
+        match loaded.nets {
+            HeadNets::Plain(w) => assert_eq!((kind, w.blocks.len(), w.outputs.len()), (HeadKind::Medusa, 3, 3)),
+            HeadNets::Conditioned(w) => assert_eq!((kind, w.steps.len()), (HeadKind::Conditioned, 3)),
+        }
+        let mut engine = engine(&model, Some((&to, 6)));
+        let answer = enqueue(&mut engine, &prompt, 40, GREEDY);
+        run(&mut engine);
+        let (text, done) = read(answer);
+        assert!(done.speculation.drafted > 5 * 30, "{kind:?}: {:?}", done.speculation);
+        assert_eq!(text, plain, "{kind:?}");
+        engine.check_nothing_left();
+    }
+}
+
+#[test]
+fn the_command_writes_what_is_asked_for_and_nothing_twice() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, heads) = (folder.path().join("m.gguf"), folder.path().join("heads"));
+    let run = |like: &str, more: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_medusa-llama"));
+        command.args(["synth", "--like", like, "-o"]).arg(&model).arg("--heads").arg(&heads).args(more);
+        let output = command.output().unwrap();
+        let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        (output.status.success(), text)
+    };
+    let (ok, text) = run("gpt-9", &[]);
+    assert!(!ok && text.contains("vicuna-7b, llama-3-8b, smollm2-135m, tiny"), "{text}");
+    let (ok, text) = run("tiny", &["--quantization", "Q9"]);
+    assert!(!ok && text.contains("Q4_K_M"), "{text}");
+    let (ok, text) = run("tiny", &["--kind", "hydra"]);
+    assert!(!ok && text.contains("conditioned"), "{text}");
+    let (ok, text) = run("tiny", &[]);
+    assert!(ok && text.contains("like tiny, Q4_K_M") && text.contains("4 heads"), "{text}");
+    assert!(model.is_file() && heads.join("medusa_lm_head.safetensors").is_file());
+    let (ok, text) = run("tiny", &["--kind", "conditioned"]);
+    assert!(!ok && text.contains("--force"), "{text}");
+    let (ok, text) = run("tiny", &["--kind", "conditioned", "--force"]);
+    assert!(ok, "{text}");
+    assert!(!heads.join("medusa_lm_head.safetensors").exists(), "old heads would be taken for the new ones");
+}
+
+#[test]
+fn a_bench_of_simulated_acceptance_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    write(&folder, "tiny.gguf", "Q8_0", 1);
+    let at = |name: &str| folder.path().join(name);
+    heads::write(&at("heads"), heads::Spec { shape: &tiny(), kind: HeadKind::Medusa, n_heads: 2, seed: 1 }).unwrap();
+    std::fs::write(at("prompts.jsonl"), "{\"prompt\": \"rain\"}\n{\"prompt\": \"the sea\"}\n").unwrap();
+    let bench = |acceptance: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_medusa-llama"));
+        command.arg("bench").arg("-m").arg(at("tiny.gguf")).arg("--heads").arg(at("heads"));
+        command.arg("--prompts").arg(at("prompts.jsonl")).arg("--json").arg(at("b.json")).arg("--svg").arg(at("b.svg"));
+        command
+            .args(["-c", "512", "-t", "1", "-n", "200", "--parallel", "1,2", "--rounds", "1", "--tree-nodes", "4"])
+            .args(acceptance);
+        let output = command.output().unwrap();
+        let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        (output.status.success(), text)
+    };
+    let (ok, text) = bench(&["--acceptance", "0.9,0.9,0.9"]);
+    assert!(!ok && text.contains("3 heads") && text.contains("there are 2"), "{text}");
+
+    let (ok, text) = bench(&["--acceptance", "1,0"]);
+    assert!(ok && text.contains("simulated") && text.contains("candidates/step"), "{text}");
+    let json: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(at("b.json")).unwrap()).unwrap();
+    assert_eq!((&json["simulated"], &json["acceptance"]), (&true.into(), &serde_json::json!([1.0, 0.0])));
+    assert!(std::fs::read_to_string(at("b.svg")).unwrap().contains("simulated acceptance"));
+    for parallel in ["1", "2"] {
+        let of = |mode: &str| {
+            let figures = &json["by_parallel"][parallel][mode];
+            figures["tokens"].as_f64().unwrap() / figures["steps"].as_f64().unwrap()
+        };
+        assert_eq!(of("plain"), 1.0);
+        // The first head is always right, the second one never; the first step has none.
+        assert!((of("heads") - 2.0).abs() < 0.05, "{}", of("heads"));
+    }
+
+    let (ok, text) = bench(&[]);
+    assert!(ok && !text.contains("simulated"), "{text}");
+    let json: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(at("b.json")).unwrap()).unwrap();
+    assert_eq!(json["simulated"], false);
+}
+
+/// Tokens and their probabilities at a temperature.
+fn distribution(logits: &[f32], temperature: f64) -> Vec<(Token, f64)> {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    assert!(logits.iter().all(|l| l.is_finite()));
+    let weight = |l: &f32| (f64::from(l - max) / temperature).exp();
+    let sum: f64 = logits.iter().map(weight).sum();
+    (0..).map(Token).zip(logits.iter().map(|l| weight(l) / sum)).collect()
+}
+
+/// Tokens that may come at each place of a continuation, and how many such places there are.
+const TOP_K: usize = 3;
+const N_TOKENS: usize = 4;
+
+/// All continuations of a prompt of [`N_TOKENS`] tokens by the [`TOP_K`] likeliest each, with their probabilities by llama.cpp's
+/// logits, computed a row at a time.
+fn continuations(model: &Arc<Model>, prompt: &[Token], temperature: f64) -> HashMap<Vec<Token>, f64> {
+    let mut context = context(model, 1, false);
+    let mut open = vec![(vec![], 1.0)];
+    for _ in 0..N_TOKENS {
+        let mut longer = vec![];
+        for (continuation, p) in open {
+            context.clear();
+            let seen: Vec<Token> = prompt.iter().chain(&continuation).copied().collect();
+            let mut row = 0;
+            for (i, &token) in seen.iter().enumerate() {
+                let mut batch = context.batch();
+                row = batch.add(token, i, &[SeqId(0)], true).unwrap();
+                context.forward(&batch).unwrap();
+            }
+            let mut next = distribution(context.logits(row).unwrap(), temperature);
+            next.sort_by(|a, b| b.1.total_cmp(&a.1));
+            next.truncate(TOP_K);
+            let kept: f64 = next.iter().map(|(_, p)| p).sum();
+            longer.extend(next.into_iter().map(|(token, q)| ([&continuation[..], &[token]].concat(), p * q / kept)));
+        }
+        open = longer;
+    }
+    open.into_iter().collect()
+}
+
+/// Pearson's statistic of counts against expected ones.
+fn chi2(counts: &[f64], expected: &[f64]) -> f64 {
+    counts.iter().zip(expected).map(|(n, e)| (n - e).powi(2) / e).sum()
+}
+
+/// 20,000 sampled continuations of one prompt by a real model, with heads that draft and without, are distributed as the model's
+/// own logits say, and as each other.
+#[test]
+fn sampled_text_has_the_models_own_distribution() {
+    const N: usize = 20_000;
+    let folder = tempfile::tempdir().unwrap();
+    write(&folder, "tiny.gguf", "F16", 3);
+    let model = load(&folder.path().join("tiny.gguf"));
+    let prompt = model.tokenize("once upon a time", true).unwrap();
+    let sampling = SamplingParams { temperature: 2.0, top_k: TOP_K, ..GREEDY };
+    let expected = continuations(&model, &prompt, 2.0);
+    assert!((expected.values().sum::<f64>() - 1.0).abs() < 1e-9);
+
+    // The model's own prediction from the state before, among the tokens that may come: right now and then.
+    let heads = folder.path().join("heads");
+    std::fs::create_dir(&heads).unwrap();
+    let mut known: Vec<i64> = expected.keys().flatten().map(|t| i64::from(t.0)).collect();
+    known.sort_unstable();
+    known.dedup();
+    let mut tensors = files::identity(3, model.n_embd());
+    tensors.insert("token_map".into(), files::Tensor::i64(&known));
+    files::write(&heads.join("medusa_lm_head.safetensors"), &tensors);
+
+    // Outcomes that are to be expected fewer than ten times stand together.
+    let mut outcomes: Vec<(String, f64)> = vec![];
+    let mut rare = 0.0;
+    for (continuation, p) in &expected {
+        let n = p * N as f64;
+        if n < 10.0 { rare += n } else { outcomes.push((model.detokenize(continuation), n)) }
+    }
+    outcomes.sort_by(|a, b| a.0.cmp(&b.0));
+    let mut texts: Vec<&String> = outcomes.iter().map(|(text, _)| text).collect();
+    texts.dedup();
+    assert_eq!(texts.len(), outcomes.len(), "every outcome has its own text");
+    let wanted: Vec<f64> = outcomes.iter().map(|(_, n)| *n).chain((rare > 0.0).then_some(rare)).collect();
+
+    let counted = [None, Some((heads.as_path(), 12))].map(|folder| {
+        let mut engine = engine(&model, folder);
+        let mut counts = vec![0.0; wanted.len()];
+        let mut accepted = 0;
+        for first in (0..N).step_by(N_SLOTS) {
+            let seed = |i| (first + i) as u64 + if folder.is_some() { 1 << 32 } else { 0 };
+            let start = |i| enqueue(&mut engine, &prompt, N_TOKENS, SamplingParams { seed: seed(i), ..sampling.clone() });
+            let answers: Vec<_> = (0..N_SLOTS).map(start).collect();
+            run(&mut engine);
+            for (text, done) in answers.into_iter().map(read) {
+                let at = outcomes.binary_search_by(|(outcome, _)| outcome.cmp(&text)).unwrap_or(outcomes.len());
+                assert!(at < counts.len(), "{text:?} cannot come");
+                counts[at] += 1.0;
+                accepted += done.speculation.accepted;
+            }
+        }
+        engine.check_nothing_left();
+        assert_eq!(accepted > N / 10, folder.is_some(), "{accepted} drafts were accepted");
+        counts
+    });
+    let limit = chi2_limit(wanted.len() - 1);
+    println!("{} outcomes, limit {limit:.1}", wanted.len());
+    for counts in &counted {
+        println!("chi-square {:.1}", chi2(counts, &wanted));
+        assert!(chi2(counts, &wanted) < limit, "{}", chi2(counts, &wanted));
+    }
+    // Two samples of equal size: each is expected to be the mean of both, and both differ from it alike.
+    let means: Vec<f64> = counted[0].iter().zip(&counted[1]).map(|(a, b)| f64::midpoint(*a, *b)).collect();
+    let between = 2.0 * chi2(&counted[0], &means);
+    println!("chi-square of one against the other {between:.1}");
+    assert!(between < limit, "{between}");
+}
+
+/// What Pearson's statistic exceeds with a probability of 0.001, by Wilson and Hilferty's approximation.
+fn chi2_limit(degrees: usize) -> f64 {
+    let k = degrees as f64;
+    let v = 2.0 / (9.0 * k);
+    k * (1.0 - v + 3.0902 * v.sqrt()).powi(3)
+}
