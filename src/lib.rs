@@ -59,6 +59,7 @@ pub mod config;
 pub mod engine;
 pub mod error;
 pub mod eval;
+pub mod gpu;
 pub mod http;
 pub mod llama;
 pub mod plot;

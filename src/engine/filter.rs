@@ -88,9 +88,9 @@ impl Filter {
     }
 }
 
-/// Larger logits first, and of equal ones the smaller token.
+/// Larger logits first, and of equal ones, as 0 and -0 are, the smaller token.
 fn more_likely(a: &(Token, f32), b: &(Token, f32)) -> std::cmp::Ordering {
-    b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
+    (b.1 + 0.0).total_cmp(&(a.1 + 0.0)).then(a.0.cmp(&b.0))
 }
 
 #[cfg(test)]
