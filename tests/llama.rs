@@ -29,8 +29,10 @@ use medusa_llama::speculate::{self, Speculator};
 use serde_json::json;
 use tokio::sync::mpsc;
 
-static MODEL: LazyLock<Arc<Model>> =
-    LazyLock::new(|| Arc::new(Model::load(&model_path(), &ModelParams::default(), |_| true).unwrap()));
+static MODEL: LazyLock<Arc<Model>> = LazyLock::new(|| {
+    let n_gpu_layers = std::env::var("N_GPU_LAYERS").map_or(0, |n| n.parse().unwrap());
+    Arc::new(Model::load(&model_path(), &ModelParams { n_gpu_layers }, |_| true).unwrap())
+});
 
 fn params() -> ContextParams {
     ContextParams {
@@ -299,7 +301,7 @@ fn shipped_heads_change_no_text() {
     let texts: Vec<_> = tokens.iter().map(|prompt| greedy(prompt, 32)).collect();
     let rounding = tokens.iter().zip(&texts).step_by(7).map(|(p, t)| rounding(p, t)).fold(0.0, f32::max);
     assert!(rounding < 1.0, "rows computed beside others differ by {rounding}, more than rounding explains");
-    let mut engine = drafting_engine(&Path::new(env!("CARGO_MANIFEST_DIR")).join(DEFAULT_HEADS));
+    let mut engine = drafting_engine(Path::new(DEFAULT_HEADS));
     let mut accepted = 0;
     let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
     for (prompts, texts) in prompts.chunks(8).zip(texts.chunks(8)) {
@@ -320,7 +322,7 @@ fn a_seed_gives_one_text_with_drafts_and_without() {
             .map(|topic| format!("<|im_start|>user\nTell me a story about {topic}.<|im_end|>\n<|im_start|>assistant\n"))
             .into();
     let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
-    let mut engine = drafting_engine(&Path::new(env!("CARGO_MANIFEST_DIR")).join(DEFAULT_HEADS));
+    let mut engine = drafting_engine(Path::new(DEFAULT_HEADS));
     let with = |speculation| Request {
         sampling: SamplingParams { temperature: 0.8, seed: 11, ..SamplingParams::default() },
         speculation,
