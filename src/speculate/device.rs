@@ -333,7 +333,7 @@ impl Nets {
         if depth == 0 {
             return n_sequences;
         }
-        (2 * n_sequences).max(LEAST_PATHS).min(MOST_PATHS).min(n_before * self.k).min(MOST_CANDIDATES / self.k)
+        (2 * n_sequences).clamp(LEAST_PATHS, MOST_PATHS).min(n_before * self.k).min(MOST_CANDIDATES / self.k)
     }
 
     /// Queues the heads; what they offer goes to `out`. Returns how much of it that takes.
