@@ -237,11 +237,22 @@ fn compile(source: &Path, native: &Path, tools: &Tools) -> PathBuf {
         // Without virtual memory nothing links libcuda, so that the binary starts on a host without a driver.
         config.define("GGML_CUDA", "ON").define("GGML_CUDA_NO_VMM", "ON").define("GGML_CUDA_NCCL", "OFF");
         config.define("CMAKE_CUDA_COMPILER", nvcc).define("CUDAToolkit_ROOT", toolkit(nvcc));
-        if let Some(archs) = var("CUDA_ARCHS") {
-            config.define("CMAKE_CUDA_ARCHITECTURES", archs);
+        match var("CUDA_ARCHS") {
+            Some(archs) => _ = config.define("CMAKE_CUDA_ARCHITECTURES", archs),
+            // ggml compiles for the cards that are here; without one nvcc would quietly take an old architecture.
+            None if native_cpu() && !sees_card(nvcc) => {
+                stop("there is no card here to compile for: name architectures, as in CUDA_ARCHS=90")
+            }
+            None => {}
         }
     }
     config.build().join("lib")
+}
+
+/// Whether nvcc's own query finds a card; a toolkit without the query is trusted.
+fn sees_card(nvcc: &Path) -> bool {
+    let query = Command::new(toolkit(nvcc).join("bin/__nvcc_device_query")).output();
+    query.map_or(true, |q| q.status.success() && q.stdout.first().is_some_and(u8::is_ascii_digit))
 }
 
 /// The cmake crate takes the program's path from the environment only.
