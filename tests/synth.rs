@@ -11,7 +11,7 @@ use std::time::Instant;
 use medusa_llama::config::HeadKind;
 use medusa_llama::engine::forward::LlamaForward;
 use medusa_llama::engine::{Engine, Job, Layout, Limits};
-use medusa_llama::llama::{Context, ContextParams, Model, ModelParams, Quantization, SeqId, Token};
+use medusa_llama::llama::{self, Context, ContextParams, Model, ModelParams, Quantization, SeqId, Token};
 use medusa_llama::request::{Completion, Event, Request, SamplingParams, Speculation};
 use medusa_llama::speculate::cost::Cost;
 use medusa_llama::speculate::heads::{HeadNets, Heads, Shape as HeadsShape};
@@ -133,6 +133,22 @@ fn a_seed_gives_one_file() {
     }
     let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(left.len(), 3, "nothing but what was asked for: {left:?}");
+}
+
+/// Each tensor is stored as llama.cpp's quantizer would have stored it, had it been given all values.
+#[test]
+fn the_mixture_is_llama_cpps_own() {
+    let folder = tempfile::tempdir().unwrap();
+    write(&folder, "f16.gguf", "F16", 1);
+    for quantization in ["Q4_K_M", "Q4_0", "Q3_K_M", "IQ4_NL"] {
+        write(&folder, "ours.gguf", quantization, 1);
+        let [from, to, ours] = ["f16.gguf", "theirs.gguf", "ours.gguf"].map(|name| folder.path().join(name));
+        llama::quantize(&from, &to, Quantization::by_name(quantization).unwrap(), 1).unwrap();
+        let types = |path: &Path| llama::tensor_types(path).unwrap().into_iter().collect::<HashMap<_, _>>();
+        assert_eq!(types(&ours), types(&to), "{quantization}");
+        let size = |path: &Path| std::fs::metadata(path).unwrap().len();
+        assert_eq!(size(&ours), size(&to), "{quantization}");
+    }
 }
 
 #[test]
