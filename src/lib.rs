@@ -1,14 +1,14 @@
 //! medusa-llama: a server that makes GGUF models answer faster.
 //!
 //! It links llama.cpp directly and serves many HTTP clients from one continuously batched engine. Medusa heads draft trees of
-//! tokens that are verified in the same pass. CUDA kernels for both are to come; the walls below leave room for them.
+//! tokens that are verified in the same pass. On a CUDA device heads and verification run in kernels of our own.
 //!
 //! # Architecture
 //!
 //! A request flows one way; answers return only as [`Event`](request::Event)s on the request's own channel.
 //!
 //! ```text
-//! http ──> request ──> engine ──> { scheduler, slots, speculate, sampler, text } ──> llama ──> llama.cpp
+//! http ──> request ──> engine ──> { scheduler, slots, speculate, sampler, text } ──> { llama ──> llama.cpp, gpu ──> cuda/ }
 //! ```
 //!
 //! 1. [`http`] reads a body and parses it, once, into a checked [`Request`](request::Request).
@@ -23,6 +23,7 @@
 //! 7. Commit: [`sampler`](engine::sampler) (after [`filter`](engine::filter)) chooses a token from each row that ends a sequence,
 //!    and goes on from the child that holds it, if there is one. [`text`](engine::text) turns bytes into whole characters and
 //!    looks for stop strings, and the piece leaves as an event. The cells of paths not taken are free again.
+//!    Where the logits are on a device, [`speculate::device`] has chosen there, and drafted for the next step, before that.
 //! 8. `http` turns events into JSON or server-sent events.
 //!
 //! To cancel is to drop the receiver; the engine sees it when it commits the next step. There is no abort message.
@@ -37,18 +38,19 @@
 //! | [`http`] | accept loop, routes, JSON, server-sent events | cells, batches |
 //! | [`request`], [`error`] | what `http` and `engine` share | both |
 //! | [`engine`] | the loop; `handle` is its outside, `forward` its way to a model | sockets, JSON |
-//! | [`speculate`] | `heads` and `pickle` (files), `medusa` and `conditioned` (drafting), `tree`, `calibration`, `cost`, `policy`; `simulated` for `bench` | requests, cells |
+//! | [`speculate`] | `heads` and `pickle` (files), `medusa` and `conditioned` (drafting), `tree`, `calibration`, `cost`, `policy`; `device` (heads and verification on a GPU); `simulated` for `bench` | requests, cells |
 //! | [`train`] | heads from a model's own answers: answers, features, fit | HTTP |
 //! | [`synth`] | models and heads of random weights in known shapes, to measure with | requests |
 //! | [`eval`], [`plot`] | perplexity; SVG plots | requests |
 //! | [`vector`] | loops over logits as vector code | what they are for |
+//! | [`gpu`], `cuda/` | the fence around CUDA, and the kernels behind it, which know nothing of Rust | tokens, trees |
 //! | [`llama`] | the fence around C: model, context, samplers, and small networks on ggml's kernels | requests, slots |
 //!
 //! # Invariants
 //!
-//! - `unsafe` stands in [`llama`] only.
-//! - `scheduler`, `slots`, `leaves`, `sampler`'s draw, `text`, `pace`, `company`, and of `speculate` all but `heads`, `pickle`, `medusa` and `conditioned` do no
-//!   I/O and read no clock.
+//! - `unsafe` stands in [`llama`] and [`gpu`] only.
+//! - `scheduler`, `slots`, `leaves`, `sampler`'s draw, `text`, `pace`, `company`, and of `speculate` all but `heads`, `pickle`,
+//!   `medusa`, `conditioned` and `device` do no I/O and read no clock.
 //! - One thread owns the llama context, and builds it there.
 //! - Nothing grows after the start without a limit in [`config`]: queue, body, connections, cells, events per request.
 //! - A request is admitted only when the cache holds all it may come to need, so a running request always can finish.

@@ -496,7 +496,9 @@ fn trees_are_walked_by_what_was_chosen() {
                     let free: Vec<i32> = (0..n_vocab as i32).filter(|&t| !taken(t)).collect();
                     let Some(&token) = rng.choice(&free) else { break };
                     let on_host = i32::from(sequence == 3 && row > first);
-                    rules.push(RowRule { sequence: sequence as i32, parent, token, on_host, ..rule(&greedy, 0, row) });
+                    let forced = if rng.usize(0..6) == 0 { 1 + rng.i32(0..n_vocab as i32) } else { 0 };
+                    let sequence = sequence as i32;
+                    rules.push(RowRule { sequence, parent, token, on_host, forced, ..rule(&greedy, 0, row) });
                 }
                 spans.push(Span { first: first as i32, n: (rules.len() - first) as i32 });
             }
@@ -521,7 +523,11 @@ fn trees_are_walked_by_what_was_chosen() {
                 let choice = |row: usize| {
                     let mut best = vec![];
                     largest_k(&values[rules[row].logits_row as usize * n_vocab..][..n_vocab], 1, &mut best);
-                    if rules[row].on_host != 0 { -1 } else { best[0].0.0 }
+                    match (rules[row].on_host, rules[row].forced) {
+                        (0, 0) => best[0].0.0,
+                        (0, forced) => forced - 1,
+                        _ => -1,
+                    }
                 };
                 for row in rows.clone() {
                     assert_eq!(chosen[row], choice(row));

@@ -371,11 +371,11 @@ fn what_a_device_verifies_and_drafts_changes_no_text() {
     let repeating = identity_heads(&texts);
     for folder in [shipped.as_path(), repeating.path()] {
         let mut heads = Heads::load(folder, shape, 3).unwrap();
-        heads.token_map.as_mut().unwrap().truncate(512);
+        heads.token_map.as_mut().unwrap().truncate(1024);
         let device = DeviceHeads::new(emulated::Emulated::device(), heads, &MODEL, Precision::Q8).unwrap();
         let device = Rc::new(RefCell::new(device));
         let drafter = Box::new(DeviceDraft(Rc::clone(&device)));
-        let speculator = Speculator::new(drafter, 4, Cost::from_points(&[(1, 1.0)])).with_fixed_nodes(4);
+        let speculator = Speculator::new(drafter, 4, Cost::from_points(&[(1, 1.0)])).with_fixed_nodes(8);
         let mut engine = engine_of(|forward| forward.use_device(Rc::clone(&device)), speculator);
         // Without drafts the same rows are computed, so the same logits are chosen from.
         for like in [plain(&GREEDY), plain(&sampled), penalties.clone()] {

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use super::slots::KvOp;
 use crate::llama::{Batch, Context, LlamaError, Model, SeqId, Tapped, Token};
-use crate::speculate::device::{Ask, DeviceHeads};
+use crate::speculate::device::{self, Ask, DeviceHeads};
 
 /// One token to compute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -288,6 +288,9 @@ impl Forward for LlamaForward {
 
     fn verify(&mut self, ask: Ask<'_>) -> Option<&[i32]> {
         let heads = Rc::clone(self.device.as_ref()?);
+        if ask.spans.len() > device::MOST_SEQUENCES || ask.rules.len() > device::MOST_ROWS {
+            return None;
+        }
         let n_outputs = self.places.iter().filter(|p| matches!(p, Place::Context(_))).count();
         let tapped = self.context.tapped().filter(|t| t.n_rows() == n_outputs && ask.rules.len() <= n_outputs)?;
         self.chosen.clear();

@@ -326,12 +326,11 @@ impl<F: Forward> Engine<F> {
         work.trust.clear();
         work.chosen.clear();
         work.first_choice.clear();
-        let simulated = self.speculator.as_ref().is_some_and(Speculator::is_simulated);
-        if simulated || !self.forward.verifies() {
+        if !self.forward.verifies() {
             work.first_choice.resize(shares.len(), 0);
             return;
         }
-        for (share, tree) in shares.iter().zip(&work.trees) {
+        for (i, (share, tree)) in shares.iter().zip(&work.trees).enumerate() {
             work.first_choice.push(work.rules.len());
             if !share.to_end {
                 continue;
@@ -339,11 +338,23 @@ impl<F: Forward> Engine<F> {
             let s = self.running[share.seq.0 as usize].as_ref().expect("planned from the running ones");
             let (first, sequence) = (work.rules.len() as i32, work.spans.len() as i32);
             let on_host = s.speculation == Speculation::Typical || s.sampler.rule(0).is_none();
-            let nodes = tree.nodes().iter().map(|n| (n.parent.map_or(first, |p| first + 1 + p as i32), n.token.0, n.depth));
-            for (parent, token, depth) in std::iter::once((-1, 0, 0)).chain(nodes) {
-                let rule = s.sampler.rule(s.tokens.len() + depth).unwrap_or_default();
-                let logits_row = work.rules.len() as i32; // every output row belongs to a rule, in order
-                work.rules.push(RowRule { logits_row, sequence, parent, token, on_host: i32::from(on_host), ..rule });
+            for at in std::iter::once(None).chain((0..tree.len()).map(Some)) {
+                let (parent, token, depth) = at.map_or((-1, 0, 0), |node: usize| {
+                    let n = &tree.nodes()[node];
+                    (n.parent.map_or(first, |p| first + 1 + p as i32), n.token.0, n.depth)
+                });
+                let position = s.tokens.len() + depth;
+                let forced =
+                    self.speculator.as_ref().and_then(|speculator| speculator.forced(i, at, || s.sampler.chance(position)));
+                work.rules.push(RowRule {
+                    logits_row: work.rules.len() as i32, // every output row has a rule, in order
+                    sequence,
+                    parent,
+                    token,
+                    on_host: i32::from(on_host),
+                    forced: forced.map_or(0, |token| token.0 + 1),
+                    ..s.sampler.rule(position).unwrap_or_default()
+                });
             }
             work.spans.push(Span { first, n: work.rules.len() as i32 - first });
             work.asked.push(share.seq);
@@ -379,7 +390,7 @@ impl<F: Forward> Engine<F> {
         while share.to_end && !done && refused.is_none() {
             let row = at.map_or(row, |node| row + 1 + node);
             let choice = work.chosen.get(work.first_choice[i] + at.map_or(0, |node| 1 + node));
-            let mut token = match choice {
+            let token = match choice {
                 Some(&token) if token >= 0 => Token(token),
                 _ => {
                     work.offered.clear();
@@ -387,12 +398,11 @@ impl<F: Forward> Engine<F> {
                         work.offered.extend(tree.nodes().iter().filter(|n| n.parent == at).map(|n| n.token));
                     }
                     let logits = self.forward.logits(row)?;
-                    s.sampler.draw_typical(logits, s.tokens.len(), &work.offered, &mut work.sampling)
+                    let own = s.sampler.draw_typical(logits, s.tokens.len(), &work.offered, &mut work.sampling);
+                    let chance = || s.sampler.chance(s.tokens.len());
+                    self.speculator.as_ref().map_or(own, |speculator| speculator.choice(i, at, own, logits, chance))
                 }
             };
-            if let Some(speculator) = self.speculator.as_ref().filter(|s| s.is_simulated()) {
-                token = speculator.choice(i, at, token, self.forward.logits(row)?, || s.sampler.chance(s.tokens.len()));
-            }
             self.stats.count_token();
             if let Some(trace) = &mut s.trace {
                 trace.push(token, self.forward.hidden(row)?, self.forward.logits(row)?, &mut work.likeliest);

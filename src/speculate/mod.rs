@@ -146,10 +146,11 @@ impl Speculator {
         self
     }
 
-    /// `true` if acceptance is simulated, so that [`choice`](Self::choice) has to be asked.
+    /// The token that is taken to be right behind node `at` of the `origin`-th origin's tree, where acceptance is simulated and
+    /// `chance`, from 0 to 1, has it so.
     #[must_use]
-    pub fn is_simulated(&self) -> bool {
-        self.acceptance.is_some()
+    pub fn forced(&self, origin: usize, at: Option<usize>, chance: impl Fn() -> f64) -> Option<Token> {
+        self.acceptance.as_ref()?.right(self.offered.get(origin)?, at, chance())
     }
 
     /// The token behind node `at` of the `origin`-th origin's tree, where the model chose `own` by `logits`: that, unless

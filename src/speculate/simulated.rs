@@ -38,21 +38,28 @@ impl Acceptance {
         self.rates.get(depth - 1).copied().unwrap_or(0.0)
     }
 
+    /// The candidate behind node `at` that is taken to be right, if one is: the best one, where `chance`, below 1, is below its
+    /// rate.
+    #[must_use]
+    pub fn right(&self, tree: &Tree, at: Option<usize>, chance: f64) -> Option<Token> {
+        let best = tree.nodes().iter().find(|n| n.parent == at)?;
+        (chance < f64::from(self.rate(best.depth, 0))).then_some(best.token)
+    }
+
     /// What the model is taken to choose behind node `at` of `tree` (`None`: behind the root), all candidates that were
     /// drafted. `own` is its real choice by `logits`, and `chance`, below 1, decides: at the rate the best candidate, else
     /// the real choice, or the likeliest token that is no candidate where that is one. Without candidates the real choice.
     #[must_use]
     pub fn choose(&self, tree: &Tree, at: Option<usize>, own: Token, logits: &[f32], chance: f64) -> Token {
-        let mut children = tree.nodes().iter().filter(|n| n.parent == at);
-        let Some(best) = children.next() else { return own };
-        if chance < f64::from(self.rate(best.depth, 0)) {
-            return best.token;
+        if let Some(right) = self.right(tree, at, chance) {
+            return right;
         }
         if tree.child(at, own).is_none() {
             return own;
         }
         let mut likely = vec![];
-        largest_k(logits, children.count() + 2, &mut likely);
+        let n_children = tree.nodes().iter().filter(|n| n.parent == at).count();
+        largest_k(logits, n_children + 1, &mut likely);
         likely.into_iter().map(|(token, _)| token).find(|&token| tree.child(at, token).is_none()).unwrap_or(own)
     }
 }
