@@ -285,7 +285,7 @@ __device__ inline void walk(const Verify &v, int sequence) {
 }
 
 // Blocks: (rows). The last block of a sequence to be done walks down its tree.
-KERNEL __launch_bounds__(SELECT_THREADS) verify(Verify v) {
+KERNEL __launch_bounds__(SELECT_THREADS, 2) verify(Verify v) {
     __shared__ List list;
     __shared__ unsigned long long sorted[LIST];
     __shared__ bool is_last;
