@@ -148,9 +148,12 @@ fn broken_and_hostile_pickles_are_refused() {
     let command = format!("touch {}", witness.display());
     let call = [b"cposix\nsystem\n(X".as_slice(), &(command.len() as u32).to_le_bytes(), command.as_bytes(), b"tR"].concat();
     let value = [b"}(X\x01\0\0\0a".as_slice(), &call, b"u"].concat();
-    for program in [call, value] {
+    let epoch = b"}(X\x05\0\0\0epochK\x03u".to_vec();
+    for (program, why) in
+        [(call, "no dictionary of tensors"), (value, ": a: is no tensor"), (epoch, ": epoch: is no tensor")]
+    {
         write_archive(&path, &[b"\x80\x02".as_slice(), &program, b"."].concat(), &[]);
-        assert!(refused().contains("there is no head"), "{}", refused());
+        assert!(refused().contains(why), "{}", refused());
         assert!(!witness.exists());
     }
 

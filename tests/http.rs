@@ -4,13 +4,22 @@
 mod common;
 
 use std::io::Read;
-use std::sync::LazyLock;
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use common::{Server, exchange, read_answer};
 use serde_json::{Value, json};
 
-static SERVER: LazyLock<Server> = LazyLock::new(|| Server::start(&["--batch-size", "4", "--ctx", "512"]));
+/// A server that tests which run at the same time share, and that ends with the last of them: nothing drops a static.
+fn server() -> Arc<Server> {
+    static SHARED: Mutex<Weak<Server>> = Mutex::new(Weak::new());
+    let mut shared = SHARED.lock().unwrap();
+    shared.upgrade().unwrap_or_else(|| {
+        let server = Arc::new(Server::start(&["--batch-size", "4", "--ctx", "512"]));
+        *shared = Arc::downgrade(&server);
+        server
+    })
+}
 
 fn chat(text: &str) -> String {
     format!("<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n")
@@ -29,7 +38,8 @@ fn the_port_is_open_while_the_model_loads() {
 
 #[test]
 fn information_names_version_model_and_sizes() {
-    let info = SERVER.get("/").json();
+    let server = server();
+    let info = server.get("/").json();
     assert_eq!((&info["name"], &info["version"]), (&json!("medusa-llama"), &json!(env!("CARGO_PKG_VERSION"))));
     assert_eq!((&info["context_size"], &info["slots"], &info["backend"]), (&json!(512), &json!(4), &json!("cpu")));
     assert_eq!(info["model"]["quantization"], "Q4_1");
@@ -37,7 +47,8 @@ fn information_names_version_model_and_sizes() {
 
 #[test]
 fn an_answer_has_text_reason_usage_and_timings() {
-    let answer = SERVER.generate(&json!({ "prompt": chat("What is the capital of France?"), "temperature": 0 }));
+    let server = server();
+    let answer = server.generate(&json!({ "prompt": chat("What is the capital of France?"), "temperature": 0 }));
     assert_eq!(answer.status, 200);
     let body = answer.json();
     assert!(body["generated_text"].as_str().unwrap().contains("Paris"), "{body}");
@@ -52,8 +63,9 @@ fn an_answer_has_text_reason_usage_and_timings() {
 
 #[test]
 fn a_stream_gives_the_same_text_in_pieces_and_ends_with_usage() {
+    let server = server();
     let ask = |stream: bool| {
-        SERVER.generate(&json!({ "prompt": "Count: one, two,", "max_tokens": 24, "seed": 5, "stream": stream }))
+        server.generate(&json!({ "prompt": "Count: one, two,", "max_tokens": 24, "seed": 5, "stream": stream }))
     };
     let (whole, streamed) = (ask(false), ask(true));
     assert!(streamed.head.contains("content-type: text/event-stream"));
@@ -69,12 +81,13 @@ fn a_stream_gives_the_same_text_in_pieces_and_ends_with_usage() {
 
 #[test]
 fn a_stop_string_ends_the_text_before_it() {
+    let server = server();
     let body = |stop: Value| json!({ "prompt": "1 2 3 4 5 6 7", "max_tokens": 40, "temperature": 0, "stop": stop });
-    let free = SERVER.generate(&body(json!(null))).json();
+    let free = server.generate(&body(json!(null))).json();
     let text = free["generated_text"].as_str().unwrap();
     // From the middle of one token into another.
     let stop: String = text.chars().skip(7).take(4).collect();
-    let stopped = SERVER.generate(&body(json!(["never in there", stop]))).json();
+    let stopped = server.generate(&body(json!(["never in there", stop]))).json();
     let expected = &text[..text.find(&stop).unwrap()];
     assert_eq!(stopped["generated_text"].as_str().unwrap(), expected);
     assert_eq!((&stopped["finish_reason"], stopped["stop_reason"].as_str().unwrap()), (&json!("stop"), stop.as_str()));
@@ -82,12 +95,13 @@ fn a_stop_string_ends_the_text_before_it() {
 
 #[test]
 fn the_context_ends_an_answer_and_a_longer_prompt_is_refused() {
+    let server = server();
     let words = |n: usize| "word ".repeat(n);
-    let body = SERVER.generate(&json!({ "prompt": words(500), "max_tokens": 512, "temperature": 0, "ignore_eos": true }));
+    let body = server.generate(&json!({ "prompt": words(500), "max_tokens": 512, "temperature": 0, "ignore_eos": true }));
     let body = body.json();
     assert_eq!(body["finish_reason"], "length");
     assert_eq!(body["usage"]["total_tokens"], 512);
-    let refused = SERVER.generate(&json!({ "prompt": words(600) }));
+    let refused = server.generate(&json!({ "prompt": words(600) }));
     assert_eq!(refused.status, 422);
     let error = &refused.json()["error"];
     assert_eq!((&error["type"], &error["param"]), (&json!("invalid_request"), &json!("prompt")));
@@ -97,8 +111,9 @@ fn the_context_ends_an_answer_and_a_longer_prompt_is_refused() {
 
 #[test]
 fn the_same_prompt_again_comes_from_the_cache() {
+    let server = server();
     let body = json!({ "prompt": chat("Name one colour of the sky, a unique question for this test."), "max_tokens": 4, "temperature": 0 });
-    let (first, second) = (SERVER.generate(&body).json(), SERVER.generate(&body).json());
+    let (first, second) = (server.generate(&body).json(), server.generate(&body).json());
     assert_eq!(first["generated_text"], second["generated_text"]);
     let usage = &second["usage"];
     assert_eq!(usage["cached_tokens"].as_u64().unwrap() + 1, usage["prompt_tokens"].as_u64().unwrap(), "{usage}");
@@ -106,39 +121,42 @@ fn the_same_prompt_again_comes_from_the_cache() {
 
 #[test]
 fn the_same_seed_gives_the_same_text_alone_and_in_a_crowd() {
+    let server = server();
     let body = json!({ "prompt": "The old lighthouse", "max_tokens": 16, "seed": 11, "temperature": 0.8 });
-    let alone = SERVER.generate(&body).json()["generated_text"].clone();
+    let alone = server.generate(&body).json()["generated_text"].clone();
     std::thread::scope(|scope| {
         let others: Vec<_> = (0..3)
             .map(|i| {
-                scope.spawn(move || SERVER.generate(&json!({ "prompt": format!("Crowd {i}"), "max_tokens": 40 })).status)
+                let server = &server;
+                scope.spawn(move || server.generate(&json!({ "prompt": format!("Crowd {i}"), "max_tokens": 40 })).status)
             })
             .collect();
-        assert_eq!(SERVER.generate(&body).json()["generated_text"], alone);
+        assert_eq!(server.generate(&body).json()["generated_text"], alone);
         others.into_iter().for_each(|o| assert_eq!(o.join().unwrap(), 200));
     });
     let other =
-        SERVER.generate(&json!({ "prompt": "The old lighthouse", "max_tokens": 16, "seed": 12, "temperature": 0.8 }));
+        server.generate(&json!({ "prompt": "The old lighthouse", "max_tokens": 16, "seed": 12, "temperature": 0.8 }));
     assert_ne!(other.json()["generated_text"], alone);
 }
 
 #[test]
 fn errors_have_one_shape_and_the_right_status() {
+    let server = server();
     let post = |head: &str, body: &str| {
         exchange(
-            SERVER.addr,
+            server.addr,
             format!("POST /generate HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{head}\r\n{body}").as_bytes(),
         )
     };
     let checks = [
-        (SERVER.get("/nothing"), 404, "not_found"),
-        (SERVER.get("/generate"), 405, "method_not_allowed"),
-        (SERVER.post(b"{"), 400, "invalid_json"),
-        (SERVER.post(b"\xFF\xFE"), 400, "invalid_json"),
-        (SERVER.post(b"[]"), 422, "invalid_request"),
-        (SERVER.generate(&json!({ "prompt": "" })), 422, "invalid_request"),
-        (SERVER.generate(&json!({ "prompt": "x", "temperature": -1 })), 422, "invalid_request"),
-        (SERVER.generate(&json!({ "prompt": "x", "logit_bias": { "49152": 1 } })), 422, "invalid_request"),
+        (server.get("/nothing"), 404, "not_found"),
+        (server.get("/generate"), 405, "method_not_allowed"),
+        (server.post(b"{"), 400, "invalid_json"),
+        (server.post(b"\xFF\xFE"), 400, "invalid_json"),
+        (server.post(b"[]"), 422, "invalid_request"),
+        (server.generate(&json!({ "prompt": "" })), 422, "invalid_request"),
+        (server.generate(&json!({ "prompt": "x", "temperature": -1 })), 422, "invalid_request"),
+        (server.generate(&json!({ "prompt": "x", "logit_bias": { "49152": 1 } })), 422, "invalid_request"),
         (post("Content-Length: 9999999\r\n", ""), 413, "body_too_large"),
         (
             post("Transfer-Encoding: chunked\r\n", &format!("200000\r\n{}\r\n0\r\n\r\n", " ".repeat(0x20_0000))),
@@ -152,14 +170,15 @@ fn errors_have_one_shape_and_the_right_status() {
         assert_eq!(error["type"], kind);
         assert!(error["message"].as_str().is_some_and(|m| !m.is_empty()));
     }
-    assert!(SERVER.get("/generate").head.contains("allow: post"));
-    assert_eq!(SERVER.generate(&json!({ "prompt": "x", "temperature": -1 })).json()["error"]["param"], "temperature");
+    assert!(server.get("/generate").head.contains("allow: post"));
+    assert_eq!(server.generate(&json!({ "prompt": "x", "temperature": -1 })).json()["error"]["param"], "temperature");
 }
 
 #[test]
 fn one_connection_serves_request_after_request() {
+    let server = server();
     use std::io::Write;
-    let mut socket = std::net::TcpStream::connect(SERVER.addr).unwrap();
+    let mut socket = std::net::TcpStream::connect(server.addr).unwrap();
     socket.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
     for _ in 0..3 {
         socket.write_all(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
@@ -177,8 +196,9 @@ fn one_connection_serves_request_after_request() {
 /// Readable text, whatever the tokens: no replacement characters from split ones, in the stream either.
 #[test]
 fn characters_of_several_tokens_arrive_whole() {
+    let server = server();
     let body = json!({ "prompt": "Emoji list: 😀 😃 😄 😁 😆 😅", "max_tokens": 48, "temperature": 0, "stream": true });
-    let answer = SERVER.generate(&body);
+    let answer = server.generate(&body);
     let text = answer.streamed_text();
     assert!(text.chars().any(|c| c as u32 > 0xFFFF), "the model goes on with emoji: {text}");
     assert!(!text.contains(char::REPLACEMENT_CHARACTER), "{text}");

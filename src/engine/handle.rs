@@ -417,11 +417,11 @@ fn load_heads(
 
 /// The device that the last pass left its logits on, if our kernels can work there.
 fn logits_device(forward: &LlamaForward) -> Option<Rc<dyn Device>> {
-    if forward.tapped().is_none_or(|tapped| tapped.on_host()) {
-        return None;
-    }
+    let tapped = forward.tapped().filter(|tapped| !tapped.on_host())?;
+    #[cfg(not(feature = "cuda-kernels"))]
+    let _ = tapped;
     #[cfg(feature = "cuda-kernels")]
-    match crate::gpu::cuda::Cuda::new(0) {
+    match crate::gpu::cuda::Cuda::holding(tapped.logits()) {
         Ok(cuda) => return Some(Rc::new(cuda)),
         Err(error) => tracing::warn!(%error, "heads and verification stay on the CPU"),
     }

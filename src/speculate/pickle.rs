@@ -1,11 +1,14 @@
 //! PyTorch's own files: a zip archive with a pickle, which is a program, and the tensors' bytes. candle reads the pickle and
-//! runs nothing of it: what is no tensor is passed over. What a file claims is checked against its size before it is read.
+//! runs nothing of it; what is no tensor is refused by its name. What a file claims is checked against its size before it is read.
 
+use std::fs::File;
+use std::io::BufReader;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
-use candle_core::pickle::PthTensors;
+use candle_core::pickle::{Object, PthTensors, Stack};
 use candle_core::{DType, Error};
+use zip::ZipArchive;
 
 /// A tensor: name, shape, values.
 pub type Named = (String, Vec<usize>, Vec<f32>);
@@ -20,6 +23,10 @@ pub fn read(path: &Path) -> Result<Vec<Named>, (Option<String>, String)> {
     let file = guarded(|| PthTensors::new(path, None));
     let file =
         file.map_err(|reason| whole(format!("not a file that torch.save wrote, or not of tensors only: {reason}")))?;
+    let entries = guarded(|| entries(path)).map_err(whole)?;
+    if let Some(name) = entries.into_iter().find(|name| !file.tensor_infos().contains_key(name)) {
+        return Err((Some(name), "is no tensor, or one of a kind that is not supported".into()));
+    }
     let mut left = n_bytes;
     let mut tensors = vec![];
     for (name, info) in file.tensor_infos() {
@@ -38,6 +45,21 @@ pub fn read(path: &Path) -> Result<Vec<Named>, (Option<String>, String)> {
         tensors.push((name.clone(), shape, guarded(read).map_err(fail)?));
     }
     Ok(tensors)
+}
+
+/// The names in the dictionary that a file holds, whatever they stand for.
+fn entries(path: &Path) -> Result<Vec<String>, Error> {
+    let mut archive = ZipArchive::new(BufReader::new(File::open(path)?))?;
+    let name = archive.file_names().find_map(|name| name.ok().filter(|name| name.ends_with("data.pkl")).map(String::from));
+    let name = name.ok_or_else(|| Error::Msg("no data.pkl".into()))?;
+    let mut stack = Stack::empty();
+    stack.read_loop(&mut BufReader::new(archive.by_name(&name)?))?;
+    let Object::Dict(entries) = stack.finalize()? else { return Err(Error::Msg("no dictionary of tensors".into())) };
+    let text = |(key, _)| match key {
+        Object::Unicode(name) => name,
+        other => format!("{other:?}"),
+    };
+    Ok(entries.into_iter().map(text).collect())
 }
 
 /// Runs candle's reader, which panics at some files that PyTorch never wrote.
