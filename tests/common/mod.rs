@@ -53,11 +53,11 @@ impl Server {
         server
     }
 
-    /// Polls for up to two minutes: tests run beside each other, on machines that others use too.
+    /// Polls for up to five minutes: tests run beside each other, on machines that others use too.
     pub fn wait(&self, mut done: impl FnMut() -> bool) {
         let start = Instant::now();
         while !done() {
-            assert!(start.elapsed() < Duration::from_secs(120), "waited in vain; the log:\n{}", self.log());
+            assert!(start.elapsed() < Duration::from_secs(300), "waited in vain; the log:\n{}", self.log());
             std::thread::sleep(Duration::from_millis(20));
         }
     }

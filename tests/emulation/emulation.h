@@ -40,7 +40,7 @@ namespace emulation {
 
 constexpr int WARP_SIZE = 32;
 constexpr size_t STACK_BYTES = 64 << 10;
-// What a block may have of shared memory without asking for more, and what is between it and its end.
+// What a block may ask for of shared memory, beside what the kernel declares.
 constexpr size_t SHARED_BYTES = 48 << 10;
 
 enum class State { Ready, AtBarrier, InWarp, Done };
