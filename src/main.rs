@@ -46,7 +46,7 @@ fn run(args: Args) -> anyhow::Result<()> {
             cli::quantize(&args)
         }
         Command::Synth(args) => {
-            log_to_stderr(LogLevel::Warn);
+            log_to_stderr(LogLevel::Error);
             cli::synth(&args)
         }
     }
