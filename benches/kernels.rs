@@ -112,6 +112,11 @@ impl Bench {
         2 + 2 * self.cuda.cache_bytes() / n_bytes.max(1)
     }
 
+    fn copies(&self, values: &[f32]) -> Result<Vec<Buffer<f32>>> {
+        let copy = |_| Ok(Buffer::from_host(&self.device, values)?);
+        (0..self.n_copies(size_of_val(values))).map(copy).collect()
+    }
+
     /// The residual blocks of all heads, and their output matrices.
     fn heads(&self, shape: &Shape, precision: Precision) -> Result<()> {
         let &Shape { n_embd: d, n_heads, n_out, own_outputs, .. } = shape;
@@ -165,9 +170,7 @@ impl Bench {
         let n_rows = n * N_NODES;
         let values = logits(n_rows * n_vocab);
         let n_bytes = 4 * values.len();
-        let copies: Vec<Buffer<f32>> = (0..self.n_copies(n_bytes))
-            .map(|_| Buffer::from_host(&self.device, &values))
-            .collect::<std::result::Result<_, _>>()?;
+        let copies = self.copies(&values)?;
         let spans: Vec<Span> = (0..n).map(|s| Span { first: (s * N_NODES) as i32, n: N_NODES as i32 }).collect();
         let mut room = Verification::new(&self.device, n_rows, n)?;
         let mut chosen = Buffer::zeros(&self.device, n_rows)?;
@@ -203,9 +206,7 @@ impl Bench {
         let n_rows = n * n_heads;
         let values = logits(n_rows * n_out);
         let n_bytes = 4 * values.len();
-        let copies: Vec<Buffer<f32>> = (0..self.n_copies(n_bytes))
-            .map(|_| Buffer::from_host(&self.device, &values))
-            .collect::<std::result::Result<_, _>>()?;
+        let copies = self.copies(&values)?;
         let mut tokens = Buffer::zeros(&self.device, n_rows * K)?;
         let mut p = Buffer::zeros(&self.device, n_rows * K)?;
         let mut launch = |i: usize| {

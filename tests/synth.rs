@@ -106,18 +106,9 @@ fn read(mut receiver: Receiver<Event>) -> (String, Completion) {
     }
 }
 
-const GREEDY: SamplingParams = SamplingParams {
-    temperature: 0.0,
-    top_p: 1.0,
-    top_k: 0,
-    min_p: 0.0,
-    repetition_penalty: 1.0,
-    frequency_penalty: 0.0,
-    presence_penalty: 0.0,
-    repeat_last_n: 64,
-    logit_bias: Vec::new(),
-    seed: 0,
-};
+fn greedy() -> SamplingParams {
+    SamplingParams { temperature: 0.0, top_p: 1.0, ..SamplingParams::default() }
+}
 
 #[test]
 fn a_seed_gives_one_file() {
@@ -162,8 +153,8 @@ fn a_tiny_model_reads_and_writes_text() {
     }
     let mut engine = engine(&model, None);
     let prompt = model.tokenize("tell me of rain", true).unwrap();
-    let sampled = SamplingParams { temperature: 1.0, seed: 5, ..GREEDY };
-    let answers = [GREEDY, GREEDY, sampled].map(|sampling| enqueue(&mut engine, &prompt, 64, sampling));
+    let sampled = SamplingParams { temperature: 1.0, seed: 5, ..greedy() };
+    let answers = [greedy(), greedy(), sampled].map(|sampling| enqueue(&mut engine, &prompt, 64, sampling));
     run(&mut engine);
     let [first, again, sampled] = answers.map(read);
     assert_eq!(first.0, again.0);
@@ -209,7 +200,7 @@ fn heads_of_both_kinds_load_and_draft() {
     let prompt = model.tokenize("tell me of rain", true).unwrap();
     let plain = {
         let mut engine = engine(&model, None);
-        let answer = enqueue(&mut engine, &prompt, 40, GREEDY);
+        let answer = enqueue(&mut engine, &prompt, 40, greedy());
         run(&mut engine);
         read(answer).0
     };
@@ -229,7 +220,7 @@ fn heads_of_both_kinds_load_and_draft() {
             HeadNets::Conditioned(w) => assert_eq!((kind, w.steps.len()), (HeadKind::Conditioned, 3)),
         }
         let mut engine = engine(&model, Some((&to, 6)));
-        let answer = enqueue(&mut engine, &prompt, 40, GREEDY);
+        let answer = enqueue(&mut engine, &prompt, 40, greedy());
         run(&mut engine);
         let (text, done) = read(answer);
         assert!(done.speculation.drafted > 5 * 30, "{kind:?}: {:?}", done.speculation);
@@ -361,7 +352,7 @@ fn sampled_text_has_the_models_own_distribution() {
     write(&folder, "tiny.gguf", "F16", 3);
     let model = load(&folder.path().join("tiny.gguf"));
     let prompt = model.tokenize("once upon a time", true).unwrap();
-    let sampling = SamplingParams { temperature: 2.0, top_k: TOP_K, ..GREEDY };
+    let sampling = SamplingParams { temperature: 2.0, top_k: TOP_K, ..greedy() };
     let expected = continuations(&model, &prompt, 2.0);
     assert!((expected.values().sum::<f64>() - 1.0).abs() < 1e-9);
 

@@ -330,6 +330,7 @@ impl<F: Forward> Engine<F> {
             work.first_choice.resize(shares.len(), 0);
             return;
         }
+        let mut any_drafts = false;
         for (i, (share, tree)) in shares.iter().zip(&work.trees).enumerate() {
             work.first_choice.push(work.rules.len());
             if !share.to_end {
@@ -359,11 +360,12 @@ impl<F: Forward> Engine<F> {
             work.spans.push(Span { first, n: work.rules.len() as i32 - first });
             work.asked.push(share.seq);
             work.trust.push(s.trust.factor());
+            any_drafts |= s.speculation != Speculation::Off;
         }
         if work.rules.is_empty() {
             return;
         }
-        let calibration = self.speculator.as_ref().and_then(|s| s.will_draft(n_decode));
+        let calibration = self.speculator.as_ref().filter(|_| any_drafts).and_then(|s| s.will_draft(n_decode));
         let Work { rules, spans, asked: seqs, trust, .. } = work;
         let ask = Ask { rules, spans, seqs, trust, draft: calibration };
         if let Some(chosen) = self.forward.verify(ask) {

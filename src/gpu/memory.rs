@@ -88,38 +88,41 @@ impl<'a, T: Plain> Slice<'a, T> {
 /// Room on the device for values that a kernel is to write.
 #[derive(Debug)]
 pub struct SliceMut<'a, T> {
-    address: Address,
-    len: usize,
+    room: Slice<'a, T>,
     of: PhantomData<&'a mut [T]>,
 }
 
 impl<'a, T: Plain> SliceMut<'a, T> {
+    fn over(room: Slice<'a, T>) -> Self {
+        Self { room, of: PhantomData }
+    }
+
     /// Number of values.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.len
+        self.room.len()
     }
 
     /// `true` without a value.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.len == 0
+        self.room.is_empty()
     }
 
     pub(super) fn address(&self) -> Address {
-        self.address
+        self.room.address()
     }
 
     /// For reading what is written there: by a kernel that is queued later.
     #[must_use]
     pub fn slice(&self) -> Slice<'_, T> {
-        Slice { address: self.address, len: self.len, of: PhantomData }
+        self.room
     }
 
     /// The same room under a shorter loan.
     #[must_use]
     pub fn again(&mut self) -> SliceMut<'_, T> {
-        SliceMut { address: self.address, len: self.len, of: PhantomData }
+        SliceMut::over(self.room)
     }
 
     /// The first `n` values, and the rest.
@@ -128,10 +131,8 @@ impl<'a, T: Plain> SliceMut<'a, T> {
     /// With fewer.
     #[must_use]
     pub fn split_at(self, n: usize) -> (Self, Self) {
-        assert!(n <= self.len, "{n} of {}", self.len);
-        let rest = self.address + (n * size_of::<T>()) as Address;
-        let part = |address, len| Self { address, len, of: PhantomData };
-        (part(self.address, n), part(rest, self.len - n))
+        let first = self.room.first(n);
+        (Self::over(first), Self::over(self.room.part(n, self.len() - n)))
     }
 
     /// The same room for values of another type.
@@ -140,8 +141,7 @@ impl<'a, T: Plain> SliceMut<'a, T> {
     /// If they have another size.
     #[must_use]
     pub fn cast<U: Plain>(self) -> SliceMut<'a, U> {
-        assert_eq!(size_of::<T>(), size_of::<U>());
-        SliceMut { address: self.address, len: self.len, of: PhantomData }
+        SliceMut::over(self.room.cast())
     }
 }
 
@@ -194,7 +194,7 @@ impl<T: Plain> Buffer<T> {
     /// All of it, to be written to.
     #[must_use]
     pub fn slice_mut(&mut self) -> SliceMut<'_, T> {
-        SliceMut { address: self.address, len: self.len, of: PhantomData }
+        SliceMut::over(self.slice())
     }
 
     /// Overwrites values from place `from` on.
