@@ -216,26 +216,64 @@ fn greedy(prompt: &[Token], n: usize) -> Vec<Choice> {
     chosen
 }
 
+/// Computes a text in chunks, beside others that are as long, and shows the logits behind each token, by its position.
+fn replay(tokens: &[Token], chunk: usize, others: &[&dyn Fn(usize) -> Token], mut see: impl FnMut(usize, &[f32])) {
+    let mut context = context(&ContextParams { n_cells: 2048, n_seq_max: 8, ..params() });
+    for from in (0..tokens.len()).step_by(chunk) {
+        let positions = from..(from + chunk).min(tokens.len());
+        let mut batch = context.batch();
+        for pos in positions.clone() {
+            batch.add(tokens[pos], pos, &[SeqId(0)], true).unwrap();
+        }
+        for (seq, token) in (1..).zip(others) {
+            for pos in positions.clone() {
+                batch.add(token(pos), pos, &[SeqId(seq)], true).unwrap();
+            }
+        }
+        context.forward(&batch).unwrap();
+        positions.enumerate().for_each(|(row, pos)| see(pos, context.logits(row).unwrap()));
+    }
+}
+
+/// Some other text.
+fn other(pos: usize) -> Token {
+    Token((pos * 104_729 % 40_000 + 100) as i32)
+}
+
+/// Chunks, and how many others are computed beside them: at most 64 rows.
+const COMPANY: [(usize, usize); 6] = [(2, 0), (5, 0), (16, 0), (64, 0), (1, 7), (4, 7)];
+
 /// How far this machine's ggml moves the gap of two logits when a row is computed beside others: the same text, in
-/// chunks of several sizes. The kernels, and with them the rounding, differ from processor to processor.
+/// chunks of several sizes, alone and in company. The kernels, and with them the rounding, differ from processor to processor;
+/// and a value that rounds to the next 8-bit step moves all that follows.
 fn rounding(prompt: &[Token], text: &[Choice]) -> f32 {
     let tokens: Vec<Token> = prompt.iter().copied().chain(text.iter().map(|choice| choice.token)).collect();
     let mut moved = 0f32;
-    for chunk in [2, 5, 16, 64] {
-        let mut context = context(&params());
-        for (i, rows) in tokens.chunks(chunk).enumerate() {
-            feed(&mut context, rows, i * chunk, 0);
-            for row in 0..rows.len() {
-                let Some(choice) = (i * chunk + row + 1).checked_sub(prompt.len()).and_then(|i| text.get(i)) else {
-                    continue;
-                };
-                let logits = context.logits(row).unwrap();
-                let gap = logits[choice.token.0 as usize] - logits[choice.runner_up.0 as usize];
-                moved = moved.max((gap - choice.gap).abs());
-            }
-        }
+    for (chunk, n_others) in COMPANY {
+        replay(&tokens, chunk, &vec![&other as _; n_others], |pos, logits| {
+            let Some(choice) = (pos + 1).checked_sub(prompt.len()).and_then(|i| text.get(i)) else { return };
+            let gap = logits[choice.token.0 as usize] - logits[choice.runner_up.0 as usize];
+            moved = moved.max((gap - choice.gap).abs());
+        });
     }
     moved
+}
+
+/// What a row's logits are may depend, by rounding, on how many rows are beside it, but on nothing that they say.
+#[test]
+fn nothing_that_others_say_reaches_a_row() {
+    let text =
+        MODEL.tokenize("<|im_start|>user\nTell me a story about winter and a very old clock.<|im_end|>\n", true).unwrap();
+    let in_company = |chunk: usize, others: &[&dyn Fn(usize) -> Token]| {
+        let mut rows = vec![];
+        replay(&text, chunk, others, |_, logits| rows.extend_from_slice(logits));
+        rows
+    };
+    let same = |_: usize| Token(5);
+    for chunk in [1, 2, 5, 8] {
+        let [a, b] = [&other as &dyn Fn(usize) -> Token, &same].map(|who| in_company(chunk, &[who; 7]));
+        assert!(a == b, "chunks of {chunk}");
+    }
 }
 
 /// Alone and in a crowd, with chunked prompts and reused prefixes, in both layouts, and with drafts. Where the texts part, the gap between
@@ -420,17 +458,11 @@ fn sampled(prompt: &[Token], params: &SamplingParams, n: usize) -> Vec<Draw> {
 fn moved(prompt: &[Token], text: &[Draw]) -> f32 {
     let tokens: Vec<Token> = prompt.iter().copied().chain(text.iter().map(|(token, _)| *token)).collect();
     let mut moved = 0f32;
-    for chunk in [2, 5, 16, 64] {
-        let mut context = context(&params());
-        for (i, rows) in tokens.chunks(chunk).enumerate() {
-            feed(&mut context, rows, i * chunk, 0);
-            for row in 0..rows.len() {
-                let at = (i * chunk + row + 1).checked_sub(prompt.len()).and_then(|i| text.get(i));
-                let Some((_, before)) = at else { continue };
-                let now = context.logits(row).unwrap();
-                moved = now.iter().zip(before).map(|(a, b)| (a - b).abs()).fold(moved, f32::max);
-            }
-        }
+    for (chunk, n_others) in COMPANY {
+        replay(&tokens, chunk, &vec![&other as _; n_others], |pos, now| {
+            let Some((_, before)) = (pos + 1).checked_sub(prompt.len()).and_then(|i| text.get(i)) else { return };
+            moved = now.iter().zip(before).map(|(a, b)| (a - b).abs()).fold(moved, f32::max);
+        });
     }
     moved
 }
