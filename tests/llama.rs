@@ -480,12 +480,15 @@ fn follow(prompt: &str, ours: &str, text: &[Draw], params: &SamplingParams, move
             continue;
         }
         // A draw goes through the tokens in the order of their ids, so the last token it can come to is that where those
-        // before are as unlikely as they can be, and the first one where they are as likely.
+        // before are as unlikely as they can be, and the first one where they are as likely. How far that is may also depend on
+        // what top-p then keeps, so smaller moves are tried, too.
         let mut draw = |by: f32| {
             let tilted = |(id, v): (usize, &f32)| if (id as i32) < token.0 { v + by } else { v - by };
             sampler.draw(&logits.iter().enumerate().map(tilted).collect::<Vec<_>>(), first + i, &mut scratch).0
         };
-        let mut possible = draw(moved)..=draw(-moved);
+        let drawn: Vec<i32> =
+            [1.0, 0.5, 0.25, 0.125, 0.0625].iter().flat_map(|part| [part * moved, -part * moved]).map(&mut draw).collect();
+        let mut possible = *drawn.iter().min().unwrap()..=*drawn.iter().max().unwrap();
         let goes_on = |other: i32| {
             let mut with = bytes[..before].to_vec();
             MODEL.piece(Token(other), false, &mut with);
