@@ -479,22 +479,20 @@ fn follow(prompt: &str, ours: &str, text: &[Draw], params: &SamplingParams, move
         if ours.as_bytes().starts_with(&bytes) {
             continue;
         }
-        // A draw goes through the tokens in the order of their ids, so the last token it can come to is that where those
-        // before are as unlikely as they can be, and the first one where they are as likely. How far that is may also depend on
-        // what top-p then keeps, so smaller moves are tried, too.
-        let mut draw = |by: f32| {
-            let tilted = |(id, v): (usize, &f32)| if (id as i32) < token.0 { v + by } else { v - by };
-            sampler.draw(&logits.iter().enumerate().map(tilted).collect::<Vec<_>>(), first + i, &mut scratch).0
-        };
-        let drawn: Vec<i32> =
-            [1.0, 0.5, 0.25, 0.125, 0.0625].iter().flat_map(|part| [part * moved, -part * moved]).map(&mut draw).collect();
-        let mut possible = *drawn.iter().min().unwrap()..=*drawn.iter().max().unwrap();
         let goes_on = |other: i32| {
             let mut with = bytes[..before].to_vec();
             MODEL.piece(Token(other), false, &mut with);
             ours.as_bytes().starts_with(&with)
         };
-        assert!(possible.any(goes_on), "{prompt}: parts at byte {before} by more than rounding: {ours:?}");
+        // A draw goes through the tokens in the order of their ids. It can come to a token if it comes there or farther where
+        // those before are as unlikely as they can be, and there or less far where that one and those before are as likely.
+        let mut draw = |by: f32, is_before: &dyn Fn(i32) -> bool| {
+            let tilted = |(id, v): (usize, &f32)| if is_before(id as i32) { v + by } else { v - by };
+            sampler.draw(&logits.iter().enumerate().map(tilted).collect::<Vec<_>>(), first + i, &mut scratch).0
+        };
+        let mut can_come = |to: i32| draw(-moved, &|id| id < to) >= to && draw(moved, &|id| id <= to) <= to;
+        let possible = (0..MODEL.n_vocab() as i32).any(|other| goes_on(other) && can_come(other));
+        assert!(possible, "{prompt}: parts at byte {before} by more than rounding: {ours:?}");
         return false;
     }
     assert_eq!(ours.len(), bytes.len(), "{prompt}: {ours:?}");
