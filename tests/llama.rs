@@ -374,15 +374,17 @@ fn a_seed_gives_one_text_with_drafts_and_without() {
     let (plain, none) = run(&mut engine, &prompts, &off, 32);
     let (drafted, accepted) = run(&mut engine, &prompts, &auto, 32);
     assert!(none == 0 && accepted > 20, "{none} and {accepted} drafts were accepted");
-    let mut n_same = 0;
+    let mut n_same = [0; 4];
     for (i, prompt) in prompts.iter().enumerate() {
         let (alone, _) = run(&mut engine, &[prompt], &auto, 32);
         let (alone_plain, _) = run(&mut engine, &[prompt], &off, 32);
-        for ours in [&plain[i], &drafted[i], &alone[0], &alone_plain[0]] {
-            n_same += usize::from(follow(prompt, ours, &texts[i], &auto.sampling, moved));
+        for (n_same, ours) in n_same.iter_mut().zip([&plain[i], &drafted[i], &alone[0], &alone_plain[0]]) {
+            *n_same += usize::from(follow(prompt, ours, &texts[i], &auto.sampling, moved));
         }
     }
-    assert!(n_same >= prompts.len(), "only {n_same} of {} texts are the same throughout", 4 * prompts.len());
+    // Rounding may part a text here and there; with another seed all would part.
+    let enough = n_same.iter().all(|&n| n > 0) && n_same.iter().sum::<usize>() >= prompts.len();
+    assert!(enough, "only {n_same:?} of {} texts are the same throughout", prompts.len());
     engine.check_nothing_left();
 }
 
@@ -482,7 +484,7 @@ fn follow(prompt: &str, ours: &str, text: &[Draw], params: &SamplingParams, move
         let goes_on = |other: i32| {
             let mut with = bytes[..before].to_vec();
             MODEL.piece(Token(other), false, &mut with);
-            ours.as_bytes().starts_with(&with)
+            with.len() > before && ours.as_bytes().starts_with(&with)
         };
         // A draw goes through the tokens in the order of their ids. It can come to a token if it comes there or farther where
         // those before are as unlikely as they can be, and there or less far where that one and those before are as likely.
