@@ -73,6 +73,7 @@ fn engine(n: usize, temperature: f32) -> (Engine<Still>, Vec<Receiver<Event>>) {
             ignore_eos: false,
             cache_prompt: true,
             speculation: Speculation::Auto,
+            share_text: true,
         };
         engine.enqueue(Job { prompt: vec![Token(1)], request, events, permit: None, accepted: Instant::now() });
         receiver

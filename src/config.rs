@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 
-use crate::engine::handle::{EngineParams, HeadsParams};
+use crate::engine::handle::{DraftParams, EngineParams, HeadsParams};
 use crate::engine::{Layout, Limits};
 use crate::llama::{self, Quantization};
+use crate::request::Speculation;
 use crate::synth::Shape;
 
 /// Where `make model` puts the default model.
@@ -38,7 +39,7 @@ pub enum Command {
     Generate(GenerateArgs),
     /// Train heads for a model from its own answers to a file of prompts
     Train(TrainArgs),
-    /// Measure what heads are worth: each prompt with and without drafts
+    /// Measure what drafts are worth: each prompt with and without them
     Bench(BenchArgs),
     /// Write a GGUF file in another quantization
     Quantize(QuantizeArgs),
@@ -69,19 +70,35 @@ pub struct ModelArgs {
     pub log_level: LogLevel,
 }
 
-/// Which heads draft; the same for every command that drafts.
+/// What drafts; the same for every command that drafts.
 #[derive(Clone, Debug, ClapArgs)]
-pub struct HeadsArgs {
-    /// Folder with heads for the model, or `none`. Without heads nothing is drafted [default: for the default model
-    /// heads/smollm2-135m-instruct, else none]
+pub struct DraftArgs {
+    /// Folder with heads for the model, or `none` [default: for the default model heads/smollm2-135m-instruct, else none]
     #[arg(long = "heads", env = "MEDUSA_HEADS", value_name = "MEDUSA_HEADS")]
     pub folder: Option<PathBuf>,
     /// Use at most this many of the heads
     #[arg(long = "medusa-k-heads", env = "MEDUSA_K_HEADS", value_name = "MEDUSA_K_HEADS", default_value_t = 5, value_parser = between(1, 16))]
     pub k_heads: usize,
-    /// Most tokens one step may give a sequence, its own choice included [default: heads + 1]
+    /// Draft what followed in a text before: in the request's own, or in recent answers too
+    #[arg(long, env = "TEXT_DRAFTS", value_name = "TEXT_DRAFTS", default_value = "shared")]
+    pub text_drafts: TextSource,
+    /// Tokens of recent answers that are kept to draft from; 20 bytes each
+    #[arg(long, env = "SHARED_TEXT", value_name = "SHARED_TEXT", default_value_t = 1 << 16, value_parser = between(64, 1 << 28))]
+    pub shared_text: usize,
+    /// Most tokens one step may give a sequence, its own choice included [default: 33 with text, else heads + 1]
     #[arg(long = "medusa-max-tokens-per-step", env = "MEDUSA_MAX_TOKENS_PER_STEP", value_name = "MEDUSA_MAX_TOKENS_PER_STEP", value_parser = between(1, 64))]
     pub max_tokens_per_step: Option<usize>,
+}
+
+/// Which text drafts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum TextSource {
+    /// The request's own, and recent answers to others
+    Shared,
+    /// The request's own: its prompt and its answer so far
+    Own,
+    /// None
+    Off,
 }
 
 /// `medusa-llama serve`.
@@ -114,7 +131,7 @@ pub struct ServeArgs {
     pub n_batch: usize,
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub heads: HeadsArgs,
+    pub drafts: DraftArgs,
     /// Address to listen on
     #[arg(long, env = "HOST", value_name = "HOST", default_value = "0.0.0.0")]
     pub host: IpAddr,
@@ -231,7 +248,7 @@ pub struct BenchArgs {
     pub model: ModelArgs,
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub heads: HeadsArgs,
+    pub drafts: DraftArgs,
     /// What to ask: one JSON object a line, with "prompt" or "turns", and perhaps "category"
     #[arg(long, value_name = "FILE.jsonl")]
     pub prompts: PathBuf,
@@ -250,6 +267,9 @@ pub struct BenchArgs {
     /// 0 is greedy
     #[arg(long, default_value_t = 0.0)]
     pub temperature: f64,
+    /// What to compare, the first with each other one: off, heads, text, auto (both), typical
+    #[arg(long, default_value = "off,auto", value_delimiter = ',', value_parser = speculation)]
+    pub modes: Vec<Speculation>,
     /// Verify this many candidates in every step whatever they cost, instead of those that pay
     #[arg(long, value_parser = between(1, 64))]
     pub tree_nodes: Option<usize>,
@@ -428,17 +448,33 @@ impl ModelArgs {
     }
 }
 
-impl HeadsArgs {
-    /// The heads to use: what was given, or for the default model those in its folder, if there are any. `fixed_nodes`: see
-    /// [`HeadsParams`].
+impl DraftArgs {
+    /// The heads to use: what was given, or for the default model those in its folder, if there are any.
     #[must_use]
-    pub fn params(&self, model: &ModelArgs, fixed_nodes: Option<usize>) -> Option<HeadsParams> {
+    pub fn heads(&self, model: &ModelArgs) -> Option<HeadsParams> {
         let folder = match &self.folder {
             Some(folder) => (folder.as_os_str() != NO_HEADS).then(|| folder.clone()),
             None => (model.model_path.is_none() && Path::new(DEFAULT_HEADS).is_dir()).then(|| DEFAULT_HEADS.into()),
         }?;
-        let (n_heads, max_tokens_per_step) = (self.k_heads, self.max_tokens_per_step);
-        Some(HeadsParams { folder, n_heads, max_tokens_per_step, fixed_nodes, acceptance: None })
+        Some(HeadsParams { folder, n_heads: self.k_heads })
+    }
+
+    /// What to draft with, if anything.
+    #[must_use]
+    pub fn params(&self, model: &ModelArgs) -> Option<DraftParams> {
+        let n_shared_text = match self.text_drafts {
+            TextSource::Shared => Some(self.shared_text),
+            TextSource::Own => Some(0),
+            TextSource::Off => None,
+        };
+        let heads = self.heads(model);
+        let max_tokens_per_step = self.max_tokens_per_step;
+        (heads.is_some() || n_shared_text.is_some()).then_some(DraftParams {
+            heads,
+            n_shared_text,
+            max_tokens_per_step,
+            ..DraftParams::default()
+        })
     }
 }
 
@@ -459,10 +495,10 @@ impl ServeArgs {
             return Err(format!("KV_CELLS is {cells}, but one request may take MODEL_CONTEXT_SIZE = {n_ctx}"));
         }
         let streams = self.kv == KvLayout::Streams;
-        if self.heads.folder.as_ref().is_some_and(|folder| folder.as_os_str() != NO_HEADS) && streams {
+        if self.drafts.folder.as_ref().is_some_and(|folder| folder.as_os_str() != NO_HEADS) && streams {
             return Err("KV_LAYOUT is streams, which cannot hold the trees that MEDUSA_HEADS drafts: use unified".into());
         }
-        let heads = self.heads.params(&self.model, None).filter(|_| !streams);
+        let drafts = self.drafts.params(&self.model).filter(|_| !streams);
         let limits = Limits { n_slots: self.batch_size, n_ctx, n_batch: self.n_batch, layout: self.layout() };
         Ok(Config {
             listen: SocketAddr::new(self.host, self.port),
@@ -472,7 +508,7 @@ impl ServeArgs {
                 n_gpu_layers: self.model.n_gpu_layers,
                 n_threads: self.model.threads(),
                 limits,
-                heads,
+                drafts,
                 traces: false,
                 n_queue: self.batch_size * self.max_concurrent_batches,
                 max_wait: self.max_wait_time,
@@ -517,6 +553,11 @@ fn seconds(text: &str) -> Result<Duration, String> {
         Ok(s) if (0.0..=86_400.0).contains(&s) => Ok(Duration::from_secs_f64(s)),
         _ => Err("must be a number of seconds from 0 to 86400".into()),
     }
+}
+
+fn speculation(name: &str) -> Result<Speculation, String> {
+    let names = || Speculation::NAMES.map(|(name, _)| name).join(", ");
+    Speculation::by_name(name).ok_or_else(|| format!("must be one of {}", names()))
 }
 
 /// A probability.

@@ -76,18 +76,59 @@ pub struct Request {
     pub cache_prompt: bool,
     /// Whether to draft.
     pub speculation: Speculation,
+    /// Whether other answers may be drafted from this one, and this one from others.
+    pub share_text: bool,
 }
 
-/// Whether drafts are verified for a request, and how.
+/// Whether drafts are verified for a request, where they come from, and how they are accepted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Speculation {
-    /// As far as it pays; the text is the same as without.
+    /// From heads and text, as far as it pays; the answer is the same as without.
     #[default]
     Auto,
+    /// The same, from heads alone.
+    Heads,
+    /// The same, from text alone.
+    Text,
     /// Never.
     Off,
-    /// As far as it pays, and a drafted token that is typical is accepted in place of a draw: lossy.
+    /// As `Auto`, but a drafted token that is typical is accepted in place of a draw: lossy.
     Typical,
+}
+
+impl Speculation {
+    /// All of them, as requests name them.
+    pub const NAMES: [(&'static str, Self); 5] = [
+        ("auto", Self::Auto),
+        ("heads", Self::Heads),
+        ("text", Self::Text),
+        ("off", Self::Off),
+        ("typical", Self::Typical),
+    ];
+
+    /// By its name.
+    #[must_use]
+    pub fn by_name(name: &str) -> Option<Self> {
+        Self::NAMES.into_iter().find(|(known, _)| *known == name).map(|(_, speculation)| speculation)
+    }
+
+    /// As requests name it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        Self::NAMES.into_iter().find(|(_, known)| *known == self).map_or("", |(name, _)| name)
+    }
+
+    /// `true` if heads draft.
+    #[must_use]
+    pub fn by_heads(self) -> bool {
+        matches!(self, Self::Auto | Self::Heads | Self::Typical)
+    }
+
+    /// `true` if text drafts.
+    #[must_use]
+    pub fn by_text(self) -> bool {
+        matches!(self, Self::Auto | Self::Text | Self::Typical)
+    }
 }
 
 /// What a request gets back: any number of pieces, then one end.

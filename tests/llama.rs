@@ -509,6 +509,7 @@ static GREEDY: LazyLock<Request> = LazyLock::new(|| Request {
     ignore_eos: false,
     cache_prompt: true,
     speculation: Speculation::Auto,
+    share_text: true,
 });
 
 /// Heads that repeat the model's last choice, among the tokens of these texts: right now and then, wrong most of the time.

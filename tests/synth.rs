@@ -83,6 +83,7 @@ fn enqueue(engine: &mut Engine<LlamaForward>, prompt: &[Token], n: usize, sampli
         ignore_eos: false,
         cache_prompt: true,
         speculation: Speculation::Auto,
+        share_text: true,
     };
     engine.enqueue(Job { prompt: prompt.to_vec(), request, events, permit: None, accepted: Instant::now() });
     receiver

@@ -1,5 +1,5 @@
-//! `medusa-llama bench`: what heads are worth on this machine. Each prompt is answered with and without drafts in turn, by the
-//! same engine, so that a machine that changes its pace changes both.
+//! `medusa-llama bench`: what drafts are worth on this machine. Each prompt is answered in each mode in turn, by the same engine,
+//! so that a machine that changes its pace changes all.
 
 use std::collections::BTreeMap;
 use std::io::Write as _;
@@ -16,11 +16,12 @@ use crate::engine::{self, Layout, Limits};
 use crate::llama::max_sequences;
 use crate::plot::{self, Labels, Line};
 use crate::request::{Completion, Event, Request, SamplingParams, Speculation};
+use crate::speculate::reliability::{Count, N_DEPTHS, Reliability, Source, calibration_error};
 use crate::speculate::simulated::Acceptance;
 use crate::train::prompts::Prompts;
 
 /// One mode at one number of parallel requests.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 struct Figures {
     tokens: usize,
     /// Of all requests together.
@@ -30,6 +31,8 @@ struct Figures {
     steps: usize,
     drafted: usize,
     accepted: usize,
+    /// Tokens per second in each round: of decoding for one stream, of everything for several.
+    speeds: Vec<f64>,
 }
 
 impl Figures {
@@ -62,22 +65,27 @@ impl Figures {
     fn rate(&self) -> f64 {
         self.tokens as f64 / self.wall_s.max(1e-9)
     }
+
+    /// Tokens per second: of decoding for one stream, of everything for several.
+    fn speed(&self, parallel: usize) -> f64 {
+        self.tokens as f64 / if parallel == 1 { self.decode_s } else { self.wall_s }.max(1e-9)
+    }
+
+    /// By round, how many times as fast as `other`.
+    fn ratios(&self, other: &Self) -> Vec<f64> {
+        self.speeds.iter().zip(&other.speeds).map(|(own, other)| own / other).collect()
+    }
 }
 
-/// With and without drafts.
-#[derive(Clone, Debug, Default, Serialize)]
-struct Pair {
-    plain: Figures,
-    heads: Figures,
-    /// Speed with drafts over speed without, for each round.
-    ratios: Vec<f64>,
-}
+/// By mode.
+type Modes = BTreeMap<&'static str, Figures>;
 
 #[derive(Debug, Serialize)]
 struct Report {
     model: String,
     quantization: String,
     n_heads: usize,
+    text_drafts: bool,
     /// Acceptance is simulated at these rates, and texts are meaningless.
     simulated: bool,
     acceptance: Option<Vec<f32>>,
@@ -86,9 +94,24 @@ struct Report {
     temperature: f64,
     max_tokens: usize,
     prompts: usize,
-    by_parallel: BTreeMap<usize, Pair>,
-    /// At the first number of parallel requests.
-    by_category: BTreeMap<String, Pair>,
+    modes: Vec<&'static str>,
+    by_parallel: BTreeMap<usize, Modes>,
+    /// At one parallel request.
+    by_category: BTreeMap<String, Modes>,
+    calibration: Vec<Calibrated>,
+}
+
+/// How well the acceptance of candidates was foreseen.
+#[derive(Debug, Serialize)]
+struct Calibrated {
+    sources: Vec<Source>,
+    /// `None`: all of them.
+    depth: Option<usize>,
+    verified: u64,
+    foreseen: f64,
+    accepted: u64,
+    error: f64,
+    ranges: Vec<Count>,
 }
 
 /// Runs the bench and prints its table.
@@ -101,9 +124,6 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let report = runtime.block_on(async {
         let handle = engine.ready().await.map_err(|e| anyhow!(e))?;
-        if handle.n_heads() == 0 {
-            bail!("there are no heads: name a folder with --heads");
-        }
         measure(args, &handle, &prompts).await
     });
     engine.stop();
@@ -114,11 +134,11 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<()> {
         std::fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))?;
     }
     if let Some(path) = &args.svg {
-        let line = |name: &str, of: fn(&Pair) -> &Figures| Line {
+        let line = |&name: &&str| Line {
             name: name.to_owned(),
-            points: report.by_parallel.iter().map(|(&n, pair)| (n as f64, of(pair).rate())).collect(),
+            points: report.by_parallel.iter().map(|(&n, modes)| (n as f64, modes[name].rate())).collect(),
         };
-        let lines = [line("plain", |p| &p.plain), line("with heads", |p| &p.heads)];
+        let lines: Vec<Line> = report.modes.iter().map(line).collect();
         let simulated = if report.simulated { ", simulated acceptance" } else { "" };
         let title = format!("{}, {}{simulated}", report.model, report.quantization);
         let labels = Labels { title: &title, x: "parallel requests", y: "tokens/s" };
@@ -131,10 +151,17 @@ fn params(args: &BenchArgs) -> anyhow::Result<EngineParams> {
     let n_slots = args.parallel.iter().copied().max().unwrap_or(1);
     let n_ctx = args.model.context_size;
     let n_cells = n_slots * n_ctx;
-    let mut heads = args.heads.params(&args.model, args.tree_nodes);
-    if let (Some(heads), Some(rates)) = (&mut heads, &args.acceptance) {
-        heads.acceptance = Some(Acceptance::new(rates.clone()).context("--acceptance: no rates from 0 to 1")?);
+    let mut drafts = args.drafts.params(&args.model).context("there is nothing to draft with: neither heads nor text")?;
+    drafts.fixed_nodes = args.tree_nodes;
+    if let Some(rates) = &args.acceptance {
+        let heads = drafts.heads.as_mut().context("--acceptance: there are no heads; name a folder with --heads")?;
         heads.n_heads = heads.n_heads.min(rates.len()); // others would never be right
+        drafts.acceptance = Some(Acceptance::new(rates.clone()).context("--acceptance: no rates from 0 to 1")?);
+        drafts.n_shared_text = None; // only heads have rates
+    }
+    let by_heads = |mode: &Speculation| mode.by_heads() && !mode.by_text();
+    if drafts.heads.is_none() && modes(args).iter().any(by_heads) {
+        bail!("--modes names heads, but there are none; name a folder with --heads");
     }
     Ok(EngineParams {
         model_path: args.model.path().map_err(|e| anyhow!(e))?,
@@ -146,21 +173,34 @@ fn params(args: &BenchArgs) -> anyhow::Result<EngineParams> {
             n_batch: 512,
             layout: Layout::Unified { n_cells, n_retained: 0, n_seqs: n_slots.min(max_sequences()) },
         },
-        heads,
+        drafts: Some(drafts),
         traces: false,
         n_queue: n_slots + 1,
         max_wait: Duration::ZERO,
     })
 }
 
+/// What is compared; the first is what the others are compared with.
+fn modes(args: &BenchArgs) -> Vec<Speculation> {
+    let mut modes: Vec<Speculation> = vec![];
+    for mode in &args.modes {
+        if !modes.contains(mode) {
+            modes.push(*mode);
+        }
+    }
+    modes
+}
+
 async fn measure(args: &BenchArgs, handle: &Handle, prompts: &Prompts) -> anyhow::Result<Report> {
     // Every n-th of the file, so that all its parts are there.
     let n = args.n_prompts.min(prompts.len());
     let chosen: Vec<usize> = (0..n).map(|i| i * prompts.len() / n).collect();
+    let modes = modes(args);
     let mut report = Report {
         model: handle.model().name().unwrap_or_else(|| "unnamed model".into()),
         quantization: handle.model().quantization(),
         n_heads: handle.n_heads(),
+        text_drafts: handle.drafts_from_text(),
         simulated: args.acceptance.is_some(),
         acceptance: args.acceptance.clone(),
         threads: args.model.threads(),
@@ -168,51 +208,64 @@ async fn measure(args: &BenchArgs, handle: &Handle, prompts: &Prompts) -> anyhow
         temperature: args.temperature,
         max_tokens: args.max_tokens,
         prompts: n,
+        modes: modes.iter().map(|mode| mode.name()).collect(),
         by_parallel: BTreeMap::new(),
         by_category: BTreeMap::new(),
+        calibration: vec![],
     };
     let bar = ProgressBar::new((args.parallel.len() * args.rounds * n) as u64);
     bar.set_style(
         ProgressStyle::with_template("{bar:40} {pos}/{len} prompts {elapsed}, {eta} left").expect("a valid template"),
     );
     ask(handle, &request(args, "Say hi.".into(), 0, Speculation::Auto)).await?;
-    for (i, &parallel) in args.parallel.iter().enumerate() {
-        let mut all = Pair::default();
+    for &parallel in &args.parallel {
+        let all = report.by_parallel.entry(parallel).or_default();
         for round in 0..args.rounds {
-            let mut of_round = Pair::default();
-            // Together as many as run in parallel, so that both modes see the same company.
-            for group in chosen.chunks(parallel.max(1)) {
-                let mut pair = Pair::default();
-                // Which mode goes first changes, since the second one finds a warmer machine.
-                let order = if (round + group[0]) % 2 == 0 { [false, true] } else { [true, false] };
-                for with_heads in order {
-                    let figures = run(args, handle, prompts, group, with_heads).await?;
-                    *(if with_heads { &mut pair.heads } else { &mut pair.plain }) = figures;
-                }
-                of_round.plain.add(&pair.plain);
-                of_round.heads.add(&pair.heads);
-                if i == 0 && parallel == 1 {
-                    let category = prompts.category(group[0]).unwrap_or("all").to_owned();
-                    let of = report.by_category.entry(category).or_default();
-                    of.plain.add(&pair.plain);
-                    of.heads.add(&pair.heads);
+            let mut of_round = Modes::new();
+            // Together as many as run in parallel, so that all modes see the same company.
+            for (i, group) in chosen.chunks(parallel.max(1)).enumerate() {
+                let category = prompts.category(group[0]).unwrap_or("all").to_owned();
+                // Which mode goes first changes, since the next one finds a warmer machine.
+                for k in 0..modes.len() {
+                    let mode = modes[(round + i + k) % modes.len()];
+                    let figures = run(args, handle, prompts, group, mode).await?;
+                    of_round.entry(mode.name()).or_default().add(&figures);
+                    if parallel == 1 {
+                        let of = report.by_category.entry(category.clone()).or_default();
+                        of.entry(mode.name()).or_default().add(&figures);
+                    }
                 }
                 bar.inc(group.len() as u64);
             }
-            all.ratios.push(ratio(&of_round, parallel));
-            all.plain.add(&of_round.plain);
-            all.heads.add(&of_round.heads);
+            for (mode, figures) in of_round {
+                let sum = all.entry(mode).or_default();
+                sum.add(&figures);
+                sum.speeds.push(figures.speed(parallel));
+            }
         }
-        report.by_parallel.insert(parallel, all);
     }
+    report.calibration = calibrated(&handle.reliability());
     bar.finish_and_clear();
     Ok(report)
 }
 
-/// Speed with drafts over speed without: of decoding for one stream, of everything for several.
-fn ratio(pair: &Pair, parallel: usize) -> f64 {
-    let speed = |f: &Figures| f.tokens as f64 / if parallel == 1 { f.decode_s } else { f.wall_s }.max(1e-9);
-    speed(&pair.heads) / speed(&pair.plain)
+/// Each source, at all depths and at each, and all together.
+fn calibrated(reliability: &Reliability) -> Vec<Calibrated> {
+    let of = |sources: &[Source], depth| {
+        let ranges = reliability.ranges(sources, depth);
+        Calibrated {
+            sources: sources.to_vec(),
+            depth,
+            verified: ranges.iter().map(|c| c.n).sum(),
+            foreseen: ranges.iter().map(|c| c.foreseen).sum(),
+            accepted: ranges.iter().map(|c| c.accepted).sum(),
+            error: calibration_error(&ranges),
+            ranges: ranges.to_vec(),
+        }
+    };
+    let depths = || std::iter::once(None).chain((1..=N_DEPTHS).map(Some));
+    let each = Source::ALL.iter().flat_map(|source| depths().map(|depth| of(&[*source], depth)));
+    each.chain([of(&Source::ALL, None)]).filter(|c| c.verified > 0).collect()
 }
 
 async fn run(
@@ -220,9 +273,8 @@ async fn run(
     handle: &Handle,
     prompts: &Prompts,
     group: &[usize],
-    with_heads: bool,
+    mode: Speculation,
 ) -> anyhow::Result<Figures> {
-    let mode = if with_heads { Speculation::Auto } else { Speculation::Off };
     let started = Instant::now();
     let mut running = JoinSet::new();
     for &i in group {
@@ -242,8 +294,17 @@ fn request(args: &BenchArgs, prompt: String, i: usize, speculation: Speculation)
     // Simulated acceptance follows the seed: the same for all prompts, they would be lucky at the same positions.
     let seed = if args.acceptance.is_some() { i as u64 } else { 1 };
     let sampling = SamplingParams { temperature: args.temperature as f32, seed, ..SamplingParams::default() };
-    let max_tokens = args.max_tokens;
-    Request { prompt, max_tokens, sampling, stop: vec![], ignore_eos: false, cache_prompt: false, speculation }
+    Request {
+        prompt,
+        max_tokens: args.max_tokens,
+        sampling,
+        stop: vec![],
+        ignore_eos: false,
+        cache_prompt: false,
+        speculation,
+        // Each prompt is asked several times: an answer must not be drafted from another mode's answer to the same prompt.
+        share_text: false,
+    }
 }
 
 async fn ask(handle: &Handle, request: &Request) -> anyhow::Result<Completion> {
@@ -260,41 +321,69 @@ async fn ask(handle: &Handle, request: &Request) -> anyhow::Result<Completion> {
 
 fn print(report: &Report) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
-    let Report { model, quantization, n_heads, threads, prompts, .. } = report;
-    writeln!(out, "{model} ({quantization}), {n_heads} heads, {threads} threads, {prompts} prompts")?;
+    let Report { model, quantization, n_heads, threads, prompts, modes, .. } = report;
+    let text = if report.text_drafts { ", text drafts" } else { "" };
+    writeln!(out, "{model} ({quantization}), {n_heads} heads{text}, {threads} threads, {prompts} prompts")?;
     if let Some(rates) = &report.acceptance {
         writeln!(out, "simulated: heads are taken to be right at the rates {rates:?}; texts are meaningless")?;
     }
+    let base = modes[0];
+    let title = format!("ratio to {base} (lowest to highest)");
     writeln!(
         out,
-        "\nparallel   plain tok/s   heads tok/s   ratio (lowest to highest)   tokens/step   candidates/step   accepted/drafted   batched/sequential"
+        "\nparallel   mode       tok/s   {title:>32}   tokens/step   candidates/step   accepted/drafted   batched/sequential"
     )?;
-    let sequential = report.by_parallel.get(&1);
-    for (parallel, pair) in &report.by_parallel {
-        let mut ratios = pair.ratios.clone();
-        ratios.sort_by(f64::total_cmp);
-        let middle = ratios[ratios.len() / 2];
-        let (plain, heads) = (&pair.plain, &pair.heads);
-        // Against the same mode's requests one after the other.
-        let gains = sequential.map(|one| [plain.rate() / one.plain.rate(), heads.rate() / one.heads.rate()]);
-        let gains = gains.map_or_else(|| "-".into(), |[plain, heads]| format!("plain {plain:.2}, heads {heads:.2}"));
-        writeln!(
-            out,
-            "{parallel:8} {:13.1} {:13.1}   {middle:5.3} ({:.3} to {:.3})      {:11.3}   {:15.2}   {:>16}   {gains}",
-            plain.rate(),
-            heads.rate(),
-            ratios[0],
-            ratios[ratios.len() - 1],
-            heads.tokens_per_step(),
-            heads.candidates_per_step(),
-            format!("{}/{}", heads.accepted, heads.drafted),
-        )?;
+    for (parallel, figures) in &report.by_parallel {
+        for name in modes {
+            let own = &figures[name];
+            // Against the same mode's requests one after the other.
+            let alone = report.by_parallel.get(&1).map(|one| format!("{:.2}", own.rate() / one[name].rate()));
+            writeln!(
+                out,
+                "{parallel:8}   {name:8} {:7.1}   {:>32}   {:11.3}   {:15.2}   {:>16}   {:>18}",
+                own.rate(),
+                spread(own.ratios(&figures[base])),
+                own.tokens_per_step(),
+                own.candidates_per_step(),
+                format!("{}/{}", own.accepted, own.drafted),
+                alone.as_deref().unwrap_or("-"),
+            )?;
+        }
+        if let [_, between @ .., last] = &modes[..] {
+            for name in between {
+                writeln!(out, "{:11}{last} / {name}: {}", "", spread(figures[last].ratios(&figures[name])))?;
+            }
+        }
     }
     if !report.by_category.is_empty() {
-        writeln!(out, "\none stream, by category      ratio of decoding speed   tokens/step")?;
+        let columns: String = modes.iter().map(|name| format!("{name:>17}")).collect();
+        writeln!(out, "\none stream: ratio of decoding speed, tokens per step\n{:28}{columns}", "")?;
     }
-    for (category, pair) in &report.by_category {
-        writeln!(out, "{category:28} {:23.3} {:13.3}", ratio(pair, 1), pair.heads.tokens_per_step())?;
+    for (category, figures) in &report.by_category {
+        let column = |name: &&str| {
+            let own = &figures[*name];
+            format!("{:9.3} {:7.2}", own.speed(1) / figures[base].speed(1), own.tokens_per_step())
+        };
+        writeln!(out, "{category:28}{}", modes.iter().map(column).collect::<String>())?;
+    }
+    writeln!(out, "\ncandidates by source and depth   verified   foreseen   accepted   expected calibration error")?;
+    for c in &report.calibration {
+        let sources = if c.sources.len() == 1 { format!("{:?}", c.sources[0]).to_lowercase() } else { "all".into() };
+        let depth = match c.depth {
+            None => "all depths".into(),
+            Some(depth) if depth == N_DEPTHS => format!("{depth} and deeper"),
+            Some(depth) => depth.to_string(),
+        };
+        let share = |x: f64| x / c.verified as f64;
+        let (foreseen, accepted) = (share(c.foreseen), share(c.accepted as f64));
+        writeln!(out, "{sources:6} {depth:24} {:10} {foreseen:10.3} {accepted:10.3} {:28.3}", c.verified, c.error)?;
     }
     Ok(())
+}
+
+/// The median, and the lowest and highest.
+fn spread(mut values: Vec<f64>) -> String {
+    values.sort_by(f64::total_cmp);
+    let Some((first, last)) = values.first().zip(values.last()) else { return "-".into() };
+    format!("{:.3} ({first:.3} to {last:.3})", values[values.len() / 2])
 }

@@ -25,7 +25,7 @@ pub fn generate(args: &GenerateArgs) -> anyhow::Result<()> {
         n_gpu_layers: args.model.n_gpu_layers,
         n_threads: args.model.threads(),
         limits: Limits { n_slots: 1, n_ctx, n_batch: 512, layout: Layout::Streams { n_cells: n_ctx } },
-        heads: None,
+        drafts: None,
         traces: false,
         n_queue: 1,
         max_wait: Duration::ZERO,

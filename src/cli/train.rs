@@ -54,7 +54,7 @@ fn collect(args: &TrainArgs, prompts: &Prompts, folder: &Path) -> anyhow::Result
                 n_seqs: (args.batch_size + 1).min(max_sequences()),
             },
         },
-        heads: None,
+        drafts: None,
         traces: true,
         n_queue: args.batch_size + 8,
         max_wait: Duration::ZERO,

@@ -9,6 +9,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use tokio::sync::{Semaphore, mpsc, watch};
 
 use super::company::Company;
@@ -22,7 +23,9 @@ use crate::request::{Event, Request};
 use crate::speculate::cost::{self, Cost};
 use crate::speculate::device::{DeviceDraft, DeviceHeads};
 use crate::speculate::heads::{Heads, HeadsError, Shape};
+use crate::speculate::reliability::Reliability;
 use crate::speculate::simulated::Acceptance;
+use crate::speculate::text::TextDrafts;
 use crate::speculate::{self, Draft, MAX_NODES, Speculator};
 
 /// What the engine needs to start.
@@ -36,8 +39,8 @@ pub struct EngineParams {
     pub n_threads: usize,
     /// Sizes.
     pub limits: Limits,
-    /// Heads to draft with.
-    pub heads: Option<HeadsParams>,
+    /// What to draft with; `None`: nothing is drafted.
+    pub drafts: Option<DraftParams>,
     /// Answers come with what the model thought at each token.
     pub traces: bool,
     /// Requests that may run or wait.
@@ -46,19 +49,28 @@ pub struct EngineParams {
     pub max_wait: Duration,
 }
 
-/// Which heads, and how much of them.
+/// What drafts are made of, and how much of them is verified.
+#[derive(Clone, Debug, Default)]
+pub struct DraftParams {
+    /// Heads.
+    pub heads: Option<HeadsParams>,
+    /// Each sequence's own text, and so many tokens of recent answers; `None`: no text.
+    pub n_shared_text: Option<usize>,
+    /// Most tokens a step may give one sequence; `None`: what the sources can give.
+    pub max_tokens_per_step: Option<usize>,
+    /// Verify this many candidates for each sequence in every step, to measure; `None` to serve.
+    pub fixed_nodes: Option<usize>,
+    /// Simulate that heads' candidates are accepted at these rates, to measure; `None` to serve.
+    pub acceptance: Option<Acceptance>,
+}
+
+/// Which heads.
 #[derive(Clone, Debug)]
 pub struct HeadsParams {
     /// The folder they stand in.
     pub folder: PathBuf,
     /// Use at most this many.
     pub n_heads: usize,
-    /// Most tokens a step may give one sequence; `None`: the number of heads and one.
-    pub max_tokens_per_step: Option<usize>,
-    /// Verify this many candidates for each sequence in every step, to measure; `None` to serve.
-    pub fixed_nodes: Option<usize>,
-    /// Simulate that candidates are accepted at these rates, to measure; `None` to serve.
-    pub acceptance: Option<Acceptance>,
 }
 
 /// Why the engine did not start.
@@ -109,6 +121,8 @@ pub struct Stats {
     cells_retained: AtomicUsize,
     steps: AtomicU64,
     tokens: AtomicU64,
+    /// Locked once a step.
+    reliability: Mutex<Reliability>,
 }
 
 /// The counters at one time.
@@ -137,6 +151,10 @@ impl Stats {
         self.steps.fetch_add(1, Ordering::Relaxed);
     }
 
+    pub(super) fn publish_reliability(&self, reliability: &Reliability) {
+        self.reliability.lock().clone_from(reliability);
+    }
+
     pub(super) fn count_token(&self) {
         self.tokens.fetch_add(1, Ordering::Relaxed);
     }
@@ -161,6 +179,7 @@ pub struct Handle {
     model: Arc<Model>,
     limits: Limits,
     n_heads: usize,
+    text_drafts: bool,
     side: Side,
     n_queue: usize,
     stats: Arc<Stats>,
@@ -199,6 +218,12 @@ impl Handle {
         self.n_heads
     }
 
+    /// `true` if text drafts.
+    #[must_use]
+    pub fn drafts_from_text(&self) -> bool {
+        self.text_drafts
+    }
+
     /// Where heads and verification are computed.
     #[must_use]
     pub fn side(&self) -> Side {
@@ -215,6 +240,12 @@ impl Handle {
     #[must_use]
     pub fn stats(&self) -> Snapshot {
         self.stats.snapshot()
+    }
+
+    /// Whether candidates were right as often as was said.
+    #[must_use]
+    pub fn reliability(&self) -> Reliability {
+        self.stats.reliability.lock().clone()
     }
 
     /// Requests accepted and not yet ended.
@@ -344,75 +375,105 @@ fn serve(params: &EngineParams, stage: &watch::Sender<Stage>, stop: &AtomicBool)
     let stats = Arc::new(Stats::default());
     let (jobs, receiver) = sync_channel(params.n_queue);
     let mut forward = LlamaForward::new(context);
-    let mut speculator = None;
-    if let Some(heads) = &params.heads {
-        speculator = Some(load_heads(heads, params.n_threads, &model, &mut forward, limits)?);
-    }
-    let (n_heads, side) = speculator.as_ref().map_or((0, Side::Cpu), |(_, n_heads, side)| (*n_heads, *side));
+    let drafts = match &params.drafts {
+        Some(drafts) => Some(load_drafts(drafts, params.n_threads, &model, &mut forward, limits)?),
+        None => None,
+    };
+    let (n_heads, side) = drafts.as_ref().map_or((0, Side::Cpu), |d| (d.n_heads, d.side));
+    let text_drafts = drafts.as_ref().is_some_and(|d| d.speculator.has_text());
     let mut engine = Engine::new(forward, limits, Arc::clone(&stats));
-    if let Some((speculator, ..)) = speculator {
-        engine.speculate(speculator, n_ids(params));
+    if let Some(drafts) = drafts {
+        engine.speculate(drafts.speculator, n_ids(params));
     }
     if params.traces {
         engine.trace_answers();
     }
     let permits = Arc::new(Semaphore::new(params.n_queue));
-    let handle = Handle { jobs, permits, model, limits, n_heads, side, n_queue: params.n_queue, stats };
+    let n_queue = params.n_queue;
+    let handle = Handle { jobs, permits, model, limits, n_heads, text_drafts, side, n_queue, stats };
     stage.send_replace(Stage::Ready(handle));
     run(engine, &receiver, params.max_wait, stop);
     Ok(())
 }
 
 /// Rows are measured up to two for each slot and so many more.
-const MEASURED_BEYOND: usize = 8;
+const MEASURED_BEYOND: usize = 24;
 
-/// Reads heads, and measures what rows cost. Returns how many heads there are, too.
+/// Tokens behind a sequence's last one that its text may draft.
+const TEXT_DEPTH: usize = 32;
+
+/// What drafts, ready.
+struct Drafts {
+    speculator: Speculator,
+    n_heads: usize,
+    side: Side,
+}
+
+/// Reads heads, and measures what rows cost.
+fn load_drafts(
+    params: &DraftParams,
+    n_threads: usize,
+    model: &Model,
+    forward: &mut LlamaForward,
+    Limits { n_batch, n_slots, .. }: Limits,
+) -> Result<Drafts, StartError> {
+    // Beyond, the curve goes on as a line; and what is measured takes memory.
+    let most = n_batch.min(2 * n_slots + MEASURED_BEYOND);
+    let numbers: Vec<usize> = cost::POINTS.into_iter().filter(|&n| n <= most).collect();
+    let (points, change_s) = forward.measure(&numbers)?;
+    let curve: Vec<String> = points.iter().map(|(n, s)| format!("{n}: {:.1}", s * 1e3)).collect();
+    let (curve, change) = (curve.join(", "), change_s * 1e3);
+    tracing::info!("milliseconds of a step by rows: {curve}; {change:.1} more if their number changes");
+
+    let cost = Cost::from_points(&points).with_change(change_s);
+    let (mut n_heads, mut side, mut depth) = (0, Side::Cpu, 0);
+    let mut heads = None;
+    if let Some(params) = &params.heads {
+        let drafter;
+        (drafter, side) = load_heads(params, n_threads, model, forward)?;
+        n_heads = drafter.n_heads();
+        depth = n_heads;
+        heads = Some(drafter);
+        tracing::info!(n_heads, side = side.name(), "heads loaded");
+    }
+    if let Some(rates) = params.acceptance.as_ref().map(|a| a.rates().len()).filter(|&n| n > n_heads) {
+        return Err(StartError::Acceptance { rates, heads: n_heads });
+    }
+    if params.n_shared_text.is_some() {
+        depth = depth.max(TEXT_DEPTH);
+    }
+    let max_tokens = params.max_tokens_per_step.unwrap_or(depth + 1);
+    let mut speculator = match heads {
+        Some(heads) => Speculator::new(heads, max_tokens, cost),
+        None => Speculator::without_heads(max_tokens, cost),
+    };
+    if let Some(n_shared) = params.n_shared_text {
+        speculator = speculator.with_text(TextDrafts::new(n_shared));
+    }
+    if let Some(n) = params.fixed_nodes {
+        speculator = speculator.with_fixed_nodes(n);
+    }
+    if let Some(acceptance) = &params.acceptance {
+        speculator = speculator.with_acceptance(acceptance.clone());
+    }
+    Ok(Drafts { speculator, n_heads, side })
+}
+
+/// Reads heads and makes them ready where they will be computed.
 fn load_heads(
     params: &HeadsParams,
     n_threads: usize,
     model: &Model,
     forward: &mut LlamaForward,
-    Limits { n_batch, n_slots, .. }: Limits,
-) -> Result<(Speculator, usize, Side), StartError> {
+) -> Result<(Box<dyn Draft>, Side), StartError> {
     let shape = Shape { n_embd: model.n_embd(), n_vocab: model.n_vocab() };
     let heads = Heads::load(&params.folder, shape, params.n_heads)?;
-    // Beyond, the curve goes on as a line; and what is measured takes memory.
-    let most = n_batch.min(2 * n_slots + MEASURED_BEYOND);
-    let numbers: Vec<usize> = cost::POINTS.into_iter().filter(|&n| n <= most).collect();
-    let (points, change_s) = forward.measure(&numbers)?;
-    let device = logits_device(forward);
-    let side = if device.is_some() { Side::Cuda } else { Side::Cpu };
-    let drafter: Box<dyn Draft> = match device {
-        Some(device) => {
-            let heads = DeviceHeads::new(device, heads, model, Precision::Q8)?;
-            let heads = Rc::new(RefCell::new(heads));
-            forward.use_device(Rc::clone(&heads));
-            Box::new(DeviceDraft(heads))
-        }
-        None => speculate::drafter(heads, model, n_threads)?,
+    let Some(device) = logits_device(forward) else {
+        return Ok((speculate::drafter(heads, model, n_threads)?, Side::Cpu));
     };
-    let n_heads = drafter.n_heads();
-    if let Some(rates) = params.acceptance.as_ref().map(|a| a.rates().len()).filter(|&n| n > n_heads) {
-        return Err(StartError::Acceptance { rates, heads: n_heads });
-    }
-    let curve: Vec<String> = points.iter().map(|(n, s)| format!("{n}: {:.1}", s * 1e3)).collect();
-    let (curve, change) = (curve.join(", "), change_s * 1e3);
-    tracing::info!(
-        n_heads,
-        side = side.name(),
-        "heads loaded; milliseconds of a step by rows: {curve}; {change:.1} more if their number changes"
-    );
-    let max_tokens = params.max_tokens_per_step.unwrap_or(n_heads + 1);
-    let speculator = Speculator::new(drafter, max_tokens, Cost::from_points(&points).with_change(change_s));
-    let speculator = match params.fixed_nodes {
-        Some(n) => speculator.with_fixed_nodes(n),
-        None => speculator,
-    };
-    let speculator = match &params.acceptance {
-        Some(acceptance) => speculator.with_acceptance(acceptance.clone()),
-        None => speculator,
-    };
-    Ok((speculator, n_heads, side))
+    let heads = Rc::new(RefCell::new(DeviceHeads::new(device, heads, model, Precision::Q8)?));
+    forward.use_device(Rc::clone(&heads));
+    Ok((Box::new(DeviceDraft(heads)), Side::Cuda))
 }
 
 /// The device that the last pass left its logits on, if our kernels can work there.
@@ -434,8 +495,8 @@ const MAX_LEAVES: usize = 16;
 /// Sequence ids of a unified cache: the layout's, and behind them those for the leaves of trees.
 fn n_ids(params: &EngineParams) -> usize {
     let Layout::Unified { n_seqs, .. } = params.limits.layout else { return params.limits.n_slots };
-    let n_leaves = match &params.heads {
-        Some(HeadsParams { fixed_nodes: Some(_), .. }) => MAX_NODES,
+    let n_leaves = match &params.drafts {
+        Some(DraftParams { fixed_nodes: Some(_), .. }) => MAX_NODES,
         Some(_) => MAX_LEAVES,
         None => 1,
     };
@@ -456,7 +517,7 @@ fn context_params(params: &EngineParams) -> ContextParams {
         n_seq_max,
         n_threads: params.n_threads,
         unified,
-        tap_hidden: (params.heads.is_some() || params.traces) && unified,
+        tap_hidden: (params.drafts.as_ref().is_some_and(|d| d.heads.is_some()) || params.traces) && unified,
         embeddings: false,
     }
 }

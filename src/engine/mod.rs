@@ -63,7 +63,7 @@ pub struct Engine<F> {
     running: Vec<Option<Sequence>>,
     n_admitted: u64,
     pace: Pace,
-    /// `None`: no heads.
+    /// `None`: nothing is drafted.
     speculator: Option<Speculator>,
     leaves: Leaves,
     /// Answers come with what the model thought.
@@ -197,6 +197,9 @@ impl<F: Forward> Engine<F> {
                     let (seq, n_ctx) = (place.seq, self.limits.n_ctx);
                     let mut sequence = Sequence::new(job, sampler, seq, place.n_cached, self.n_admitted, n_ctx);
                     sequence.trace = self.traces.then(Trace::default);
+                    if sequence.speculation.by_text() && self.speculator.as_ref().is_some_and(Speculator::has_text) {
+                        sequence.index_text();
+                    }
                     self.running[seq.0 as usize] = Some(sequence);
                     self.n_admitted += 1;
                 }
@@ -234,18 +237,26 @@ impl<F: Forward> Engine<F> {
         let deepest = speculator.max_tokens_per_step() - 1;
         let origin = |share: &Share| {
             let s = sequence(share);
-            let max_depth = if share.to_end && share.n_rows == 1 { s.n_draftable().min(deepest) } else { 0 };
-            Origin { seq: s.seq, hidden: s.hidden(), root: s.tokens[s.n_computed], max_depth, trust: s.trust.factor() }
+            let n_draftable = if share.to_end && share.n_rows == 1 { s.n_draftable().min(deepest) } else { 0 };
+            Origin {
+                seq: s.seq,
+                hidden: s.hidden(),
+                root: s.tokens[s.n_computed],
+                max_depth: if s.hidden().is_empty() { 0 } else { n_draftable },
+                trust: s.trust.heads.factor(),
+                open: 1.0,
+                text: s.text_origin(n_draftable).filter(|_| n_draftable > 0),
+            }
         };
-        let origins: Vec<Origin<'_>> = work.shares.iter().map(origin).collect();
+        let mut origins: Vec<Origin<'_>> = work.shares.iter().map(origin).collect();
         let n_rows: usize = work.shares.iter().map(|s| s.n_rows).sum();
         let n_decode = work.shares.iter().filter(|s| s.to_end && s.n_rows == 1).count();
-        if !speculator.is_due(n_rows, n_decode) || origins.iter().all(|o| o.max_depth == 0) {
+        if !speculator.is_due(n_rows, n_decode) || origins.iter().all(|o| o.max_depth == 0 && o.text.is_none()) {
             return;
         }
         let trees = &mut work.trees[..origins.len()];
         let started = Instant::now();
-        speculator.draft(&origins, n_rows, n_decode, trees);
+        speculator.draft(&mut origins, n_rows, n_decode, trees);
         let seconds = started.elapsed().as_secs_f64();
         let n_free = self.ledger.make_room(n_rows + MAX_NODES, &mut work.ops);
         let room = (self.limits.n_batch - n_rows).min(n_free.saturating_sub(n_rows));
@@ -359,8 +370,8 @@ impl<F: Forward> Engine<F> {
             }
             work.spans.push(Span { first, n: work.rules.len() as i32 - first });
             work.asked.push(share.seq);
-            work.trust.push(s.trust.factor());
-            any_drafts |= s.speculation != Speculation::Off;
+            work.trust.push(s.trust.heads.factor());
+            any_drafts |= s.speculation.by_heads();
         }
         if work.rules.is_empty() {
             return;
@@ -388,8 +399,8 @@ impl<F: Forward> Engine<F> {
             s.note_drafted(tree.len());
         }
         let mut at = None;
-        let mut refused = None;
-        while share.to_end && !done && refused.is_none() {
+        let mut last = None;
+        while share.to_end && !done && last.is_none() {
             let row = at.map_or(row, |node| row + 1 + node);
             let choice = work.chosen.get(work.first_choice[i] + at.map_or(0, |node| 1 + node));
             let token = match choice {
@@ -416,6 +427,7 @@ impl<F: Forward> Engine<F> {
             }
             done = s.accept(token, &work.piece, is_end, now);
             if done {
+                last = Some(token);
                 break;
             }
             match tree.child(at, token) {
@@ -425,8 +437,8 @@ impl<F: Forward> Engine<F> {
                     at = Some(node);
                 }
                 None => {
-                    refused = Some(token);
-                    if self.speculator.is_some() {
+                    last = Some(token);
+                    if self.speculator.as_ref().is_some_and(Speculator::has_heads) {
                         s.keep_hidden(self.forward.hidden(row)?);
                     }
                 }
@@ -436,7 +448,10 @@ impl<F: Forward> Engine<F> {
         self.ledger.push(s.seq, &s.tokens[s.n_computed..n_after]);
         s.n_computed = n_after;
         if let Some(speculator) = &mut self.speculator {
-            speculator.note_walk(i, &work.accepted, refused, &mut s.trust);
+            speculator.note_walk(i, tree.len(), &work.accepted, last, &mut s.trust);
+            if let Some(answer) = s.shared_answer().filter(|_| done) {
+                speculator.remember(answer);
+            }
         }
         if tree.is_empty() {
             return Ok(done);
@@ -484,6 +499,9 @@ impl<F: Forward> Engine<F> {
     fn publish(&self) {
         let running = self.ledger.n_active();
         self.stats.publish(running, self.waiting.len(), self.ledger.n_cells_active(), self.ledger.n_cells_retained());
+        if let Some(speculator) = &self.speculator {
+            self.stats.publish_reliability(speculator.reliability());
+        }
     }
 
     /// Checks the ledger and that it knows the same sequences as the loop. For tests.

@@ -8,7 +8,9 @@ use super::sampler::Sampler;
 use super::text::{Pushed, TextAssembler};
 use crate::llama::{SeqId, Token};
 use crate::request::{Completion, Event, FinishReason, Request, Speculation, SpeculationUsage, Timings, Trace, Usage};
-use crate::speculate::calibration::Trust;
+use crate::speculate::calibration::Trusts;
+use crate::speculate::suffix::Suffixes;
+use crate::speculate::text::TextOrigin;
 
 /// A request that was accepted and waits for a sequence id.
 pub struct Job {
@@ -50,9 +52,12 @@ pub struct Sequence {
     pub speculation: Speculation,
     /// Of the last row that decided a token; empty before the first.
     hidden: Vec<f32>,
+    /// Index of `tokens`, to draft from.
+    suffixes: Option<Suffixes>,
+    share_text: bool,
     drafts: SpeculationUsage,
     /// How far its drafts are to be trusted.
-    pub trust: Trust,
+    pub trust: Trusts,
     /// What the model thought so far, where that is wanted.
     pub trace: Option<Trace>,
     text: TextAssembler,
@@ -83,8 +88,10 @@ impl Sequence {
             sampler,
             speculation: job.request.speculation,
             hidden: Vec::new(),
+            suffixes: None,
+            share_text: job.request.share_text,
             drafts: SpeculationUsage::default(),
-            trust: Trust::default(),
+            trust: Trusts::default(),
             trace: None,
             n_cached,
             text: TextAssembler::new(job.request.stop),
@@ -99,10 +106,29 @@ impl Sequence {
         self.tokens.len() - self.n_computed
     }
 
+    /// Indexes the tokens, from now on, so that what follows may be drafted from them.
+    pub fn index_text(&mut self) {
+        let mut suffixes = Suffixes::new(self.n_prompt + self.n_generate);
+        self.tokens.iter().for_each(|&token| suffixes.push(token));
+        self.suffixes = Some(suffixes);
+    }
+
+    /// The text to draft from, at most `max_depth` tokens behind the last one.
+    pub fn text_origin(&self, max_depth: usize) -> Option<TextOrigin<'_>> {
+        let index = self.suffixes.as_ref()?;
+        let (trust, shared) = (self.trust.text.factor(), self.share_text);
+        Some(TextOrigin { index, tokens: &self.tokens, max_depth, trust, shared })
+    }
+
+    /// The answer so far, if others may be drafted from it.
+    pub fn shared_answer(&self) -> Option<&[Token]> {
+        (self.suffixes.is_some() && self.share_text).then(|| &self.tokens[self.n_prompt..])
+    }
+
     /// Tokens behind the next one that it makes sense to draft: the answer may end before, but not after.
     pub fn n_draftable(&self) -> usize {
         let left = self.n_generate - (self.tokens.len() - self.n_prompt);
-        if self.speculation != Speculation::Off && !self.hidden.is_empty() { left.saturating_sub(1) } else { 0 }
+        if self.speculation == Speculation::Off { 0 } else { left.saturating_sub(1) }
     }
 
     /// The hidden state to draft from, as far as one was kept.
@@ -112,7 +138,7 @@ impl Sequence {
 
     /// Keeps the hidden state of the row that decided the last token.
     pub fn keep_hidden(&mut self, hidden: &[f32]) {
-        if self.speculation != Speculation::Off {
+        if self.speculation.by_heads() {
             self.hidden.clear();
             self.hidden.extend_from_slice(hidden);
         }
@@ -143,6 +169,9 @@ impl Sequence {
     /// answer is complete and its last event sent.
     pub fn accept(&mut self, token: Token, bytes: &[u8], is_end: bool, now: Instant) -> bool {
         self.tokens.push(token);
+        if let Some(suffixes) = &mut self.suffixes {
+            suffixes.push(token);
+        }
         self.sampler.accept(token);
         self.clock.first_token.get_or_insert(now);
         self.clock.last_token = now;

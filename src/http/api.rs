@@ -50,10 +50,13 @@ pub fn generate(body: Value, n_ctx: usize, random_seed: u64) -> Result<Generate,
     let stop = fields.stops()?;
     let ignore_eos = fields.boolean("ignore_eos")?.unwrap_or(false);
     let speculation = fields.speculation()?;
+    let share_text = fields.boolean("share_text")?.unwrap_or(true);
     let cache_prompt = fields.boolean("cache_prompt")?.unwrap_or(true);
     let stream = fields.boolean("stream")?.unwrap_or(false);
     fields.refuse_the_rest()?;
-    Ok(Generate { request: Request { prompt, max_tokens, sampling, stop, ignore_eos, cache_prompt, speculation }, stream })
+    let request =
+        Request { prompt, max_tokens, sampling, stop, ignore_eos, cache_prompt, speculation, share_text };
+    Ok(Generate { request, stream })
 }
 
 /// The fields not yet read. Null counts as absent.
@@ -81,13 +84,10 @@ impl Fields {
     }
 
     fn speculation(&mut self) -> Result<Speculation, Invalid> {
-        match self.take("speculation") {
-            None => Ok(Speculation::Auto),
-            Some(Value::String(s)) if s == "auto" => Ok(Speculation::Auto),
-            Some(Value::String(s)) if s == "off" => Ok(Speculation::Off),
-            Some(Value::String(s)) if s == "typical" => Ok(Speculation::Typical),
-            Some(other) => Err(wrong("speculation", &other, "\"auto\", \"off\" or \"typical\"")),
-        }
+        let Some(value) = self.take("speculation") else { return Ok(Speculation::Auto) };
+        let names = || Speculation::NAMES.map(|(name, _)| format!("\"{name}\"")).join(", ");
+        let known = value.as_str().and_then(Speculation::by_name);
+        known.ok_or_else(|| wrong("speculation", &value, &format!("one of {}", names())))
     }
 
     fn number(&mut self, name: &str, min: f32, max: f32) -> Result<Option<f32>, Invalid> {
@@ -151,7 +151,8 @@ impl Fields {
             None => Ok(()),
             Some(name) => {
                 let known = "prompt, max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, frequency_penalty, \
-                             presence_penalty, repeat_last_n, logit_bias, seed, stop, ignore_eos, cache_prompt, speculation, stream";
+                             presence_penalty, repeat_last_n, logit_bias, seed, stop, ignore_eos, cache_prompt, speculation, \
+                             share_text, stream";
                 let shown: String = name.chars().take(64).collect();
                 Err(Invalid::new(&shown, format!("unknown field `{shown}`; known are {known}")))
             }
@@ -222,7 +223,8 @@ mod tests {
         let g = read(json!({
             "prompt": "x", "max_tokens": 5.0, "temperature": 0, "top_p": 0.5, "top_k": 3, "min_p": 0.1,
             "repetition_penalty": 1.1, "frequency_penalty": -1, "presence_penalty": 0.5, "repeat_last_n": 7,
-            "logit_bias": { "5": -100 }, "seed": u64::MAX, "stop": ["a", "b"], "ignore_eos": true, "cache_prompt": false, "speculation": "off", "stream": true,
+            "logit_bias": { "5": -100 }, "seed": u64::MAX, "stop": ["a", "b"], "ignore_eos": true, "cache_prompt": false, "speculation": "off",
+            "share_text": false, "stream": true,
         }));
         let g = g.unwrap();
         let s = &g.request.sampling;
@@ -231,7 +233,7 @@ mod tests {
         assert_eq!((s.logit_bias.as_slice(), s.seed), (&[(Token(5), -100.0)][..], u64::MAX));
         assert_eq!((g.request.max_tokens, g.request.stop.len()), (5, 2));
         assert_eq!((g.request.ignore_eos, g.request.cache_prompt, g.stream), (true, false, true));
-        assert_eq!(g.request.speculation, Speculation::Off);
+        assert_eq!((g.request.speculation, g.request.share_text), (Speculation::Off, false));
         assert_eq!(read(json!({ "prompt": "x", "stop": "one" })).unwrap().request.stop, ["one"]);
     }
 
@@ -257,6 +259,7 @@ mod tests {
             json!({ "prompt": "x", "repetition_penalty": 0 }),
             json!({ "prompt": "x", "stream": "yes" }),
             json!({ "prompt": "x", "speculation": true }),
+            json!({ "prompt": "x", "speculation": "some" }),
             json!({ "prompt": "x", "max_token": 5 }),
         ];
         for body in bad {

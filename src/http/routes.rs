@@ -108,6 +108,7 @@ fn information(app: &App) -> Result<Reply, Problem> {
             Layout::Streams { n_cells } => json!({ "layout": "streams", "cells": n_cells * limits.n_slots }),
         };
         body["heads"] = handle.n_heads().into();
+        body["text_drafts"] = handle.drafts_from_text().into();
         body["drafting_on"] = handle.side().name().into();
         body["load"] = json!({
             "in_flight": handle.n_in_flight(),

@@ -54,17 +54,28 @@ enum Belief {
     Given(Acceptance),
 }
 
+/// How often candidates of one kind are right, against how often they were said to be.
 #[derive(Clone, Copy, Debug, Default)]
-struct Bin {
-    /// Sum of the heads' probabilities of candidates whose parent was accepted.
+pub(super) struct Bin {
+    /// Sum of the probabilities of candidates whose parent was accepted.
     expected: f64,
     /// Those that were accepted.
     hits: f64,
 }
 
 impl Bin {
-    fn ratio(self) -> f32 {
-        ((self.hits + FIRMNESS * BELIEF) / (self.expected + FIRMNESS)) as f32
+    /// By what to multiply such a probability; as long as little is known, by about `belief`.
+    pub(super) fn ratio(self, belief: f64) -> f32 {
+        ((self.hits + FIRMNESS * belief) / (self.expected + FIRMNESS)) as f32
+    }
+
+    /// Notes a candidate.
+    pub(super) fn note(&mut self, p: f32, accepted: bool) {
+        self.expected += f64::from(p);
+        self.hits += f64::from(u8::from(accepted));
+        if self.expected >= MEMORY {
+            *self = Self { expected: self.expected / 2.0, hits: self.hits / 2.0 };
+        }
     }
 }
 
@@ -98,14 +109,14 @@ impl Calibration {
             Belief::Exact => return p,
             Belief::Given(acceptance) => return acceptance.rate(depth, rank),
         }
-        (p * self.bins[head(depth)][bin(p)].ratio() * trust).clamp(0.0, HIGHEST)
+        (p * self.bins[head(depth)][bin(p)].ratio(BELIEF) * trust).clamp(0.0, HIGHEST)
     }
 
     /// For each range of what the head at `depth` says, how often candidates are accepted, against that.
     #[must_use]
     pub fn ratios(&self, depth: usize) -> [f32; N_BINS] {
         match self.belief {
-            Belief::Learnt => self.bins[head(depth)].map(Bin::ratio),
+            Belief::Learnt => self.bins[head(depth)].map(|bin| bin.ratio(BELIEF)),
             Belief::Exact | Belief::Given(_) => [1.0; N_BINS],
         }
     }
@@ -147,19 +158,14 @@ impl Calibration {
 
     /// Notes what became of a candidate whose parent was accepted.
     pub fn note(&mut self, depth: usize, p: f32, accepted: bool) {
-        let bin = &mut self.bins[head(depth)][bin(p)];
-        bin.expected += f64::from(p);
-        bin.hits += f64::from(u8::from(accepted));
-        if bin.expected >= MEMORY {
-            *bin = Bin { expected: bin.expected / 2.0, hits: bin.hits / 2.0 };
-        }
+        self.bins[head(depth)][bin(p)].note(p, accepted);
     }
 }
 
-/// How much better or worse heads are at one sequence's text than at all texts of late.
+/// How much better or worse a source of drafts is at one sequence's text than at all texts of late.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Trust {
-    /// Hits that [`Calibration`] alone foresaw.
+    /// Hits that its calibration alone foresaw.
     foreseen: f64,
     hits: f64,
 }
@@ -177,12 +183,29 @@ impl Trust {
         self.hits *= TRUST_FADE;
     }
 
-    /// Notes a place: the probability that one of its candidates is right, as [`Calibration`] alone foresees it, and
-    /// whether one was.
+    /// Notes a place: the probability that one of its candidates is right, as calibration alone foresees it, and whether
+    /// one was.
     pub fn note(&mut self, foreseen: f32, hit: bool) {
         let keep = 1.0 - 1.0 / TRUST_MEMORY;
         self.foreseen = keep * self.foreseen + f64::from(foreseen.min(1.0));
         self.hits = keep * self.hits + f64::from(u8::from(hit));
+    }
+}
+
+/// The [`Trust`] in each source at one sequence's text.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Trusts {
+    /// Heads.
+    pub heads: Trust,
+    /// The text before.
+    pub text: Trust,
+}
+
+impl Trusts {
+    /// Notes a place without candidates.
+    pub fn fade(&mut self) {
+        self.heads.fade();
+        self.text.fade();
     }
 }
 

@@ -64,6 +64,7 @@ struct Path {
     token: Token,
     /// Of its sequence.
     trust: f32,
+    open: f32,
 }
 
 /// A node that could be.
@@ -145,11 +146,12 @@ impl Conditioned {
     fn choose_paths(&mut self, depth: usize, worth: Worth, calibration: &Calibration) {
         let d = self.net.n_embd();
         let level = &mut self.level;
-        level.paths.sort_by(|a, b| (b.q * b.trust).total_cmp(&(a.q * a.trust)));
+        let promise = |path: &Path| path.q * path.trust * path.open;
+        level.paths.sort_by(|a, b| promise(b).total_cmp(&promise(a)));
         level.paths.truncate(MAX_PATHS);
         let value = |path: &Path| {
             let token_s = f64::from(path.q) * worth.token_s;
-            token_s * calibration.expect(depth, worth.row_s / token_s, path.trust)
+            f64::from(path.open) * token_s * calibration.expect(depth, worth.row_s / token_s, path.trust)
         };
         let (n, cut) = most_gain(&self.cuts, level.paths.iter().map(value));
         level.paths.truncate(n);
@@ -169,7 +171,7 @@ impl Conditioned {
         for (origin, o) in origins.iter().enumerate().filter(|(_, o)| o.max_depth > 0) {
             let state = self.states.len() / self.net.n_embd();
             self.states.extend_from_slice(o.hidden);
-            paths.push(Path { origin, node: None, state, q: 1.0, token: o.root, trust: o.trust });
+            paths.push(Path { origin, node: None, state, q: 1.0, token: o.root, trust: o.trust, open: o.open });
         }
         self.choose_paths(1, worth, calibration);
         for depth in 0..self.n_heads() {
@@ -180,7 +182,8 @@ impl Conditioned {
             self.go_on(depth, calibration)?;
             let goes_on = |(i, n): (usize, &Candidate)| {
                 let o = &origins[n.origin];
-                let path = Path { origin: n.origin, node: Some(i), state: n.state, q: n.q, token: n.token, trust: o.trust };
+                let &Candidate { origin, state, q, token, .. } = n;
+                let path = Path { origin, node: Some(i), state, q, token, trust: o.trust, open: o.open };
                 (o.max_depth > depth + 1).then_some(path)
             };
             self.level.paths.clear();

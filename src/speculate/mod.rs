@@ -1,10 +1,11 @@
 //! Drafting: what may follow, and how much of it to verify. Pure but for the heads' files.
 //!
 //! Each step, every decoding sequence has a root (its last token, chosen but not computed) and the hidden state of the token
-//! before it. A [`Draft`] makes a [`Tree`] of candidates of that; [`policy`] cuts the trees of all sequences to the nodes
-//! that pay, by the measured [`cost`] of rows and the [`calibration`] of what the heads say. The engine computes root and
-//! nodes in one pass and walks down each tree by the model's own choices: what it accepts is what it would have generated
-//! anyway, so speculation changes the pace of a text and never the text.
+//! before it. Heads, as a [`Draft`], make a [`Tree`] of candidates of that; [`text`] adds what followed where the last tokens
+//! stood before. [`policy`] cuts the trees of all sequences to the nodes that pay, by the measured [`cost`] of rows and by how
+//! often candidates of their kind are right, which is counted ([`calibration`] for heads, [`text`] for its own). The engine
+//! computes root and nodes in one pass and walks down each tree by the model's own choices: what it accepts is what it would
+//! have generated anyway, so speculation changes the pace of a text and never the text.
 
 pub mod calibration;
 pub mod conditioned;
@@ -14,16 +15,21 @@ pub mod heads;
 pub mod medusa;
 mod pickle;
 pub mod policy;
+pub mod reliability;
 pub mod simulated;
+pub mod suffix;
+pub mod text;
 pub mod tree;
 
-use calibration::{Calibration, Trust};
+use calibration::{Calibration, Trusts};
 use conditioned::Conditioned;
 use cost::Cost;
 use heads::{HeadNets, Heads};
 use medusa::Medusa;
 use policy::Step;
+use reliability::Reliability;
 use simulated::Acceptance;
+use text::{TextDrafts, TextOrigin};
 pub use tree::{Node, Tree};
 
 use crate::llama::{LlamaError, Model, SeqId, Token};
@@ -37,10 +43,14 @@ pub struct Origin<'a> {
     pub hidden: &'a [f32],
     /// The sequence's last token.
     pub root: Token,
-    /// Tokens behind the root that may be drafted; 0 for none.
+    /// Tokens behind the root that heads may draft; 0 for none.
     pub max_depth: usize,
-    /// [`Trust::factor`] of the sequence.
+    /// [`Trust::factor`](calibration::Trust::factor) of the sequence's heads.
     pub trust: f32,
+    /// Probability that nothing but heads knows what follows the root.
+    pub open: f32,
+    /// Its text, if that may be drafted from.
+    pub text: Option<TextOrigin<'a>>,
 }
 
 /// Something that proposes continuations.
@@ -88,7 +98,8 @@ const LONGEST_REST: f64 = 64.0;
 
 /// The draft side of an engine.
 pub struct Speculator {
-    drafter: Box<dyn Draft>,
+    heads: Option<Box<dyn Draft>>,
+    text: Option<TextDrafts>,
     /// Most tokens a step may give one sequence, its own choice included; at least 1.
     max_tokens_per_step: usize,
     /// Verify this many candidates whatever they cost, for comparison.
@@ -99,36 +110,58 @@ pub struct Speculator {
     /// Rows of the last step.
     n_before: usize,
     calibration: Calibration,
-    /// What the drafter offered for each origin of this step; what was verified is the first part of it.
+    reliability: Reliability,
+    /// Heads are asked in this step.
+    asks_heads: bool,
+    /// What heads offered for each origin of this step.
+    by_heads: Vec<Tree>,
+    /// What was offered in all; what was verified is the first part of it.
     offered: Vec<Tree>,
     rest: Rest,
     scratch: Vec<f32>,
 }
 
-/// Steps go by without a draft while drafts do not pay.
+/// Steps go by in which heads are not asked while what they offer does not pay.
 #[derive(Clone, Copy, Debug, Default)]
 struct Rest {
-    /// Mean of what drafts gained, in shares of a step's time.
+    /// Mean of what they gained, in shares of a step's time.
     gain: f64,
     left: u32,
 }
 
 impl Speculator {
-    /// From a drafter and the measured cost of rows.
+    /// From heads and the measured cost of rows.
     #[must_use]
-    pub fn new(drafter: Box<dyn Draft>, max_tokens_per_step: usize, cost: Cost) -> Self {
+    pub fn new(heads: Box<dyn Draft>, max_tokens_per_step: usize, cost: Cost) -> Self {
+        Self { heads: Some(heads), ..Self::without_heads(max_tokens_per_step, cost) }
+    }
+
+    /// From the measured cost of rows: a source of drafts is still to come.
+    #[must_use]
+    pub fn without_heads(max_tokens_per_step: usize, cost: Cost) -> Self {
         Self {
-            drafter,
+            heads: None,
+            text: None,
             max_tokens_per_step: max_tokens_per_step.max(1),
             fixed_nodes: None,
             acceptance: None,
             cost,
             n_before: 0,
             calibration: Calibration::default(),
+            reliability: Reliability::default(),
+            asks_heads: false,
+            by_heads: Vec::new(),
             offered: Vec::new(),
             rest: Rest::default(),
             scratch: Vec::new(),
         }
+    }
+
+    /// Drafts from text, too.
+    #[must_use]
+    pub fn with_text(mut self, text: TextDrafts) -> Self {
+        self.text = Some(text);
+        self
     }
 
     /// Verifies `n` candidates for each sequence in every step, whatever they cost: not to serve with, but to measure.
@@ -169,9 +202,28 @@ impl Speculator {
         self.max_tokens_per_step
     }
 
+    /// `true` if drafts are made of hidden states.
+    #[must_use]
+    pub fn has_heads(&self) -> bool {
+        self.heads.is_some()
+    }
+
+    /// `true` if drafts are made of the sequences' text.
+    #[must_use]
+    pub fn has_text(&self) -> bool {
+        self.text.is_some()
+    }
+
+    /// Whether candidates were right as often as was said.
+    #[must_use]
+    pub fn reliability(&self) -> &Reliability {
+        &self.reliability
+    }
+
     /// `true` if a step of `n_rows` rows, of which `n_decode` decode, should draft. To be asked once a step.
     pub fn is_due(&mut self, n_rows: usize, n_decode: usize) -> bool {
         self.offered.clear();
+        self.asks_heads = self.heads.is_some();
         if self.fixed_nodes.is_some() {
             return true;
         }
@@ -179,17 +231,17 @@ impl Speculator {
         if worth.row_s >= worth.token_s {
             return false; // it cannot pay, however sure
         }
-        let due = self.rest.left == 0;
+        self.asks_heads &= self.rest.left == 0;
         self.rest.left = self.rest.left.saturating_sub(1);
-        due
+        self.asks_heads || self.text.is_some()
     }
 
-    /// How far heads are right, if the step after this one, of so many rows that decode, will draft as things stand.
+    /// How far heads are right, if they will be asked in the step after this one, of so many rows that decode, as things stand.
     #[must_use]
     pub fn will_draft(&self, n_decode: usize) -> Option<&Calibration> {
         let worth = self.worth(n_decode, n_decode);
         let will = self.fixed_nodes.is_some() || (self.rest.left == 0 && worth.row_s < worth.token_s);
-        will.then_some(&self.calibration)
+        (will && self.heads.is_some()).then_some(&self.calibration)
     }
 
     fn worth(&self, n_rows: usize, n_decode: usize) -> Worth {
@@ -201,14 +253,31 @@ impl Speculator {
     }
 
     /// Fills `trees` with all candidates for `origins`, in a step of `n_rows` rows of which `n_decode` decode.
-    pub fn draft(&mut self, origins: &[Origin<'_>], n_rows: usize, n_decode: usize, trees: &mut [Tree]) {
+    pub fn draft(&mut self, origins: &mut [Origin<'_>], n_rows: usize, n_decode: usize, trees: &mut [Tree]) {
         let worth = match self.fixed_nodes {
             Some(n_nodes) => Worth { n_nodes, token_s: f64::MAX.sqrt(), row_s: 0.0 },
             None => self.worth(n_rows, n_decode),
         };
-        self.drafter.draft(origins, worth, &self.calibration, trees);
-        if trees.iter().all(Tree::is_empty) {
-            self.calibration.fade();
+        if let Some(text) = &mut self.text {
+            for origin in origins.iter_mut() {
+                origin.open = 1.0 - origin.text.map_or(0.0, |o| text.foresee(&o));
+            }
+        }
+        self.by_heads.resize_with(origins.len().max(self.by_heads.len()), Tree::default);
+        let by_heads = &mut self.by_heads[..origins.len()];
+        by_heads.iter_mut().for_each(Tree::clear);
+        if let Some(heads) = self.heads.as_mut().filter(|_| self.asks_heads) {
+            heads.draft(origins, worth, &self.calibration, by_heads);
+            if by_heads.iter().all(Tree::is_empty) {
+                self.calibration.fade();
+            }
+        }
+        let pays = (worth.row_s / worth.token_s) as f32;
+        for ((origin, by_heads), tree) in origins.iter().zip(by_heads).zip(trees.iter_mut()) {
+            match (&mut self.text, &origin.text) {
+                (Some(text), Some(o)) => text.grow(o, by_heads, pays, worth.n_nodes, tree),
+                _ => std::mem::swap(by_heads, tree),
+            }
         }
         self.offered.extend_from_slice(trees);
     }
@@ -222,11 +291,15 @@ impl Speculator {
             return trees.iter().map(Tree::len).sum();
         }
         let step = Step { n_rows, n_before: self.n_before, n_decode, draft_s: seconds, room };
+        // Heads are judged by what they add: against steps of as many rows as before, with what text alone offers.
+        let without = Step { draft_s: 0.0, n_before: n_rows, ..step };
+        let by_text = trees.iter().flat_map(Tree::nodes).filter(|n| n.text.is_some()).map(|n| n.q);
+        let without = policy::best_rate(by_text, without, &self.cost, &mut self.scratch);
         let n = policy::choose(trees, step, &self.cost, &mut self.scratch);
-        let hoped: f64 = trees.iter().flat_map(Tree::nodes).map(|n| f64::from(n.q)).sum();
-        // Against the time that plain steps would take for as many tokens.
-        let gain = (1.0 + hoped / n_decode.max(1) as f64) * self.cost.seconds(n_decode) / step.seconds(&self.cost, n) - 1.0;
-        self.rest.note(gain);
+        if self.asks_heads {
+            let hoped: f64 = trees.iter().flat_map(Tree::nodes).map(|n| f64::from(n.q)).sum();
+            self.rest.note((n_decode as f64 + hoped) / step.seconds(&self.cost, n) / without - 1.0);
+        }
         n
     }
 
@@ -238,23 +311,65 @@ impl Speculator {
         self.n_before = n_rows;
     }
 
-    /// Notes the walk down the tree of the `origin`-th origin: the accepted nodes, and the model's choice behind them, which
-    /// no verified node held; `None` if the walk ended because the request was done. `trust` is the sequence's.
-    pub fn note_walk(&mut self, origin: usize, accepted: &[usize], last: Option<Token>, trust: &mut Trust) {
+    /// Notes an answer that is complete, for others to be drafted from.
+    pub fn remember(&mut self, answer: &[Token]) {
+        if let Some(text) = &mut self.text {
+            text.remember(answer);
+        }
+    }
+
+    /// Notes the walk down the tree of the `origin`-th origin, of which `n_verified` nodes were computed: the accepted nodes,
+    /// and the `last` token that the model chose behind them. A verified node holds it only if the request ended with it; there is
+    /// none if nobody waited for it any more. `trust` is the sequence's.
+    pub fn note_walk(&mut self, origin: usize, n_verified: usize, accepted: &[usize], last: Option<Token>, trust: &mut Trusts) {
         // Candidates that were not worth verifying teach as much as those that were.
-        let Some(tree) = self.offered.get(origin).filter(|tree| !tree.is_empty()) else { return trust.fade() };
+        if self.offered.get(origin).is_none_or(Tree::is_empty) {
+            return trust.fade();
+        }
+        self.note_verified(origin, n_verified, accepted, last);
+        let tree = &self.offered[origin];
+        let factor = trust.heads.factor();
+        if tree.nodes().iter().all(|n| n.p == 0.0) {
+            trust.heads.fade();
+        }
         let mut parent = None;
         for token in accepted.iter().map(|&i| tree.nodes()[i].token).chain(last) {
-            let children = tree.nodes().iter().filter(|n| n.parent == parent);
+            let children = || tree.nodes().iter().filter(|n| n.parent == parent);
+            let by_heads = || children().filter(|n| n.p > 0.0);
             let estimate = |(rank, n): (usize, &Node)| self.calibration.estimate(n.depth, rank, n.p, 1.0);
-            let foreseen: Vec<f32> = children.clone().enumerate().map(estimate).collect();
+            let foreseen: Vec<f32> = by_heads().enumerate().map(estimate).collect();
+            if let Some(text) = &mut self.text {
+                let mut of_heads = foreseen.iter().map(|h| (h * factor).min(calibration::HIGHEST));
+                let each = children().map(|n| (n, (n.p > 0.0).then(|| of_heads.next()).flatten()));
+                text.note(each, !foreseen.is_empty(), token, &mut trust.text);
+            }
             if !foreseen.is_empty() {
-                trust.note(foreseen.iter().sum(), children.clone().any(|n| n.token == token));
+                trust.heads.note(foreseen.iter().sum(), by_heads().any(|n| n.token == token));
                 let depth = parent.map_or(0, |i| tree.nodes()[i].depth) + 1;
                 self.calibration.note_offer(depth, foreseen.into_iter());
             }
-            children.for_each(|n| self.calibration.note(n.depth, n.p, n.token == token));
+            by_heads().for_each(|n| self.calibration.note(n.depth, n.p, n.token == token));
             parent = tree.child(parent, token);
+        }
+    }
+
+    /// Notes whether each verified candidate was accepted, as far as that is known: behind a request's last token it is not.
+    fn note_verified(&mut self, origin: usize, n_verified: usize, accepted: &[usize], last: Option<Token>) {
+        let Some(last) = last else { return };
+        let tree = &self.offered[origin];
+        let end = tree.child(accepted.last().copied(), last).filter(|&node| node < n_verified);
+        let is_behind_end = |mut at: Option<usize>| loop {
+            match at {
+                Some(i) if Some(i) == end => return true,
+                Some(i) => at = tree.nodes()[i].parent,
+                None => return false,
+            }
+        };
+        for (i, node) in tree.nodes()[..n_verified].iter().enumerate() {
+            if end.is_none() || !is_behind_end(node.parent) {
+                let is_right = accepted.contains(&i) || Some(i) == end;
+                self.reliability.note(node.source(), node.depth, node.q, is_right);
+            }
         }
     }
 }
@@ -292,14 +407,14 @@ mod tests {
         }
         let mut trees = vec![Tree::default()];
         speculator.draft(
-            &[Origin { seq: SeqId(0), hidden: &[], root: Token(0), max_depth: 1, trust: 1.0 }],
+            &mut [Origin { seq: SeqId(0), hidden: &[], root: Token(0), max_depth: 1, trust: 1.0, open: 1.0, text: None }],
             1,
             1,
             &mut trees,
         );
         let n = speculator.choose(&mut trees, 1, 1, 64, 0.05);
         let accepted = trees[0].child(None, model);
-        speculator.note_walk(0, accepted.as_slice(), accepted.is_none().then_some(model), &mut Trust::default());
+        speculator.note_walk(0, n, accepted.as_slice(), accepted.is_none().then_some(model), &mut Trusts::default());
         Some(n)
     }
 

@@ -37,22 +37,33 @@ impl Step {
     }
 }
 
-/// Cuts every tree to the nodes that pay. Returns how many are left in all.
-pub fn choose(trees: &mut [Tree], step: Step, cost: &Cost, scratch: &mut Vec<f32>) -> usize {
-    scratch.clear();
-    scratch.extend(trees.iter().flat_map(|t| t.nodes().iter().map(|n| n.q)));
-    scratch.sort_unstable_by(|a, b| b.total_cmp(a));
+/// The most tokens per second that a step can give where candidates have these `q`.
+#[must_use]
+pub fn best_rate(q: impl Iterator<Item = f32>, step: Step, cost: &Cost, scratch: &mut Vec<f32>) -> f64 {
+    best(q, step, cost, scratch).1
+}
 
+/// How many candidates give the most tokens per second, and how many those are. Leaves `q` in `sorted`, best first.
+fn best(q: impl Iterator<Item = f32>, step: Step, cost: &Cost, sorted: &mut Vec<f32>) -> (usize, f64) {
+    sorted.clear();
+    sorted.extend(q);
+    sorted.sort_unstable_by(|a, b| b.total_cmp(a));
     let mut tokens = step.n_decode as f64;
-    let plain = tokens / step.seconds(cost, 0);
-    let (mut best, mut best_n) = (plain, 0);
-    for (i, q) in scratch.iter().take(step.room).enumerate() {
+    let (mut best_n, mut best) = (0, tokens / step.seconds(cost, 0));
+    for (i, q) in sorted.iter().take(step.room).enumerate() {
         tokens += f64::from(*q);
         let rate = tokens / step.seconds(cost, i + 1);
         if rate > best {
-            (best, best_n) = (rate, i + 1);
+            (best_n, best) = (i + 1, rate);
         }
     }
+    (best_n, best)
+}
+
+/// Cuts every tree to the nodes that pay. Returns how many are left in all.
+pub fn choose(trees: &mut [Tree], step: Step, cost: &Cost, scratch: &mut Vec<f32>) -> usize {
+    let all = trees.iter().flat_map(|t| t.nodes().iter().map(|n| n.q));
+    let (best_n, _) = best(all, step, cost, scratch);
     if best_n == 0 {
         trees.iter_mut().for_each(Tree::clear);
         return 0;

@@ -7,6 +7,8 @@
 use std::collections::BinaryHeap;
 
 use super::calibration::Calibration;
+use super::reliability::Source;
+use super::text::Evidence;
 use crate::llama::Token;
 
 /// A token that may stand at its place.
@@ -18,10 +20,24 @@ pub struct Node {
     pub parent: Option<usize>,
     /// Tokens from the root to here; 1 for its children.
     pub depth: usize,
-    /// Probability that its head gave it, as it came.
+    /// Probability that its head gave it, as it came; 0 if no head offered it.
     pub p: f32,
+    /// What speaks for it in the text before, if anything does.
+    pub text: Option<Evidence>,
     /// Estimated probability that it is accepted: of the whole path.
     pub q: f32,
+}
+
+impl Node {
+    /// Where it came from.
+    #[must_use]
+    pub fn source(&self) -> Source {
+        match self.text {
+            None => Source::Heads,
+            Some(_) if self.p == 0.0 => Source::Text,
+            Some(_) => Source::Both,
+        }
+    }
 }
 
 /// Nodes, best first.
@@ -59,16 +75,24 @@ impl Tree {
         self.nodes.truncate(n);
     }
 
+    /// Adds a node that a head offers behind all that are there.
+    ///
+    /// # Panics
+    /// As [`push_with`](Self::push_with).
+    pub fn push(&mut self, parent: Option<usize>, token: Token, p: f32, q: f32) -> usize {
+        self.push_with(parent, token, p, None, q)
+    }
+
     /// Adds a node behind all that are there.
     ///
     /// # Panics
     /// When its parent is not there yet, its path exists already, or its `q` is above its predecessor's.
-    pub fn push(&mut self, parent: Option<usize>, token: Token, p: f32, q: f32) -> usize {
+    pub fn push_with(&mut self, parent: Option<usize>, token: Token, p: f32, text: Option<Evidence>, q: f32) -> usize {
         assert!(parent.is_none_or(|i| i < self.nodes.len()), "a parent comes before its children");
         assert!(self.nodes.last().is_none_or(|last| q <= last.q), "nodes come in descending order");
         assert!(self.child(parent, token).is_none(), "a path stands in a tree once");
         let depth = parent.map_or(0, |i| self.nodes[i].depth) + 1;
-        self.nodes.push(Node { token, parent, depth, p, q });
+        self.nodes.push(Node { token, parent, depth, p, text, q });
         self.nodes.len() - 1
     }
 

@@ -102,6 +102,7 @@ fn request(prompt: String, temperature: f32, max_tokens: usize, seed: u64) -> Re
         ignore_eos: false,
         cache_prompt: true,
         speculation: Speculation::Off,
+        share_text: false,
     }
 }
 

@@ -1,0 +1,103 @@
+//! Whether candidates are right as often as was said: what was foreseen of those that were verified, against what became of
+//! them. Pure.
+
+use serde::Serialize;
+
+/// Where a candidate came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Source {
+    /// A head.
+    Heads,
+    /// The text before.
+    Text,
+    /// Both.
+    Both,
+}
+
+impl Source {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Heads, Self::Text, Self::Both];
+}
+
+/// Depths that are told apart; deeper ones share the last one's counts.
+pub const N_DEPTHS: usize = 8;
+/// Ranges of the foreseen probability, equally wide.
+pub const N_RANGES: usize = 10;
+
+/// Candidates by source, depth and foreseen probability.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Reliability {
+    counts: [[[Count; N_RANGES]; N_DEPTHS]; Source::ALL.len()],
+}
+
+/// Some candidates.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Count {
+    /// How many.
+    pub n: u64,
+    /// Sum of the probabilities that they were foreseen to be accepted with.
+    pub foreseen: f64,
+    /// Those that were.
+    pub accepted: u64,
+}
+
+impl Count {
+    fn add(&mut self, other: &Self) {
+        self.n += other.n;
+        self.foreseen += other.foreseen;
+        self.accepted += other.accepted;
+    }
+}
+
+impl Reliability {
+    /// Notes a verified candidate at `depth` (1: behind the root), which was foreseen to be accepted with probability `q`.
+    pub fn note(&mut self, source: Source, depth: usize, q: f32, accepted: bool) {
+        let range = ((q * N_RANGES as f32) as usize).min(N_RANGES - 1);
+        let one = Count { n: 1, foreseen: f64::from(q), accepted: u64::from(accepted) };
+        self.counts[source as usize][depth.clamp(1, N_DEPTHS) - 1][range].add(&one);
+    }
+
+    /// Candidates of these sources and at this depth (all of them for `None`), by range of the foreseen probability.
+    #[must_use]
+    pub fn ranges(&self, sources: &[Source], depth: Option<usize>) -> [Count; N_RANGES] {
+        let mut sum = [Count::default(); N_RANGES];
+        for source in sources {
+            for (i, counts) in self.counts[*source as usize].iter().enumerate() {
+                if depth.is_none_or(|depth| depth == i + 1) {
+                    sum.iter_mut().zip(counts).for_each(|(sum, count)| sum.add(count));
+                }
+            }
+        }
+        sum
+    }
+}
+
+/// Expected calibration error: the mean distance between what was foreseen and what came, over ranges, weighted by how many
+/// candidates they have. C. Guo et al., "On Calibration of Modern Neural Networks" (2017).
+#[must_use]
+pub fn calibration_error(ranges: &[Count]) -> f64 {
+    let n: u64 = ranges.iter().map(|c| c.n).sum();
+    let off: f64 = ranges.iter().map(|c| (c.foreseen - c.accepted as f64).abs()).sum();
+    off / n.max(1) as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_error_is_the_mean_distance_over_ranges() {
+        let mut reliability = Reliability::default();
+        for i in 0..100 {
+            reliability.note(Source::Heads, 1, 0.85, i < 80);
+            reliability.note(Source::Text, 9, 0.35, i < 20);
+        }
+        let error = |sources: &[Source], depth| calibration_error(&reliability.ranges(sources, depth));
+        assert!((error(&[Source::Heads], None) - 0.05).abs() < 1e-6);
+        assert!((error(&[Source::Text], Some(N_DEPTHS)) - 0.15).abs() < 1e-6);
+        assert!((error(&Source::ALL, None) - 0.10).abs() < 1e-6);
+        assert_eq!(error(&[Source::Both], None), 0.0);
+        assert_eq!(reliability.ranges(&[Source::Heads], Some(1))[8].accepted, 80);
+    }
+}

@@ -1,0 +1,335 @@
+//! Drafts from text: what followed where the last tokens stood before, in the sequence's own text and in recent answers. How
+//! often such matches are right is counted, by their length and by how far they agree. With the heads' candidates they become
+//! one tree, in which equal paths share nodes. Pure.
+
+use std::collections::BinaryHeap;
+
+use super::calibration::{Bin, HIGHEST, Trust};
+use super::suffix::{Match, Suffixes};
+use super::tree::{Node, Tree};
+use crate::llama::Token;
+
+/// Different tokens that one text offers behind a path.
+const N_GUESSES: usize = 3;
+/// The shortest match of each class of lengths.
+const LENGTHS: [usize; 8] = [2, 3, 4, 6, 9, 14, 22, 32];
+/// Probability of a match of each class before anything is known, in the sequence's own text ...
+const PRIOR: [f32; 8] = [0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.8, 0.9];
+/// ... and by what it is multiplied where matches agree so far, and for other texts.
+const PRIOR_SUPPORT: [f32; N_SUPPORTS] = [1.0, 1.2, 0.8, 0.4];
+const PRIOR_SHARED: f32 = 0.8;
+const N_SUPPORTS: usize = 4;
+const N_EVIDENCE: usize = 2 * LENGTHS.len() * N_SUPPORTS;
+/// Classes of probabilities, equally wide, for what heads and text say of the same token.
+const N_CLASSES: usize = 5;
+/// What a head that was asked and did not offer a token leaves of what text says, before anything is known.
+const NOT_OFFERED: f32 = 0.6;
+/// Candidates below this share of what pays are not gone on from.
+const WORTH_A_LOOK: f32 = 0.5;
+
+/// What speaks for a token in the text before: which text, how many tokens match, and how far matches agree.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Evidence(u8);
+
+/// Matches about as long as the longest one that speaks for a token.
+enum Support {
+    /// It is the only one.
+    Sole,
+    /// All speak for the token.
+    Agreed,
+    /// Most do.
+    Led,
+    /// Others are as many.
+    Split,
+}
+
+/// Where a sequence's text stands.
+#[derive(Clone, Copy, Debug)]
+pub struct TextOrigin<'a> {
+    /// Its index.
+    pub index: &'a Suffixes,
+    /// Its tokens; the last one is the root.
+    pub tokens: &'a [Token],
+    /// Tokens behind the root that may be drafted; 0 for none.
+    pub max_depth: usize,
+    /// [`Trust::factor`] of the sequence's text.
+    pub trust: f32,
+    /// Whether other answers may be drafted from.
+    pub shared: bool,
+}
+
+/// A token that may follow.
+#[derive(Clone, Copy, Debug)]
+struct Guess {
+    token: Token,
+    evidence: Evidence,
+    /// Its probability, as far as text tells.
+    t: f32,
+}
+
+/// Text as a source of drafts.
+#[derive(Debug)]
+pub struct TextDrafts {
+    /// Recent answers.
+    shared: Option<Suffixes>,
+    /// By evidence.
+    rates: [Bin; N_EVIDENCE],
+    /// Where heads were asked too: by class of the head's probability (0: not offered) and of the text's.
+    both: [[Bin; N_CLASSES]; N_CLASSES + 1],
+    found: Vec<Match>,
+    guesses: Vec<Guess>,
+    path: Vec<Token>,
+    open: BinaryHeap<Open>,
+}
+
+/// A node that could be next.
+#[derive(Clone, Copy, Debug)]
+struct Open {
+    q: f32,
+    parent: Option<usize>,
+    token: Token,
+    p: f32,
+    text: Option<Evidence>,
+    /// The same node in the heads' tree.
+    head: Option<usize>,
+}
+
+impl TextDrafts {
+    /// Drafts from each sequence's own text, and from the last `n_shared` tokens of all answers; 0 for none of them.
+    #[must_use]
+    pub fn new(n_shared: usize) -> Self {
+        Self {
+            shared: (n_shared > 0).then(|| Suffixes::new(n_shared)),
+            rates: [Bin::default(); N_EVIDENCE],
+            both: [[Bin::default(); N_CLASSES]; N_CLASSES + 1],
+            found: vec![],
+            guesses: vec![],
+            path: vec![],
+            open: BinaryHeap::new(),
+        }
+    }
+
+    /// Notes an answer, for others to be drafted from.
+    pub fn remember(&mut self, answer: &[Token]) {
+        if let Some(shared) = &mut self.shared {
+            shared.push_text(answer);
+        }
+    }
+
+    /// Probability that text knows what follows the root.
+    pub fn foresee(&mut self, origin: &TextOrigin<'_>) -> f32 {
+        if origin.max_depth == 0 {
+            return 0.0;
+        }
+        self.guess(origin, origin.tokens);
+        self.guesses.iter().map(|g| g.t).sum()
+    }
+
+    /// Fills `tree` with the `n_nodes` best candidates of the heads, in their own tree, and of the text. A path of text is
+    /// gone on from as long as its probability is not far below `pays`, what one must have to pay.
+    pub fn grow(&mut self, origin: &TextOrigin<'_>, heads: &Tree, pays: f32, n_nodes: usize, tree: &mut Tree) {
+        tree.clear();
+        self.open.clear();
+        self.offer(origin, heads, Some(None), None, tree);
+        while tree.len() < n_nodes {
+            let Some(best) = self.open.pop() else { return };
+            let node = tree.push_with(best.parent, best.token, best.p, best.text, best.q);
+            let depth = tree.nodes()[node].depth;
+            let by_text = depth < origin.max_depth && best.q >= WORTH_A_LOOK * pays;
+            if by_text || best.head.is_some() {
+                let origin = TextOrigin { max_depth: if by_text { origin.max_depth } else { 0 }, ..*origin };
+                self.offer(&origin, heads, best.head.map(Some), Some(node), tree);
+            }
+        }
+    }
+
+    /// Opens the children of node `at` of `tree` (`None`: of the root), which is `head` in the heads' tree if it stands there.
+    fn offer(
+        &mut self,
+        origin: &TextOrigin<'_>,
+        heads: &Tree,
+        head: Option<Option<usize>>,
+        at: Option<usize>,
+        tree: &Tree,
+    ) {
+        self.guesses.clear();
+        if origin.max_depth > 0 {
+            let mut path = std::mem::take(&mut self.path);
+            path_to(origin.tokens, tree, at, &mut path);
+            self.guess(origin, &path);
+            self.path = path;
+        }
+        let above = at.map_or(1.0, |i| tree.nodes()[i].q);
+        let head_above = head.flatten().map_or(1.0, |i| heads.nodes()[i].q);
+        let offered = || {
+            let children = heads.nodes().iter().enumerate().filter(|(_, n)| head == Some(n.parent));
+            children.map(|(i, n)| (i, n, n.q / head_above.max(f32::MIN_POSITIVE)))
+        };
+        let asked = offered().next().is_some();
+
+        // What text says of its tokens moves what is left for the others.
+        let (mut by_text, mut by_heads) = (0.0, 0.0);
+        for i in 0..self.guesses.len() {
+            let Guess { token, evidence, t } = self.guesses[i];
+            let same = offered().find(|(_, n, _)| n.token == token);
+            let h = same.map(|(_, _, h)| h);
+            let q = if asked { self.join(h, t) } else { t };
+            by_text += q;
+            by_heads += h.unwrap_or(0.0);
+            self.guesses[i].t = q;
+            let (p, head) = same.map_or((0.0, None), |(i, n, _)| (n.p, Some(i)));
+            self.open.push(Open { q: above * q, parent: at, token, p, text: Some(evidence), head });
+        }
+        let rest = ((1.0 - by_text) / (1.0 - by_heads).max(f32::EPSILON)).clamp(0.0, 1.0);
+        for (i, n, h) in offered().filter(|(_, n, _)| self.guesses.iter().all(|g| g.token != n.token)) {
+            self.open.push(Open { q: above * h * rest, parent: at, token: n.token, p: n.p, text: None, head: Some(i) });
+        }
+    }
+
+    /// Fills `guesses` with what may follow `text`.
+    fn guess(&mut self, origin: &TextOrigin<'_>, text: &[Token]) {
+        self.guesses.clear();
+        let shared = self.shared.as_ref().filter(|_| origin.shared);
+        for (index, is_shared) in [(Some(origin.index), false), (shared, true)] {
+            let Some(index) = index else { continue };
+            self.found.clear();
+            index.find(text, &mut self.found);
+            self.found.sort_by_key(|m| std::cmp::Reverse(m.n));
+            for guess in evidence(&self.found, is_shared) {
+                let t = trusted(self.rate(guess.1), origin.trust);
+                let guess = Guess { token: guess.0, evidence: guess.1, t };
+                match self.guesses.iter_mut().find(|g| g.token == guess.token) {
+                    Some(known) if known.t >= t => {}
+                    Some(known) => *known = guess,
+                    None => self.guesses.push(guess),
+                }
+            }
+        }
+        let sum: f32 = self.guesses.iter().map(|g| g.t).sum();
+        if sum > HIGHEST {
+            self.guesses.iter_mut().for_each(|g| g.t *= HIGHEST / sum);
+        }
+    }
+
+    /// How often tokens with such evidence are right.
+    fn rate(&self, evidence: Evidence) -> f32 {
+        evidence.prior() * self.rates[usize::from(evidence.0)].ratio(1.0)
+    }
+
+    /// Probability of a token of which heads say `h`, if they offer it, and text says `t`.
+    fn join(&self, h: Option<f32>, t: f32) -> f32 {
+        let (bin, prior) = both(h, t);
+        (prior * self.both[bin.0][bin.1].ratio(1.0)).clamp(0.0, HIGHEST)
+    }
+
+    /// Notes what became of a place whose candidates were `children`: `token` stands there. `h` tells for each what heads say, if
+    /// they offer it; they were `asked`.
+    pub fn note<'a>(
+        &mut self,
+        children: impl Iterator<Item = (&'a Node, Option<f32>)>,
+        asked: bool,
+        token: Token,
+        trust: &mut Trust,
+    ) {
+        let factor = trust.factor();
+        let (mut foreseen, mut hit) = (0.0, false);
+        for (node, h) in children {
+            let Some(evidence) = node.text else { continue };
+            let t = self.rate(evidence);
+            foreseen += t;
+            let is_right = node.token == token;
+            hit |= is_right;
+            self.rates[usize::from(evidence.0)].note(evidence.prior(), is_right);
+            if asked {
+                let (bin, prior) = both(h, trusted(t, factor));
+                self.both[bin.0][bin.1].note(prior, is_right);
+            }
+        }
+        if foreseen > 0.0 {
+            trust.note(foreseen, hit);
+        } else {
+            trust.fade();
+        }
+    }
+}
+
+/// A probability where its source is to be trusted so far: its odds change by that factor, so that what is sure stays short of
+/// certain.
+fn trusted(t: f32, trust: f32) -> f32 {
+    let odds = t.min(HIGHEST) / (1.0 - t.min(HIGHEST)) * trust;
+    (odds / (1.0 + odds)).min(HIGHEST)
+}
+
+/// Where what heads say (if they offer the token) and what text says is counted, and what to think before it was.
+fn both(h: Option<f32>, t: f32) -> ((usize, usize), f32) {
+    let class = |p: f32| ((p * N_CLASSES as f32) as usize).min(N_CLASSES - 1);
+    match h {
+        None => ((0, class(t)), NOT_OFFERED * t),
+        Some(h) => ((1 + class(h), class(t)), 1.0 - (1.0 - h) * (1.0 - t)),
+    }
+}
+
+/// The tokens that matches, longest first, speak for.
+fn evidence(found: &[Match], is_shared: bool) -> impl Iterator<Item = (Token, Evidence)> {
+    let is_first = move |i: usize| found[..i].iter().all(|m| m.token != found[i].token);
+    (0..found.len()).filter(move |&i| is_first(i)).take(N_GUESSES).map(move |i| {
+        let Match { token, n } = found[i];
+        let rivals = found.iter().filter(|m| 2 * m.n >= n);
+        let (same, all) = (rivals.clone().filter(|m| m.token == token).count(), rivals.count());
+        let support = match all - same {
+            0 if same == 1 => Support::Sole,
+            0 => Support::Agreed,
+            others if same > others => Support::Led,
+            _ => Support::Split,
+        };
+        (token, Evidence::new(is_shared, n, support))
+    })
+}
+
+impl Evidence {
+    fn new(is_shared: bool, n: usize, support: Support) -> Self {
+        let length = LENGTHS.partition_point(|&least| least <= n).max(1) - 1;
+        let place = (usize::from(is_shared) * LENGTHS.len() + length) * N_SUPPORTS + support as usize;
+        Self(place as u8)
+    }
+
+    fn prior(self) -> f32 {
+        let (place, support) = (usize::from(self.0) / N_SUPPORTS, usize::from(self.0) % N_SUPPORTS);
+        let shared = if place >= LENGTHS.len() { PRIOR_SHARED } else { 1.0 };
+        (PRIOR[place % LENGTHS.len()] * PRIOR_SUPPORT[support] * shared).min(HIGHEST)
+    }
+}
+
+/// Fills `path` with the last tokens of `text` and those on the way to node `at`.
+fn path_to(text: &[Token], tree: &Tree, at: Option<usize>, path: &mut Vec<Token>) {
+    path.clear();
+    path.extend_from_slice(&text[text.len().saturating_sub(super::suffix::MAX_MATCH)..]);
+    let from = path.len();
+    let mut next = at;
+    while let Some(i) = next {
+        path.push(tree.nodes()[i].token);
+        next = tree.nodes()[i].parent;
+    }
+    path[from..].reverse();
+}
+
+impl PartialEq for Open {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other).is_eq()
+    }
+}
+
+impl Eq for Open {}
+
+impl Ord for Open {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        // Among equals the earlier parent and the lower token, so that the same input gives the same tree.
+        self.q.total_cmp(&other.q).then_with(|| (other.parent, other.token.0).cmp(&(self.parent, self.token.0)))
+    }
+}
+
+impl PartialOrd for Open {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
