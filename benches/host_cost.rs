@@ -59,7 +59,8 @@ impl Forward for Still {
 }
 
 fn engine(n: usize, temperature: f32) -> (Engine<Still>, Vec<Receiver<Event>>) {
-    let limits = Limits { n_slots: n, n_ctx: N_CTX, n_batch: 512, layout: Layout::Streams { n_cells: N_CTX } };
+    let limits =
+        Limits { n_slots: n, n_ctx: N_CTX, n_batch: 512, n_prefill: None, layout: Layout::Streams { n_cells: N_CTX } };
     let mut engine = Engine::new(Still::new(n), limits, Default::default());
     let receivers = (0..n).map(|i| {
         let (events, receiver) = mpsc::channel(N_CTX);

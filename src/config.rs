@@ -129,6 +129,9 @@ pub struct ServeArgs {
     /// Most rows (tokens) of one step; a longer prompt takes several
     #[arg(long, env = "N_BATCH", value_name = "N_BATCH", default_value_t = 512, value_parser = between(1, 8192))]
     pub n_batch: usize,
+    /// Rows of prompts in a step beside streams that run [default: as many as leave the streams their pace]
+    #[arg(long, env = "PREFILL_CHUNK", value_name = "PREFILL_CHUNK", value_parser = between(1, 8192))]
+    pub prefill_chunk: Option<usize>,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub drafts: DraftArgs,
@@ -161,6 +164,9 @@ pub struct GenerateArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub model: ModelArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub drafts: DraftArgs,
     /// Text to continue; `-` reads it from standard input
     #[arg(short = 'p', long)]
     pub prompt: String,
@@ -499,7 +505,13 @@ impl ServeArgs {
             return Err("KV_LAYOUT is streams, which cannot hold the trees that MEDUSA_HEADS drafts: use unified".into());
         }
         let drafts = self.drafts.params(&self.model).filter(|_| !streams);
-        let limits = Limits { n_slots: self.batch_size, n_ctx, n_batch: self.n_batch, layout: self.layout() };
+        let limits = Limits {
+            n_slots: self.batch_size,
+            n_ctx,
+            n_batch: self.n_batch,
+            n_prefill: self.prefill_chunk,
+            layout: self.layout(),
+        };
         Ok(Config {
             listen: SocketAddr::new(self.host, self.port),
             workers: self.workers,

@@ -98,13 +98,8 @@ pub enum Speculation {
 
 impl Speculation {
     /// All of them, as requests name them.
-    pub const NAMES: [(&'static str, Self); 5] = [
-        ("auto", Self::Auto),
-        ("heads", Self::Heads),
-        ("text", Self::Text),
-        ("off", Self::Off),
-        ("typical", Self::Typical),
-    ];
+    pub const NAMES: [(&'static str, Self); 5] =
+        [("auto", Self::Auto), ("heads", Self::Heads), ("text", Self::Text), ("off", Self::Off), ("typical", Self::Typical)];
 
     /// By its name.
     #[must_use]

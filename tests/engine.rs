@@ -15,6 +15,7 @@ use medusa_llama::request::{Event, FinishReason, Request, SamplingParams, Specul
 use medusa_llama::speculate::calibration::Calibration;
 use medusa_llama::speculate::cost::Cost;
 use medusa_llama::speculate::simulated::Acceptance;
+use medusa_llama::speculate::text::TextDrafts;
 use medusa_llama::speculate::{Draft, Origin, Speculator, Tree, Worth};
 use proptest::prelude::*;
 use stub::{Guess, Stub};
@@ -23,7 +24,7 @@ use tokio::sync::mpsc::{self, Receiver};
 const N_VOCAB: usize = 50;
 
 fn limits(layout: Layout, n_slots: usize, n_ctx: usize, n_batch: usize) -> Limits {
-    Limits { n_slots, n_ctx, n_batch, layout }
+    Limits { n_slots, n_ctx, n_batch, n_prefill: None, layout }
 }
 
 fn job(prompt: &[i32], max_tokens: usize, temperature: f32) -> (Job, Receiver<Event>) {
@@ -56,8 +57,12 @@ fn read(receiver: &mut Receiver<Event>) -> (String, Option<Event>) {
 }
 
 fn expected(prompt: &[i32], n: usize) -> String {
+    expected_of(N_VOCAB, prompt, n)
+}
+
+fn expected_of(n_vocab: usize, prompt: &[i32], n: usize) -> String {
     let prompt: Vec<Token> = prompt.iter().map(|&t| Token(t)).collect();
-    let tokens = Stub::greedy(N_VOCAB, &prompt, n);
+    let tokens = Stub::greedy(n_vocab, &prompt, n);
     tokens.iter().filter(|t| t.0 != 0).map(|t| format!("{} ", t.0)).collect()
 }
 
@@ -98,19 +103,33 @@ struct Drafting {
     max_tokens: usize,
     row_cost: f64,
     n_leaf_ids: usize,
+    /// Text drafts, too, from so many tokens of other answers.
+    n_shared: Option<usize>,
 }
 
 impl Drafting {
     fn apply(&self, engine: &mut Engine<Stub>, n_seqs: usize) {
         let guess = Guess { n_vocab: N_VOCAB, n_levels: self.n_levels, width: self.width };
         let cost = Cost::from_points(&[(1, 1.0), (64, 1.0 + 63.0 * self.row_cost)]);
-        engine.speculate(Speculator::new(Box::new(guess), self.max_tokens, cost), n_seqs + self.n_leaf_ids);
+        let mut speculator = Speculator::new(Box::new(guess), self.max_tokens, cost);
+        if let Some(n_shared) = self.n_shared {
+            speculator = speculator.with_text(TextDrafts::new(n_shared));
+        }
+        engine.speculate(speculator, n_seqs + self.n_leaf_ids);
     }
 }
 
 fn drafting() -> impl Strategy<Value = Drafting> {
-    (1usize..5, 1usize..6, 1usize..7, 0.0f64..0.4, 0usize..20).prop_map(
-        |(n_levels, width, max_tokens, row_cost, n_leaf_ids)| Drafting { n_levels, width, max_tokens, row_cost, n_leaf_ids },
+    let n_shared = prop::option::of(prop_oneof![Just(0), Just(64), Just(1000)]);
+    (1usize..5, 1usize..6, 1usize..12, 0.0f64..0.4, 0usize..20, n_shared).prop_map(
+        |(n_levels, width, max_tokens, row_cost, n_leaf_ids, n_shared)| Drafting {
+            n_levels,
+            width,
+            max_tokens,
+            row_cost,
+            n_leaf_ids,
+            n_shared,
+        },
     )
 }
 
@@ -399,13 +418,37 @@ fn good_drafts_save_steps() {
         let Some(Event::Done(done)) = read(&mut events).1 else { panic!("not done") };
         done.speculation
     };
-    let heads = Drafting { n_levels: 3, width: 2, max_tokens: 4, row_cost: 0.0, n_leaf_ids: 30 };
+    let heads = Drafting { n_levels: 3, width: 2, max_tokens: 4, row_cost: 0.0, n_leaf_ids: 30, n_shared: None };
     assert_eq!(run(None, Speculation::Auto).steps, 100);
     let with = run(Some(heads.clone()), Speculation::Auto);
     assert!(with.steps < 55 && with.steps + with.accepted == 100, "{with:?}");
     assert!(run(Some(Drafting { max_tokens: 2, ..heads.clone() }), Speculation::Auto).steps >= 50, "the cap holds");
     let off = run(Some(heads), Speculation::Off);
     assert_eq!((off.steps, off.drafted), (100, 0));
+}
+
+#[test]
+fn an_answer_given_before_is_drafted_from_unless_that_is_not_wanted() {
+    let layout = Layout::Unified { n_cells: 400, n_retained: 60, n_seqs: 8 };
+    let mut engine = Engine::new(Stub::new(1 << 20), limits(layout, 4, 120, 64), Arc::default());
+    let speculator = Speculator::without_heads(20, Cost::from_points(&[(1, 1.0), (64, 1.5)]));
+    engine.speculate(speculator.with_text(TextDrafts::new(1000)), 40);
+    let mut steps = |speculation, share_text| {
+        let (mut job, mut events) = job(&[1, 2, 3], 100, 0.0);
+        (job.request.speculation, job.request.share_text) = (speculation, share_text);
+        engine.enqueue(job);
+        run_to_end(&mut engine);
+        let (text, Some(Event::Done(done))) = read(&mut events) else { panic!("not done") };
+        assert_eq!(text + &done.tail, expected_of(1 << 20, &[1, 2, 3], 100));
+        done.speculation.steps
+    };
+    assert_eq!(steps(Speculation::Auto, false), 100, "nobody answered that before");
+    assert_eq!(steps(Speculation::Off, true), 100);
+    assert_eq!(steps(Speculation::Auto, true), 100, "the answers above were not to be shared, or not indexed");
+    let again = steps(Speculation::Auto, true);
+    assert!(again < 40, "{again} steps");
+    assert_eq!(steps(Speculation::Auto, false), 100, "this request does not want others' answers");
+    assert_eq!(steps(Speculation::Heads, true), 100, "nor does this one any text");
 }
 
 #[test]

@@ -536,7 +536,7 @@ fn engine_of(prepare: impl FnOnce(&mut LlamaForward), speculator: Speculator) ->
     let (n_seqs, n_ids) = (16, max_sequences());
     let params = ContextParams { n_cells: 2048, n_batch: 64, n_ubatch: 64, n_seq_max: n_ids, tap_hidden: true, ..params() };
     let layout = Layout::Unified { n_cells: 2048, n_retained: 512, n_seqs };
-    let limits = Limits { n_slots: 8, n_ctx: 256, n_batch: 64, layout };
+    let limits = Limits { n_slots: 8, n_ctx: 256, n_batch: 64, n_prefill: None, layout };
     let mut forward = LlamaForward::new(context(&params));
     prepare(&mut forward);
     let mut engine = Engine::new(forward, limits, Arc::default());

@@ -61,7 +61,7 @@ fn context(model: &Arc<Model>, n_seq_max: usize, tap_hidden: bool) -> Context {
 /// An engine on a model; with heads it verifies `n_nodes` of their candidates in every step.
 fn engine(model: &Arc<Model>, folder: Option<(&Path, usize)>) -> Engine<LlamaForward> {
     let layout = Layout::Unified { n_cells: 1024, n_retained: 64, n_seqs: 2 * N_SLOTS };
-    let limits = Limits { n_slots: N_SLOTS, n_ctx: 128, n_batch: 256, layout };
+    let limits = Limits { n_slots: N_SLOTS, n_ctx: 128, n_batch: 256, n_prefill: None, layout };
     let mut engine = Engine::new(LlamaForward::new(context(model, N_IDS, true)), limits, Arc::default());
     if let Some((folder, n_nodes)) = folder {
         let shape = HeadsShape { n_embd: model.n_embd(), n_vocab: model.n_vocab() };

@@ -171,6 +171,7 @@ fn params(args: &BenchArgs) -> anyhow::Result<EngineParams> {
             n_slots,
             n_ctx,
             n_batch: 512,
+            n_prefill: None,
             layout: Layout::Unified { n_cells, n_retained: 0, n_seqs: n_slots.min(max_sequences()) },
         },
         drafts: Some(drafts),

@@ -20,12 +20,13 @@ use crate::request::Event;
 pub fn generate(args: &GenerateArgs) -> anyhow::Result<()> {
     let n_ctx = args.model.context_size;
     let request = request(args)?;
+    let layout = Layout::Unified { n_cells: n_ctx, n_retained: 0, n_seqs: 1 };
     let params = EngineParams {
         model_path: args.model.path().map_err(|e| anyhow!(e))?,
         n_gpu_layers: args.model.n_gpu_layers,
         n_threads: args.model.threads(),
-        limits: Limits { n_slots: 1, n_ctx, n_batch: 512, layout: Layout::Streams { n_cells: n_ctx } },
-        drafts: None,
+        limits: Limits { n_slots: 1, n_ctx, n_batch: 512, n_prefill: None, layout },
+        drafts: args.drafts.params(&args.model),
         traces: false,
         n_queue: 1,
         max_wait: Duration::ZERO,

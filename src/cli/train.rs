@@ -48,6 +48,7 @@ fn collect(args: &TrainArgs, prompts: &Prompts, folder: &Path) -> anyhow::Result
             n_slots: args.batch_size,
             n_ctx,
             n_batch: 512,
+            n_prefill: None,
             layout: Layout::Unified {
                 n_cells: n_cells.max(n_ctx),
                 n_retained: n_ctx,

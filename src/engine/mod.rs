@@ -31,10 +31,11 @@ use crate::gpu::kernels::{RowRule, Span};
 use crate::llama::{LlamaError, SeqId, Token};
 use crate::request::{Speculation, Trace};
 use crate::speculate::device::Ask;
+use crate::speculate::tree::Below;
 use crate::speculate::{MAX_NODES, Origin, Speculator, Tree};
 use handle::Stats;
 use leaves::Leaves;
-use pace::Pace;
+use pace::{Load, Pace};
 use sampler::{Sampler, Scratch};
 use scheduler::{Budget, Demand, Share};
 use sequence::Sequence;
@@ -49,6 +50,8 @@ pub struct Limits {
     pub n_ctx: usize,
     /// Rows of one step; at least `n_slots`.
     pub n_batch: usize,
+    /// Rows of prompts in a step beside streams that run; `None`: as many as pace allows.
+    pub n_prefill: Option<usize>,
     /// How the cache is divided.
     pub layout: Layout,
 }
@@ -78,12 +81,13 @@ pub struct Engine<F> {
 #[derive(Default)]
 struct Work {
     demands: Vec<Demand>,
+    load: Load,
     by_age: Vec<Demand>,
     shares: Vec<Share>,
     /// For each share its candidates, and the ids of their leaves: the sequence's own first.
     trees: Vec<Tree>,
     leaf_ids: Vec<Vec<SeqId>>,
-    below: Vec<Vec<usize>>,
+    below: Below,
     rows: Rows,
     accepted: Vec<usize>,
     /// The tokens drafted for one place.
@@ -117,7 +121,7 @@ impl<F: Forward> Engine<F> {
             waiting: VecDeque::new(),
             running: (0..n_seqs).map(|_| None).collect(),
             n_admitted: 0,
-            pace: Pace::new(limits.n_batch),
+            pace: limits.n_prefill.map_or_else(|| Pace::new(limits.n_batch), |n| Pace::fixed(n, limits.n_batch)),
             speculator: None,
             leaves: Leaves::new(0, 0, 0),
             traces: false,
@@ -219,7 +223,9 @@ impl<F: Forward> Engine<F> {
         work.demands.clear();
         let demand = |s: &Sequence| Demand { seq: s.seq, n_pending: s.n_pending(), order: s.order };
         work.demands.extend(self.running.iter().flatten().map(demand));
-        let budget = Budget { n_batch: self.limits.n_batch, n_prefill: self.pace.n_prefill() };
+        let n_decode = work.demands.iter().filter(|d| d.n_pending == 1).count();
+        work.load = Load { n_decode, n_prompts: work.demands.len() - n_decode };
+        let budget = Budget { n_batch: self.limits.n_batch, n_prefill: self.pace.n_prefill(work.load) };
         scheduler::plan(&work.demands, budget, &mut work.by_age, &mut work.shares);
     }
 
@@ -288,7 +294,7 @@ impl<F: Forward> Engine<F> {
             }
             tree.leaves_below(&mut work.below);
             work.rows.push(s.tokens[s.n_computed], s.n_computed, ids.iter().copied(), true);
-            for (node, below) in tree.nodes().iter().zip(&work.below) {
+            for (node, below) in tree.nodes().iter().zip(work.below.lists()) {
                 work.rows.push(node.token, s.n_computed + node.depth, below.iter().map(|&leaf| ids[leaf]), true);
             }
         }
@@ -302,7 +308,7 @@ impl<F: Forward> Engine<F> {
         let n_nodes: usize = self.work.trees.iter().take(shares.len()).map(Tree::len).sum();
         let n_rows = self.work.rows.len();
         let (n_prompt, seconds) = (n_rows - n_decode - n_nodes, (now - started).as_secs_f64());
-        self.pace.record(n_decode, n_prompt, seconds);
+        self.pace.record(self.work.load, n_prompt, seconds);
         if let Some(speculator) = &mut self.speculator {
             speculator.note_step(n_rows, (n_prompt == 0).then_some(seconds));
         }
@@ -457,7 +463,7 @@ impl<F: Forward> Engine<F> {
             return Ok(done);
         }
         tree.leaves_below(&mut work.below);
-        let winner = at.map_or(0, |node| work.below[node][0]);
+        let winner = at.map_or(0, |node| work.below.lists()[node][0]);
         work.settling.clear();
         self.leaves.settle(ids, winner, n_before, n_after, &mut work.settling);
         ids.clear();

@@ -1,15 +1,18 @@
-//! How much of a prompt one step may carry while other sequences decode. Pure: durations come from outside.
+//! How much of prompts one step may carry while other sequences decode. Pure: durations come from outside.
 //!
 //! A running stream notices a newcomer's prompt as a longer step. The chunk is steered by what steps really take: after
 //! each step that carried a full chunk it is scaled by the ratio of the time such a step may take to the time it took. A
 //! step may take [`STALL`] times as long as a step of as many streams without a prompt, and at least [`MIN_STALL_S`], which
 //! few notice. For a cost of `a + b n` the scaling settles at the `n` where the step takes just that long, whatever `a` and
 //! `b` are; where even the fixed part is too long it stays at [`MIN_CHUNK`], below which prompts would never be done.
+//!
+//! Where more prompts wait than streams run, the few that run would hold up the many: a step may then take as many times as
+//! long as there are prompts to a stream. So the prompts of a burst are read together, and a lone newcomer takes its time.
 
 /// A step with a chunk may last this many times a step without one.
 pub const STALL: f64 = 2.5;
 /// A step may always last this long, in seconds.
-pub const MIN_STALL_S: f64 = 0.045;
+pub const MIN_STALL_S: f64 = 0.036;
 /// The smallest chunk, in rows.
 pub const MIN_CHUNK: usize = 8;
 /// The chunk before anything was measured.
@@ -26,25 +29,49 @@ pub struct Pace {
     decode_s: Vec<Option<f64>>,
     chunk: f64,
     n_batch: usize,
+    /// The chunk does not follow what steps take.
+    is_fixed: bool,
+}
+
+/// The sequences that want rows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Load {
+    /// Those that decode.
+    pub n_decode: usize,
+    /// Those whose prompts are being read.
+    pub n_prompts: usize,
+}
+
+impl Load {
+    /// Prompts to a stream, at least 1.
+    fn crowd(self) -> f64 {
+        (self.n_prompts as f64 / self.n_decode.max(1) as f64).max(1.0)
+    }
 }
 
 impl Pace {
     /// For steps of at most `n_batch` rows.
     #[must_use]
     pub fn new(n_batch: usize) -> Self {
-        Self { decode_s: Vec::new(), chunk: FIRST_CHUNK, n_batch }
+        Self { decode_s: Vec::new(), chunk: FIRST_CHUNK, n_batch, is_fixed: false }
     }
 
-    /// Notes what a step took: `n_decode` rows of running streams and `n_prompt` rows of prompts.
-    pub fn record(&mut self, n_decode: usize, n_prompt: usize, seconds: f64) {
+    /// Always `n` rows of prompts, whatever steps take and whoever waits.
+    #[must_use]
+    pub fn fixed(n: usize, n_batch: usize) -> Self {
+        Self { chunk: n as f64, is_fixed: true, ..Self::new(n_batch) }
+    }
+
+    /// Notes what a step took under this load, where `n_prompt` rows were prompts'.
+    pub fn record(&mut self, load: Load, n_prompt: usize, seconds: f64) {
         if n_prompt == 0 {
-            if self.decode_s.len() <= n_decode {
-                self.decode_s.resize(n_decode + 1, None);
+            if self.decode_s.len() <= load.n_decode {
+                self.decode_s.resize(load.n_decode + 1, None);
             }
-            let mean = &mut self.decode_s[n_decode];
+            let mean = &mut self.decode_s[load.n_decode];
             *mean = Some(mean.map_or(seconds, |old| old + ALPHA * (seconds - old)));
-        } else if n_decode > 0 && n_prompt >= self.n_prefill() {
-            let allowed = (self.plain_step_s(n_decode) * STALL).max(MIN_STALL_S);
+        } else if load.n_decode > 0 && n_prompt >= self.n_prefill(load) && !self.is_fixed {
+            let allowed = (self.plain_step_s(load.n_decode) * STALL).max(MIN_STALL_S) * load.crowd();
             let scale = (allowed / seconds.max(1e-9)).clamp(*SCALE.start(), *SCALE.end());
             self.chunk = (self.chunk * scale).clamp(MIN_CHUNK as f64, self.n_batch.max(MIN_CHUNK) as f64);
         }
@@ -52,8 +79,9 @@ impl Pace {
 
     /// Rows of prompts that the next step may have beside decoding ones; from 1 to `n_batch`.
     #[must_use]
-    pub fn n_prefill(&self) -> usize {
-        (self.chunk as usize).clamp(1, self.n_batch)
+    pub fn n_prefill(&self, load: Load) -> usize {
+        let crowd = if self.is_fixed { 1.0 } else { load.crowd() };
+        ((self.chunk * crowd) as usize).clamp(1, self.n_batch)
     }
 
     /// A step of `n` streams and nothing else, or of the nearest number of streams that was measured.
@@ -68,50 +96,82 @@ mod tests {
     use super::*;
 
     /// Runs steps of a machine where a pass costs `pass_s`, each row `row_s`, and a step with a chunk takes two passes.
-    fn settle(pace: &mut Pace, n_decode: usize, pass_s: f64, row_s: f64) -> (f64, f64) {
-        let step = |n_prompt: usize| pass_s * if n_prompt > 0 { 2.0 } else { 1.0 } + row_s * (n_decode + n_prompt) as f64;
+    fn settle(pace: &mut Pace, load: Load, pass_s: f64, row_s: f64) -> (f64, f64) {
+        let step =
+            |n_prompt: usize| pass_s * if n_prompt > 0 { 2.0 } else { 1.0 } + row_s * (load.n_decode + n_prompt) as f64;
         for _ in 0..60 {
-            pace.record(n_decode, 0, step(0));
-            pace.record(n_decode, pace.n_prefill(), step(pace.n_prefill()));
+            pace.record(load, 0, step(0));
+            pace.record(load, pace.n_prefill(load), step(pace.n_prefill(load)));
         }
-        (step(pace.n_prefill()), (step(0) * STALL).max(MIN_STALL_S))
+        (step(pace.n_prefill(load)), (step(0) * STALL).max(MIN_STALL_S) * load.crowd())
+    }
+
+    fn streams(n_decode: usize) -> Load {
+        Load { n_decode, n_prompts: 1 }
     }
 
     #[test]
     fn the_chunk_settles_where_a_step_takes_as_long_as_it_may() {
-        for (n_decode, pass_s, row_s) in [(8, 0.004, 0.0028), (8, 0.005, 0.001), (32, 0.02, 0.0005)] {
+        for (load, pass_s, row_s) in [
+            (streams(8), 0.004, 0.0028),
+            (streams(8), 0.005, 0.001),
+            (streams(32), 0.02, 0.0005),
+            (Load { n_decode: 2, n_prompts: 6 }, 0.004, 0.002),
+        ] {
             let mut pace = Pace::new(512);
-            let (took, allowed) = settle(&mut pace, n_decode, pass_s, row_s);
-            assert!((0.85..=1.05).contains(&(took / allowed)), "{} rows: {took} of {allowed}", pace.n_prefill());
+            let (took, allowed) = settle(&mut pace, load, pass_s, row_s);
+            assert!(
+                (0.85..=1.05).contains(&(took / allowed)),
+                "{load:?}, {} rows: {took} of {allowed}",
+                pace.n_prefill(load)
+            );
         }
+    }
+
+    #[test]
+    fn the_prompts_of_a_burst_are_read_together() {
+        let mut pace = Pace::new(512);
+        settle(&mut pace, streams(8), 0.005, 0.001);
+        let lone = pace.n_prefill(streams(7));
+        assert_eq!(pace.n_prefill(Load { n_decode: 7, n_prompts: 7 }), lone, "as many as run: no crowd");
+        let many = pace.n_prefill(Load { n_decode: 1, n_prompts: 7 });
+        assert!((6 * lone..=8 * lone).contains(&many), "{lone} {many}");
+        assert!(pace.n_prefill(Load { n_decode: 1, n_prompts: 200 }) <= 512);
     }
 
     #[test]
     fn where_nothing_fits_there_is_still_some_progress_and_it_recovers() {
         let mut pace = Pace::new(512);
-        settle(&mut pace, 1, 0.1, 0.05);
-        assert_eq!(pace.n_prefill(), MIN_CHUNK);
-        settle(&mut pace, 8, 0.005, 0.001);
-        assert!(pace.n_prefill() > 16);
+        settle(&mut pace, streams(1), 0.1, 0.05);
+        assert_eq!(pace.n_prefill(streams(1)), MIN_CHUNK);
+        settle(&mut pace, streams(8), 0.005, 0.001);
+        assert!(pace.n_prefill(streams(8)) > 16);
     }
 
     #[test]
     fn the_chunk_keeps_to_the_batch() {
         for n_batch in [1, 8, 64] {
             let mut pace = Pace::new(n_batch);
-            assert!(pace.n_prefill() <= n_batch);
-            settle(&mut pace, 4, 1e-4, 1e-6);
-            assert_eq!(pace.n_prefill(), n_batch);
+            assert!(pace.n_prefill(streams(4)) <= n_batch);
+            settle(&mut pace, streams(4), 1e-4, 1e-6);
+            assert_eq!(pace.n_prefill(streams(4)), n_batch);
         }
+    }
+
+    #[test]
+    fn a_fixed_chunk_stays() {
+        let mut pace = Pace::fixed(48, 512);
+        settle(&mut pace, streams(4), 1e-4, 1e-6);
+        assert_eq!(pace.n_prefill(Load { n_decode: 1, n_prompts: 9 }), 48);
     }
 
     #[test]
     fn a_prompt_that_ends_says_nothing_about_the_chunk() {
         let mut pace = Pace::new(512);
-        let before = pace.n_prefill();
-        pace.record(4, 0, 0.01);
-        pace.record(4, 3, 0.5);
-        pace.record(0, 512, 2.0);
-        assert_eq!(pace.n_prefill(), before);
+        let before = pace.n_prefill(streams(4));
+        pace.record(streams(4), 0, 0.01);
+        pace.record(streams(4), 3, 0.5);
+        pace.record(streams(0), 512, 2.0);
+        assert_eq!(pace.n_prefill(streams(4)), before);
     }
 }

@@ -54,8 +54,7 @@ pub fn generate(body: Value, n_ctx: usize, random_seed: u64) -> Result<Generate,
     let cache_prompt = fields.boolean("cache_prompt")?.unwrap_or(true);
     let stream = fields.boolean("stream")?.unwrap_or(false);
     fields.refuse_the_rest()?;
-    let request =
-        Request { prompt, max_tokens, sampling, stop, ignore_eos, cache_prompt, speculation, share_text };
+    let request = Request { prompt, max_tokens, sampling, stop, ignore_eos, cache_prompt, speculation, share_text };
     Ok(Generate { request, stream })
 }
 

@@ -115,8 +115,10 @@ pub struct Speculator {
     asks_heads: bool,
     /// What heads offered for each origin of this step.
     by_heads: Vec<Tree>,
-    /// What was offered in all; what was verified is the first part of it.
+    /// What was offered in all, for so many of the origins; what was verified is the first part of it.
     offered: Vec<Tree>,
+    n_offered: usize,
+    foreseen: Vec<f32>,
     rest: Rest,
     scratch: Vec<f32>,
 }
@@ -152,6 +154,8 @@ impl Speculator {
             asks_heads: false,
             by_heads: Vec::new(),
             offered: Vec::new(),
+            n_offered: 0,
+            foreseen: Vec::new(),
             rest: Rest::default(),
             scratch: Vec::new(),
         }
@@ -183,17 +187,22 @@ impl Speculator {
     /// `chance`, from 0 to 1, has it so.
     #[must_use]
     pub fn forced(&self, origin: usize, at: Option<usize>, chance: impl Fn() -> f64) -> Option<Token> {
-        self.acceptance.as_ref()?.right(self.offered.get(origin)?, at, chance())
+        self.acceptance.as_ref()?.right(self.offered(origin)?, at, chance())
     }
 
     /// The token behind node `at` of the `origin`-th origin's tree, where the model chose `own` by `logits`: that, unless
     /// acceptance is simulated, where `chance`, from 0 to 1, decides.
     #[must_use]
     pub fn choice(&self, origin: usize, at: Option<usize>, own: Token, logits: &[f32], chance: impl Fn() -> f64) -> Token {
-        match (&self.acceptance, self.offered.get(origin)) {
+        match (&self.acceptance, self.offered(origin)) {
             (Some(acceptance), Some(tree)) => acceptance.choose(tree, at, own, logits, chance()),
             _ => own,
         }
+    }
+
+    /// What was offered for an origin of this step.
+    fn offered(&self, origin: usize) -> Option<&Tree> {
+        self.offered[..self.n_offered].get(origin)
     }
 
     /// Most tokens a step may give one sequence.
@@ -222,7 +231,7 @@ impl Speculator {
 
     /// `true` if a step of `n_rows` rows, of which `n_decode` decode, should draft. To be asked once a step.
     pub fn is_due(&mut self, n_rows: usize, n_decode: usize) -> bool {
-        self.offered.clear();
+        self.n_offered = 0;
         self.asks_heads = self.heads.is_some();
         if self.fixed_nodes.is_some() {
             return true;
@@ -279,7 +288,9 @@ impl Speculator {
                 _ => std::mem::swap(by_heads, tree),
             }
         }
-        self.offered.extend_from_slice(trees);
+        self.offered.resize_with(trees.len().max(self.offered.len()), Tree::default);
+        self.offered.iter_mut().zip(trees.iter()).for_each(|(offered, tree)| offered.copy_from(tree));
+        self.n_offered = trees.len();
     }
 
     /// Cuts the trees to what pays in a step of `n_rows` rows of which `n_decode` decode, with `room` for more.
@@ -321,9 +332,16 @@ impl Speculator {
     /// Notes the walk down the tree of the `origin`-th origin, of which `n_verified` nodes were computed: the accepted nodes,
     /// and the `last` token that the model chose behind them. A verified node holds it only if the request ended with it; there is
     /// none if nobody waited for it any more. `trust` is the sequence's.
-    pub fn note_walk(&mut self, origin: usize, n_verified: usize, accepted: &[usize], last: Option<Token>, trust: &mut Trusts) {
+    pub fn note_walk(
+        &mut self,
+        origin: usize,
+        n_verified: usize,
+        accepted: &[usize],
+        last: Option<Token>,
+        trust: &mut Trusts,
+    ) {
         // Candidates that were not worth verifying teach as much as those that were.
-        if self.offered.get(origin).is_none_or(Tree::is_empty) {
+        if self.offered(origin).is_none_or(Tree::is_empty) {
             return trust.fade();
         }
         self.note_verified(origin, n_verified, accepted, last);
@@ -337,7 +355,9 @@ impl Speculator {
             let children = || tree.nodes().iter().filter(|n| n.parent == parent);
             let by_heads = || children().filter(|n| n.p > 0.0);
             let estimate = |(rank, n): (usize, &Node)| self.calibration.estimate(n.depth, rank, n.p, 1.0);
-            let foreseen: Vec<f32> = by_heads().enumerate().map(estimate).collect();
+            let foreseen = &mut self.foreseen;
+            foreseen.clear();
+            foreseen.extend(by_heads().enumerate().map(estimate));
             if let Some(text) = &mut self.text {
                 let mut of_heads = foreseen.iter().map(|h| (h * factor).min(calibration::HIGHEST));
                 let each = children().map(|n| (n, (n.p > 0.0).then(|| of_heads.next()).flatten()));
@@ -346,7 +366,7 @@ impl Speculator {
             if !foreseen.is_empty() {
                 trust.heads.note(foreseen.iter().sum(), by_heads().any(|n| n.token == token));
                 let depth = parent.map_or(0, |i| tree.nodes()[i].depth) + 1;
-                self.calibration.note_offer(depth, foreseen.into_iter());
+                self.calibration.note_offer(depth, foreseen.iter().copied());
             }
             by_heads().for_each(|n| self.calibration.note(n.depth, n.p, n.token == token));
             parent = tree.child(parent, token);

@@ -144,14 +144,7 @@ impl TextDrafts {
     }
 
     /// Opens the children of node `at` of `tree` (`None`: of the root), which is `head` in the heads' tree if it stands there.
-    fn offer(
-        &mut self,
-        origin: &TextOrigin<'_>,
-        heads: &Tree,
-        head: Option<Option<usize>>,
-        at: Option<usize>,
-        tree: &Tree,
-    ) {
+    fn offer(&mut self, origin: &TextOrigin<'_>, heads: &Tree, head: Option<Option<usize>>, at: Option<usize>, tree: &Tree) {
         self.guesses.clear();
         if origin.max_depth > 0 {
             let mut path = std::mem::take(&mut self.path);
@@ -331,5 +324,109 @@ impl Ord for Open {
 impl PartialOrd for Open {
     fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
         Some(self.cmp(other))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tokens(text: &str) -> Vec<Token> {
+        text.bytes().map(|b| Token(i32::from(b))).collect()
+    }
+
+    struct Text {
+        index: Suffixes,
+        tokens: Vec<Token>,
+    }
+
+    impl Text {
+        fn new(text: &str) -> Self {
+            let mut index = Suffixes::new(256);
+            tokens(text).into_iter().for_each(|t| index.push(t));
+            Self { index, tokens: tokens(text) }
+        }
+
+        fn origin(&self, max_depth: usize) -> TextOrigin<'_> {
+            TextOrigin { index: &self.index, tokens: &self.tokens, max_depth, trust: 1.0, shared: true }
+        }
+    }
+
+    /// The paths of a tree as strings, best first, each with its `q`.
+    fn paths(tree: &Tree) -> Vec<(String, f32)> {
+        let path = |i: usize| {
+            let mut path = vec![];
+            path_to(&[], tree, Some(i), &mut path);
+            path.iter().map(|t| t.0 as u8 as char).collect()
+        };
+        tree.nodes().iter().enumerate().map(|(i, n)| (path(i), n.q)).collect()
+    }
+
+    fn grown(drafts: &mut TextDrafts, origin: &TextOrigin<'_>, heads: &Tree) -> Tree {
+        let mut tree = Tree::default();
+        drafts.grow(origin, heads, 0.02, 64, &mut tree);
+        tree
+    }
+
+    #[test]
+    fn what_followed_before_is_offered_as_a_path() {
+        let text = Text::new("abcdefghi, abcdef");
+        let tree = grown(&mut TextDrafts::new(0), &text.origin(5), &Tree::default());
+        let found = paths(&tree);
+        assert_eq!(found.iter().map(|p| p.0.as_str()).collect::<Vec<_>>(), ["g", "gh", "ghi", "ghi,", "ghi, "]);
+        assert!(found.is_sorted_by(|a, b| a.1 >= b.1) && (found[0].1 - PRIOR[3]).abs() < 1e-6, "{found:?}");
+        assert!(grown(&mut TextDrafts::new(0), &text.origin(0), &Tree::default()).is_empty());
+    }
+
+    #[test]
+    fn heads_and_text_share_nodes_and_what_both_say_is_likelier() {
+        let text = Text::new("one two three. one tw");
+        let mut heads = Tree::default();
+        let same = heads.push(None, Token(i32::from(b'o')), 0.4, 0.4);
+        heads.push(None, Token(i32::from(b'a')), 0.3, 0.3);
+        heads.push(Some(same), Token(i32::from(b'!')), 0.5, 0.2);
+        let mut drafts = TextDrafts::new(0);
+        let tree = grown(&mut drafts, &text.origin(3), &heads);
+        let q: std::collections::HashMap<String, f32> = paths(&tree).into_iter().collect();
+        assert_eq!(q.len(), tree.len(), "each path once: {q:?}");
+        assert!(q["o"] > 0.4 && q["o"] > PRIOR[3] && q["a"] < 0.3, "{q:?}");
+        assert!(q["o"] + q["a"] <= 1.0 && q["o!"] + q["o "] <= q["o"] && q.contains_key("o t"), "{q:?}");
+        let both = &tree.nodes()[tree.child(None, Token(i32::from(b'o'))).unwrap()];
+        assert!(both.p == 0.4 && both.text.is_some());
+        assert_eq!(grown(&mut drafts, &text.origin(0), &heads), heads, "without text the heads' tree stays");
+    }
+
+    #[test]
+    fn matches_are_believed_as_far_as_they_were_right() {
+        let text = Text::new("one two three. one tw");
+        let mut drafts = TextDrafts::new(0);
+        let first = |drafts: &mut TextDrafts| grown(drafts, &text.origin(1), &Tree::default()).nodes()[0];
+        let before = first(&mut drafts).q;
+        for (right, token) in [(false, Token(1)), (true, Token(i32::from(b'o')))] {
+            for _ in 0..400 {
+                let node = first(&mut drafts);
+                drafts.note([(&node, None)].into_iter(), false, token, &mut Trust::default());
+            }
+            let after = first(&mut drafts).q;
+            assert!(if right { after > 0.95 } else { after < 0.05 }, "{before} became {after}");
+        }
+    }
+
+    #[test]
+    fn other_answers_are_drafted_from_only_where_that_is_wanted() {
+        let text = Text::new("what is the cap");
+        let mut drafts = TextDrafts::new(64);
+        drafts.remember(&tokens("it is the capital of"));
+        let shared = grown(&mut drafts, &text.origin(4), &Tree::default());
+        assert!(paths(&shared).iter().any(|p| p.0 == "ital"), "{shared:?}");
+        let own = TextOrigin { shared: false, ..text.origin(4) };
+        assert!(grown(&mut drafts, &own, &Tree::default()).is_empty());
+        assert!(grown(&mut TextDrafts::new(0), &text.origin(4), &Tree::default()).is_empty());
+    }
+
+    #[test]
+    fn trust_moves_odds_and_never_makes_certain() {
+        assert!((trusted(0.5, 2.0) - 2.0 / 3.0).abs() < 1e-6 && (trusted(0.9, 1.0) - 0.9).abs() < 1e-6);
+        assert!(trusted(1.0, 100.0) <= HIGHEST && trusted(0.0, 5.0) == 0.0 && trusted(0.9, 0.0) == 0.0);
     }
 }

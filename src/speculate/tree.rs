@@ -40,6 +40,28 @@ impl Node {
     }
 }
 
+/// For each node of a tree the leaves below it. Keeps its memory from tree to tree.
+#[derive(Clone, Debug, Default)]
+pub struct Below {
+    lists: Vec<Vec<usize>>,
+    is_inner: Vec<bool>,
+}
+
+impl Below {
+    fn reset(&mut self, n: usize) {
+        self.lists.iter_mut().for_each(Vec::clear);
+        self.lists.resize_with(n.max(self.lists.len()), Vec::new);
+        self.is_inner.clear();
+        self.is_inner.resize(n, false);
+    }
+
+    /// By node.
+    #[must_use]
+    pub fn lists(&self) -> &[Vec<usize>] {
+        &self.lists[..self.is_inner.len()]
+    }
+}
+
 /// Nodes, best first.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Tree {
@@ -102,34 +124,36 @@ impl Tree {
         self.nodes.iter().position(|n| n.parent == parent && n.token == token)
     }
 
+    /// Makes this tree a copy of another.
+    pub fn copy_from(&mut self, other: &Self) {
+        self.nodes.clone_from(&other.nodes);
+    }
+
     /// Numbers the leaves from 0, the one that the best first child leads to being 0, and tells for each node which are
     /// below it (itself if it is one), in ascending order.
-    pub fn leaves_below(&self, below: &mut Vec<Vec<usize>>) -> usize {
-        below.iter_mut().for_each(Vec::clear);
-        below.resize_with(self.nodes.len().max(below.len()), Vec::new);
-        let inner: Vec<usize> = self.nodes.iter().filter_map(|n| n.parent).collect();
+    pub fn leaves_below(&self, below: &mut Below) -> usize {
+        below.reset(self.nodes.len());
+        self.nodes.iter().filter_map(|n| n.parent).for_each(|i| below.is_inner[i] = true);
+        let mut first = None;
+        for (i, node) in self.nodes.iter().enumerate() {
+            if node.parent == first {
+                first = Some(i); // children come behind their parents, the best one first
+            }
+        }
+        let others = 0..self.nodes.len();
         let mut n_leaves = 0;
-        for leaf in self.by_path().into_iter().filter(|i| !inner.contains(i)) {
+        for leaf in first.into_iter().chain(others) {
+            if below.is_inner[leaf] || (n_leaves > 0 && Some(leaf) == first) {
+                continue;
+            }
             let mut at = Some(leaf);
             while let Some(i) = at {
-                below[i].push(n_leaves);
+                below.lists[i].push(n_leaves);
                 at = self.nodes[i].parent;
             }
             n_leaves += 1;
         }
         n_leaves
-    }
-
-    /// All nodes, depth first, better children first.
-    fn by_path(&self) -> Vec<usize> {
-        let mut order = Vec::with_capacity(self.nodes.len());
-        let children = |of: Option<usize>| (0..self.nodes.len()).rev().filter(move |&i| self.nodes[i].parent == of);
-        let mut open: Vec<usize> = children(None).collect();
-        while let Some(i) = open.pop() {
-            order.push(i);
-            open.extend(children(Some(i)));
-        }
-        order
     }
 
     /// Fills the tree with the `n` best paths through `levels`: for each depth the tokens its head offers with their
@@ -206,9 +230,9 @@ mod tests {
     fn leaves_are_numbered_along_the_best_path() {
         let mut tree = Tree::default();
         tree.fill(&levels(&[&[0.6, 0.3], &[0.9, 0.05]]), &Calibration::exact(), 1.0, 4);
-        let mut below = vec![];
+        let mut below = Below::default();
         assert_eq!(tree.leaves_below(&mut below), 2);
-        assert_eq!(below, [vec![0], vec![0], vec![1], vec![1]]);
+        assert_eq!(below.lists(), [vec![0], vec![0], vec![1], vec![1]]);
         tree.clear();
         assert_eq!(tree.leaves_below(&mut below), 0);
     }
@@ -232,9 +256,10 @@ mod tests {
             let paths: usize = levels.iter().scan(1, |all, level| { *all *= level.len(); Some(*all) }).sum();
             prop_assert_eq!(tree.len(), n.min(paths), "as many as there are");
             tree.truncate(cut);
-            let mut below = vec![];
+            let mut below = Below::default();
             let n_leaves = tree.leaves_below(&mut below);
             let mut seen = vec![false; n_leaves];
+            let below = below.lists();
             for (i, node) in tree.nodes().iter().enumerate() {
                 prop_assert!(node.parent.is_none_or(|p| p < i && tree.nodes()[p].q >= node.q && tree.nodes()[p].depth + 1 == node.depth));
                 prop_assert!(!below[i].is_empty() && below[i].is_sorted());

@@ -1,0 +1,113 @@
+"""Asks a server for texts, several at a time, and notes when what arrives. Standard library only."""
+import json
+import queue
+import threading
+import time
+import urllib.request
+from dataclasses import dataclass, field
+
+CHATML = ("<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+          "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n")
+
+
+@dataclass
+class Answer:
+    """One request's: tokens and times, in seconds since the epoch of `time.perf_counter`."""
+    category: str
+    tokens: int = 0
+    sent: float = 0.0
+    pieces: list = field(default_factory=list)
+    end: float = 0.0
+    text: str = ""
+
+
+def prompts(path, how_many):
+    """`how_many` prompts spread over the file, each with its category."""
+    with open(path) as lines:
+        rows = [json.loads(line) for line in lines if line.strip()]
+    if not rows:
+        raise SystemExit(f"{path} has no prompts")
+    n = min(how_many or len(rows), len(rows))
+    chosen = (rows[i * len(rows) // n] for i in range(n))
+    return [(row["turns"][0] if "turns" in row else row["prompt"], row.get("category", "all")) for row in chosen]
+
+
+def body_of(kind, prompt, max_tokens, extra):
+    """Greedy, streamed, from no cached prompt."""
+    body = {"prompt": prompt, "temperature": 0, "stream": True, "cache_prompt": False}
+    body["n_predict" if kind == "llama" else "max_tokens"] = max_tokens
+    return body | extra
+
+
+def ask(kind, url, prompt, category, max_tokens, extra=None, until=None):
+    """One request, to the end, or until the clock says `until`."""
+    answer = Answer(category, sent=time.perf_counter())
+    path = "/completion" if kind == "llama" else "/generate"
+    body = json.dumps(body_of(kind, prompt, max_tokens, extra or {})).encode()
+    request = urllib.request.Request(url + path, body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=900) as response:
+        for line in response:
+            if not line.startswith(b"data:") or line.startswith(b"data: [DONE]"):
+                continue
+            now, event = time.perf_counter(), json.loads(line[5:])
+            piece = event.get("content") if kind == "llama" else event.get("generated_text")
+            if piece:
+                answer.pieces.append(now)
+                answer.text += piece
+            tokens = event.get("tokens_predicted") if kind == "llama" else event.get("usage", {}).get("completion_tokens")
+            answer.tokens = tokens or answer.tokens
+            if until and now > until:
+                break
+    answer.end = time.perf_counter()
+    return answer
+
+
+def run(kind, url, asked, parallel, max_tokens, template=CHATML, extra=None):
+    """All prompts, `parallel` at a time; returns the answers, the errors and the seconds it took."""
+    todo, answers, errors = queue.Queue(), [], []
+    for prompt in asked:
+        todo.put(prompt)
+
+    def work():
+        while True:
+            try:
+                prompt, category = todo.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                answers.append(ask(kind, url, template.format(prompt), category, max_tokens, extra))
+            except Exception as error:  # whatever it is, the run goes on and says so
+                errors.append(f"{type(error).__name__}: {error}")
+
+    started = time.perf_counter()
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(parallel)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return answers, errors, time.perf_counter() - started
+
+
+def percentile(values, share):
+    """The value that this share of them is below, to the tenth of a millisecond; None of none."""
+    values = sorted(values)
+    return round(values[min(len(values) - 1, int(share * len(values)))], 4) if values else None
+
+
+def figures(answers, errors, seconds, parallel):
+    """What a run comes to, as a JSON object."""
+    first = [a.pieces[0] - a.sent for a in answers if a.pieces]
+    gaps = [b - a for answer in answers for a, b in zip(answer.pieces, answer.pieces[1:])]
+    tokens = sum(a.tokens for a in answers)
+    out = {"requests": len(answers), "errors": len(errors), "tokens": tokens, "seconds": round(seconds, 3),
+           "tok_per_s": round(tokens / seconds, 3), "ttft_p50": percentile(first, .5), "ttft_p95": percentile(first, .95),
+           "gap_p50": percentile(gaps, .5), "gap_p95": percentile(gaps, .95), "gap_max": percentile(gaps, 1)}
+    if errors:
+        out["first_error"] = errors[0]
+    if parallel == 1:
+        out["categories"] = {}
+        for category in sorted({a.category for a in answers}):
+            of = [a for a in answers if a.category == category]
+            took = sum(a.end - a.sent for a in of)
+            out["categories"][category] = round(sum(a.tokens for a in of) / max(took, 1e-9), 3)
+    return out

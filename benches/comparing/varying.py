@@ -1,0 +1,134 @@
+"""Loads that are not steady: one that jumps up and down, and one that goes on for long."""
+import json
+import statistics
+import subprocess
+import threading
+import time
+
+from . import load, servers
+
+WINDOW = 2.0
+PLATEAUS = [1, 32, 1]
+
+
+class Stream:
+    """Asks one prompt after the other until told to stop; notes when pieces arrive."""
+
+    def __init__(self, server, asked, a, offset, times):
+        self.stop = False
+        self.thread = threading.Thread(target=self.work, args=(server, asked, a, offset, times), daemon=True)
+        self.thread.start()
+
+    def work(self, server, asked, a, offset, times):
+        i = offset
+        while not self.stop:
+            prompt, category = asked[i % len(asked)]
+            answer = load.ask(server.kind, server.url, a.template.format(prompt), category, a.n, server.body)
+            times.append((answer.pieces, answer.tokens))
+            i += 7
+
+
+def one_ramp(a, mode):
+    """Tokens of each window of a run through the plateaus. A piece counts its share of its answer's tokens."""
+    asked, times = load.prompts(a.prompts, 0), []
+    with servers.Server(mode, max(PLATEAUS), a.model, a.threads, a.context, None) as server:
+        load.ask(server.kind, server.url, a.template.format("Say hi."), "", 8, server.body)
+        started, streams = time.perf_counter(), []
+        for n in PLATEAUS:
+            while len(streams) > n:
+                streams.pop().stop = True
+            while len(streams) < n:
+                streams.append(Stream(server, asked, a, 5 * len(streams), times))
+            time.sleep(a.phase)
+        for stream in streams:
+            stream.stop = True
+        for stream in streams:
+            stream.thread.join()
+    windows = [0.0] * int(len(PLATEAUS) * a.phase / WINDOW)
+    for pieces, tokens in times:
+        for at in pieces:
+            i = int((at - started) / WINDOW)
+            if i < len(windows):
+                windows[i] += tokens / len(pieces) / WINDOW
+    return windows
+
+
+def ramp(a):
+    """Windows of both modes, run in turn, and how long the best mode was behind the plain one at the same load."""
+    runs = {"plain": [], "best": []}
+    for round in range(a.rounds):
+        for mode in (["plain", "best"], ["best", "plain"])[round % 2]:
+            runs[mode].append(one_ramp(a, mode))
+            print(f"round {round + 1}, {mode}: " + " ".join(f"{w:.0f}" for w in runs[mode][-1]), flush=True)
+    plain, best = ([statistics.median(column) for column in zip(*runs[mode])] for mode in ("plain", "best"))
+    ratios = [b / p if p else 1.0 for b, p in zip(best, plain)]
+    behind = longest = 0
+    for ratio in ratios:
+        behind = behind + 1 if ratio < 0.95 else 0
+        longest = max(longest, behind)
+    out = {"window_s": WINDOW, "plateaus": PLATEAUS, "phase_s": a.phase, "runs": runs, "ratios": ratios,
+           "lowest": min(ratios), "longest_below_095_s": longest * WINDOW}
+    a.out.mkdir(parents=True, exist_ok=True)
+    path = a.out / "ramp.json"
+    path.write_text(json.dumps(out, indent=1) + "\n")
+    subprocess.run([servers.venv("matplotlib"), "-c", PLOT, path, a.out / "ramp.svg"], check=True)
+    print(f"lowest ratio of a window {min(ratios):.2f}; longest below 0.95 of plain: {longest * WINDOW:.0f} s")
+
+
+PLOT = """
+import json, statistics, sys
+import matplotlib
+matplotlib.use("svg")
+matplotlib.rcParams["svg.hashsalt"] = "ramp"
+import matplotlib.pyplot as plt
+data = json.load(open(sys.argv[1]))
+figure, axes = plt.subplots(figsize=(8, 3.6))
+for mode, runs in data["runs"].items():
+    columns = list(zip(*runs))
+    at = [data["window_s"] * (i + 0.5) for i in range(len(columns))]
+    axes.plot(at, [statistics.median(c) for c in columns], marker=".", label=mode)
+    axes.fill_between(at, [min(c) for c in columns], [max(c) for c in columns], alpha=0.2)
+for i, n in enumerate(data["plateaus"]):
+    axes.text((i + 0.5) * data["phase_s"], 0, f"{n} parallel", ha="center", va="bottom")
+axes.set(xlabel="s", ylabel="tokens/s", ylim=(0, None), title="A load that jumps: median and range of the rounds")
+axes.legend(frameon=False)
+axes.grid(alpha=0.3)
+figure.savefig(sys.argv[2], metadata={"Date": None}, bbox_inches="tight")
+"""
+
+
+def soak(a):
+    """Many short answers, 16 at a time; memory, threads and files on the way."""
+    asked, parallel, every = load.prompts(a.prompts, 0), 16, max(1, a.soak // 100)
+    samples, counter, lock = [], [0], threading.Lock()
+    with servers.Server("best", parallel, a.model, a.threads, a.context, None, ["--max-concurrent-batches", "2"]) as server:
+
+        def work():
+            while True:
+                with lock:
+                    i = counter[0]
+                    counter[0] += 1
+                    if i % every == 0:
+                        samples.append({"requests": i, "rss_kib": server.status("VmRSS"), "threads": server.status("Threads"),
+                                        "files": server.n_files()})
+                if i >= a.soak:
+                    return
+                prompt, category = asked[i % len(asked)]
+                text = f"{i}: {prompt}"[:200 + 13 * (i % 40)]
+                load.ask(server.kind, server.url, a.template.format(text), category, 4 + i % 9, server.body)
+
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(parallel)]
+        started = time.monotonic()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        seconds = time.monotonic() - started
+        samples.append({"requests": a.soak, "rss_kib": server.status("VmRSS"), "threads": server.status("Threads"),
+                        "files": server.n_files()})
+    a.out.mkdir(parents=True, exist_ok=True)
+    (a.out / "soak.json").write_text(json.dumps({"requests": a.soak, "seconds": seconds, "samples": samples}, indent=1) + "\n")
+    at = lambda share: samples[int(share * (len(samples) - 1))]
+    shown = ", ".join(f"{at(s)['rss_kib'] / 1024:.1f} MiB at {s:.0%}" for s in (0, .1, .25, .5, .75, 1))
+    print(f"{a.soak} requests in {seconds:.0f} s; resident {shown}; threads {at(.1)['threads']} to {at(1)['threads']}, "
+          f"files {at(.1)['files']} to {at(1)['files']}")
