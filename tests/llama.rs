@@ -25,6 +25,7 @@ use medusa_llama::request::{Event, Request, SamplingParams, Speculation};
 use medusa_llama::speculate::cost::Cost;
 use medusa_llama::speculate::device::{DeviceDraft, DeviceHeads};
 use medusa_llama::speculate::heads::{Heads, Shape};
+use medusa_llama::speculate::text::TextDrafts;
 use medusa_llama::speculate::{self, Speculator};
 use serde_json::json;
 use tokio::sync::mpsc;
@@ -524,12 +525,13 @@ fn identity_heads(texts: &[Vec<Choice>]) -> tempfile::TempDir {
     folder
 }
 
-/// An engine of 8 slots on the model, with these heads.
+/// An engine of 8 slots on the model, with these heads and text drafts.
 fn drafting_engine(heads: &Path) -> Engine<LlamaForward> {
     let shape = Shape { n_embd: MODEL.n_embd(), n_vocab: MODEL.n_vocab() };
     let heads = Heads::load(heads, shape, 3).unwrap();
     let drafter = speculate::drafter(heads, &MODEL, 2).unwrap();
-    engine_of(|_| {}, Speculator::new(drafter, 4, Cost::from_points(&[(1, 1e9), (64, 1.01e9)])))
+    let speculator = Speculator::new(drafter, 9, Cost::from_points(&[(1, 1e9), (64, 1.01e9)]));
+    engine_of(|_| {}, speculator.with_text(TextDrafts::new(1 << 12)))
 }
 
 fn engine_of(prepare: impl FnOnce(&mut LlamaForward), speculator: Speculator) -> Engine<LlamaForward> {

@@ -97,6 +97,46 @@ figure.savefig(sys.argv[2], metadata={"Date": None}, bbox_inches="tight")
 """
 
 
+def chunks(a):
+    """How fixed prefill chunks compare with the adaptive one: the streams' gaps against the newcomers' first tokens."""
+    parallel, asked = a.parallel[0], load.prompts(a.prompts, a.k[0])
+    settings = {str(n): ["--prefill-chunk", str(n)] for n in a.chunks} | {"adaptive": []}
+    runs = {name: [] for name in settings}
+    for round in range(a.rounds):
+        for name in list(settings)[:: 1 if round % 2 else -1]:
+            with servers.Server("best", parallel, a.model, a.threads, a.context, None, settings[name]) as server:
+                load.ask(server.kind, server.url, a.template.format("Say hi."), "", 8, server.body)
+                answers = load.run(server.kind, server.url, asked, parallel, a.n, a.template, server.body)
+            runs[name].append(load.figures(*answers, parallel))
+            line = runs[name][-1]
+            print(f"round {round + 1}, chunk {name}: {line['tok_per_s']:.0f} tok/s, first token p95 {line['ttft_p95']:.2f} s, "
+                  f"gap p95 {line['gap_p95'] * 1e3:.0f} ms, longest {line['gap_max'] * 1e3:.0f} ms", flush=True)
+    a.out.mkdir(parents=True, exist_ok=True)
+    path = a.out / "chunks.json"
+    path.write_text(json.dumps({"parallel": parallel, "runs": runs}, indent=1) + "\n")
+    subprocess.run([servers.venv("matplotlib"), "-c", CHUNKS_PLOT, path, a.out / "chunks.svg"], check=True)
+
+
+CHUNKS_PLOT = """
+import json, statistics, sys
+import matplotlib
+matplotlib.use("svg")
+matplotlib.rcParams["svg.hashsalt"] = "chunks"
+import matplotlib.pyplot as plt
+data = json.load(open(sys.argv[1]))
+figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharex=True)
+for axes, key, title in zip(panels, ("gap_p95", "gap_max"), ("95th percentile", "longest")):
+    for name, runs in data["runs"].items():
+        x, y = (statistics.median(r[k] for r in runs) for k in ("ttft_p95", key))
+        axes.plot(x, 1e3 * y, "s" if name == "adaptive" else "o", color="C1" if name == "adaptive" else "C0")
+        axes.annotate(" " + name, (x, 1e3 * y), fontsize=9)
+    axes.set(xlabel="first token, 95th percentile, s", ylabel="gap between pieces, ms", title=title, yscale="log")
+    axes.grid(alpha=0.3, which="both")
+figure.suptitle(f"Rows of prompts in a step, {data['parallel']} parallel requests")
+figure.savefig(sys.argv[2], metadata={"Date": None}, bbox_inches="tight")
+"""
+
+
 def soak(a):
     """Many short answers, 16 at a time; memory, threads and files on the way."""
     asked, parallel, every = load.prompts(a.prompts, 0), 16, max(1, a.soak // 100)

@@ -21,7 +21,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
-pub use forward::{Forward, Row, Rows};
+pub use forward::{Forward, LlamaForward, Row, Rows};
 pub use handle::{Handle, Stage, SubmitError, spawn};
 pub use sequence::Job;
 pub use slots::Layout;
