@@ -45,6 +45,8 @@ pub enum Command {
     Quantize(QuantizeArgs),
     /// Measure how well a model foretells a text
     Perplexity(PerplexityArgs),
+    /// Try a model in several quantizations and with several numbers of threads, and say which to use
+    Tune(TuneArgs),
     /// Write a model of random weights in a known one's shape, to measure speed with
     Synth(SynthArgs),
 }
@@ -325,6 +327,41 @@ pub struct PerplexityArgs {
     /// Text to read
     #[arg(short, long)]
     pub file: PathBuf,
+}
+
+/// `medusa-llama tune`.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct TuneArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    /// Text to measure perplexity on, and to continue
+    #[arg(short, long)]
+    pub file: PathBuf,
+    /// Quantizations to try beside the model as it is
+    #[arg(long, value_name = "TYPE,...", default_value = "Q4_0,Q4_1,Q8_0", value_delimiter = ',', value_parser = quantization)]
+    pub types: Vec<Quantization>,
+    /// Numbers of threads to try [default: 1, 2, 4, 8 and so on, and as many as there are cores]
+    #[arg(long, value_name = "N,...", value_delimiter = ',', value_parser = between(1, 1024))]
+    pub threads: Vec<usize>,
+    /// Keep the quantized files in this folder; else they are removed
+    #[arg(long, value_name = "DIR")]
+    pub keep: Option<PathBuf>,
+    /// Most that perplexity may be above the best one's: 0.05 is 5%
+    #[arg(long, value_name = "SHARE", default_value_t = 0.05, value_parser = rate)]
+    pub max_perplexity_loss: f32,
+    /// Tokens of each sequence whose speed is measured
+    #[arg(short = 'n', long, default_value_t = 64, value_parser = between(2, 4096))]
+    pub max_tokens: usize,
+    /// How often everything but perplexity is measured
+    #[arg(long, default_value_t = 3, value_parser = between(1, 1000))]
+    pub rounds: usize,
+    /// Write all figures to this file
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Write a plot of what steps of few and many rows take to this file
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
 }
 
 /// `medusa-llama synth`.

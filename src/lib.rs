@@ -42,6 +42,7 @@
 //! | [`train`] | heads from a model's own answers: answers, features, fit | HTTP |
 //! | [`synth`] | models and heads of random weights in known shapes, to measure with | requests |
 //! | [`eval`], [`plot`] | perplexity; SVG plots | requests |
+//! | [`tune`] | which form of a model to use, from what was measured | files, models |
 //! | [`vector`] | loops over logits as vector code | what they are for |
 //! | [`gpu`], `cuda/` | the fence around CUDA, and the kernels behind it, which know nothing of Rust | tokens, trees |
 //! | [`llama`] | the fence around C: model, context, samplers, and small networks on ggml's kernels | requests, slots |
@@ -70,4 +71,5 @@ pub mod request;
 pub mod speculate;
 pub mod synth;
 pub mod train;
+pub mod tune;
 pub mod vector;

@@ -41,6 +41,10 @@ fn run(args: Args) -> anyhow::Result<()> {
             log_trouble(args.model.log_level);
             cli::perplexity(&args)
         }
+        Command::Tune(args) => {
+            log_trouble(args.model.log_level);
+            cli::tune(&args)
+        }
         Command::Quantize(args) => {
             log_to_stderr(LogLevel::Warn);
             cli::quantize(&args)

@@ -308,7 +308,7 @@ fn request(args: &BenchArgs, prompt: String, i: usize, speculation: Speculation)
     }
 }
 
-async fn ask(handle: &Handle, request: &Request) -> anyhow::Result<Completion> {
+pub(super) async fn ask(handle: &Handle, request: &Request) -> anyhow::Result<Completion> {
     let mut events = handle.submit(request.clone()).await?;
     while let Some(event) = events.recv().await {
         match event {

@@ -7,6 +7,7 @@ mod quantize;
 mod serve;
 mod synth;
 mod train;
+mod tune;
 
 pub use bench::bench;
 pub use generate::generate;
@@ -15,6 +16,7 @@ pub use quantize::quantize;
 pub use serve::serve;
 pub use synth::synth;
 pub use train::train;
+pub use tune::tune;
 
 use std::io::IsTerminal;
 

@@ -1,0 +1,270 @@
+//! `medusa-llama tune`: a model in several quantizations and with several numbers of threads, measured in turn, and which of them
+//! to use.
+
+mod folder;
+mod report;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow, bail};
+use indicatif::{ProgressBar, ProgressStyle};
+use tokio::runtime::Runtime;
+use tokio::task::JoinSet;
+
+use self::folder::Folder;
+use self::report::Report;
+use super::{bench::ask, quantize::write};
+use crate::config::TuneArgs;
+use crate::engine::forward::LlamaForward;
+use crate::engine::handle::EngineParams;
+use crate::engine::{self, Layout, Limits};
+use crate::eval;
+use crate::llama::{Context, ContextParams, Model, ModelParams, Quantization, Token};
+use crate::request::{Request, SamplingParams, Speculation};
+use crate::tune::{Candidate, Load, Measured, StepTime, TOGETHER};
+
+/// Rows of the steps that are timed.
+const ROWS: [usize; 6] = [1, 2, 4, 8, 16, 32];
+/// Characters of a prompt: short, for it is decoding that is measured.
+const PROMPT: usize = 64;
+const N_BATCH: usize = 512;
+
+/// Tries all, prints the table and the recommendation, and writes what else was asked for.
+///
+/// # Errors
+/// When model or text cannot be read or the text is too short, when threads are more than cores, when a file cannot be quantized
+/// or written, or when the engine fails.
+pub fn tune(args: &TuneArgs) -> anyhow::Result<()> {
+    // First all that can be wrong with what was typed: measuring takes long.
+    let input = args.model.path().map_err(|e| anyhow!(e))?;
+    let threads = thread_counts(&args.threads)?;
+    for path in [&args.json, &args.svg].into_iter().flatten() {
+        check_output(path)?;
+    }
+    let text = std::fs::read_to_string(&args.file).with_context(|| format!("cannot read {}", args.file.display()))?;
+    let model = load(args, &input)?;
+    let tokens = model.tokenize(&text, false)?;
+    if tokens.len() < 2 * eval::WINDOW {
+        bail!("{} has {} tokens; at least {} are needed", args.file.display(), tokens.len(), 2 * eval::WINDOW);
+    }
+    let quantization = model.quantization();
+    let quantized = !["F32", "F16", "BF16"].iter().any(|full| quantization.contains(full));
+    let own_type = model.meta("general.file_type").and_then(|t| t.parse().ok());
+    let mut report = Report::new(args, &model, quantized);
+    drop(model);
+
+    let mut kinds: Vec<Quantization> = vec![];
+    for &kind in &args.types {
+        if Some(kind.file_type()) == own_type {
+            eprintln!("the model is {} already: it is not made again", kind.name());
+        } else if !kinds.contains(&kind) {
+            kinds.push(kind);
+        }
+    }
+    if quantized && !kinds.is_empty() {
+        eprintln!("{}", report::QUANTIZED_TWICE);
+    }
+    let folder = Folder::new(args.keep.as_deref())?;
+    let stem = input.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    let files: Vec<PathBuf> = kinds.iter().map(|kind| folder.path().join(format!("{stem}-{}.gguf", kind.name()))).collect();
+    if let Some(there) = files.iter().find(|file| file.exists()) {
+        bail!("{} is there already: remove it, or name another folder with --keep", there.display());
+    }
+
+    let n_candidates = 1 + kinds.len();
+    let bar = ProgressBar::new((kinds.len() + n_candidates * (1 + args.rounds * threads.len())) as u64);
+    bar.set_style(ProgressStyle::with_template("{bar:40} {pos}/{len} {elapsed} {msg}").expect("a valid template"));
+    bar.enable_steady_tick(Duration::from_secs(1));
+    for (kind, file) in kinds.iter().zip(&files) {
+        bar.set_message(format!("quantizing to {}", kind.name()));
+        write(&input, file, *kind, args.model.threads())?;
+        bar.inc(1);
+    }
+    let names = std::iter::once(format!("input ({quantization})")).chain(kinds.iter().map(|kind| kind.name().to_owned()));
+    let paths: Vec<PathBuf> = std::iter::once(input).chain(files).collect();
+    for (i, (name, path)) in names.zip(&paths).enumerate() {
+        bar.set_message(format!("perplexity of {name}"));
+        report.candidates.push(candidate(args, name, path, quantized && i > 0, &tokens, &threads)?);
+        bar.inc(1);
+    }
+    measure(args, &mut report.candidates, &paths, &prompts(&text), &bar)?;
+    bar.finish_and_clear();
+    drop(folder);
+    report.conclude()?;
+    report.print()?;
+    if let Some(path) = &args.json {
+        report.write_json(path)?;
+    }
+    if let Some(path) = &args.svg {
+        report.plot(path)?;
+    }
+    Ok(())
+}
+
+/// Those asked for, or powers of two up to the cores and as many as there are.
+fn thread_counts(asked: &[usize]) -> anyhow::Result<Vec<usize>> {
+    let cores = report::cores();
+    if let Some(n) = asked.iter().find(|n| **n > cores) {
+        bail!("--threads {n}: there are {cores} cores, and more threads than cores only wait for each other");
+    }
+    let mut counts = asked.to_vec();
+    if counts.is_empty() {
+        counts = (0..).map(|i| 1 << i).take_while(|n| *n < cores).chain([cores]).collect();
+    }
+    counts.sort_unstable();
+    counts.dedup();
+    Ok(counts)
+}
+
+/// A result that cannot be written is known before anything is measured.
+fn check_output(path: &Path) -> anyhow::Result<()> {
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if !folder.is_dir() {
+        bail!("cannot write {}: there is no folder {}", path.display(), folder.display());
+    }
+    Ok(())
+}
+
+fn load(args: &TuneArgs, path: &Path) -> anyhow::Result<Arc<Model>> {
+    Ok(Arc::new(Model::load(path, &ModelParams { n_gpu_layers: args.model.n_gpu_layers }, |_| true)?))
+}
+
+/// What does not change from round to round.
+fn candidate(
+    args: &TuneArgs,
+    name: String,
+    path: &Path,
+    quantized_twice: bool,
+    tokens: &[Token],
+    threads: &[usize],
+) -> anyhow::Result<Candidate> {
+    let model = load(args, path)?;
+    let found = eval::perplexity(&model, tokens, args.model.threads(), |_| ())?;
+    let steps = || ROWS.map(|rows| StepTime { rows, seconds: Default::default() }).into();
+    Ok(Candidate {
+        name,
+        quantization: model.quantization(),
+        quantized_twice,
+        bytes: std::fs::metadata(path)?.len(),
+        perplexity: found.value,
+        perplexity_error: found.error,
+        by_threads: threads.iter().map(|&threads| Measured { threads, steps: steps(), ..Measured::default() }).collect(),
+    })
+}
+
+/// Beginnings to go on from, spread over the text.
+fn prompts(text: &str) -> Vec<String> {
+    let chars: Vec<char> = text.chars().collect();
+    let room = chars.len().saturating_sub(PROMPT);
+    (0..TOGETHER).map(|i| chars[i * room / TOGETHER..].iter().take(PROMPT).collect()).collect()
+}
+
+/// All rounds. In each, every candidate has its turn: a machine that changes its pace changes all. Only one is in memory at a
+/// time, since several large models might not fit.
+fn measure(
+    args: &TuneArgs,
+    candidates: &mut [Candidate],
+    paths: &[PathBuf],
+    prompts: &[String],
+    bar: &ProgressBar,
+) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let (n, n_counts) = (candidates.len(), candidates[0].by_threads.len());
+    for round in 0..args.rounds {
+        for t in 0..n_counts {
+            // Which goes first changes, since the next one finds a warmer machine.
+            for i in (0..n).map(|k| (round + k) % n) {
+                let (name, own) = (&candidates[i].name, &mut candidates[i].by_threads[t]);
+                bar.set_message(format!("round {}: {name}, threads: {}", round + 1, own.threads));
+                time_steps(args, &paths[i], own)?;
+                time_decoding(args, &paths[i], prompts, own, &runtime)?;
+                bar.inc(1);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The curve of steps by rows.
+fn time_steps(args: &TuneArgs, path: &Path, own: &mut Measured) -> anyhow::Result<()> {
+    let params = ContextParams {
+        n_cells: N_BATCH,
+        n_batch: N_BATCH,
+        n_ubatch: N_BATCH,
+        n_seq_max: 1,
+        n_threads: own.threads,
+        unified: true,
+        tap_hidden: false,
+        embeddings: false,
+    };
+    let mut forward = LlamaForward::new(Context::new(load(args, path)?, &params)?);
+    let (points, change_s) = forward.measure(&ROWS)?;
+    for (step, (_, seconds)) in own.steps.iter_mut().zip(points) {
+        step.seconds.add(seconds);
+    }
+    own.change_s.add(change_s);
+    Ok(())
+}
+
+/// Plain decoding by the engine that serves, of one sequence and of several.
+fn time_decoding(
+    args: &TuneArgs,
+    path: &Path,
+    prompts: &[String],
+    own: &mut Measured,
+    runtime: &Runtime,
+) -> anyhow::Result<()> {
+    let n_ctx = 4 * PROMPT + 16 + args.max_tokens; // a character may be four tokens
+    let engine = engine::spawn(EngineParams {
+        model_path: path.to_owned(),
+        n_gpu_layers: args.model.n_gpu_layers,
+        n_threads: own.threads,
+        limits: Limits {
+            n_slots: TOGETHER,
+            n_ctx,
+            n_batch: N_BATCH,
+            layout: Layout::Unified { n_cells: TOGETHER * n_ctx, n_retained: 0, n_seqs: TOGETHER },
+        },
+        drafts: None,
+        traces: false,
+        n_queue: TOGETHER + 1,
+        max_wait: Duration::ZERO,
+    });
+    let measured = runtime.block_on(async {
+        let handle = engine.ready().await.map_err(|e| anyhow!(e))?;
+        ask(&handle, &request(&prompts[0], 2)).await?; // the first touches memory that later ones find touched
+        for load in Load::ALL {
+            let mut running = JoinSet::new();
+            for prompt in &prompts[..load.parallel()] {
+                let (handle, request) = (handle.clone(), request(prompt, args.max_tokens));
+                running.spawn(async move { ask(&handle, &request).await });
+            }
+            let mut rate = 0.0;
+            while let Some(done) = running.join_next().await {
+                let done = done??;
+                // From the first token to the last: one less than there are.
+                let n = done.usage.completion_tokens.saturating_sub(1);
+                rate += n as f64 / done.timings.decode_s.max(1e-9);
+            }
+            own.speed_mut(load).add(rate);
+        }
+        anyhow::Ok(())
+    });
+    engine.stop();
+    measured
+}
+
+fn request(prompt: &str, max_tokens: usize) -> Request {
+    Request {
+        prompt: prompt.to_owned(),
+        max_tokens,
+        sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
+        stop: vec![],
+        ignore_eos: true,
+        cache_prompt: false,
+        speculation: Speculation::Off,
+        share_text: false,
+    }
+}
