@@ -225,6 +225,7 @@ fn time_decoding(
             n_slots: TOGETHER,
             n_ctx,
             n_batch: N_BATCH,
+            n_prefill: None,
             layout: Layout::Unified { n_cells: TOGETHER * n_ctx, n_retained: 0, n_seqs: TOGETHER },
         },
         drafts: None,

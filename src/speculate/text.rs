@@ -12,9 +12,9 @@ use crate::llama::Token;
 /// Different tokens that one text offers behind a path.
 const N_GUESSES: usize = 3;
 /// The shortest match of each class of lengths.
-const LENGTHS: [usize; 8] = [2, 3, 4, 6, 9, 14, 22, 32];
+const LENGTHS: [usize; 8] = [1, 2, 3, 4, 6, 9, 14, 24];
 /// Probability of a match of each class before anything is known, in the sequence's own text ...
-const PRIOR: [f32; 8] = [0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.8, 0.9];
+const PRIOR: [f32; 8] = [0.05, 0.25, 0.35, 0.45, 0.55, 0.65, 0.8, 0.9];
 /// ... and by what it is multiplied where matches agree so far, and for other texts.
 const PRIOR_SUPPORT: [f32; N_SUPPORTS] = [1.0, 1.2, 0.8, 0.4];
 const PRIOR_SHARED: f32 = 0.8;
@@ -374,7 +374,7 @@ mod tests {
         let tree = grown(&mut TextDrafts::new(0), &text.origin(5), &Tree::default());
         let found = paths(&tree);
         assert_eq!(found.iter().map(|p| p.0.as_str()).collect::<Vec<_>>(), ["g", "gh", "ghi", "ghi,", "ghi, "]);
-        assert!(found.is_sorted_by(|a, b| a.1 >= b.1) && (found[0].1 - PRIOR[3]).abs() < 1e-6, "{found:?}");
+        assert!(found.is_sorted_by(|a, b| a.1 >= b.1) && (found[0].1 - PRIOR[4]).abs() < 1e-6, "{found:?}");
         assert!(grown(&mut TextDrafts::new(0), &text.origin(0), &Tree::default()).is_empty());
     }
 
@@ -389,7 +389,7 @@ mod tests {
         let tree = grown(&mut drafts, &text.origin(3), &heads);
         let q: std::collections::HashMap<String, f32> = paths(&tree).into_iter().collect();
         assert_eq!(q.len(), tree.len(), "each path once: {q:?}");
-        assert!(q["o"] > 0.4 && q["o"] > PRIOR[3] && q["a"] < 0.3, "{q:?}");
+        assert!(q["o"] > 0.4 && q["o"] > PRIOR[4] && q["a"] < 0.3, "{q:?}");
         assert!(q["o"] + q["a"] <= 1.0 && q["o!"] + q["o "] <= q["o"] && q.contains_key("o t"), "{q:?}");
         let both = &tree.nodes()[tree.child(None, Token(i32::from(b'o'))).unwrap()];
         assert!(both.p == 0.4 && both.text.is_some());
