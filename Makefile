@@ -2,10 +2,11 @@
 # make test    the same set-up and CUDA's compiler, then every test
 # make check   formatting, lints, documentation
 # make bench   the engine's host cost per step
+# make compare PROMPTS=FILE.jsonl   llama-server beside ours, for an hour or more; ARGS=... goes to benches/compare
 # make gpu     a CUDA build with its checks and benches, packed for a host with a GPU
 # Steps of the set-up, each idempotent: make tools, make vendor, make model; for CUDA make nvcc, make cuda.
 
-.PHONY: serve test check bench build gpu setup tools vendor model nvcc cuda deny help
+.PHONY: serve test check bench compare build gpu setup tools vendor model nvcc cuda deny help
 .DEFAULT_GOAL := help
 
 help:
@@ -35,6 +36,10 @@ check: tools vendor nvcc
 
 bench: setup
 	cargo bench --locked
+
+compare: build
+	@test -n "$(PROMPTS)" || { echo 'make compare needs PROMPTS=FILE.jsonl: a line is like {"prompt": "...", "category": "..."}' >&2; exit 1; }
+	benches/compare --prompts "$(PROMPTS)" $(ARGS)
 
 gpu: setup cuda
 	scripts/gpu-bundle

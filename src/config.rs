@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 
-use crate::engine::handle::{DraftParams, EngineParams, HeadsParams};
+use crate::engine::thread::{DraftParams, EngineParams, HeadsParams};
 use crate::engine::{Layout, Limits};
 use crate::llama::{self, Quantization};
 use crate::request::Speculation;

@@ -1,7 +1,8 @@
 //! medusa-llama: a server that makes GGUF models answer faster.
 //!
-//! It links llama.cpp directly and serves many HTTP clients from one continuously batched engine. Medusa heads draft trees of
-//! tokens that are verified in the same pass. On a CUDA device heads and verification run in kernels of our own.
+//! It links llama.cpp directly and serves many HTTP clients from one continuously batched engine. Medusa heads, and the text that
+//! was there before, draft trees of tokens that are verified in the same pass. On a CUDA device heads and verification run in
+//! kernels of our own.
 //!
 //! # Architecture
 //!
@@ -17,7 +18,7 @@
 //! 3. The engine admits it: [`slots`](engine::slots) finds a sequence id and whatever of the prompt is cached already.
 //! 4. [`scheduler::plan`](engine::scheduler::plan) picks the rows of the step: one for each running stream, then chunks of
 //!    prompts as large as [`pace`](engine::pace) allows.
-//! 5. [`speculate`] drafts a tree of candidates for each running stream and keeps the nodes that pay.
+//! 5. [`speculate`] drafts a tree of candidates for each running stream, by heads and from text, and keeps the nodes that pay.
 //! 6. One [`forward`](engine::Forward::forward) over all rows, the trees' among them. [`leaves`](engine::leaves) lends sequence
 //!    ids, so that a node sees its own path.
 //! 7. Commit: [`sampler`](engine::sampler) (after [`filter`](engine::filter)) chooses a token from each row that ends a sequence,
@@ -37,8 +38,8 @@
 //! | [`cli`] | the commands: start, signals, drain, terminal | llama.cpp |
 //! | [`http`] | accept loop, routes, JSON, server-sent events | cells, batches |
 //! | [`request`], [`error`] | what `http` and `engine` share | both |
-//! | [`engine`] | the loop; `handle` is its outside, `forward` its way to a model | sockets, JSON |
-//! | [`speculate`] | `heads` and `pickle` (files), `medusa` and `conditioned` (drafting), `tree`, `calibration`, `cost`, `policy`; `device` (heads and verification on a GPU); `simulated` for `bench` | requests, cells |
+//! | [`engine`] | the loop; `thread` starts and runs it, `handle` is its outside, `forward` its way to a model | sockets, JSON |
+//! | [`speculate`] | `heads` and `pickle` (files), `medusa` and `conditioned` (drafting by heads), `suffix` and `text` (from text), `tree`, `calibration`, `reliability`, `cost`, `policy`; `device` (heads and verification on a GPU); `simulated` for `bench` | requests, cells |
 //! | [`train`] | heads from a model's own answers: answers, features, fit | HTTP |
 //! | [`synth`] | models and heads of random weights in known shapes, to measure with | requests |
 //! | [`eval`], [`plot`] | perplexity; SVG plots | requests |
@@ -53,7 +54,8 @@
 //! - `scheduler`, `slots`, `leaves`, `sampler`'s draw, `text`, `pace`, `company`, and of `speculate` all but `heads`, `pickle`,
 //!   `medusa`, `conditioned` and `device` do no I/O and read no clock.
 //! - One thread owns the llama context, and builds it there.
-//! - Nothing grows after the start without a limit in [`config`]: queue, body, connections, cells, events per request.
+//! - Nothing grows after the start without a limit in [`config`]: queue, body, connections, cells, text to draft from, events per
+//!   request.
 //! - A request is admitted only when the cache holds all it may come to need, so a running request always can finish.
 //! - What a position's token is depends on the request, its seed and the position: not on who else is in the batch, and not on
 //!   what was drafted.

@@ -258,19 +258,22 @@ fn the_command_writes_what_is_asked_for_and_nothing_twice() {
 }
 
 #[test]
-fn a_bench_of_simulated_acceptance_says_so() {
+fn a_bench_says_what_it_compared() {
     let folder = tempfile::tempdir().unwrap();
     write(&folder, "tiny.gguf", "Q8_0", 1);
     let at = |name: &str| folder.path().join(name);
     heads::write(&at("heads"), heads::Spec { shape: &tiny(), kind: HeadKind::Medusa, n_heads: 2, seed: 1 }).unwrap();
     std::fs::write(at("prompts.jsonl"), "{\"prompt\": \"rain\"}\n{\"prompt\": \"the sea\"}\n").unwrap();
-    let bench = |acceptance: &[&str]| {
+    let bench = |more: &[&str]| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_medusa-llama"));
-        command.arg("bench").arg("-m").arg(at("tiny.gguf")).arg("--heads").arg(at("heads"));
+        command.arg("bench").arg("-m").arg(at("tiny.gguf"));
+        if !more.contains(&"--heads") {
+            command.arg("--heads").arg(at("heads"));
+        }
         command.arg("--prompts").arg(at("prompts.jsonl")).arg("--json").arg(at("b.json")).arg("--svg").arg(at("b.svg"));
         command
             .args(["-c", "512", "-t", "1", "-n", "200", "--parallel", "1,2", "--rounds", "1", "--tree-nodes", "4"])
-            .args(acceptance);
+            .args(more);
         let output = command.output().unwrap();
         let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
         (output.status.success(), text)
@@ -288,15 +291,23 @@ fn a_bench_of_simulated_acceptance_says_so() {
             let figures = &json["by_parallel"][parallel][mode];
             figures["tokens"].as_f64().unwrap() / figures["steps"].as_f64().unwrap()
         };
-        assert_eq!(of("plain"), 1.0);
+        assert_eq!(of("off"), 1.0);
         // The first head is always right, the second one never; the first step has none.
-        assert!((of("heads") - 2.0).abs() < 0.05, "{}", of("heads"));
+        assert!((of("auto") - 2.0).abs() < 0.05, "{}", of("auto"));
     }
 
-    let (ok, text) = bench(&[]);
-    assert!(ok && !text.contains("simulated"), "{text}");
+    let (ok, text) = bench(&["--modes", "off,heads,text,auto"]);
+    assert!(ok && !text.contains("simulated") && text.contains("auto / heads"), "{text}");
+    assert!(text.contains("expected calibration error"), "{text}");
     let json: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(at("b.json")).unwrap()).unwrap();
-    assert_eq!(json["simulated"], false);
+    assert_eq!((&json["simulated"], &json["text_drafts"]), (&false.into(), &true.into()));
+    assert_eq!(json["modes"], serde_json::json!(["off", "heads", "text", "auto"]));
+    let (drafted, of) = (|mode: &str| json["by_parallel"]["1"][mode]["drafted"].as_u64().unwrap(), &json["calibration"]);
+    assert!(drafted("off") == 0 && drafted("heads") > 0 && drafted("text") > 0, "{text}");
+    assert!(of.as_array().unwrap().iter().any(|c| c["sources"] == serde_json::json!(["text"])), "{of}");
+
+    let (ok, text) = bench(&["--heads", "none", "--modes", "off,heads"]);
+    assert!(!ok && text.contains("--modes names heads"), "{text}");
 }
 
 /// Tokens and their probabilities at a temperature.

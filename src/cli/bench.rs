@@ -11,7 +11,8 @@ use serde::Serialize;
 use tokio::task::JoinSet;
 
 use crate::config::BenchArgs;
-use crate::engine::handle::{EngineParams, Handle};
+use crate::engine::handle::Handle;
+use crate::engine::thread::EngineParams;
 use crate::engine::{self, Layout, Limits};
 use crate::llama::max_sequences;
 use crate::plot::{self, Labels, Line};

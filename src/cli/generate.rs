@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::show_loading;
 use crate::config::GenerateArgs;
-use crate::engine::handle::EngineParams;
+use crate::engine::thread::EngineParams;
 use crate::engine::{self, Layout, Limits};
 use crate::http::api;
 use crate::request::Event;

@@ -8,7 +8,7 @@ use anyhow::anyhow;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::config::{HeadKind, TrainArgs};
-use crate::engine::handle::EngineParams;
+use crate::engine::thread::EngineParams;
 use crate::engine::{self, Layout, Limits};
 use crate::llama::{Model, ModelParams, max_sequences};
 use crate::plot::{self, Labels, Line};

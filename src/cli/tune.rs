@@ -18,7 +18,7 @@ use self::report::Report;
 use super::{bench::ask, quantize::write};
 use crate::config::TuneArgs;
 use crate::engine::forward::LlamaForward;
-use crate::engine::handle::EngineParams;
+use crate::engine::thread::EngineParams;
 use crate::engine::{self, Layout, Limits};
 use crate::eval;
 use crate::llama::{Context, ContextParams, Model, ModelParams, Quantization, Token};
@@ -79,7 +79,9 @@ pub fn tune(args: &TuneArgs) -> anyhow::Result<()> {
     bar.enable_steady_tick(Duration::from_secs(1));
     for (kind, file) in kinds.iter().zip(&files) {
         bar.set_message(format!("quantizing to {}", kind.name()));
-        write(&input, file, *kind, args.model.threads())?;
+        let in_folder =
+            || format!("the folder {} must hold it; --keep or TMPDIR names another one", folder.path().display());
+        write(&input, file, *kind, args.model.threads()).with_context(in_folder)?;
         bar.inc(1);
     }
     let names = std::iter::once(format!("input ({quantization})")).chain(kinds.iter().map(|kind| kind.name().to_owned()));
@@ -180,11 +182,21 @@ fn measure(
                 bar.set_message(format!("round {}: {name}, threads: {}", round + 1, own.threads));
                 time_steps(args, &paths[i], own)?;
                 time_decoding(args, &paths[i], prompts, own, &runtime)?;
+                let [alone, together] = Load::ALL.map(|load| own.speed(load).rounds.last().copied().unwrap_or_default());
+                say(
+                    bar,
+                    &format!("round {}: {name}, threads: {}: {alone:.1} and {together:.1} tokens/s", round + 1, own.threads),
+                );
                 bar.inc(1);
             }
         }
     }
     Ok(())
+}
+
+/// A line for who waits, beside the bar or without one.
+fn say(bar: &ProgressBar, line: &str) {
+    if bar.is_hidden() { eprintln!("{line}") } else { bar.println(line) }
 }
 
 /// The curve of steps by rows.
@@ -200,7 +212,7 @@ fn time_steps(args: &TuneArgs, path: &Path, own: &mut Measured) -> anyhow::Resul
         embeddings: false,
     };
     let mut forward = LlamaForward::new(Context::new(load(args, path)?, &params)?);
-    let (points, change_s) = forward.measure(&ROWS)?;
+    let (points, change_s) = forward.measure(&ROWS, Duration::MAX)?;
     for (step, (_, seconds)) in own.steps.iter_mut().zip(points) {
         step.seconds.add(seconds);
     }

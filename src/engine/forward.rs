@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::slots::KvOp;
 use crate::llama::{Batch, Context, LlamaError, Model, SeqId, Tapped, Token};
@@ -184,21 +184,31 @@ impl LlamaForward {
         self.context.tapped()
     }
 
-    /// What steps take, measured: seconds of a pass of each number of rows behind one of as many, and the seconds more that
-    /// one takes behind another number. The best of a few rounds, so that a moment's disturbance does not hit one number alone.
+    /// What steps take, measured: seconds of a pass of each number of rows, ascending, behind one of as many, and the seconds more
+    /// that one takes behind another number. The best of a few rounds, so that a moment's disturbance does not hit one number
+    /// alone. When `patience` is over only what is missing for a curve at all is measured: a slow model's has few numbers.
     ///
     /// # Errors
     /// When a pass fails.
-    pub fn measure(&mut self, numbers: &[usize]) -> Result<(Vec<(usize, f64)>, f64), LlamaError> {
+    pub fn measure(&mut self, numbers: &[usize], patience: Duration) -> Result<(Vec<(usize, f64)>, f64), LlamaError> {
+        let started = Instant::now();
+        let is_late = || started.elapsed() > patience;
         let mut points: Vec<(usize, f64)> = numbers.iter().map(|&n| (n, f64::INFINITY)).collect();
         for round in 0..ROUNDS {
-            for (n, best) in points.iter_mut().filter(|(n, _)| n * round <= MOST_ROWS) {
+            for (i, (n, best)) in points.iter_mut().enumerate().filter(|(_, (n, _))| n * round <= MOST_ROWS) {
+                if is_late() && (round > 0 || i > 1) {
+                    break;
+                }
                 self.time_pass(*n)?;
                 *best = best.min(self.time_pass(*n)?);
             }
         }
+        points.retain(|(_, seconds)| seconds.is_finite());
         let mut changed = [f64::INFINITY; 2];
-        for i in (0..2).cycle().take(2 * ROUNDS) {
+        for (k, i) in (0..2).cycle().take(2 * ROUNDS).enumerate() {
+            if is_late() && k > 1 {
+                break;
+            }
             changed[i] = changed[i].min(self.time_pass(i + 1)?);
         }
         let more = |i: usize| points.iter().find(|(n, _)| *n == i + 1).map_or(0.0, |(_, same)| changed[i] - same);

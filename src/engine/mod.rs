@@ -16,15 +16,17 @@ pub mod scheduler;
 pub mod sequence;
 pub mod slots;
 pub mod text;
+pub mod thread;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
 pub use forward::{Forward, LlamaForward, Row, Rows};
-pub use handle::{Handle, Stage, SubmitError, spawn};
+pub use handle::{Handle, SubmitError};
 pub use sequence::Job;
 pub use slots::Layout;
+pub use thread::{Stage, spawn};
 
 use crate::error::IncidentId;
 use crate::gpu::kernels::{RowRule, Span};
@@ -264,7 +266,8 @@ impl<F: Forward> Engine<F> {
         let started = Instant::now();
         speculator.draft(&mut origins, n_rows, n_decode, trees);
         let seconds = started.elapsed().as_secs_f64();
-        let n_free = self.ledger.make_room(n_rows + MAX_NODES, &mut work.ops);
+        let n_offered = trees.iter().map(Tree::len).sum::<usize>().min(MAX_NODES);
+        let n_free = self.ledger.make_room(n_rows + n_offered, &mut work.ops);
         let room = (self.limits.n_batch - n_rows).min(n_free.saturating_sub(n_rows));
         speculator.choose(trees, n_rows, n_decode, room, seconds);
 

@@ -1,0 +1,362 @@
+//! The engine's thread: it loads the model, measures the machine, and runs the loop until nobody needs it any more.
+
+use std::cell::RefCell;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::sync::{Arc, OnceLock};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{Semaphore, watch};
+
+use super::company::Company;
+use super::forward::LlamaForward;
+use super::handle::{Handle, Side, Stats};
+use super::{Engine, Forward, Job, Layout, Limits};
+use crate::gpu::Device;
+use crate::gpu::weights::Precision;
+use crate::llama::{Context, ContextParams, LlamaError, Model, ModelParams, max_sequences};
+use crate::speculate::cost::{self, Cost};
+use crate::speculate::device::{DeviceDraft, DeviceHeads};
+use crate::speculate::heads::{Heads, HeadsError, Shape};
+use crate::speculate::simulated::Acceptance;
+use crate::speculate::text::TextDrafts;
+use crate::speculate::{self, Draft, MAX_NODES, Speculator};
+
+/// What the engine needs to start.
+#[derive(Clone, Debug)]
+pub struct EngineParams {
+    /// The GGUF file.
+    pub model_path: PathBuf,
+    /// Layers on the GPU.
+    pub n_gpu_layers: u32,
+    /// Threads of a forward pass.
+    pub n_threads: usize,
+    /// Sizes.
+    pub limits: Limits,
+    /// What to draft with; `None`: nothing is drafted.
+    pub drafts: Option<DraftParams>,
+    /// Answers come with what the model thought at each token.
+    pub traces: bool,
+    /// Requests that may run or wait.
+    pub n_queue: usize,
+    /// The longest an idle engine may wait for company.
+    pub max_wait: Duration,
+}
+
+/// What drafts are made of, and how much of them is verified.
+#[derive(Clone, Debug, Default)]
+pub struct DraftParams {
+    /// Heads.
+    pub heads: Option<HeadsParams>,
+    /// Each sequence's own text, and so many tokens of recent answers; `None`: no text.
+    pub n_shared_text: Option<usize>,
+    /// Most tokens a step may give one sequence; `None`: what the sources can give.
+    pub max_tokens_per_step: Option<usize>,
+    /// Verify this many candidates for each sequence in every step, to measure; `None` to serve.
+    pub fixed_nodes: Option<usize>,
+    /// Simulate that heads' candidates are accepted at these rates, to measure; `None` to serve.
+    pub acceptance: Option<Acceptance>,
+}
+
+/// Which heads.
+#[derive(Clone, Debug)]
+pub struct HeadsParams {
+    /// The folder they stand in.
+    pub folder: PathBuf,
+    /// Use at most this many.
+    pub n_heads: usize,
+}
+
+/// Why the engine did not start.
+#[derive(Debug, thiserror::Error)]
+enum StartError {
+    #[error("{0}")]
+    Llama(#[from] LlamaError),
+    #[error("{0}")]
+    Heads(#[from] HeadsError),
+    #[error("acceptance is given for {rates} heads, but there are {heads}")]
+    Acceptance { rates: usize, heads: usize },
+}
+
+/// How far the engine is.
+#[derive(Clone)]
+pub enum Stage {
+    /// The model is being read: from 0 to 1.
+    Loading(f32),
+    /// Requests are served.
+    Ready(Handle),
+    /// The engine's thread has ended, and why.
+    Failed(String),
+}
+
+/// A running engine's thread. Dropping it does not stop it: drop all handles, or call [`stop`](EngineThread::stop).
+pub struct EngineThread {
+    stage: watch::Receiver<Stage>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl EngineThread {
+    /// How far the engine is, now and later.
+    #[must_use]
+    pub fn stage(&self) -> watch::Receiver<Stage> {
+        self.stage.clone()
+    }
+
+    /// Waits until the model is loaded.
+    ///
+    /// # Errors
+    /// Why it could not be.
+    pub async fn ready(&self) -> Result<Handle, String> {
+        let mut stage = self.stage.clone();
+        loop {
+            match &*stage.borrow_and_update() {
+                Stage::Ready(handle) => return Ok(handle.clone()),
+                Stage::Failed(why) => return Err(why.clone()),
+                Stage::Loading(_) => {}
+            }
+            if stage.changed().await.is_err() {
+                return Err("the engine's thread ended".into());
+            }
+        }
+    }
+
+    /// Ends the engine after its current step, whatever still runs, and waits for that.
+    pub fn stop(mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join(); // a panic was logged, and shown as `Stage::Failed`
+        }
+    }
+}
+
+/// Starts the engine's thread, which loads the model and then serves.
+///
+/// # Panics
+/// When the operating system gives no thread.
+#[must_use]
+pub fn spawn(params: EngineParams) -> EngineThread {
+    let (tx, stage) = watch::channel(Stage::Loading(0.0));
+    let stop = Arc::new(AtomicBool::new(false));
+    let stopped = Arc::clone(&stop);
+    let body = move || {
+        let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| serve(&params, &tx, &stopped)));
+        let why = match ended {
+            Ok(Ok(())) => "the engine was stopped".to_owned(),
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => "the engine panicked; the log above says where".to_owned(),
+        };
+        tx.send_replace(Stage::Failed(why));
+    };
+    let thread = std::thread::Builder::new().name("engine".into()).spawn(body).expect("a thread for the engine");
+    EngineThread { stage, stop, thread: Some(thread) }
+}
+
+fn serve(params: &EngineParams, stage: &watch::Sender<Stage>, stop: &AtomicBool) -> Result<(), StartError> {
+    let mut shown = -1.0;
+    let progress = |p: f32| {
+        if p - shown >= 0.01 || p >= 1.0 {
+            shown = p;
+            stage.send_replace(Stage::Loading(p));
+        }
+        !stop.load(Ordering::Relaxed)
+    };
+    let model = Model::load(&params.model_path, &ModelParams { n_gpu_layers: params.n_gpu_layers }, progress)?;
+    let model = Arc::new(model);
+    let context = Context::new(Arc::clone(&model), &context_params(params))?;
+    let limits = params.limits;
+    let stats = Arc::new(Stats::default());
+    let (jobs, receiver) = sync_channel(params.n_queue);
+    let mut forward = LlamaForward::new(context);
+    let drafts = match &params.drafts {
+        Some(drafts) => Some(load_drafts(drafts, params.n_threads, &model, &mut forward, limits)?),
+        None => None,
+    };
+    let (n_heads, side) = drafts.as_ref().map_or((0, Side::Cpu), |d| (d.n_heads, d.side));
+    let text_drafts = drafts.as_ref().is_some_and(|d| d.speculator.has_text());
+    let mut engine = Engine::new(forward, limits, Arc::clone(&stats));
+    if let Some(drafts) = drafts {
+        engine.speculate(drafts.speculator, n_ids(params));
+    }
+    if params.traces {
+        engine.trace_answers();
+    }
+    let permits = Arc::new(Semaphore::new(params.n_queue));
+    let n_queue = params.n_queue;
+    let handle = Handle { jobs, permits, model, limits, n_heads, text_drafts, side, n_queue, stats };
+    stage.send_replace(Stage::Ready(handle));
+    run(engine, &receiver, params.max_wait, stop);
+    Ok(())
+}
+
+/// Rows are measured up to two for each slot and so many more.
+const MEASURED_BEYOND: usize = 24;
+/// A slow model is not measured for longer, at its start.
+const MEASURING: Duration = Duration::from_secs(3);
+
+/// Tokens behind a sequence's last one that its text may draft.
+const TEXT_DEPTH: usize = 32;
+
+/// What drafts, ready.
+struct Drafts {
+    speculator: Speculator,
+    n_heads: usize,
+    side: Side,
+}
+
+/// Reads heads, and measures what rows cost.
+fn load_drafts(
+    params: &DraftParams,
+    n_threads: usize,
+    model: &Model,
+    forward: &mut LlamaForward,
+    Limits { n_batch, n_slots, .. }: Limits,
+) -> Result<Drafts, StartError> {
+    // Beyond, the curve goes on as a line; and what is measured takes memory.
+    let most = n_batch.min(2 * n_slots + MEASURED_BEYOND);
+    let numbers: Vec<usize> = cost::POINTS.into_iter().filter(|&n| n <= most).collect();
+    let (points, change_s) = forward.measure(&numbers, MEASURING)?;
+    let curve: Vec<String> = points.iter().map(|(n, s)| format!("{n}: {:.1}", s * 1e3)).collect();
+    let (curve, change) = (curve.join(", "), change_s * 1e3);
+    tracing::info!("milliseconds of a step by rows: {curve}; {change:.1} more if their number changes");
+
+    let cost = Cost::from_points(&points).with_change(change_s);
+    let (mut n_heads, mut side, mut depth) = (0, Side::Cpu, 0);
+    let mut heads = None;
+    if let Some(params) = &params.heads {
+        let drafter;
+        (drafter, side) = load_heads(params, n_threads, model, forward)?;
+        n_heads = drafter.n_heads();
+        depth = n_heads;
+        heads = Some(drafter);
+        tracing::info!(n_heads, side = side.name(), "heads loaded");
+    }
+    if let Some(rates) = params.acceptance.as_ref().map(|a| a.rates().len()).filter(|&n| n > n_heads) {
+        return Err(StartError::Acceptance { rates, heads: n_heads });
+    }
+    if params.n_shared_text.is_some() {
+        depth = depth.max(TEXT_DEPTH);
+    }
+    let max_tokens = params.max_tokens_per_step.unwrap_or(depth + 1);
+    let mut speculator = match heads {
+        Some(heads) => Speculator::new(heads, max_tokens, cost),
+        None => Speculator::without_heads(max_tokens, cost),
+    };
+    if let Some(n_shared) = params.n_shared_text {
+        speculator = speculator.with_text(TextDrafts::new(n_shared));
+    }
+    if let Some(n) = params.fixed_nodes {
+        speculator = speculator.with_fixed_nodes(n);
+    }
+    if let Some(acceptance) = &params.acceptance {
+        speculator = speculator.with_acceptance(acceptance.clone());
+    }
+    Ok(Drafts { speculator, n_heads, side })
+}
+
+/// Reads heads and makes them ready where they will be computed.
+fn load_heads(
+    params: &HeadsParams,
+    n_threads: usize,
+    model: &Model,
+    forward: &mut LlamaForward,
+) -> Result<(Box<dyn Draft>, Side), StartError> {
+    let shape = Shape { n_embd: model.n_embd(), n_vocab: model.n_vocab() };
+    let heads = Heads::load(&params.folder, shape, params.n_heads)?;
+    let Some(device) = logits_device(forward) else {
+        return Ok((speculate::drafter(heads, model, n_threads)?, Side::Cpu));
+    };
+    let heads = Rc::new(RefCell::new(DeviceHeads::new(device, heads, model, Precision::Q8)?));
+    forward.use_device(Rc::clone(&heads));
+    Ok((Box::new(DeviceDraft(heads)), Side::Cuda))
+}
+
+/// The device that the last pass left its logits on, if our kernels can work there.
+fn logits_device(forward: &LlamaForward) -> Option<Rc<dyn Device>> {
+    let tapped = forward.tapped().filter(|tapped| !tapped.on_host())?;
+    #[cfg(not(feature = "cuda-kernels"))]
+    let _ = tapped;
+    #[cfg(feature = "cuda-kernels")]
+    match crate::gpu::cuda::Cuda::holding(tapped.logits()) {
+        Ok(cuda) => return Some(Rc::new(cuda)),
+        Err(error) => tracing::warn!(%error, "heads and verification stay on the CPU"),
+    }
+    None
+}
+
+/// Leaves of a sequence's tree, if there are ids for as many. For every id llama.cpp keeps room for a row of logits.
+const MAX_LEAVES: usize = 16;
+
+/// Sequence ids of a unified cache: the layout's, and behind them those for the leaves of trees.
+fn n_ids(params: &EngineParams) -> usize {
+    let Layout::Unified { n_seqs, .. } = params.limits.layout else { return params.limits.n_slots };
+    let n_leaves = match &params.drafts {
+        Some(DraftParams { fixed_nodes: Some(_), .. }) => MAX_NODES,
+        Some(_) => MAX_LEAVES,
+        None => 1,
+    };
+    (n_seqs + params.limits.n_slots * (n_leaves - 1)).min(max_sequences())
+}
+
+fn context_params(params: &EngineParams) -> ContextParams {
+    let Limits { n_slots, n_batch, layout, .. } = params.limits;
+    let (unified, n_cells, n_seq_max) = match layout {
+        Layout::Unified { n_cells, .. } => (true, n_cells, n_ids(params)),
+        // llama.cpp divides the cells among the streams and rounds each share; so round before multiplying.
+        Layout::Streams { n_cells } => (false, n_cells.next_multiple_of(256) * n_slots, n_slots),
+    };
+    ContextParams {
+        n_cells,
+        n_batch,
+        n_ubatch: n_batch,
+        n_seq_max,
+        n_threads: params.n_threads,
+        unified,
+        tap_hidden: (params.drafts.as_ref().is_some_and(|d| d.heads.is_some()) || params.traces) && unified,
+        embeddings: false,
+    }
+}
+
+/// Seconds between two looks at the stop flag while idle.
+const IDLE_LOOK: Duration = Duration::from_millis(100);
+
+/// The loop: new requests in, a step, until nobody can send any more and all is done, or `stop` is set.
+fn run<F: Forward>(mut engine: Engine<F>, jobs: &Receiver<Job>, max_wait: Duration, stop: &AtomicBool) {
+    let mut company = Company::new(max_wait.as_secs_f64());
+    while !stop.load(Ordering::Relaxed) {
+        if engine.is_idle() {
+            match jobs.recv_timeout(IDLE_LOOK) {
+                Ok(job) => await_company(&mut engine, job, jobs, &mut company),
+                Err(RecvTimeoutError::Timeout) => continue,
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+        }
+        while let Ok(job) = jobs.try_recv() {
+            company.arrival(seconds(job.accepted), false);
+            engine.enqueue(job);
+        }
+        engine.step();
+    }
+}
+
+/// Starts from idle: perhaps waits a moment for more requests (see [`Company`]).
+fn await_company<F: Forward>(engine: &mut Engine<F>, first: Job, jobs: &Receiver<Job>, company: &mut Company) {
+    let wait = Duration::from_secs_f64(company.arrival(seconds(first.accepted), true));
+    let until = first.accepted + wait;
+    engine.enqueue(first);
+    while !engine.is_full() {
+        let left = until.saturating_duration_since(Instant::now());
+        let Ok(job) = jobs.recv_timeout(left) else { return };
+        company.arrival(seconds(job.accepted), false);
+        engine.enqueue(job);
+    }
+}
+
+/// Seconds on a steady clock of this process.
+fn seconds(at: Instant) -> f64 {
+    static ZERO: OnceLock<Instant> = OnceLock::new();
+    at.saturating_duration_since(*ZERO.get_or_init(|| at)).as_secs_f64()
+}
