@@ -143,6 +143,7 @@ for axes, key, title in zip(panels, ("gap_p95", "gap_max"), ("95th percentile", 
     axes.set(xlabel="first token, 95th percentile, s", ylabel="gap between pieces, ms", title=title, yscale="log")
     axes.grid(alpha=0.3, which="both")
 figure.suptitle(f"Rows of prompts in a step, {data['parallel']} parallel requests")
+figure.tight_layout()
 figure.savefig(sys.argv[2], metadata={"Date": None}, bbox_inches="tight")
 """
 
