@@ -70,7 +70,7 @@ impl Pace {
             }
             let mean = &mut self.decode_s[load.n_decode];
             *mean = Some(mean.map_or(seconds, |old| old + ALPHA * (seconds - old)));
-        } else if load.n_decode > 0 && n_prompt >= self.n_prefill(load) && !self.is_fixed {
+        } else if load.n_decode > 0 && n_prompt >= self.full_chunk(load) && !self.is_fixed {
             let allowed = (self.plain_step_s(load.n_decode) * STALL).max(MIN_STALL_S) * load.crowd();
             let scale = (allowed / seconds.max(1e-9)).clamp(*SCALE.start(), *SCALE.end());
             self.chunk = (self.chunk * scale).clamp(MIN_CHUNK as f64, self.n_batch.max(MIN_CHUNK) as f64);
@@ -82,6 +82,11 @@ impl Pace {
     pub fn n_prefill(&self, load: Load) -> usize {
         let crowd = if self.is_fixed { 1.0 } else { load.crowd() };
         ((self.chunk * crowd) as usize).clamp(1, self.n_batch)
+    }
+
+    /// Rows of prompts in a step that has as many as it may: the streams' rows are in the batch, too.
+    fn full_chunk(&self, load: Load) -> usize {
+        self.n_prefill(load).min(self.n_batch.saturating_sub(load.n_decode)).max(1)
     }
 
     /// A step of `n` streams and nothing else, or of the nearest number of streams that was measured.
@@ -156,6 +161,16 @@ mod tests {
             settle(&mut pace, streams(4), 1e-4, 1e-6);
             assert_eq!(pace.n_prefill(streams(4)), n_batch);
         }
+    }
+
+    #[test]
+    fn a_chunk_that_fills_the_batch_still_shrinks_where_steps_become_slow() {
+        let mut pace = Pace::new(64);
+        settle(&mut pace, streams(4), 1e-4, 1e-6);
+        for _ in 0..20 {
+            pace.record(streams(4), 60, 1.0);
+        }
+        assert!(pace.n_prefill(streams(4)) < 60);
     }
 
     #[test]

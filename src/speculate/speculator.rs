@@ -188,7 +188,8 @@ impl Speculator {
             Some(n_nodes) => Worth { n_nodes, token_s: f64::MAX.sqrt(), row_s: 0.0 },
             None => self.worth(n_rows, n_decode),
         };
-        if let Some(text) = &mut self.text {
+        self.asks_heads &= origins.iter().any(|o| o.max_depth > 0);
+        if let Some(text) = self.text.as_mut().filter(|_| self.asks_heads) {
             for origin in origins.iter_mut() {
                 origin.open = 1.0 - origin.text.map_or(0.0, |o| text.foresee(&o));
             }
@@ -196,7 +197,6 @@ impl Speculator {
         self.by_heads.resize_with(origins.len().max(self.by_heads.len()), Tree::default);
         let by_heads = &mut self.by_heads[..origins.len()];
         by_heads.iter_mut().for_each(Tree::clear);
-        self.asks_heads &= origins.iter().any(|o| o.max_depth > 0);
         if let Some(heads) = self.heads.as_mut().filter(|_| self.asks_heads) {
             heads.draft(origins, worth, &self.calibration, by_heads);
             if by_heads.iter().all(Tree::is_empty) {
