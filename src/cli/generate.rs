@@ -10,7 +10,7 @@ use super::show_loading;
 use crate::config::GenerateArgs;
 use crate::engine::thread::EngineParams;
 use crate::engine::{self, Layout, Limits};
-use crate::http::api;
+use crate::http::generate as body;
 use crate::request::Event;
 
 /// Generates and prints; a line of figures goes to standard error.
@@ -74,10 +74,10 @@ fn request(args: &GenerateArgs) -> anyhow::Result<crate::request::Request> {
         prompt.clear();
         std::io::stdin().read_to_string(&mut prompt)?;
     }
-    let body = json!({
+    let fields = json!({
         "prompt": prompt, "max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p,
         "top_k": args.top_k, "min_p": args.min_p, "seed": args.seed, "stop": args.stop,
     });
     let random = std::time::UNIX_EPOCH.elapsed().map_or(0, |t| t.as_nanos() as u64);
-    Ok(api::generate(body, args.model.context_size, random)?.request)
+    Ok(body::read(fields, args.model.context_size, random)?.request)
 }

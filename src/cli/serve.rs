@@ -1,8 +1,8 @@
 //! `medusa-llama serve`: the port first, then the model, then requests until a signal, then what is left of them.
 
 use std::future::Future;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -38,8 +38,16 @@ async fn run(config: Config) -> anyhow::Result<()> {
         TcpListener::bind(config.listen).await.with_context(|| format!("could not listen on {}", config.listen))?;
     let address = listener.local_addr()?;
     tracing::info!("listening on http://{address}, loading {}", config.engine.model_path.display());
+    // As llama-server and vLLM do: the file's name.
+    let model_id = config.engine.model_path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     let engine = engine::spawn(config.engine);
-    let app = Arc::new(App { stage: engine.stage(), draining: AtomicBool::new(false), limits: config.http });
+    let app = Arc::new(App {
+        stage: engine.stage(),
+        draining: AtomicBool::new(false),
+        limits: config.http,
+        model_id,
+        template: OnceLock::new(),
+    });
 
     let (end, ended) = oneshot::channel::<()>();
     let until_end = async { drop(ended.await) };

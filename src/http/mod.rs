@@ -1,15 +1,19 @@
 //! The network side: bytes on a socket to a checked [`Request`](crate::request::Request), events back to bytes.
 //!
-//! [`api`] knows JSON, [`routes`] what each path does, [`reply`] how an answer is written. None of them sees a KV cell, a
-//! batch or llama.cpp; they know the engine's [`Handle`](crate::engine::Handle) only.
+//! [`routes`] knows what each path does, [`generate`] and [`openai`] the JSON of either dialect, [`fields`] how a body's fields are
+//! read, [`template`] how messages become a prompt, [`reply`] how an answer is written. None of them sees a KV cell, a batch or
+//! llama.cpp; they know the engine's [`Handle`](crate::engine::Handle) only, and the model's template.
 
-pub mod api;
+pub mod fields;
+pub mod generate;
+pub mod openai;
 pub mod reply;
 pub mod routes;
+pub mod template;
 
 use std::convert::Infallible;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use hyper::server::conn::http1;
@@ -30,6 +34,10 @@ pub struct App {
     pub draining: AtomicBool,
     /// What a client may take.
     pub limits: HttpLimits,
+    /// How OpenAI's clients name the model.
+    pub model_id: String,
+    /// The model's chat template, read at the first chat; or why there is none.
+    pub template: OnceLock<Result<template::ChatTemplate, String>>,
 }
 
 /// Accepts connections until `end` completes, then lets open ones finish their current answer for up to `grace`.

@@ -12,7 +12,6 @@ use hyper::{Response, StatusCode};
 use serde::Serialize;
 use tokio::sync::mpsc;
 
-use super::api;
 use crate::request::Event;
 
 /// Any answer: a whole body or a stream.
@@ -57,9 +56,30 @@ impl Problem {
         serde_json::json!({ "error": error })
     }
 
+    /// The body as OpenAI's clients expect it.
+    pub fn openai_body(&self) -> serde_json::Value {
+        let kind = match self.status {
+            StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
+            status if status.is_server_error() => "server_error",
+            _ => "invalid_request_error",
+        };
+        serde_json::json!({ "error": { "message": self.message, "type": kind, "param": self.param, "code": self.kind } })
+    }
+
     /// The answer.
     pub fn reply(self) -> Reply {
-        let mut reply = json(self.status, &self.body());
+        let body = self.body();
+        self.reply_with(&body)
+    }
+
+    /// The answer to an OpenAI client.
+    pub fn openai_reply(self) -> Reply {
+        let body = self.openai_body();
+        self.reply_with(&body)
+    }
+
+    fn reply_with(self, body: &serde_json::Value) -> Reply {
+        let mut reply = json(self.status, body);
         if let Some((name, value)) = self.header {
             reply.headers_mut().insert(name, HeaderValue::from_static(value));
         }
@@ -76,16 +96,36 @@ impl Problem {
     }
 }
 
-/// A request's events as server-sent events. Dropping it drops the receiver, which cancels the request.
+/// How an API writes events.
+pub trait Dialect: Send {
+    /// Appends what the client of choice number `choice` is told.
+    fn write(&mut self, choice: usize, event: &Event, out: &mut BytesMut);
+
+    /// Appends what comes behind all choices.
+    fn end(&mut self, _out: &mut BytesMut) {}
+}
+
+/// Appends one server-sent event.
+pub fn event(data: &impl Serialize, out: &mut BytesMut) {
+    out.extend_from_slice(b"data: ");
+    // One line: JSON escapes line ends.
+    out.extend_from_slice(&serde_json::to_vec(data).expect("our types have string keys and no failing parts"));
+    out.extend_from_slice(b"\n\n");
+}
+
+/// The events of one or several choices as server-sent events. Dropping it drops the receivers, which cancels what they wait for.
 pub struct EventStream {
     first: Option<Event>,
-    events: mpsc::Receiver<Event>,
+    /// By choice; `None` for those that ended.
+    choices: Vec<Option<mpsc::Receiver<Event>>>,
+    dialect: Box<dyn Dialect>,
     ended: bool,
 }
 
-/// An answer that streams: `first` has arrived already, the rest is to come.
-pub fn stream(first: Event, events: mpsc::Receiver<Event>) -> Reply {
-    let body = EventStream { first: Some(first), events, ended: false };
+/// An answer that streams: `first` of the first choice has arrived already, the rest is to come.
+pub fn stream(first: Event, choices: Vec<mpsc::Receiver<Event>>, dialect: Box<dyn Dialect>) -> Reply {
+    let choices = choices.into_iter().map(Some).collect();
+    let body = EventStream { first: Some(first), choices, dialect, ended: false };
     let mut reply = Response::new(Either::Right(body));
     let headers = reply.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
@@ -94,10 +134,28 @@ pub fn stream(first: Event, events: mpsc::Receiver<Event>) -> Reply {
 }
 
 impl EventStream {
-    fn poll_event(&mut self, cx: &mut Context<'_>) -> Poll<Option<Event>> {
-        match self.first.take() {
-            Some(event) => Poll::Ready(Some(event)),
-            None => self.events.poll_recv(cx),
+    /// Writes what has arrived for a choice.
+    fn drain(&mut self, choice: usize, cx: &mut Context<'_>, out: &mut BytesMut) {
+        while let Some(events) = &mut self.choices[choice] {
+            let event = match self.first.take().filter(|_| choice == 0) {
+                Some(first) => first,
+                None => match events.poll_recv(cx) {
+                    Poll::Ready(Some(event)) => event,
+                    // The engine's thread went away without a last word.
+                    Poll::Ready(None) => Event::Failed { id: "engine-stopped".into() },
+                    Poll::Pending => return,
+                },
+            };
+            self.dialect.write(choice, &event, out);
+            match event {
+                Event::Piece(_) => {}
+                Event::Done(_) => self.choices[choice] = None,
+                Event::Failed { .. } => {
+                    self.choices.clear();
+                    self.ended = true;
+                    return;
+                }
+            }
         }
     }
 }
@@ -108,20 +166,18 @@ impl Body for EventStream {
 
     /// One frame for all events that are there already: a slow reader gets few large ones.
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        if self.ended {
+            return Poll::Ready(None);
+        }
         let mut out = BytesMut::new();
-        while !self.ended {
-            match self.poll_event(cx) {
-                Poll::Ready(Some(event)) => {
-                    self.ended = !matches!(event, Event::Piece(_));
-                    write_event(&event, &mut out);
-                }
-                Poll::Ready(None) => {
-                    // The engine's thread went away without a last word.
-                    self.ended = true;
-                    write_event(&Event::Failed { id: "engine-stopped".into() }, &mut out);
-                }
-                Poll::Pending => break,
-            }
+        let mut choice = 0;
+        while choice < self.choices.len() {
+            self.drain(choice, cx, &mut out);
+            choice += 1;
+        }
+        if !self.ended && self.choices.iter().all(Option::is_none) {
+            self.ended = true;
+            self.dialect.end(&mut out);
         }
         match (out.is_empty(), self.ended) {
             (false, _) => Poll::Ready(Some(Ok(Frame::data(out.freeze())))),
@@ -133,18 +189,4 @@ impl Body for EventStream {
     fn is_end_stream(&self) -> bool {
         self.ended
     }
-}
-
-fn write_event(event: &Event, out: &mut BytesMut) {
-    let data = match event {
-        Event::Piece(text) => serde_json::json!({ "generated_text": text }),
-        Event::Done(completion) => api::completion(completion, &completion.tail),
-        Event::Failed { id } => {
-            out.extend_from_slice(b"event: error\n");
-            Problem::incident(id).body()
-        }
-    };
-    out.extend_from_slice(b"data: ");
-    out.extend_from_slice(data.to_string().as_bytes()); // one line: JSON escapes line ends
-    out.extend_from_slice(b"\n\n");
 }

@@ -10,44 +10,59 @@ use hyper::body::Incoming;
 use hyper::header::{ALLOW, CONNECTION, RETRY_AFTER};
 use hyper::{Request, StatusCode};
 use serde_json::{Value, json};
+use tokio::sync::mpsc;
 
 use super::App;
-use super::api::{self, Generate};
+use super::generate::{self, Generate, Pieces};
+use super::openai::{self, Asked, Endpoint, Envelope};
 use super::reply::{self, Problem, Reply};
+use super::template::ChatTemplate;
 use crate::engine::{Handle, Layout, Stage, SubmitError};
 use crate::error::Invalid;
 use crate::llama;
-use crate::request::Event;
+use crate::request::{Completion, Event};
+
+/// Paths, and what they take.
+const PATHS: [(&str, &str); 6] = [
+    ("/", "GET, HEAD"),
+    ("/health", "GET, HEAD"),
+    ("/generate", "POST"),
+    ("/v1/models", "GET, HEAD"),
+    ("/v1/completions", "POST"),
+    ("/v1/chat/completions", "POST"),
+];
 
 /// Answers one request.
 pub async fn answer(app: &Arc<App>, request: Request<Incoming>) -> Reply {
-    let (path, method) = (request.uri().path(), request.method());
-    let allow = match path {
-        "/" | "/health" => "GET, HEAD",
-        "/generate" => "POST",
-        _ => return not_found(path).reply(),
-    };
-    if !allow.split(", ").any(|allowed| allowed == method.as_str()) {
+    // Its clients know errors by another shape.
+    let is_openai = request.uri().path().starts_with("/v1");
+    let write = if is_openai { Problem::openai_reply } else { Problem::reply };
+    route(app, request).await.unwrap_or_else(write)
+}
+
+async fn route(app: &Arc<App>, request: Request<Incoming>) -> Result<Reply, Problem> {
+    let path = request.uri().path();
+    let Some((path, allow)) = PATHS.into_iter().find(|(known, _)| *known == path) else { return Err(not_found(path)) };
+    if !allow.split(", ").any(|allowed| allowed == request.method().as_str()) {
         let message = format!("{path} takes {allow}");
         let mut problem = Problem::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message);
         problem.header = Some((ALLOW, allow));
-        return problem.reply();
+        return Err(problem);
     }
-    let done = match path {
+    match path {
         "/" => information(app),
         "/health" => Ok(health(app)),
+        "/v1/models" => models(app),
+        "/v1/completions" => complete(app, request, Endpoint::Text).await,
+        "/v1/chat/completions" => complete(app, request, Endpoint::Chat).await,
         _ => generate(app, request).await,
-    };
-    done.unwrap_or_else(Problem::reply)
+    }
 }
 
 fn not_found(path: &str) -> Problem {
     let shown: String = path.chars().take(100).collect();
-    Problem::new(
-        StatusCode::NOT_FOUND,
-        "not_found",
-        format!("there is no {shown}; try GET /, GET /health or POST /generate"),
-    )
+    let message = format!("there is no {shown}; there are {}", PATHS.map(|(path, _)| path).join(", "));
+    Problem::new(StatusCode::NOT_FOUND, "not_found", message)
 }
 
 fn health(app: &App) -> Reply {
@@ -85,7 +100,7 @@ fn information(app: &App) -> Result<Reply, Problem> {
         "version": env!("CARGO_PKG_VERSION"),
         "llama_cpp": llama::version(),
         "backend": if llama::supports_gpu_offload() { "cuda" } else { "cpu" },
-        "endpoints": ["GET /", "GET /health", "POST /generate"],
+        "endpoints": PATHS.map(|(path, allow)| format!("{} {path}", allow.split(',').next().unwrap_or(allow))),
     });
     let stage = app.stage.borrow().clone();
     if let Stage::Loading(progress) = stage {
@@ -125,32 +140,79 @@ fn information(app: &App) -> Result<Reply, Problem> {
 
 async fn generate(app: &Arc<App>, request: Request<Incoming>) -> Result<Reply, Problem> {
     let handle = engine(app)?;
-    let body = read_body(app, request).await?;
-    let value: Value = serde_json::from_slice(&body)
-        .map_err(|e| Problem::new(StatusCode::BAD_REQUEST, "invalid_json", format!("the body is not JSON: {e}")))?;
-    let Generate { request, stream } = api::generate(value, handle.limits().n_ctx, random_seed()).map_err(invalid)?;
+    let body = read_json(app, request).await?;
+    let Generate { request, stream } = generate::read(body, handle.limits().n_ctx, random_seed()).map_err(invalid)?;
     let mut events = handle.submit(request).await.map_err(refused)?;
-
     if stream {
-        // An error before the first piece is still a plain one.
-        return match events.recv().await {
-            Some(Event::Failed { id }) => Err(Problem::incident(&id)),
-            Some(first) => Ok(reply::stream(first, events)),
-            None => Err(Problem::incident("engine-stopped")),
-        };
+        let first = first_event(&mut events).await?;
+        return Ok(reply::stream(first, vec![events], Box::new(Pieces)));
     }
+    let (text, done) = collect(events).await?;
+    Ok(reply::json(StatusCode::OK, &generate::completion(&done, &text)))
+}
+
+fn models(app: &App) -> Result<Reply, Problem> {
+    let handle = engine(app)?;
+    Ok(reply::json(StatusCode::OK, &openai::models(&app.model_id, handle.limits().n_ctx)))
+}
+
+async fn complete(app: &Arc<App>, request: Request<Incoming>, endpoint: Endpoint) -> Result<Reply, Problem> {
+    let bad_request = |error| Problem { status: StatusCode::BAD_REQUEST, ..invalid(error) };
+    let handle = engine(app)?;
+    let body = read_json(app, request).await?;
+    let template = app.template.get_or_init(|| ChatTemplate::of(handle.model()));
+    let asked = openai::read(endpoint, body, handle.limits().n_ctx, random_seed(), template);
+    let Asked { requests, n, stream, include_usage } = asked.map_err(bad_request)?;
+    let mut choices = Vec::with_capacity(requests.len());
+    for request in requests {
+        // Those that were taken are cancelled if one is refused.
+        choices.push(handle.submit(request).await.map_err(|error| match error {
+            SubmitError::Invalid(error) => bad_request(error),
+            other => refused(other),
+        })?);
+    }
+    let envelope = Envelope::new(endpoint, app.model_id.clone(), n);
+    if stream {
+        let first = first_event(&mut choices[0]).await?;
+        let chunks = envelope.chunks(choices.len(), include_usage);
+        return Ok(reply::stream(first, choices, Box::new(chunks)));
+    }
+    let mut done = Vec::with_capacity(choices.len());
+    for events in choices {
+        done.push(collect(events).await?);
+    }
+    Ok(reply::json(StatusCode::OK, &envelope.answer(&done)))
+}
+
+/// An error before the first piece is still a plain one.
+async fn first_event(events: &mut mpsc::Receiver<Event>) -> Result<Event, Problem> {
+    match events.recv().await {
+        Some(Event::Failed { id }) => Err(Problem::incident(&id)),
+        Some(first) => Ok(first),
+        None => Err(Problem::incident("engine-stopped")),
+    }
+}
+
+/// A whole answer.
+async fn collect(mut events: mpsc::Receiver<Event>) -> Result<(String, Completion), Problem> {
     let mut text = String::new();
     while let Some(event) = events.recv().await {
         match event {
             Event::Piece(piece) => text += &piece,
             Event::Done(done) => {
                 text += &done.tail;
-                return Ok(reply::json(StatusCode::OK, &api::completion(&done, &text)));
+                return Ok((text, done));
             }
             Event::Failed { id } => return Err(Problem::incident(&id)),
         }
     }
     Err(Problem::incident("engine-stopped"))
+}
+
+async fn read_json(app: &App, request: Request<Incoming>) -> Result<Value, Problem> {
+    let body = read_body(app, request).await?;
+    serde_json::from_slice(&body)
+        .map_err(|e| Problem::new(StatusCode::BAD_REQUEST, "invalid_json", format!("the body is not JSON: {e}")))
 }
 
 async fn read_body(app: &App, request: Request<Incoming>) -> Result<Bytes, Problem> {

@@ -214,6 +214,27 @@ impl Model {
         tokens.into_iter().map(Token).find(|&t| self.contains(t))
     }
 
+    /// The text of the token that begins a text; empty where there is none.
+    #[must_use]
+    pub fn bos_text(&self) -> String {
+        // SAFETY: the vocabulary lives as long as the model; -1 for none.
+        self.detokenize(&[Token(unsafe { sys::vocab_bos(self.vocab.as_ptr()) })])
+    }
+
+    /// The text of the token that ends a text; empty where there is none.
+    #[must_use]
+    pub fn eos_text(&self) -> String {
+        // SAFETY: as above.
+        self.detokenize(&[Token(unsafe { sys::vocab_eos(self.vocab.as_ptr()) })])
+    }
+
+    /// Whether [`tokenize`](Self::tokenize) puts the token that begins a text there.
+    #[must_use]
+    pub fn adds_bos(&self) -> bool {
+        // SAFETY: as above.
+        unsafe { sys::vocab_get_add_bos(self.vocab.as_ptr()) }
+    }
+
     /// Splits text into tokens. `special`: names of control tokens in the text (`<|im_start|>`) become those tokens. The
     /// beginning-of-sequence token is added where the model asks for it.
     ///

@@ -1,0 +1,137 @@
+"""OpenAI's own client against a running server: openai_client.py BASE_URL. tests/openai.rs runs it."""
+import json
+import sys
+import time
+import unittest
+import urllib.request
+
+import openai
+from langchain_openai import ChatOpenAI
+
+BASE = sys.argv.pop(1)
+CLIENT = openai.OpenAI(base_url=f"{BASE}/v1", api_key="none", max_retries=0, timeout=120)
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name three colours."}]
+
+
+def chat(**more):
+    return CLIENT.chat.completions.create(**{"model": "any", "messages": MESSAGES, "max_tokens": 16, "seed": 3, **more})
+
+
+def complete(**more):
+    return CLIENT.completions.create(**{"model": "any", "prompt": "One, two, three,", "max_tokens": 12, "temperature": 0, **more})
+
+
+def in_flight():
+    request = urllib.request.Request(BASE, headers={"accept": "application/json"})
+    return json.load(urllib.request.urlopen(request))["load"]["in_flight"]
+
+
+class Models(unittest.TestCase):
+    def test_the_served_model_is_listed_and_named_in_answers(self):
+        (model,) = CLIENT.models.list().data
+        self.assertEqual(complete().model, model.id)
+
+
+class Completions(unittest.TestCase):
+    def test_an_answer_has_text_reason_and_counts(self):
+        answer = complete()
+        (choice,) = answer.choices
+        self.assertTrue(choice.text and choice.finish_reason == "length" and answer.object == "text_completion")
+        self.assertEqual(answer.usage.completion_tokens, 12)
+        self.assertEqual(answer.usage.total_tokens, answer.usage.prompt_tokens + 12)
+
+    def test_sixteen_tokens_are_the_default(self):
+        answer = complete(max_tokens=openai.NOT_GIVEN)
+        self.assertEqual(answer.usage.completion_tokens, 16)
+
+    def test_a_stop_string_ends_the_text(self):
+        free = complete().choices[0].text
+        stop = free[4:7]
+        choice = complete(stop=[stop]).choices[0]
+        self.assertEqual((choice.text, choice.finish_reason), (free[: free.index(stop)], "stop"))
+
+    def test_several_prompts_and_choices_come_in_order(self):
+        answer = complete(prompt=["1, 2,", "a, b,"], n=2)
+        self.assertEqual([c.index for c in answer.choices], [0, 1, 2, 3])
+        texts = [c.text for c in answer.choices]
+        self.assertTrue(texts[0] == texts[1] and texts[2] == texts[3], "greedy")
+        alone = complete(prompt="1, 2,").usage.prompt_tokens
+        self.assertEqual(answer.usage.prompt_tokens, alone + complete(prompt="a, b,").usage.prompt_tokens)
+
+    def test_a_stream_is_the_same_text(self):
+        pieces = [chunk.choices[0] for chunk in complete(stream=True)]
+        self.assertEqual("".join(p.text for p in pieces), complete().choices[0].text)
+        self.assertEqual([p.finish_reason for p in pieces if p.finish_reason], ["length"])
+
+    def test_bias_and_extensions_are_heard(self):
+        plain = complete(extra_body={"speculation": "off"}).choices[0]
+        self.assertEqual(plain.model_extra["speculation"]["drafted"], 0)
+        self.assertEqual(plain.text, complete().choices[0].text)
+        self.assertEqual(complete(logit_bias={"28": 100}, max_tokens=2).choices[0].text, ",,")
+
+
+class Chat(unittest.TestCase):
+    def test_an_answer_is_the_assistants_message(self):
+        answer = chat()
+        (choice,) = answer.choices
+        self.assertTrue(choice.message.content and choice.message.role == "assistant" and answer.id.startswith("chatcmpl-"))
+        self.assertTrue(answer.usage.completion_tokens <= 16 and choice.finish_reason in ("stop", "length"))
+
+    def test_a_stream_has_role_pieces_reason_and_counts(self):
+        chunks = list(chat(stream=True, stream_options={"include_usage": True}))
+        last = chunks.pop()
+        self.assertEqual((last.choices, last.usage.completion_tokens <= 16), ([], True))
+        deltas = [c.choices[0].delta for c in chunks]
+        self.assertEqual((deltas[0].role, deltas[0].content), ("assistant", ""))
+        self.assertEqual("".join(d.content or "" for d in deltas), chat().choices[0].message.content)
+        self.assertEqual([bool(c.choices[0].finish_reason) for c in chunks], [False] * (len(chunks) - 1) + [True])
+        self.assertTrue(all(c.usage is None and c.id == last.id and c.object == "chat.completion.chunk" for c in chunks))
+
+    def test_choices_differ_and_a_seed_brings_them_again(self):
+        first, again = ([c.message.content for c in chat(n=3, temperature=1.5).choices] for _ in range(2))
+        self.assertEqual(first, again)
+        self.assertEqual(len(set(first)), 3)
+
+    def test_content_may_come_in_parts(self):
+        parts = [{"type": "text", "text": "Name three "}, {"type": "text", "text": "colours."}]
+        whole = [MESSAGES[0], {"role": "user", "content": parts}]
+        self.assertEqual(chat(messages=whole).choices[0].message.content, chat().choices[0].message.content)
+
+    def test_a_reader_that_leaves_ends_its_request(self):
+        stream = chat(stream=True, max_tokens=400, extra_body={"ignore_eos": True})
+        next(iter(stream))
+        stream.close()
+        deadline = time.monotonic() + 30
+        while in_flight() > 0:
+            self.assertLess(time.monotonic(), deadline, "the request still runs")
+            time.sleep(0.02)
+
+    def test_langchain_gets_an_answer(self):
+        model = ChatOpenAI(model="any", base_url=f"{BASE}/v1", api_key="none", max_tokens=8, max_retries=0)
+        self.assertTrue(model.invoke("Say hello.").content)
+
+
+class Errors(unittest.TestCase):
+    def test_a_bad_field_is_named(self):
+        with self.assertRaises(openai.BadRequestError) as caught:
+            chat(temperature=3)
+        self.assertEqual((caught.exception.param, caught.exception.type), ("temperature", "invalid_request_error"))
+        self.assertIn("from 0 to 2", caught.exception.body["message"])
+
+    def test_what_is_not_supported_is_refused(self):
+        with self.assertRaises(openai.BadRequestError) as caught:
+            chat(logprobs=True)
+        self.assertEqual(caught.exception.param, "logprobs")
+
+    def test_a_prompt_that_is_too_long_is_refused_with_its_length(self):
+        with self.assertRaises(openai.BadRequestError) as caught:
+            complete(prompt="word " * 3000)
+        self.assertIn("tokens", caught.exception.body["message"])
+
+    def test_a_path_that_is_not_there_is_not_found(self):
+        with self.assertRaises(openai.NotFoundError):
+            CLIENT.embeddings.create(model="any", input="x")
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)
