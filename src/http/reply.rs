@@ -137,8 +137,8 @@ impl EventStream {
     /// Writes what has arrived for a choice.
     fn drain(&mut self, choice: usize, cx: &mut Context<'_>, out: &mut BytesMut) {
         while let Some(events) = &mut self.choices[choice] {
-            let event = match self.first.take().filter(|_| choice == 0) {
-                Some(first) => first,
+            let event = match self.first.take() {
+                Some(first) => first, // the first choice's, which is drained first
                 None => match events.poll_recv(cx) {
                     Poll::Ready(Some(event)) => event,
                     // The engine's thread went away without a last word.
