@@ -57,6 +57,8 @@ fn the_wire_is_as_openai_has_it() {
     let error = &refused.json()["error"];
     assert_eq!((&error["type"], &error["param"]), (&json!("invalid_request_error"), &json!("n")));
     assert!(error["message"].is_string() && error["code"] == "invalid_request");
+    let too_many = post(&server, "/v1/completions", &json!({ "prompt": "x", "n": 9 }));
+    assert_eq!((too_many.status, &too_many.json()["error"]["param"]), (400, &json!("n")), "two slots, eight at once");
     let missing = server.get("/v1/engines");
     assert_eq!((missing.status, &missing.json()["error"]["code"]), (404, &json!("not_found")));
     let method = server.get("/v1/completions");

@@ -173,6 +173,12 @@ impl Handle {
         self.n_queue - self.permits.available_permits()
     }
 
+    /// The most that can be.
+    #[must_use]
+    pub fn most_in_flight(&self) -> usize {
+        self.n_queue
+    }
+
     /// Hands a request to the engine. Its events come from the receiver; dropping that cancels it.
     ///
     /// # Errors

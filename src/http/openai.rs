@@ -346,13 +346,8 @@ impl Dialect for Chunks {
 /// The list of models: the one that is served.
 #[must_use]
 pub fn models(model: &str, n_ctx: usize) -> Value {
-    json!({ "object": "list", "data": [self::model(model, n_ctx)] })
-}
-
-/// The model that is served.
-#[must_use]
-pub fn model(model: &str, n_ctx: usize) -> Value {
-    json!({ "id": model, "object": "model", "created": 0, "owned_by": "medusa-llama", "max_model_len": n_ctx })
+    let model = json!({ "id": model, "object": "model", "created": 0, "owned_by": "medusa-llama", "max_model_len": n_ctx });
+    json!({ "object": "list", "data": [model] })
 }
 
 #[cfg(test)]

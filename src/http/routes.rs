@@ -163,6 +163,12 @@ async fn complete(app: &Arc<App>, request: Request<Incoming>, endpoint: Endpoint
     let template = app.template.get_or_init(|| ChatTemplate::of(handle.model()));
     let asked = openai::read(endpoint, body, handle.limits().n_ctx, random_seed(), template);
     let Asked { requests, n, stream, include_usage } = asked.map_err(bad_request)?;
+    let (asked_for, most) = (requests.len(), handle.most_in_flight());
+    if asked_for > most {
+        // Not a full queue: waiting would not help.
+        let message = format!("n and the prompts ask for {asked_for} answers, but the server takes {most} at once");
+        return Err(bad_request(Invalid::new("n", message)));
+    }
     let mut choices = Vec::with_capacity(requests.len());
     for request in requests {
         // Those that were taken are cancelled if one is refused.
