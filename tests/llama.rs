@@ -41,7 +41,7 @@ fn params() -> ContextParams {
         n_batch: 64,
         n_ubatch: 64,
         n_seq_max: 4,
-        n_threads: 2,
+        n_threads: 1,
         unified: true,
         tap_hidden: false,
         embeddings: false,
@@ -296,7 +296,7 @@ fn greedy_text_is_llama_cpps_own() {
     assert!(rounding < 1.0, "rows computed beside others differ by {rounding}, more than rounding explains");
     let heads = identity_heads(&texts);
     for layout in [&["--kv", "streams"], &["--kv", "unified"], &["--heads", heads.path().to_str().unwrap()]] {
-        let server = Server::start(&[layout, &["--batch-size", "7", "--ctx", "512", "--n-threads", "2"][..]].concat());
+        let server = Server::start(&[layout, &["--batch-size", "7", "--ctx", "512"][..]].concat());
         std::thread::scope(|scope| {
             for (prompt, text) in prompts.iter().zip(&texts) {
                 let server = &server;

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 fn openais_client_is_content() {
     let clients = Path::new(env!("CARGO_MANIFEST_DIR")).join(".tools/clients");
     assert!(clients.is_dir(), "OpenAI's client is missing: run `scripts/setup clients`");
-    let server = Server::start(&["--batch-size", "4", "--ctx", "512", "--n-threads", "2"]);
+    let server = Server::start(&["--batch-size", "4", "--ctx", "512"]);
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients/openai_client.py");
     let run = Command::new("python3")
         .arg(script)
@@ -35,7 +35,7 @@ fn post(server: &Server, path: &str, body: &Value) -> common::Answer {
 /// To the letter: what a client that reads bytes sees.
 #[test]
 fn the_wire_is_as_openai_has_it() {
-    let server = Server::start(&["--batch-size", "2", "--ctx", "256", "--n-threads", "2"]);
+    let server = Server::start(&["--batch-size", "2", "--ctx", "256"]);
     let models = server.get("/v1/models").json();
     assert_eq!((&models["object"], &models["data"][0]["object"]), (&json!("list"), &json!("model")));
 

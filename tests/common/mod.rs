@@ -26,12 +26,14 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts one and waits until it listens; the model may still be loading.
+    /// Starts one and waits until it listens; the model may still be loading. A pass gets one thread: those of several
+    /// servers on the same cores would spend their time waiting for each other.
     pub fn start_loading(args: &[&str]) -> Self {
         let mut child = Command::new(env!("CARGO_BIN_EXE_medusa-llama"))
             .args(["serve", "--host", "127.0.0.1", "--port", "0", "--model"])
             .arg(model_path())
             .args(args)
+            .env("N_THREADS", "1")
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
