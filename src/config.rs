@@ -158,6 +158,10 @@ pub struct ServeArgs {
     /// How long a client may take to send a request's head, and then its body, in seconds
     #[arg(long, env = "READ_TIMEOUT", value_name = "READ_TIMEOUT", default_value = "30", value_parser = seconds)]
     pub read_timeout: Duration,
+    /// Longest time for a request, in seconds: then its answer ends where it stands. A request's own timeout_s may be shorter
+    /// [default: no limit]
+    #[arg(long, env = "REQUEST_TIMEOUT", value_name = "REQUEST_TIMEOUT", value_parser = seconds)]
+    pub request_timeout: Option<Duration>,
 }
 
 /// `medusa-llama generate`.
@@ -463,6 +467,8 @@ pub struct HttpLimits {
     pub max_connections: usize,
     /// For a request's head, and for its body.
     pub read_timeout: Duration,
+    /// For a request, from its acceptance to its answer's end.
+    pub timeout: Option<Duration>,
 }
 
 impl ModelArgs {
@@ -566,6 +572,7 @@ impl ServeArgs {
                 max_body_bytes: self.max_body_bytes,
                 max_connections: self.max_connections,
                 read_timeout: self.read_timeout,
+                timeout: self.request_timeout,
             },
             drain_timeout: self.drain_timeout,
         })

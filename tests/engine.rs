@@ -6,7 +6,6 @@ mod stub;
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Instant;
 
 use medusa_llama::engine::handle::Stats;
 use medusa_llama::engine::{Engine, Job, Layout, Limits};
@@ -30,18 +29,9 @@ fn limits(layout: Layout, n_slots: usize, n_ctx: usize, n_batch: usize) -> Limit
 fn job(prompt: &[i32], max_tokens: usize, temperature: f32) -> (Job, Receiver<Event>) {
     let (events, receiver) = mpsc::channel(max_tokens + 1);
     let sampling = SamplingParams { temperature, seed: 3, ..SamplingParams::default() };
-    let request = Request {
-        prompt: String::new(),
-        max_tokens,
-        sampling,
-        stop: vec![],
-        ignore_eos: false,
-        cache_prompt: true,
-        speculation: Speculation::Auto,
-        share_text: true,
-    };
+    let request = Request { sampling, ..Request::new("", max_tokens) };
     let prompt = prompt.iter().map(|&t| Token(t)).collect();
-    (Job { prompt, request, events, permit: None, accepted: Instant::now() }, receiver)
+    (Job::new(prompt, request, events), receiver)
 }
 
 /// Everything that came: text, and how it ended.
@@ -49,7 +39,7 @@ fn read(receiver: &mut Receiver<Event>) -> (String, Option<Event>) {
     let mut text = String::new();
     while let Ok(event) = receiver.try_recv() {
         match event {
-            Event::Piece(piece) => text += &piece,
+            Event::Piece(piece) => text += &piece.text,
             end => return (text, Some(end)),
         }
     }
@@ -439,7 +429,7 @@ fn an_answer_given_before_is_drafted_from_unless_that_is_not_wanted() {
         engine.enqueue(job);
         run_to_end(&mut engine);
         let (text, Some(Event::Done(done))) = read(&mut events) else { panic!("not done") };
-        assert_eq!(text + &done.tail, expected_of(1 << 20, &[1, 2, 3], 100));
+        assert_eq!(text + &done.tail.text, expected_of(1 << 20, &[1, 2, 3], 100));
         done.speculation.steps
     };
     assert_eq!(steps(Speculation::Auto, false), 100, "nobody answered that before");

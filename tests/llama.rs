@@ -12,7 +12,6 @@ use std::cell::RefCell;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::{Arc, LazyLock};
-use std::time::Instant;
 
 use common::{Server, model_path};
 use medusa_llama::config::DEFAULT_HEADS;
@@ -503,14 +502,8 @@ fn follow(prompt: &str, ours: &str, text: &[Draw], params: &SamplingParams, move
 }
 
 static GREEDY: LazyLock<Request> = LazyLock::new(|| Request {
-    prompt: String::new(),
-    max_tokens: 0,
     sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
-    stop: vec![],
-    ignore_eos: false,
-    cache_prompt: true,
-    speculation: Speculation::Auto,
-    share_text: true,
+    ..Request::new("", 0)
 });
 
 /// Heads that repeat the model's last choice, among the tokens of these texts: right now and then, wrong most of the time.
@@ -553,7 +546,7 @@ fn run(engine: &mut Engine<LlamaForward>, prompts: &[&str], like: &Request, max_
         let (events, receiver) = mpsc::channel(max_tokens + 1);
         let request = Request { max_tokens, ..like.clone() };
         let prompt = MODEL.tokenize(prompt, true).unwrap();
-        engine.enqueue(Job { prompt, request, events, permit: None, accepted: Instant::now() });
+        engine.enqueue(Job::new(prompt, request, events));
         receiver
     };
     let receivers: Vec<_> = prompts.iter().map(start).collect();
@@ -566,9 +559,9 @@ fn run(engine: &mut Engine<LlamaForward>, prompts: &[&str], like: &Request, max_
         let mut text = String::new();
         while let Ok(event) = receiver.try_recv() {
             match event {
-                Event::Piece(piece) => text += &piece,
+                Event::Piece(piece) => text += &piece.text,
                 Event::Done(done) => {
-                    text += &done.tail;
+                    text += &done.tail.text;
                     accepted += done.speculation.accepted;
                 }
                 Event::Failed { id } => panic!("{id}"),

@@ -8,6 +8,7 @@
 pub mod company;
 pub mod filter;
 pub mod forward;
+pub mod grammar;
 pub mod handle;
 pub mod leaves;
 pub mod pace;
@@ -31,10 +32,11 @@ pub use thread::{Stage, spawn};
 use crate::error::IncidentId;
 use crate::gpu::kernels::{RowRule, Span};
 use crate::llama::{LlamaError, SeqId, Token};
-use crate::request::{Speculation, Trace};
+use crate::request::{Logprobs, Speculation, TokenReport, Trace};
 use crate::speculate::device::Ask;
 use crate::speculate::tree::Below;
 use crate::speculate::{MAX_NODES, Origin, Speculator, Tree};
+use grammar::GrammarError;
 use handle::Stats;
 use leaves::Leaves;
 use pace::{Load, Pace};
@@ -99,6 +101,8 @@ struct Work {
     settling: Vec<KvOp>,
     sampling: Scratch,
     likeliest: Vec<(Token, f32)>,
+    /// Logits under a grammar.
+    masked: Vec<f32>,
     piece: Vec<u8>,
     /// What the device is asked: for each output row its rule, for each sequence its rows, its id and how far it is trusted.
     rules: Vec<RowRule>,
@@ -108,6 +112,15 @@ struct Work {
     /// What it chose, and where each share's rows begin there. Empty if it chose nothing.
     chosen: Vec<i32>,
     first_choice: Vec<usize>,
+}
+
+/// Why one sequence could not go on.
+#[derive(Debug, thiserror::Error)]
+enum AdvanceError {
+    #[error(transparent)]
+    Llama(#[from] LlamaError),
+    #[error(transparent)]
+    Grammar(#[from] GrammarError),
 }
 
 impl<F: Forward> Engine<F> {
@@ -187,6 +200,7 @@ impl<F: Forward> Engine<F> {
 
     /// Gives waiting requests their places, in order; the first that does not fit keeps the rest waiting.
     fn admit(&mut self) {
+        self.expire_waiting();
         while let Some(job) = self.waiting.front() {
             if job.events.is_closed() {
                 self.waiting.pop_front();
@@ -215,6 +229,21 @@ impl<F: Forward> Engine<F> {
                     let _ = job.events.try_send(crate::request::Event::Failed { id: id.to_string() });
                     self.forget(place.seq);
                 }
+            }
+        }
+    }
+
+    /// Ends waiting requests whose time is over.
+    fn expire_waiting(&mut self) {
+        if self.waiting.iter().all(|job| job.request.timeout.is_none()) {
+            return;
+        }
+        let now = Instant::now();
+        for job in std::mem::take(&mut self.waiting) {
+            if job.deadline().is_some_and(|deadline| deadline <= now) {
+                job.expire();
+            } else {
+                self.waiting.push_back(job);
             }
         }
     }
@@ -265,6 +294,12 @@ impl<F: Forward> Engine<F> {
         let trees = &mut work.trees[..origins.len()];
         let started = Instant::now();
         speculator.draft(&mut origins, n_rows, n_decode, trees);
+        for (share, tree) in work.shares.iter().zip(trees.iter_mut()) {
+            let s = self.running[share.seq.0 as usize].as_mut();
+            if let Some(grammar) = s.and_then(|s| s.grammar.as_mut()) {
+                grammar.prune(tree);
+            }
+        }
         let seconds = started.elapsed().as_secs_f64();
         let n_offered = trees.iter().map(Tree::len).sum::<usize>().min(MAX_NODES);
         let n_free = self.ledger.make_room(n_rows + n_offered, &mut work.ops);
@@ -277,7 +312,8 @@ impl<F: Forward> Engine<F> {
             }
             if !tree.is_empty() {
                 let n_leaves = tree.leaves_below(&mut work.below);
-                self.leaves.lend(share.seq, n_leaves, sequence(share).n_computed, ids, &mut work.ops);
+                let n_computed = self.running[share.seq.0 as usize].as_ref().map_or(0, |s| s.n_computed);
+                self.leaves.lend(share.seq, n_leaves, n_computed, ids, &mut work.ops);
             }
         }
     }
@@ -358,7 +394,7 @@ impl<F: Forward> Engine<F> {
             }
             let s = self.running[share.seq.0 as usize].as_ref().expect("planned from the running ones");
             let (first, sequence) = (work.rules.len() as i32, work.spans.len() as i32);
-            let on_host = s.speculation == Speculation::Typical || s.sampler.rule(0).is_none();
+            let on_host = s.speculation == Speculation::Typical || s.grammar.is_some() || s.sampler.rule(0).is_none();
             for at in std::iter::once(None).chain((0..tree.len()).map(Some)) {
                 let (parent, token, depth) = at.map_or((-1, 0, 0), |node: usize| {
                     let n = &tree.nodes()[node];
@@ -395,7 +431,14 @@ impl<F: Forward> Engine<F> {
 
     /// Notes a sequence's computed rows; if they reached its end, lets it walk down its tree by the tokens it chooses, from
     /// the last of them, `row`, on. Returns `true` if the sequence is done, or nobody wants it any more.
-    fn advance(&mut self, i: usize, share: &Share, row: usize, started: Instant, now: Instant) -> Result<bool, LlamaError> {
+    fn advance(
+        &mut self,
+        i: usize,
+        share: &Share,
+        row: usize,
+        started: Instant,
+        now: Instant,
+    ) -> Result<bool, AdvanceError> {
         let work = &mut self.work;
         let s = self.running[share.seq.0 as usize].as_mut().expect("planned from the running ones");
         s.note_step(started);
@@ -403,7 +446,7 @@ impl<F: Forward> Engine<F> {
         let (tree, ids) = (&work.trees[i], &mut work.leaf_ids[i]);
 
         work.accepted.clear();
-        let mut done = s.is_cancelled();
+        let mut done = s.is_cancelled() || s.expire(now);
         if share.to_end {
             s.note_drafted(tree.len());
         }
@@ -419,7 +462,11 @@ impl<F: Forward> Engine<F> {
                     if s.speculation == Speculation::Typical {
                         work.offered.extend(tree.nodes().iter().filter(|n| n.parent == at).map(|n| n.token));
                     }
-                    let logits = self.forward.logits(row)?;
+                    let mut logits = self.forward.logits(row)?;
+                    if let Some(grammar) = &s.grammar {
+                        grammar.mask(logits, &mut work.masked);
+                        logits = &work.masked;
+                    }
                     let own = s.sampler.draw_typical(logits, s.tokens.len(), &work.offered, &mut work.sampling);
                     let chance = || s.sampler.chance(s.tokens.len());
                     self.speculator.as_ref().map_or(own, |speculator| speculator.choice(i, at, own, logits, chance))
@@ -429,17 +476,26 @@ impl<F: Forward> Engine<F> {
             if let Some(trace) = &mut s.trace {
                 trace.push(token, self.forward.hidden(row)?, self.forward.logits(row)?, &mut work.likeliest);
             }
+            let next = tree.child(at, token);
+            if let Some(report) = s.report {
+                let logprobs = match report.n_top {
+                    Some(n_top) => Some(Logprobs::new(token, self.forward.logits(row)?, n_top)),
+                    None => None,
+                };
+                let source = next.map(|node| tree.nodes()[node].source());
+                s.tell(TokenReport { token, source, step: s.step(), n_rows: work.rows.len(), logprobs });
+            }
             work.piece.clear();
             let is_end = self.forward.is_end(token);
             if !is_end {
                 self.forward.piece(token, &mut work.piece);
             }
-            done = s.accept(token, &work.piece, is_end, now);
+            done = s.accept(token, &work.piece, is_end, now)?;
             if done {
                 last = Some(token);
                 break;
             }
-            match tree.child(at, token) {
+            match next {
                 Some(node) => {
                     work.accepted.push(node);
                     s.note_accepted();
@@ -473,7 +529,8 @@ impl<F: Forward> Engine<F> {
         let settling = std::mem::take(&mut work.settling);
         let settled = self.apply(&settling);
         self.work.settling = settling;
-        settled.map(|()| done)
+        settled?;
+        Ok(done)
     }
 
     fn apply(&mut self, ops: &[KvOp]) -> Result<(), LlamaError> {
@@ -487,7 +544,7 @@ impl<F: Forward> Engine<F> {
         self.work.shares = shares;
     }
 
-    fn fail_one(&mut self, seq: SeqId, error: &LlamaError) {
+    fn fail_one(&mut self, seq: SeqId, error: &dyn std::error::Error) {
         let id = IncidentId::new();
         tracing::error!(%id, %error, "a request failed in the engine");
         if let Some(mut s) = self.running[seq.0 as usize].take() {

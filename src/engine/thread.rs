@@ -186,7 +186,8 @@ fn serve(params: &EngineParams, stage: &watch::Sender<Stage>, stop: &AtomicBool)
     }
     let permits = Arc::new(Semaphore::new(params.n_queue));
     let n_queue = params.n_queue;
-    let handle = Handle { jobs, permits, model, limits, n_heads, text_drafts, side, n_queue, stats };
+    let grammars = Arc::default();
+    let handle = Handle { jobs, permits, model, grammars, limits, n_heads, text_drafts, side, n_queue, stats };
     stage.send_replace(Stage::Ready(handle));
     run(engine, &receiver, params.max_wait, stop);
     Ok(())

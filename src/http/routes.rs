@@ -3,6 +3,7 @@
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
@@ -14,13 +15,16 @@ use tokio::sync::mpsc;
 
 use super::App;
 use super::generate::{self, Generate, Pieces};
-use super::openai::{self, Asked, Endpoint, Envelope};
+use super::openai::read::Asked;
+use super::openai::write::Envelope;
+use super::openai::{self, Endpoint};
 use super::reply::{self, Problem, Reply};
 use super::template::ChatTemplate;
+use super::tokens::{Spell, Telling};
 use crate::engine::{Handle, Layout, Stage, SubmitError};
 use crate::error::Invalid;
 use crate::llama;
-use crate::request::{Completion, Event};
+use crate::request::{Completion, Event, FinishReason, Piece};
 
 /// Paths, and what they take.
 const PATHS: [(&str, &str); 6] = [
@@ -141,14 +145,20 @@ fn information(app: &App) -> Result<Reply, Problem> {
 async fn generate(app: &Arc<App>, request: Request<Incoming>) -> Result<Reply, Problem> {
     let handle = engine(app)?;
     let body = read_json(app, request).await?;
-    let Generate { request, stream } = generate::read(body, handle.limits().n_ctx, random_seed()).map_err(invalid)?;
+    let asked = generate::read(body, handle.limits().n_ctx, random_seed()).map_err(invalid)?;
+    let Generate { mut request, stream } = asked;
+    request.timeout = shorter(request.timeout, app.limits.timeout);
+    let spell = request.report.map(|_| spell(&handle));
     let mut events = handle.submit(request).await.map_err(refused)?;
     if stream {
         let first = first_event(&mut events).await?;
-        return Ok(reply::stream(first, vec![events], Box::new(Pieces)));
+        return Ok(reply::stream(first, vec![events], Box::new(Pieces(spell))));
     }
-    let (text, done) = collect(events).await?;
-    Ok(reply::json(StatusCode::OK, &generate::completion(&done, &text)))
+    let (whole, done) = collect(events).await?;
+    if is_too_late(&done) {
+        return Err(too_late());
+    }
+    Ok(reply::json(StatusCode::OK, &generate::completion(&done, &whole, spell.as_ref())))
 }
 
 fn models(app: &App) -> Result<Reply, Problem> {
@@ -161,7 +171,7 @@ async fn complete(app: &Arc<App>, request: Request<Incoming>, endpoint: Endpoint
     let handle = engine(app)?;
     let body = read_json(app, request).await?;
     let template = app.template.get_or_init(|| ChatTemplate::of(handle.model()));
-    let asked = openai::read(endpoint, body, handle.limits().n_ctx, random_seed(), template);
+    let asked = openai::read::read(endpoint, body, handle.limits().n_ctx, random_seed(), template);
     let Asked { requests, n, stream, include_usage } = asked.map_err(bad_request)?;
     let (asked_for, most) = (requests.len(), handle.most_in_flight());
     if asked_for > most {
@@ -169,15 +179,18 @@ async fn complete(app: &Arc<App>, request: Request<Incoming>, endpoint: Endpoint
         let message = format!("n and the prompts ask for {asked_for} answers, but the server takes {most} at once");
         return Err(bad_request(Invalid::new("n", message)));
     }
+    let report = requests.first().and_then(|r| r.report).unwrap_or_default();
+    let telling = Telling { logprobs: report.n_top.is_some(), details: report.details, spell: spell(&handle) };
     let mut choices = Vec::with_capacity(requests.len());
-    for request in requests {
+    for mut request in requests {
+        request.timeout = shorter(request.timeout, app.limits.timeout);
         // Those that were taken are cancelled if one is refused.
         choices.push(handle.submit(request).await.map_err(|error| match error {
             SubmitError::Invalid(error) => bad_request(error),
             other => refused(other),
         })?);
     }
-    let envelope = Envelope::new(endpoint, app.model_id.clone(), n);
+    let envelope = Envelope::new(endpoint, app.model_id.clone(), n, telling);
     if stream {
         let first = first_event(&mut choices[0]).await?;
         let chunks = envelope.chunks(choices.len(), include_usage);
@@ -187,27 +200,56 @@ async fn complete(app: &Arc<App>, request: Request<Incoming>, endpoint: Endpoint
     for events in choices {
         done.push(collect(events).await?);
     }
+    if done.iter().all(|(_, done)| is_too_late(done)) {
+        return Err(too_late());
+    }
     Ok(reply::json(StatusCode::OK, &envelope.answer(&done)))
+}
+
+/// How this model's tokens are written.
+fn spell(handle: &Handle) -> Spell {
+    let handle = handle.clone();
+    Arc::new(move |token| {
+        let mut bytes = Vec::new();
+        handle.model().piece(token, true, &mut bytes);
+        bytes
+    })
+}
+
+/// The time that a request has: what it gives itself, but no more than the server gives any.
+fn shorter(asked: Option<Duration>, most: Option<Duration>) -> Option<Duration> {
+    asked.into_iter().chain(most).min()
+}
+
+/// The request's time was over before its first token.
+fn is_too_late(done: &Completion) -> bool {
+    done.finish_reason == FinishReason::Deadline && done.usage.completion_tokens == 0
+}
+
+fn too_late() -> Problem {
+    let message = "the request's time was over before its first token; the server may be busy, or timeout_s too short";
+    Problem::new(StatusCode::REQUEST_TIMEOUT, "deadline", message)
 }
 
 /// An error before the first piece is still a plain one.
 async fn first_event(events: &mut mpsc::Receiver<Event>) -> Result<Event, Problem> {
     match events.recv().await {
         Some(Event::Failed { id }) => Err(Problem::incident(&id)),
+        Some(Event::Done(done)) if is_too_late(&done) => Err(too_late()),
         Some(first) => Ok(first),
         None => Err(Problem::incident("engine-stopped")),
     }
 }
 
 /// A whole answer.
-async fn collect(mut events: mpsc::Receiver<Event>) -> Result<(String, Completion), Problem> {
-    let mut text = String::new();
+async fn collect(mut events: mpsc::Receiver<Event>) -> Result<(Piece, Completion), Problem> {
+    let mut whole = Piece::default();
     while let Some(event) = events.recv().await {
         match event {
-            Event::Piece(piece) => text += &piece,
-            Event::Done(done) => {
-                text += &done.tail;
-                return Ok((text, done));
+            Event::Piece(piece) => whole.append(piece),
+            Event::Done(mut done) => {
+                whole.append(std::mem::take(&mut done.tail));
+                return Ok((whole, done));
             }
             Event::Failed { id } => return Err(Problem::incident(&id)),
         }
