@@ -16,8 +16,9 @@ use crate::llama::{Model, Token};
 use crate::request::GrammarSource;
 use crate::speculate::Tree;
 
-/// Between two parts of JSON: a model left free to indent may do so until its tokens run out.
-const WHITESPACE: &str = r"[ \n]?";
+/// Between two parts of JSON: a space, or a line's end and what it takes to indent the next. A model left free may go on until its
+/// tokens run out.
+const WHITESPACE: &str = r"( |\n {0,16})?";
 
 /// Compiles grammars for one model's vocabulary.
 pub struct Grammars(ParserFactory);
