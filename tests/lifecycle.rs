@@ -20,8 +20,9 @@ fn sigterm_in_mid_stream_finishes_it_and_refuses_new_work() {
     let socket = server.open_stream(&body);
     server.wait(|| server.load()["tokens_generated"].as_u64().unwrap() > 3);
     server.terminate();
-    server.wait(|| server.get("/health").json() == json!({ "status": "draining" }));
-    assert_eq!(server.get("/health").status, 503);
+    server.wait(|| server.get("/ready").json() == json!({ "status": "draining" }));
+    assert_eq!(server.get("/ready").status, 503);
+    assert_eq!(server.get("/health").status, 200, "it is not to be killed while it finishes");
     let refused = server.generate(&json!({ "prompt": "x" }));
     assert_eq!((refused.status, &refused.json()["error"]["type"]), (503, &json!("draining")));
     let answer = read_answer(socket);

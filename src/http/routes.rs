@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use bytes::Bytes;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::Incoming;
-use hyper::header::{ALLOW, CONNECTION, RETRY_AFTER};
+use hyper::header::{ALLOW, CONNECTION, HeaderValue, RETRY_AFTER};
 use hyper::{Request, StatusCode};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
@@ -23,9 +23,10 @@ use crate::llama;
 use crate::request::{Completion, Event};
 
 /// Paths, and what they take.
-const PATHS: [(&str, &str); 6] = [
+const PATHS: [(&str, &str); 7] = [
     ("/", "GET, HEAD"),
     ("/health", "GET, HEAD"),
+    ("/ready", "GET, HEAD"),
     ("/generate", "POST"),
     ("/v1/models", "GET, HEAD"),
     ("/v1/completions", "POST"),
@@ -52,6 +53,7 @@ async fn route(app: &Arc<App>, request: Request<Incoming>) -> Result<Reply, Prob
     match path {
         "/" => information(app),
         "/health" => Ok(health(app)),
+        "/ready" => Ok(ready(app)),
         "/v1/models" => models(app),
         "/v1/completions" => complete(app, request, Endpoint::Text).await,
         "/v1/chat/completions" => complete(app, request, Endpoint::Chat).await,
@@ -65,15 +67,30 @@ fn not_found(path: &str) -> Problem {
     Problem::new(StatusCode::NOT_FOUND, "not_found", message)
 }
 
+/// Whether the process is to be left alone: only one whose engine has failed is worth a restart.
 fn health(app: &App) -> Reply {
-    let unavailable = StatusCode::SERVICE_UNAVAILABLE;
-    if app.draining.load(Ordering::Relaxed) {
-        return reply::json(unavailable, &json!({ "status": "draining" }));
+    let status = status(app);
+    let code = if status == "failed" { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::OK };
+    reply::json(code, &json!({ "status": status }))
+}
+
+/// Whether work may be sent here now.
+fn ready(app: &App) -> Reply {
+    let status = status(app);
+    if status == "ok" {
+        return reply::json(StatusCode::OK, &json!({ "status": status }));
     }
+    let mut reply = reply::json(StatusCode::SERVICE_UNAVAILABLE, &json!({ "status": status }));
+    reply.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+    reply
+}
+
+fn status(app: &App) -> &'static str {
     match &*app.stage.borrow() {
-        Stage::Ready(_) => reply::json(StatusCode::OK, &json!({ "status": "ok" })),
-        Stage::Loading(_) => reply::json(unavailable, &json!({ "status": "loading" })),
-        Stage::Failed(_) => reply::json(unavailable, &json!({ "status": "failed" })),
+        Stage::Failed(_) => "failed",
+        _ if app.draining.load(Ordering::Relaxed) => "draining",
+        Stage::Loading(_) => "loading",
+        Stage::Ready(_) => "ok",
     }
 }
 
@@ -89,7 +106,7 @@ fn engine(app: &App) -> Result<Handle, Problem> {
     }
     match &*app.stage.borrow() {
         Stage::Ready(handle) => Ok(handle.clone()),
-        Stage::Loading(_) => Err(unavailable("loading", "the model is still loading; GET /health tells when it is ready")),
+        Stage::Loading(_) => Err(unavailable("loading", "the model is still loading; GET /ready tells when it takes work")),
         Stage::Failed(_) => Err(unavailable("stopped", "the engine has stopped")),
     }
 }

@@ -51,7 +51,7 @@ impl Server {
     /// Starts one and waits until it serves.
     pub fn start(args: &[&str]) -> Self {
         let server = Self::start_loading(args);
-        server.wait(|| server.get("/health").status == 200);
+        server.wait(|| server.get("/ready").status == 200);
         server
     }
 
