@@ -75,6 +75,7 @@ fn engine(n: usize, temperature: f32) -> (Engine<Still>, Vec<Receiver<Event>>) {
             cache_prompt: true,
             speculation: Speculation::Auto,
             share_text: true,
+            id: "".into(),
         };
         engine.enqueue(Job { prompt: vec![Token(1)], request, events, permit: None, accepted: Instant::now() });
         receiver

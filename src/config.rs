@@ -109,6 +109,9 @@ pub struct ServeArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub model: ModelArgs,
+    /// Form of the log, llama.cpp's lines included: text, or a JSON object a line
+    #[arg(long, env = "LOG_FORMAT", value_name = "LOG_FORMAT", default_value = "text", ignore_case = true)]
+    pub log_format: LogFormat,
     /// Sequences decoded together
     #[arg(short = 'b', long, env = "BATCH_SIZE", value_name = "BATCH_SIZE", default_value_t = 4, value_parser = between(1, 256))]
     pub batch_size: usize,
@@ -437,6 +440,15 @@ impl LogLevel {
             Self::Trace => "trace",
         }
     }
+}
+
+/// In which form to log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people
+    Text,
+    /// For programs
+    Json,
 }
 
 /// What `serve` runs with. Every value was checked.

@@ -2,6 +2,8 @@
 //!
 //! Both sides know this file and nothing else of each other.
 
+use std::sync::Arc;
+
 use half::f16;
 
 use crate::llama::Token;
@@ -78,6 +80,15 @@ pub struct Request {
     pub speculation: Speculation,
     /// Whether other answers may be drafted from this one, and this one from others.
     pub share_text: bool,
+    /// Names it in the log; empty if nobody asks.
+    pub id: Arc<str>,
+}
+
+/// What every line of the log about a request stands in, wherever it is logged. Its level is the highest there is, so that no
+/// filter takes it from a line.
+#[must_use]
+pub fn span(id: &str) -> tracing::Span {
+    tracing::error_span!("request", request_id = id)
 }
 
 /// Whether drafts are verified for a request, where they come from, and how they are accepted.

@@ -128,6 +128,7 @@ fn counted(n: usize, temperature: f32) -> (usize, usize, usize) {
                 cache_prompt: true,
                 speculation: Speculation::Auto,
                 share_text: true,
+                id: "".into(),
             };
             engine.enqueue(Job { prompt: vec![Token(1)], request, events, permit: None, accepted: Instant::now() });
             receiver

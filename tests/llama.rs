@@ -511,6 +511,7 @@ static GREEDY: LazyLock<Request> = LazyLock::new(|| Request {
     cache_prompt: true,
     speculation: Speculation::Auto,
     share_text: true,
+    id: "".into(),
 });
 
 /// Heads that repeat the model's last choice, among the tokens of these texts: right now and then, wrong most of the time.

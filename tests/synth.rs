@@ -84,6 +84,7 @@ fn enqueue(engine: &mut Engine<LlamaForward>, prompt: &[Token], n: usize, sampli
         cache_prompt: true,
         speculation: Speculation::Auto,
         share_text: true,
+        id: "".into(),
     };
     engine.enqueue(Job { prompt: prompt.to_vec(), request, events, permit: None, accepted: Instant::now() });
     receiver

@@ -279,5 +279,6 @@ fn request(prompt: &str, max_tokens: usize) -> Request {
         cache_prompt: false,
         speculation: Speculation::Off,
         share_text: false,
+        id: "".into(),
     }
 }

@@ -1,5 +1,6 @@
 //! One request on its way through the engine: its tokens, its sampler, its text, its clock.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
@@ -35,6 +36,8 @@ impl Job {
 
 /// A request that runs.
 pub struct Sequence {
+    /// Names it in the log.
+    pub id: Arc<str>,
     /// Its place in the cache.
     pub seq: SeqId,
     /// Admission order.
@@ -95,6 +98,7 @@ impl Sequence {
             trace: None,
             n_cached,
             text: TextAssembler::new(job.request.stop),
+            id: job.request.id,
             events: job.events,
             permit: job.permit,
             clock,

@@ -156,6 +156,7 @@ impl Fields {
             cache_prompt: self.boolean("cache_prompt")?.unwrap_or(true),
             speculation: self.speculation()?,
             share_text: self.boolean("share_text")?.unwrap_or(true),
+            id: "".into(),
         })
     }
 

@@ -1,9 +1,10 @@
 //! The network side: bytes on a socket to a checked [`Request`](crate::request::Request), events back to bytes.
 //!
 //! [`routes`] knows what each path does, [`generate`] and [`openai`] the JSON of either dialect, [`fields`] how a body's fields are
-//! read, [`template`] how messages become a prompt, [`reply`] how an answer is written. None of them sees a KV cell, a batch or
+//! read, [`template`] how messages become a prompt, [`reply`] how an answer is written, [`access`] what is logged of it. None of them sees a KV cell, a batch or
 //! llama.cpp; they know the engine's [`Handle`](crate::engine::Handle) only, and the model's template.
 
+pub mod access;
 pub mod fields;
 pub mod generate;
 pub mod openai;
@@ -81,8 +82,8 @@ fn connection(stream: TcpStream, app: &Arc<App>) -> impl GracefulConnection<Erro
     let app = Arc::clone(app);
     let timeout = app.limits.read_timeout;
     let service = service_fn(move |request| {
-        let app = Arc::clone(&app);
-        async move { Ok::<_, Infallible>(routes::answer(&app, request).await) }
+        let answer = access::answer(Arc::clone(&app), request);
+        async move { Ok::<_, Infallible>(answer.await) }
     });
     http1::Builder::new()
         .timer(TokioTimer::new())

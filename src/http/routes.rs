@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use super::App;
+use super::access::Call;
 use super::generate::{self, Generate, Pieces};
 use super::openai::{self, Asked, Endpoint, Envelope};
 use super::reply::{self, Problem, Reply};
@@ -20,7 +21,7 @@ use super::template::ChatTemplate;
 use crate::engine::{Handle, Layout, Stage, SubmitError};
 use crate::error::Invalid;
 use crate::llama;
-use crate::request::{Completion, Event};
+use crate::request::{self, Completion, Event};
 
 /// Paths, and what they take.
 const PATHS: [(&str, &str); 7] = [
@@ -34,14 +35,14 @@ const PATHS: [(&str, &str); 7] = [
 ];
 
 /// Answers one request.
-pub async fn answer(app: &Arc<App>, request: Request<Incoming>) -> Reply {
+pub async fn answer(app: &Arc<App>, request: Request<Incoming>, call: &Call) -> Reply {
     // Its clients know errors by another shape.
     let is_openai = request.uri().path().starts_with("/v1");
     let write = if is_openai { Problem::openai_reply } else { Problem::reply };
-    route(app, request).await.unwrap_or_else(write)
+    route(app, request, call).await.unwrap_or_else(write)
 }
 
-async fn route(app: &Arc<App>, request: Request<Incoming>) -> Result<Reply, Problem> {
+async fn route(app: &Arc<App>, request: Request<Incoming>, call: &Call) -> Result<Reply, Problem> {
     let path = request.uri().path();
     let Some((path, allow)) = PATHS.into_iter().find(|(known, _)| *known == path) else { return Err(not_found(path)) };
     if !allow.split(", ").any(|allowed| allowed == request.method().as_str()) {
@@ -55,9 +56,9 @@ async fn route(app: &Arc<App>, request: Request<Incoming>) -> Result<Reply, Prob
         "/health" => Ok(health(app)),
         "/ready" => Ok(ready(app)),
         "/v1/models" => models(app),
-        "/v1/completions" => complete(app, request, Endpoint::Text).await,
-        "/v1/chat/completions" => complete(app, request, Endpoint::Chat).await,
-        _ => generate(app, request).await,
+        "/v1/completions" => complete(app, request, call, Endpoint::Text).await,
+        "/v1/chat/completions" => complete(app, request, call, Endpoint::Chat).await,
+        _ => generate(app, request, call).await,
     }
 }
 
@@ -155,16 +156,16 @@ fn information(app: &App) -> Result<Reply, Problem> {
     Ok(reply::json(StatusCode::OK, &body))
 }
 
-async fn generate(app: &Arc<App>, request: Request<Incoming>) -> Result<Reply, Problem> {
+async fn generate(app: &Arc<App>, request: Request<Incoming>, call: &Call) -> Result<Reply, Problem> {
     let handle = engine(app)?;
     let body = read_json(app, request).await?;
     let Generate { request, stream } = generate::read(body, handle.limits().n_ctx, random_seed()).map_err(invalid)?;
-    let mut events = handle.submit(request).await.map_err(refused)?;
+    let mut events = submit(&handle, request, call).await.map_err(refused)?;
     if stream {
         let first = first_event(&mut events).await?;
-        return Ok(reply::stream(first, vec![events], Box::new(Pieces)));
+        return Ok(reply::stream(first, vec![events], Box::new(Pieces), Arc::clone(&call.tally)));
     }
-    let (text, done) = collect(events).await?;
+    let (text, done) = collect(events, call).await?;
     Ok(reply::json(StatusCode::OK, &generate::completion(&done, &text)))
 }
 
@@ -173,7 +174,7 @@ fn models(app: &App) -> Result<Reply, Problem> {
     Ok(reply::json(StatusCode::OK, &openai::models(&app.model_id, handle.limits().n_ctx)))
 }
 
-async fn complete(app: &Arc<App>, request: Request<Incoming>, endpoint: Endpoint) -> Result<Reply, Problem> {
+async fn complete(app: &Arc<App>, request: Request<Incoming>, call: &Call, endpoint: Endpoint) -> Result<Reply, Problem> {
     let bad_request = |error| Problem { status: StatusCode::BAD_REQUEST, ..invalid(error) };
     let handle = engine(app)?;
     let body = read_json(app, request).await?;
@@ -189,7 +190,7 @@ async fn complete(app: &Arc<App>, request: Request<Incoming>, endpoint: Endpoint
     let mut choices = Vec::with_capacity(requests.len());
     for request in requests {
         // Those that were taken are cancelled if one is refused.
-        choices.push(handle.submit(request).await.map_err(|error| match error {
+        choices.push(submit(&handle, request, call).await.map_err(|error| match error {
             SubmitError::Invalid(error) => bad_request(error),
             other => refused(other),
         })?);
@@ -198,13 +199,18 @@ async fn complete(app: &Arc<App>, request: Request<Incoming>, endpoint: Endpoint
     if stream {
         let first = first_event(&mut choices[0]).await?;
         let chunks = envelope.chunks(choices.len(), include_usage);
-        return Ok(reply::stream(first, choices, Box::new(chunks)));
+        return Ok(reply::stream(first, choices, Box::new(chunks), Arc::clone(&call.tally)));
     }
     let mut done = Vec::with_capacity(choices.len());
     for events in choices {
-        done.push(collect(events).await?);
+        done.push(collect(events, call).await?);
     }
     Ok(reply::json(StatusCode::OK, &envelope.answer(&done)))
+}
+
+/// Hands over what a body asks for, in the name of who sent it.
+async fn submit(handle: &Handle, asked: request::Request, call: &Call) -> Result<mpsc::Receiver<Event>, SubmitError> {
+    handle.submit(request::Request { id: Arc::clone(&call.id), ..asked }).await
 }
 
 /// An error before the first piece is still a plain one.
@@ -217,13 +223,14 @@ async fn first_event(events: &mut mpsc::Receiver<Event>) -> Result<Event, Proble
 }
 
 /// A whole answer.
-async fn collect(mut events: mpsc::Receiver<Event>) -> Result<(String, Completion), Problem> {
+async fn collect(mut events: mpsc::Receiver<Event>, call: &Call) -> Result<(String, Completion), Problem> {
     let mut text = String::new();
     while let Some(event) = events.recv().await {
         match event {
             Event::Piece(piece) => text += &piece,
             Event::Done(done) => {
                 text += &done.tail;
+                call.tally.note(&done);
                 return Ok((text, done));
             }
             Event::Failed { id } => return Err(Problem::incident(&id)),

@@ -103,6 +103,7 @@ fn request(prompt: String, temperature: f32, max_tokens: usize, seed: u64) -> Re
         cache_prompt: true,
         speculation: Speculation::Off,
         share_text: false,
+        id: "".into(),
     }
 }
 

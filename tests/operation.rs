@@ -1,0 +1,90 @@
+//! What whoever runs a server sees of it and sets: ids and lines of the log.
+#![allow(missing_docs)]
+
+mod common;
+
+use std::io::Read;
+
+use common::{Server, read_answer, request_bytes};
+use serde_json::{Value, json};
+
+/// The lines of a server's log in JSON that name a request.
+fn lines_about(server: &Server, id: &str) -> Vec<Value> {
+    let log = server.log();
+    let lines = log.lines().map(|line| serde_json::from_str::<Value>(line).unwrap_or_else(|e| panic!("{e}: {line}")));
+    lines.filter(|line| line["span"]["request_id"] == id).collect()
+}
+
+/// The line that ends a request.
+fn access_line(server: &Server, id: &str) -> Value {
+    let ends = |line: &Value| line["status"].is_number() || line["message"] == "aborted";
+    let find = || lines_about(server, id).into_iter().find(ends);
+    server.wait(|| find().is_some());
+    find().unwrap()
+}
+
+#[test]
+fn a_request_has_one_id_in_its_answer_and_in_every_line_about_it() {
+    let server = Server::start(&["--ctx", "256", "--log-format", "json", "--log-level", "debug"]);
+    let body = |stream: bool| json!({ "prompt": "x", "max_tokens": 4, "stream": stream, "ignore_eos": true }).to_string();
+    let checks = [
+        ("POST /generate", "whole", body(false), 200),
+        ("POST /generate", "streamed", body(true), 200),
+        ("POST /v1/completions", "bad-field", json!({ "n": 0 }).to_string(), 400),
+        ("POST /generate", "no-json", "{".into(), 400),
+        ("GET /nothing?secret=1", "no-path", String::new(), 404),
+        ("HEAD /health", "head", String::new(), 200),
+    ];
+    for (what, id, body, status) in checks {
+        let answer = server.ask(what, &[&format!("X-Request-Id: {id}")], body.as_bytes());
+        assert_eq!((answer.status, answer.header("x-request-id")), (status, Some(id)), "{answer:?}");
+        let line = access_line(&server, id);
+        assert_eq!((&line["status"], &line["message"]), (&json!(status), &json!("answered")), "{line}");
+        let path = what.split([' ', '?']).nth(1).unwrap();
+        assert_eq!(line["path"], path);
+        assert_eq!(line["bytes"].as_u64().unwrap() as usize, if id == "head" { 0 } else { answer.body.len() }, "{line}");
+        assert_eq!(line["tokens"], if status == 200 && path == "/generate" { json!(4) } else { Value::Null });
+    }
+    let by_the_engine = |id| lines_about(&server, id).iter().filter(|line| line["message"] == "admitted").count();
+    assert_eq!((by_the_engine("whole"), by_the_engine("streamed"), by_the_engine("bad-field")), (1, 1, 0));
+
+    let made = server.get("/health").header("x-request-id").unwrap().to_owned();
+    assert_ne!(server.get("/health").header("x-request-id"), Some(made.as_str()));
+    let odd = server.ask("GET /health", &["X-Request-Id: two words"], b"");
+    assert!(odd.header("x-request-id").unwrap().starts_with("req-"));
+}
+
+#[test]
+fn a_client_that_leaves_is_logged_as_such() {
+    let server = Server::start(&["--ctx", "512", "--log-format", "json"]);
+    for stream in [true, false] {
+        let id = format!("left-{stream}");
+        let body = json!({ "prompt": "A long tale:", "max_tokens": 400, "stream": stream, "ignore_eos": true }).to_string();
+        let bytes = request_bytes("POST /generate", &[&format!("X-Request-Id: {id}")], body.as_bytes());
+        let mut socket = server.send(&bytes);
+        if stream {
+            socket.read_exact(&mut [0; 400]).unwrap();
+        } else {
+            server.wait(|| server.load()["running"] == 1);
+        }
+        drop(socket);
+        let line = access_line(&server, &id);
+        let expected = if stream { json!(200) } else { Value::Null };
+        assert_eq!((&line["message"], &line["status"]), (&json!("aborted"), &expected), "{line}");
+        assert_eq!(line["bytes"].as_u64().unwrap() > 0, stream, "{line}");
+        server.wait(|| server.is_idle());
+    }
+}
+
+#[test]
+fn text_is_the_form_of_the_log_unless_json_is_asked_for() {
+    let server = Server::start(&["--ctx", "256"]);
+    let answer = read_answer(server.send(&request_bytes("GET /health", &["X-Request-Id: mine"], b"")));
+    assert_eq!(answer.status, 200);
+    server.wait(|| server.log().contains("request{request_id=\"mine\"}"));
+    let log = server.log();
+    let line = log.lines().find(|line| line.contains("request_id=\"mine\"")).unwrap();
+    for part in ["INFO", "answered", "method=GET", "path=/health", "status=200", "seconds=0.0", "bytes=15"] {
+        assert!(line.contains(part), "{part} in {line}");
+    }
+}
