@@ -76,6 +76,7 @@ fn engine(n: usize, temperature: f32) -> (Engine<Still>, Vec<Receiver<Event>>) {
             speculation: Speculation::Auto,
             share_text: true,
             id: "".into(),
+            owner: 0,
         };
         engine.enqueue(Job { prompt: vec![Token(1)], request, events, permit: None, accepted: Instant::now() });
         receiver

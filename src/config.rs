@@ -1,13 +1,17 @@
 //! From what was typed ([`Args`]) to what is run ([`Config`]): every limit, with its default, is in the table of [`ServeArgs`].
 
+pub mod network;
+
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use network::NetworkArgs;
 
 use crate::engine::thread::{DraftParams, EngineParams, HeadsParams};
 use crate::engine::{Layout, Limits};
+use crate::http::auth::Auth;
 use crate::llama::{self, Quantization};
 use crate::request::Speculation;
 use crate::synth::Shape;
@@ -161,6 +165,9 @@ pub struct ServeArgs {
     /// How long a client may take to send a request's head, and then its body, in seconds
     #[arg(long, env = "READ_TIMEOUT", value_name = "READ_TIMEOUT", default_value = "30", value_parser = seconds)]
     pub read_timeout: Duration,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub network: NetworkArgs,
 }
 
 /// `medusa-llama generate`.
@@ -462,6 +469,8 @@ pub struct Config {
     pub engine: EngineParams,
     /// For the network side.
     pub http: HttpLimits,
+    /// Who may ask.
+    pub auth: Auth,
     /// How long running requests may take after SIGTERM.
     pub drain_timeout: Duration,
 }
@@ -579,6 +588,7 @@ impl ServeArgs {
                 max_connections: self.max_connections,
                 read_timeout: self.read_timeout,
             },
+            auth: self.network.auth()?,
             drain_timeout: self.drain_timeout,
         })
     }

@@ -82,6 +82,8 @@ pub struct Request {
     pub share_text: bool,
     /// Names it in the log; empty if nobody asks.
     pub id: Arc<str>,
+    /// Whose it is: a number, the same for all that one client sends; 0 where clients are not told apart.
+    pub owner: u32,
 }
 
 /// What every line of the log about a request stands in, wherever it is logged. Its level is the highest there is, so that no

@@ -129,6 +129,7 @@ fn counted(n: usize, temperature: f32) -> (usize, usize, usize) {
                 speculation: Speculation::Auto,
                 share_text: true,
                 id: "".into(),
+                owner: 0,
             };
             engine.enqueue(Job { prompt: vec![Token(1)], request, events, permit: None, accepted: Instant::now() });
             receiver

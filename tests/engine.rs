@@ -40,6 +40,7 @@ fn job(prompt: &[i32], max_tokens: usize, temperature: f32) -> (Job, Receiver<Ev
         speculation: Speculation::Auto,
         share_text: true,
         id: "".into(),
+        owner: 0,
     };
     let prompt = prompt.iter().map(|&t| Token(t)).collect();
     (Job { prompt, request, events, permit: None, accepted: Instant::now() }, receiver)

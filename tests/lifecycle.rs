@@ -3,15 +3,10 @@
 
 mod common;
 
-use std::process::{Command, Output};
 use std::time::Duration;
 
-use common::{Server, model_path, read_answer};
+use common::{Server, model_path, read_answer, run};
 use serde_json::json;
-
-fn run(args: &[&str], env: &[(&str, &str)]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_medusa-llama")).args(args).envs(env.iter().copied()).output().unwrap()
-}
 
 #[test]
 fn sigterm_in_mid_stream_finishes_it_and_refuses_new_work() {

@@ -512,6 +512,7 @@ static GREEDY: LazyLock<Request> = LazyLock::new(|| Request {
     speculation: Speculation::Auto,
     share_text: true,
     id: "".into(),
+    owner: 0,
 });
 
 /// Heads that repeat the model's last choice, among the tokens of these texts: right now and then, wrong most of the time.

@@ -1,11 +1,11 @@
-//! What whoever runs a server sees of it and sets: ids and lines of the log.
+//! What whoever runs a server sees of it and sets: ids and lines of the log, keys.
 #![allow(missing_docs)]
 
 mod common;
 
 use std::io::Read;
 
-use common::{Server, read_answer, request_bytes};
+use common::{Server, read_answer, request_bytes, run};
 use serde_json::{Value, json};
 
 /// The lines of a server's log in JSON that name a request.
@@ -87,4 +87,69 @@ fn text_is_the_form_of_the_log_unless_json_is_asked_for() {
     for part in ["INFO", "answered", "method=GET", "path=/health", "status=200", "seconds=0.0", "bytes=15"] {
         assert!(line.contains(part), "{part} in {line}");
     }
+}
+
+#[test]
+fn work_and_information_need_a_key_where_there_are_keys() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("keys");
+    std::fs::write(&file, "# for the tests\n\n  key-of-a-file  \n").unwrap();
+    let args = ["--ctx", "256", "--log-level", "trace", "--api-key", "key-one,key-two", "--api-key", "key-three"];
+    let server = Server::start(&[&args[..], &["--api-key-file", file.to_str().unwrap()]].concat());
+    let body = json!({ "prompt": "x", "max_tokens": 1 }).to_string();
+    let ask = |what: &str, key: Option<&str>| {
+        let header = key.map(|key| format!("Authorization: Bearer {key}"));
+        server.ask(
+            what,
+            &header.as_deref().map_or(vec![], |h| vec![h]),
+            if what.starts_with("POST") { body.as_bytes() } else { b"" },
+        )
+    };
+    for what in ["POST /generate", "POST /v1/completions", "GET /v1/models", "GET /"] {
+        for key in ["key-one", "key-two", "key-three", "key-of-a-file"] {
+            assert_eq!(ask(what, Some(key)).status, 200, "{what} {key}");
+        }
+        for wrong in [None, Some("key-fou"), Some("# for the tests"), Some("key-one,key-two"), Some("")] {
+            let refused = ask(what, wrong);
+            assert_eq!((refused.status, refused.header("www-authenticate")), (401, Some("bearer")), "{what} {wrong:?}");
+            let error = &refused.json()["error"];
+            let name = if what.contains("/v1") { "code" } else { "type" };
+            assert_eq!(error[name], "invalid_api_key");
+            assert!(refused.header("x-request-id").is_some());
+        }
+    }
+    for open in ["GET /health", "GET /ready"] {
+        assert_eq!(ask(open, None).status, 200);
+    }
+    assert_eq!(ask("GET /nothing", None).status, 401);
+    assert_eq!(ask("GET /nothing", Some("key-one")).status, 404);
+    for key in ["key-one", "key-two", "key-three", "key-of-a-file", "key-fou"] {
+        assert!(!server.log().contains(key), "{}", server.log());
+    }
+}
+
+#[test]
+fn keys_that_cannot_be_are_refused_at_start_and_not_shown() {
+    let folder = tempfile::tempdir().unwrap();
+    let empty = folder.path().join("empty");
+    std::fs::write(&empty, "# none yet\n").unwrap();
+    let empty = empty.to_str().unwrap();
+    let refused = [
+        (vec!["--api-key-file", "/no/such/file"], "API_KEY_FILE /no/such/file cannot be read"),
+        (vec!["--api-key-file", empty], "holds no key"),
+        (vec!["--api-key", "sesame,"], "API_KEY is empty"),
+        (vec!["--api-key", "sesame open"], "API_KEY has a key with a space"),
+        (vec!["--metrics", "key"], "METRICS is key, but there is none"),
+        (vec!["--metrics-key", "sesame"], "METRICS does not ask for it"),
+        (vec!["--metrics", "key", "--api-key", "sesame", "--metrics-key", "sesame"], "METRICS_KEY is one of the API keys"),
+    ];
+    for (args, expected) in refused {
+        let output = run(&[&["serve"], &args[..]].concat(), &[]);
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(1) && text.contains(expected), "{args:?}: {text}");
+        assert!(!text.contains("sesame"), "{text}");
+    }
+    let help = run(&["serve", "--help"], &[("API_KEY", "sesame"), ("METRICS_KEY", "sesame")]);
+    assert!(String::from_utf8_lossy(&help.stdout).contains("API_KEY_FILE"));
+    assert!(!String::from_utf8_lossy(&help.stdout).contains("sesame"));
 }

@@ -85,6 +85,7 @@ fn enqueue(engine: &mut Engine<LlamaForward>, prompt: &[Token], n: usize, sampli
         speculation: Speculation::Auto,
         share_text: true,
         id: "".into(),
+        owner: 0,
     };
     engine.enqueue(Job { prompt: prompt.to_vec(), request, events, permit: None, accepted: Instant::now() });
     receiver

@@ -307,6 +307,7 @@ fn request(args: &BenchArgs, prompt: String, i: usize, speculation: Speculation)
         // Each prompt is asked several times: an answer must not be drafted from another mode's answer to the same prompt.
         share_text: false,
         id: "".into(),
+        owner: 0,
     }
 }
 

@@ -280,5 +280,6 @@ fn request(prompt: &str, max_tokens: usize) -> Request {
         speculation: Speculation::Off,
         share_text: false,
         id: "".into(),
+        owner: 0,
     }
 }

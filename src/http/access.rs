@@ -24,15 +24,6 @@ const MAX_ID: usize = 128;
 /// Characters of a path that are logged.
 const MAX_PATH: usize = 200;
 
-/// A request as the rest of the server knows it.
-#[derive(Debug)]
-pub struct Call {
-    /// The client's id for it, or one made here.
-    pub id: Arc<str>,
-    /// What its answers take.
-    pub tally: Arc<Tally>,
-}
-
 /// What a request's answers took, noted as each of them ends.
 #[derive(Debug, Default)]
 pub struct Tally(Mutex<Vec<(Usage, Timings)>>);
@@ -47,9 +38,9 @@ impl Tally {
 /// Answers a request and logs that.
 pub async fn answer(app: Arc<App>, request: Request<Incoming>) -> Response<Logged> {
     let id = id_of(request.headers());
-    let call = Call { id: Arc::clone(&id), tally: Arc::default() };
-    let mut line = Line::begin(&request, &call);
-    let mut reply = routes::answer(&app, request, &call).instrument(line.span.clone()).await;
+    let mut line = Line::begin(&request, &id);
+    let answer = routes::answer(&app, request, &id, &line.tally).instrument(line.span.clone());
+    let mut reply = answer.await;
     reply.headers_mut().insert(REQUEST_ID, HeaderValue::from_str(&id).expect("visible ASCII"));
     line.status = Some(reply.status());
     reply.map(|body| Logged { body, line })
@@ -81,18 +72,18 @@ struct Line {
 }
 
 impl Line {
-    fn begin(request: &Request<Incoming>, call: &Call) -> Self {
+    fn begin(request: &Request<Incoming>, id: &str) -> Self {
         // Not the query: it might hold what should stay with the client.
         let path = request.uri().path().chars().take(MAX_PATH).flat_map(char::escape_debug).collect();
         Self {
-            span: span(&call.id),
+            span: span(id),
             method: request.method().clone(),
             path,
             began: Instant::now(),
             status: None,
             n_bytes: 0,
             is_complete: false,
-            tally: Arc::clone(&call.tally),
+            tally: Arc::default(),
         }
     }
 }

@@ -157,6 +157,7 @@ impl Fields {
             speculation: self.speculation()?,
             share_text: self.boolean("share_text")?.unwrap_or(true),
             id: "".into(),
+            owner: 0,
         })
     }
 

@@ -1,10 +1,11 @@
 //! The network side: bytes on a socket to a checked [`Request`](crate::request::Request), events back to bytes.
 //!
 //! [`routes`] knows what each path does, [`generate`] and [`openai`] the JSON of either dialect, [`fields`] how a body's fields are
-//! read, [`template`] how messages become a prompt, [`reply`] how an answer is written, [`access`] what is logged of it. None of them sees a KV cell, a batch or
+//! read, [`template`] how messages become a prompt, [`reply`] how an answer is written, [`access`] what is logged of it, [`auth`] who may ask. None of them sees a KV cell, a batch or
 //! llama.cpp; they know the engine's [`Handle`](crate::engine::Handle) only, and the model's template.
 
 pub mod access;
+pub mod auth;
 pub mod fields;
 pub mod generate;
 pub mod openai;
@@ -26,6 +27,7 @@ use tokio::sync::{Semaphore, watch};
 
 use crate::config::HttpLimits;
 use crate::engine::Stage;
+use auth::Auth;
 
 /// What every connection shares.
 pub struct App {
@@ -35,6 +37,8 @@ pub struct App {
     pub draining: AtomicBool,
     /// What a client may take.
     pub limits: HttpLimits,
+    /// Who may ask.
+    pub auth: Auth,
     /// How OpenAI's clients name the model.
     pub model_id: String,
     /// The model's chat template, read at the first chat; or why there is none.

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use super::App;
-use super::access::Call;
+use super::access::Tally;
 use super::generate::{self, Generate, Pieces};
 use super::openai::{self, Asked, Endpoint, Envelope};
 use super::reply::{self, Problem, Reply};
@@ -34,15 +34,28 @@ const PATHS: [(&str, &str); 7] = [
     ("/v1/chat/completions", "POST"),
 ];
 
+/// What is known of a request beside what it says.
+struct Call<'a> {
+    id: &'a Arc<str>,
+    /// Whose it is.
+    owner: u32,
+    /// What its answers take.
+    tally: &'a Arc<Tally>,
+}
+
 /// Answers one request.
-pub async fn answer(app: &Arc<App>, request: Request<Incoming>, call: &Call) -> Reply {
+pub async fn answer(app: &Arc<App>, request: Request<Incoming>, id: &Arc<str>, tally: &Arc<Tally>) -> Reply {
     // Its clients know errors by another shape.
     let is_openai = request.uri().path().starts_with("/v1");
     let write = if is_openai { Problem::openai_reply } else { Problem::reply };
-    route(app, request, call).await.unwrap_or_else(write)
+    let answer = match app.auth.admit(&request) {
+        Ok(owner) => route(app, request, &Call { id, owner, tally }).await,
+        Err(problem) => Err(problem),
+    };
+    answer.unwrap_or_else(write)
 }
 
-async fn route(app: &Arc<App>, request: Request<Incoming>, call: &Call) -> Result<Reply, Problem> {
+async fn route(app: &Arc<App>, request: Request<Incoming>, call: &Call<'_>) -> Result<Reply, Problem> {
     let path = request.uri().path();
     let Some((path, allow)) = PATHS.into_iter().find(|(known, _)| *known == path) else { return Err(not_found(path)) };
     if !allow.split(", ").any(|allowed| allowed == request.method().as_str()) {
@@ -156,14 +169,14 @@ fn information(app: &App) -> Result<Reply, Problem> {
     Ok(reply::json(StatusCode::OK, &body))
 }
 
-async fn generate(app: &Arc<App>, request: Request<Incoming>, call: &Call) -> Result<Reply, Problem> {
+async fn generate(app: &Arc<App>, request: Request<Incoming>, call: &Call<'_>) -> Result<Reply, Problem> {
     let handle = engine(app)?;
     let body = read_json(app, request).await?;
     let Generate { request, stream } = generate::read(body, handle.limits().n_ctx, random_seed()).map_err(invalid)?;
     let mut events = submit(&handle, request, call).await.map_err(refused)?;
     if stream {
         let first = first_event(&mut events).await?;
-        return Ok(reply::stream(first, vec![events], Box::new(Pieces), Arc::clone(&call.tally)));
+        return Ok(reply::stream(first, vec![events], Box::new(Pieces), Arc::clone(call.tally)));
     }
     let (text, done) = collect(events, call).await?;
     Ok(reply::json(StatusCode::OK, &generate::completion(&done, &text)))
@@ -174,7 +187,12 @@ fn models(app: &App) -> Result<Reply, Problem> {
     Ok(reply::json(StatusCode::OK, &openai::models(&app.model_id, handle.limits().n_ctx)))
 }
 
-async fn complete(app: &Arc<App>, request: Request<Incoming>, call: &Call, endpoint: Endpoint) -> Result<Reply, Problem> {
+async fn complete(
+    app: &Arc<App>,
+    request: Request<Incoming>,
+    call: &Call<'_>,
+    endpoint: Endpoint,
+) -> Result<Reply, Problem> {
     let bad_request = |error| Problem { status: StatusCode::BAD_REQUEST, ..invalid(error) };
     let handle = engine(app)?;
     let body = read_json(app, request).await?;
@@ -199,7 +217,7 @@ async fn complete(app: &Arc<App>, request: Request<Incoming>, call: &Call, endpo
     if stream {
         let first = first_event(&mut choices[0]).await?;
         let chunks = envelope.chunks(choices.len(), include_usage);
-        return Ok(reply::stream(first, choices, Box::new(chunks), Arc::clone(&call.tally)));
+        return Ok(reply::stream(first, choices, Box::new(chunks), Arc::clone(call.tally)));
     }
     let mut done = Vec::with_capacity(choices.len());
     for events in choices {
@@ -209,8 +227,8 @@ async fn complete(app: &Arc<App>, request: Request<Incoming>, call: &Call, endpo
 }
 
 /// Hands over what a body asks for, in the name of who sent it.
-async fn submit(handle: &Handle, asked: request::Request, call: &Call) -> Result<mpsc::Receiver<Event>, SubmitError> {
-    handle.submit(request::Request { id: Arc::clone(&call.id), ..asked }).await
+async fn submit(handle: &Handle, asked: request::Request, call: &Call<'_>) -> Result<mpsc::Receiver<Event>, SubmitError> {
+    handle.submit(request::Request { id: Arc::clone(call.id), owner: call.owner, ..asked }).await
 }
 
 /// An error before the first piece is still a plain one.
@@ -223,7 +241,7 @@ async fn first_event(events: &mut mpsc::Receiver<Event>) -> Result<Event, Proble
 }
 
 /// A whole answer.
-async fn collect(mut events: mpsc::Receiver<Event>, call: &Call) -> Result<(String, Completion), Problem> {
+async fn collect(mut events: mpsc::Receiver<Event>, call: &Call<'_>) -> Result<(String, Completion), Problem> {
     let mut text = String::new();
     while let Some(event) = events.recv().await {
         match event {

@@ -104,6 +104,7 @@ fn request(prompt: String, temperature: f32, max_tokens: usize, seed: u64) -> Re
         speculation: Speculation::Off,
         share_text: false,
         id: "".into(),
+        owner: 0,
     }
 }
 

@@ -4,7 +4,7 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -16,6 +16,11 @@ pub fn model_path() -> PathBuf {
     let path = PathBuf::from(medusa_llama::config::DEFAULT_MODEL);
     assert!(path.is_file(), "the default model is missing: run `make model`");
     path
+}
+
+/// Runs the binary to its end.
+pub fn run(args: &[&str], env: &[(&str, &str)]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_medusa-llama")).args(args).envs(env.iter().copied()).output().unwrap()
 }
 
 /// A running `medusa-llama serve`, killed when dropped.
