@@ -162,9 +162,15 @@ pub struct ServeArgs {
     /// Open connections; more wait to be accepted
     #[arg(long, env = "MAX_CONNECTIONS", value_name = "MAX_CONNECTIONS", default_value_t = 1024, value_parser = between(1, 65_536))]
     pub max_connections: usize,
-    /// How long a client may take to send a request's head, and then its body, in seconds
+    /// Largest head of a request, in bytes
+    #[arg(long, env = "MAX_HEADER_BYTES", value_name = "MAX_HEADER_BYTES", default_value_t = 1 << 15, value_parser = between(1024, 1 << 20))]
+    pub max_header_bytes: usize,
+    /// How long a client may take to send a request's head, and then its body, in seconds; between requests a connection may idle as long
     #[arg(long, env = "READ_TIMEOUT", value_name = "READ_TIMEOUT", default_value = "30", value_parser = seconds)]
     pub read_timeout: Duration,
+    /// How long a client may take no byte of its answer before it is let go and its request cancelled, in seconds
+    #[arg(long, env = "WRITE_TIMEOUT", value_name = "WRITE_TIMEOUT", default_value = "60", value_parser = some_seconds)]
+    pub write_timeout: Duration,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub network: NetworkArgs,
@@ -482,8 +488,12 @@ pub struct HttpLimits {
     pub max_body_bytes: usize,
     /// Open connections.
     pub max_connections: usize,
+    /// Bytes of a request's head.
+    pub max_header_bytes: usize,
     /// For a request's head, and for its body.
     pub read_timeout: Duration,
+    /// For a client to take some bytes of its answer.
+    pub write_timeout: Duration,
 }
 
 impl ModelArgs {
@@ -586,7 +596,9 @@ impl ServeArgs {
             http: HttpLimits {
                 max_body_bytes: self.max_body_bytes,
                 max_connections: self.max_connections,
+                max_header_bytes: self.max_header_bytes,
                 read_timeout: self.read_timeout,
+                write_timeout: self.write_timeout,
             },
             auth: self.network.auth()?,
             drain_timeout: self.drain_timeout,
@@ -624,6 +636,12 @@ fn seconds(text: &str) -> Result<Duration, String> {
         Ok(s) if (0.0..=86_400.0).contains(&s) => Ok(Duration::from_secs_f64(s)),
         _ => Err("must be a number of seconds from 0 to 86400".into()),
     }
+}
+
+/// The same, but long enough for something to happen in it.
+fn some_seconds(text: &str) -> Result<Duration, String> {
+    let long_enough = seconds(text).ok().filter(|time| *time >= Duration::from_millis(100));
+    long_enough.ok_or_else(|| "must be a number of seconds from 0.1 to 86400".into())
 }
 
 fn speculation(name: &str) -> Result<Speculation, String> {
@@ -668,6 +686,7 @@ mod tests {
             (["--port", "70000"], "PORT"),
             (["--max-wait-time", "100000"], "MAX_WAIT_TIME"),
             (["--max-wait-time", "nan"], "MAX_WAIT_TIME"),
+            (["--write-timeout", "0"], "WRITE_TIMEOUT"),
             (["--ctx", "x"], "MODEL_CONTEXT_SIZE"),
             (["--log-level", "loud"], "LOG_LEVEL"),
             (["--kv", "both"], "KV_LAYOUT"),

@@ -1,12 +1,15 @@
-//! What whoever runs a server sees of it and sets: ids and lines of the log, keys.
+//! What whoever runs a server sees of it and sets: ids and lines of the log, keys, limits of clients.
 #![allow(missing_docs)]
 
 mod common;
 
-use std::io::Read;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::time::Duration;
 
 use common::{Server, read_answer, request_bytes, run};
 use serde_json::{Value, json};
+use socket2::{Domain, Socket, Type};
 
 /// The lines of a server's log in JSON that name a request.
 fn lines_about(server: &Server, id: &str) -> Vec<Value> {
@@ -152,4 +155,46 @@ fn keys_that_cannot_be_are_refused_at_start_and_not_shown() {
     let help = run(&["serve", "--help"], &[("API_KEY", "sesame"), ("METRICS_KEY", "sesame")]);
     assert!(String::from_utf8_lossy(&help.stdout).contains("API_KEY_FILE"));
     assert!(!String::from_utf8_lossy(&help.stdout).contains("sesame"));
+}
+
+/// A connection that holds little: small segments and a small buffer here keep the server's buffer small, too.
+fn narrow_connection(server: &Server) -> TcpStream {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    socket.set_recv_buffer_size(2048).unwrap();
+    socket.set_tcp_mss(536).unwrap();
+    socket.connect(&server.addr.into()).unwrap();
+    socket.into()
+}
+
+#[test]
+fn a_reader_that_stalls_is_let_go_and_its_request_cancelled() {
+    let server = Server::start(&["--ctx", "1024", "--write-timeout", "0.5", "--log-format", "json"]);
+    let body =
+        json!({ "prompt": "A long tale:", "max_tokens": 900, "n": 4, "stream": true, "ignore_eos": true }).to_string();
+    let mut stalled = narrow_connection(&server);
+    stalled.write_all(&request_bytes("POST /v1/completions", &["X-Request-Id: stalled"], body.as_bytes())).unwrap();
+    let line = access_line(&server, "stalled");
+    assert_eq!((&line["message"], &line["status"]), (&json!("aborted"), &json!(200)), "{line}");
+    server.wait(|| server.is_idle());
+    let n = server.load()["tokens_generated"].as_u64().unwrap();
+    assert!(n < 4 * 900, "{n} tokens: all of them");
+    drop(stalled);
+}
+
+#[test]
+fn heads_that_are_too_large_and_connections_that_idle_are_let_go() {
+    let server = Server::start_loading(&["--ctx", "256", "--max-header-bytes", "4096", "--read-timeout", "0.5"]);
+    let large = format!("X-Large: {}", "x".repeat(5000));
+    assert_eq!(server.ask("GET /health", &[&large], b"").status, 431);
+    let path = format!("GET /{}", "x".repeat(5000));
+    assert_eq!(server.ask(&path, &[], b"").status, 431);
+    let many = ["X-Y: z"; 101];
+    assert_eq!(server.ask("GET /health", &many, b"").status, 431);
+    assert_eq!(server.ask("GET /health", &many[..90], b"").status, 200);
+
+    let mut idle = server.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n");
+    idle.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let mut all = String::new();
+    idle.read_to_string(&mut all).expect("the server closes the connection");
+    assert!(all.starts_with("HTTP/1.1 200"), "{all}");
 }

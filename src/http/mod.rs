@@ -24,10 +24,14 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::{GracefulConnection, GracefulShutdown};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
+use tokio_io_timeout::TimeoutStream;
 
 use crate::config::HttpLimits;
 use crate::engine::Stage;
 use auth::Auth;
+
+/// Most headers of a request.
+const MAX_HEADERS: usize = 100;
 
 /// What every connection shares.
 pub struct App {
@@ -84,13 +88,18 @@ fn connection(stream: TcpStream, app: &Arc<App>) -> impl GracefulConnection<Erro
     // Pieces are small and must not wait for each other.
     let _ = stream.set_nodelay(true);
     let app = Arc::clone(app);
-    let timeout = app.limits.read_timeout;
+    let limits = app.limits;
+    // A reader that stalls ends its connection, and that drops its answer, which cancels the request.
+    let mut stream = Box::pin(TimeoutStream::new(stream));
+    stream.as_mut().set_write_timeout_pinned(Some(limits.write_timeout));
     let service = service_fn(move |request| {
         let answer = access::answer(Arc::clone(&app), request);
         async move { Ok::<_, Infallible>(answer.await) }
     });
     http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(timeout)
+        .header_read_timeout(limits.read_timeout) // from the end of the answer before: it bounds idle connections, too
+        .max_header_size(limits.max_header_bytes)
+        .max_headers(MAX_HEADERS)
         .serve_connection(TokioIo::new(stream), service)
 }
