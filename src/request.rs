@@ -2,6 +2,7 @@
 //!
 //! Both sides know this file and nothing else of each other.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use half::f16;
@@ -80,7 +81,7 @@ pub struct Request {
     pub cache_prompt: bool,
     /// Whether to draft.
     pub speculation: Speculation,
-    /// Whether other answers may be drafted from this one, and this one from others.
+    /// Whether its owner's other answers may be drafted from this one, and this one from them.
     pub share_text: bool,
     /// What the text must be; `None`: any text.
     pub grammar: Option<GrammarSource>,
@@ -88,6 +89,10 @@ pub struct Request {
     pub report: Option<Report>,
     /// The answer ends where it stands when so long has passed since the request was accepted.
     pub timeout: Option<Duration>,
+    /// Names it in the log; empty if nobody asks.
+    pub id: Arc<str>,
+    /// Whose it is: a number, the same for all that one client sends; 0 where clients are not told apart.
+    pub owner: u32,
 }
 
 impl Request {
@@ -106,6 +111,8 @@ impl Request {
             grammar: None,
             report: None,
             timeout: None,
+            id: "".into(),
+            owner: 0,
         }
     }
 }
@@ -162,6 +169,13 @@ impl Logprobs {
         top.iter_mut().for_each(|(_, logit)| *logit -= norm);
         Self { logprob: logits[token.0 as usize] - norm, top }
     }
+}
+
+/// What every line of the log about a request stands in, wherever it is logged. Its level is the highest there is, so that no
+/// filter takes it from a line.
+#[must_use]
+pub fn span(id: &str) -> tracing::Span {
+    tracing::error_span!("request", request_id = id)
 }
 
 /// Whether drafts are verified for a request, where they come from, and how they are accepted.

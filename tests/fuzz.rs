@@ -6,7 +6,7 @@
 mod common;
 
 use std::pin::Pin;
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 use std::task::{Context, Waker};
 
 use common::{Server, exchange, model_path};
@@ -76,10 +76,11 @@ fn likely(name: &'static str) -> BoxedStrategy<Value> {
             })
             .boxed(),
         "stream_options" => any::<bool>().prop_map(|b| json!({ "include_usage": b })).boxed(),
-        "stream" | "ignore_eos" | "cache_prompt" | "share_text" | "details" | "echo" => any::<bool>().prop_map(Value::from).boxed(),
-        "temperature" | "top_p" | "min_p" | "repetition_penalty" | "frequency_penalty" | "presence_penalty" | "timeout_s" => {
-            (-0.5..3.0f64).prop_map(Value::from).boxed()
+        "stream" | "ignore_eos" | "cache_prompt" | "share_text" | "details" | "echo" => {
+            any::<bool>().prop_map(Value::from).boxed()
         }
+        "temperature" | "top_p" | "min_p" | "repetition_penalty" | "frequency_penalty" | "presence_penalty"
+        | "timeout_s" => (-0.5..3.0f64).prop_map(Value::from).boxed(),
         _ => (0i64..24).prop_map(Value::from).boxed(),
     }
 }
@@ -182,7 +183,8 @@ fn schema() -> impl Strategy<Value = Value> {
         (0.0..9.0f64).prop_map(|min| json!({ "type": "number", "exclusiveMinimum": min })),
         (0usize..4, 0usize..9).prop_map(|(min, max)| json!({ "type": "string", "minLength": min, "maxLength": max })),
         "[a-z.()\\[\\]*+?|^$0-9{},]{0,8}".prop_map(|pattern| json!({ "type": "string", "pattern": pattern })),
-        prop::sample::select(&["date", "email", "uuid", "ipv4", "none"][..]).prop_map(|f| json!({ "type": "string", "format": f })),
+        prop::sample::select(&["date", "email", "uuid", "ipv4", "none"][..])
+            .prop_map(|f| json!({ "type": "string", "format": f })),
         prop::collection::vec(any_json(), 0..4).prop_map(|values| json!({ "enum": values })),
         any_json().prop_map(|value| json!({ "const": value })),
         Just(json!({ "$ref": "#" })),
@@ -194,10 +196,12 @@ fn schema() -> impl Strategy<Value = Value> {
         prop_oneof![
             (inner.clone(), 0usize..3, 0usize..5)
                 .prop_map(|(items, min, max)| json!({ "type": "array", "items": items, "minItems": min, "maxItems": max })),
-            (prop::collection::btree_map("[a-c]{1,2}", inner.clone(), 0..3), any::<bool>()).prop_map(|(properties, more)| {
-                let required: Vec<String> = properties.keys().cloned().collect();
-                json!({ "type": "object", "properties": properties, "required": required, "additionalProperties": more })
-            }),
+            (prop::collection::btree_map("[a-c]{1,2}", inner.clone(), 0..3), any::<bool>()).prop_map(
+                |(properties, more)| {
+                    let required: Vec<String> = properties.keys().cloned().collect();
+                    json!({ "type": "object", "properties": properties, "required": required, "additionalProperties": more })
+                }
+            ),
             many.clone().prop_map(|all| json!({ "anyOf": all })),
             many.clone().prop_map(|all| json!({ "oneOf": all })),
             many.prop_map(|all| json!({ "allOf": all })),
@@ -265,7 +269,7 @@ fn stream(choices: &[Vec<Event>], turns: &[prop::sample::Index], dialect: Box<dy
     let (senders, receivers): (Vec<_>, Vec<_>) = choices.iter().map(|c| tokio::sync::mpsc::channel(c.len() + 1)).unzip();
     let mut rest: Vec<_> = choices.iter().map(|events| events.iter().cloned().peekable()).collect();
     let first = rest[0].next().unwrap();
-    let mut body = reply::stream(first, receivers, dialect).into_body();
+    let mut body = reply::stream(first, receivers, dialect, Arc::default()).into_body();
     let mut bytes = Vec::new();
     let mut turns = turns.iter().cycle();
     loop {
@@ -358,7 +362,8 @@ fn bodies_on_the_wire_get_an_answer_or_a_refusal() {
     let paths = prop::sample::select(&["/generate", "/v1/completions", "/v1/chat/completions"][..]);
     let run = runner.run(&(paths, body()), |(path, body)| {
         let shown = body.to_string();
-        let head = format!("POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", shown.len());
+        let head =
+            format!("POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", shown.len());
         let answer = exchange(server.addr, (head + &shown).as_bytes());
         prop_assert!([200, 400, 408, 422].contains(&answer.status), "{}: {} for {}", path, answer.text(), shown);
         if answer.status != 200 {

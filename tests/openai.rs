@@ -6,7 +6,7 @@ mod common;
 use std::path::Path;
 use std::process::Command;
 
-use common::{Server, exchange};
+use common::Server;
 use serde_json::{Value, json};
 
 /// OpenAI's Python client, and LangChain's on top of it.
@@ -27,9 +27,7 @@ fn openais_client_is_content() {
 }
 
 fn post(server: &Server, path: &str, body: &Value) -> common::Answer {
-    let body = body.to_string();
-    let head = format!("POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", body.len());
-    exchange(server.addr, (head + &body).as_bytes())
+    server.ask(&format!("POST {path}"), &[], body.to_string().as_bytes())
 }
 
 /// To the letter: what a client that reads bytes sees.

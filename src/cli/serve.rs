@@ -45,6 +45,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
         stage: engine.stage(),
         draining: AtomicBool::new(false),
         limits: config.http,
+        auth: config.auth,
         model_id,
         template: OnceLock::new(),
     });

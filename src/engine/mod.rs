@@ -32,7 +32,7 @@ pub use thread::{Stage, spawn};
 use crate::error::IncidentId;
 use crate::gpu::kernels::{RowRule, Span};
 use crate::llama::{LlamaError, SeqId, Token};
-use crate::request::{Logprobs, Speculation, TokenReport, Trace};
+use crate::request::{Logprobs, Speculation, TokenReport, Trace, span};
 use crate::speculate::device::Ask;
 use crate::speculate::tree::Below;
 use crate::speculate::{MAX_NODES, Origin, Speculator, Tree};
@@ -212,9 +212,11 @@ impl<F: Forward> Engine<F> {
             let banned: &[Token] = if job.request.ignore_eos { &self.end_tokens } else { &[] };
             let sampler = Sampler::new(&job.request.sampling, banned, &job.prompt, self.forward.n_vocab());
             let ready = self.apply(&place.ops).and(sampler);
+            let _of_request = span(&job.request.id).entered();
             match ready {
                 Ok(sampler) => {
                     let (seq, n_ctx) = (place.seq, self.limits.n_ctx);
+                    tracing::debug!(slot = seq.0, n_prompt = job.prompt.len(), n_cached = place.n_cached, "admitted");
                     let mut sequence = Sequence::new(job, sampler, seq, place.n_cached, self.n_admitted, n_ctx);
                     sequence.trace = self.traces.then(Trace::default);
                     if sequence.speculation.by_text() && self.speculator.as_ref().is_some_and(Speculator::has_text) {
@@ -360,10 +362,11 @@ impl<F: Forward> Engine<F> {
             match self.advance(i, share, row, started, now) {
                 Ok(false) => {}
                 Ok(true) => {
-                    self.running[share.seq.0 as usize] = None;
+                    let done = self.running[share.seq.0 as usize].take();
                     let mut ops = self.ledger.release(share.seq);
                     self.leaves.end(share.seq, &mut ops);
                     if let Err(error) = self.apply(&ops) {
+                        let _of_request = done.map(|s| span(&s.id).entered());
                         tracing::error!(%error, "the cache refused to drop a prefix");
                     }
                 }
@@ -514,8 +517,8 @@ impl<F: Forward> Engine<F> {
         s.n_computed = n_after;
         if let Some(speculator) = &mut self.speculator {
             speculator.note_walk(i, tree.len(), &work.accepted, last, &mut s.trust);
-            if let Some(answer) = s.shared_answer().filter(|_| done) {
-                speculator.remember(answer);
+            if let Some((owner, answer)) = s.shared_answer().filter(|_| done) {
+                speculator.remember(owner, answer);
             }
         }
         if tree.is_empty() {
@@ -546,8 +549,10 @@ impl<F: Forward> Engine<F> {
 
     fn fail_one(&mut self, seq: SeqId, error: &dyn std::error::Error) {
         let id = IncidentId::new();
+        let failed = self.running[seq.0 as usize].take();
+        let _of_request = failed.as_ref().map(|s| span(&s.id).entered());
         tracing::error!(%id, %error, "a request failed in the engine");
-        if let Some(mut s) = self.running[seq.0 as usize].take() {
+        if let Some(mut s) = failed {
             s.fail(&id.to_string());
         }
         self.forget(seq);

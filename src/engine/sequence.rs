@@ -1,5 +1,6 @@
 //! One request on its way through the engine: its tokens, its sampler, its text, its clock.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
@@ -69,6 +70,8 @@ impl Job {
 
 /// A request that runs.
 pub struct Sequence {
+    /// Names it in the log.
+    pub id: Arc<str>,
     /// Its place in the cache.
     pub seq: SeqId,
     /// Admission order.
@@ -88,7 +91,8 @@ pub struct Sequence {
     hidden: Vec<f32>,
     /// Index of `tokens`, to draft from.
     suffixes: Option<Suffixes>,
-    share_text: bool,
+    /// Whose other answers are drafted from this one, and this one from them.
+    shares_text_of: Option<u32>,
     drafts: SpeculationUsage,
     /// Which tokens may follow; `None`: all.
     pub grammar: Option<Grammar>,
@@ -134,7 +138,7 @@ impl Sequence {
             speculation: job.request.speculation,
             hidden: Vec::new(),
             suffixes: None,
-            share_text: job.request.share_text,
+            shares_text_of: job.request.share_text.then_some(job.request.owner),
             drafts: SpeculationUsage::default(),
             grammar: job.grammar,
             report: job.request.report,
@@ -146,6 +150,7 @@ impl Sequence {
             trace: None,
             n_cached,
             text: TextAssembler::new(job.request.stop),
+            id: job.request.id,
             events: job.events,
             permit: job.permit,
             clock,
@@ -167,13 +172,14 @@ impl Sequence {
     /// The text to draft from, at most `max_depth` tokens behind the last one.
     pub fn text_origin(&self, max_depth: usize) -> Option<TextOrigin<'_>> {
         let index = self.suffixes.as_ref()?;
-        let (trust, shared) = (self.trust.text.factor(), self.share_text);
+        let (trust, shared) = (self.trust.text.factor(), self.shares_text_of);
         Some(TextOrigin { index, tokens: &self.tokens, max_depth, trust, shared })
     }
 
-    /// The answer so far, if others may be drafted from it.
-    pub fn shared_answer(&self) -> Option<&[Token]> {
-        (self.suffixes.is_some() && self.share_text).then(|| &self.tokens[self.n_prompt..])
+    /// The answer so far and whose it is, if others of theirs may be drafted from it.
+    pub fn shared_answer(&self) -> Option<(u32, &[Token])> {
+        let owner = self.shares_text_of.filter(|_| self.suffixes.is_some())?;
+        Some((owner, &self.tokens[self.n_prompt..]))
     }
 
     /// Tokens behind the next one that it makes sense to draft: the answer may end before, but not after.

@@ -53,6 +53,8 @@ pub struct DraftParams {
     pub heads: Option<HeadsParams>,
     /// Each sequence's own text, and so many tokens of recent answers; `None`: no text.
     pub n_shared_text: Option<usize>,
+    /// Among so many owners of requests: what one is answered is not drafted for another. 0 counts as one.
+    pub n_owners: usize,
     /// Most tokens a step may give one sequence; `None`: what the sources can give.
     pub max_tokens_per_step: Option<usize>,
     /// Verify this many candidates for each sequence in every step, to measure; `None` to serve.
@@ -247,7 +249,7 @@ fn load_drafts(
         None => Speculator::without_heads(max_tokens, cost),
     };
     if let Some(n_shared) = params.n_shared_text {
-        speculator = speculator.with_text(TextDrafts::new(n_shared));
+        speculator = speculator.with_text(TextDrafts::for_owners(params.n_owners.max(1), n_shared));
     }
     if let Some(n) = params.fixed_nodes {
         speculator = speculator.with_fixed_nodes(n);

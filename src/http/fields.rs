@@ -188,8 +188,6 @@ impl Fields {
         let n_top = n_top.map(|n| n as usize);
         let report = Report { details: self.boolean("details")?.unwrap_or(false), n_top };
         Ok(Request {
-            prompt,
-            max_tokens,
             sampling,
             stop: self.stops()?,
             ignore_eos: self.boolean("ignore_eos")?.unwrap_or(false),
@@ -199,6 +197,7 @@ impl Fields {
             grammar: self.grammar()?,
             report: Some(report).filter(|r| r.details || r.n_top.is_some()),
             timeout: self.number("timeout_s", 0.0, MAX_TIMEOUT)?.map(Duration::from_secs_f32),
+            ..Request::new(prompt, max_tokens)
         })
     }
 

@@ -1,9 +1,12 @@
 //! The network side: bytes on a socket to a checked [`Request`](crate::request::Request), events back to bytes.
 //!
 //! [`routes`] knows what each path does, [`generate`] and [`openai`] the JSON of either dialect, [`fields`] how a body's fields are
-//! read, [`template`] how messages become a prompt, [`reply`] how an answer is written, [`tokens`] what is told of its tokens. None of them sees a KV cell, a batch or
+//! read, [`template`] how messages become a prompt, [`reply`] how an answer is written, [`tokens`] what is told of its tokens,
+//! [`access`] what is logged of it, [`auth`] who may ask. None of them sees a KV cell, a batch or
 //! llama.cpp; they know the engine's [`Handle`](crate::engine::Handle) only, and the model's template.
 
+pub mod access;
+pub mod auth;
 pub mod fields;
 pub mod generate;
 pub mod openai;
@@ -23,9 +26,14 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::{GracefulConnection, GracefulShutdown};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
+use tokio_io_timeout::TimeoutStream;
 
 use crate::config::HttpLimits;
 use crate::engine::Stage;
+use auth::Auth;
+
+/// Most headers of a request.
+const MAX_HEADERS: usize = 100;
 
 /// What every connection shares.
 pub struct App {
@@ -35,6 +43,8 @@ pub struct App {
     pub draining: AtomicBool,
     /// What a client may take.
     pub limits: HttpLimits,
+    /// Who may ask.
+    pub auth: Auth,
     /// How OpenAI's clients name the model.
     pub model_id: String,
     /// The model's chat template, read at the first chat; or why there is none.
@@ -80,13 +90,18 @@ fn connection(stream: TcpStream, app: &Arc<App>) -> impl GracefulConnection<Erro
     // Pieces are small and must not wait for each other.
     let _ = stream.set_nodelay(true);
     let app = Arc::clone(app);
-    let timeout = app.limits.read_timeout;
+    let limits = app.limits;
+    // A reader that stalls ends its connection, and that drops its answer, which cancels the request.
+    let mut stream = Box::pin(TimeoutStream::new(stream));
+    stream.as_mut().set_write_timeout_pinned(Some(limits.write_timeout));
     let service = service_fn(move |request| {
-        let app = Arc::clone(&app);
-        async move { Ok::<_, Infallible>(routes::answer(&app, request).await) }
+        let answer = access::answer(Arc::clone(&app), request);
+        async move { Ok::<_, Infallible>(answer.await) }
     });
     http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(timeout)
+        .header_read_timeout(limits.read_timeout) // from the end of the answer before: it bounds idle connections, too
+        .max_header_size(limits.max_header_bytes)
+        .max_headers(MAX_HEADERS)
         .serve_connection(TokioIo::new(stream), service)
 }

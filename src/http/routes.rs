@@ -8,12 +8,13 @@ use std::time::Duration;
 use bytes::Bytes;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::Incoming;
-use hyper::header::{ALLOW, CONNECTION, RETRY_AFTER};
+use hyper::header::{ALLOW, CONNECTION, HeaderValue, RETRY_AFTER};
 use hyper::{Request, StatusCode};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use super::App;
+use super::access::Tally;
 use super::generate::{self, Generate, Pieces};
 use super::openai::read::Asked;
 use super::openai::write::Envelope;
@@ -24,27 +25,43 @@ use super::tokens::{Spell, Telling};
 use crate::engine::{Handle, Layout, Stage, SubmitError};
 use crate::error::Invalid;
 use crate::llama;
-use crate::request::{Completion, Event, FinishReason, Piece};
+use crate::request::{self, Completion, Event, FinishReason, Piece};
 
 /// Paths, and what they take.
-const PATHS: [(&str, &str); 6] = [
+const PATHS: [(&str, &str); 7] = [
     ("/", "GET, HEAD"),
     ("/health", "GET, HEAD"),
+    ("/ready", "GET, HEAD"),
     ("/generate", "POST"),
     ("/v1/models", "GET, HEAD"),
     ("/v1/completions", "POST"),
     ("/v1/chat/completions", "POST"),
 ];
 
+/// What is known of a request beside what it says.
+struct Call<'a> {
+    id: &'a Arc<str>,
+    /// Whose it is.
+    owner: u32,
+    /// Longest time that a request may have.
+    timeout: Option<Duration>,
+    /// What its answers take.
+    tally: &'a Arc<Tally>,
+}
+
 /// Answers one request.
-pub async fn answer(app: &Arc<App>, request: Request<Incoming>) -> Reply {
+pub async fn answer(app: &Arc<App>, request: Request<Incoming>, id: &Arc<str>, tally: &Arc<Tally>) -> Reply {
     // Its clients know errors by another shape.
     let is_openai = request.uri().path().starts_with("/v1");
     let write = if is_openai { Problem::openai_reply } else { Problem::reply };
-    route(app, request).await.unwrap_or_else(write)
+    let answer = match app.auth.admit(&request) {
+        Ok(owner) => route(app, request, &Call { id, owner, timeout: app.limits.timeout, tally }).await,
+        Err(problem) => Err(problem),
+    };
+    answer.unwrap_or_else(write)
 }
 
-async fn route(app: &Arc<App>, request: Request<Incoming>) -> Result<Reply, Problem> {
+async fn route(app: &Arc<App>, request: Request<Incoming>, call: &Call<'_>) -> Result<Reply, Problem> {
     let path = request.uri().path();
     let Some((path, allow)) = PATHS.into_iter().find(|(known, _)| *known == path) else { return Err(not_found(path)) };
     if !allow.split(", ").any(|allowed| allowed == request.method().as_str()) {
@@ -56,10 +73,11 @@ async fn route(app: &Arc<App>, request: Request<Incoming>) -> Result<Reply, Prob
     match path {
         "/" => information(app),
         "/health" => Ok(health(app)),
+        "/ready" => Ok(ready(app)),
         "/v1/models" => models(app),
-        "/v1/completions" => complete(app, request, Endpoint::Text).await,
-        "/v1/chat/completions" => complete(app, request, Endpoint::Chat).await,
-        _ => generate(app, request).await,
+        "/v1/completions" => complete(app, request, call, Endpoint::Text).await,
+        "/v1/chat/completions" => complete(app, request, call, Endpoint::Chat).await,
+        _ => generate(app, request, call).await,
     }
 }
 
@@ -69,15 +87,30 @@ fn not_found(path: &str) -> Problem {
     Problem::new(StatusCode::NOT_FOUND, "not_found", message)
 }
 
+/// Whether the process is to be left alone: only one whose engine has failed is worth a restart.
 fn health(app: &App) -> Reply {
-    let unavailable = StatusCode::SERVICE_UNAVAILABLE;
-    if app.draining.load(Ordering::Relaxed) {
-        return reply::json(unavailable, &json!({ "status": "draining" }));
+    let status = status(app);
+    let code = if status == "failed" { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::OK };
+    reply::json(code, &json!({ "status": status }))
+}
+
+/// Whether work may be sent here now.
+fn ready(app: &App) -> Reply {
+    let status = status(app);
+    if status == "ok" {
+        return reply::json(StatusCode::OK, &json!({ "status": status }));
     }
+    let mut reply = reply::json(StatusCode::SERVICE_UNAVAILABLE, &json!({ "status": status }));
+    reply.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+    reply
+}
+
+fn status(app: &App) -> &'static str {
     match &*app.stage.borrow() {
-        Stage::Ready(_) => reply::json(StatusCode::OK, &json!({ "status": "ok" })),
-        Stage::Loading(_) => reply::json(unavailable, &json!({ "status": "loading" })),
-        Stage::Failed(_) => reply::json(unavailable, &json!({ "status": "failed" })),
+        Stage::Failed(_) => "failed",
+        _ if app.draining.load(Ordering::Relaxed) => "draining",
+        Stage::Loading(_) => "loading",
+        Stage::Ready(_) => "ok",
     }
 }
 
@@ -93,7 +126,7 @@ fn engine(app: &App) -> Result<Handle, Problem> {
     }
     match &*app.stage.borrow() {
         Stage::Ready(handle) => Ok(handle.clone()),
-        Stage::Loading(_) => Err(unavailable("loading", "the model is still loading; GET /health tells when it is ready")),
+        Stage::Loading(_) => Err(unavailable("loading", "the model is still loading; GET /ready tells when it takes work")),
         Stage::Failed(_) => Err(unavailable("stopped", "the engine has stopped")),
     }
 }
@@ -142,19 +175,18 @@ fn information(app: &App) -> Result<Reply, Problem> {
     Ok(reply::json(StatusCode::OK, &body))
 }
 
-async fn generate(app: &Arc<App>, request: Request<Incoming>) -> Result<Reply, Problem> {
+async fn generate(app: &Arc<App>, request: Request<Incoming>, call: &Call<'_>) -> Result<Reply, Problem> {
     let handle = engine(app)?;
     let body = read_json(app, request).await?;
     let asked = generate::read(body, handle.limits().n_ctx, random_seed()).map_err(invalid)?;
-    let Generate { mut request, stream } = asked;
-    request.timeout = shorter(request.timeout, app.limits.timeout);
+    let Generate { request, stream } = asked;
     let spell = request.report.map(|_| spell(&handle));
-    let mut events = handle.submit(request).await.map_err(refused)?;
+    let mut events = submit(&handle, request, call).await.map_err(refused)?;
     if stream {
         let first = first_event(&mut events).await?;
-        return Ok(reply::stream(first, vec![events], Box::new(Pieces(spell))));
+        return Ok(reply::stream(first, vec![events], Box::new(Pieces(spell)), Arc::clone(call.tally)));
     }
-    let (whole, done) = collect(events).await?;
+    let (whole, done) = collect(events, call).await?;
     if is_too_late(&done) {
         return Err(too_late());
     }
@@ -166,7 +198,12 @@ fn models(app: &App) -> Result<Reply, Problem> {
     Ok(reply::json(StatusCode::OK, &openai::models(&app.model_id, handle.limits().n_ctx)))
 }
 
-async fn complete(app: &Arc<App>, request: Request<Incoming>, endpoint: Endpoint) -> Result<Reply, Problem> {
+async fn complete(
+    app: &Arc<App>,
+    request: Request<Incoming>,
+    call: &Call<'_>,
+    endpoint: Endpoint,
+) -> Result<Reply, Problem> {
     let bad_request = |error| Problem { status: StatusCode::BAD_REQUEST, ..invalid(error) };
     let handle = engine(app)?;
     let body = read_json(app, request).await?;
@@ -182,10 +219,9 @@ async fn complete(app: &Arc<App>, request: Request<Incoming>, endpoint: Endpoint
     let report = requests.first().and_then(|r| r.report).unwrap_or_default();
     let telling = Telling { logprobs: report.n_top.is_some(), details: report.details, spell: spell(&handle) };
     let mut choices = Vec::with_capacity(requests.len());
-    for mut request in requests {
-        request.timeout = shorter(request.timeout, app.limits.timeout);
+    for request in requests {
         // Those that were taken are cancelled if one is refused.
-        choices.push(handle.submit(request).await.map_err(|error| match error {
+        choices.push(submit(&handle, request, call).await.map_err(|error| match error {
             SubmitError::Invalid(error) => bad_request(error),
             other => refused(other),
         })?);
@@ -194,11 +230,11 @@ async fn complete(app: &Arc<App>, request: Request<Incoming>, endpoint: Endpoint
     if stream {
         let first = first_event(&mut choices[0]).await?;
         let chunks = envelope.chunks(choices.len(), include_usage);
-        return Ok(reply::stream(first, choices, Box::new(chunks)));
+        return Ok(reply::stream(first, choices, Box::new(chunks), Arc::clone(call.tally)));
     }
     let mut done = Vec::with_capacity(choices.len());
     for events in choices {
-        done.push(collect(events).await?);
+        done.push(collect(events, call).await?);
     }
     if done.iter().all(|(_, done)| is_too_late(done)) {
         return Err(too_late());
@@ -216,11 +252,6 @@ fn spell(handle: &Handle) -> Spell {
     })
 }
 
-/// The time that a request has: what it gives itself, but no more than the server gives any.
-fn shorter(asked: Option<Duration>, most: Option<Duration>) -> Option<Duration> {
-    asked.into_iter().chain(most).min()
-}
-
 /// The request's time was over before its first token.
 fn is_too_late(done: &Completion) -> bool {
     done.finish_reason == FinishReason::Deadline && done.usage.completion_tokens == 0
@@ -229,6 +260,13 @@ fn is_too_late(done: &Completion) -> bool {
 fn too_late() -> Problem {
     let message = "the request's time was over before its first token; the server may be busy, or timeout_s too short";
     Problem::new(StatusCode::REQUEST_TIMEOUT, "deadline", message)
+}
+
+/// Hands over what a body asks for, in the name of who sent it.
+async fn submit(handle: &Handle, asked: request::Request, call: &Call<'_>) -> Result<mpsc::Receiver<Event>, SubmitError> {
+    // A request may give itself less time than the server gives any, but not more.
+    let timeout = asked.timeout.into_iter().chain(call.timeout).min();
+    handle.submit(request::Request { id: Arc::clone(call.id), owner: call.owner, timeout, ..asked }).await
 }
 
 /// An error before the first piece is still a plain one.
@@ -242,13 +280,14 @@ async fn first_event(events: &mut mpsc::Receiver<Event>) -> Result<Event, Proble
 }
 
 /// A whole answer.
-async fn collect(mut events: mpsc::Receiver<Event>) -> Result<(Piece, Completion), Problem> {
+async fn collect(mut events: mpsc::Receiver<Event>, call: &Call<'_>) -> Result<(Piece, Completion), Problem> {
     let mut whole = Piece::default();
     while let Some(event) = events.recv().await {
         match event {
             Event::Piece(piece) => whole.append(piece),
             Event::Done(mut done) => {
                 whole.append(std::mem::take(&mut done.tail));
+                call.tally.note(&done);
                 return Ok((whole, done));
             }
             Event::Failed { id } => return Err(Problem::incident(&id)),

@@ -244,10 +244,10 @@ impl Speculator {
         self.n_before = n_rows;
     }
 
-    /// Notes an answer that is complete, for others to be drafted from.
-    pub fn remember(&mut self, answer: &[Token]) {
+    /// Notes an answer that is complete, for its owner's others to be drafted from.
+    pub fn remember(&mut self, owner: u32, answer: &[Token]) {
         if let Some(text) = &mut self.text {
-            text.remember(answer);
+            text.remember(owner, answer);
         }
     }
 
