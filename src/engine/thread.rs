@@ -198,7 +198,7 @@ fn serve(params: &EngineParams, stage: &watch::Sender<Stage>, stop: &AtomicBool)
 /// Rows are measured up to two for each slot and so many more.
 const MEASURED_BEYOND: usize = 24;
 /// A slow model is not measured for longer, at its start.
-const MEASURING: Duration = Duration::from_secs(3);
+const MEASURING: Duration = Duration::from_millis(1500);
 
 /// Tokens behind a sequence's last one that its text may draft.
 const TEXT_DEPTH: usize = 32;
