@@ -12,6 +12,7 @@ use network::NetworkArgs;
 use crate::engine::thread::{DraftParams, EngineParams, HeadsParams};
 use crate::engine::{Layout, Limits};
 use crate::http::auth::Auth;
+use crate::http::cors::Cors;
 use crate::llama::{self, Quantization};
 use crate::request::Speculation;
 use crate::synth::Shape;
@@ -477,6 +478,8 @@ pub struct Config {
     pub http: HttpLimits,
     /// Who may ask.
     pub auth: Auth,
+    /// Which pages may read answers.
+    pub cors: Cors,
     /// How long running requests may take after SIGTERM.
     pub drain_timeout: Duration,
 }
@@ -601,6 +604,7 @@ impl ServeArgs {
                 write_timeout: self.write_timeout,
             },
             auth: self.network.auth()?,
+            cors: self.network.cors()?,
             drain_timeout: self.drain_timeout,
         })
     }

@@ -198,3 +198,57 @@ fn heads_that_are_too_large_and_connections_that_idle_are_let_go() {
     idle.read_to_string(&mut all).expect("the server closes the connection");
     assert!(all.starts_with("HTTP/1.1 200"), "{all}");
 }
+
+#[test]
+fn pages_of_named_origins_may_read_answers_and_others_may_not() {
+    let server = Server::start_loading(&[
+        "--ctx",
+        "256",
+        "--api-key",
+        "k",
+        "--cors-origin",
+        "https://a.example,http://b.example:8080",
+    ]);
+    let preflight = |origin: &str| {
+        let headers = [
+            &format!("Origin: {origin}"),
+            "Access-Control-Request-Method: POST",
+            "Access-Control-Request-Headers: authorization,x-a",
+        ];
+        server.ask("OPTIONS /v1/chat/completions", &headers, b"")
+    };
+    for origin in ["https://a.example", "http://b.example:8080"] {
+        let answer = preflight(origin);
+        assert_eq!((answer.status, answer.header("access-control-allow-origin")), (204, Some(origin)));
+        assert_eq!(answer.header("access-control-allow-headers"), Some("authorization,x-a"));
+        assert!(answer.header("access-control-allow-methods").unwrap().contains("post"));
+        let answer = server.ask("POST /v1/chat/completions", &[&format!("Origin: {origin}")], b"{}");
+        assert_eq!(
+            (answer.status, answer.header("access-control-allow-origin")),
+            (401, Some(origin)),
+            "errors are read, too"
+        );
+        assert!(answer.header("access-control-expose-headers").unwrap().contains("x-request-id"));
+    }
+    for other in ["https://a.example.org", "https://a.example:1", "http://a.example", "null"] {
+        assert_eq!(
+            (preflight(other).status, preflight(other).header("access-control-allow-origin")),
+            (401, None),
+            "{other}"
+        );
+        let answer = server.ask("GET /health", &[&format!("Origin: {other}")], b"");
+        assert_eq!((answer.header("access-control-allow-origin"), answer.header("vary")), (None, Some("origin")));
+    }
+    let all = Server::start_loading(&["--ctx", "256", "--cors-origin", "*"]);
+    let answer = all.ask("GET /health", &["Origin: https://any.example"], b"");
+    assert_eq!(answer.header("access-control-allow-origin"), Some("*"));
+    let none = Server::start_loading(&["--ctx", "256"]);
+    assert!(!none.ask("GET /health", &["Origin: https://a.example"], b"").head.contains("access-control"));
+    for (value, wanted) in
+        [("https://a.example/", "CORS_ORIGIN"), ("a.example", "with no path"), ("*,https://a.example", "* and others")]
+    {
+        let refused = run(&["serve", "--cors-origin", value], &[]);
+        let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(!refused.status.success() && text.contains(wanted), "{text}");
+    }
+}

@@ -46,6 +46,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
         draining: AtomicBool::new(false),
         limits: config.http,
         auth: config.auth,
+        cors: config.cors,
         model_id,
         template: OnceLock::new(),
     });

@@ -4,8 +4,10 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use clap::{Args as ClapArgs, ValueEnum};
+use hyper::header::HeaderValue;
 
 use crate::http::auth::{Auth, Key};
+use crate::http::cors::{self, Cors};
 
 /// Flags about clients.
 #[derive(Clone, Debug, ClapArgs)]
@@ -23,6 +25,10 @@ pub struct NetworkArgs {
     /// Key that may read /metrics and nothing else; with METRICS=key
     #[arg(long, env = "METRICS_KEY", value_name = "METRICS_KEY", value_parser = secret, hide_env_values = true)]
     pub metrics_key: Option<Secret>,
+    /// Origin whose pages may read answers, such as https://example.org, or * for every one; repeat it, or separate several by
+    /// commas [default: none may]
+    #[arg(long = "cors-origin", env = "CORS_ORIGIN", value_name = "CORS_ORIGIN", value_delimiter = ',', value_parser = origin)]
+    pub cors_origins: Vec<HeaderValue>,
 }
 
 /// Who may read `/metrics`.
@@ -54,6 +60,18 @@ fn secret(text: &str) -> Result<Secret, std::convert::Infallible> {
 }
 
 impl NetworkArgs {
+    /// The origins.
+    ///
+    /// # Errors
+    /// When some are named beside all.
+    pub fn cors(&self) -> Result<Cors, String> {
+        let origins = self.cors_origins.clone();
+        if origins.len() > 1 && origins.iter().any(|origin| origin == cors::ANY) {
+            return Err("CORS_ORIGIN has * and others: * alone is every origin".into());
+        }
+        Ok(Cors::new(origins))
+    }
+
     /// The keys, those of the file included.
     ///
     /// # Errors
@@ -78,6 +96,21 @@ impl NetworkArgs {
             _ => Ok(auth),
         }
     }
+}
+
+/// An origin as browsers send it.
+fn origin(text: &str) -> Result<HeaderValue, String> {
+    let wanted = || "must be * or an origin such as https://example.org:8443, with no path and no / at its end".to_owned();
+    let is_origin = |text: &str| {
+        let host = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
+        host.is_some_and(|host| {
+            !host.is_empty() && host.bytes().all(|b| b.is_ascii_graphic() && b != b'/' && !b.is_ascii_uppercase())
+        })
+    };
+    if text != cors::ANY && !is_origin(text) {
+        return Err(wanted());
+    }
+    HeaderValue::from_str(text).map_err(|_| wanted())
 }
 
 /// Those of a file.

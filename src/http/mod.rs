@@ -1,11 +1,12 @@
 //! The network side: bytes on a socket to a checked [`Request`](crate::request::Request), events back to bytes.
 //!
 //! [`routes`] knows what each path does, [`generate`] and [`openai`] the JSON of either dialect, [`fields`] how a body's fields are
-//! read, [`template`] how messages become a prompt, [`reply`] how an answer is written, [`access`] what is logged of it, [`auth`] who may ask. None of them sees a KV cell, a batch or
+//! read, [`template`] how messages become a prompt, [`reply`] how an answer is written, [`access`] what is logged of it, [`auth`] who may ask, [`cors`] which pages. None of them sees a KV cell, a batch or
 //! llama.cpp; they know the engine's [`Handle`](crate::engine::Handle) only, and the model's template.
 
 pub mod access;
 pub mod auth;
+pub mod cors;
 pub mod fields;
 pub mod generate;
 pub mod openai;
@@ -29,6 +30,7 @@ use tokio_io_timeout::TimeoutStream;
 use crate::config::HttpLimits;
 use crate::engine::Stage;
 use auth::Auth;
+use cors::Cors;
 
 /// Most headers of a request.
 const MAX_HEADERS: usize = 100;
@@ -43,6 +45,8 @@ pub struct App {
     pub limits: HttpLimits,
     /// Who may ask.
     pub auth: Auth,
+    /// Which pages may read answers.
+    pub cors: Cors,
     /// How OpenAI's clients name the model.
     pub model_id: String,
     /// The model's chat template, read at the first chat; or why there is none.
