@@ -13,6 +13,7 @@ use crate::engine::thread::{DraftParams, EngineParams, HeadsParams};
 use crate::engine::{Layout, Limits};
 use crate::http::auth::Auth;
 use crate::http::cors::Cors;
+use crate::http::tls::Tls;
 use crate::llama::{self, Quantization};
 use crate::request::Speculation;
 use crate::synth::Shape;
@@ -480,6 +481,8 @@ pub struct Config {
     pub auth: Auth,
     /// Which pages may read answers.
     pub cors: Cors,
+    /// The certificate, where connections are to be encrypted.
+    pub tls: Option<Tls>,
     /// How long running requests may take after SIGTERM.
     pub drain_timeout: Duration,
 }
@@ -605,6 +608,7 @@ impl ServeArgs {
             },
             auth: self.network.auth()?,
             cors: self.network.cors()?,
+            tls: self.network.tls()?,
             drain_timeout: self.drain_timeout,
         })
     }

@@ -8,6 +8,7 @@ use hyper::header::HeaderValue;
 
 use crate::http::auth::{Auth, Key};
 use crate::http::cors::{self, Cors};
+use crate::http::tls::Tls;
 
 /// Flags about clients.
 #[derive(Clone, Debug, ClapArgs)]
@@ -29,6 +30,12 @@ pub struct NetworkArgs {
     /// commas [default: none may]
     #[arg(long = "cors-origin", env = "CORS_ORIGIN", value_name = "CORS_ORIGIN", value_delimiter = ',', value_parser = origin)]
     pub cors_origins: Vec<HeaderValue>,
+    /// Certificate in PEM, with those that lead to its root: connections are encrypted [default: they are not]
+    #[arg(long, env = "TLS_CERT", value_name = "TLS_CERT")]
+    pub tls_cert: Option<PathBuf>,
+    /// The certificate's private key in PEM
+    #[arg(long, env = "TLS_KEY", value_name = "TLS_KEY")]
+    pub tls_key: Option<PathBuf>,
 }
 
 /// Who may read `/metrics`.
@@ -70,6 +77,21 @@ impl NetworkArgs {
             return Err("CORS_ORIGIN has * and others: * alone is every origin".into());
         }
         Ok(Cors::new(origins))
+    }
+
+    /// What TLS needs, if it is on.
+    ///
+    /// # Errors
+    /// When a file is missing, cannot be read, or does not fit the other.
+    pub fn tls(&self) -> Result<Option<Tls>, String> {
+        match (&self.tls_cert, &self.tls_key) {
+            (None, None) => Ok(None),
+            (Some(cert), Some(key)) => Tls::read(cert, key).map(Some),
+            (Some(cert), None) => {
+                Err(format!("TLS_CERT is {}, but its private key is missing: give TLS_KEY", cert.display()))
+            }
+            (None, Some(key)) => Err(format!("TLS_KEY is {}, but its certificate is missing: give TLS_CERT", key.display())),
+        }
     }
 
     /// The keys, those of the file included.
