@@ -12,6 +12,8 @@ use network::NetworkArgs;
 use crate::engine::thread::{DraftParams, EngineParams, HeadsParams};
 use crate::engine::{Layout, Limits};
 use crate::http::auth::Auth;
+use crate::http::cors::Cors;
+use crate::http::tls::Tls;
 use crate::llama::{self, Quantization};
 use crate::request::Speculation;
 use crate::synth::Shape;
@@ -481,6 +483,10 @@ pub struct Config {
     pub http: HttpLimits,
     /// Who may ask.
     pub auth: Auth,
+    /// Which pages may read answers.
+    pub cors: Cors,
+    /// The certificate, where connections are to be encrypted.
+    pub tls: Option<Tls>,
     /// How long running requests may take after SIGTERM.
     pub drain_timeout: Duration,
 }
@@ -610,6 +616,8 @@ impl ServeArgs {
                 write_timeout: self.write_timeout,
             },
             auth,
+            cors: self.network.cors()?,
+            tls: self.network.tls()?,
             drain_timeout: self.drain_timeout,
         })
     }

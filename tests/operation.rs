@@ -1,15 +1,19 @@
-//! What whoever runs a server sees of it and sets: ids and lines of the log, keys, limits of clients.
+//! What whoever runs a server sees of it and sets: ids and lines of the log, keys, limits of clients, TLS.
 #![allow(missing_docs)]
 
 mod common;
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::sync::Arc;
 use std::time::Duration;
 
 use common::{Server, read_answer, request_bytes, run};
 use serde_json::{Value, json};
 use socket2::{Domain, Socket, Type};
+use tokio_rustls::rustls::crypto::ring;
+use tokio_rustls::rustls::pki_types::CertificateDer;
+use tokio_rustls::rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 
 /// The lines of a server's log in JSON that name a request.
 fn lines_about(server: &Server, id: &str) -> Vec<Value> {
@@ -197,4 +201,133 @@ fn heads_that_are_too_large_and_connections_that_idle_are_let_go() {
     let mut all = String::new();
     idle.read_to_string(&mut all).expect("the server closes the connection");
     assert!(all.starts_with("HTTP/1.1 200"), "{all}");
+}
+
+#[test]
+fn pages_of_named_origins_may_read_answers_and_others_may_not() {
+    let server = Server::start_loading(&[
+        "--ctx",
+        "256",
+        "--api-key",
+        "k",
+        "--cors-origin",
+        "https://a.example,http://b.example:8080",
+    ]);
+    let preflight = |origin: &str| {
+        let headers = [
+            &format!("Origin: {origin}"),
+            "Access-Control-Request-Method: POST",
+            "Access-Control-Request-Headers: authorization,x-a",
+        ];
+        server.ask("OPTIONS /v1/chat/completions", &headers, b"")
+    };
+    for origin in ["https://a.example", "http://b.example:8080"] {
+        let answer = preflight(origin);
+        assert_eq!((answer.status, answer.header("access-control-allow-origin")), (204, Some(origin)));
+        assert_eq!(answer.header("access-control-allow-headers"), Some("authorization,x-a"));
+        assert!(answer.header("access-control-allow-methods").unwrap().contains("post"));
+        let answer = server.ask("POST /v1/chat/completions", &[&format!("Origin: {origin}")], b"{}");
+        assert_eq!(
+            (answer.status, answer.header("access-control-allow-origin")),
+            (401, Some(origin)),
+            "errors are read, too"
+        );
+        assert!(answer.header("access-control-expose-headers").unwrap().contains("x-request-id"));
+    }
+    for other in ["https://a.example.org", "https://a.example:1", "http://a.example", "null"] {
+        assert_eq!(
+            (preflight(other).status, preflight(other).header("access-control-allow-origin")),
+            (401, None),
+            "{other}"
+        );
+        let answer = server.ask("GET /health", &[&format!("Origin: {other}")], b"");
+        assert_eq!((answer.header("access-control-allow-origin"), answer.header("vary")), (None, Some("origin")));
+    }
+    let all = Server::start_loading(&["--ctx", "256", "--cors-origin", "*"]);
+    let answer = all.ask("GET /health", &["Origin: https://any.example"], b"");
+    assert_eq!(answer.header("access-control-allow-origin"), Some("*"));
+    let none = Server::start_loading(&["--ctx", "256"]);
+    assert!(!none.ask("GET /health", &["Origin: https://a.example"], b"").head.contains("access-control"));
+    for (value, wanted) in
+        [("https://a.example/", "CORS_ORIGIN"), ("a.example", "with no path"), ("*,https://a.example", "* and others")]
+    {
+        let refused = run(&["serve", "--cors-origin", value], &[]);
+        let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(!refused.status.success() && text.contains(wanted), "{text}");
+    }
+}
+
+/// A certificate for `localhost` and its key, as files and for a client.
+struct Certificate {
+    folder: tempfile::TempDir,
+    der: CertificateDer<'static>,
+}
+
+impl Certificate {
+    fn new() -> Self {
+        let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("cert.pem"), made.cert.pem()).unwrap();
+        std::fs::write(folder.path().join("key.pem"), made.signing_key.serialize_pem()).unwrap();
+        Self { folder, der: made.cert.der().clone() }
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.folder.path().join(name).to_str().unwrap().to_owned()
+    }
+
+    /// Sends bytes over TLS and reads the answer to its end.
+    fn exchange(&self, server: &Server, request: &[u8]) -> String {
+        let mut roots = RootCertStore::empty();
+        roots.add(self.der.clone()).unwrap();
+        let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()));
+        let config = config.with_safe_default_protocol_versions().unwrap().with_root_certificates(roots);
+        let session = ClientConnection::new(Arc::new(config.with_no_client_auth()), "localhost".try_into().unwrap());
+        let mut stream = StreamOwned::new(session.unwrap(), TcpStream::connect(server.addr).unwrap());
+        stream.write_all(request).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    }
+}
+
+#[test]
+fn answers_and_streams_go_over_tls_and_bad_handshakes_are_nobody_elses_affair() {
+    let certificate = Certificate::new();
+    let (cert, key) = (certificate.path("cert.pem"), certificate.path("key.pem"));
+    let server = Server::start_loading(&["--ctx", "256", "--read-timeout", "1", "--tls-cert", &cert, "--tls-key", &key]);
+    assert!(server.log().contains("https://"));
+
+    let mut silent = TcpStream::connect(server.addr).unwrap();
+    let mut plain = server.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n");
+    let ready = request_bytes("GET /ready", &[], b"");
+    server.wait(|| certificate.exchange(&server, &ready).starts_with("HTTP/1.1 200"));
+    let body = json!({ "prompt": "x", "max_tokens": 3, "stream": true, "ignore_eos": true }).to_string();
+    let streamed = certificate.exchange(&server, &request_bytes("POST /generate", &[], body.as_bytes()));
+    assert!(streamed.contains("\"completion_tokens\":3"), "{streamed}");
+
+    let mut rest = Vec::new();
+    let _ = plain.read_to_end(&mut rest); // closed, or reset
+    assert!(!rest.starts_with(b"HTTP"), "no answer in clear");
+    silent.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    assert_eq!(silent.read(&mut [0; 16]).expect("the server closes the connection"), 0);
+}
+
+#[test]
+fn certificates_that_cannot_be_used_are_refused_at_start_by_name() {
+    let (ours, other) = (Certificate::new(), Certificate::new());
+    let (cert, key, others) = (ours.path("cert.pem"), ours.path("key.pem"), other.path("key.pem"));
+    let refused = [
+        (vec!["--tls-cert", &cert], "give TLS_KEY"),
+        (vec!["--tls-key", &key], "give TLS_CERT"),
+        (vec!["--tls-cert", "/no/such/file", "--tls-key", &key], "TLS_CERT /no/such/file cannot be read"),
+        (vec!["--tls-cert", &key, "--tls-key", &key], "holds no certificate"),
+        (vec!["--tls-cert", &cert, "--tls-key", &cert], "cannot be read as a private key"),
+        (vec!["--tls-cert", &cert, "--tls-key", &others], "cannot be used together"),
+    ];
+    for (args, expected) in refused {
+        let output = run(&[&["serve"], &args[..]].concat(), &[]);
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(1) && text.contains(expected), "{args:?}: {text}");
+    }
 }

@@ -37,7 +37,8 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let listener =
         TcpListener::bind(config.listen).await.with_context(|| format!("could not listen on {}", config.listen))?;
     let address = listener.local_addr()?;
-    tracing::info!("listening on http://{address}, loading {}", config.engine.model_path.display());
+    let scheme = if config.tls.is_some() { "https" } else { "http" };
+    tracing::info!("listening on {scheme}://{address}, loading {}", config.engine.model_path.display());
     // As llama-server and vLLM do: the file's name.
     let model_id = config.engine.model_path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     let engine = engine::spawn(config.engine);
@@ -46,6 +47,8 @@ async fn run(config: Config) -> anyhow::Result<()> {
         draining: AtomicBool::new(false),
         limits: config.http,
         auth: config.auth,
+        cors: config.cors,
+        tls: config.tls,
         model_id,
         template: OnceLock::new(),
     });

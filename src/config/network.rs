@@ -4,8 +4,11 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use clap::{Args as ClapArgs, ValueEnum};
+use hyper::header::HeaderValue;
 
 use crate::http::auth::{Auth, Key};
+use crate::http::cors::{self, Cors};
+use crate::http::tls::Tls;
 
 /// Flags about clients.
 #[derive(Clone, Debug, ClapArgs)]
@@ -23,6 +26,16 @@ pub struct NetworkArgs {
     /// Key that may read /metrics and nothing else; with METRICS=key
     #[arg(long, env = "METRICS_KEY", value_name = "METRICS_KEY", value_parser = secret, hide_env_values = true)]
     pub metrics_key: Option<Secret>,
+    /// Origin whose pages may read answers, such as https://example.org, or * for every one; repeat it, or separate several by
+    /// commas [default: none may]
+    #[arg(long = "cors-origin", env = "CORS_ORIGIN", value_name = "CORS_ORIGIN", value_delimiter = ',', value_parser = origin)]
+    pub cors_origins: Vec<HeaderValue>,
+    /// Certificate in PEM, with those that lead to its root: connections are encrypted [default: they are not]
+    #[arg(long, env = "TLS_CERT", value_name = "TLS_CERT")]
+    pub tls_cert: Option<PathBuf>,
+    /// The certificate's private key in PEM
+    #[arg(long, env = "TLS_KEY", value_name = "TLS_KEY")]
+    pub tls_key: Option<PathBuf>,
 }
 
 /// Who may read `/metrics`.
@@ -54,6 +67,33 @@ fn secret(text: &str) -> Result<Secret, std::convert::Infallible> {
 }
 
 impl NetworkArgs {
+    /// The origins.
+    ///
+    /// # Errors
+    /// When some are named beside all.
+    pub fn cors(&self) -> Result<Cors, String> {
+        let origins = self.cors_origins.clone();
+        if origins.len() > 1 && origins.iter().any(|origin| origin == cors::ANY) {
+            return Err("CORS_ORIGIN has * and others: * alone is every origin".into());
+        }
+        Ok(Cors::new(origins))
+    }
+
+    /// What TLS needs, if it is on.
+    ///
+    /// # Errors
+    /// When a file is missing, cannot be read, or does not fit the other.
+    pub fn tls(&self) -> Result<Option<Tls>, String> {
+        match (&self.tls_cert, &self.tls_key) {
+            (None, None) => Ok(None),
+            (Some(cert), Some(key)) => Tls::read(cert, key).map(Some),
+            (Some(cert), None) => {
+                Err(format!("TLS_CERT is {}, but its private key is missing: give TLS_KEY", cert.display()))
+            }
+            (None, Some(key)) => Err(format!("TLS_KEY is {}, but its certificate is missing: give TLS_CERT", key.display())),
+        }
+    }
+
     /// The keys, those of the file included.
     ///
     /// # Errors
@@ -78,6 +118,21 @@ impl NetworkArgs {
             _ => Ok(auth),
         }
     }
+}
+
+/// An origin as browsers send it.
+fn origin(text: &str) -> Result<HeaderValue, String> {
+    let wanted = || "must be * or an origin such as https://example.org:8443, with no path and no / at its end".to_owned();
+    let is_origin = |text: &str| {
+        let host = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
+        host.is_some_and(|host| {
+            !host.is_empty() && host.bytes().all(|b| b.is_ascii_graphic() && b != b'/' && !b.is_ascii_uppercase())
+        })
+    };
+    if text != cors::ANY && !is_origin(text) {
+        return Err(wanted());
+    }
+    HeaderValue::from_str(text).map_err(|_| wanted())
 }
 
 /// Those of a file.

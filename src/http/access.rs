@@ -39,8 +39,12 @@ impl Tally {
 pub async fn answer(app: Arc<App>, request: Request<Incoming>) -> Response<Logged> {
     let id = id_of(request.headers());
     let mut line = Line::begin(&request, &id);
-    let answer = routes::answer(&app, request, &id, &line.tally).instrument(line.span.clone());
-    let mut reply = answer.await;
+    let allowed = app.cors.allowed(request.headers());
+    let mut reply = match app.cors.preflight(&request) {
+        Some(reply) => reply,
+        None => routes::answer(&app, request, &id, &line.tally).instrument(line.span.clone()).await,
+    };
+    app.cors.mark(allowed, reply.headers_mut());
     reply.headers_mut().insert(REQUEST_ID, HeaderValue::from_str(&id).expect("visible ASCII"));
     line.status = Some(reply.status());
     reply.map(|body| Logged { body, line })

@@ -45,7 +45,7 @@ impl Server {
         let mut stderr = BufReader::new(child.stderr.take().unwrap());
         let mut line = String::new();
         stderr.read_line(&mut line).unwrap();
-        let addr = line.split("http://").nth(1).and_then(|l| l.split(',').next()).unwrap_or_else(|| panic!("{line}"));
+        let addr = line.split("://").nth(1).and_then(|l| l.split(',').next()).unwrap_or_else(|| panic!("{line}"));
         let addr = addr.parse().unwrap();
         let log = Arc::new(Mutex::new(line));
         let sink = Arc::clone(&log);
