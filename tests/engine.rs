@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use medusa_llama::engine::handle::Stats;
+use medusa_llama::engine::stats::Stats;
 use medusa_llama::engine::{Engine, Job, Layout, Limits};
 use medusa_llama::llama::Token;
 use medusa_llama::request::{Event, FinishReason, Request, SamplingParams, Speculation, Trace};

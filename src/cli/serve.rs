@@ -14,6 +14,7 @@ use super::show_loading;
 use crate::config::Config;
 use crate::engine::{self, Handle, Layout, Stage};
 use crate::http::{self, App};
+use crate::metrics::Metrics;
 
 /// Bytes that were written take this long at most to leave.
 const FLUSH: Duration = Duration::from_secs(2);
@@ -45,6 +46,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
         stage: engine.stage(),
         draining: AtomicBool::new(false),
         limits: config.http,
+        metrics: Metrics::new(&model_id, engine.stage()),
         model_id,
         template: OnceLock::new(),
     });

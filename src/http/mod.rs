@@ -25,6 +25,7 @@ use tokio::sync::{Semaphore, watch};
 
 use crate::config::HttpLimits;
 use crate::engine::Stage;
+use crate::metrics::Metrics;
 
 /// What every connection shares.
 pub struct App {
@@ -34,6 +35,8 @@ pub struct App {
     pub draining: AtomicBool,
     /// What a client may take.
     pub limits: HttpLimits,
+    /// What Prometheus is told.
+    pub metrics: Metrics,
     /// How OpenAI's clients name the model.
     pub model_id: String,
     /// The model's chat template, read at the first chat; or why there is none.

@@ -26,6 +26,13 @@ pub fn json(status: StatusCode, body: &impl Serialize) -> Reply {
     reply
 }
 
+/// An answer of another type.
+pub fn plain(content_type: &'static str, body: impl Into<Bytes>) -> Reply {
+    let mut reply = Response::new(Either::Left(Full::new(body.into())));
+    reply.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    reply
+}
+
 /// What went wrong, as every client gets it.
 #[derive(Debug)]
 pub struct Problem {

@@ -20,12 +20,14 @@ use super::template::ChatTemplate;
 use crate::engine::{Handle, Layout, Stage, SubmitError};
 use crate::error::Invalid;
 use crate::llama;
+use crate::metrics;
 use crate::request::{Completion, Event};
 
 /// Paths, and what they take.
-const PATHS: [(&str, &str); 6] = [
+const PATHS: [(&str, &str); 7] = [
     ("/", "GET, HEAD"),
     ("/health", "GET, HEAD"),
+    ("/metrics", "GET, HEAD"),
     ("/generate", "POST"),
     ("/v1/models", "GET, HEAD"),
     ("/v1/completions", "POST"),
@@ -37,12 +39,24 @@ pub async fn answer(app: &Arc<App>, request: Request<Incoming>) -> Reply {
     // Its clients know errors by another shape.
     let is_openai = request.uri().path().starts_with("/v1");
     let write = if is_openai { Problem::openai_reply } else { Problem::reply };
-    route(app, request).await.unwrap_or_else(write)
+    // A path that nobody knows must not become a label.
+    let path = known(request.uri().path()).map_or("other", |(path, _)| path);
+    let reply = route(app, request).await.unwrap_or_else(|problem| {
+        app.metrics.count_refusal(problem.kind);
+        write(problem)
+    });
+    app.metrics.count_answer(path, reply.status().as_u16());
+    reply
+}
+
+/// The path of [`PATHS`] that this is, and what it takes.
+fn known(path: &str) -> Option<(&'static str, &'static str)> {
+    PATHS.into_iter().find(|(known, _)| *known == path)
 }
 
 async fn route(app: &Arc<App>, request: Request<Incoming>) -> Result<Reply, Problem> {
     let path = request.uri().path();
-    let Some((path, allow)) = PATHS.into_iter().find(|(known, _)| *known == path) else { return Err(not_found(path)) };
+    let Some((path, allow)) = known(path) else { return Err(not_found(path)) };
     if !allow.split(", ").any(|allowed| allowed == request.method().as_str()) {
         let message = format!("{path} takes {allow}");
         let mut problem = Problem::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message);
@@ -52,6 +66,7 @@ async fn route(app: &Arc<App>, request: Request<Incoming>) -> Result<Reply, Prob
     match path {
         "/" => information(app),
         "/health" => Ok(health(app)),
+        "/metrics" => Ok(reply::plain(metrics::CONTENT_TYPE, app.metrics.text())),
         "/v1/models" => models(app),
         "/v1/completions" => complete(app, request, Endpoint::Text).await,
         "/v1/chat/completions" => complete(app, request, Endpoint::Chat).await,

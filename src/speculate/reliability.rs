@@ -18,6 +18,16 @@ pub enum Source {
 impl Source {
     /// All of them.
     pub const ALL: [Self; 3] = [Self::Heads, Self::Text, Self::Both];
+
+    /// As JSON and metrics call it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Heads => "heads",
+            Self::Text => "text",
+            Self::Both => "both",
+        }
+    }
 }
 
 /// Depths that are told apart; deeper ones share the last one's counts.
