@@ -36,7 +36,7 @@
 //! | `build.rs`, `vendor/` | llama.cpp's source, patched and compiled; its bindings | |
 //! | [`config`] | arguments as typed, and checked; every limit and default in one table | |
 //! | [`cli`] | the commands: start, signals, drain, terminal | llama.cpp |
-//! | [`http`] | accept loop, routes; `generate` and `openai`, the two dialects; chat templates; server-sent events | cells, batches |
+//! | [`http`] | accept loop, routes; `generate` and `openai`, the two dialects; chat templates; server-sent events; `openapi` and `docs` document it all | cells, batches |
 //! | [`request`], [`error`] | what `http` and `engine` share | both |
 //! | [`engine`] | the loop; `thread` starts and runs it, `handle` is its outside, `stats` what it counts, `forward` its way to a model | sockets, JSON |
 //! | [`metrics`] | what `/metrics` shows: names for what the engine and HTTP count | sockets, cells |

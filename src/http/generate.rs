@@ -30,10 +30,7 @@ pub fn read(body: Value, n_ctx: usize, random_seed: u64) -> Result<Generate, Inv
     let max_tokens = fields.count("max_tokens", 1, n_ctx as u64)?.map_or(128.min(n_ctx), |n| n as usize);
     let request = fields.request(prompt, max_tokens, sampling)?;
     let stream = fields.boolean("stream")?.unwrap_or(false);
-    fields.refuse_the_rest(
-        "prompt, max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, frequency_penalty, presence_penalty, \
-         repeat_last_n, logit_bias, seed, stop, ignore_eos, cache_prompt, speculation, share_text, stream",
-    )?;
+    fields.refuse_the_rest()?;
     Ok(Generate { request, stream })
 }
 

@@ -27,9 +27,10 @@ pub fn json(status: StatusCode, body: &impl Serialize) -> Reply {
 }
 
 /// An answer of another type.
-pub fn plain(content_type: &'static str, body: impl Into<Bytes>) -> Reply {
+pub fn plain(content_type: &str, body: impl Into<Bytes>) -> Reply {
     let mut reply = Response::new(Either::Left(Full::new(body.into())));
-    reply.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    let content_type = HeaderValue::from_str(content_type).expect("names of types are plain text");
+    reply.headers_mut().insert(CONTENT_TYPE, content_type);
     reply
 }
 

@@ -12,11 +12,11 @@ use hyper::{Request, StatusCode};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
-use super::App;
 use super::generate::{self, Generate, Pieces};
 use super::openai::{self, Asked, Endpoint, Envelope};
 use super::reply::{self, Problem, Reply};
 use super::template::ChatTemplate;
+use super::{App, docs, openapi};
 use crate::engine::{Handle, Layout, Stage, SubmitError};
 use crate::error::Invalid;
 use crate::llama;
@@ -24,7 +24,7 @@ use crate::metrics;
 use crate::request::{Completion, Event};
 
 /// Paths, and what they take.
-const PATHS: [(&str, &str); 7] = [
+pub const PATHS: [(&str, &str); 10] = [
     ("/", "GET, HEAD"),
     ("/health", "GET, HEAD"),
     ("/metrics", "GET, HEAD"),
@@ -32,7 +32,12 @@ const PATHS: [(&str, &str); 7] = [
     ("/v1/models", "GET, HEAD"),
     ("/v1/completions", "POST"),
     ("/v1/chat/completions", "POST"),
+    ("/openapi.json", "GET, HEAD"),
+    ("/docs", "GET, HEAD"),
+    (DOCS_FILE, "GET, HEAD"),
 ];
+/// Files of the page at `/docs`.
+const DOCS_FILE: &str = "/docs/{file}";
 
 /// Answers one request.
 pub async fn answer(app: &Arc<App>, request: Request<Incoming>) -> Reply {
@@ -51,6 +56,7 @@ pub async fn answer(app: &Arc<App>, request: Request<Incoming>) -> Reply {
 
 /// The path of [`PATHS`] that this is, and what it takes.
 fn known(path: &str) -> Option<(&'static str, &'static str)> {
+    let path = if path.starts_with("/docs/") { DOCS_FILE } else { path };
     PATHS.into_iter().find(|(known, _)| *known == path)
 }
 
@@ -67,6 +73,13 @@ async fn route(app: &Arc<App>, request: Request<Incoming>) -> Result<Reply, Prob
         "/" => information(app),
         "/health" => Ok(health(app)),
         "/metrics" => Ok(reply::plain(metrics::CONTENT_TYPE, app.metrics.text())),
+        "/openapi.json" => Ok(reply::plain("application/json", openapi::json())),
+        "/docs" => docs("").ok_or_else(|| not_found(path)),
+        DOCS_FILE => {
+            let path = request.uri().path();
+            let file = path.strip_prefix("/docs/").filter(|file| !file.is_empty()).unwrap_or("index.html");
+            docs(file).ok_or_else(|| not_found(path))
+        }
         "/v1/models" => models(app),
         "/v1/completions" => complete(app, request, Endpoint::Text).await,
         "/v1/chat/completions" => complete(app, request, Endpoint::Chat).await,
@@ -78,6 +91,10 @@ fn not_found(path: &str) -> Problem {
     let shown: String = path.chars().take(100).collect();
     let message = format!("there is no {shown}; there are {}", PATHS.map(|(path, _)| path).join(", "));
     Problem::new(StatusCode::NOT_FOUND, "not_found", message)
+}
+
+fn docs(file: &str) -> Option<Reply> {
+    docs::file(file).map(|(bytes, content_type)| reply::plain(&content_type, bytes))
 }
 
 fn health(app: &App) -> Reply {
