@@ -37,9 +37,10 @@
 //! | `build.rs`, `vendor/` | llama.cpp's source, patched and compiled; its bindings | |
 //! | [`config`] | arguments as typed, and checked; every limit and default in one table | |
 //! | [`cli`] | the commands: start, signals, drain, terminal | llama.cpp |
-//! | [`http`] | accept loop, routes; `access`, what is logged of a request; `auth` and `cors`, who may ask; `tls`; `generate` and `openai`, the two dialects; chat templates; server-sent events | cells, batches |
+//! | [`http`] | accept loop, routes; `access`, what is logged of a request; `auth` and `cors`, who may ask; `tls`; `generate` and `openai`, the two dialects; chat templates; server-sent events; `openapi` and `docs` document it all | cells, batches |
 //! | [`request`], [`error`] | what `http` and `engine` share | both |
-//! | [`engine`] | the loop; `thread` starts and runs it, `handle` is its outside, `forward` its way to a model | sockets, JSON |
+//! | [`engine`] | the loop; `thread` starts and runs it, `handle` is its outside, `stats` what it counts, `forward` its way to a model | sockets, JSON |
+//! | [`metrics`] | what `/metrics` shows: names for what the engine and HTTP count | sockets, cells |
 //! | [`speculate`] | `heads` and `pickle` (files), `medusa` and `conditioned` (drafting by heads), `suffix` and `text` (from text), `tree`, `calibration`, `reliability`, `cost`, `policy`; `device` (heads and verification on a GPU); `simulated` for `bench` | requests, cells |
 //! | [`train`] | heads from a model's own answers: answers, features, fit | HTTP |
 //! | [`synth`] | models and heads of random weights in known shapes, to measure with | requests |
@@ -69,6 +70,7 @@ pub mod eval;
 pub mod gpu;
 pub mod http;
 pub mod llama;
+pub mod metrics;
 pub mod plot;
 pub mod request;
 pub mod speculate;

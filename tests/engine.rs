@@ -7,7 +7,7 @@ mod stub;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use medusa_llama::engine::handle::Stats;
+use medusa_llama::engine::stats::Stats;
 use medusa_llama::engine::{Engine, Job, Layout, Limits};
 use medusa_llama::llama::Token;
 use medusa_llama::request::{Event, FinishReason, Request, SamplingParams, Speculation, Trace};

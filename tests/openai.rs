@@ -26,10 +26,6 @@ fn openais_client_is_content() {
     assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
 }
 
-fn post(server: &Server, path: &str, body: &Value) -> common::Answer {
-    server.ask(&format!("POST {path}"), &[], body.to_string().as_bytes())
-}
-
 /// To the letter: what a client that reads bytes sees.
 #[test]
 fn the_wire_is_as_openai_has_it() {
@@ -38,7 +34,7 @@ fn the_wire_is_as_openai_has_it() {
     assert_eq!((&models["object"], &models["data"][0]["object"]), (&json!("list"), &json!("model")));
 
     let messages = json!([{ "role": "user", "content": "Say hi." }]);
-    let streamed = post(&server, "/v1/chat/completions", &json!({ "messages": messages, "max_tokens": 4, "stream": true }));
+    let streamed = server.post_to("/v1/chat/completions", &json!({ "messages": messages, "max_tokens": 4, "stream": true }));
     assert!(streamed.head.contains("content-type: text/event-stream"));
     let text = streamed.text();
     assert!(text.ends_with("data: [DONE]\n\n"), "{text}");
@@ -50,12 +46,12 @@ fn the_wire_is_as_openai_has_it() {
     assert!(chunks[1..].iter().all(|c| c["choices"][0]["delta"].as_object().unwrap().len() == 1), "{chunks:?}");
     assert!(chunks.iter().all(|c| c.get("usage").is_none() && c["id"] == last["id"]));
 
-    let refused = post(&server, "/v1/chat/completions", &json!({ "messages": messages, "n": 0 }));
+    let refused = server.post_to("/v1/chat/completions", &json!({ "messages": messages, "n": 0 }));
     assert_eq!(refused.status, 400);
     let error = &refused.json()["error"];
     assert_eq!((&error["type"], &error["param"]), (&json!("invalid_request_error"), &json!("n")));
     assert!(error["message"].is_string() && error["code"] == "invalid_request");
-    let too_many = post(&server, "/v1/completions", &json!({ "prompt": "x", "n": 9 }));
+    let too_many = server.post_to("/v1/completions", &json!({ "prompt": "x", "n": 9 }));
     assert_eq!((too_many.status, &too_many.json()["error"]["param"]), (400, &json!("n")), "two slots, eight at once");
     let missing = server.get("/v1/engines");
     assert_eq!((missing.status, &missing.json()["error"]["code"]), (404, &json!("not_found")));

@@ -14,6 +14,7 @@ use super::show_loading;
 use crate::config::Config;
 use crate::engine::{self, Handle, Layout, Stage};
 use crate::http::{self, App};
+use crate::metrics::Metrics;
 
 /// Bytes that were written take this long at most to leave.
 const FLUSH: Duration = Duration::from_secs(2);
@@ -49,6 +50,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
         auth: config.auth,
         cors: config.cors,
         tls: config.tls,
+        metrics: Metrics::new(&model_id, engine.stage()),
         model_id,
         template: OnceLock::new(),
     });

@@ -1,14 +1,13 @@
 //! The engine seen from outside: hand it requests, ask how it is.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
-use parking_lot::Mutex;
 use tokio::sync::{Semaphore, mpsc};
 
 use super::grammar::Grammars;
+use super::stats::{Snapshot, Stats};
 use super::{Job, Limits};
 use crate::error::Invalid;
 use crate::llama::Model;
@@ -30,65 +29,6 @@ pub enum SubmitError {
     /// The engine's thread has ended.
     #[error("the engine has stopped")]
     Stopped,
-}
-
-/// Counters that anyone may read; the engine writes them after each step.
-#[derive(Debug, Default)]
-pub struct Stats {
-    running: AtomicUsize,
-    waiting: AtomicUsize,
-    cells_active: AtomicUsize,
-    cells_retained: AtomicUsize,
-    steps: AtomicU64,
-    tokens: AtomicU64,
-    /// Locked once a step.
-    reliability: Mutex<Reliability>,
-}
-
-/// The counters at one time.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Snapshot {
-    /// Sequences that run.
-    pub running: usize,
-    /// Requests that wait for a place.
-    pub waiting: usize,
-    /// KV cells that running sequences hold.
-    pub cells_active: usize,
-    /// KV cells kept for later prompts.
-    pub cells_retained: usize,
-    /// Steps since the start.
-    pub steps: u64,
-    /// Tokens generated since the start.
-    pub tokens: u64,
-}
-
-impl Stats {
-    pub(super) fn publish(&self, running: usize, waiting: usize, cells_active: usize, cells_retained: usize) {
-        self.running.store(running, Ordering::Relaxed);
-        self.waiting.store(waiting, Ordering::Relaxed);
-        self.cells_active.store(cells_active, Ordering::Relaxed);
-        self.cells_retained.store(cells_retained, Ordering::Relaxed);
-        self.steps.fetch_add(1, Ordering::Relaxed);
-    }
-
-    pub(super) fn publish_reliability(&self, reliability: &Reliability) {
-        self.reliability.lock().clone_from(reliability);
-    }
-
-    pub(super) fn count_token(&self) {
-        self.tokens.fetch_add(1, Ordering::Relaxed);
-    }
-
-    fn snapshot(&self) -> Snapshot {
-        Snapshot {
-            running: self.running.load(Ordering::Relaxed),
-            waiting: self.waiting.load(Ordering::Relaxed),
-            cells_active: self.cells_active.load(Ordering::Relaxed),
-            cells_retained: self.cells_retained.load(Ordering::Relaxed),
-            steps: self.steps.load(Ordering::Relaxed),
-            tokens: self.tokens.load(Ordering::Relaxed),
-        }
-    }
 }
 
 /// Hands requests to a running engine. When the last clone is dropped the engine finishes what it has and ends.
@@ -163,10 +103,16 @@ impl Handle {
         self.stats.snapshot()
     }
 
+    /// All that is counted, histograms too.
+    #[must_use]
+    pub fn record(&self) -> &Stats {
+        &self.stats
+    }
+
     /// Whether candidates were right as often as was said.
     #[must_use]
     pub fn reliability(&self) -> Reliability {
-        self.stats.reliability.lock().clone()
+        self.stats.reliability()
     }
 
     /// Requests accepted and not yet ended.

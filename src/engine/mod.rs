@@ -3,7 +3,7 @@
 //! A step is: admit, plan, draft, forward, commit. [`slots`] knows who holds which cells, [`leaves`] lends ids to trees,
 //! [`scheduler`] says which rows come next, [`sampler`] which token follows, [`text`] what of it may be shown, [`pace`] and
 //! [`company`] how long things may take; [`speculate`](crate::speculate) drafts. They are pure; this file alone reads the
-//! clock, and [`forward`] alone talks to llama.cpp.
+//! clock, and [`forward`] alone talks to llama.cpp. What happens is counted in [`stats`].
 
 pub mod company;
 pub mod filter;
@@ -16,6 +16,7 @@ pub mod sampler;
 pub mod scheduler;
 pub mod sequence;
 pub mod slots;
+pub mod stats;
 pub mod text;
 pub mod thread;
 
@@ -37,13 +38,13 @@ use crate::speculate::device::Ask;
 use crate::speculate::tree::Below;
 use crate::speculate::{MAX_NODES, Origin, Speculator, Tree};
 use grammar::GrammarError;
-use handle::Stats;
 use leaves::Leaves;
 use pace::{Load, Pace};
 use sampler::{Sampler, Scratch};
 use scheduler::{Budget, Demand, Share};
 use sequence::Sequence;
 use slots::{KvOp, Slots};
+use stats::{Ended, Stats};
 
 /// The sizes an engine works within.
 #[derive(Clone, Copy, Debug)]
@@ -58,6 +59,17 @@ pub struct Limits {
     pub n_prefill: Option<usize>,
     /// How the cache is divided.
     pub layout: Layout,
+}
+
+impl Limits {
+    /// Cells of the whole cache.
+    #[must_use]
+    pub fn n_cells(&self) -> usize {
+        match self.layout {
+            Layout::Unified { n_cells, .. } => n_cells,
+            Layout::Streams { n_cells } => n_cells * self.n_slots,
+        }
+    }
 }
 
 /// The state of the loop. Lives on the engine's thread.
@@ -155,6 +167,7 @@ impl<F: Forward> Engine<F> {
     pub fn speculate(&mut self, speculator: Speculator, n_ids: usize) {
         let Layout::Unified { n_seqs, .. } = self.limits.layout else { panic!("trees need a unified cache") };
         self.leaves = Leaves::new(n_seqs, n_ids, self.limits.n_slots);
+        self.stats.set_deepest(speculator.max_tokens_per_step() - 1);
         self.speculator = Some(speculator);
     }
 
@@ -204,11 +217,15 @@ impl<F: Forward> Engine<F> {
         while let Some(job) = self.waiting.front() {
             if job.events.is_closed() {
                 self.waiting.pop_front();
+                self.stats.count_end(Ended::Cancelled);
                 continue;
             }
             let n_max = job.prompt.len() + job.n_generate(self.limits.n_ctx);
             let Some(place) = self.ledger.admit(&job.prompt, n_max, job.request.cache_prompt) else { return };
             let job = self.waiting.pop_front().expect("it was at the front");
+            if job.request.cache_prompt {
+                self.stats.count_prefix(job.prompt.len(), place.n_cached);
+            }
             let banned: &[Token] = if job.request.ignore_eos { &self.end_tokens } else { &[] };
             let sampler = Sampler::new(&job.request.sampling, banned, &job.prompt, self.forward.n_vocab());
             let ready = self.apply(&place.ops).and(sampler);
@@ -229,6 +246,7 @@ impl<F: Forward> Engine<F> {
                     let id = IncidentId::new();
                     tracing::error!(%id, %error, "a request could not start");
                     let _ = job.events.try_send(crate::request::Event::Failed { id: id.to_string() });
+                    self.stats.count_end(Ended::Failed);
                     self.forget(place.seq);
                 }
             }
@@ -244,6 +262,7 @@ impl<F: Forward> Engine<F> {
         for job in std::mem::take(&mut self.waiting) {
             if job.deadline().is_some_and(|deadline| deadline <= now) {
                 job.expire();
+                self.stats.count_end(Ended::Deadline);
             } else {
                 self.waiting.push_back(job);
             }
@@ -303,8 +322,8 @@ impl<F: Forward> Engine<F> {
             }
         }
         let seconds = started.elapsed().as_secs_f64();
-        let n_offered = trees.iter().map(Tree::len).sum::<usize>().min(MAX_NODES);
-        let n_free = self.ledger.make_room(n_rows + n_offered, &mut work.ops);
+        let n_offered = trees.iter().map(Tree::len).sum::<usize>();
+        let n_free = self.ledger.make_room(n_rows + n_offered.min(MAX_NODES), &mut work.ops);
         let room = (self.limits.n_batch - n_rows).min(n_free.saturating_sub(n_rows));
         speculator.choose(trees, n_rows, n_decode, room, seconds);
 
@@ -318,6 +337,8 @@ impl<F: Forward> Engine<F> {
                 self.leaves.lend(share.seq, n_leaves, n_computed, ids, &mut work.ops);
             }
         }
+        let n_chosen = work.trees.iter().take(work.shares.len()).map(Tree::len).sum();
+        self.stats.count_candidates(n_offered, n_chosen);
     }
 
     /// Fills the rows of the next step: each share's, and behind a decoding one's its tree's.
@@ -350,6 +371,7 @@ impl<F: Forward> Engine<F> {
         let n_rows = self.work.rows.len();
         let (n_prompt, seconds) = (n_rows - n_decode - n_nodes, (now - started).as_secs_f64());
         self.pace.record(self.work.load, n_prompt, seconds);
+        self.stats.note_rows(n_rows);
         if let Some(speculator) = &mut self.speculator {
             speculator.note_step(n_rows, (n_prompt == 0).then_some(seconds));
         }
@@ -363,6 +385,9 @@ impl<F: Forward> Engine<F> {
                 Ok(false) => {}
                 Ok(true) => {
                     let done = self.running[share.seq.0 as usize].take();
+                    if let Some(s) = &done {
+                        s.note_end(&self.stats);
+                    }
                     let mut ops = self.ledger.release(share.seq);
                     self.leaves.end(share.seq, &mut ops);
                     if let Err(error) = self.apply(&ops) {
@@ -452,6 +477,10 @@ impl<F: Forward> Engine<F> {
         let mut done = s.is_cancelled() || s.expire(now);
         if share.to_end {
             s.note_drafted(tree.len());
+            self.stats.count_draft(tree.len());
+        }
+        if share.to_end && !done {
+            self.stats.note_wait(s.waited(now));
         }
         let mut at = None;
         let mut last = None;
@@ -502,6 +531,7 @@ impl<F: Forward> Engine<F> {
                 Some(node) => {
                     work.accepted.push(node);
                     s.note_accepted();
+                    self.stats.count_accepted(tree.nodes()[node].depth);
                     at = Some(node);
                 }
                 None => {
@@ -554,6 +584,7 @@ impl<F: Forward> Engine<F> {
         tracing::error!(%id, %error, "a request failed in the engine");
         if let Some(mut s) = failed {
             s.fail(&id.to_string());
+            self.stats.count_end(Ended::Failed);
         }
         self.forget(seq);
     }

@@ -7,6 +7,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use super::grammar::{Grammar, GrammarError};
 use super::sampler::Sampler;
+use super::stats::{Ended, Stats, Waited};
 use super::text::{Pushed, TextAssembler};
 use crate::llama::{SeqId, Token};
 use crate::request::{
@@ -112,6 +113,8 @@ pub struct Sequence {
     events: mpsc::Sender<Event>,
     permit: Option<OwnedSemaphorePermit>,
     clock: Clock,
+    /// Set when its answer is complete.
+    ended: Option<Ended>,
 }
 
 /// When each stage began.
@@ -154,6 +157,7 @@ impl Sequence {
             events: job.events,
             permit: job.permit,
             clock,
+            ended: None,
         }
     }
 
@@ -294,21 +298,47 @@ impl Sequence {
         Piece { text, tokens: self.reports.drain(..).map(|(_, report)| report).collect() }
     }
 
-    fn complete(&mut self, tail: String, finish_reason: FinishReason) {
-        let tail = self.piece(tail);
+    /// What its client waits for, and how long it did, if it gets tokens `now`.
+    pub fn waited(&self, now: Instant) -> Waited {
+        match self.clock.first_token {
+            None => Waited::First((now - self.clock.accepted).as_secs_f64(), self.n_prompt),
+            Some(_) => Waited::Next((now - self.clock.last_token).as_secs_f64()),
+        }
+    }
+
+    /// Notes that it ended: with its answer, or because nobody waits for that any more.
+    pub fn note_end(&self, stats: &Stats) {
+        match self.ended {
+            Some(Ended::Deadline) => stats.count_end(Ended::Deadline),
+            Some(ended) => stats.note_answer(ended, self.timings(), self.tokens.len() - self.n_prompt),
+            None => stats.count_end(Ended::Cancelled),
+        }
+    }
+
+    fn timings(&self) -> Timings {
         let clock = &self.clock;
         let started = clock.started.unwrap_or(clock.accepted);
         let first = clock.first_token.unwrap_or(started);
+        Timings {
+            queue_s: (started - clock.accepted).as_secs_f64(),
+            prefill_s: (first - started).as_secs_f64(),
+            decode_s: (clock.last_token - first).as_secs_f64(),
+        }
+    }
+
+    fn complete(&mut self, tail: String, finish_reason: FinishReason) {
+        let tail = self.piece(tail);
         let usage = Usage {
             prompt_tokens: self.n_prompt,
             cached_tokens: self.n_cached,
             completion_tokens: self.tokens.len() - self.n_prompt,
         };
-        let timings = Timings {
-            queue_s: (started - clock.accepted).as_secs_f64(),
-            prefill_s: (first - started).as_secs_f64(),
-            decode_s: (clock.last_token - first).as_secs_f64(),
-        };
+        let timings = self.timings();
+        self.ended = Some(match finish_reason {
+            FinishReason::Length => Ended::Length,
+            FinishReason::Deadline => Ended::Deadline,
+            FinishReason::EndOfText | FinishReason::StopString(_) => Ended::Stop,
+        });
         self.permit = None; // before the answer: its client may send the next request at once
         let (speculation, trace) = (self.drafts, self.trace.take());
         self.send(Event::Done(Completion { tail, finish_reason, usage, timings, speculation, trace }));

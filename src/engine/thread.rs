@@ -13,7 +13,8 @@ use tokio::sync::{Semaphore, watch};
 
 use super::company::Company;
 use super::forward::LlamaForward;
-use super::handle::{Handle, Side, Stats};
+use super::handle::{Handle, Side};
+use super::stats::Stats;
 use super::{Engine, Forward, Job, Layout, Limits};
 use crate::gpu::Device;
 use crate::gpu::weights::Precision;

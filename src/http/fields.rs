@@ -22,8 +22,11 @@ pub const MAX_LOGPROBS: u64 = 20;
 /// Longest time that a request may give itself, in seconds: a day.
 const MAX_TIMEOUT: f32 = 86_400.0;
 
-/// The fields not yet read. Null counts as absent.
-pub struct Fields(Map<String, Value>);
+/// The fields not yet read, and the names of those that were asked for. Null counts as absent.
+pub struct Fields {
+    left: Map<String, Value>,
+    known: Vec<String>,
+}
 
 impl Fields {
     /// Those of a body.
@@ -32,14 +35,15 @@ impl Fields {
     /// When it is no object.
     pub fn of(body: Value) -> Result<Self, Invalid> {
         match body {
-            Value::Object(map) => Ok(Self(map)),
+            Value::Object(left) => Ok(Self { left, known: Vec::new() }),
             _ => Err(Invalid { param: None, message: "the body must be a JSON object".into() }),
         }
     }
 
     /// A field as it came; `None` if it is absent or null.
     pub fn take(&mut self, name: &str) -> Option<Value> {
-        self.0.remove(name).filter(|v| !v.is_null())
+        self.known.push(name.to_owned());
+        self.left.remove(name).filter(|v| !v.is_null())
     }
 
     /// A string.
@@ -202,12 +206,12 @@ impl Fields {
     }
 
     /// A field that nobody read is a typing error, or another server's dialect: say so instead of ignoring it.
-    pub fn refuse_the_rest(self, known: &str) -> Result<(), Invalid> {
-        match self.0.keys().next() {
+    pub fn refuse_the_rest(self) -> Result<(), Invalid> {
+        match self.left.keys().next() {
             None => Ok(()),
             Some(name) => {
                 let shown: String = name.chars().take(64).collect();
-                Err(Invalid::new(&shown, format!("unknown field `{shown}`; known are {known}")))
+                Err(Invalid::new(&shown, format!("unknown field `{shown}`; known are {}", self.known.join(", "))))
             }
         }
     }

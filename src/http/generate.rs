@@ -32,10 +32,7 @@ pub fn read(body: Value, n_ctx: usize, random_seed: u64) -> Result<Generate, Inv
     let n_top = fields.count("logprobs", 0, MAX_LOGPROBS)?;
     let request = fields.request(prompt, max_tokens, sampling, n_top)?;
     let stream = fields.boolean("stream")?.unwrap_or(false);
-    fields.refuse_the_rest(
-        "prompt, max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, frequency_penalty, presence_penalty, \
-         repeat_last_n, logit_bias, seed, stop, ignore_eos, cache_prompt, speculation, share_text, grammar, response_format, details, logprobs, timeout_s, stream",
-    )?;
+    fields.refuse_the_rest()?;
     Ok(Generate { request, stream })
 }
 

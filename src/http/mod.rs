@@ -2,15 +2,18 @@
 //!
 //! [`routes`] knows what each path does, [`generate`] and [`openai`] the JSON of either dialect, [`fields`] how a body's fields are
 //! read, [`template`] how messages become a prompt, [`reply`] how an answer is written, [`tokens`] what is told of its tokens,
-//! [`access`] what is logged of it, [`auth`] who may ask, [`cors`] which pages, [`tls`] in what secrecy. None of them sees a KV cell, a batch or
-//! llama.cpp; they know the engine's [`Handle`](crate::engine::Handle) only, and the model's template.
+//! [`access`] what is logged of it, [`auth`] who may ask, [`cors`] which pages, [`tls`] in what secrecy; [`openapi`] and [`docs`]
+//! document it all. None of them sees a KV cell, a batch or llama.cpp; they know the engine's [`Handle`](crate::engine::Handle) only, and
+//! the model's template.
 
 pub mod access;
 pub mod auth;
 pub mod cors;
+pub mod docs;
 pub mod fields;
 pub mod generate;
 pub mod openai;
+pub mod openapi;
 pub mod reply;
 pub mod routes;
 pub mod template;
@@ -34,6 +37,7 @@ use tokio_io_timeout::TimeoutStream;
 
 use crate::config::HttpLimits;
 use crate::engine::Stage;
+use crate::metrics::Metrics;
 use auth::Auth;
 use cors::Cors;
 use tls::Tls;
@@ -55,6 +59,8 @@ pub struct App {
     pub cors: Cors,
     /// Where connections are to be encrypted.
     pub tls: Option<Tls>,
+    /// What Prometheus is told.
+    pub metrics: Metrics,
     /// How OpenAI's clients name the model.
     pub model_id: String,
     /// The model's chat template, read at the first chat; or why there is none.

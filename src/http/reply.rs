@@ -31,6 +31,14 @@ pub fn json(status: StatusCode, body: &impl Serialize) -> Reply {
     reply
 }
 
+/// An answer of another type.
+pub fn plain(content_type: &str, body: impl Into<Bytes>) -> Reply {
+    let mut reply = Response::new(Either::Left(Full::new(body.into())));
+    let content_type = HeaderValue::from_str(content_type).expect("names of types are plain text");
+    reply.headers_mut().insert(CONTENT_TYPE, content_type);
+    reply
+}
+
 /// What went wrong, as every client gets it.
 #[derive(Debug)]
 pub struct Problem {

@@ -13,7 +13,6 @@ use hyper::{Request, StatusCode};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
-use super::App;
 use super::access::Tally;
 use super::generate::{self, Generate, Pieces};
 use super::openai::read::Asked;
@@ -22,21 +21,29 @@ use super::openai::{self, Endpoint};
 use super::reply::{self, Problem, Reply};
 use super::template::ChatTemplate;
 use super::tokens::{Spell, Telling};
+use super::{App, docs, openapi};
 use crate::engine::{Handle, Layout, Stage, SubmitError};
 use crate::error::Invalid;
 use crate::llama;
+use crate::metrics;
 use crate::request::{self, Completion, Event, FinishReason, Piece};
 
 /// Paths, and what they take.
-const PATHS: [(&str, &str); 7] = [
+pub const PATHS: [(&str, &str); 11] = [
     ("/", "GET, HEAD"),
     ("/health", "GET, HEAD"),
     ("/ready", "GET, HEAD"),
+    ("/metrics", "GET, HEAD"),
     ("/generate", "POST"),
     ("/v1/models", "GET, HEAD"),
     ("/v1/completions", "POST"),
     ("/v1/chat/completions", "POST"),
+    ("/openapi.json", "GET, HEAD"),
+    ("/docs", "GET, HEAD"),
+    (DOCS_FILE, "GET, HEAD"),
 ];
+/// Files of the page at `/docs`.
+const DOCS_FILE: &str = "/docs/{file}";
 
 /// What is known of a request beside what it says.
 struct Call<'a> {
@@ -53,17 +60,30 @@ struct Call<'a> {
 pub async fn answer(app: &Arc<App>, request: Request<Incoming>, id: &Arc<str>, tally: &Arc<Tally>) -> Reply {
     // Its clients know errors by another shape.
     let is_openai = request.uri().path().starts_with("/v1");
+    // A path that nobody knows must not become a label.
+    let path = known(request.uri().path()).map_or("other", |(path, _)| path);
     let write = if is_openai { Problem::openai_reply } else { Problem::reply };
     let answer = match app.auth.admit(&request) {
         Ok(owner) => route(app, request, &Call { id, owner, timeout: app.limits.timeout, tally }).await,
         Err(problem) => Err(problem),
     };
-    answer.unwrap_or_else(write)
+    let reply = answer.unwrap_or_else(|problem| {
+        app.metrics.count_refusal(problem.kind);
+        write(problem)
+    });
+    app.metrics.count_answer(path, reply.status().as_u16());
+    reply
+}
+
+/// The path of [`PATHS`] that this is, and what it takes.
+fn known(path: &str) -> Option<(&'static str, &'static str)> {
+    let path = if path.starts_with("/docs/") { DOCS_FILE } else { path };
+    PATHS.into_iter().find(|(known, _)| *known == path)
 }
 
 async fn route(app: &Arc<App>, request: Request<Incoming>, call: &Call<'_>) -> Result<Reply, Problem> {
     let path = request.uri().path();
-    let Some((path, allow)) = PATHS.into_iter().find(|(known, _)| *known == path) else { return Err(not_found(path)) };
+    let Some((path, allow)) = known(path) else { return Err(not_found(path)) };
     if !allow.split(", ").any(|allowed| allowed == request.method().as_str()) {
         let message = format!("{path} takes {allow}");
         let mut problem = Problem::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message);
@@ -74,6 +94,14 @@ async fn route(app: &Arc<App>, request: Request<Incoming>, call: &Call<'_>) -> R
         "/" => information(app),
         "/health" => Ok(health(app)),
         "/ready" => Ok(ready(app)),
+        "/metrics" => Ok(reply::plain(metrics::CONTENT_TYPE, app.metrics.text())),
+        "/openapi.json" => Ok(reply::plain("application/json", openapi::json())),
+        "/docs" => docs("").ok_or_else(|| not_found(path)),
+        DOCS_FILE => {
+            let path = request.uri().path();
+            let file = path.strip_prefix("/docs/").filter(|file| !file.is_empty()).unwrap_or("index.html");
+            docs(file).ok_or_else(|| not_found(path))
+        }
         "/v1/models" => models(app),
         "/v1/completions" => complete(app, request, call, Endpoint::Text).await,
         "/v1/chat/completions" => complete(app, request, call, Endpoint::Chat).await,
@@ -85,6 +113,10 @@ fn not_found(path: &str) -> Problem {
     let shown: String = path.chars().take(100).collect();
     let message = format!("there is no {shown}; there are {}", PATHS.map(|(path, _)| path).join(", "));
     Problem::new(StatusCode::NOT_FOUND, "not_found", message)
+}
+
+fn docs(file: &str) -> Option<Reply> {
+    docs::file(file).map(|(bytes, content_type)| reply::plain(&content_type, bytes))
 }
 
 /// Whether the process is to be left alone: only one whose engine has failed is worth a restart.

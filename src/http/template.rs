@@ -34,7 +34,8 @@ impl ChatTemplate {
         Self::new(source, model.bos_text(), model.eos_text(), model.adds_bos())
     }
 
-    fn new(source: String, bos: String, eos: String, adds_bos: bool) -> Result<Self, String> {
+    /// From its text, and the texts of the tokens that begin and end one.
+    pub(super) fn new(source: String, bos: String, eos: String, adds_bos: bool) -> Result<Self, String> {
         let mut environment = Environment::new();
         // As in the library that templates are written for.
         environment.set_trim_blocks(true);

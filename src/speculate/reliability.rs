@@ -19,7 +19,7 @@ impl Source {
     /// All of them.
     pub const ALL: [Self; 3] = [Self::Heads, Self::Text, Self::Both];
 
-    /// As it is written.
+    /// As JSON and metrics call it.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {

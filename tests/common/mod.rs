@@ -109,6 +109,21 @@ impl Server {
         self.post(body.to_string().as_bytes())
     }
 
+    /// Posts JSON to any path.
+    pub fn post_to(&self, path: &str, body: &Value) -> Answer {
+        let body = body.to_string();
+        let head = format!("POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", body.len());
+        exchange(self.addr, (head + &body).as_bytes())
+    }
+
+    /// The sum of a metric's series with all of these labels, each like `status="200"`.
+    pub fn metric(&self, name: &str, labels: &[&str]) -> f64 {
+        let answer = self.get("/metrics");
+        let series = answer.text().lines().filter_map(|line| line.strip_prefix("medusa_llama:")?.strip_prefix(name));
+        let series = series.filter(|rest| rest.starts_with('{') && labels.iter().all(|label| rest.contains(label)));
+        series.map(|rest| rest.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum()
+    }
+
     /// The `load` object of `GET /`.
     pub fn load(&self) -> Value {
         self.get("/").json()["load"].clone()

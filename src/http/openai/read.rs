@@ -83,7 +83,7 @@ pub fn read(
     let include_usage = stream_options(&mut fields, stream)?;
     refuse_what_is_not_built(&mut fields)?;
     IGNORED.iter().for_each(|name| drop(fields.take(name)));
-    fields.refuse_the_rest("those of OpenAI's reference and, beyond it, top_k, min_p, repetition_penalty, repeat_last_n, ignore_eos, cache_prompt, speculation, share_text, grammar, details, timeout_s")?;
+    fields.refuse_the_rest()?;
 
     let request = |prompt: &String, i: usize| {
         let sampling = SamplingParams { seed: seed.wrapping_add(i as u64), ..of_all.sampling.clone() };
@@ -161,7 +161,7 @@ fn stream_options(fields: &mut Fields, stream: bool) -> Result<bool, Invalid> {
     let mut options = Fields::of(options).map_err(|_| Invalid::new("stream_options", "stream_options must be an object"))?;
     let include_usage = options.boolean("include_usage")?.unwrap_or(false);
     options.boolean("include_obfuscation")?;
-    options.refuse_the_rest("include_usage, include_obfuscation")?;
+    options.refuse_the_rest()?;
     Ok(include_usage)
 }
 

@@ -1,0 +1,140 @@
+//! `/openapi.json` against the server that it describes: paths, and what answers look like. That requests are read as documented is
+//! tested beside the document.
+#![allow(missing_docs)]
+
+mod common;
+
+use common::{Answer, Server, exchange};
+use serde_json::{Value, json};
+
+/// A served document.
+struct Document(Value);
+
+impl Document {
+    /// What is wrong with an answer: its status, its type or its body.
+    fn fault(&self, method: &str, path: &str, answer: &Answer) -> Option<String> {
+        let operation = &self.0["paths"][path][method];
+        let response = &operation["responses"][answer.status.to_string()];
+        let Some(content) = response["content"].as_object() else {
+            return Some(format!("{method} {path} does not document {} with a body", answer.status));
+        };
+        let kind = answer.head.lines().find_map(|l| l.strip_prefix("content-type: ")).unwrap_or_default();
+        match content.get(kind) {
+            None => Some(format!("{method} {path} does not document {kind} for {}", answer.status)),
+            Some(media) if kind == "application/json" => self.differs("body", &media["schema"], &answer.json()),
+            Some(_) => None,
+        }
+    }
+
+    /// Where a value is not as its schema says. A field that the schema does not name is a fault, too.
+    fn differs(&self, at: &str, schema: &Value, value: &Value) -> Option<String> {
+        if let Some(name) = schema["$ref"].as_str() {
+            return self.differs(at, self.0.pointer(&name[1..]).expect("a schema there is"), value);
+        }
+        if let Some(any) = schema["oneOf"].as_array().or(schema["anyOf"].as_array()) {
+            let faults: Vec<_> = any.iter().map(|schema| self.differs(at, schema, value)).collect();
+            return faults.iter().all(Option::is_some).then(|| format!("{at}: {faults:?}"));
+        }
+        if let Some(all) = schema["allOf"].as_array() {
+            return all.iter().find_map(|schema| self.differs(at, schema, value));
+        }
+        let fits = |kind: &Value| match kind.as_str() {
+            Some("object") => value.is_object(),
+            Some("array") => value.is_array(),
+            Some("string") => value.is_string(),
+            Some("integer") => value.is_u64() || value.is_i64(),
+            Some("number") => value.is_number(),
+            Some("boolean") => value.is_boolean(),
+            Some("null") => value.is_null(),
+            _ => true,
+        };
+        let fits = schema["type"].as_array().map_or_else(|| fits(&schema["type"]), |kinds| kinds.iter().any(fits));
+        let in_names = schema["enum"].as_array().is_none_or(|names| names.contains(value));
+        if !fits || !in_names {
+            return Some(format!("{at} is {value}, not {schema}"));
+        }
+        if let Some(list) = value.as_array() {
+            return list.iter().find_map(|item| self.differs(&format!("{at}[]"), &schema["items"], item));
+        }
+        let (Some(fields), Some(properties)) = (value.as_object(), schema["properties"].as_object()) else { return None };
+        let required = schema["required"].as_array().into_iter().flatten().filter_map(Value::as_str);
+        let missing =
+            required.into_iter().find(|name| !fields.contains_key(*name)).map(|name| format!("{at}.{name} is missing"));
+        missing.or_else(|| {
+            fields.iter().find_map(|(name, value)| match properties.get(name) {
+                Some(schema) => self.differs(&format!("{at}.{name}"), schema, value),
+                None => Some(format!("{at}.{name} is not documented")),
+            })
+        })
+    }
+}
+
+#[test]
+fn answers_are_as_documented() {
+    let server = Server::start(&["--batch-size", "2", "--ctx", "256", "--max-body-bytes", "10000"]);
+    let document = Document(server.get("/openapi.json").json());
+    let check = |method: &str, path: &str, status: u16, answer: &Answer| {
+        assert_eq!(answer.status, status, "{answer:?}");
+        assert_eq!(document.fault(method, path, answer), None);
+    };
+    for path in ["/", "/health", "/ready", "/metrics", "/v1/models", "/openapi.json", "/docs"] {
+        check("get", path, 200, &server.get(path));
+    }
+    check("get", "/docs/{file}", 200, &server.get("/docs/swagger-ui.css"));
+    check("get", "/docs/{file}", 200, &server.get("/docs/"));
+    check("get", "/docs/{file}", 404, &server.get("/docs/nothing"));
+
+    let post = |path: &str, status: u16, body: &Value| check("post", path, status, &server.post_to(path, body));
+    let yes = json!({ "type": "json_schema", "json_schema": { "name": "x", "schema": { "const": "yes" } } });
+    let more = [
+        json!({}),
+        json!({ "stop": [" "] }),
+        json!({ "stream": true }),
+        json!({ "details": true }),
+        json!({ "response_format": yes }),
+        json!({ "logprobs": 2 }),
+        json!({ "timeout_s": 0 }),
+    ];
+    for more in more {
+        let mut body = json!({ "prompt": "One two three", "max_tokens": 3 });
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let status = if body.get("timeout_s").is_some() { 408 } else { 200 };
+        post("/generate", status, &body);
+        post("/v1/completions", status, &body);
+        body.as_object_mut().unwrap().remove("prompt");
+        body["messages"] = json!([{ "role": "user", "content": "Hi" }]);
+        if body.get("logprobs").is_some() {
+            (body["logprobs"], body["top_logprobs"]) = (json!(true), json!(2));
+        }
+        post("/v1/chat/completions", status, &body);
+    }
+    post("/generate", 422, &json!({ "prompt": "" }));
+    post("/generate", 422, &json!([]));
+    post("/v1/completions", 400, &json!({ "prompt": "x", "n": 99 }));
+    let long = json!({ "prompt": "x".repeat(10_000) });
+    for path in ["/generate", "/v1/completions", "/v1/chat/completions"] {
+        post(path, 413, &long);
+        let head = format!("POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 1\r\n\r\n{{");
+        check("post", path, 400, &exchange(server.addr, head.as_bytes()));
+        check("post", path, 405, &server.get(path));
+    }
+}
+
+#[test]
+fn every_path_is_documented_and_the_page_is_found() {
+    let server = Server::start_loading(&["--ctx", "256"]);
+    let document = server.get("/openapi.json").json();
+    let mut documented: Vec<String> = Vec::new();
+    for (path, operations) in document["paths"].as_object().unwrap() {
+        documented.extend(operations.as_object().unwrap().keys().map(|method| format!("{} {path}", method.to_uppercase())));
+    }
+    let endpoints = server.get("/").json()["endpoints"].clone();
+    let mut served: Vec<String> = serde_json::from_value(endpoints).unwrap();
+    documented.sort();
+    served.sort();
+    assert_eq!(documented, served);
+    assert_eq!(document["info"]["version"], env!("CARGO_PKG_VERSION"));
+    assert_eq!(document["components"]["securitySchemes"]["key"]["scheme"], "bearer");
+    let page = server.get("/docs");
+    assert!(page.status == 200 && page.head.contains("content-type: text/html") && page.text().contains("swagger-ui"));
+}
