@@ -213,7 +213,7 @@ mod tests {
 
     #[test]
     fn what_is_not_built_is_refused_by_name() {
-        for (name, value) in [("logprobs", json!(3)), ("best_of", json!(2)), ("echo", json!(true)), ("max_token", json!(1))]
+        for (name, value) in [("suffix", json!("s")), ("best_of", json!(2)), ("echo", json!(true)), ("max_token", json!(1))]
         {
             let error = read_text(json!({ "prompt": "x", name: value })).unwrap_err();
             assert_eq!(error.param.as_deref(), Some(name), "{error}");
