@@ -101,9 +101,9 @@ impl Tree {
     pub fn retain(&mut self, keeps: &[bool]) {
         let mut places = Vec::with_capacity(self.nodes.len());
         let mut n = 0;
-        for i in 0..self.nodes.len() {
+        for (i, &keep) in keeps.iter().enumerate() {
             places.push(n);
-            if keeps[i] {
+            if keep {
                 let node = self.nodes[i];
                 self.nodes[n] = Node { parent: node.parent.map(|p| places[p]), ..node };
                 n += 1;
