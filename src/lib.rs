@@ -37,6 +37,7 @@
 //! | [`config`] | arguments as typed, and checked; every limit and default in one table | |
 //! | [`cli`] | the commands: start, signals, drain, terminal | llama.cpp |
 //! | [`http`] | accept loop, routes; `access`, what is logged of a request; `auth` and `cors`, who may ask; `tls`; `generate` and `openai`, the two dialects; chat templates; server-sent events | cells, batches |
+//! | [`telemetry`] | spans of requests, to OpenTelemetry's collector | bodies, engine |
 //! | [`request`], [`error`] | what `http` and `engine` share | both |
 //! | [`engine`] | the loop; `thread` starts and runs it, `handle` is its outside, `forward` its way to a model | sockets, JSON |
 //! | [`speculate`] | `heads` and `pickle` (files), `medusa` and `conditioned` (drafting by heads), `suffix` and `text` (from text), `tree`, `calibration`, `reliability`, `cost`, `policy`; `device` (heads and verification on a GPU); `simulated` for `bench` | requests, cells |
@@ -72,6 +73,7 @@ pub mod plot;
 pub mod request;
 pub mod speculate;
 pub mod synth;
+pub mod telemetry;
 pub mod train;
 pub mod tune;
 pub mod vector;

@@ -32,6 +32,7 @@ use tokio_io_timeout::TimeoutStream;
 
 use crate::config::HttpLimits;
 use crate::engine::Stage;
+use crate::telemetry::Telemetry;
 use auth::Auth;
 use cors::Cors;
 use tls::Tls;
@@ -53,6 +54,8 @@ pub struct App {
     pub cors: Cors,
     /// Where connections are to be encrypted.
     pub tls: Option<Tls>,
+    /// Where requests are traced.
+    pub telemetry: Option<Telemetry>,
     /// How OpenAI's clients name the model.
     pub model_id: String,
     /// The model's chat template, read at the first chat; or why there is none.

@@ -55,6 +55,11 @@ pub async fn answer(app: &Arc<App>, request: Request<Incoming>, id: &Arc<str>, t
     answer.unwrap_or_else(write)
 }
 
+/// A path that there is, as the table has it.
+pub fn known(path: &str) -> Option<&'static str> {
+    PATHS.into_iter().map(|(known, _)| known).find(|known| *known == path)
+}
+
 async fn route(app: &Arc<App>, request: Request<Incoming>, call: &Call<'_>) -> Result<Reply, Problem> {
     let path = request.uri().path();
     let Some((path, allow)) = PATHS.into_iter().find(|(known, _)| *known == path) else { return Err(not_found(path)) };
@@ -178,7 +183,7 @@ async fn generate(app: &Arc<App>, request: Request<Incoming>, call: &Call<'_>) -
         let first = first_event(&mut events).await?;
         return Ok(reply::stream(first, vec![events], Box::new(Pieces), Arc::clone(call.tally)));
     }
-    let (text, done) = collect(events, call).await?;
+    let (text, done) = collect(events, 0, call).await?;
     Ok(reply::json(StatusCode::OK, &generate::completion(&done, &text)))
 }
 
@@ -220,14 +225,15 @@ async fn complete(
         return Ok(reply::stream(first, choices, Box::new(chunks), Arc::clone(call.tally)));
     }
     let mut done = Vec::with_capacity(choices.len());
-    for events in choices {
-        done.push(collect(events, call).await?);
+    for (choice, events) in choices.into_iter().enumerate() {
+        done.push(collect(events, choice, call).await?);
     }
     Ok(reply::json(StatusCode::OK, &envelope.answer(&done)))
 }
 
 /// Hands over what a body asks for, in the name of who sent it.
 async fn submit(handle: &Handle, asked: request::Request, call: &Call<'_>) -> Result<mpsc::Receiver<Event>, SubmitError> {
+    call.tally.submit();
     handle.submit(request::Request { id: Arc::clone(call.id), owner: call.owner, ..asked }).await
 }
 
@@ -241,14 +247,18 @@ async fn first_event(events: &mut mpsc::Receiver<Event>) -> Result<Event, Proble
 }
 
 /// A whole answer.
-async fn collect(mut events: mpsc::Receiver<Event>, call: &Call<'_>) -> Result<(String, Completion), Problem> {
+async fn collect(
+    mut events: mpsc::Receiver<Event>,
+    choice: usize,
+    call: &Call<'_>,
+) -> Result<(String, Completion), Problem> {
     let mut text = String::new();
     while let Some(event) = events.recv().await {
         match event {
             Event::Piece(piece) => text += &piece,
             Event::Done(done) => {
                 text += &done.tail;
-                call.tally.note(&done);
+                call.tally.note(choice, &done);
                 return Ok((text, done));
             }
             Event::Failed { id } => return Err(Problem::incident(&id)),
