@@ -27,7 +27,7 @@ pub struct NetworkArgs {
     /// Key that may read /metrics and nothing else; with METRICS=key
     #[arg(long, env = "METRICS_KEY", value_name = "METRICS_KEY", value_parser = secret, hide_env_values = true)]
     pub metrics_key: Option<Secret>,
-    /// Origin whose pages may read answers, such as https://example.org, or * for every one; repeat it, or separate several by
+    /// Origin whose pages may read answers, such as `https://example.org`, or * for every one; repeat it, or separate several by
     /// commas [default: none may]
     #[arg(long = "cors-origin", env = "CORS_ORIGIN", value_name = "CORS_ORIGIN", value_delimiter = ',', value_parser = origin)]
     pub cors_origins: Vec<HeaderValue>,
@@ -37,7 +37,7 @@ pub struct NetworkArgs {
     /// The certificate's private key in PEM
     #[arg(long, env = "TLS_KEY", value_name = "TLS_KEY")]
     pub tls_key: Option<PathBuf>,
-    /// OpenTelemetry collector that gets a trace of each request, such as http://127.0.0.1:4318 [default: none]
+    /// OpenTelemetry collector that gets a trace of each request, such as `http://127.0.0.1:4318` [default: none]
     #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT", value_name = "OTEL_EXPORTER_OTLP_ENDPOINT", value_parser = collector)]
     pub otlp_endpoint: Option<Uri>,
 }
