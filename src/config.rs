@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use hyper::Uri;
 use network::NetworkArgs;
 
 use crate::engine::thread::{DraftParams, EngineParams, HeadsParams};
@@ -40,7 +41,7 @@ pub struct Args {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Serve a GGUF model over HTTP
-    Serve(ServeArgs),
+    Serve(Box<ServeArgs>),
     /// Generate text from one prompt, streamed to the terminal
     Generate(GenerateArgs),
     /// Train heads for a model from its own answers to a file of prompts
@@ -487,6 +488,8 @@ pub struct Config {
     pub cors: Cors,
     /// The certificate, where connections are to be encrypted.
     pub tls: Option<Tls>,
+    /// The collector of traces.
+    pub otlp_endpoint: Option<Uri>,
     /// How long running requests may take after SIGTERM.
     pub drain_timeout: Duration,
 }
@@ -618,6 +621,7 @@ impl ServeArgs {
             auth,
             cors: self.network.cors()?,
             tls: self.network.tls()?,
+            otlp_endpoint: self.network.otlp_endpoint.clone(),
             drain_timeout: self.drain_timeout,
         })
     }
@@ -691,7 +695,7 @@ mod tests {
     fn serve(args: &[&str]) -> Result<ServeArgs, clap::Error> {
         let all = ["medusa-llama", "serve"].iter().chain(args);
         Args::try_parse_from(all).map(|a| match a.command {
-            Command::Serve(s) => s,
+            Command::Serve(s) => *s,
             _ => unreachable!("`serve` was given"),
         })
     }

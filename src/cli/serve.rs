@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{oneshot, watch};
@@ -15,6 +15,7 @@ use crate::config::Config;
 use crate::engine::{self, Handle, Layout, Stage};
 use crate::http::{self, App};
 use crate::metrics::Metrics;
+use crate::telemetry::Telemetry;
 
 /// Bytes that were written take this long at most to leave.
 const FLUSH: Duration = Duration::from_secs(2);
@@ -42,6 +43,8 @@ async fn run(config: Config) -> anyhow::Result<()> {
     tracing::info!("listening on {scheme}://{address}, loading {}", config.engine.model_path.display());
     // As llama-server and vLLM do: the file's name.
     let model_id = config.engine.model_path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    let telemetry = config.otlp_endpoint.map(|collector| Telemetry::start(&collector, &model_id)).transpose();
+    let telemetry = telemetry.map_err(|error| anyhow!(error))?;
     let engine = engine::spawn(config.engine);
     let app = Arc::new(App {
         stage: engine.stage(),
@@ -51,6 +54,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
         cors: config.cors,
         tls: config.tls,
         metrics: Metrics::new(&model_id, engine.stage()),
+        telemetry,
         model_id,
         template: OnceLock::new(),
     });
@@ -74,6 +78,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
     };
     let _ = end.send(());
     let _ = network.await;
+    let _ = tokio::task::spawn_blocking(move || app.telemetry.as_ref().map(Telemetry::stop)).await;
     engine.stop();
     match failure {
         Some(why) => bail!("{why}"),

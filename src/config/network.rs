@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use clap::{Args as ClapArgs, ValueEnum};
+use hyper::Uri;
 use hyper::header::HeaderValue;
 
 use crate::http::auth::{Auth, Key};
@@ -26,7 +27,7 @@ pub struct NetworkArgs {
     /// Key that may read /metrics and nothing else; with METRICS=key
     #[arg(long, env = "METRICS_KEY", value_name = "METRICS_KEY", value_parser = secret, hide_env_values = true)]
     pub metrics_key: Option<Secret>,
-    /// Origin whose pages may read answers, such as https://example.org, or * for every one; repeat it, or separate several by
+    /// Origin whose pages may read answers, such as `https://example.org`, or * for every one; repeat it, or separate several by
     /// commas [default: none may]
     #[arg(long = "cors-origin", env = "CORS_ORIGIN", value_name = "CORS_ORIGIN", value_delimiter = ',', value_parser = origin)]
     pub cors_origins: Vec<HeaderValue>,
@@ -36,6 +37,9 @@ pub struct NetworkArgs {
     /// The certificate's private key in PEM
     #[arg(long, env = "TLS_KEY", value_name = "TLS_KEY")]
     pub tls_key: Option<PathBuf>,
+    /// OpenTelemetry collector that gets a trace of each request, such as `http://127.0.0.1:4318` [default: none]
+    #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT", value_name = "OTEL_EXPORTER_OTLP_ENDPOINT", value_parser = collector)]
+    pub otlp_endpoint: Option<Uri>,
 }
 
 /// Who may read `/metrics`.
@@ -133,6 +137,15 @@ fn origin(text: &str) -> Result<HeaderValue, String> {
         return Err(wanted());
     }
     HeaderValue::from_str(text).map_err(|_| wanted())
+}
+
+/// A collector's address: it stands near, so no TLS.
+fn collector(text: &str) -> Result<Uri, String> {
+    let uri = text
+        .parse::<Uri>()
+        .ok()
+        .filter(|uri| uri.scheme_str() == Some("http") && uri.host().is_some() && uri.query().is_none());
+    uri.ok_or_else(|| "must be the address of a collector that takes OTLP over HTTP, such as http://127.0.0.1:4318".into())
 }
 
 /// Those of a file.

@@ -1,21 +1,24 @@
-//! Around every request: the id that its answer and all lines about it carry, and one line in the log when the answer has ended.
+//! Around every request: the id that its answer and all lines about it carry, and one line in the log, and a trace, when the answer has
+//! ended.
 
 use std::hash::{BuildHasher, RandomState};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use bytes::{Buf, Bytes};
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use hyper::header::{HeaderMap, HeaderName, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
+use opentelemetry::trace::SpanContext;
 use parking_lot::Mutex;
 use tracing::{Instrument, Span};
 
 use super::reply::Content;
 use super::{App, routes};
-use crate::request::{Completion, Timings, Usage, span};
+use crate::request::{Completion, Usage, span};
+use crate::telemetry::{self, Answer, Served};
 
 /// Names a request, in both directions.
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -24,21 +27,28 @@ const MAX_ID: usize = 128;
 /// Characters of a path that are logged.
 const MAX_PATH: usize = 200;
 
-/// What a request's answers took, noted as each of them ends.
+/// What a request's answers took, by choice, noted as each of them ends.
 #[derive(Debug, Default)]
-pub struct Tally(Mutex<Vec<(Usage, Timings)>>);
+pub struct Tally(Mutex<Vec<Answer>>);
 
 impl Tally {
-    /// Notes an answer that is complete.
-    pub fn note(&self, done: &Completion) {
-        self.0.lock().push((done.usage, done.timings));
+    /// Notes that the next choice is asked of the engine.
+    pub fn submit(&self) {
+        self.0.lock().push(Answer { submitted: SystemTime::now(), done: None });
+    }
+
+    /// Notes that a choice is complete.
+    pub fn note(&self, choice: usize, done: &Completion) {
+        if let Some(answer) = self.0.lock().get_mut(choice) {
+            answer.done = Some((done.usage, done.timings));
+        }
     }
 }
 
 /// Answers a request and logs that.
 pub async fn answer(app: Arc<App>, request: Request<Incoming>) -> Response<Logged> {
     let id = id_of(request.headers());
-    let mut line = Line::begin(&request, &id);
+    let mut line = Line::begin(&app, &request, &id);
     let allowed = app.cors.allowed(request.headers());
     let mut reply = match app.cors.preflight(&request) {
         Some(reply) => reply,
@@ -61,12 +71,16 @@ fn id_of(headers: &HeaderMap) -> Arc<str> {
 }
 
 /// The line of one request. It is logged on drop: then the answer has ended, or nobody waits for it any more.
-#[derive(Debug)]
 struct Line {
+    app: Arc<App>,
+    id: Arc<str>,
     span: Span,
     method: Method,
     path: String,
+    route: Option<&'static str>,
+    parent: Option<SpanContext>,
     began: Instant,
+    began_at: SystemTime,
     /// `None` while there is no answer.
     status: Option<StatusCode>,
     n_bytes: usize,
@@ -76,14 +90,20 @@ struct Line {
 }
 
 impl Line {
-    fn begin(request: &Request<Incoming>, id: &str) -> Self {
+    fn begin(app: &Arc<App>, request: &Request<Incoming>, id: &Arc<str>) -> Self {
         // Not the query: it might hold what should stay with the client.
         let path = request.uri().path().chars().take(MAX_PATH).flat_map(char::escape_debug).collect();
+        let parent = app.telemetry.as_ref().and_then(|_| telemetry::parent(request.headers()));
         Self {
+            app: Arc::clone(app),
+            id: Arc::clone(id),
             span: span(id),
             method: request.method().clone(),
             path,
+            route: routes::known(request.uri().path()).map(|(path, _)| path),
+            parent,
             began: Instant::now(),
+            began_at: SystemTime::now(),
             status: None,
             n_bytes: 0,
             is_complete: false,
@@ -95,7 +115,8 @@ impl Line {
 impl Drop for Line {
     fn drop(&mut self) {
         let answers = self.tally.0.lock();
-        let sum = |of: fn(&Usage) -> usize| (!answers.is_empty()).then(|| answers.iter().map(|(u, _)| of(u)).sum::<usize>());
+        let done = || answers.iter().filter_map(|answer| answer.done.as_ref());
+        let sum = |of: fn(&Usage) -> usize| done().next().map(|_| done().map(|(usage, _)| of(usage)).sum::<usize>());
         tracing::info!(
             parent: &self.span,
             method = %self.method,
@@ -108,11 +129,24 @@ impl Drop for Line {
             "{}",
             if self.is_complete { "answered" } else { "aborted" },
         );
+        if let Some(telemetry) = &self.app.telemetry {
+            telemetry.record(&Served {
+                id: &self.id,
+                method: &self.method,
+                path: &self.path,
+                route: self.route,
+                status: self.status,
+                n_bytes: self.n_bytes,
+                is_aborted: !self.is_complete,
+                began: self.began_at,
+                parent: self.parent.as_ref(),
+                answers: &answers,
+            });
+        }
     }
 }
 
 /// An answer's body, whose end is logged.
-#[derive(Debug)]
 pub struct Logged {
     body: Content,
     line: Line,

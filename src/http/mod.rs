@@ -38,6 +38,7 @@ use tokio_io_timeout::TimeoutStream;
 use crate::config::HttpLimits;
 use crate::engine::Stage;
 use crate::metrics::Metrics;
+use crate::telemetry::Telemetry;
 use auth::Auth;
 use cors::Cors;
 use tls::Tls;
@@ -61,6 +62,8 @@ pub struct App {
     pub tls: Option<Tls>,
     /// What Prometheus is told.
     pub metrics: Metrics,
+    /// Where requests are traced.
+    pub telemetry: Option<Telemetry>,
     /// How OpenAI's clients name the model.
     pub model_id: String,
     /// The model's chat template, read at the first chat; or why there is none.

@@ -170,7 +170,7 @@ impl EventStream {
             match event {
                 Event::Piece(_) => {}
                 Event::Done(done) => {
-                    self.tally.note(&done);
+                    self.tally.note(choice, &done);
                     self.choices[choice] = None;
                 }
                 Event::Failed { .. } => {

@@ -76,7 +76,7 @@ pub async fn answer(app: &Arc<App>, request: Request<Incoming>, id: &Arc<str>, t
 }
 
 /// The path of [`PATHS`] that this is, and what it takes.
-fn known(path: &str) -> Option<(&'static str, &'static str)> {
+pub fn known(path: &str) -> Option<(&'static str, &'static str)> {
     let path = if path.starts_with("/docs/") { DOCS_FILE } else { path };
     PATHS.into_iter().find(|(known, _)| *known == path)
 }
@@ -218,7 +218,7 @@ async fn generate(app: &Arc<App>, request: Request<Incoming>, call: &Call<'_>) -
         let first = first_event(&mut events).await?;
         return Ok(reply::stream(first, vec![events], Box::new(Pieces(spell)), Arc::clone(call.tally)));
     }
-    let (whole, done) = collect(events, call).await?;
+    let (whole, done) = collect(events, 0, call).await?;
     if is_too_late(&done) {
         return Err(too_late());
     }
@@ -265,8 +265,8 @@ async fn complete(
         return Ok(reply::stream(first, choices, Box::new(chunks), Arc::clone(call.tally)));
     }
     let mut done = Vec::with_capacity(choices.len());
-    for events in choices {
-        done.push(collect(events, call).await?);
+    for (choice, events) in choices.into_iter().enumerate() {
+        done.push(collect(events, choice, call).await?);
     }
     if done.iter().all(|(_, done)| is_too_late(done)) {
         return Err(too_late());
@@ -296,6 +296,7 @@ fn too_late() -> Problem {
 
 /// Hands over what a body asks for, in the name of who sent it.
 async fn submit(handle: &Handle, asked: request::Request, call: &Call<'_>) -> Result<mpsc::Receiver<Event>, SubmitError> {
+    call.tally.submit();
     // A request may give itself less time than the server gives any, but not more.
     let timeout = asked.timeout.into_iter().chain(call.timeout).min();
     handle.submit(request::Request { id: Arc::clone(call.id), owner: call.owner, timeout, ..asked }).await
@@ -312,14 +313,14 @@ async fn first_event(events: &mut mpsc::Receiver<Event>) -> Result<Event, Proble
 }
 
 /// A whole answer.
-async fn collect(mut events: mpsc::Receiver<Event>, call: &Call<'_>) -> Result<(Piece, Completion), Problem> {
+async fn collect(mut events: mpsc::Receiver<Event>, choice: usize, call: &Call<'_>) -> Result<(Piece, Completion), Problem> {
     let mut whole = Piece::default();
     while let Some(event) = events.recv().await {
         match event {
             Event::Piece(piece) => whole.append(piece),
             Event::Done(mut done) => {
                 whole.append(std::mem::take(&mut done.tail));
-                call.tally.note(&done);
+                call.tally.note(choice, &done);
                 return Ok((whole, done));
             }
             Event::Failed { id } => return Err(Problem::incident(&id)),
