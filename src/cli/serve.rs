@@ -41,6 +41,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
     tracing::info!("listening on http://{address}, loading {}", config.engine.model_path.display());
     // As llama-server and vLLM do: the file's name.
     let model_id = config.engine.model_path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    let openapi = http::openapi::json(config.engine.limits.n_ctx);
     let engine = engine::spawn(config.engine);
     let app = Arc::new(App {
         stage: engine.stage(),
@@ -48,6 +49,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
         limits: config.http,
         metrics: Metrics::new(&model_id, engine.stage()),
         model_id,
+        openapi,
         template: OnceLock::new(),
     });
 

@@ -16,7 +16,7 @@ use super::generate::{self, Generate, Pieces};
 use super::openai::{self, Asked, Endpoint, Envelope};
 use super::reply::{self, Problem, Reply};
 use super::template::ChatTemplate;
-use super::{App, docs, openapi};
+use super::{App, docs};
 use crate::engine::{Handle, Layout, Stage, SubmitError};
 use crate::error::Invalid;
 use crate::llama;
@@ -73,7 +73,7 @@ async fn route(app: &Arc<App>, request: Request<Incoming>) -> Result<Reply, Prob
         "/" => information(app),
         "/health" => Ok(health(app)),
         "/metrics" => Ok(reply::plain(metrics::CONTENT_TYPE, app.metrics.text())),
-        "/openapi.json" => Ok(reply::plain("application/json", openapi::json())),
+        "/openapi.json" => Ok(reply::plain("application/json", app.openapi.clone())),
         "/docs" => docs("").ok_or_else(|| not_found(path)),
         DOCS_FILE => {
             let path = request.uri().path();
