@@ -102,8 +102,9 @@ fn a_request_shows_while_it_runs_and_when_its_client_leaves() {
     // Without drafts, which would be through with a text that repeats itself before it is looked at.
     let body =
         json!({ "prompt": "A long story:", "max_tokens": 2000, "stream": true, "ignore_eos": true, "speculation": "off" });
-    let (mut first, second) = (server.open_stream(&body), server.open_stream(&body));
-    first.read_exact(&mut [0; 100]).unwrap();
+    let mut first = server.open_stream(&body);
+    first.read_exact(&mut [0; 100]).unwrap(); // else the second might be first
+    let second = server.open_stream(&body);
     server.wait(|| server.metric("num_requests_waiting", &[]) == 1.0);
     assert_eq!(server.metric("num_requests_running", &[]), 1.0);
     let used = server.metric("kv_cache_usage_perc", &[]);
