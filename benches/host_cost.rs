@@ -11,7 +11,7 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use medusa_llama::engine::slots::KvOp;
 use medusa_llama::engine::{Engine, Forward, Job, Layout, Limits, Rows};
 use medusa_llama::llama::{LlamaError, Token};
-use medusa_llama::request::{Event, Request, SamplingParams, Speculation};
+use medusa_llama::request::{Event, Request, SamplingParams};
 use tokio::sync::mpsc::{self, Receiver};
 
 const N_VOCAB: usize = 49_152;
@@ -66,17 +66,8 @@ fn engine(n: usize, temperature: f32) -> (Engine<Still>, Vec<Receiver<Event>>) {
         let (events, receiver) = mpsc::channel(N_CTX);
         let sampling = SamplingParams { temperature, seed: i as u64, ..SamplingParams::default() };
         let stop = vec!["\n\n###".to_owned()];
-        let request = Request {
-            prompt: String::new(),
-            max_tokens: N_CTX,
-            sampling,
-            stop,
-            ignore_eos: false,
-            cache_prompt: true,
-            speculation: Speculation::Auto,
-            share_text: true,
-        };
-        engine.enqueue(Job { prompt: vec![Token(1)], request, events, permit: None, accepted: Instant::now() });
+        let request = Request { sampling, stop, ..Request::new("", N_CTX) };
+        engine.enqueue(Job::new(vec![Token(1)], request, events));
         receiver
     });
     let receivers = receivers.collect();

@@ -63,7 +63,7 @@ def main():
     try:
         while True:
             if server.poll() is not None: raise SystemExit("the server ended")
-            try: urllib.request.urlopen(url + "/health"); break
+            try: urllib.request.urlopen(url + "/ready"); break
             except OSError: time.sleep(0.1)
         for seed in range(1, a.runs + 1):
             print(json.dumps(run(url, a.streams, a.prompt_tokens, seed)), flush=True)

@@ -1,13 +1,19 @@
 //! From what was typed ([`Args`]) to what is run ([`Config`]): every limit, with its default, is in the table of [`ServeArgs`].
 
+pub mod network;
+
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use network::NetworkArgs;
 
 use crate::engine::thread::{DraftParams, EngineParams, HeadsParams};
 use crate::engine::{Layout, Limits};
+use crate::http::auth::Auth;
+use crate::http::cors::Cors;
+use crate::http::tls::Tls;
 use crate::llama::{self, Quantization};
 use crate::request::Speculation;
 use crate::synth::Shape;
@@ -81,7 +87,7 @@ pub struct DraftArgs {
     /// Use at most this many of the heads
     #[arg(long = "medusa-k-heads", env = "MEDUSA_K_HEADS", value_name = "MEDUSA_K_HEADS", default_value_t = 5, value_parser = between(1, 16))]
     pub k_heads: usize,
-    /// Draft what followed in a text before: in the request's own, or in recent answers too
+    /// Draft what followed in a text before: in the request's own, or in recent answers too (to the same API key, if there are keys)
     #[arg(long, env = "TEXT_DRAFTS", value_name = "TEXT_DRAFTS", default_value = "shared")]
     pub text_drafts: TextSource,
     /// Tokens of recent answers that are kept to draft from; 20 bytes each
@@ -109,6 +115,9 @@ pub struct ServeArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub model: ModelArgs,
+    /// Form of the log, llama.cpp's lines included: text, or a JSON object a line
+    #[arg(long, env = "LOG_FORMAT", value_name = "LOG_FORMAT", default_value = "text", ignore_case = true)]
+    pub log_format: LogFormat,
     /// Sequences decoded together
     #[arg(short = 'b', long, env = "BATCH_SIZE", value_name = "BATCH_SIZE", default_value_t = 4, value_parser = between(1, 256))]
     pub batch_size: usize,
@@ -155,9 +164,22 @@ pub struct ServeArgs {
     /// Open connections; more wait to be accepted
     #[arg(long, env = "MAX_CONNECTIONS", value_name = "MAX_CONNECTIONS", default_value_t = 1024, value_parser = between(1, 65_536))]
     pub max_connections: usize,
-    /// How long a client may take to send a request's head, and then its body, in seconds
+    /// Largest head of a request, in bytes
+    #[arg(long, env = "MAX_HEADER_BYTES", value_name = "MAX_HEADER_BYTES", default_value_t = 1 << 15, value_parser = between(1024, 1 << 20))]
+    pub max_header_bytes: usize,
+    /// How long a client may take to send a request's head, and then its body, in seconds; between requests a connection may idle as long
     #[arg(long, env = "READ_TIMEOUT", value_name = "READ_TIMEOUT", default_value = "30", value_parser = seconds)]
     pub read_timeout: Duration,
+    /// Longest time for a request, in seconds: then its answer ends where it stands. A request's own timeout_s may be shorter
+    /// [default: no limit]
+    #[arg(long, env = "REQUEST_TIMEOUT", value_name = "REQUEST_TIMEOUT", value_parser = seconds)]
+    pub request_timeout: Option<Duration>,
+    /// How long a client may take no byte of its answer before it is let go and its request cancelled, in seconds
+    #[arg(long, env = "WRITE_TIMEOUT", value_name = "WRITE_TIMEOUT", default_value = "60", value_parser = some_seconds)]
+    pub write_timeout: Duration,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub network: NetworkArgs,
 }
 
 /// `medusa-llama generate`.
@@ -439,6 +461,15 @@ impl LogLevel {
     }
 }
 
+/// In which form to log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people
+    Text,
+    /// For programs
+    Json,
+}
+
 /// What `serve` runs with. Every value was checked.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -450,6 +481,12 @@ pub struct Config {
     pub engine: EngineParams,
     /// For the network side.
     pub http: HttpLimits,
+    /// Who may ask.
+    pub auth: Auth,
+    /// Which pages may read answers.
+    pub cors: Cors,
+    /// The certificate, where connections are to be encrypted.
+    pub tls: Option<Tls>,
     /// How long running requests may take after SIGTERM.
     pub drain_timeout: Duration,
 }
@@ -461,8 +498,14 @@ pub struct HttpLimits {
     pub max_body_bytes: usize,
     /// Open connections.
     pub max_connections: usize,
+    /// Bytes of a request's head.
+    pub max_header_bytes: usize,
     /// For a request's head, and for its body.
     pub read_timeout: Duration,
+    /// For a request, from its acceptance to its answer's end.
+    pub timeout: Option<Duration>,
+    /// For a client to take some bytes of its answer.
+    pub write_timeout: Duration,
 }
 
 impl ModelArgs {
@@ -541,7 +584,9 @@ impl ServeArgs {
         if self.drafts.folder.as_ref().is_some_and(|folder| folder.as_os_str() != NO_HEADS) && streams {
             return Err("KV_LAYOUT is streams, which cannot hold the trees that MEDUSA_HEADS drafts: use unified".into());
         }
+        let auth = self.network.auth()?;
         let drafts = self.drafts.params(&self.model).filter(|_| !streams);
+        let drafts = drafts.map(|drafts| DraftParams { n_owners: auth.keys.len(), ..drafts });
         let limits = Limits {
             n_slots: self.batch_size,
             n_ctx,
@@ -565,8 +610,14 @@ impl ServeArgs {
             http: HttpLimits {
                 max_body_bytes: self.max_body_bytes,
                 max_connections: self.max_connections,
+                max_header_bytes: self.max_header_bytes,
                 read_timeout: self.read_timeout,
+                timeout: self.request_timeout,
+                write_timeout: self.write_timeout,
             },
+            auth,
+            cors: self.network.cors()?,
+            tls: self.network.tls()?,
             drain_timeout: self.drain_timeout,
         })
     }
@@ -602,6 +653,12 @@ fn seconds(text: &str) -> Result<Duration, String> {
         Ok(s) if (0.0..=86_400.0).contains(&s) => Ok(Duration::from_secs_f64(s)),
         _ => Err("must be a number of seconds from 0 to 86400".into()),
     }
+}
+
+/// The same, but long enough for something to happen in it.
+fn some_seconds(text: &str) -> Result<Duration, String> {
+    let long_enough = seconds(text).ok().filter(|time| *time >= Duration::from_millis(100));
+    long_enough.ok_or_else(|| "must be a number of seconds from 0.1 to 86400".into())
 }
 
 fn speculation(name: &str) -> Result<Speculation, String> {
@@ -646,6 +703,7 @@ mod tests {
             (["--port", "70000"], "PORT"),
             (["--max-wait-time", "100000"], "MAX_WAIT_TIME"),
             (["--max-wait-time", "nan"], "MAX_WAIT_TIME"),
+            (["--write-timeout", "0"], "WRITE_TIMEOUT"),
             (["--ctx", "x"], "MODEL_CONTEXT_SIZE"),
             (["--log-level", "loud"], "LOG_LEVEL"),
             (["--kv", "both"], "KV_LAYOUT"),

@@ -9,7 +9,7 @@
 //! A request flows one way; answers return only as [`Event`](request::Event)s on the request's own channel.
 //!
 //! ```text
-//! http ──> request ──> engine ──> { scheduler, slots, speculate, sampler, text } ──> { llama ──> llama.cpp, gpu ──> cuda/ }
+//! http ──> request ──> engine ──> { scheduler, slots, speculate, grammar, sampler, text } ──> { llama ──> llama.cpp, gpu ──> cuda/ }
 //! ```
 //!
 //! 1. [`http`] reads a body and parses it, once, into a checked [`Request`](request::Request).
@@ -18,11 +18,12 @@
 //! 3. The engine admits it: [`slots`](engine::slots) finds a sequence id and whatever of the prompt is cached already.
 //! 4. [`scheduler::plan`](engine::scheduler::plan) picks the rows of the step: one for each running stream, then chunks of
 //!    prompts as large as [`pace`](engine::pace) allows.
-//! 5. [`speculate`] drafts a tree of candidates for each running stream, by heads and from text, and keeps the nodes that pay.
+//! 5. [`speculate`] drafts a tree of candidates for each running stream, by heads and from text; its [`grammar`](engine::grammar), if it
+//!    has one, cuts out what it forbids; and the nodes that pay are kept.
 //! 6. One [`forward`](engine::Forward::forward) over all rows, the trees' among them. [`leaves`](engine::leaves) lends sequence
 //!    ids, so that a node sees its own path.
-//! 7. Commit: [`sampler`](engine::sampler) (after [`filter`](engine::filter)) chooses a token from each row that ends a sequence,
-//!    and goes on from the child that holds it, if there is one. [`text`](engine::text) turns bytes into whole characters and
+//! 7. Commit: [`sampler`](engine::sampler) (after [`filter`](engine::filter)) chooses a token from each row that ends a sequence, of
+//!    those that its grammar allows, and goes on from the child that holds it, if there is one. [`text`](engine::text) turns bytes into whole characters and
 //!    looks for stop strings, and the piece leaves as an event. The cells of paths not taken are free again.
 //!    Where the logits are on a device, [`speculate::device`] has chosen there, and drafted for the next step, before that.
 //! 8. `http` turns events into JSON or server-sent events.
@@ -36,7 +37,7 @@
 //! | `build.rs`, `vendor/` | llama.cpp's source, patched and compiled; its bindings | |
 //! | [`config`] | arguments as typed, and checked; every limit and default in one table | |
 //! | [`cli`] | the commands: start, signals, drain, terminal | llama.cpp |
-//! | [`http`] | accept loop, routes; `generate` and `openai`, the two dialects; chat templates; server-sent events; `openapi` and `docs` document it all | cells, batches |
+//! | [`http`] | accept loop, routes; `access`, what is logged of a request; `auth` and `cors`, who may ask; `tls`; `generate` and `openai`, the two dialects; chat templates; server-sent events; `openapi` and `docs` document it all | cells, batches |
 //! | [`request`], [`error`] | what `http` and `engine` share | both |
 //! | [`engine`] | the loop; `thread` starts and runs it, `handle` is its outside, `stats` what it counts, `forward` its way to a model | sockets, JSON |
 //! | [`metrics`] | what `/metrics` shows: names for what the engine and HTTP count | sockets, cells |

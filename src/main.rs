@@ -6,12 +6,18 @@ use std::process::ExitCode;
 use anyhow::anyhow;
 use clap::Parser;
 use medusa_llama::cli;
-use medusa_llama::config::{Args, Command, LogLevel};
+use medusa_llama::config::{Args, Command, LogFormat, LogLevel};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
-    match run(Args::parse()) {
+    let args = Args::parse();
+    let in_json = matches!(&args.command, Command::Serve(args) if args.log_format == LogFormat::Json);
+    match run(args) {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if in_json => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
@@ -22,7 +28,10 @@ fn main() -> ExitCode {
 fn run(args: Args) -> anyhow::Result<()> {
     match args.command {
         Command::Serve(args) => {
-            log_to_stderr(args.model.log_level);
+            match args.log_format {
+                LogFormat::Text => log_to_stderr(args.model.log_level),
+                LogFormat::Json => log_json(args.model.log_level),
+            }
             cli::serve(args.check().map_err(|e| anyhow!(e))?)
         }
         Command::Generate(args) => {
@@ -65,4 +74,12 @@ fn log_to_stderr(level: LogLevel) {
     let colours = std::io::stderr().is_terminal();
     let filter = EnvFilter::new(level.as_str());
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours).init();
+}
+
+/// A JSON object a line, whatever happens.
+fn log_json(level: LogLevel) {
+    let filter = EnvFilter::new(level.as_str());
+    let lines = tracing_subscriber::fmt().json().flatten_event(true).with_current_span(true).with_span_list(false);
+    lines.with_env_filter(filter).with_writer(std::io::stderr).init();
+    std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}")));
 }

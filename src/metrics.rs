@@ -117,7 +117,8 @@ fn write_load(out: &mut Out<'_>, handle: &Handle, stats: &Snapshot) -> Result<()
     };
     let complete = ended(&[(Ended::Stop, "stop"), (Ended::Length, "length")], "finished_reason");
     out.counters("medusa_llama:request_success", "Complete answers, by what ended them", complete)?;
-    let others = ended(&[(Ended::Cancelled, "cancelled"), (Ended::Failed, "engine")], "reason");
+    let others = [(Ended::Deadline, "deadline"), (Ended::Cancelled, "cancelled"), (Ended::Failed, "engine")];
+    let others = ended(&others, "reason");
     out.counters("medusa_llama:request_failures", "Requests without a complete answer, by who ended them", others)
 }
 

@@ -2,9 +2,14 @@
 //!
 //! Both sides know this file and nothing else of each other.
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use half::f16;
+use serde_json::Value;
 
 use crate::llama::Token;
+use crate::speculate::reliability::Source;
 use crate::vector::{largest_k, log_sum_exp};
 
 /// How to choose each token. Every value is in the range its field names; [`Default`] is `/generate`'s.
@@ -76,8 +81,101 @@ pub struct Request {
     pub cache_prompt: bool,
     /// Whether to draft.
     pub speculation: Speculation,
-    /// Whether other answers may be drafted from this one, and this one from others.
+    /// Whether its owner's other answers may be drafted from this one, and this one from them.
     pub share_text: bool,
+    /// What the text must be; `None`: any text.
+    pub grammar: Option<GrammarSource>,
+    /// What to tell of each token beside its text; `None`: nothing.
+    pub report: Option<Report>,
+    /// The answer ends where it stands when so long has passed since the request was accepted.
+    pub timeout: Option<Duration>,
+    /// Names it in the log; empty if nobody asks.
+    pub id: Arc<str>,
+    /// Whose it is: a number, the same for all that one client sends; 0 where clients are not told apart.
+    pub owner: u32,
+}
+
+impl Request {
+    /// With nothing asked for but an answer of at most `max_tokens` tokens.
+    #[must_use]
+    pub fn new(prompt: impl Into<String>, max_tokens: usize) -> Self {
+        Self {
+            prompt: prompt.into(),
+            max_tokens,
+            sampling: SamplingParams::default(),
+            stop: Vec::new(),
+            ignore_eos: false,
+            cache_prompt: true,
+            speculation: Speculation::Auto,
+            share_text: true,
+            grammar: None,
+            report: None,
+            timeout: None,
+            id: "".into(),
+            owner: 0,
+        }
+    }
+}
+
+/// A grammar as it was sent.
+#[derive(Clone, Debug, PartialEq)]
+pub enum GrammarSource {
+    /// JSON that a schema describes.
+    JsonSchema(Value),
+    /// In llguidance's dialect of Lark.
+    Lark(String),
+}
+
+/// What to tell of each token of an answer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Where it came from, and which step decided it.
+    pub details: bool,
+    /// Its log probability, and those of this many of the likeliest tokens; `None`: neither.
+    pub n_top: Option<usize>,
+}
+
+/// What is told of a token.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenReport {
+    /// Which.
+    pub token: Token,
+    /// Where it was drafted; `None` if it was not, and a step went by for it.
+    pub source: Option<Source>,
+    /// The request's step that decided it; 1 is the first.
+    pub step: usize,
+    /// Rows of that step, those of other requests included.
+    pub n_rows: usize,
+    /// What the model thought of it, where that was asked for.
+    pub logprobs: Option<Logprobs>,
+}
+
+/// Natural logarithms of probabilities as the model gives them: before bias, penalties, temperature, filters and grammar.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Logprobs {
+    /// Of the token.
+    pub logprob: f32,
+    /// The likeliest tokens, best first.
+    pub top: Vec<(Token, f32)>,
+}
+
+impl Logprobs {
+    /// Of `token` in a row of logits, with the `n_top` best.
+    #[must_use]
+    pub fn new(token: Token, logits: &[f32], n_top: usize) -> Self {
+        let norm = log_sum_exp(logits);
+        let mut top = Vec::with_capacity(n_top);
+        largest_k(logits, n_top, &mut top);
+        top.iter_mut().for_each(|(_, logit)| *logit -= norm);
+        Self { logprob: logits[token.0 as usize] - norm, top }
+    }
+}
+
+/// What every line of the log about a request stands in, wherever it is logged. Its level is the highest there is, so that no
+/// filter takes it from a line.
+#[must_use]
+pub fn span(id: &str) -> tracing::Span {
+    tracing::error_span!("request", request_id = id)
 }
 
 /// Whether drafts are verified for a request, where they come from, and how they are accepted.
@@ -130,7 +228,7 @@ impl Speculation {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
     /// More text; never empty, never half a character.
-    Piece(String),
+    Piece(Piece),
     /// The answer is complete. The last event.
     Done(Completion),
     /// The engine failed and the answer stays incomplete. The last event. The log names the cause under this id.
@@ -140,11 +238,28 @@ pub enum Event {
     },
 }
 
+/// A part of an answer.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Piece {
+    /// Its text.
+    pub text: String,
+    /// The tokens whose text begins in it, if a [`Report`] was asked for. One that ends the text is not among them.
+    pub tokens: Vec<TokenReport>,
+}
+
+impl Piece {
+    /// Appends a later part.
+    pub fn append(&mut self, next: Self) {
+        self.text += &next.text;
+        self.tokens.extend(next.tokens);
+    }
+}
+
 /// How an answer ended.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Completion {
-    /// Text that was still held back as a possible beginning of a stop string; often empty.
-    pub tail: String,
+    /// What was still held back as a possible beginning of a stop string; often empty.
+    pub tail: Piece,
     /// Why it ended.
     pub finish_reason: FinishReason,
     /// Token counts.
@@ -186,12 +301,14 @@ impl Trace {
 /// Why an answer ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FinishReason {
-    /// The model ended the text.
+    /// The model ended the text, or its grammar allows no more.
     EndOfText,
     /// This stop string appeared; the text ends before it.
     StopString(String),
     /// `max_tokens` or the context's end was reached.
     Length,
+    /// The request's time was over; perhaps before its first token.
+    Deadline,
 }
 
 /// Token counts of one request.

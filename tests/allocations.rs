@@ -4,12 +4,11 @@
 
 use std::alloc::{GlobalAlloc, Layout as MemoryLayout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Instant;
 
 use medusa_llama::engine::slots::KvOp;
 use medusa_llama::engine::{Engine, Forward, Job, Layout, Limits, Rows};
 use medusa_llama::llama::{LlamaError, Token};
-use medusa_llama::request::{Event, Request, SamplingParams, Speculation};
+use medusa_llama::request::{Event, Request, SamplingParams};
 use medusa_llama::speculate::calibration::Calibration;
 use medusa_llama::speculate::cost::Cost;
 use medusa_llama::speculate::text::TextDrafts;
@@ -119,17 +118,8 @@ fn counted(n: usize, temperature: f32) -> (usize, usize, usize) {
         .map(|i| {
             let (events, receiver) = mpsc::channel(N_CTX);
             let sampling = SamplingParams { temperature, seed: i as u64, ..SamplingParams::default() };
-            let request = Request {
-                prompt: String::new(),
-                max_tokens: N_CTX,
-                sampling,
-                stop: vec!["###".into()],
-                ignore_eos: false,
-                cache_prompt: true,
-                speculation: Speculation::Auto,
-                share_text: true,
-            };
-            engine.enqueue(Job { prompt: vec![Token(1)], request, events, permit: None, accepted: Instant::now() });
+            let request = Request { sampling, stop: vec!["###".into()], ..Request::new("", N_CTX) };
+            engine.enqueue(Job::new(vec![Token(1)], request, events));
             receiver
         })
         .collect();

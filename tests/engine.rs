@@ -6,7 +6,6 @@ mod stub;
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Instant;
 
 use medusa_llama::engine::stats::Stats;
 use medusa_llama::engine::{Engine, Job, Layout, Limits};
@@ -30,18 +29,9 @@ fn limits(layout: Layout, n_slots: usize, n_ctx: usize, n_batch: usize) -> Limit
 fn job(prompt: &[i32], max_tokens: usize, temperature: f32) -> (Job, Receiver<Event>) {
     let (events, receiver) = mpsc::channel(max_tokens + 1);
     let sampling = SamplingParams { temperature, seed: 3, ..SamplingParams::default() };
-    let request = Request {
-        prompt: String::new(),
-        max_tokens,
-        sampling,
-        stop: vec![],
-        ignore_eos: false,
-        cache_prompt: true,
-        speculation: Speculation::Auto,
-        share_text: true,
-    };
+    let request = Request { sampling, ..Request::new("", max_tokens) };
     let prompt = prompt.iter().map(|&t| Token(t)).collect();
-    (Job { prompt, request, events, permit: None, accepted: Instant::now() }, receiver)
+    (Job::new(prompt, request, events), receiver)
 }
 
 /// Everything that came: text, and how it ended.
@@ -49,7 +39,7 @@ fn read(receiver: &mut Receiver<Event>) -> (String, Option<Event>) {
     let mut text = String::new();
     while let Ok(event) = receiver.try_recv() {
         match event {
-            Event::Piece(piece) => text += &piece,
+            Event::Piece(piece) => text += &piece.text,
             end => return (text, Some(end)),
         }
     }
@@ -432,16 +422,17 @@ fn an_answer_given_before_is_drafted_from_unless_that_is_not_wanted() {
     let layout = Layout::Unified { n_cells: 400, n_retained: 60, n_seqs: 8 };
     let mut engine = Engine::new(Stub::new(1 << 20), limits(layout, 4, 120, 64), Arc::default());
     let speculator = Speculator::without_heads(20, Cost::from_points(&[(1, 1.0), (64, 1.5)]));
-    engine.speculate(speculator.with_text(TextDrafts::new(1000)), 40);
-    let mut steps = |speculation, share_text| {
+    engine.speculate(speculator.with_text(TextDrafts::for_owners(2, 2000)), 40);
+    let mut steps_of = |owner, speculation, share_text| {
         let (mut job, mut events) = job(&[1, 2, 3], 100, 0.0);
-        (job.request.speculation, job.request.share_text) = (speculation, share_text);
+        (job.request.speculation, job.request.share_text, job.request.owner) = (speculation, share_text, owner);
         engine.enqueue(job);
         run_to_end(&mut engine);
         let (text, Some(Event::Done(done))) = read(&mut events) else { panic!("not done") };
-        assert_eq!(text + &done.tail, expected_of(1 << 20, &[1, 2, 3], 100));
+        assert_eq!(text + &done.tail.text, expected_of(1 << 20, &[1, 2, 3], 100));
         done.speculation.steps
     };
+    let mut steps = |speculation, share_text| steps_of(0, speculation, share_text);
     assert_eq!(steps(Speculation::Auto, false), 100, "nobody answered that before");
     assert_eq!(steps(Speculation::Off, true), 100);
     assert_eq!(steps(Speculation::Auto, true), 100, "the answers above were not to be shared, or not indexed");
@@ -449,6 +440,8 @@ fn an_answer_given_before_is_drafted_from_unless_that_is_not_wanted() {
     assert!(again < 40, "{again} steps");
     assert_eq!(steps(Speculation::Auto, false), 100, "this request does not want others' answers");
     assert_eq!(steps(Speculation::Heads, true), 100, "nor does this one any text");
+    assert_eq!(steps_of(1, Speculation::Auto, true), 100, "what another owner was answered is not for this one");
+    assert!(steps_of(1, Speculation::Auto, true) < 40, "but its own is");
 }
 
 #[test]

@@ -28,11 +28,14 @@ fn chat(text: &str) -> String {
 #[test]
 fn the_port_is_open_while_the_model_loads() {
     let server = Server::start_loading(&[]);
-    let early = server.get("/health");
+    assert_eq!(server.get("/health").status, 200, "a server that loads is alive");
+    let early = server.get("/ready");
     if early.status == 503 {
         assert_eq!(early.json(), json!({ "status": "loading" }));
+        assert!(early.head.contains("retry-after: 1"));
     } // else the model was in memory already and loaded at once
-    server.wait(|| server.get("/health").status == 200);
+    server.wait(|| server.get("/ready").status == 200);
+    assert_eq!(server.get("/ready").json(), json!({ "status": "ok" }));
     assert_eq!(server.get("/health").json(), json!({ "status": "ok" }));
 }
 

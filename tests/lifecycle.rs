@@ -3,15 +3,10 @@
 
 mod common;
 
-use std::process::{Command, Output};
 use std::time::Duration;
 
-use common::{Server, model_path, read_answer};
+use common::{Server, model_path, read_answer, run};
 use serde_json::json;
-
-fn run(args: &[&str], env: &[(&str, &str)]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_medusa-llama")).args(args).envs(env.iter().copied()).output().unwrap()
-}
 
 #[test]
 fn sigterm_in_mid_stream_finishes_it_and_refuses_new_work() {
@@ -20,8 +15,9 @@ fn sigterm_in_mid_stream_finishes_it_and_refuses_new_work() {
     let socket = server.open_stream(&body);
     server.wait(|| server.load()["tokens_generated"].as_u64().unwrap() > 3);
     server.terminate();
-    server.wait(|| server.get("/health").json() == json!({ "status": "draining" }));
-    assert_eq!(server.get("/health").status, 503);
+    server.wait(|| server.get("/ready").json() == json!({ "status": "draining" }));
+    assert_eq!(server.get("/ready").status, 503);
+    assert_eq!(server.get("/health").status, 200, "it is not to be killed while it finishes");
     let refused = server.generate(&json!({ "prompt": "x" }));
     assert_eq!((refused.status, &refused.json()["error"]["type"]), (503, &json!("draining")));
     let answer = read_answer(socket);

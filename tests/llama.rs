@@ -12,16 +12,16 @@ use std::cell::RefCell;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::{Arc, LazyLock};
-use std::time::Instant;
 
 use common::{Server, model_path};
 use medusa_llama::config::DEFAULT_HEADS;
 use medusa_llama::engine::forward::LlamaForward;
+use medusa_llama::engine::grammar::Grammars;
 use medusa_llama::engine::sampler::{Sampler, Scratch, argmax};
 use medusa_llama::engine::{Engine, Job, Layout, Limits};
 use medusa_llama::gpu::weights::Precision;
 use medusa_llama::llama::{Context, ContextParams, LlamaError, Model, ModelParams, SeqId, Token, max_sequences};
-use medusa_llama::request::{Event, Request, SamplingParams, Speculation};
+use medusa_llama::request::{Event, GrammarSource, Request, SamplingParams, Speculation};
 use medusa_llama::speculate::cost::Cost;
 use medusa_llama::speculate::device::{DeviceDraft, DeviceHeads};
 use medusa_llama::speculate::heads::{Heads, Shape};
@@ -389,6 +389,44 @@ fn a_seed_gives_one_text_with_drafts_and_without() {
     engine.check_nothing_left();
 }
 
+/// A schema is followed to its end, by the same tokens with drafts and without; and drafts are right under it, too.
+#[test]
+fn a_grammar_gives_one_text_with_drafts_and_without() {
+    let prompts = ["a dragon", "my garden", "the sea"]
+        .map(|topic| format!("<|im_start|>user\nDescribe {topic} as JSON.<|im_end|>\n<|im_start|>assistant\n"));
+    let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
+    let schema = serde_json::json!({
+        "type": "object",
+        "properties": {
+            "title": { "type": "string", "maxLength": 20 },
+            "colours": { "type": "array", "items": { "enum": ["red", "green", "blue"] }, "minItems": 2, "maxItems": 3 },
+            "size": { "type": "integer", "minimum": 1, "maximum": 99 },
+        },
+        "required": ["title", "colours", "size"],
+        "additionalProperties": false,
+    });
+    let mut engine = drafting_engine(Path::new(DEFAULT_HEADS));
+    let mut n_same = 0;
+    for temperature in [0.0, 0.8, 1.5] {
+        let with = |speculation| Request {
+            sampling: SamplingParams { temperature, seed: 4, ..SamplingParams::default() },
+            grammar: Some(GrammarSource::JsonSchema(schema.clone())),
+            speculation,
+            ..GREEDY.clone()
+        };
+        let (plain, none) = run(&mut engine, &prompts, &with(Speculation::Off), 160);
+        let (drafted, accepted) = run(&mut engine, &prompts, &with(Speculation::Auto), 160);
+        assert!(none == 0 && accepted > 20, "{none} and {accepted} drafts were accepted");
+        for (plain, drafted) in plain.iter().zip(&drafted) {
+            let parsed: serde_json::Value = serde_json::from_str(drafted).unwrap_or_else(|e| panic!("{e}: {drafted}"));
+            assert!(parsed["colours"].as_array().unwrap().len() >= 2 && parsed["size"].as_u64().unwrap() < 100, "{drafted}");
+            n_same += usize::from(plain == drafted);
+        }
+    }
+    assert!(n_same >= 6, "rounding may part a text here and there, but only {n_same} of 9 are the same");
+    engine.check_nothing_left();
+}
+
 /// Heads and verification on a device, which an emulation of its kernels stands in for here, give the host's texts; and a
 /// request with penalties, whose tokens the host chooses, runs beside them.
 #[test]
@@ -502,15 +540,11 @@ fn follow(prompt: &str, ours: &str, text: &[Draw], params: &SamplingParams, move
     true
 }
 
+static GRAMMARS: LazyLock<Grammars> = LazyLock::new(|| Grammars::new(&MODEL).unwrap());
+
 static GREEDY: LazyLock<Request> = LazyLock::new(|| Request {
-    prompt: String::new(),
-    max_tokens: 0,
     sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
-    stop: vec![],
-    ignore_eos: false,
-    cache_prompt: true,
-    speculation: Speculation::Auto,
-    share_text: true,
+    ..Request::new("", 0)
 });
 
 /// Heads that repeat the model's last choice, among the tokens of these texts: right now and then, wrong most of the time.
@@ -553,7 +587,8 @@ fn run(engine: &mut Engine<LlamaForward>, prompts: &[&str], like: &Request, max_
         let (events, receiver) = mpsc::channel(max_tokens + 1);
         let request = Request { max_tokens, ..like.clone() };
         let prompt = MODEL.tokenize(prompt, true).unwrap();
-        engine.enqueue(Job { prompt, request, events, permit: None, accepted: Instant::now() });
+        let grammar = request.grammar.as_ref().map(|source| GRAMMARS.compile(source).unwrap());
+        engine.enqueue(Job { grammar, ..Job::new(prompt, request, events) });
         receiver
     };
     let receivers: Vec<_> = prompts.iter().map(start).collect();
@@ -566,9 +601,9 @@ fn run(engine: &mut Engine<LlamaForward>, prompts: &[&str], like: &Request, max_
         let mut text = String::new();
         while let Ok(event) = receiver.try_recv() {
             match event {
-                Event::Piece(piece) => text += &piece,
+                Event::Piece(piece) => text += &piece.text,
                 Event::Done(done) => {
-                    text += &done.tail;
+                    text += &done.tail.text;
                     accepted += done.speculation.accepted;
                 }
                 Event::Failed { id } => panic!("{id}"),

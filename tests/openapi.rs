@@ -87,7 +87,7 @@ fn answers_are_as_documented() {
         assert_eq!(answer.status, status, "{answer:?}");
         assert_eq!(document.fault(method, path, answer), None);
     };
-    for path in ["/", "/health", "/metrics", "/v1/models", "/openapi.json", "/docs"] {
+    for path in ["/", "/health", "/ready", "/metrics", "/v1/models", "/openapi.json", "/docs"] {
         check("get", path, 200, &server.get(path));
     }
     check("get", "/docs/{file}", 200, &server.get("/docs/swagger-ui.css"));
@@ -95,14 +95,28 @@ fn answers_are_as_documented() {
     check("get", "/docs/{file}", 404, &server.get("/docs/nothing"));
 
     let post = |path: &str, status: u16, body: &Value| check("post", path, status, &server.post_to(path, body));
-    for more in [json!({}), json!({ "stop": [" "] }), json!({ "stream": true })] {
+    let yes = json!({ "type": "json_schema", "json_schema": { "name": "x", "schema": { "const": "yes" } } });
+    let more = [
+        json!({}),
+        json!({ "stop": [" "] }),
+        json!({ "stream": true }),
+        json!({ "details": true }),
+        json!({ "response_format": yes }),
+        json!({ "logprobs": 2 }),
+        json!({ "timeout_s": 0 }),
+    ];
+    for more in more {
         let mut body = json!({ "prompt": "One two three", "max_tokens": 3 });
         body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-        post("/generate", 200, &body);
-        post("/v1/completions", 200, &body);
+        let status = if body.get("timeout_s").is_some() { 408 } else { 200 };
+        post("/generate", status, &body);
+        post("/v1/completions", status, &body);
         body.as_object_mut().unwrap().remove("prompt");
         body["messages"] = json!([{ "role": "user", "content": "Hi" }]);
-        post("/v1/chat/completions", 200, &body);
+        if body.get("logprobs").is_some() {
+            (body["logprobs"], body["top_logprobs"]) = (json!(true), json!(2));
+        }
+        post("/v1/chat/completions", status, &body);
     }
     post("/generate", 422, &json!({ "prompt": "" }));
     post("/generate", 422, &json!([]));

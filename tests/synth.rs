@@ -6,13 +6,12 @@ use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
-use std::time::Instant;
 
 use medusa_llama::config::HeadKind;
 use medusa_llama::engine::forward::LlamaForward;
 use medusa_llama::engine::{Engine, Job, Layout, Limits};
 use medusa_llama::llama::{self, Context, ContextParams, Model, ModelParams, Quantization, SeqId, Token};
-use medusa_llama::request::{Completion, Event, Request, SamplingParams, Speculation};
+use medusa_llama::request::{Completion, Event, Request, SamplingParams};
 use medusa_llama::speculate::cost::Cost;
 use medusa_llama::speculate::heads::{HeadNets, Heads, Shape as HeadsShape};
 use medusa_llama::speculate::{self, Speculator};
@@ -75,17 +74,8 @@ fn engine(model: &Arc<Model>, folder: Option<(&Path, usize)>) -> Engine<LlamaFor
 
 fn enqueue(engine: &mut Engine<LlamaForward>, prompt: &[Token], n: usize, sampling: SamplingParams) -> Receiver<Event> {
     let (events, receiver) = mpsc::channel(n + 1);
-    let request = Request {
-        prompt: String::new(),
-        max_tokens: n,
-        sampling,
-        stop: vec![],
-        ignore_eos: false,
-        cache_prompt: true,
-        speculation: Speculation::Auto,
-        share_text: true,
-    };
-    engine.enqueue(Job { prompt: prompt.to_vec(), request, events, permit: None, accepted: Instant::now() });
+    let request = Request { sampling, ..Request::new("", n) };
+    engine.enqueue(Job::new(prompt.to_vec(), request, events));
     receiver
 }
 
@@ -100,8 +90,8 @@ fn read(mut receiver: Receiver<Event>) -> (String, Completion) {
     let mut text = String::new();
     loop {
         match receiver.try_recv() {
-            Ok(Event::Piece(piece)) => text += &piece,
-            Ok(Event::Done(done)) => return (text + &done.tail, done),
+            Ok(Event::Piece(piece)) => text += &piece.text,
+            Ok(Event::Done(done)) => return (text + &done.tail.text, done),
             other => panic!("not done: {other:?}"),
         }
     }

@@ -118,12 +118,13 @@ class Server:
     def __enter__(self):
         quiet = subprocess.DEVNULL
         self.process = subprocess.Popen(self.command, stdout=quiet, stderr=quiet, cwd=ROOT, preexec_fn=die_with_parent)
+        ready = "/ready" if self.kind == "ours" else "/health"
         end = time.monotonic() + 300
         while time.monotonic() < end:
             if self.process.poll() is not None:
                 raise SystemExit(f"the server ended at once; see for yourself: {' '.join(self.command)}")
             with contextlib.suppress(OSError, urllib.error.URLError):
-                with urllib.request.urlopen(self.url + "/health", timeout=5) as answer:
+                with urllib.request.urlopen(self.url + ready, timeout=5) as answer:
                     if answer.status == 200:
                         return self
             time.sleep(0.1)

@@ -297,15 +297,12 @@ fn request(args: &BenchArgs, prompt: String, i: usize, speculation: Speculation)
     let seed = if args.acceptance.is_some() { i as u64 } else { 1 };
     let sampling = SamplingParams { temperature: args.temperature as f32, seed, ..SamplingParams::default() };
     Request {
-        prompt,
-        max_tokens: args.max_tokens,
         sampling,
-        stop: vec![],
-        ignore_eos: false,
         cache_prompt: false,
         speculation,
         // Each prompt is asked several times: an answer must not be drafted from another mode's answer to the same prompt.
         share_text: false,
+        ..Request::new(prompt, args.max_tokens)
     }
 }
 

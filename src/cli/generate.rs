@@ -40,12 +40,12 @@ pub fn generate(args: &GenerateArgs) -> anyhow::Result<()> {
         let mut out = std::io::stdout().lock();
         while let Some(event) = events.recv().await {
             match event {
-                Event::Piece(text) => {
-                    out.write_all(text.as_bytes())?;
+                Event::Piece(piece) => {
+                    out.write_all(piece.text.as_bytes())?;
                     out.flush()?;
                 }
                 Event::Done(done) => {
-                    writeln!(out, "{}", done.tail)?;
+                    writeln!(out, "{}", done.tail.text)?;
                     return Ok(done);
                 }
                 Event::Failed { id } => bail!("the engine failed; the log names the cause under {id}"),

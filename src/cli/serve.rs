@@ -38,7 +38,8 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let listener =
         TcpListener::bind(config.listen).await.with_context(|| format!("could not listen on {}", config.listen))?;
     let address = listener.local_addr()?;
-    tracing::info!("listening on http://{address}, loading {}", config.engine.model_path.display());
+    let scheme = if config.tls.is_some() { "https" } else { "http" };
+    tracing::info!("listening on {scheme}://{address}, loading {}", config.engine.model_path.display());
     // As llama-server and vLLM do: the file's name.
     let model_id = config.engine.model_path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     let openapi = http::openapi::json(config.engine.limits.n_ctx);
@@ -47,6 +48,9 @@ async fn run(config: Config) -> anyhow::Result<()> {
         stage: engine.stage(),
         draining: AtomicBool::new(false),
         limits: config.http,
+        auth: config.auth,
+        cors: config.cors,
+        tls: config.tls,
         metrics: Metrics::new(&model_id, engine.stage()),
         model_id,
         openapi,

@@ -271,13 +271,11 @@ fn time_decoding(
 
 fn request(prompt: &str, max_tokens: usize) -> Request {
     Request {
-        prompt: prompt.to_owned(),
-        max_tokens,
         sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
-        stop: vec![],
         ignore_eos: true,
         cache_prompt: false,
         speculation: Speculation::Off,
         share_text: false,
+        ..Request::new(prompt, max_tokens)
     }
 }

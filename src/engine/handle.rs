@@ -1,11 +1,12 @@
 //! The engine seen from outside: hand it requests, ask how it is.
 
-use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use tokio::sync::{Semaphore, mpsc};
 
+use super::grammar::Grammars;
 use super::stats::{Snapshot, Stats};
 use super::{Job, Limits};
 use crate::error::Invalid;
@@ -36,6 +37,7 @@ pub struct Handle {
     pub(super) jobs: SyncSender<Job>,
     pub(super) permits: Arc<Semaphore>,
     pub(super) model: Arc<Model>,
+    pub(super) grammars: Arc<OnceLock<Result<Grammars, String>>>,
     pub(super) limits: Limits,
     pub(super) n_heads: usize,
     pub(super) text_drafts: bool,
@@ -135,16 +137,26 @@ impl Handle {
         let permit = Arc::clone(&self.permits).try_acquire_owned();
         let permit = permit.map_err(|_| SubmitError::QueueFull { limit: self.n_queue })?;
         let this = self.clone();
-        // Off the network's threads: a long prompt takes milliseconds.
-        let checked = tokio::task::spawn_blocking(move || this.check(&request).map(|prompt| (prompt, request)));
-        let (prompt, request) = checked.await.map_err(|_| SubmitError::Stopped)??;
+        // Off the network's threads: a long prompt, or a large grammar, takes milliseconds.
+        let checked = tokio::task::spawn_blocking(move || {
+            let prompt = this.check(&request)?;
+            let grammar = request.grammar.as_ref().map(|source| this.grammars()?.compile(source)).transpose()?;
+            Ok::<_, Invalid>((prompt, grammar, request))
+        });
+        let (prompt, grammar, request) = checked.await.map_err(|_| SubmitError::Stopped)??;
         // Every event this request can cause: a piece a token, and an end.
         let most = request.max_tokens.min(self.limits.n_ctx - prompt.len()) + 1;
         let (events, receiver) = mpsc::channel(most);
-        let job = Job { prompt, request, events, permit: Some(permit), accepted };
+        let job = Job { prompt, request, events, permit: Some(permit), accepted, grammar };
         // The channel has a place for every permit.
         self.jobs.try_send(job).map_err(|_| SubmitError::Stopped)?;
         Ok(receiver)
+    }
+
+    /// What compiles grammars for this model; made when it is first asked for.
+    fn grammars(&self) -> Result<&Grammars, Invalid> {
+        let grammars = self.grammars.get_or_init(|| Grammars::new(&self.model));
+        grammars.as_ref().map_err(|why| Invalid::new("grammar", format!("this model's tokens can follow no grammar: {why}")))
     }
 
     /// Tokenises the prompt and checks what only the model can tell.

@@ -8,6 +8,7 @@
 pub mod company;
 pub mod filter;
 pub mod forward;
+pub mod grammar;
 pub mod handle;
 pub mod leaves;
 pub mod pace;
@@ -32,10 +33,11 @@ pub use thread::{Stage, spawn};
 use crate::error::IncidentId;
 use crate::gpu::kernels::{RowRule, Span};
 use crate::llama::{LlamaError, SeqId, Token};
-use crate::request::{Speculation, Trace};
+use crate::request::{Logprobs, Speculation, TokenReport, Trace, span};
 use crate::speculate::device::Ask;
 use crate::speculate::tree::Below;
 use crate::speculate::{MAX_NODES, Origin, Speculator, Tree};
+use grammar::GrammarError;
 use leaves::Leaves;
 use pace::{Load, Pace};
 use sampler::{Sampler, Scratch};
@@ -111,6 +113,8 @@ struct Work {
     settling: Vec<KvOp>,
     sampling: Scratch,
     likeliest: Vec<(Token, f32)>,
+    /// Logits under a grammar.
+    masked: Vec<f32>,
     piece: Vec<u8>,
     /// What the device is asked: for each output row its rule, for each sequence its rows, its id and how far it is trusted.
     rules: Vec<RowRule>,
@@ -120,6 +124,15 @@ struct Work {
     /// What it chose, and where each share's rows begin there. Empty if it chose nothing.
     chosen: Vec<i32>,
     first_choice: Vec<usize>,
+}
+
+/// Why one sequence could not go on.
+#[derive(Debug, thiserror::Error)]
+enum AdvanceError {
+    #[error(transparent)]
+    Llama(#[from] LlamaError),
+    #[error(transparent)]
+    Grammar(#[from] GrammarError),
 }
 
 impl<F: Forward> Engine<F> {
@@ -200,6 +213,7 @@ impl<F: Forward> Engine<F> {
 
     /// Gives waiting requests their places, in order; the first that does not fit keeps the rest waiting.
     fn admit(&mut self) {
+        self.expire_waiting();
         while let Some(job) = self.waiting.front() {
             if job.events.is_closed() {
                 self.waiting.pop_front();
@@ -215,9 +229,11 @@ impl<F: Forward> Engine<F> {
             let banned: &[Token] = if job.request.ignore_eos { &self.end_tokens } else { &[] };
             let sampler = Sampler::new(&job.request.sampling, banned, &job.prompt, self.forward.n_vocab());
             let ready = self.apply(&place.ops).and(sampler);
+            let _of_request = span(&job.request.id).entered();
             match ready {
                 Ok(sampler) => {
                     let (seq, n_ctx) = (place.seq, self.limits.n_ctx);
+                    tracing::debug!(slot = seq.0, n_prompt = job.prompt.len(), n_cached = place.n_cached, "admitted");
                     let mut sequence = Sequence::new(job, sampler, seq, place.n_cached, self.n_admitted, n_ctx);
                     sequence.trace = self.traces.then(Trace::default);
                     if sequence.speculation.by_text() && self.speculator.as_ref().is_some_and(Speculator::has_text) {
@@ -233,6 +249,22 @@ impl<F: Forward> Engine<F> {
                     self.stats.count_end(Ended::Failed);
                     self.forget(place.seq);
                 }
+            }
+        }
+    }
+
+    /// Ends waiting requests whose time is over.
+    fn expire_waiting(&mut self) {
+        if self.waiting.iter().all(|job| job.request.timeout.is_none()) {
+            return;
+        }
+        let now = Instant::now();
+        for job in std::mem::take(&mut self.waiting) {
+            if job.deadline().is_some_and(|deadline| deadline <= now) {
+                job.expire();
+                self.stats.count_end(Ended::Deadline);
+            } else {
+                self.waiting.push_back(job);
             }
         }
     }
@@ -283,6 +315,12 @@ impl<F: Forward> Engine<F> {
         let trees = &mut work.trees[..origins.len()];
         let started = Instant::now();
         speculator.draft(&mut origins, n_rows, n_decode, trees);
+        for (share, tree) in work.shares.iter().zip(trees.iter_mut()) {
+            let s = self.running[share.seq.0 as usize].as_mut();
+            if let Some(grammar) = s.and_then(|s| s.grammar.as_mut()) {
+                grammar.prune(tree);
+            }
+        }
         let seconds = started.elapsed().as_secs_f64();
         let n_offered = trees.iter().map(Tree::len).sum::<usize>();
         let n_free = self.ledger.make_room(n_rows + n_offered.min(MAX_NODES), &mut work.ops);
@@ -295,7 +333,8 @@ impl<F: Forward> Engine<F> {
             }
             if !tree.is_empty() {
                 let n_leaves = tree.leaves_below(&mut work.below);
-                self.leaves.lend(share.seq, n_leaves, sequence(share).n_computed, ids, &mut work.ops);
+                let n_computed = self.running[share.seq.0 as usize].as_ref().map_or(0, |s| s.n_computed);
+                self.leaves.lend(share.seq, n_leaves, n_computed, ids, &mut work.ops);
             }
         }
         let n_chosen = work.trees.iter().take(work.shares.len()).map(Tree::len).sum();
@@ -345,12 +384,14 @@ impl<F: Forward> Engine<F> {
             match self.advance(i, share, row, started, now) {
                 Ok(false) => {}
                 Ok(true) => {
-                    if let Some(s) = self.running[share.seq.0 as usize].take() {
+                    let done = self.running[share.seq.0 as usize].take();
+                    if let Some(s) = &done {
                         s.note_end(&self.stats);
                     }
                     let mut ops = self.ledger.release(share.seq);
                     self.leaves.end(share.seq, &mut ops);
                     if let Err(error) = self.apply(&ops) {
+                        let _of_request = done.map(|s| span(&s.id).entered());
                         tracing::error!(%error, "the cache refused to drop a prefix");
                     }
                 }
@@ -381,7 +422,7 @@ impl<F: Forward> Engine<F> {
             }
             let s = self.running[share.seq.0 as usize].as_ref().expect("planned from the running ones");
             let (first, sequence) = (work.rules.len() as i32, work.spans.len() as i32);
-            let on_host = s.speculation == Speculation::Typical || s.sampler.rule(0).is_none();
+            let on_host = s.speculation == Speculation::Typical || s.grammar.is_some() || s.sampler.rule(0).is_none();
             for at in std::iter::once(None).chain((0..tree.len()).map(Some)) {
                 let (parent, token, depth) = at.map_or((-1, 0, 0), |node: usize| {
                     let n = &tree.nodes()[node];
@@ -418,7 +459,14 @@ impl<F: Forward> Engine<F> {
 
     /// Notes a sequence's computed rows; if they reached its end, lets it walk down its tree by the tokens it chooses, from
     /// the last of them, `row`, on. Returns `true` if the sequence is done, or nobody wants it any more.
-    fn advance(&mut self, i: usize, share: &Share, row: usize, started: Instant, now: Instant) -> Result<bool, LlamaError> {
+    fn advance(
+        &mut self,
+        i: usize,
+        share: &Share,
+        row: usize,
+        started: Instant,
+        now: Instant,
+    ) -> Result<bool, AdvanceError> {
         let work = &mut self.work;
         let s = self.running[share.seq.0 as usize].as_mut().expect("planned from the running ones");
         s.note_step(started);
@@ -426,7 +474,7 @@ impl<F: Forward> Engine<F> {
         let (tree, ids) = (&work.trees[i], &mut work.leaf_ids[i]);
 
         work.accepted.clear();
-        let mut done = s.is_cancelled();
+        let mut done = s.is_cancelled() || s.expire(now);
         if share.to_end {
             s.note_drafted(tree.len());
             self.stats.count_draft(tree.len());
@@ -446,7 +494,11 @@ impl<F: Forward> Engine<F> {
                     if s.speculation == Speculation::Typical {
                         work.offered.extend(tree.nodes().iter().filter(|n| n.parent == at).map(|n| n.token));
                     }
-                    let logits = self.forward.logits(row)?;
+                    let mut logits = self.forward.logits(row)?;
+                    if let Some(grammar) = &s.grammar {
+                        grammar.mask(logits, &mut work.masked);
+                        logits = &work.masked;
+                    }
                     let own = s.sampler.draw_typical(logits, s.tokens.len(), &work.offered, &mut work.sampling);
                     let chance = || s.sampler.chance(s.tokens.len());
                     self.speculator.as_ref().map_or(own, |speculator| speculator.choice(i, at, own, logits, chance))
@@ -456,17 +508,26 @@ impl<F: Forward> Engine<F> {
             if let Some(trace) = &mut s.trace {
                 trace.push(token, self.forward.hidden(row)?, self.forward.logits(row)?, &mut work.likeliest);
             }
+            let next = tree.child(at, token);
+            if let Some(report) = s.report {
+                let logprobs = match report.n_top {
+                    Some(n_top) => Some(Logprobs::new(token, self.forward.logits(row)?, n_top)),
+                    None => None,
+                };
+                let source = next.map(|node| tree.nodes()[node].source());
+                s.tell(TokenReport { token, source, step: s.step(), n_rows: work.rows.len(), logprobs });
+            }
             work.piece.clear();
             let is_end = self.forward.is_end(token);
             if !is_end {
                 self.forward.piece(token, &mut work.piece);
             }
-            done = s.accept(token, &work.piece, is_end, now);
+            done = s.accept(token, &work.piece, is_end, now)?;
             if done {
                 last = Some(token);
                 break;
             }
-            match tree.child(at, token) {
+            match next {
                 Some(node) => {
                     work.accepted.push(node);
                     s.note_accepted();
@@ -486,8 +547,8 @@ impl<F: Forward> Engine<F> {
         s.n_computed = n_after;
         if let Some(speculator) = &mut self.speculator {
             speculator.note_walk(i, tree.len(), &work.accepted, last, &mut s.trust);
-            if let Some(answer) = s.shared_answer().filter(|_| done) {
-                speculator.remember(answer);
+            if let Some((owner, answer)) = s.shared_answer().filter(|_| done) {
+                speculator.remember(owner, answer);
             }
         }
         if tree.is_empty() {
@@ -501,7 +562,8 @@ impl<F: Forward> Engine<F> {
         let settling = std::mem::take(&mut work.settling);
         let settled = self.apply(&settling);
         self.work.settling = settling;
-        settled.map(|()| done)
+        settled?;
+        Ok(done)
     }
 
     fn apply(&mut self, ops: &[KvOp]) -> Result<(), LlamaError> {
@@ -515,10 +577,12 @@ impl<F: Forward> Engine<F> {
         self.work.shares = shares;
     }
 
-    fn fail_one(&mut self, seq: SeqId, error: &LlamaError) {
+    fn fail_one(&mut self, seq: SeqId, error: &dyn std::error::Error) {
         let id = IncidentId::new();
+        let failed = self.running[seq.0 as usize].take();
+        let _of_request = failed.as_ref().map(|s| span(&s.id).entered());
         tracing::error!(%id, %error, "a request failed in the engine");
-        if let Some(mut s) = self.running[seq.0 as usize].take() {
+        if let Some(mut s) = failed {
             s.fail(&id.to_string());
             self.stats.count_end(Ended::Failed);
         }

@@ -1,14 +1,19 @@
 //! One request on its way through the engine: its tokens, its sampler, its text, its clock.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
+use super::grammar::{Grammar, GrammarError};
 use super::sampler::Sampler;
 use super::stats::{Ended, Stats, Waited};
 use super::text::{Pushed, TextAssembler};
 use crate::llama::{SeqId, Token};
-use crate::request::{Completion, Event, FinishReason, Request, Speculation, SpeculationUsage, Timings, Trace, Usage};
+use crate::request::{
+    Completion, Event, FinishReason, Piece, Report, Request, Speculation, SpeculationUsage, Timings, TokenReport, Trace,
+    Usage,
+};
 use crate::speculate::calibration::Trusts;
 use crate::speculate::suffix::Suffixes;
 use crate::speculate::text::TextOrigin;
@@ -25,9 +30,39 @@ pub struct Job {
     pub permit: Option<OwnedSemaphorePermit>,
     /// When it was accepted.
     pub accepted: Instant,
+    /// The request's grammar, ready.
+    pub grammar: Option<Grammar>,
 }
 
 impl Job {
+    /// One that is accepted now, whose place in the queue nobody counts, and without a grammar.
+    #[must_use]
+    pub fn new(prompt: Vec<Token>, request: Request, events: mpsc::Sender<Event>) -> Self {
+        Self { prompt, request, events, permit: None, accepted: Instant::now(), grammar: None }
+    }
+
+    /// When its time is over; `None`: never.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Instant> {
+        self.request.timeout.and_then(|timeout| self.accepted.checked_add(timeout))
+    }
+
+    /// Ends it before it began, because its time is over.
+    pub fn expire(mut self) {
+        self.permit = None;
+        let usage = Usage { prompt_tokens: self.prompt.len(), ..Usage::default() };
+        let timings = Timings { queue_s: self.accepted.elapsed().as_secs_f64(), ..Timings::default() };
+        let done = Completion {
+            tail: Piece::default(),
+            finish_reason: FinishReason::Deadline,
+            usage,
+            timings,
+            speculation: SpeculationUsage::default(),
+            trace: None,
+        };
+        let _ = self.events.try_send(Event::Done(done)); // nobody may listen any more
+    }
+
     /// Most tokens this request can generate in a context of `n_ctx` tokens.
     pub fn n_generate(&self, n_ctx: usize) -> usize {
         self.request.max_tokens.min(n_ctx - self.prompt.len())
@@ -36,6 +71,8 @@ impl Job {
 
 /// A request that runs.
 pub struct Sequence {
+    /// Names it in the log.
+    pub id: Arc<str>,
     /// Its place in the cache.
     pub seq: SeqId,
     /// Admission order.
@@ -55,8 +92,19 @@ pub struct Sequence {
     hidden: Vec<f32>,
     /// Index of `tokens`, to draft from.
     suffixes: Option<Suffixes>,
-    share_text: bool,
+    /// Whose other answers are drafted from this one, and this one from them.
+    shares_text_of: Option<u32>,
     drafts: SpeculationUsage,
+    /// Which tokens may follow; `None`: all.
+    pub grammar: Option<Grammar>,
+    /// What to tell of each token.
+    pub report: Option<Report>,
+    /// Told with the next piece: reports, and where their tokens' text begins, in bytes of the answer.
+    reports: Vec<(usize, TokenReport)>,
+    /// Bytes of all tokens so far, and of those that were shown.
+    n_bytes: usize,
+    n_shown: usize,
+    deadline: Option<Instant>,
     /// How far its drafts are to be trusted.
     pub trust: Trusts,
     /// What the model thought so far, where that is wanted.
@@ -81,6 +129,7 @@ impl Sequence {
     /// Starts a job on `seq`, where the first `n_cached` tokens of its prompt stand already.
     pub fn new(job: Job, sampler: Sampler, seq: SeqId, n_cached: usize, order: u64, n_ctx: usize) -> Self {
         let clock = Clock { accepted: job.accepted, started: None, first_token: None, last_token: job.accepted };
+        let deadline = job.deadline();
         Self {
             seq,
             order,
@@ -92,12 +141,19 @@ impl Sequence {
             speculation: job.request.speculation,
             hidden: Vec::new(),
             suffixes: None,
-            share_text: job.request.share_text,
+            shares_text_of: job.request.share_text.then_some(job.request.owner),
             drafts: SpeculationUsage::default(),
+            grammar: job.grammar,
+            report: job.request.report,
+            reports: Vec::new(),
+            n_bytes: 0,
+            n_shown: 0,
+            deadline,
             trust: Trusts::default(),
             trace: None,
             n_cached,
             text: TextAssembler::new(job.request.stop),
+            id: job.request.id,
             events: job.events,
             permit: job.permit,
             clock,
@@ -120,13 +176,14 @@ impl Sequence {
     /// The text to draft from, at most `max_depth` tokens behind the last one.
     pub fn text_origin(&self, max_depth: usize) -> Option<TextOrigin<'_>> {
         let index = self.suffixes.as_ref()?;
-        let (trust, shared) = (self.trust.text.factor(), self.share_text);
+        let (trust, shared) = (self.trust.text.factor(), self.shares_text_of);
         Some(TextOrigin { index, tokens: &self.tokens, max_depth, trust, shared })
     }
 
-    /// The answer so far, if others may be drafted from it.
-    pub fn shared_answer(&self) -> Option<&[Token]> {
-        (self.suffixes.is_some() && self.share_text).then(|| &self.tokens[self.n_prompt..])
+    /// The answer so far and whose it is, if others of theirs may be drafted from it.
+    pub fn shared_answer(&self) -> Option<(u32, &[Token])> {
+        let owner = self.shares_text_of.filter(|_| self.suffixes.is_some())?;
+        Some((owner, &self.tokens[self.n_prompt..]))
     }
 
     /// Tokens behind the next one that it makes sense to draft: the answer may end before, but not after.
@@ -146,6 +203,11 @@ impl Sequence {
             self.hidden.clear();
             self.hidden.extend_from_slice(hidden);
         }
+    }
+
+    /// The step that is decided now; 1 is the first.
+    pub fn step(&self) -> usize {
+        self.drafts.steps
     }
 
     /// Notes a step that decides a token of this sequence, and how many candidates were computed with it.
@@ -169,9 +231,27 @@ impl Sequence {
         self.clock.started.get_or_insert(now);
     }
 
+    /// Ends the answer where it stands if its time is over. Returns `true` if it did.
+    pub fn expire(&mut self, now: Instant) -> bool {
+        let is_over = self.deadline.is_some_and(|deadline| deadline <= now);
+        if is_over {
+            let tail = self.text.finish();
+            self.complete(tail, FinishReason::Deadline);
+        }
+        is_over
+    }
+
+    /// Notes what is to be told of the next token.
+    pub fn tell(&mut self, report: TokenReport) {
+        self.reports.push((self.n_bytes, report));
+    }
+
     /// Takes the next token. `bytes` are its text; `is_end` says that it ends the answer and has none. Returns `true` if the
     /// answer is complete and its last event sent.
-    pub fn accept(&mut self, token: Token, bytes: &[u8], is_end: bool, now: Instant) -> bool {
+    ///
+    /// # Errors
+    /// [`GrammarError`] when the grammar cannot be followed any further; the answer is not complete then.
+    pub fn accept(&mut self, token: Token, bytes: &[u8], is_end: bool, now: Instant) -> Result<bool, GrammarError> {
         self.tokens.push(token);
         if let Some(suffixes) = &mut self.suffixes {
             suffixes.push(token);
@@ -180,28 +260,42 @@ impl Sequence {
         self.clock.first_token.get_or_insert(now);
         self.clock.last_token = now;
         if is_end {
+            self.reports.pop_if(|(start, _)| *start == self.n_bytes);
             let tail = self.text.finish();
             self.complete(tail, FinishReason::EndOfText);
-            return true;
+            return Ok(true);
         }
-        match self.text.push(bytes) {
+        self.n_bytes += bytes.len();
+        let text = match self.text.push(bytes) {
+            Pushed::Text(text) => text,
             Pushed::Stopped { text, stop } => {
                 let stop = self.text.stop(stop).to_owned();
+                let n_shown = self.n_shown + text.len();
+                self.reports.retain(|(start, _)| *start < n_shown);
                 self.complete(text, FinishReason::StopString(stop));
-                true
+                return Ok(true);
             }
-            Pushed::Text(piece) => {
-                if !piece.is_empty() {
-                    self.send(Event::Piece(piece));
-                }
-                let full = self.tokens.len() - self.n_prompt == self.n_generate;
-                if full {
-                    let tail = self.text.finish();
-                    self.complete(tail, FinishReason::Length);
-                }
-                full
-            }
+        };
+        if !text.is_empty() {
+            let piece = self.piece(text);
+            self.send(Event::Piece(piece));
         }
+        let is_whole = match &mut self.grammar {
+            Some(grammar) => grammar.accept(token)?,
+            None => false,
+        };
+        let is_full = self.tokens.len() - self.n_prompt == self.n_generate;
+        if is_whole || is_full {
+            let tail = self.text.finish();
+            self.complete(tail, if is_whole { FinishReason::EndOfText } else { FinishReason::Length });
+        }
+        Ok(is_whole || is_full)
+    }
+
+    /// Text to show, with what is told of its tokens.
+    fn piece(&mut self, text: String) -> Piece {
+        self.n_shown += text.len();
+        Piece { text, tokens: self.reports.drain(..).map(|(_, report)| report).collect() }
     }
 
     /// What its client waits for, and how long it did, if it gets tokens `now`.
@@ -215,6 +309,7 @@ impl Sequence {
     /// Notes that it ended: with its answer, or because nobody waits for that any more.
     pub fn note_end(&self, stats: &Stats) {
         match self.ended {
+            Some(Ended::Deadline) => stats.count_end(Ended::Deadline),
             Some(ended) => stats.note_answer(ended, self.timings(), self.tokens.len() - self.n_prompt),
             None => stats.count_end(Ended::Cancelled),
         }
@@ -232,13 +327,18 @@ impl Sequence {
     }
 
     fn complete(&mut self, tail: String, finish_reason: FinishReason) {
+        let tail = self.piece(tail);
         let usage = Usage {
             prompt_tokens: self.n_prompt,
             cached_tokens: self.n_cached,
             completion_tokens: self.tokens.len() - self.n_prompt,
         };
         let timings = self.timings();
-        self.ended = Some(if finish_reason == FinishReason::Length { Ended::Length } else { Ended::Stop });
+        self.ended = Some(match finish_reason {
+            FinishReason::Length => Ended::Length,
+            FinishReason::Deadline => Ended::Deadline,
+            FinishReason::EndOfText | FinishReason::StopString(_) => Ended::Stop,
+        });
         self.permit = None; // before the answer: its client may send the next request at once
         let (speculation, trace) = (self.drafts, self.trace.take());
         self.send(Event::Done(Completion { tail, finish_reason, usage, timings, speculation, trace }));

@@ -30,6 +30,8 @@ pub enum Ended {
     Stop,
     /// At its most tokens, or the context's end.
     Length,
+    /// Its time was over.
+    Deadline,
     /// Its client went away.
     Cancelled,
     /// The engine failed.
@@ -38,7 +40,7 @@ pub enum Ended {
 
 impl Ended {
     /// All of them, in order.
-    pub const ALL: [Self; 4] = [Self::Stop, Self::Length, Self::Cancelled, Self::Failed];
+    pub const ALL: [Self; 5] = [Self::Stop, Self::Length, Self::Deadline, Self::Cancelled, Self::Failed];
 }
 
 /// What a client waited for, when a step gives it tokens.
@@ -322,6 +324,6 @@ mod tests {
         let stats = Stats::default();
         stats.note_answer(Ended::Length, Timings::default(), 1);
         stats.note_answer(Ended::Stop, Timings { decode_s: 2.0, ..Timings::default() }, 5);
-        assert_eq!((stats.per_token.read().0, stats.snapshot().ended), (0.5, [1, 1, 0, 0]));
+        assert_eq!((stats.per_token.read().0, stats.snapshot().ended), (0.5, [1, 1, 0, 0, 0]));
     }
 }

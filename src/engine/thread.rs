@@ -54,6 +54,8 @@ pub struct DraftParams {
     pub heads: Option<HeadsParams>,
     /// Each sequence's own text, and so many tokens of recent answers; `None`: no text.
     pub n_shared_text: Option<usize>,
+    /// Among so many owners of requests: what one is answered is not drafted for another. 0 counts as one.
+    pub n_owners: usize,
     /// Most tokens a step may give one sequence; `None`: what the sources can give.
     pub max_tokens_per_step: Option<usize>,
     /// Verify this many candidates for each sequence in every step, to measure; `None` to serve.
@@ -187,7 +189,8 @@ fn serve(params: &EngineParams, stage: &watch::Sender<Stage>, stop: &AtomicBool)
     }
     let permits = Arc::new(Semaphore::new(params.n_queue));
     let n_queue = params.n_queue;
-    let handle = Handle { jobs, permits, model, limits, n_heads, text_drafts, side, n_queue, stats };
+    let grammars = Arc::default();
+    let handle = Handle { jobs, permits, model, grammars, limits, n_heads, text_drafts, side, n_queue, stats };
     stage.send_replace(Stage::Ready(handle));
     run(engine, &receiver, params.max_wait, stop);
     Ok(())
@@ -196,7 +199,7 @@ fn serve(params: &EngineParams, stage: &watch::Sender<Stage>, stop: &AtomicBool)
 /// Rows are measured up to two for each slot and so many more.
 const MEASURED_BEYOND: usize = 24;
 /// A slow model is not measured for longer, at its start.
-const MEASURING: Duration = Duration::from_secs(3);
+const MEASURING: Duration = Duration::from_millis(1500);
 
 /// Tokens behind a sequence's last one that its text may draft.
 const TEXT_DEPTH: usize = 32;
@@ -247,7 +250,7 @@ fn load_drafts(
         None => Speculator::without_heads(max_tokens, cost),
     };
     if let Some(n_shared) = params.n_shared_text {
-        speculator = speculator.with_text(TextDrafts::new(n_shared));
+        speculator = speculator.with_text(TextDrafts::for_owners(params.n_owners.max(1), n_shared));
     }
     if let Some(n) = params.fixed_nodes {
         speculator = speculator.with_fixed_nodes(n);

@@ -2,11 +2,13 @@
 //!
 //! Every reader's error names the field, its value and what it must be.
 
+use std::time::Duration;
+
 use serde_json::{Map, Value, json};
 
 use crate::error::Invalid;
 use crate::llama::Token;
-use crate::request::{Request, SamplingParams, Speculation};
+use crate::request::{GrammarSource, Report, Request, SamplingParams, Speculation};
 
 /// Most stop strings, and the longest one in bytes: each is looked for after every token.
 const MAX_STOPS: usize = 16;
@@ -15,6 +17,10 @@ const MAX_STOP_BYTES: usize = 1024;
 const MAX_BIASES: usize = 1024;
 /// Integers that JSON numbers hold exactly.
 const MAX_SAFE: u64 = (1 << 53) - 1;
+/// Most tokens that are told with a token's log probability.
+pub const MAX_LOGPROBS: u64 = 20;
+/// Longest time that a request may give itself, in seconds: a day.
+const MAX_TIMEOUT: f32 = 86_400.0;
 
 /// The fields not yet read, and the names of those that were asked for. Null counts as absent.
 pub struct Fields {
@@ -149,17 +155,53 @@ impl Fields {
         })
     }
 
-    /// A request, with what both dialects call the same.
-    pub fn request(&mut self, prompt: String, max_tokens: usize, sampling: SamplingParams) -> Result<Request, Invalid> {
+    /// `response_format` as OpenAI has it, or `grammar`.
+    pub fn grammar(&mut self) -> Result<Option<GrammarSource>, Invalid> {
+        let name = "response_format";
+        let wanted = "{\"type\": \"text\"}, {\"type\": \"json_object\"} or \
+                      {\"type\": \"json_schema\", \"json_schema\": {\"name\": ..., \"schema\": {...}}}";
+        let by_format = match self.take(name) {
+            None => None,
+            Some(format) => match format["type"].as_str() {
+                Some("text") => None,
+                Some("json_object") => Some(GrammarSource::JsonSchema(json!({ "type": "object" }))),
+                Some("json_schema") if format["json_schema"]["schema"].is_object() => {
+                    Some(GrammarSource::JsonSchema(format["json_schema"]["schema"].clone()))
+                }
+                _ => return Err(wrong(name, &format, wanted)),
+            },
+        };
+        let by_grammar = self.string("grammar")?.filter(|lark| !lark.is_empty()).map(GrammarSource::Lark);
+        if by_format.is_some() && by_grammar.is_some() {
+            return Err(Invalid::new(
+                "grammar",
+                "grammar and response_format both say what the answer must be: give one of them",
+            ));
+        }
+        Ok(by_format.or(by_grammar))
+    }
+
+    /// A request, with what both dialects call the same. `n_top` is what they say of log probabilities.
+    pub fn request(
+        &mut self,
+        prompt: String,
+        max_tokens: usize,
+        sampling: SamplingParams,
+        n_top: Option<u64>,
+    ) -> Result<Request, Invalid> {
+        let n_top = n_top.map(|n| n as usize);
+        let report = Report { details: self.boolean("details")?.unwrap_or(false), n_top };
         Ok(Request {
-            prompt,
-            max_tokens,
             sampling,
             stop: self.stops()?,
             ignore_eos: self.boolean("ignore_eos")?.unwrap_or(false),
             cache_prompt: self.boolean("cache_prompt")?.unwrap_or(true),
             speculation: self.speculation()?,
             share_text: self.boolean("share_text")?.unwrap_or(true),
+            grammar: self.grammar()?,
+            report: Some(report).filter(|r| r.details || r.n_top.is_some()),
+            timeout: self.number("timeout_s", 0.0, MAX_TIMEOUT)?.map(Duration::from_secs_f32),
+            ..Request::new(prompt, max_tokens)
         })
     }
 

@@ -3,10 +3,11 @@
 use bytes::BytesMut;
 use serde_json::{Value, json};
 
-use super::fields::Fields;
+use super::fields::{Fields, MAX_LOGPROBS};
 use super::reply::{Dialect, Problem, event};
+use super::tokens::{self, Spell};
 use crate::error::Invalid;
-use crate::request::{Completion, Event, FinishReason, Request, SamplingParams};
+use crate::request::{Completion, Event, FinishReason, Piece, Request, SamplingParams};
 
 /// A body that was read.
 #[derive(Debug)]
@@ -28,18 +29,19 @@ pub fn read(body: Value, n_ctx: usize, random_seed: u64) -> Result<Generate, Inv
     let sampling = fields.sampling(defaults, 100.0, 100.0, n_ctx)?;
     let sampling = SamplingParams { seed: fields.count("seed", 0, u64::MAX)?.unwrap_or(random_seed), ..sampling };
     let max_tokens = fields.count("max_tokens", 1, n_ctx as u64)?.map_or(128.min(n_ctx), |n| n as usize);
-    let request = fields.request(prompt, max_tokens, sampling)?;
+    let n_top = fields.count("logprobs", 0, MAX_LOGPROBS)?;
+    let request = fields.request(prompt, max_tokens, sampling, n_top)?;
     let stream = fields.boolean("stream")?.unwrap_or(false);
     fields.refuse_the_rest()?;
     Ok(Generate { request, stream })
 }
 
-/// The answer, or the last event of a stream, with `text`.
+/// The answer, or the last event of a stream, with `piece`, which is all of it or the rest.
 #[must_use]
-pub fn completion(done: &Completion, text: &str) -> Value {
+pub fn completion(done: &Completion, piece: &Piece, spell: Option<&Spell>) -> Value {
     let mut body = json!({
-        "generated_text": text,
-        "finish_reason": match done.finish_reason { FinishReason::Length => "length", _ => "stop" },
+        "generated_text": piece.text,
+        "finish_reason": finish_reason(&done.finish_reason),
         "usage": {
             "prompt_tokens": done.usage.prompt_tokens,
             "cached_tokens": done.usage.cached_tokens,
@@ -53,10 +55,32 @@ pub fn completion(done: &Completion, text: &str) -> Value {
         },
     });
     body["speculation"] = speculation(done);
-    if let FinishReason::StopString(stop) = &done.finish_reason {
-        body["stop_reason"] = stop.as_str().into();
+    if let Some(reason) = stop_reason(&done.finish_reason) {
+        body["stop_reason"] = reason.into();
+    }
+    if let Some(spell) = spell {
+        body["tokens"] = tokens::details(&piece.tokens, spell);
     }
     body
+}
+
+/// Why the answer ended, in the two words that clients know.
+#[must_use]
+pub fn finish_reason(reason: &FinishReason) -> &'static str {
+    match reason {
+        FinishReason::Length | FinishReason::Deadline => "length",
+        FinishReason::EndOfText | FinishReason::StopString(_) => "stop",
+    }
+}
+
+/// What ended it, where those do not say: the stop string, or `deadline`.
+#[must_use]
+pub fn stop_reason(reason: &FinishReason) -> Option<&str> {
+    match reason {
+        FinishReason::StopString(stop) => Some(stop),
+        FinishReason::Deadline => Some("deadline"),
+        FinishReason::EndOfText | FinishReason::Length => None,
+    }
 }
 
 /// What a draft did for a request.
@@ -71,14 +95,20 @@ pub fn speculation(done: &Completion) -> Value {
     })
 }
 
-/// Pieces as `/generate` streams them.
-pub struct Pieces;
+/// Pieces as `/generate` streams them; with what is told of their tokens if there is a way to spell them.
+pub struct Pieces(pub Option<Spell>);
 
 impl Dialect for Pieces {
     fn write(&mut self, _: usize, what: &Event, out: &mut BytesMut) {
         match what {
-            Event::Piece(text) => event(&json!({ "generated_text": text }), out),
-            Event::Done(done) => event(&completion(done, &done.tail), out),
+            Event::Piece(piece) => {
+                let mut body = json!({ "generated_text": piece.text });
+                if let Some(spell) = &self.0 {
+                    body["tokens"] = tokens::details(&piece.tokens, spell);
+                }
+                event(&body, out);
+            }
+            Event::Done(done) => event(&completion(done, &done.tail, self.0.as_ref()), out),
             Event::Failed { id } => {
                 out.extend_from_slice(b"event: error\n");
                 event(&Problem::incident(id).body(), out);

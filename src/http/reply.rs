@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::{Bytes, BytesMut};
@@ -12,10 +13,14 @@ use hyper::{Response, StatusCode};
 use serde::Serialize;
 use tokio::sync::mpsc;
 
+use super::access::Tally;
 use crate::request::Event;
 
-/// Any answer: a whole body or a stream.
-pub type Reply = Response<Either<Full<Bytes>, EventStream>>;
+/// Any answer's body: whole, or a stream.
+pub type Content = Either<Full<Bytes>, EventStream>;
+
+/// Any answer.
+pub type Reply = Response<Content>;
 
 /// A JSON answer.
 pub fn json(status: StatusCode, body: &impl Serialize) -> Reply {
@@ -127,18 +132,25 @@ pub struct EventStream {
     /// By choice; `None` for those that ended.
     choices: Vec<Option<mpsc::Receiver<Event>>>,
     dialect: Box<dyn Dialect>,
+    tally: Arc<Tally>,
     ended: bool,
 }
 
 /// An answer that streams: `first` of the first choice has arrived already, the rest is to come.
-pub fn stream(first: Event, choices: Vec<mpsc::Receiver<Event>>, dialect: Box<dyn Dialect>) -> Reply {
+pub fn stream(first: Event, choices: Vec<mpsc::Receiver<Event>>, dialect: Box<dyn Dialect>, tally: Arc<Tally>) -> Reply {
     let choices = choices.into_iter().map(Some).collect();
-    let body = EventStream { first: Some(first), choices, dialect, ended: false };
+    let body = EventStream { first: Some(first), choices, dialect, tally, ended: false };
     let mut reply = Response::new(Either::Right(body));
     let headers = reply.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
     reply
+}
+
+impl std::fmt::Debug for EventStream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EventStream").field("ended", &self.ended).finish_non_exhaustive()
+    }
 }
 
 impl EventStream {
@@ -157,7 +169,10 @@ impl EventStream {
             self.dialect.write(choice, &event, out);
             match event {
                 Event::Piece(_) => {}
-                Event::Done(_) => self.choices[choice] = None,
+                Event::Done(done) => {
+                    self.tally.note(&done);
+                    self.choices[choice] = None;
+                }
                 Event::Failed { .. } => {
                     self.choices.clear();
                     self.ended = true;

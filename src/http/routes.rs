@@ -3,30 +3,36 @@
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::Incoming;
-use hyper::header::{ALLOW, CONNECTION, RETRY_AFTER};
+use hyper::header::{ALLOW, CONNECTION, HeaderValue, RETRY_AFTER};
 use hyper::{Request, StatusCode};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
+use super::access::Tally;
 use super::generate::{self, Generate, Pieces};
-use super::openai::{self, Asked, Endpoint, Envelope};
+use super::openai::read::Asked;
+use super::openai::write::Envelope;
+use super::openai::{self, Endpoint};
 use super::reply::{self, Problem, Reply};
 use super::template::ChatTemplate;
+use super::tokens::{Spell, Telling};
 use super::{App, docs};
 use crate::engine::{Handle, Layout, Stage, SubmitError};
 use crate::error::Invalid;
 use crate::llama;
 use crate::metrics;
-use crate::request::{Completion, Event};
+use crate::request::{self, Completion, Event, FinishReason, Piece};
 
 /// Paths, and what they take.
-pub const PATHS: [(&str, &str); 10] = [
+pub const PATHS: [(&str, &str); 11] = [
     ("/", "GET, HEAD"),
     ("/health", "GET, HEAD"),
+    ("/ready", "GET, HEAD"),
     ("/metrics", "GET, HEAD"),
     ("/generate", "POST"),
     ("/v1/models", "GET, HEAD"),
@@ -39,14 +45,29 @@ pub const PATHS: [(&str, &str); 10] = [
 /// Files of the page at `/docs`.
 const DOCS_FILE: &str = "/docs/{file}";
 
+/// What is known of a request beside what it says.
+struct Call<'a> {
+    id: &'a Arc<str>,
+    /// Whose it is.
+    owner: u32,
+    /// Longest time that a request may have.
+    timeout: Option<Duration>,
+    /// What its answers take.
+    tally: &'a Arc<Tally>,
+}
+
 /// Answers one request.
-pub async fn answer(app: &Arc<App>, request: Request<Incoming>) -> Reply {
+pub async fn answer(app: &Arc<App>, request: Request<Incoming>, id: &Arc<str>, tally: &Arc<Tally>) -> Reply {
     // Its clients know errors by another shape.
     let is_openai = request.uri().path().starts_with("/v1");
-    let write = if is_openai { Problem::openai_reply } else { Problem::reply };
     // A path that nobody knows must not become a label.
     let path = known(request.uri().path()).map_or("other", |(path, _)| path);
-    let reply = route(app, request).await.unwrap_or_else(|problem| {
+    let write = if is_openai { Problem::openai_reply } else { Problem::reply };
+    let answer = match app.auth.admit(&request) {
+        Ok(owner) => route(app, request, &Call { id, owner, timeout: app.limits.timeout, tally }).await,
+        Err(problem) => Err(problem),
+    };
+    let reply = answer.unwrap_or_else(|problem| {
         app.metrics.count_refusal(problem.kind);
         write(problem)
     });
@@ -60,7 +81,7 @@ fn known(path: &str) -> Option<(&'static str, &'static str)> {
     PATHS.into_iter().find(|(known, _)| *known == path)
 }
 
-async fn route(app: &Arc<App>, request: Request<Incoming>) -> Result<Reply, Problem> {
+async fn route(app: &Arc<App>, request: Request<Incoming>, call: &Call<'_>) -> Result<Reply, Problem> {
     let path = request.uri().path();
     let Some((path, allow)) = known(path) else { return Err(not_found(path)) };
     if !allow.split(", ").any(|allowed| allowed == request.method().as_str()) {
@@ -72,6 +93,7 @@ async fn route(app: &Arc<App>, request: Request<Incoming>) -> Result<Reply, Prob
     match path {
         "/" => information(app),
         "/health" => Ok(health(app)),
+        "/ready" => Ok(ready(app)),
         "/metrics" => Ok(reply::plain(metrics::CONTENT_TYPE, app.metrics.text())),
         "/openapi.json" => Ok(reply::plain("application/json", app.openapi.clone())),
         "/docs" => docs("").ok_or_else(|| not_found(path)),
@@ -81,9 +103,9 @@ async fn route(app: &Arc<App>, request: Request<Incoming>) -> Result<Reply, Prob
             docs(file).ok_or_else(|| not_found(path))
         }
         "/v1/models" => models(app),
-        "/v1/completions" => complete(app, request, Endpoint::Text).await,
-        "/v1/chat/completions" => complete(app, request, Endpoint::Chat).await,
-        _ => generate(app, request).await,
+        "/v1/completions" => complete(app, request, call, Endpoint::Text).await,
+        "/v1/chat/completions" => complete(app, request, call, Endpoint::Chat).await,
+        _ => generate(app, request, call).await,
     }
 }
 
@@ -97,15 +119,30 @@ fn docs(file: &str) -> Option<Reply> {
     docs::file(file).map(|(bytes, content_type)| reply::plain(&content_type, bytes))
 }
 
+/// Whether the process is to be left alone: only one whose engine has failed is worth a restart.
 fn health(app: &App) -> Reply {
-    let unavailable = StatusCode::SERVICE_UNAVAILABLE;
-    if app.draining.load(Ordering::Relaxed) {
-        return reply::json(unavailable, &json!({ "status": "draining" }));
+    let status = status(app);
+    let code = if status == "failed" { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::OK };
+    reply::json(code, &json!({ "status": status }))
+}
+
+/// Whether work may be sent here now.
+fn ready(app: &App) -> Reply {
+    let status = status(app);
+    if status == "ok" {
+        return reply::json(StatusCode::OK, &json!({ "status": status }));
     }
+    let mut reply = reply::json(StatusCode::SERVICE_UNAVAILABLE, &json!({ "status": status }));
+    reply.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+    reply
+}
+
+fn status(app: &App) -> &'static str {
     match &*app.stage.borrow() {
-        Stage::Ready(_) => reply::json(StatusCode::OK, &json!({ "status": "ok" })),
-        Stage::Loading(_) => reply::json(unavailable, &json!({ "status": "loading" })),
-        Stage::Failed(_) => reply::json(unavailable, &json!({ "status": "failed" })),
+        Stage::Failed(_) => "failed",
+        _ if app.draining.load(Ordering::Relaxed) => "draining",
+        Stage::Loading(_) => "loading",
+        Stage::Ready(_) => "ok",
     }
 }
 
@@ -121,7 +158,7 @@ fn engine(app: &App) -> Result<Handle, Problem> {
     }
     match &*app.stage.borrow() {
         Stage::Ready(handle) => Ok(handle.clone()),
-        Stage::Loading(_) => Err(unavailable("loading", "the model is still loading; GET /health tells when it is ready")),
+        Stage::Loading(_) => Err(unavailable("loading", "the model is still loading; GET /ready tells when it takes work")),
         Stage::Failed(_) => Err(unavailable("stopped", "the engine has stopped")),
     }
 }
@@ -170,17 +207,22 @@ fn information(app: &App) -> Result<Reply, Problem> {
     Ok(reply::json(StatusCode::OK, &body))
 }
 
-async fn generate(app: &Arc<App>, request: Request<Incoming>) -> Result<Reply, Problem> {
+async fn generate(app: &Arc<App>, request: Request<Incoming>, call: &Call<'_>) -> Result<Reply, Problem> {
     let handle = engine(app)?;
     let body = read_json(app, request).await?;
-    let Generate { request, stream } = generate::read(body, handle.limits().n_ctx, random_seed()).map_err(invalid)?;
-    let mut events = handle.submit(request).await.map_err(refused)?;
+    let asked = generate::read(body, handle.limits().n_ctx, random_seed()).map_err(invalid)?;
+    let Generate { request, stream } = asked;
+    let spell = request.report.map(|_| spell(&handle));
+    let mut events = submit(&handle, request, call).await.map_err(refused)?;
     if stream {
         let first = first_event(&mut events).await?;
-        return Ok(reply::stream(first, vec![events], Box::new(Pieces)));
+        return Ok(reply::stream(first, vec![events], Box::new(Pieces(spell)), Arc::clone(call.tally)));
     }
-    let (text, done) = collect(events).await?;
-    Ok(reply::json(StatusCode::OK, &generate::completion(&done, &text)))
+    let (whole, done) = collect(events, call).await?;
+    if is_too_late(&done) {
+        return Err(too_late());
+    }
+    Ok(reply::json(StatusCode::OK, &generate::completion(&done, &whole, spell.as_ref())))
 }
 
 fn models(app: &App) -> Result<Reply, Problem> {
@@ -188,12 +230,17 @@ fn models(app: &App) -> Result<Reply, Problem> {
     Ok(reply::json(StatusCode::OK, &openai::models(&app.model_id, handle.limits().n_ctx)))
 }
 
-async fn complete(app: &Arc<App>, request: Request<Incoming>, endpoint: Endpoint) -> Result<Reply, Problem> {
+async fn complete(
+    app: &Arc<App>,
+    request: Request<Incoming>,
+    call: &Call<'_>,
+    endpoint: Endpoint,
+) -> Result<Reply, Problem> {
     let bad_request = |error| Problem { status: StatusCode::BAD_REQUEST, ..invalid(error) };
     let handle = engine(app)?;
     let body = read_json(app, request).await?;
     let template = app.template.get_or_init(|| ChatTemplate::of(handle.model()));
-    let asked = openai::read(endpoint, body, handle.limits().n_ctx, random_seed(), template);
+    let asked = openai::read::read(endpoint, body, handle.limits().n_ctx, random_seed(), template);
     let Asked { requests, n, stream, include_usage } = asked.map_err(bad_request)?;
     let (asked_for, most) = (requests.len(), handle.most_in_flight());
     if asked_for > most {
@@ -201,45 +248,79 @@ async fn complete(app: &Arc<App>, request: Request<Incoming>, endpoint: Endpoint
         let message = format!("n and the prompts ask for {asked_for} answers, but the server takes {most} at once");
         return Err(bad_request(Invalid::new("n", message)));
     }
+    let report = requests.first().and_then(|r| r.report).unwrap_or_default();
+    let telling = Telling { logprobs: report.n_top.is_some(), details: report.details, spell: spell(&handle) };
     let mut choices = Vec::with_capacity(requests.len());
     for request in requests {
         // Those that were taken are cancelled if one is refused.
-        choices.push(handle.submit(request).await.map_err(|error| match error {
+        choices.push(submit(&handle, request, call).await.map_err(|error| match error {
             SubmitError::Invalid(error) => bad_request(error),
             other => refused(other),
         })?);
     }
-    let envelope = Envelope::new(endpoint, app.model_id.clone(), n);
+    let envelope = Envelope::new(endpoint, app.model_id.clone(), n, telling);
     if stream {
         let first = first_event(&mut choices[0]).await?;
         let chunks = envelope.chunks(choices.len(), include_usage);
-        return Ok(reply::stream(first, choices, Box::new(chunks)));
+        return Ok(reply::stream(first, choices, Box::new(chunks), Arc::clone(call.tally)));
     }
     let mut done = Vec::with_capacity(choices.len());
     for events in choices {
-        done.push(collect(events).await?);
+        done.push(collect(events, call).await?);
+    }
+    if done.iter().all(|(_, done)| is_too_late(done)) {
+        return Err(too_late());
     }
     Ok(reply::json(StatusCode::OK, &envelope.answer(&done)))
+}
+
+/// How this model's tokens are written.
+fn spell(handle: &Handle) -> Spell {
+    let handle = handle.clone();
+    Arc::new(move |token| {
+        let mut bytes = Vec::new();
+        handle.model().piece(token, true, &mut bytes);
+        bytes
+    })
+}
+
+/// The request's time was over before its first token.
+fn is_too_late(done: &Completion) -> bool {
+    done.finish_reason == FinishReason::Deadline && done.usage.completion_tokens == 0
+}
+
+fn too_late() -> Problem {
+    let message = "the request's time was over before its first token; the server may be busy, or timeout_s too short";
+    Problem::new(StatusCode::REQUEST_TIMEOUT, "deadline", message)
+}
+
+/// Hands over what a body asks for, in the name of who sent it.
+async fn submit(handle: &Handle, asked: request::Request, call: &Call<'_>) -> Result<mpsc::Receiver<Event>, SubmitError> {
+    // A request may give itself less time than the server gives any, but not more.
+    let timeout = asked.timeout.into_iter().chain(call.timeout).min();
+    handle.submit(request::Request { id: Arc::clone(call.id), owner: call.owner, timeout, ..asked }).await
 }
 
 /// An error before the first piece is still a plain one.
 async fn first_event(events: &mut mpsc::Receiver<Event>) -> Result<Event, Problem> {
     match events.recv().await {
         Some(Event::Failed { id }) => Err(Problem::incident(&id)),
+        Some(Event::Done(done)) if is_too_late(&done) => Err(too_late()),
         Some(first) => Ok(first),
         None => Err(Problem::incident("engine-stopped")),
     }
 }
 
 /// A whole answer.
-async fn collect(mut events: mpsc::Receiver<Event>) -> Result<(String, Completion), Problem> {
-    let mut text = String::new();
+async fn collect(mut events: mpsc::Receiver<Event>, call: &Call<'_>) -> Result<(Piece, Completion), Problem> {
+    let mut whole = Piece::default();
     while let Some(event) = events.recv().await {
         match event {
-            Event::Piece(piece) => text += &piece,
-            Event::Done(done) => {
-                text += &done.tail;
-                return Ok((text, done));
+            Event::Piece(piece) => whole.append(piece),
+            Event::Done(mut done) => {
+                whole.append(std::mem::take(&mut done.tail));
+                call.tally.note(&done);
+                return Ok((whole, done));
             }
             Event::Failed { id } => return Err(Problem::incident(&id)),
         }

@@ -210,14 +210,14 @@ impl Speculator {
                 _ => std::mem::swap(by_heads, tree),
             }
         }
+    }
+
+    /// Cuts the trees to what pays in a step of `n_rows` rows of which `n_decode` decode, with `room` for more. They are what
+    /// [`draft`](Self::draft) made of them, or a part of it. `seconds` is what drafting took.
+    pub fn choose(&mut self, trees: &mut [Tree], n_rows: usize, n_decode: usize, room: usize, seconds: f64) -> usize {
         self.offered.resize_with(trees.len().max(self.offered.len()), Tree::default);
         self.offered.iter_mut().zip(trees.iter()).for_each(|(offered, tree)| offered.copy_from(tree));
         self.n_offered = trees.len();
-    }
-
-    /// Cuts the trees to what pays in a step of `n_rows` rows of which `n_decode` decode, with `room` for more.
-    /// `seconds` is what drafting took.
-    pub fn choose(&mut self, trees: &mut [Tree], n_rows: usize, n_decode: usize, room: usize, seconds: f64) -> usize {
         if self.fixed_nodes.is_some() {
             let each = room / trees.len().max(1);
             trees.iter_mut().for_each(|t| t.truncate(each));
@@ -244,10 +244,10 @@ impl Speculator {
         self.n_before = n_rows;
     }
 
-    /// Notes an answer that is complete, for others to be drafted from.
-    pub fn remember(&mut self, answer: &[Token]) {
+    /// Notes an answer that is complete, for its owner's others to be drafted from.
+    pub fn remember(&mut self, owner: u32, answer: &[Token]) {
         if let Some(text) = &mut self.text {
-            text.remember(answer);
+            text.remember(owner, answer);
         }
     }
 

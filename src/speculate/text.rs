@@ -54,8 +54,8 @@ pub struct TextOrigin<'a> {
     pub max_depth: usize,
     /// [`Trust::factor`] of the sequence's text.
     pub trust: f32,
-    /// Whether other answers may be drafted from.
-    pub shared: bool,
+    /// Whose answers to others may be drafted from, too; `None`: nobody's.
+    pub shared: Option<u32>,
 }
 
 /// A token that may follow.
@@ -70,8 +70,8 @@ struct Guess {
 /// Text as a source of drafts.
 #[derive(Debug)]
 pub struct TextDrafts {
-    /// Recent answers.
-    shared: Option<Suffixes>,
+    /// By owner: recent answers. Empty if none are kept.
+    shared: Vec<Suffixes>,
     /// By evidence.
     rates: [Bin; N_EVIDENCE],
     /// Where heads were asked too: by class of the head's probability (0: not offered) and of the text's.
@@ -98,8 +98,15 @@ impl TextDrafts {
     /// Drafts from each sequence's own text, and from the last `n_shared` tokens of all answers; 0 for none of them.
     #[must_use]
     pub fn new(n_shared: usize) -> Self {
+        Self::for_owners(1, n_shared)
+    }
+
+    /// As [`new`](Self::new), but what one owner is answered is never drafted for another: each has a part of the tokens.
+    #[must_use]
+    pub fn for_owners(n_owners: usize, n_shared: usize) -> Self {
+        let shared = if n_shared > 0 { n_owners } else { 0 };
         Self {
-            shared: (n_shared > 0).then(|| Suffixes::new(n_shared)),
+            shared: (0..shared).map(|_| Suffixes::new(n_shared / n_owners)).collect(),
             rates: [Bin::default(); N_EVIDENCE],
             both: [[Bin::default(); N_CLASSES]; N_CLASSES + 1],
             found: vec![],
@@ -109,9 +116,9 @@ impl TextDrafts {
         }
     }
 
-    /// Notes an answer, for others to be drafted from.
-    pub fn remember(&mut self, answer: &[Token]) {
-        if let Some(shared) = &mut self.shared {
+    /// Notes an answer, for its owner's others to be drafted from.
+    pub fn remember(&mut self, owner: u32, answer: &[Token]) {
+        if let Some(shared) = self.shared.get_mut(owner as usize) {
             shared.push_text(answer);
         }
     }
@@ -182,7 +189,7 @@ impl TextDrafts {
     /// Fills `guesses` with what may follow `text`.
     fn guess(&mut self, origin: &TextOrigin<'_>, text: &[Token]) {
         self.guesses.clear();
-        let shared = self.shared.as_ref().filter(|_| origin.shared);
+        let shared = origin.shared.and_then(|owner| self.shared.get(owner as usize));
         for (index, is_shared) in [(Some(origin.index), false), (shared, true)] {
             let Some(index) = index else { continue };
             self.found.clear();
@@ -348,7 +355,7 @@ mod tests {
         }
 
         fn origin(&self, max_depth: usize) -> TextOrigin<'_> {
-            TextOrigin { index: &self.index, tokens: &self.tokens, max_depth, trust: 1.0, shared: true }
+            TextOrigin { index: &self.index, tokens: &self.tokens, max_depth, trust: 1.0, shared: Some(0) }
         }
     }
 
@@ -416,10 +423,10 @@ mod tests {
     fn other_answers_are_drafted_from_only_where_that_is_wanted() {
         let text = Text::new("what is the cap");
         let mut drafts = TextDrafts::new(64);
-        drafts.remember(&tokens("it is the capital of"));
+        drafts.remember(0, &tokens("it is the capital of"));
         let shared = grown(&mut drafts, &text.origin(4), &Tree::default());
         assert!(paths(&shared).iter().any(|p| p.0 == "ital"), "{shared:?}");
-        let own = TextOrigin { shared: false, ..text.origin(4) };
+        let own = TextOrigin { shared: None, ..text.origin(4) };
         assert!(grown(&mut drafts, &own, &Tree::default()).is_empty());
         assert!(grown(&mut TextDrafts::new(0), &text.origin(4), &Tree::default()).is_empty());
     }

@@ -97,6 +97,21 @@ impl Tree {
         self.nodes.truncate(n);
     }
 
+    /// Keeps the nodes that `keeps` says, in their order. It says so of no node without its parent.
+    pub fn retain(&mut self, keeps: &[bool]) {
+        let mut places = Vec::with_capacity(self.nodes.len());
+        let mut n = 0;
+        for i in 0..self.nodes.len() {
+            places.push(n);
+            if keeps[i] {
+                let node = self.nodes[i];
+                self.nodes[n] = Node { parent: node.parent.map(|p| places[p]), ..node };
+                n += 1;
+            }
+        }
+        self.nodes.truncate(n);
+    }
+
     /// Adds a node that a head offers behind all that are there.
     ///
     /// # Panics

@@ -94,16 +94,8 @@ pub async fn collect(
 }
 
 fn request(prompt: String, temperature: f32, max_tokens: usize, seed: u64) -> Request {
-    Request {
-        prompt,
-        max_tokens,
-        sampling: SamplingParams { temperature, seed, ..SamplingParams::default() },
-        stop: vec![],
-        ignore_eos: false,
-        cache_prompt: true,
-        speculation: Speculation::Off,
-        share_text: false,
-    }
+    let sampling = SamplingParams { temperature, seed, ..SamplingParams::default() };
+    Request { sampling, speculation: Speculation::Off, share_text: false, ..Request::new(prompt, max_tokens) }
 }
 
 /// A request whose prompt is computed.

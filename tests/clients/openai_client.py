@@ -1,12 +1,16 @@
 """OpenAI's own client against a running server: openai_client.py BASE_URL. tests/openai.rs runs it."""
 import json
+import math
 import sys
 import time
 import unittest
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, Optional
 
 import openai
 from langchain_openai import ChatOpenAI
+from pydantic import BaseModel, Field
 
 BASE = sys.argv.pop(1)
 CLIENT = openai.OpenAI(base_url=f"{BASE}/v1", api_key="none", max_retries=0, timeout=120)
@@ -63,6 +67,17 @@ class Completions(unittest.TestCase):
         self.assertEqual("".join(p.text for p in pieces), complete().choices[0].text)
         self.assertEqual([p.finish_reason for p in pieces if p.finish_reason], ["length"])
 
+    def test_logprobs_come_with_each_token(self):
+        answer = complete(logprobs=2)
+        told = answer.choices[0].logprobs
+        self.assertEqual("".join(told.tokens), answer.choices[0].text)
+        self.assertEqual(told.text_offset, [len("".join(told.tokens[:i])) for i in range(12)])
+        for token, logprob, top in zip(told.tokens, told.token_logprobs, told.top_logprobs):
+            self.assertTrue(top[token] == logprob == max(top.values()) and len(top) == 2, "greedy takes the likeliest")
+        streamed = [chunk.choices[0].logprobs for chunk in complete(logprobs=2, stream=True)]
+        self.assertEqual([t for s in streamed if s for t in s.token_logprobs], told.token_logprobs)
+        self.assertEqual([t for s in streamed if s for t in s.text_offset], told.text_offset)
+
     def test_bias_and_extensions_are_heard(self):
         plain = complete(extra_body={"speculation": "off"}).choices[0]
         self.assertEqual(plain.model_extra["speculation"]["drafted"], 0)
@@ -97,6 +112,24 @@ class Chat(unittest.TestCase):
         whole = [MESSAGES[0], {"role": "user", "content": parts}]
         self.assertEqual(chat(messages=whole).choices[0].message.content, chat().choices[0].message.content)
 
+    def test_logprobs_have_tokens_bytes_and_others(self):
+        answer = chat(logprobs=True, top_logprobs=3, temperature=0)
+        told = answer.choices[0].logprobs.content
+        self.assertTrue(all(t.top_logprobs[0].logprob == t.logprob and len(t.top_logprobs) == 3 for t in told))
+        self.assertEqual(b"".join(bytes(t.bytes) for t in told).decode(), answer.choices[0].message.content)
+        self.assertTrue(sum(math.exp(t.logprob) for t in told[0].top_logprobs) <= 1)
+        chunks = chat(logprobs=True, temperature=0, stream=True)
+        streamed = [t for c in chunks if c.choices[0].logprobs for t in c.choices[0].logprobs.content]
+        self.assertEqual([(t.token, t.logprob) for t in streamed], [(t.token, t.logprob) for t in told])
+        self.assertTrue(all(t.top_logprobs == [] for t in streamed))
+
+    def test_a_deadline_ends_an_answer(self):
+        choice = chat(max_tokens=450, extra_body={"ignore_eos": True, "timeout_s": 0.2}).choices[0]
+        self.assertEqual((choice.finish_reason, choice.model_extra["stop_reason"]), ("length", "deadline"))
+        with self.assertRaises(openai.APIStatusError) as caught:
+            chat(extra_body={"timeout_s": 0})
+        self.assertEqual((caught.exception.status_code, caught.exception.code), (408, "deadline"))
+
     def test_a_reader_that_leaves_ends_its_request(self):
         stream = chat(stream=True, max_tokens=400, extra_body={"ignore_eos": True})
         next(iter(stream))
@@ -111,6 +144,56 @@ class Chat(unittest.TestCase):
         self.assertTrue(model.invoke("Say hello.").content)
 
 
+class Person(BaseModel):
+    name: str = Field(max_length=12)
+    age: int = Field(ge=0, le=120)
+
+
+class Weather(BaseModel):
+    sky: Literal["clear", "cloudy", "rain"]
+    degrees: Optional[int] = Field(ge=-40, le=50)
+    windy: bool
+
+
+class Family(BaseModel):
+    people: list[Person] = Field(min_length=1, max_length=2)
+    pets: list[Literal["cat", "dog"]] = Field(max_length=2)
+
+
+class Structured(unittest.TestCase):
+    def test_two_hundred_of_two_hundred_samples_follow_their_schema(self):
+        asked = [(Person, "Invent a person."), (Weather, "How is the weather?"), (Family, "Invent a family.")]
+
+        def sample(i):
+            form, prompt = asked[i % len(asked)]
+            answer = CLIENT.chat.completions.parse(
+                model="any", messages=[{"role": "user", "content": prompt + " Answer in JSON."}], response_format=form,
+                temperature=1, seed=i, max_tokens=200,
+            )  # the client itself validates the text, and raises
+            choice = answer.choices[0]
+            self.assertTrue(isinstance(choice.message.parsed, form) and choice.finish_reason == "stop", choice)
+            return choice.model_extra["speculation"]["drafted"]
+
+        with ThreadPoolExecutor(8) as pool:
+            drafted = list(pool.map(sample, range(200)))
+        self.assertEqual(len(drafted), 200)
+        print(f"200 of 200; {sum(drafted)} candidates were verified on the way", file=sys.stderr)
+
+    def test_json_may_be_asked_for_without_a_schema(self):
+        text = chat(response_format={"type": "json_object"}, max_tokens=120, temperature=0).choices[0].message.content
+        self.assertTrue(text.startswith("{"), text)
+
+    def test_a_grammar_is_an_extension(self):
+        answer = complete(extra_body={"grammar": 'start: " four" | " five"'}).choices[0]
+        self.assertTrue(answer.text in (" four", " five") and answer.finish_reason == "stop")
+
+    def test_a_schema_that_nothing_follows_is_refused(self):
+        schema = {"type": "json_schema", "json_schema": {"name": "none", "schema": {"enum": []}}}
+        with self.assertRaises(openai.BadRequestError) as caught:
+            chat(response_format=schema)
+        self.assertEqual(caught.exception.param, "response_format")
+
+
 class Errors(unittest.TestCase):
     def test_a_bad_field_is_named(self):
         with self.assertRaises(openai.BadRequestError) as caught:
@@ -120,8 +203,8 @@ class Errors(unittest.TestCase):
 
     def test_what_is_not_supported_is_refused(self):
         with self.assertRaises(openai.BadRequestError) as caught:
-            chat(logprobs=True)
-        self.assertEqual(caught.exception.param, "logprobs")
+            chat(tools=[{"type": "function", "function": {"name": "f"}}])
+        self.assertEqual(caught.exception.param, "tools")
 
     def test_a_prompt_that_is_too_long_is_refused_with_its_length(self):
         with self.assertRaises(openai.BadRequestError) as caught:

@@ -4,7 +4,7 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -16,6 +16,11 @@ pub fn model_path() -> PathBuf {
     let path = PathBuf::from(medusa_llama::config::DEFAULT_MODEL);
     assert!(path.is_file(), "the default model is missing: run `make model`");
     path
+}
+
+/// Runs the binary to its end.
+pub fn run(args: &[&str], env: &[(&str, &str)]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_medusa-llama")).args(args).envs(env.iter().copied()).output().unwrap()
 }
 
 /// A running `medusa-llama serve`, killed when dropped.
@@ -40,7 +45,7 @@ impl Server {
         let mut stderr = BufReader::new(child.stderr.take().unwrap());
         let mut line = String::new();
         stderr.read_line(&mut line).unwrap();
-        let addr = line.split("http://").nth(1).and_then(|l| l.split(',').next()).unwrap_or_else(|| panic!("{line}"));
+        let addr = line.split("://").nth(1).and_then(|l| l.split(',').next()).unwrap_or_else(|| panic!("{line}"));
         let addr = addr.parse().unwrap();
         let log = Arc::new(Mutex::new(line));
         let sink = Arc::clone(&log);
@@ -51,7 +56,7 @@ impl Server {
     /// Starts one and waits until it serves.
     pub fn start(args: &[&str]) -> Self {
         let server = Self::start_loading(args);
-        server.wait(|| server.get("/health").status == 200);
+        server.wait(|| server.get("/ready").status == 200);
         server
     }
 
@@ -88,7 +93,12 @@ impl Server {
     }
 
     pub fn get(&self, path: &str) -> Answer {
-        exchange(self.addr, format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_bytes())
+        self.ask(&format!("GET {path}"), &[], b"")
+    }
+
+    /// As [`request_bytes`] has it.
+    pub fn ask(&self, what: &str, headers: &[&str], body: &[u8]) -> Answer {
+        exchange(self.addr, &request_bytes(what, headers, body))
     }
 
     pub fn post(&self, body: &[u8]) -> Answer {
@@ -127,9 +137,14 @@ impl Server {
 
     /// Sends a request to stream and leaves the connection open.
     pub fn open_stream(&self, body: &Value) -> TcpStream {
+        self.send(&post_bytes(body.to_string().as_bytes()))
+    }
+
+    /// Sends bytes and leaves the connection open.
+    pub fn send(&self, bytes: &[u8]) -> TcpStream {
         let mut socket = TcpStream::connect(self.addr).unwrap();
         socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-        socket.write_all(&post_bytes(body.to_string().as_bytes())).unwrap();
+        socket.write_all(bytes).unwrap();
         socket
     }
 }
@@ -142,7 +157,14 @@ impl Drop for Server {
 }
 
 pub fn post_bytes(body: &[u8]) -> Vec<u8> {
-    let head = format!("POST /generate HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", body.len());
+    request_bytes("POST /generate", &[], body)
+}
+
+/// `what` is method and path; `headers` are lines.
+pub fn request_bytes(what: &str, headers: &[&str], body: &[u8]) -> Vec<u8> {
+    let more: String = headers.iter().map(|line| format!("{line}\r\n")).collect();
+    let length = if body.is_empty() { String::new() } else { format!("Content-Length: {}\r\n", body.len()) };
+    let head = format!("{what} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{more}{length}\r\n");
     [head.as_bytes(), body].concat()
 }
 
@@ -175,6 +197,11 @@ impl Answer {
         let body = &bytes[end + 4..];
         let body = if head.contains("transfer-encoding: chunked") { unchunk(body) } else { body.to_vec() };
         Self { status, head, body }
+    }
+
+    /// A header's value.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.head.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
     }
 
     pub fn text(&self) -> &str {

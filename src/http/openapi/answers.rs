@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::Value;
 use utoipa::ToSchema;
 
 /// Why an answer ended: by itself or at a stop string, or because it was long enough.
@@ -34,7 +33,7 @@ pub struct GenerateAnswer {
     pub generated_text: String,
     /// Why it ended.
     pub finish_reason: FinishReason,
-    /// The stop string that ended it, if one did.
+    /// The stop string that ended it, if one did; `deadline` if its time was over.
     #[schema(required = false)]
     pub stop_reason: String,
     /// Counts of tokens.
@@ -43,6 +42,79 @@ pub struct GenerateAnswer {
     pub timings: Timings,
     /// What drafts did.
     pub speculation: SpeculationReport,
+    /// With `details` or `logprobs`.
+    #[schema(required = false)]
+    pub tokens: Vec<TokenDetails>,
+}
+
+/// A token of an answer. One that ends the text is not told of, nor those of a stop string.
+#[derive(Debug, ToSchema)]
+pub struct TokenDetails {
+    /// Its number in the vocabulary.
+    pub id: u64,
+    /// Its text; parts of a character are U+FFFD.
+    pub text: String,
+    /// What drafted it: `heads`, `text` or `both`; null: the model alone.
+    #[schema(required = true)]
+    pub source: Option<String>,
+    /// The answer's step that decided it, from 1.
+    pub step: u64,
+    /// Rows of that step, those of other requests included.
+    pub rows: u64,
+    /// With `logprobs`: the natural logarithm of its probability, before bias, penalties, temperature and grammar.
+    #[schema(required = false)]
+    pub logprob: f64,
+    /// With `logprobs`: the likeliest tokens.
+    #[schema(required = false)]
+    pub top_logprobs: Vec<LikelyToken>,
+}
+
+/// One of the likeliest tokens.
+#[derive(Debug, ToSchema)]
+pub struct LikelyToken {
+    /// Its number in the vocabulary.
+    pub id: u64,
+    /// Its text.
+    pub text: String,
+    /// The natural logarithm of its probability.
+    pub logprob: f64,
+}
+
+/// Log probabilities of a text's tokens: lists with an entry for each.
+#[derive(Debug, ToSchema)]
+pub struct TextLogprobs {
+    /// Their texts.
+    pub tokens: Vec<String>,
+    /// Natural logarithms of their probabilities.
+    pub token_logprobs: Vec<f64>,
+    /// The same of the likeliest, by their texts.
+    pub top_logprobs: Vec<BTreeMap<String, f64>>,
+    /// Where they begin in the answer, in characters.
+    pub text_offset: Vec<u64>,
+}
+
+/// Log probabilities of a message's tokens.
+#[derive(Debug, ToSchema)]
+pub struct ChatLogprobs {
+    /// An entry for each token.
+    pub content: Vec<ChatToken>,
+    /// Null.
+    #[schema(required = true)]
+    pub refusal: Option<String>,
+}
+
+/// A token of a message.
+#[derive(Debug, ToSchema)]
+pub struct ChatToken {
+    /// Its text; parts of a character are U+FFFD.
+    pub token: String,
+    /// The natural logarithm of its probability.
+    pub logprob: f64,
+    /// Its bytes.
+    pub bytes: Vec<u64>,
+    /// The likeliest tokens; of them nothing more is told.
+    #[schema(required = false, no_recursion)]
+    pub top_logprobs: Vec<ChatToken>,
 }
 
 /// Counts of tokens.
@@ -93,11 +165,17 @@ pub struct CompletionChoice {
     pub index: u64,
     /// The text, without the prompt.
     pub text: String,
-    /// Null.
+    /// Null if they were not asked for.
     #[schema(required = true)]
-    pub logprobs: Option<BTreeMap<String, Value>>,
+    pub logprobs: Option<TextLogprobs>,
     /// Why it ended.
     pub finish_reason: FinishReason,
+    /// The stop string that ended it, if one did; `deadline` if its time was over.
+    #[schema(required = false)]
+    pub stop_reason: String,
+    /// With `details`.
+    #[schema(required = false)]
+    pub tokens: Vec<TokenDetails>,
     /// What drafts did.
     pub speculation: SpeculationReport,
 }
@@ -126,11 +204,17 @@ pub struct ChatChoice {
     pub index: u64,
     /// The answer.
     pub message: AnswerMessage,
-    /// Null.
+    /// Null if they were not asked for.
     #[schema(required = true)]
-    pub logprobs: Option<BTreeMap<String, Value>>,
+    pub logprobs: Option<ChatLogprobs>,
     /// Why it ended.
     pub finish_reason: FinishReason,
+    /// The stop string that ended it, if one did; `deadline` if its time was over.
+    #[schema(required = false)]
+    pub stop_reason: String,
+    /// With `details`.
+    #[schema(required = false)]
+    pub tokens: Vec<TokenDetails>,
     /// What drafts did.
     pub speculation: SpeculationReport,
 }
@@ -198,7 +282,7 @@ pub struct Health {
     pub status: HealthStatus,
 }
 
-/// `ok` alone means that requests are taken.
+/// `ok` alone means that requests are taken; only `failed` is worth a restart.
 #[derive(Debug, ToSchema)]
 #[schema(rename_all = "lowercase")]
 #[allow(missing_docs)]

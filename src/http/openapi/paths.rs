@@ -7,19 +7,32 @@ use super::requests::{ChatRequest, CompletionRequest, GenerateRequest};
 /// What is served
 ///
 /// Version, model, sizes and load.
-#[utoipa::path(get, path = "/", tag = "server", responses((status = 200, description = "What is served", body = Information)))]
+#[utoipa::path(get, path = "/", tag = "server", responses(
+    (status = 200, description = "What is served", body = Information),
+    (status = 401, description = "The server asks for a key, and there is none or a wrong one", body = Problem),
+    (status = 403, description = "The key does not allow this", body = Problem),
+))]
 pub fn information() {}
 
-/// Whether requests are taken
+/// Whether the server is alive
 #[utoipa::path(get, path = "/health", tag = "server", responses(
-    (status = 200, description = "Requests are taken", body = Health),
-    (status = 503, description = "Not yet, or no more: `loading`, `draining` or `failed`", body = Health),
+    (status = 200, description = "It is: `ok`, `loading` or `draining`", body = Health),
+    (status = 503, description = "Its engine has `failed`", body = Health),
 ))]
 pub fn health() {}
+
+/// Whether requests are taken
+#[utoipa::path(get, path = "/ready", tag = "server", responses(
+    (status = 200, description = "They are", body = Health),
+    (status = 503, description = "Not yet, or no more: `loading`, `draining` or `failed`; `Retry-After` says when to ask again", body = Health),
+))]
+pub fn ready() {}
 
 /// Metrics for Prometheus
 #[utoipa::path(get, path = "/metrics", tag = "server", responses(
     (status = 200, description = "OpenMetrics text", body = String, content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8"),
+    (status = 401, description = "The server asks for a key, and there is none or a wrong one", body = Problem),
+    (status = 404, description = "Metrics are off", body = Problem),
 ))]
 pub fn metrics() {}
 

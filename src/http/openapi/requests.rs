@@ -4,6 +4,8 @@
 //! A new field is one line with its doc comment: in `request_body!` if all dialects have it, else in its body. Its default, or an
 //! example where it has none (on its type, if that is one of these), is tried by the test.
 
+use std::collections::BTreeMap;
+
 use serde::Deserialize;
 use serde_json::{Value, json};
 use utoipa::ToSchema;
@@ -44,6 +46,18 @@ macro_rules! request_body {
             /// false: draft no other answer from this one, and this one from no other.
             #[schema(default = true)]
             pub share_text: Option<bool>,
+            /// What the answer must be.
+            pub response_format: Option<ResponseFormat>,
+            /// What the answer must be, in llguidance's dialect of Lark; not beside `response_format`.
+            #[schema(example = "start: \"yes\" | \"no\"")]
+            pub grammar: Option<String>,
+            /// Tell of each token who drafted it, and which step decided it.
+            #[schema(default = false)]
+            pub details: Option<bool>,
+            /// Seconds from acceptance, after which the answer ends where it stands; without a token until then: 408. The server may
+            /// have a limit of its own.
+            #[schema(example = 60.0, minimum = 0.0, maximum = 86400.0)]
+            pub timeout_s: Option<f64>,
             /// Send pieces as server-sent events.
             #[schema(default = false)]
             pub stream: Option<bool>,
@@ -78,6 +92,9 @@ request_body! {
         /// The same request and seed give the same text; random by default.
         #[schema(example = 7, format = "uint64")]
         pub seed: Option<u64>,
+        /// Tell of each token its log probability, as the model gives it, and those of so many likeliest.
+        #[schema(example = 3, maximum = 20)]
+        pub logprobs: Option<u64>,
     }
 }
 
@@ -114,17 +131,6 @@ macro_rules! openai_body {
                 pub seed: Option<i64>,
                 /// Of streams only.
                 pub stream_options: Option<StreamOptions>,
-                /// Not built: `{"type": "text"}` is taken.
-                pub response_format: Option<ResponseFormat>,
-                /// Not built: an empty string is taken.
-                #[schema(example = "", max_length = 0)]
-                pub grammar: Option<String>,
-                /// Not built: false is taken.
-                #[schema(example = false)]
-                pub logprobs: Option<bool>,
-                /// Not built: 0 is taken.
-                #[schema(example = 0, maximum = 0)]
-                pub top_logprobs: Option<u64>,
                 /// Not built: an empty list is taken.
                 #[schema(example = json!([]), max_items = 0)]
                 pub tools: Option<Vec<Value>>,
@@ -188,6 +194,9 @@ openai_body! {
         /// Most tokens to generate, up to the context's size.
         #[schema(default = 16, minimum = 1)]
         pub max_tokens: Option<u64>,
+        /// Tell of each token its log probability, as the model gives it, and those of so many likeliest.
+        #[schema(example = 3, maximum = 20)]
+        pub logprobs: Option<u64>,
     }
 }
 
@@ -203,6 +212,12 @@ openai_body! {
         /// The same by its older name.
         #[schema(example = 64, minimum = 1)]
         pub max_tokens: Option<u64>,
+        /// Tell of each token its log probability, as the model gives it.
+        #[schema(default = false)]
+        pub logprobs: Option<bool>,
+        /// And those of so many likeliest; with `logprobs` only.
+        #[schema(example = 0, maximum = 20)]
+        pub top_logprobs: Option<u64>,
     }
 }
 
@@ -279,14 +294,34 @@ pub enum Nothing {
     None,
 }
 
-/// Not built: only text.
+/// Any text, any JSON object, or JSON that follows a schema.
 #[derive(Debug, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-#[schema(example = json!({ "type": "text" }))]
+#[schema(example = json!({ "type": "json_schema", "json_schema": { "name": "answer", "schema": { "enum": ["yes", "no"] } } }))]
 pub struct ResponseFormat {
-    /// Only text.
+    /// Which of them.
     #[serde(rename = "type")]
-    pub kind: PartKind,
+    pub kind: FormatKind,
+    /// For `json_schema`.
+    pub json_schema: Option<NamedSchema>,
+}
+
+/// What an answer may be asked to be.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+#[allow(missing_docs)]
+pub enum FormatKind {
+    Text,
+    JsonObject,
+    JsonSchema,
+}
+
+/// A schema with a name, as OpenAI has it. It is followed strictly, whatever is said beside it.
+#[derive(Debug, Deserialize, ToSchema)]
+pub struct NamedSchema {
+    /// Any.
+    pub name: Option<String>,
+    /// The JSON schema, as far as llguidance can follow it.
+    pub schema: BTreeMap<String, Value>,
 }
 
 /// One message. The template sees its other fields, too.

@@ -1,0 +1,65 @@
+//! Answers that pages of other origins may read (CORS): only of those that were named.
+
+use bytes::Bytes;
+use http_body_util::{Either, Full};
+use hyper::header::{
+    ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN, ACCESS_CONTROL_EXPOSE_HEADERS,
+    ACCESS_CONTROL_MAX_AGE, ACCESS_CONTROL_REQUEST_HEADERS, ACCESS_CONTROL_REQUEST_METHOD, HeaderMap, HeaderValue, ORIGIN,
+    VARY,
+};
+use hyper::{Method, Request, Response, StatusCode};
+
+use super::reply::Reply;
+
+/// Every origin.
+pub const ANY: &str = "*";
+/// Seconds that a browser may remember a preflight's answer.
+const MAX_AGE: &str = "600";
+
+/// The origins whose pages may read answers; none by default.
+#[derive(Clone, Debug, Default)]
+pub struct Cors(Vec<HeaderValue>);
+
+impl Cors {
+    /// For origins as browsers send them, or [`ANY`].
+    #[must_use]
+    pub fn new(origins: Vec<HeaderValue>) -> Self {
+        Self(origins)
+    }
+
+    /// The answer to a browser that asks whether it may ask. It has no key yet.
+    #[must_use]
+    pub fn preflight<B>(&self, request: &Request<B>) -> Option<Reply> {
+        let asks = request.method() == Method::OPTIONS && request.headers().contains_key(ACCESS_CONTROL_REQUEST_METHOD);
+        self.allowed(request.headers()).filter(|_| asks)?;
+        let mut reply = Response::new(Either::Left(Full::new(Bytes::new())));
+        *reply.status_mut() = StatusCode::NO_CONTENT;
+        let headers = reply.headers_mut();
+        headers.insert(ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static("GET, HEAD, POST"));
+        // `*` would not cover Authorization; OpenAI's client sends headers of its own.
+        if let Some(wanted) = request.headers().get(ACCESS_CONTROL_REQUEST_HEADERS) {
+            headers.insert(ACCESS_CONTROL_ALLOW_HEADERS, wanted.clone());
+        }
+        headers.insert(ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static(MAX_AGE));
+        Some(reply)
+    }
+
+    /// What an answer to a page with these headers says of that.
+    #[must_use]
+    pub fn allowed(&self, asked: &HeaderMap) -> Option<HeaderValue> {
+        let origin = asked.get(ORIGIN)?;
+        self.0.iter().find(|allowed| *allowed == ANY || *allowed == origin).cloned()
+    }
+
+    /// Says it on an answer. Caches must know that answers differ by origin, to those that are not allowed, too.
+    pub fn mark(&self, allowed: Option<HeaderValue>, headers: &mut HeaderMap) {
+        if self.0.is_empty() {
+            return;
+        }
+        headers.append(VARY, HeaderValue::from_static("origin"));
+        if let Some(allowed) = allowed {
+            headers.insert(ACCESS_CONTROL_ALLOW_ORIGIN, allowed);
+            headers.insert(ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue::from_static("x-request-id, retry-after"));
+        }
+    }
+}
