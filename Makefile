@@ -3,10 +3,11 @@
 # make check   formatting, lints, documentation
 # make bench   the engine's host cost per step
 # make compare PROMPTS=FILE.jsonl   llama-server beside ours, for an hour or more; ARGS=... goes to benches/compare
+# make schemathesis   thousands of requests made up from /openapi.json, for ten minutes at most; ARGS=... goes to scripts/schemathesis
 # make gpu     a CUDA build with its checks and benches, packed for a host with a GPU
 # Steps of the set-up, each idempotent: make tools, make vendor, make model, make clients (for tests); for CUDA make nvcc, make cuda.
 
-.PHONY: serve test check bench compare build gpu setup tools vendor model clients nvcc cuda deny help
+.PHONY: serve test check bench compare schemathesis build gpu setup tools vendor model clients nvcc cuda deny help
 .DEFAULT_GOAL := help
 
 help:
@@ -40,6 +41,10 @@ bench: setup
 compare: build
 	@test -n "$(PROMPTS)" || { echo 'make compare needs PROMPTS=FILE.jsonl: a line is like {"prompt": "...", "category": "..."}' >&2; exit 1; }
 	benches/compare --prompts "$(PROMPTS)" $(ARGS)
+
+schemathesis: build
+	@scripts/setup schemathesis
+	timeout 600 scripts/schemathesis $(ARGS)
 
 gpu: setup cuda
 	scripts/gpu-bundle

@@ -1,4 +1,4 @@
-//! What `/metrics` shows to Prometheus: the engine's [`Stats`] under names, and what HTTP answered.
+//! What `/metrics` shows to Prometheus: the engine's [`Stats`](crate::engine::stats::Stats) under names, and what HTTP answered.
 //!
 //! Names are vLLM's, with `medusa_llama:` in front in place of `vllm:`, where vLLM has the same thing, so that dashboards need only
 //! another prefix; every series has vLLM's label `model_name`. The engine's part is read when it is asked for: while the model loads

@@ -22,6 +22,16 @@ impl Document {
         match content.get(kind) {
             None => Some(format!("{method} {path} does not document {kind} for {}", answer.status)),
             Some(media) if kind == "application/json" => self.differs("body", &media["schema"], &answer.json()),
+            Some(media) if kind == "text/event-stream" => {
+                let field = |event: &str, name: &str| event.lines().find_map(|line| Some(json!(line.strip_prefix(name)?)));
+                let events = answer.text().split("\n\n").filter(|event| !event.is_empty());
+                let mut events = events.map(|event| {
+                    let mut fields = json!({ "data": field(event, "data: ") });
+                    field(event, "event: ").into_iter().for_each(|kind| fields["event"] = kind);
+                    fields
+                });
+                events.find_map(|event| self.differs("event", &media["schema"], &event))
+            }
             Some(_) => None,
         }
     }

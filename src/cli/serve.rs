@@ -45,6 +45,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let model_id = config.engine.model_path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     let telemetry = config.otlp_endpoint.map(|collector| Telemetry::start(&collector, &model_id)).transpose();
     let telemetry = telemetry.map_err(|error| anyhow!(error))?;
+    let openapi = http::openapi::json(config.engine.limits.n_ctx);
     let engine = engine::spawn(config.engine);
     let app = Arc::new(App {
         stage: engine.stage(),
@@ -56,6 +57,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
         metrics: Metrics::new(&model_id, engine.stage()),
         telemetry,
         model_id,
+        openapi,
         template: OnceLock::new(),
     });
 

@@ -26,6 +26,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use bytes::Bytes;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -66,6 +67,8 @@ pub struct App {
     pub telemetry: Option<Telemetry>,
     /// How OpenAI's clients name the model.
     pub model_id: String,
+    /// `/openapi.json`.
+    pub openapi: Bytes,
     /// The model's chat template, read at the first chat; or why there is none.
     pub template: OnceLock<Result<template::ChatTemplate, String>>,
 }

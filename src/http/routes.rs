@@ -21,7 +21,7 @@ use super::openai::{self, Endpoint};
 use super::reply::{self, Problem, Reply};
 use super::template::ChatTemplate;
 use super::tokens::{Spell, Telling};
-use super::{App, docs, openapi};
+use super::{App, docs};
 use crate::engine::{Handle, Layout, Stage, SubmitError};
 use crate::error::Invalid;
 use crate::llama;
@@ -95,7 +95,7 @@ async fn route(app: &Arc<App>, request: Request<Incoming>, call: &Call<'_>) -> R
         "/health" => Ok(health(app)),
         "/ready" => Ok(ready(app)),
         "/metrics" => Ok(reply::plain(metrics::CONTENT_TYPE, app.metrics.text())),
-        "/openapi.json" => Ok(reply::plain("application/json", openapi::json())),
+        "/openapi.json" => Ok(reply::plain("application/json", app.openapi.clone())),
         "/docs" => docs("").ok_or_else(|| not_found(path)),
         DOCS_FILE => {
             let path = request.uri().path();

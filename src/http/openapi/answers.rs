@@ -381,6 +381,16 @@ pub struct Load {
     pub tokens_generated: u64,
 }
 
+/// An event of a stream.
+#[derive(Debug, ToSchema)]
+pub struct StreamEvent {
+    /// `error` if the engine failed behind the first piece.
+    #[schema(required = false)]
+    pub event: String,
+    /// JSON, or `[DONE]`.
+    pub data: String,
+}
+
 /// What went wrong.
 #[derive(Debug, ToSchema)]
 pub struct Problem {

@@ -1,34 +1,45 @@
 //! `/openapi.json`: what each path takes and answers, as one document that is derived from types.
 //!
-//! [`requests`] and [`answers`] describe bodies, `paths` the paths, [`REFUSALS`] the errors of all of them. Nothing of it is
+//! [`requests`] and [`answers`] describe bodies, `paths` the paths, `REFUSALS` the errors of all of them. Nothing of it is
 //! used to read or write: tests keep both sides the same, here for requests and in `tests/openapi.rs` for answers.
 
 pub mod answers;
 mod paths;
 pub mod requests;
 
-use std::sync::OnceLock;
-
 use answers::{OpenAiProblem, Problem};
 use bytes::Bytes;
 use utoipa::openapi::path::{Operation, PathItem};
 use utoipa::openapi::response::{Response, ResponseBuilder};
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme};
-use utoipa::openapi::{ContentBuilder, OpenApi, Ref};
+use utoipa::openapi::{ContentBuilder, OpenApi, Ref, RefOr, Schema};
 use utoipa::{Modify, OpenApi as _};
 
-/// The document, as JSON.
+/// The document of a server with contexts of `n_ctx` tokens, as JSON.
 #[must_use]
-pub fn json() -> Bytes {
-    static JSON: OnceLock<Bytes> = OnceLock::new();
-    let write = || document().to_json().expect("utoipa's types have string keys and no failing parts").into();
-    JSON.get_or_init(write).clone()
+pub fn json(n_ctx: usize) -> Bytes {
+    let mut document = Document::openapi();
+    limit(&mut document, n_ctx);
+    document.to_json().expect("utoipa's types have string keys and no failing parts").into()
 }
 
-/// The document.
-#[must_use]
-pub fn document() -> OpenApi {
-    Document::openapi()
+/// Fields of requests that the context's size bounds.
+const BOUNDED: [&str; 3] = ["max_tokens", "max_completion_tokens", "repeat_last_n"];
+
+/// Writes the context's size down as the maximum of what it bounds.
+fn limit(document: &mut OpenApi, n_ctx: usize) {
+    for schema in document.components.iter_mut().flat_map(|components| components.schemas.values_mut()) {
+        let RefOr::T(Schema::Object(body)) = schema else { continue };
+        for (_, field) in body.properties.iter_mut().filter(|(name, _)| BOUNDED.contains(&name.as_str())) {
+            let RefOr::T(Schema::Object(field)) = field else { continue };
+            field.maximum = Some(n_ctx.into());
+            for shown in [&mut field.default, &mut field.example].into_iter().flatten() {
+                if shown.as_u64().is_some_and(|n| n > n_ctx as u64) {
+                    *shown = n_ctx.into();
+                }
+            }
+        }
+    }
 }
 
 #[derive(utoipa::OpenApi)]
@@ -136,7 +147,6 @@ mod tests {
 
     use serde_json::{Map, Value, json};
 
-    use super::*;
     use crate::error::Invalid;
     use crate::http::openai::Endpoint;
     use crate::http::template::ChatTemplate;
@@ -175,7 +185,7 @@ mod tests {
     }
 
     fn schema(name: &str) -> Value {
-        serde_json::from_slice::<Value>(&json()).unwrap()["components"]["schemas"][name].clone()
+        serde_json::from_slice::<Value>(&super::json(N_CTX)).unwrap()["components"]["schemas"][name].clone()
     }
 
     fn with(base: &Value, name: &str, value: &Value) -> Value {
@@ -188,7 +198,7 @@ mod tests {
     fn example(about: &Map<String, Value>) -> Option<Value> {
         let own = about.get("$ref").or_else(|| about.get("oneOf")?.get(0)?.get("$ref"));
         let of_type = || Some(schema(own?.as_str()?.rsplit('/').next()?)["example"].clone()).filter(|v| !v.is_null());
-        about.get("example").cloned().or_else(of_type)
+        about.get("example").or_else(|| about.get("examples")?.get(0)).cloned().or_else(of_type)
     }
 
     /// The error about an unknown field names those that were asked for.
@@ -228,10 +238,14 @@ mod tests {
                     (None, Some(example)) => assert!(read_one(&example).is_ok(), "{name}.{field}"),
                     (None, None) => panic!("{name}.{field} has neither default nor example"),
                 }
+                if about.get("type").is_some_and(|kinds| !kinds.to_string().contains("object")) {
+                    assert!(read_one(&json!({})).is_err(), "{name}.{field} takes more than its type");
+                }
+                if about.get("format").is_some_and(|format| format == "int64") && !about.contains_key("maximum") {
+                    assert!(read_one(&json!(u64::MAX)).is_err(), "{name}.{field} takes more than its format");
+                }
                 for (end, beyond) in [("minimum", -1.0), ("maximum", 1.0)] {
-                    let Some(at) =
-                        about.get(end).filter(|_| !about["description"].as_str().unwrap().starts_with("Not built"))
-                    else {
+                    let Some(at) = about.get(end) else {
                         continue;
                     };
                     // What else these ask of the body no range says.

@@ -1,7 +1,7 @@
 //! The paths, as documented: each function stands for one, and nobody calls it. [`routes`](crate::http::routes) does the work.
 #![allow(dead_code)]
 
-use super::answers::{ChatCompletion, Completion, GenerateAnswer, Health, Information, Models, Problem};
+use super::answers::{ChatCompletion, Completion, GenerateAnswer, Health, Information, Models, Problem, StreamEvent};
 use super::requests::{ChatRequest, CompletionRequest, GenerateRequest};
 
 /// What is served
@@ -41,7 +41,7 @@ pub fn metrics() {}
     (status = 200, description = "The text. A stream has events `{\"generated_text\": piece}`, and a last one like the whole answer; an \
      error behind the first piece is an `event: error`", content(
         (GenerateAnswer = "application/json"),
-        (String = "text/event-stream", example = "data: {\"generated_text\":\"Hi\"}\n\n"),
+        (StreamEvent = "text/event-stream"),
     )),
 ))]
 pub fn generate() {}
@@ -54,7 +54,7 @@ pub fn models() {}
 #[utoipa::path(post, path = "/v1/completions", tag = "openai", request_body = CompletionRequest, responses(
     (status = 200, description = "The texts, or a stream of chunks that ends with `data: [DONE]`", content(
         (Completion = "application/json"),
-        (String = "text/event-stream"),
+        (StreamEvent = "text/event-stream"),
     )),
 ))]
 pub fn complete() {}
@@ -63,7 +63,7 @@ pub fn complete() {}
 #[utoipa::path(post, path = "/v1/chat/completions", tag = "openai", request_body = ChatRequest, responses(
     (status = 200, description = "The answers, or a stream of chunks that ends with `data: [DONE]`", content(
         (ChatCompletion = "application/json"),
-        (String = "text/event-stream"),
+        (StreamEvent = "text/event-stream"),
     )),
 ))]
 pub fn chat() {}

@@ -1,14 +1,15 @@
 //! The bodies of requests, as documented. They describe only: [`generate`](crate::http::generate) and [`openai`](crate::http::openai)
 //! read, and a test in the folder's root holds the two against each other.
 //!
-//! A new field is one line with its doc comment: in [`request_body`] if all dialects have it, else in its body. Its default, or an
+//! A new field is one line with its doc comment: in `request_body!` if all dialects have it, else in its body. Its default, or an
 //! example where it has none (on its type, if that is one of these), is tried by the test.
 
 use std::collections::BTreeMap;
 
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 use utoipa::ToSchema;
+use utoipa::openapi::schema::{ArrayBuilder, Object, ObjectBuilder, OneOfBuilder, Schema, SchemaType, Type};
 
 /// A body: its own fields, and those that all dialects share. Null is a field's default, and a field that is not there is refused.
 macro_rules! request_body {
@@ -27,11 +28,12 @@ macro_rules! request_body {
             /// Divides the logits of tokens in the penalties' window; 1 is off.
             #[schema(default = 1.0, minimum = 0.01, maximum = 100.0)]
             pub repetition_penalty: Option<f64>,
-            /// Added to the logits of single tokens, by token id, from -100 to 100; at most 1024 of them.
-            #[schema(example = json!({ "5": -100 }))]
-            pub logit_bias: Option<BTreeMap<String, f64>>,
+            /// Added to the logits of single tokens.
+            #[schema(schema_with = logit_bias)]
+            pub logit_bias: Option<Value>,
             /// The text ends before the first of these to appear.
-            pub stop: Option<Stop>,
+            #[schema(schema_with = stop)]
+            pub stop: Option<Value>,
             /// Never choose a token that ends the text.
             #[schema(default = false)]
             pub ignore_eos: Option<bool>,
@@ -88,7 +90,7 @@ request_body! {
         #[schema(default = 64)]
         pub repeat_last_n: Option<u64>,
         /// The same request and seed give the same text; random by default.
-        #[schema(example = 7)]
+        #[schema(example = 7, format = "uint64")]
         pub seed: Option<u64>,
         /// Tell of each token its log probability, as the model gives it, and those of so many likeliest.
         #[schema(example = 3, maximum = 20)]
@@ -125,61 +127,59 @@ macro_rules! openai_body {
                 #[schema(example = 64)]
                 pub repeat_last_n: Option<u64>,
                 /// The same request and seed give the same text; choice i has the seed plus i. Random by default.
-                #[schema(example = 7)]
+                #[schema(example = 7, format = "int64-or-uint64")]
                 pub seed: Option<i64>,
                 /// Of streams only.
                 pub stream_options: Option<StreamOptions>,
                 /// Not built: an empty list is taken.
-                #[schema(example = json!([]))]
+                #[schema(example = json!([]), max_items = 0)]
                 pub tools: Option<Vec<Value>>,
                 /// Not built: "none" is taken.
-                #[schema(example = "none")]
-                pub tool_choice: Option<String>,
+                pub tool_choice: Option<Nothing>,
                 /// Not built: an empty list is taken.
-                #[schema(example = json!([]))]
+                #[schema(example = json!([]), max_items = 0)]
                 pub functions: Option<Vec<Value>>,
                 /// Not built: "none" is taken.
-                #[schema(example = "none")]
-                pub function_call: Option<String>,
+                pub function_call: Option<Nothing>,
                 /// Only text.
-                #[schema(example = json!(["text"]))]
-                pub modalities: Option<Vec<String>>,
+                #[schema(example = json!(["text"]), min_items = 1, max_items = 1)]
+                pub modalities: Option<Vec<PartKind>>,
                 /// Not built: false is taken.
                 #[schema(example = false)]
                 pub echo: Option<bool>,
                 /// Not built: 1 is taken.
-                #[schema(example = 1)]
+                #[schema(example = 1, minimum = 1, maximum = 1)]
                 pub best_of: Option<u64>,
                 /// Not built: an empty string is taken.
-                #[schema(example = "")]
+                #[schema(example = "", max_length = 0)]
                 pub suffix: Option<String>,
                 /// Changes nothing.
-                #[schema(example = "someone")]
-                pub user: Option<String>,
+                #[schema(schema_with = anything)]
+                pub user: Option<Value>,
                 /// Changes nothing.
-                #[schema(example = json!({ "key": "value" }))]
-                pub metadata: Option<BTreeMap<String, String>>,
+                #[schema(schema_with = anything)]
+                pub metadata: Option<Value>,
                 /// Changes nothing.
-                #[schema(example = false)]
-                pub store: Option<bool>,
+                #[schema(schema_with = anything)]
+                pub store: Option<Value>,
                 /// Changes nothing.
-                #[schema(example = "auto")]
-                pub service_tier: Option<String>,
+                #[schema(schema_with = anything)]
+                pub service_tier: Option<Value>,
                 /// Changes nothing.
-                #[schema(example = "someone")]
-                pub safety_identifier: Option<String>,
+                #[schema(schema_with = anything)]
+                pub safety_identifier: Option<Value>,
                 /// Changes nothing.
-                #[schema(example = "key")]
-                pub prompt_cache_key: Option<String>,
+                #[schema(schema_with = anything)]
+                pub prompt_cache_key: Option<Value>,
                 /// Changes nothing.
-                #[schema(example = true)]
-                pub parallel_tool_calls: Option<bool>,
+                #[schema(schema_with = anything)]
+                pub parallel_tool_calls: Option<Value>,
                 /// Changes nothing.
-                #[schema(example = "low")]
-                pub reasoning_effort: Option<String>,
+                #[schema(schema_with = anything)]
+                pub reasoning_effort: Option<Value>,
                 /// Changes nothing.
-                #[schema(example = "low")]
-                pub verbosity: Option<String>,
+                #[schema(schema_with = anything)]
+                pub verbosity: Option<Value>,
             }
         }
     };
@@ -188,8 +188,9 @@ macro_rules! openai_body {
 openai_body! {
     /// Prompts to continue, as OpenAI's clients ask.
     CompletionRequest {
-        /// The text to continue, or a list of up to 16.
-        pub prompt: Prompt,
+        /// The texts to continue.
+        #[schema(schema_with = prompts)]
+        pub prompt: Value,
         /// Most tokens to generate, up to the context's size.
         #[schema(default = 16, minimum = 1)]
         pub max_tokens: Option<u64>,
@@ -220,26 +221,43 @@ openai_body! {
     }
 }
 
-/// A text, or several.
-#[derive(Debug, Deserialize, ToSchema)]
-#[serde(untagged)]
-#[schema(example = "The old lighthouse")]
-pub enum Prompt {
-    /// One.
-    One(String),
-    /// Up to 16.
-    Many(Vec<String>),
+/// A field that changes nothing is not looked at.
+fn anything() -> Object {
+    ObjectBuilder::new().schema_type(SchemaType::AnyValue).description(Some("Changes nothing")).examples([json!({})]).build()
 }
 
-/// A stop string, of 1 to 1024 bytes, or up to 16 of them.
-#[derive(Debug, Deserialize, ToSchema)]
-#[serde(untagged)]
-#[schema(example = json!(["\n\n", "END"]))]
-pub enum Stop {
-    /// One.
-    One(String),
-    /// Up to 16.
-    Many(Vec<String>),
+fn text(longest: Option<usize>) -> Object {
+    ObjectBuilder::new().schema_type(Type::String).min_length(Some(1)).max_length(longest).build()
+}
+
+fn null() -> Object {
+    ObjectBuilder::new().schema_type(Type::Null).build()
+}
+
+fn prompts() -> Schema {
+    let list = ArrayBuilder::new().items(text(None)).min_items(Some(1)).max_items(Some(16));
+    let examples = ["The old lighthouse"];
+    OneOfBuilder::new()
+        .item(text(None))
+        .item(list)
+        .description(Some("A text to continue, or a list of up to 16"))
+        .examples(examples)
+        .into()
+}
+
+fn stop() -> Schema {
+    let list = ArrayBuilder::new().items(text(Some(1024))).max_items(Some(16));
+    let about = "The text ends before this string, of 1 to 1024 bytes, or before the first of up to 16 to appear";
+    let examples = [json!(["\n\n", "END"])];
+    OneOfBuilder::new().item(text(Some(1024))).item(list).item(null()).description(Some(about)).examples(examples).into()
+}
+
+fn logit_bias() -> Schema {
+    let bias = ObjectBuilder::new().schema_type(Type::Number).minimum(Some(-100.0)).maximum(Some(100.0));
+    let id = ObjectBuilder::new().schema_type(Type::String).pattern(Some("^[0-9]{1,9}$"));
+    let biases = ObjectBuilder::new().property_names(Some(id)).additional_properties(Some(bias)).max_properties(Some(1024));
+    let about = "Added to the logits of single tokens, by token id";
+    OneOfBuilder::new().item(biases).item(null()).description(Some(about)).examples([json!({ "5": -100 })]).into()
 }
 
 /// Where drafts come from: `heads`, `text`, both (`auto`) or neither (`off`); `typical`: both, with Medusa's lossy acceptance, where a
@@ -265,6 +283,15 @@ pub struct StreamOptions {
     pub include_usage: Option<bool>,
     /// Changes nothing.
     pub include_obfuscation: Option<bool>,
+}
+
+/// What is not built must not be asked for.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+#[schema(example = "none")]
+#[allow(missing_docs)]
+pub enum Nothing {
+    None,
 }
 
 /// Any text, any JSON object, or JSON that follows a schema.
