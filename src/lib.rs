@@ -36,7 +36,7 @@
 //! | `build.rs`, `vendor/` | llama.cpp's source, patched and compiled; its bindings | |
 //! | [`config`] | arguments as typed, and checked; every limit and default in one table | |
 //! | [`cli`] | the commands: start, signals, drain, terminal | llama.cpp |
-//! | [`http`] | accept loop, routes; `generate` and `openai`, the two dialects; chat templates; server-sent events | cells, batches |
+//! | [`http`] | accept loop, routes; `generate` and `openai`, the two dialects; `page`, for browsers; chat templates; server-sent events | cells, batches |
 //! | [`request`], [`error`] | what `http` and `engine` share | both |
 //! | [`engine`] | the loop; `thread` starts and runs it, `handle` is its outside, `forward` its way to a model | sockets, JSON |
 //! | [`speculate`] | `heads` and `pickle` (files), `medusa` and `conditioned` (drafting by heads), `suffix` and `text` (from text), `tree`, `calibration`, `reliability`, `cost`, `policy`; `device` (heads and verification on a GPU); `simulated` for `bench` | requests, cells |

@@ -1,12 +1,13 @@
 //! The network side: bytes on a socket to a checked [`Request`](crate::request::Request), events back to bytes.
 //!
 //! [`routes`] knows what each path does, [`generate`] and [`openai`] the JSON of either dialect, [`fields`] how a body's fields are
-//! read, [`template`] how messages become a prompt, [`reply`] how an answer is written, [`tokens`] what is told of its tokens. None of them sees a KV cell, a batch or
+//! read, [`page`] what browsers get, [`template`] how messages become a prompt, [`reply`] how an answer is written, [`tokens`] what is told of its tokens. None of them sees a KV cell, a batch or
 //! llama.cpp; they know the engine's [`Handle`](crate::engine::Handle) only, and the model's template.
 
 pub mod fields;
 pub mod generate;
 pub mod openai;
+pub mod page;
 pub mod reply;
 pub mod routes;
 pub mod template;

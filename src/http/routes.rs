@@ -8,12 +8,11 @@ use std::time::Duration;
 use bytes::Bytes;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::Incoming;
-use hyper::header::{ALLOW, CONNECTION, RETRY_AFTER};
+use hyper::header::{ACCEPT, ALLOW, CONNECTION, HeaderValue, RETRY_AFTER, VARY};
 use hyper::{Request, StatusCode};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
-use super::App;
 use super::generate::{self, Generate, Pieces};
 use super::openai::read::Asked;
 use super::openai::write::Envelope;
@@ -21,6 +20,7 @@ use super::openai::{self, Endpoint};
 use super::reply::{self, Problem, Reply};
 use super::template::ChatTemplate;
 use super::tokens::{Spell, Telling};
+use super::{App, page};
 use crate::engine::{Handle, Layout, Stage, SubmitError};
 use crate::error::Invalid;
 use crate::llama;
@@ -38,6 +38,9 @@ const PATHS: [(&str, &str); 6] = [
 
 /// Answers one request.
 pub async fn answer(app: &Arc<App>, request: Request<Incoming>) -> Reply {
+    if let Some(reply) = page::answer(&request) {
+        return reply;
+    }
     // Its clients know errors by another shape.
     let is_openai = request.uri().path().starts_with("/v1");
     let write = if is_openai { Problem::openai_reply } else { Problem::reply };
@@ -139,7 +142,9 @@ fn information(app: &App) -> Result<Reply, Problem> {
             "tokens_generated": load.tokens,
         });
     }
-    Ok(reply::json(StatusCode::OK, &body))
+    let mut reply = reply::json(StatusCode::OK, &body);
+    reply.headers_mut().insert(VARY, HeaderValue::from_name(ACCEPT)); // browsers get the page
+    Ok(reply)
 }
 
 async fn generate(app: &Arc<App>, request: Request<Incoming>) -> Result<Reply, Problem> {
