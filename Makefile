@@ -1,19 +1,19 @@
 # make serve   set up what is missing, build, serve the default model on :8000
-# make test    the same set-up, CUDA's compiler and OpenAI's client, then every test
+# make test    the same set-up, CUDA's compiler, OpenAI's client and a browser, then every test
 # make check   formatting, lints, documentation
 # make bench   the engine's host cost per step
 # make compare PROMPTS=FILE.jsonl   llama-server beside ours, for an hour or more; ARGS=... goes to benches/compare
 # make schemathesis   thousands of requests made up from /openapi.json, for ten minutes at most; ARGS=... goes to scripts/schemathesis
 # make gpu     a CUDA build with its checks and benches, packed for a host with a GPU
-# Steps of the set-up, each idempotent: make tools, make vendor, make model, make clients (for tests); for CUDA make nvcc, make cuda.
+# Steps of the set-up, each idempotent: make tools, make vendor, make model, make clients, make browser (for tests); for CUDA make nvcc, make cuda.
 
-.PHONY: serve test check bench compare schemathesis build gpu setup tools vendor model clients nvcc cuda deny help
+.PHONY: serve test check bench compare schemathesis build gpu setup tools vendor model clients browser nvcc cuda deny help
 .DEFAULT_GOAL := help
 
 help:
 	@sed -n 's/^# //p' Makefile
 
-tools vendor model clients nvcc cuda:
+tools vendor model clients browser nvcc cuda:
 	@scripts/setup $@
 
 setup:
@@ -25,7 +25,7 @@ build: setup
 serve: build
 	./target/release/medusa-llama serve
 
-test: setup clients check
+test: setup clients browser check
 	cargo test --release --locked
 
 check: tools vendor nvcc

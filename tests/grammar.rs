@@ -145,6 +145,7 @@ fn grammars_are_asked_for_by_their_fields() {
         ("grammar", json!({ "grammar": "start: (" })),
         ("grammar", json!({ "grammar": "start: \"a\"", "response_format": format })),
         ("response_format", json!({ "response_format": "json" })),
+        ("response_format", json!({ "response_format": { "type": "text", "json_schema": 1 } })),
         ("response_format", json!({ "response_format": { "type": "json_schema", "json_schema": { "name": "x" } } })),
     ] {
         let mut body = json!({ "prompt": "x" });

@@ -196,6 +196,43 @@ fn one_connection_serves_request_after_request() {
     assert_eq!(read_answer(socket).status, 200);
 }
 
+/// The same address for people and programs.
+#[test]
+fn browsers_get_a_page_and_programs_json() {
+    let server = server();
+    let ask = |method: &str, path: &str, more: &str| {
+        let head = format!("{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{more}\r\n");
+        exchange(server.addr, head.as_bytes())
+    };
+    let browser = "Accept: text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8\r\n";
+    let page = ask("GET", "/", browser);
+    assert_eq!(page.status, 200);
+    assert!(page.text().starts_with("<!doctype html>"));
+    for header in ["content-type: text/html; charset=utf-8", "vary: accept", "cache-control: no-cache", "default-src 'none'"]
+    {
+        assert!(page.head.contains(header), "{header}: {}", page.head);
+    }
+    for accept in ["", "Accept: */*\r\n", "Accept: application/json\r\n", "Accept: text/html;q=0.5, application/json\r\n"] {
+        let json = ask("GET", "/", accept);
+        assert!(json.json()["name"] == "medusa-llama" && json.head.contains("vary: accept"), "{accept}: {}", json.head);
+    }
+    for accept in [browser, ""] {
+        let (head, whole) = (ask("HEAD", "/", accept), ask("GET", "/", accept));
+        let length =
+            |answer: &common::Answer| answer.head.lines().find(|l| l.starts_with("content-length")).unwrap().to_owned();
+        assert_eq!((head.status, length(&head), head.body.len()), (200, length(&whole), 0));
+    }
+    let tag = page.head.lines().find_map(|l| l.strip_prefix("etag: ")).unwrap();
+    let known = ask("GET", "/", &format!("{browser}If-None-Match: {tag}\r\n"));
+    assert_eq!((known.status, known.body.len()), (304, 0));
+    for (file, kind) in [("page.css", "text/css"), ("page.js", "text/javascript"), ("icon.svg", "image/svg+xml")] {
+        let file = ask("GET", &format!("/page/{file}"), "");
+        assert!(file.status == 200 && file.head.contains(kind) && file.head.contains("etag: "), "{}", file.head);
+    }
+    assert_eq!(ask("GET", "/page/nothing", browser).status, 404);
+    assert_eq!(ask("POST", "/", browser).status, 405);
+}
+
 /// Readable text, whatever the tokens: no replacement characters from split ones, in the stream either.
 #[test]
 fn characters_of_several_tokens_arrive_whole() {

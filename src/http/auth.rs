@@ -85,6 +85,7 @@ impl Auth {
     fn demand(&self, path: &str) -> Demand {
         match path {
             "/health" | "/ready" | "/docs" | "/openapi.json" => Demand::Nothing,
+            path if path.starts_with("/docs/") => Demand::Nothing,
             "/metrics" => Demand::Metrics(self.metrics),
             _ => Demand::Key,
         }

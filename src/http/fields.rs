@@ -162,14 +162,18 @@ impl Fields {
                       {\"type\": \"json_schema\", \"json_schema\": {\"name\": ..., \"schema\": {...}}}";
         let by_format = match self.take(name) {
             None => None,
-            Some(format) => match format["type"].as_str() {
-                Some("text") => None,
-                Some("json_object") => Some(GrammarSource::JsonSchema(json!({ "type": "object" }))),
-                Some("json_schema") if format["json_schema"]["schema"].is_object() => {
-                    Some(GrammarSource::JsonSchema(format["json_schema"]["schema"].clone()))
+            Some(format) => {
+                let named = &format["json_schema"];
+                let is_named = named["schema"].is_object() && (named["name"].is_null() || named["name"].is_string());
+                match format["type"].as_str() {
+                    Some("json_schema") if is_named => Some(GrammarSource::JsonSchema(named["schema"].clone())),
+                    Some("json_object") if is_named || named.is_null() => {
+                        Some(GrammarSource::JsonSchema(json!({ "type": "object" })))
+                    }
+                    Some("text") if is_named || named.is_null() => None,
+                    _ => return Err(wrong(name, &format, wanted)),
                 }
-                _ => return Err(wrong(name, &format, wanted)),
-            },
+            }
         };
         let by_grammar = self.string("grammar")?.filter(|lark| !lark.is_empty()).map(GrammarSource::Lark);
         if by_format.is_some() && by_grammar.is_some() {

@@ -2,9 +2,9 @@
 //!
 //! [`routes`] knows what each path does, [`generate`] and [`openai`] the JSON of either dialect, [`fields`] how a body's fields are
 //! read, [`template`] how messages become a prompt, [`reply`] how an answer is written, [`tokens`] what is told of its tokens,
-//! [`access`] what is logged of it, [`auth`] who may ask, [`cors`] which pages, [`tls`] in what secrecy; [`openapi`] and [`docs`]
-//! document it all. None of them sees a KV cell, a batch or llama.cpp; they know the engine's [`Handle`](crate::engine::Handle) only, and
-//! the model's template.
+//! [`access`] what is logged of it, [`auth`] who may ask, [`cors`] which pages, [`tls`] in what secrecy; [`page`] is what browsers get,
+//! [`openapi`] and [`docs`] document it all. None of them sees a KV cell, a batch or llama.cpp; they know the engine's
+//! [`Handle`](crate::engine::Handle) only, and the model's template.
 
 pub mod access;
 pub mod auth;
@@ -14,6 +14,7 @@ pub mod fields;
 pub mod generate;
 pub mod openai;
 pub mod openapi;
+pub mod page;
 pub mod reply;
 pub mod routes;
 pub mod template;

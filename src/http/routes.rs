@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::Incoming;
-use hyper::header::{ALLOW, CONNECTION, HeaderValue, RETRY_AFTER};
+use hyper::header::{ACCEPT, ALLOW, CONNECTION, HeaderValue, RETRY_AFTER, VARY};
 use hyper::{Request, StatusCode};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
@@ -21,7 +21,7 @@ use super::openai::{self, Endpoint};
 use super::reply::{self, Problem, Reply};
 use super::template::ChatTemplate;
 use super::tokens::{Spell, Telling};
-use super::{App, docs};
+use super::{App, docs, page};
 use crate::engine::{Handle, Layout, Stage, SubmitError};
 use crate::error::Invalid;
 use crate::llama;
@@ -29,7 +29,7 @@ use crate::metrics;
 use crate::request::{self, Completion, Event, FinishReason, Piece};
 
 /// Paths, and what they take.
-pub const PATHS: [(&str, &str); 11] = [
+pub const PATHS: [(&str, &str); 12] = [
     ("/", "GET, HEAD"),
     ("/health", "GET, HEAD"),
     ("/ready", "GET, HEAD"),
@@ -41,9 +41,11 @@ pub const PATHS: [(&str, &str); 11] = [
     ("/openapi.json", "GET, HEAD"),
     ("/docs", "GET, HEAD"),
     (DOCS_FILE, "GET, HEAD"),
+    (PAGE_FILE, "GET, HEAD"),
 ];
-/// Files of the page at `/docs`.
+/// Files of the page at `/docs`, and of the one at `/`.
 const DOCS_FILE: &str = "/docs/{file}";
+const PAGE_FILE: &str = "/page/{file}";
 
 /// What is known of a request beside what it says.
 struct Call<'a> {
@@ -63,9 +65,10 @@ pub async fn answer(app: &Arc<App>, request: Request<Incoming>, id: &Arc<str>, t
     // A path that nobody knows must not become a label.
     let path = known(request.uri().path()).map_or("other", |(path, _)| path);
     let write = if is_openai { Problem::openai_reply } else { Problem::reply };
-    let answer = match app.auth.admit(&request) {
-        Ok(owner) => route(app, request, &Call { id, owner, timeout: app.limits.timeout, tally }).await,
-        Err(problem) => Err(problem),
+    let answer = match (page::answer(&request), app.auth.admit(&request)) {
+        (Some(page), _) => Ok(page), // it asks for a key where it needs one
+        (None, Ok(owner)) => route(app, request, &Call { id, owner, timeout: app.limits.timeout, tally }).await,
+        (None, Err(problem)) => Err(problem),
     };
     let reply = answer.unwrap_or_else(|problem| {
         app.metrics.count_refusal(problem.kind);
@@ -77,7 +80,11 @@ pub async fn answer(app: &Arc<App>, request: Request<Incoming>, id: &Arc<str>, t
 
 /// The path of [`PATHS`] that this is, and what it takes.
 pub fn known(path: &str) -> Option<(&'static str, &'static str)> {
-    let path = if path.starts_with("/docs/") { DOCS_FILE } else { path };
+    let path = match path {
+        path if path.starts_with("/docs/") => DOCS_FILE,
+        path if path.starts_with("/page/") => PAGE_FILE,
+        path => path,
+    };
     PATHS.into_iter().find(|(known, _)| *known == path)
 }
 
@@ -105,7 +112,8 @@ async fn route(app: &Arc<App>, request: Request<Incoming>, call: &Call<'_>) -> R
         "/v1/models" => models(app),
         "/v1/completions" => complete(app, request, call, Endpoint::Text).await,
         "/v1/chat/completions" => complete(app, request, call, Endpoint::Chat).await,
-        _ => generate(app, request, call).await,
+        "/generate" => generate(app, request, call).await,
+        _ => Err(not_found(request.uri().path())),
     }
 }
 
@@ -204,7 +212,9 @@ fn information(app: &App) -> Result<Reply, Problem> {
             "tokens_generated": load.tokens,
         });
     }
-    Ok(reply::json(StatusCode::OK, &body))
+    let mut reply = reply::json(StatusCode::OK, &body);
+    reply.headers_mut().insert(VARY, HeaderValue::from_name(ACCEPT)); // browsers get the page
+    Ok(reply)
 }
 
 async fn generate(app: &Arc<App>, request: Request<Incoming>, call: &Call<'_>) -> Result<Reply, Problem> {

@@ -49,7 +49,7 @@ fn limit(document: &mut OpenApi, n_ctx: usize) {
         description = "Text from a GGUF model. `/generate` is this server's own dialect, `/v1/...` OpenAI's. A field that is not \
                        documented is refused, null is a field's default."
     ),
-    paths(paths::information, paths::health, paths::ready, paths::metrics, paths::generate, paths::models, paths::complete, paths::chat, paths::document_path, paths::docs, paths::docs_file),
+    paths(paths::information, paths::health, paths::ready, paths::metrics, paths::generate, paths::models, paths::complete, paths::chat, paths::document_path, paths::docs, paths::docs_file, paths::page_file),
     components(schemas(Problem, OpenAiProblem)),
     modifiers(&Refusals, &Keys)
 )]

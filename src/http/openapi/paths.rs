@@ -6,9 +6,10 @@ use super::requests::{ChatRequest, CompletionRequest, GenerateRequest};
 
 /// What is served
 ///
-/// Version, model, sizes and load.
+/// Version, model, sizes and load; for browsers, which prefer HTML, a page.
 #[utoipa::path(get, path = "/", tag = "server", responses(
-    (status = 200, description = "What is served", body = Information),
+    (status = 200, description = "What is served", content((Information = "application/json"), (String = "text/html; charset=utf-8"))),
+    (status = 304, description = "The page is as the client has it"),
     (status = 401, description = "The server asks for a key, and there is none or a wrong one", body = Problem),
     (status = 403, description = "The key does not allow this", body = Problem),
 ))]
@@ -82,3 +83,12 @@ pub fn docs() {}
     (status = 404, description = "There is no such file", body = Problem),
 ))]
 pub fn docs_file() {}
+
+/// What the page for browsers loads
+#[utoipa::path(get, path = "/page/{file}", tag = "server", params(("file" = String, Path, example = "page.css")), responses(
+    (status = 200, description = "The file", content((String = "text/css; charset=utf-8"), (String = "text/javascript; charset=utf-8"), (String = "image/svg+xml"))),
+    (status = 304, description = "The file is as the client has it"),
+    (status = 401, description = "There is no such file, and no key to be told so", body = Problem),
+    (status = 404, description = "There is no such file", body = Problem),
+))]
+pub fn page_file() {}

@@ -1,0 +1,149 @@
+//! The page for browsers at `/`: "watch it think". Its files are part of the program, so that it works without a network; it knows of
+//! the engine what the API tells any client.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use bytes::Bytes;
+use http_body_util::{Either, Full};
+use hyper::header::{
+    ACCEPT, CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, ETAG, HeaderMap, HeaderValue, IF_NONE_MATCH,
+    REFERRER_POLICY, VARY, X_CONTENT_TYPE_OPTIONS,
+};
+use hyper::{Method, Request, Response, StatusCode};
+
+use super::reply::Reply;
+
+/// Path, type and content.
+const FILES: [(&str, &str, &str); 4] = [
+    ("/", "text/html; charset=utf-8", include_str!("page/index.html")),
+    ("/page/page.css", "text/css; charset=utf-8", include_str!("page/page.css")),
+    ("/page/page.js", "text/javascript; charset=utf-8", include_str!("page/page.js")),
+    ("/page/icon.svg", "image/svg+xml", include_str!("page/icon.svg")),
+];
+/// Its own files and this server, and nothing else.
+const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; \
+                      base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+
+/// The page or one of its files, if that is what is asked for. They are for anybody: the page asks for a key where the API does.
+pub fn answer<B>(request: &Request<B>) -> Option<Reply> {
+    if !matches!(*request.method(), Method::GET | Method::HEAD) {
+        return None;
+    }
+    let &(path, content_type, content) = FILES.iter().find(|(path, ..)| *path == request.uri().path())?;
+    if path == "/" && !prefers_html(request.headers()) {
+        return None;
+    }
+    let tag = tag(content);
+    let seen = request.headers().get_all(IF_NONE_MATCH).iter().filter_map(|tags| tags.to_str().ok());
+    let is_known = seen.flat_map(|tags| tags.split(',')).any(|seen| seen.trim().trim_start_matches("W/") == tag);
+    let body = if is_known { Bytes::new() } else { Bytes::from_static(content.as_bytes()) };
+    let mut reply = Response::new(Either::Left(Full::new(body)));
+    if is_known {
+        *reply.status_mut() = StatusCode::NOT_MODIFIED;
+    }
+    let headers = reply.headers_mut();
+    // Kept, but asked about each time: another version of the server may stand at the same address.
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    headers.insert(ETAG, HeaderValue::from_str(&tag).expect("hexadecimal"));
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    if path == "/" {
+        headers.insert(VARY, HeaderValue::from_name(ACCEPT));
+        headers.insert(CONTENT_SECURITY_POLICY, HeaderValue::from_static(POLICY));
+        headers.insert(REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
+    }
+    Some(reply)
+}
+
+/// Names this content. The hasher has no keys: the same content has the same name in every process.
+fn tag(content: &str) -> String {
+    let mut hasher = DefaultHasher::new();
+    content.hash(&mut hasher);
+    format!("\"{:016x}\"", hasher.finish())
+}
+
+/// Browsers name `text/html`. Programs name JSON, take anything or say nothing, and get JSON.
+fn prefers_html(headers: &HeaderMap) -> bool {
+    quality(headers, "text", "html") > quality(headers, "application", "json")
+}
+
+/// How much a type is wanted, from 0 to 1, and how clearly it is named: the most specific range that it is in decides (RFC 9110,
+/// 12.5.1). Of two that are wanted as much, a client means the one that it names.
+fn quality(headers: &HeaderMap, kind: &str, subtype: &str) -> (f32, u8) {
+    let ranges = headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(','));
+    let matching = ranges.filter_map(|range| {
+        let mut parts = range.split(';').map(str::trim);
+        let (k, s) = parts.next()?.split_once('/')?;
+        let specificity = match (k, s) {
+            ("*", "*") => 0,
+            (k, "*") if k.eq_ignore_ascii_case(kind) => 1,
+            (k, s) if k.eq_ignore_ascii_case(kind) && s.eq_ignore_ascii_case(subtype) => 2,
+            _ => return None,
+        };
+        let weight = parts.find_map(|part| part.strip_prefix("q=").or(part.strip_prefix("Q=")));
+        // A weight that is none asks for nothing.
+        let weight = weight.map_or(1.0, |weight| weight.parse().ok().filter(|q| (0.0..=1.0).contains(q)).unwrap_or(0.0));
+        Some((specificity, weight))
+    });
+    let decisive = matching.max_by_key(|&(specificity, _)| specificity);
+    decisive.filter(|&(_, weight)| weight > 0.0).map_or((0.0, 0), |(specificity, weight)| (weight, specificity))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn prefers_html(accept: &[&'static str]) -> bool {
+        let headers = accept.iter().map(|value| (ACCEPT, HeaderValue::from_static(value))).collect();
+        super::prefers_html(&headers)
+    }
+
+    #[test]
+    fn html_is_for_those_who_want_it_more_than_json() {
+        let browsers = [
+            "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8",
+            "text/html, application/xhtml+xml, image/jxr, */*",
+            "text/html",
+            "TEXT/HTML; level=1, application/json;q=0.9",
+            "text/*",
+            "application/json;q=0.2 , text/*;q=0.3",
+        ];
+        for accept in browsers {
+            assert!(prefers_html(&[accept]), "{accept}");
+        }
+        let programs = [
+            "*/*",
+            "",
+            "application/json",
+            "application/json, text/html",
+            "application/json, text/plain, */*",
+            "text/html;q=0",
+            "text/html;q=x",
+            "text/html;q=NaN",
+            "text/*, text/html;q=0",
+            "image/png",
+            "html",
+        ];
+        for accept in programs {
+            assert!(!prefers_html(&[accept]), "{accept}");
+        }
+        assert!(!prefers_html(&[]) && prefers_html(&["application/json;q=0.5", "text/html"]));
+    }
+
+    /// The limit is ours: the page should load at once over any network.
+    #[test]
+    fn the_page_is_small_and_names_no_other_host() {
+        assert!(FILES.iter().map(|(.., content)| content.len()).sum::<usize>() < 40_000);
+        for (path, _, content) in FILES {
+            assert!(!content.replace("http://www.w3.org/2000/svg", "").contains("://"), "{path}");
+        }
+        let page = FILES[0].2;
+        for (path, ..) in &FILES[1..] {
+            assert!(page.contains(&format!("\"{}\"", &path[1..])), "{path}");
+        }
+        assert!(
+            !page.contains("<style") && !page.contains("style=") && !page.contains("onclick"),
+            "the policy forbids what is inline"
+        );
+    }
+}
