@@ -125,9 +125,12 @@ fn work_and_information_need_a_key_where_there_are_keys() {
             assert!(refused.header("x-request-id").is_some());
         }
     }
-    for open in ["GET /health", "GET /ready"] {
-        assert_eq!(ask(open, None).status, 200);
+    for open in
+        ["GET /health", "GET /ready", "GET /docs", "GET /docs/swagger-ui.css", "GET /openapi.json", "GET /page/page.js"]
+    {
+        assert_eq!(ask(open, None).status, 200, "{open}");
     }
+    assert_eq!(server.ask("GET /", &["Accept: text/html"], b"").status, 200, "the page asks for a key itself");
     assert_eq!(ask("GET /nothing", None).status, 401);
     assert_eq!(ask("GET /nothing", Some("key-one")).status, 404);
     for key in ["key-one", "key-two", "key-three", "key-of-a-file", "key-fou"] {
