@@ -7,32 +7,15 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::Duration;
 
-use common::{Server, exchange, post_bytes, read_answer};
+use common::{Server, any_json, exchange, post_bytes, read_answer};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
-use serde_json::{Value, json};
+use serde_json::json;
 
 fn healthy(server: &Server) {
     let answer = server.generate(&json!({ "prompt": "Two plus two is", "max_tokens": 4, "temperature": 0 }));
     assert_eq!(answer.status, 200, "{}", server.log());
-}
-
-/// Any JSON value, nested and odd.
-fn any_json() -> impl Strategy<Value = Value> {
-    let leaf = prop_oneof![
-        Just(Value::Null),
-        any::<bool>().prop_map(Value::from),
-        any::<i64>().prop_map(Value::from),
-        any::<f64>().prop_map(Value::from),
-        ".{0,12}".prop_map(Value::from),
-    ];
-    leaf.prop_recursive(3, 16, 4, |inner| {
-        prop_oneof![
-            prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
-            prop::collection::hash_map(".{0,6}", inner, 0..4).prop_map(|m| Value::Object(m.into_iter().collect())),
-        ]
-    })
 }
 
 /// A request that cannot be served: bytes for the socket.

@@ -9,7 +9,7 @@ use std::pin::Pin;
 use std::sync::{Arc, LazyLock};
 use std::task::{Context, Waker};
 
-use common::{Server, exchange, model_path};
+use common::{Server, any_json, exchange, model_path};
 use hyper::body::Body;
 use medusa_llama::engine::grammar::Grammars;
 use medusa_llama::http::generate::{self, Pieces};
@@ -31,25 +31,6 @@ static MODEL: LazyLock<Model> =
 fn config(cases: u32) -> Config {
     let times = std::env::var("FUZZ").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
     Config { cases: cases * times, failure_persistence: None, ..Config::default() }
-}
-
-/// Any JSON value, nested and odd.
-fn any_json() -> impl Strategy<Value = Value> {
-    let leaf = prop_oneof![
-        Just(Value::Null),
-        any::<bool>().prop_map(Value::from),
-        any::<i64>().prop_map(Value::from),
-        any::<f64>().prop_map(Value::from),
-        (-3i64..30).prop_map(Value::from),
-        ".{0,12}".prop_map(Value::from),
-        "[a-z_]{0,8}".prop_map(Value::from),
-    ];
-    leaf.prop_recursive(3, 16, 4, |inner| {
-        prop_oneof![
-            prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
-            prop::collection::hash_map(".{0,6}", inner, 0..4).prop_map(|m| Value::Object(m.into_iter().collect())),
-        ]
-    })
 }
 
 /// A value that a field may well have.

@@ -8,6 +8,7 @@ use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use proptest::prelude::*;
 use serde_json::Value;
 
 /// The default model, which `make model` fetches; these tests need it. Cargo runs them in the package's folder, and on
@@ -235,4 +236,23 @@ fn unchunk(mut body: &[u8]) -> Vec<u8> {
         body = &body[end + 4 + n..];
     }
     out
+}
+
+/// Any JSON value, nested and odd.
+pub fn any_json() -> impl Strategy<Value = Value> {
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        any::<f64>().prop_map(Value::from),
+        (-3i64..30).prop_map(Value::from),
+        ".{0,12}".prop_map(Value::from),
+        "[a-z_]{0,8}".prop_map(Value::from),
+    ];
+    leaf.prop_recursive(3, 16, 4, |inner| {
+        prop_oneof![
+            prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+            prop::collection::hash_map(".{0,6}", inner, 0..4).prop_map(|m| Value::Object(m.into_iter().collect())),
+        ]
+    })
 }

@@ -6,7 +6,7 @@
 //! `cache_prompt`, `speculation`, `share_text`, `grammar`, `details`, `timeout_s`.
 
 //!
-//! [`read`] takes a body apart, [`write`] puts an answer together.
+//! [`read`] takes a body apart, [`mod@write`] puts an answer together.
 
 pub mod read;
 pub mod write;
