@@ -13,9 +13,10 @@ use common::Server;
 fn a_browser_shows_the_page_and_what_was_drafted() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/browser");
     let server = Server::start(&["--batch-size", "4", "--ctx", "512"]);
+    let keyed = Server::start(&["--ctx", "256", "--api-key", "secret"]);
     let run = Command::new("python3")
         .arg(folder.join("page.py"))
-        .arg(format!("http://{}", server.addr))
+        .args([&server, &keyed].map(|server| format!("http://{}", server.addr)))
         .env("PYTHONDONTWRITEBYTECODE", "1")
         .output()
         .unwrap();

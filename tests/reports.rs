@@ -91,6 +91,7 @@ fn a_deadline_ends_an_answer_where_it_stands() {
     }
     drop(running);
     server.wait(|| server.is_idle());
+    assert_eq!(server.metric("request_failures_total", &[r#"reason="deadline""#]), 3.0);
 }
 
 #[test]

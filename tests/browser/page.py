@@ -1,4 +1,4 @@
-"""The page at / in a real browser, against a running server: page.py BASE_URL. tests/page.rs runs it."""
+"""The page at / in a real browser, against running servers: page.py BASE_URL KEYED_URL. The second one's key is `secret`. tests/page.rs runs it."""
 import json
 import sys
 import unittest
@@ -7,6 +7,7 @@ import urllib.request
 from chromium import CTRL, SHIFT, Chromium
 
 BASE = sys.argv.pop(1).rstrip("/") + "/"
+KEYED = sys.argv.pop(1).rstrip("/") + "/"
 PROMPT = "Count from one to thirty in words."
 # What the page's own scripts do not tell: when its first text was painted, and what moved.
 WATCH = """
@@ -263,6 +264,17 @@ class Trouble(unittest.TestCase):
         page.wait("run.over && run.tokens > 0")
         self.assertEqual(text_of(page, "error"), "")
         self.assertEqual(page.eval("JSON.stringify([localStorage, sessionStorage])"), "[{},{}]")
+
+    def test_a_server_with_a_key_is_used_with_it(self):
+        page = CHROMIUM.open(KEYED)
+        page.wait("!document.getElementById('key-row').hidden")
+        answer(page, max_tokens=4)
+        self.assertIn("API key", text_of(page, "error"))
+        page.type("secret")
+        page.press("Enter")
+        page.wait("run.over && run.tokens > 0")
+        self.assertEqual(text_of(page, "error"), "")
+        page.wait("document.getElementById('fact-context').textContent.includes('tokens')")
 
     def test_without_a_chat_template_the_prompt_goes_as_it_is(self):
         page = open_page()
