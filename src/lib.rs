@@ -40,7 +40,7 @@
 //! | [`http`] | accept loop, routes; `access`, what is logged of a request; `auth` and `cors`, who may ask; `tls`; `generate` and `openai`, the two dialects; chat templates; server-sent events; `page`, for browsers; `openapi` and `docs` document it all | cells, batches |
 //! | [`telemetry`] | spans of requests, to OpenTelemetry's collector | bodies, engine |
 //! | [`request`], [`error`] | what `http` and `engine` share | both |
-//! | [`engine`] | the loop; `thread` starts and runs it, `handle` is its outside, `stats` what it counts, `forward` its way to a model | sockets, JSON |
+//! | [`engine`] | the loop, with a step's end in `commit`; `thread` starts and runs it, `handle` is its outside, `stats` what it counts, `forward` its way to a model, `grammar` its way to llguidance | sockets, JSON |
 //! | [`metrics`] | what `/metrics` shows: names for what the engine and HTTP count | sockets, cells |
 //! | [`speculate`] | `heads` and `pickle` (files), `medusa` and `conditioned` (drafting by heads), `suffix` and `text` (from text), `tree`, `calibration`, `reliability`, `cost`, `policy`; `device` (heads and verification on a GPU); `simulated` for `bench` | requests, cells |
 //! | [`train`] | heads from a model's own answers: answers, features, fit | HTTP |

@@ -245,17 +245,16 @@ impl<F: Forward> Engine<F> {
 
     /// Ends waiting requests whose time is over.
     fn expire_waiting(&mut self) {
-        if self.waiting.iter().all(|job| job.request.timeout.is_none()) {
+        if self.waiting.is_empty() {
             return;
         }
         let now = Instant::now();
-        for job in std::mem::take(&mut self.waiting) {
-            if job.deadline().is_some_and(|deadline| deadline <= now) {
-                job.expire();
-                self.stats.count_end(Ended::Deadline);
-            } else {
-                self.waiting.push_back(job);
+        let is_over = |job: &Job| job.deadline().is_some_and(|deadline| deadline <= now);
+        while let Some(i) = self.waiting.iter().position(is_over) {
+            if let Some(job) = self.waiting.remove(i) {
+                job.expire(now);
             }
+            self.stats.count_end(Ended::Deadline);
         }
     }
 

@@ -48,10 +48,10 @@ impl Job {
     }
 
     /// Ends it before it began, because its time is over.
-    pub fn expire(mut self) {
+    pub fn expire(mut self, now: Instant) {
         self.permit = None;
         let usage = Usage { prompt_tokens: self.prompt.len(), ..Usage::default() };
-        let timings = Timings { queue_s: self.accepted.elapsed().as_secs_f64(), ..Timings::default() };
+        let timings = Timings { queue_s: (now - self.accepted).as_secs_f64(), ..Timings::default() };
         let done = Completion {
             tail: Piece::default(),
             finish_reason: FinishReason::Deadline,

@@ -1,7 +1,6 @@
 //! Around every request: the id that its answer and all lines about it carry, and one line in the log, and a trace, when the answer has
 //! ended.
 
-use std::hash::{BuildHasher, RandomState};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -16,7 +15,7 @@ use parking_lot::Mutex;
 use tracing::{Instrument, Span};
 
 use super::reply::Content;
-use super::{App, routes};
+use super::{App, random, routes};
 use crate::request::{Completion, Usage, span};
 use crate::telemetry::{self, Answer, Served};
 
@@ -65,8 +64,7 @@ fn id_of(headers: &HeaderMap) -> Arc<str> {
     let given = headers.get(REQUEST_ID).and_then(|id| id.to_str().ok());
     match given.filter(|id| (1..=MAX_ID).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic())) {
         Some(id) => id.into(),
-        // The standard library's keys are random, and differ with each call.
-        None => format!("req-{:016x}", RandomState::new().hash_one(0)).into(),
+        None => format!("req-{:016x}", random()).into(),
     }
 }
 

@@ -23,6 +23,7 @@ pub mod tokens;
 
 use std::convert::Infallible;
 use std::error::Error;
+use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -142,4 +143,9 @@ fn connection<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
         .max_header_size(limits.max_header_bytes)
         .max_headers(MAX_HEADERS)
         .serve_connection(TokioIo::new(stream), service)
+}
+
+/// A number that nobody chose: the standard library's keys are random, and differ with each call.
+fn random() -> u64 {
+    RandomState::new().hash_one(0)
 }

@@ -1,6 +1,5 @@
 //! What each path does.
 
-use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -21,7 +20,7 @@ use super::openai::{self, Endpoint};
 use super::reply::{self, Problem, Reply};
 use super::template::ChatTemplate;
 use super::tokens::{Spell, Telling};
-use super::{App, docs, page};
+use super::{App, docs, page, random};
 use crate::engine::{Handle, Layout, Stage, SubmitError};
 use crate::error::Invalid;
 use crate::llama;
@@ -220,7 +219,7 @@ fn information(app: &App) -> Result<Reply, Problem> {
 async fn generate(app: &Arc<App>, request: Request<Incoming>, call: &Call<'_>) -> Result<Reply, Problem> {
     let handle = engine(app)?;
     let body = read_json(app, request).await?;
-    let asked = generate::read(body, handle.limits().n_ctx, random_seed()).map_err(invalid)?;
+    let asked = generate::read(body, handle.limits().n_ctx, random()).map_err(invalid)?;
     let Generate { request, stream } = asked;
     let spell = request.report.map(|_| spell(&handle));
     let mut events = submit(&handle, request, call).await.map_err(refused)?;
@@ -250,7 +249,7 @@ async fn complete(
     let handle = engine(app)?;
     let body = read_json(app, request).await?;
     let template = app.template.get_or_init(|| ChatTemplate::of(handle.model()));
-    let asked = openai::read::read(endpoint, body, handle.limits().n_ctx, random_seed(), template);
+    let asked = openai::read::read(endpoint, body, handle.limits().n_ctx, random(), template);
     let Asked { requests, n, stream, include_usage } = asked.map_err(bad_request)?;
     let (asked_for, most) = (requests.len(), handle.most_in_flight());
     if asked_for > most {
@@ -387,9 +386,4 @@ fn refused(error: SubmitError) -> Problem {
         }
         SubmitError::Stopped => Problem::new(StatusCode::SERVICE_UNAVAILABLE, "stopped", error.to_string()),
     }
-}
-
-/// A seed nobody chose: the standard library's keys are random, and differ with each call.
-fn random_seed() -> u64 {
-    RandomState::new().hash_one(0)
 }

@@ -1,6 +1,8 @@
 //! A real server on a free port, and HTTP as bytes on a socket.
 #![allow(dead_code, missing_docs)] // each test binary uses its part
 
+pub mod context;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;

@@ -1,0 +1,39 @@
+//! The default model, and contexts of it as tests of the fence and of texts want them.
+#![allow(dead_code, missing_docs)] // each test binary uses its part
+
+use std::sync::{Arc, LazyLock};
+
+use medusa_llama::llama::{Context, ContextParams, Model, ModelParams, SeqId, Token};
+
+use super::model_path;
+
+pub static MODEL: LazyLock<Arc<Model>> = LazyLock::new(|| {
+    let n_gpu_layers = std::env::var("N_GPU_LAYERS").map_or(0, |n| n.parse().unwrap());
+    Arc::new(Model::load(&model_path(), &ModelParams { n_gpu_layers }, |_| true).unwrap())
+});
+
+pub fn params() -> ContextParams {
+    ContextParams {
+        n_cells: 512,
+        n_batch: 64,
+        n_ubatch: 64,
+        n_seq_max: 4,
+        n_threads: 1,
+        unified: true,
+        tap_hidden: false,
+        embeddings: false,
+    }
+}
+
+pub fn context(params: &ContextParams) -> Context {
+    Context::new(Arc::clone(&MODEL), params).unwrap()
+}
+
+/// Computes `tokens` of one sequence, all rows with output.
+pub fn feed(context: &mut Context, tokens: &[Token], from: usize, seq: u32) {
+    let mut batch = context.batch();
+    for (i, &token) in tokens.iter().enumerate() {
+        batch.add(token, from + i, &[SeqId(seq)], true).unwrap();
+    }
+    context.forward(&batch).unwrap();
+}
