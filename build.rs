@@ -1,16 +1,19 @@
 //! Builds llama.cpp and its bindings, and our CUDA kernels where they are asked for.
 //!
 //! 1. Find the source: `LLAMA_CPP_DIR`, or what `make vendor` laid into `vendor/crates/`.
-//! 2. Check the tools: CMake, Ninja, a C++ compiler, libclang. What is missing is named with the command that mends it.
+//! 2. Check the tools: CMake, Ninja, a C++ compiler, libclang. What is missing is named with the
+//!    command that mends it.
 //! 3. Copy the source into the target folder and apply `vendor/patches/` to the copy.
 //! 4. Compile `llama` and `ggml` as static libraries.
-//! 5. Generate bindings for the names that start with `llama_`, `ggml_`, `gguf_`, without the `llama_`.
+//! 5. Generate bindings for the names that start with `llama_`, `ggml_`, `gguf_`, without the
+//!    `llama_`.
 //! 6. Tell cargo what to link.
 //! 7. With feature `cuda-kernels`: compile `cuda/` to `OUT_DIR/kernels.fatbin`.
 //!
-//! Environment: `LLAMA_CPP_DIR` another source tree; `CMAKE`, `CXX` the tools; `LLAMA_NATIVE=0` for a binary that must run on
-//! other CPUs of the same family. With the CUDA features: `CUDAToolkit_ROOT`, `CUDACXX` where nvcc is; `CUDA_ARCHS` what to
-//! compile for, as CMake writes it ("90", "80;90", "90-real").
+//! Environment: `LLAMA_CPP_DIR` another source tree; `CMAKE`, `CXX` the tools; `LLAMA_NATIVE=0` for
+//! a binary that must run on other CPUs of the same family. With the CUDA features:
+//! `CUDAToolkit_ROOT`, `CUDACXX` where nvcc is; `CUDA_ARCHS` what to compile for, as CMake writes
+//! it ("90", "80;90", "90-real").
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
@@ -50,12 +53,18 @@ fn out_dir() -> PathBuf {
     PathBuf::from(env::var("OUT_DIR").expect("cargo sets it"))
 }
 
-/// Where llama.cpp is built: beside the build script's folders, so that `cargo build`, `clippy`, `test` and `bench`, for each
-/// of which cargo runs this script anew, compile it once. Cargo holds a lock on the whole target folder meanwhile.
+/// Where llama.cpp is built: beside the build script's folders, so that `cargo build`, `clippy`,
+/// `test` and `bench`, for each of which cargo runs this script anew, compile it once. Cargo holds
+/// a lock on the whole target folder meanwhile.
 fn native_dir(cuda: bool) -> PathBuf {
     let out_dir = out_dir();
-    let builds = out_dir.ancestors().nth(2).expect("OUT_DIR is target/<profile>/build/<package>/out");
-    builds.join(format!("llama.cpp-{}{}", if cuda { "cuda" } else { "cpu" }, if native_cpu() { "" } else { "-portable" }))
+    let builds =
+        out_dir.ancestors().nth(2).expect("OUT_DIR is target/<profile>/build/<package>/out");
+    builds.join(format!(
+        "llama.cpp-{}{}",
+        if cuda { "cuda" } else { "cpu" },
+        if native_cpu() { "" } else { "-portable" }
+    ))
 }
 
 /// Whether the code may use all that this machine's CPU has.
@@ -64,7 +73,8 @@ fn native_cpu() -> bool {
 }
 
 fn source_tree() -> PathBuf {
-    let tree = var("LLAMA_CPP_DIR").map_or_else(|| root().join("vendor/crates/llama-cpp-sys-2/llama.cpp"), PathBuf::from);
+    let tree = var("LLAMA_CPP_DIR")
+        .map_or_else(|| root().join("vendor/crates/llama-cpp-sys-2/llama.cpp"), PathBuf::from);
     let header = tree.join("include/llama.h");
     if !header.is_file() {
         stop(&format!(
@@ -78,19 +88,25 @@ fn source_tree() -> PathBuf {
     tree
 }
 
-/// A copy of `tree` with our patches. It is laid anew when a patch or the tree changed, and else left alone, so that
-/// CMake finds its objects up to date.
+/// A copy of `tree` with our patches. It is laid anew when a patch or the tree changed, and else
+/// left alone, so that CMake finds its objects up to date.
 fn patched(tree: &Path, native: &Path) -> PathBuf {
     println!("cargo::rerun-if-changed=vendor/patches");
     let mut patches: Vec<PathBuf> = fs::read_dir(root().join("vendor/patches"))
         .map(|entries| {
-            entries.flatten().map(|entry| entry.path()).filter(|p| p.extension() == Some("patch".as_ref())).collect()
+            entries
+                .flatten()
+                .map(|entry| entry.path())
+                .filter(|p| p.extension() == Some("patch".as_ref()))
+                .collect()
         })
         .unwrap_or_default();
     patches.sort();
-    let texts: Vec<String> = patches.iter().map(|p| fs::read_to_string(p).expect("a patch is a text file")).collect();
+    let texts: Vec<String> =
+        patches.iter().map(|p| fs::read_to_string(p).expect("a patch is a text file")).collect();
     let laid = |path: &str| fs::metadata(root().join(path)).and_then(|m| m.modified()).ok();
-    let state = format!("{} {:?}\n{}", tree.display(), laid("vendor/crates/.locked"), texts.concat());
+    let state =
+        format!("{} {:?}\n{}", tree.display(), laid("vendor/crates/.locked"), texts.concat());
 
     let (copy, stamp) = (native.join("source"), native.join("source.state"));
     let own_checkout = env::var_os("LLAMA_CPP_DIR").is_some();
@@ -99,15 +115,21 @@ fn patched(tree: &Path, native: &Path) -> PathBuf {
     }
     let _ = fs::remove_file(&stamp);
     let _ = fs::remove_dir_all(&copy);
-    copy_tree(tree, &copy).unwrap_or_else(|e| stop(&format!("cannot copy {} into the build folder: {e}", tree.display())));
+    copy_tree(tree, &copy).unwrap_or_else(|e| {
+        stop(&format!("cannot copy {} into the build folder: {e}", tree.display()))
+    });
     for (path, text) in patches.iter().zip(&texts) {
         let name = path.file_name().unwrap_or_default().display();
         match apply(text, &copy) {
             Ok(()) => {}
             Err(e) if own_checkout => {
-                println!("cargo::warning={name} does not apply to LLAMA_CPP_DIR, built without it: {e}")
+                println!(
+                    "cargo::warning={name} does not apply to LLAMA_CPP_DIR, built without it: {e}"
+                )
             }
-            Err(e) => stop(&format!("{name} does not apply to the vendored source, run `make vendor`: {e}")),
+            Err(e) => stop(&format!(
+                "{name} does not apply to the vendored source, run `make vendor`: {e}"
+            )),
         }
     }
     fs::write(&stamp, state).expect("OUT_DIR is writable");
@@ -144,7 +166,9 @@ fn apply(patch: &str, tree: &Path) -> Result<(), String> {
         let text = file.patch().as_text().ok_or("binary")?;
         changed.push((new, diffy::apply(&old, text).map_err(|e| e.to_string())?));
     }
-    changed.iter().try_for_each(|(path, text)| fs::write(path, text).map_err(|e| format!("{}: {e}", path.display())))
+    changed.iter().try_for_each(|(path, text)| {
+        fs::write(path, text).map_err(|e| format!("{}: {e}", path.display()))
+    })
 }
 
 /// The programs the build calls; each was run once.
@@ -160,12 +184,15 @@ struct Tools {
 
 impl Tools {
     fn find() -> Self {
-        let cmake = find_program("CMAKE", "cmake", "--version")
-            .unwrap_or_else(|| stop("cmake is missing: run `make tools`, or `apt-get install cmake`"));
+        let cmake = find_program("CMAKE", "cmake", "--version").unwrap_or_else(|| {
+            stop("cmake is missing: run `make tools`, or `apt-get install cmake`")
+        });
         let cxx = find_program("CXX", "c++", "--version")
             .unwrap_or_else(|| stop("a C++ compiler is missing: run `apt-get install g++`"));
         if let Err(e) = bindgen_can_load_libclang() {
-            stop(&format!("libclang is missing ({e}): run `make tools`, or `apt-get install libclang-dev`"));
+            stop(&format!(
+                "libclang is missing ({e}): run `make tools`, or `apt-get install libclang-dev`"
+            ));
         }
         let cuda = env::var_os("CARGO_FEATURE_CUDA").is_some();
         let nvcc = env::var_os("CARGO_FEATURE_CUDA_KERNELS").is_some().then(|| find_nvcc(cuda));
@@ -173,7 +200,8 @@ impl Tools {
     }
 }
 
-/// The program that `variable` names, or `name` in PATH, or the one `scripts/setup` fetched; `None` if none runs.
+/// The program that `variable` names, or `name` in PATH, or the one `scripts/setup` fetched; `None`
+/// if none runs.
 fn find_program(variable: &str, name: &str, probe: &str) -> Option<PathBuf> {
     let runs = |p: &PathBuf| Command::new(p).arg(probe).output().is_ok_and(|o| o.status.success());
     if let Some(named) = var(variable) {
@@ -184,11 +212,13 @@ fn find_program(variable: &str, name: &str, probe: &str) -> Option<PathBuf> {
 
 /// nvcc of the toolkit that was named, or in PATH, or the one `scripts/setup` fetched.
 fn find_nvcc(with_libraries: bool) -> PathBuf {
-    let rooted = var("CUDAToolkit_ROOT").map(|r| Path::new(&r).join("bin/nvcc")).filter(|p| p.is_file());
+    let rooted =
+        var("CUDAToolkit_ROOT").map(|r| Path::new(&r).join("bin/nvcc")).filter(|p| p.is_file());
     if let Some(nvcc) = rooted.or_else(|| find_program("CUDACXX", "nvcc", "--version")) {
         return nvcc;
     }
-    let (step, needed) = if with_libraries { ("cuda", "lib/libcublas.so") } else { ("nvcc", "lib64") };
+    let (step, needed) =
+        if with_libraries { ("cuda", "lib/libcublas.so") } else { ("nvcc", "lib64") };
     let toolkit = root().join(".tools/cuda");
     if !toolkit.join(needed).exists() {
         stop(&format!(
@@ -198,12 +228,18 @@ fn find_nvcc(with_libraries: bool) -> PathBuf {
     toolkit.join("bin/nvcc")
 }
 
-/// The folder above nvcc's `bin`, as nvcc itself tells it: what PATH names may be a link or a wrapper.
+/// The folder above nvcc's `bin`, as nvcc itself tells it: what PATH names may be a link or a
+/// wrapper.
 fn toolkit(nvcc: &Path) -> PathBuf {
-    let told = Command::new(nvcc).args(["--dryrun", "-x", "cu", "/dev/null"]).output().map(|o| o.stderr).unwrap_or_default();
+    let told = Command::new(nvcc)
+        .args(["--dryrun", "-x", "cu", "/dev/null"])
+        .output()
+        .map(|o| o.stderr)
+        .unwrap_or_default();
     let told = String::from_utf8_lossy(&told);
     let top = told.lines().find_map(|line| line.strip_prefix("#$ TOP="));
-    let top = top.unwrap_or_else(|| stop(&format!("{} does not tell where its toolkit is", nvcc.display())));
+    let top = top
+        .unwrap_or_else(|| stop(&format!("{} does not tell where its toolkit is", nvcc.display())));
     fs::canonicalize(top).unwrap_or_else(|e| stop(&format!("{top}: {e}")))
 }
 
@@ -234,15 +270,20 @@ fn compile(source: &Path, native: &Path, tools: &Tools) -> PathBuf {
     config.define("GGML_NATIVE", if native_cpu() { "ON" } else { "OFF" });
     config.define("GGML_CCACHE", "OFF");
     if let Some(nvcc) = tools.nvcc.as_ref().filter(|_| tools.cuda) {
-        // Without virtual memory nothing links libcuda, so that the binary starts on a host without a driver.
-        config.define("GGML_CUDA", "ON").define("GGML_CUDA_NO_VMM", "ON").define("GGML_CUDA_NCCL", "OFF");
+        // Without virtual memory nothing links libcuda, so that the binary starts on a host without
+        // a driver.
+        config
+            .define("GGML_CUDA", "ON")
+            .define("GGML_CUDA_NO_VMM", "ON")
+            .define("GGML_CUDA_NCCL", "OFF");
         config.define("CMAKE_CUDA_COMPILER", nvcc).define("CUDAToolkit_ROOT", toolkit(nvcc));
         match var("CUDA_ARCHS") {
             Some(archs) => _ = config.define("CMAKE_CUDA_ARCHITECTURES", archs),
-            // ggml compiles for the cards that are here; without one nvcc would quietly take an old architecture.
-            None if native_cpu() && !sees_card(nvcc) => {
-                stop("there is no card here to compile for: name architectures, as in CUDA_ARCHS=90")
-            }
+            // ggml compiles for the cards that are here; without one nvcc would quietly take an old
+            // architecture.
+            None if native_cpu() && !sees_card(nvcc) => stop(
+                "there is no card here to compile for: name architectures, as in CUDA_ARCHS=90",
+            ),
             None => {}
         }
     }
@@ -263,8 +304,12 @@ fn set_cmake(path: &Path) {
 }
 
 fn generate_bindings(source: &Path, tools: &Tools) {
-    // The libclang wheel has no builtin headers (stddef.h ...); the compiler's own serve, behind clang's if it has any.
-    let builtin = Command::new(&tools.cxx).arg("-print-file-name=include").output().expect("the compiler ran before");
+    // The libclang wheel has no builtin headers (stddef.h ...); the compiler's own serve, behind
+    // clang's if it has any.
+    let builtin = Command::new(&tools.cxx)
+        .arg("-print-file-name=include")
+        .output()
+        .expect("the compiler ran before");
     let builtin = String::from_utf8_lossy(&builtin.stdout).trim().to_owned();
     bindgen::Builder::default()
         .header(source.join("include/llama.h").to_string_lossy())
@@ -282,13 +327,17 @@ fn generate_bindings(source: &Path, tools: &Tools) {
         .expect("OUT_DIR is writable");
 }
 
-/// `llama_decode` becomes `decode`, so that calls read `sys::decode`; ggml's names stay as they are.
+/// `llama_decode` becomes `decode`, so that calls read `sys::decode`; ggml's names stay as they
+/// are.
 #[derive(Debug)]
 struct WithoutPrefix;
 
 impl bindgen::callbacks::ParseCallbacks for WithoutPrefix {
     fn item_name(&self, item: bindgen::callbacks::ItemInfo) -> Option<String> {
-        item.name.strip_prefix("llama_").filter(|rest| *rest != "model" && *rest != "context").map(str::to_owned)
+        item.name
+            .strip_prefix("llama_")
+            .filter(|rest| *rest != "model" && *rest != "context")
+            .map(str::to_owned)
     }
 }
 
@@ -319,7 +368,13 @@ fn link(lib: &Path, tools: &Tools) {
 fn compile_kernels(nvcc: &Path) {
     println!("cargo::rerun-if-changed=cuda");
     let mut sources: Vec<PathBuf> = fs::read_dir(root().join("cuda"))
-        .map(|entries| entries.flatten().map(|e| e.path()).filter(|p| p.extension() == Some("cu".as_ref())).collect())
+        .map(|entries| {
+            entries
+                .flatten()
+                .map(|e| e.path())
+                .filter(|p| p.extension() == Some("cu".as_ref()))
+                .collect()
+        })
         .unwrap_or_default();
     sources.sort();
     let unit: String = sources.iter().map(|p| format!("#include \"{}\"\n", p.display())).collect();
@@ -332,16 +387,22 @@ fn compile_kernels(nvcc: &Path) {
     let said = String::from_utf8_lossy(&done.stderr);
     if !done.status.success() {
         eprintln!("{said}");
-        stop("nvcc could not compile cuda/: its errors are above, `scripts/check-kernels` compiles file by file");
+        stop(
+            "nvcc could not compile cuda/: its errors are above, `scripts/check-kernels` compiles file by file",
+        );
     }
     said.lines().for_each(|line| println!("cargo::warning={line}"));
 }
 
-/// What to compile for, as nvcc's options: `CUDA_ARCHS`, or every major architecture from 80 on that this nvcc names, and PTX
-/// of the newest for those to come.
+/// What to compile for, as nvcc's options: `CUDA_ARCHS`, or every major architecture from 80 on
+/// that this nvcc names, and PTX of the newest for those to come.
 fn gencode(nvcc: &Path) -> Vec<String> {
     let archs = var("CUDA_ARCHS").unwrap_or_else(|| {
-        let listed = Command::new(nvcc).arg("--list-gpu-arch").output().map(|o| o.stdout).unwrap_or_default();
+        let listed = Command::new(nvcc)
+            .arg("--list-gpu-arch")
+            .output()
+            .map(|o| o.stdout)
+            .unwrap_or_default();
         let majors: Vec<String> = String::from_utf8_lossy(&listed)
             .lines()
             .filter_map(|line| line.strip_prefix("compute_")?.parse::<u32>().ok())
@@ -355,8 +416,10 @@ fn gencode(nvcc: &Path) -> Vec<String> {
     }
     let one = |arch: &str| {
         let number = arch.trim_end_matches("-real").trim_end_matches("-virtual").to_owned();
-        let real = (!arch.ends_with("-virtual")).then(|| format!("-gencode=arch=compute_{number},code=sm_{number}"));
-        let ptx = (!arch.ends_with("-real")).then(|| format!("-gencode=arch=compute_{number},code=compute_{number}"));
+        let real = (!arch.ends_with("-virtual"))
+            .then(|| format!("-gencode=arch=compute_{number},code=sm_{number}"));
+        let ptx = (!arch.ends_with("-real"))
+            .then(|| format!("-gencode=arch=compute_{number},code=compute_{number}"));
         real.into_iter().chain(ptx)
     };
     archs.split(';').flat_map(one).collect()

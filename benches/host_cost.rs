@@ -1,7 +1,8 @@
 //! The engine's own cost per step, without a model: plan, commit, sampling, text, events.
 //!
-//! `cargo bench --bench host_cost`. A step of N decoding sequences over a vocabulary of 49,152 (SmolLM2's) whose forward pass
-//! does nothing. Greedy reads every logit once; sampled runs llama.cpp's filters with `/generate`'s defaults.
+//! `cargo bench --bench host_cost`. A step of N decoding sequences over a vocabulary of 49,152
+//! (SmolLM2's) whose forward pass does nothing. Greedy reads every logit once; sampled runs
+//! llama.cpp's filters with `/generate`'s defaults.
 #![allow(missing_docs)]
 
 use std::hint::black_box;
@@ -22,8 +23,11 @@ struct Still(Vec<Vec<f32>>);
 
 impl Still {
     fn new(n_rows: usize) -> Self {
-        // Shaped like a model's: a bell of a thousandth of the mass, and some forty likely tokens ahead of it.
-        let uniform = |i: usize| ((i as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 40) as f32 / (1u64 << 24) as f32;
+        // Shaped like a model's: a bell of a thousandth of the mass, and some forty likely tokens
+        // ahead of it.
+        let uniform = |i: usize| {
+            ((i as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 40) as f32 / (1u64 << 24) as f32
+        };
         let bell = |i: usize| (0..6).map(|k| uniform(i * 6 + k + 1)).sum::<f32>() - 3.0;
         let logit = |row: usize, i: usize| match i % 1229 {
             0 => 20.0 - 0.3 * ((i / 1229 + row) % 40) as f32,
@@ -59,8 +63,13 @@ impl Forward for Still {
 }
 
 fn engine(n: usize, temperature: f32) -> (Engine<Still>, Vec<Receiver<Event>>) {
-    let limits =
-        Limits { n_slots: n, n_ctx: N_CTX, n_batch: 512, n_prefill: None, layout: Layout::Streams { n_cells: N_CTX } };
+    let limits = Limits {
+        n_slots: n,
+        n_ctx: N_CTX,
+        n_batch: 512,
+        n_prefill: None,
+        layout: Layout::Streams { n_cells: N_CTX },
+    };
     let mut engine = Engine::new(Still::new(n), limits, Default::default());
     let receivers = (0..n).map(|i| {
         let (events, receiver) = mpsc::channel(N_CTX);
@@ -92,10 +101,15 @@ fn host_cost(c: &mut Criterion) {
     for (name, temperature) in [("greedy", 0.0), ("sampled", 0.8)] {
         let mut group = c.benchmark_group(name);
         // A sequence has a million tokens: enough for this many steps.
-        group.sample_size(20).warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(3));
+        group
+            .sample_size(20)
+            .warm_up_time(Duration::from_millis(500))
+            .measurement_time(Duration::from_secs(3));
         for n in [1, 8, 32] {
             let (mut engine, mut receivers) = engine(n, temperature);
-            group.bench_function(format!("{n} sequences"), |b| b.iter_custom(|n| steps(&mut engine, &mut receivers, n)));
+            group.bench_function(format!("{n} sequences"), |b| {
+                b.iter_custom(|n| steps(&mut engine, &mut receivers, n))
+            });
         }
     }
 }

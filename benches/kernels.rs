@@ -1,15 +1,19 @@
-//! What each kernel takes on this machine's GPU: `cargo bench --features cuda-kernels --bench kernels`.
+//! What each kernel takes on this machine's GPU: `cargo bench --features cuda-kernels --bench
+//! kernels`.
 //!
-//! First the bandwidth of a copy within the device, which is what there is to reach; then each kernel, checked against plain Rust
-//! and timed with CUDA events: the median of many launches, each on other copies of its inputs, more of them than the L2 cache
-//! holds. GB/s count what has to be read and written once.
+//! First the bandwidth of a copy within the device, which is what there is to reach; then each
+//! kernel, checked against plain Rust and timed with CUDA events: the median of many launches, each
+//! on other copies of its inputs, more of them than the L2 cache holds. GB/s count what has to be
+//! read and written once.
 #![allow(missing_docs)]
 
 use std::error::Error;
 use std::rc::Rc;
 
 use medusa_llama::gpu::cuda::Cuda;
-use medusa_llama::gpu::kernels::{Finish, Input, RowRule, Rows, Span, Verification, product, top_k, verify};
+use medusa_llama::gpu::kernels::{
+    Finish, Input, RowRule, Rows, Span, Verification, product, top_k, verify,
+};
 use medusa_llama::gpu::weights::{Matrices, Precision};
 use medusa_llama::gpu::{Buffer, Device, GpuError};
 use medusa_llama::llama::{Matrix, Token};
@@ -35,9 +39,30 @@ struct Shape {
 }
 
 const SHAPES: [Shape; 3] = [
-    Shape { name: "SmolLM2-135M", n_embd: 576, n_heads: 4, n_out: 16_384, own_outputs: false, n_vocab: 49_152 },
-    Shape { name: "Vicuna-7B", n_embd: 4096, n_heads: 5, n_out: 32_000, own_outputs: true, n_vocab: 32_000 },
-    Shape { name: "Llama-3-8B", n_embd: 4096, n_heads: 4, n_out: 128_256, own_outputs: false, n_vocab: 128_256 },
+    Shape {
+        name: "SmolLM2-135M",
+        n_embd: 576,
+        n_heads: 4,
+        n_out: 16_384,
+        own_outputs: false,
+        n_vocab: 49_152,
+    },
+    Shape {
+        name: "Vicuna-7B",
+        n_embd: 4096,
+        n_heads: 5,
+        n_out: 32_000,
+        own_outputs: true,
+        n_vocab: 32_000,
+    },
+    Shape {
+        name: "Llama-3-8B",
+        n_embd: 4096,
+        n_heads: 4,
+        n_out: 128_256,
+        own_outputs: false,
+        n_vocab: 128_256,
+    },
 ];
 
 struct Bench {
@@ -63,8 +88,16 @@ fn main() -> Result<()> {
     let device: Rc<dyn Device> = Rc::clone(&cuda) as _;
     let mut bench = Bench { cuda, device, bandwidth: 0.0 };
     bench.bandwidth = bench.copy_bandwidth()?;
-    println!("{}, L2 {} MiB, copy {:.0} GB/s", bench.cuda.name(), bench.cuda.cache_bytes() >> 20, bench.bandwidth / 1e9);
-    println!("{:14} {:28} {:>4} {:>10} {:>9} {:>7}", "model", "kernel", "seqs", "us", "GB/s", "share");
+    println!(
+        "{}, L2 {} MiB, copy {:.0} GB/s",
+        bench.cuda.name(),
+        bench.cuda.cache_bytes() >> 20,
+        bench.bandwidth / 1e9
+    );
+    println!(
+        "{:14} {:28} {:>4} {:>10} {:>9} {:>7}",
+        "model", "kernel", "seqs", "us", "GB/s", "share"
+    );
     for shape in &SHAPES {
         for precision in [Precision::F16, Precision::Q8] {
             bench.heads(shape, precision)?;
@@ -95,7 +128,10 @@ impl Bench {
     }
 
     /// The median in seconds.
-    fn median(&self, times: impl Iterator<Item = std::result::Result<f32, GpuError>>) -> Result<f64> {
+    fn median(
+        &self,
+        times: impl Iterator<Item = std::result::Result<f32, GpuError>>,
+    ) -> Result<f64> {
         let mut ms = times.collect::<std::result::Result<Vec<f32>, GpuError>>()?;
         ms.sort_by(f32::total_cmp);
         Ok(f64::from(ms[ms.len() / 2]) / 1e3)
@@ -141,8 +177,11 @@ impl Bench {
                 let n_rows = if name == "outputs" && !own_outputs { n * n_heads } else { n };
                 let mut y = Buffer::zeros(&self.device, n_nets * n_rows * matrix.n_out)?;
                 let rows = Rows { values: d_x.slice(), index: None, by_net };
-                let (residual, finish) =
-                    if name == "blocks" { (Some(rows), Finish::SiluResidual) } else { (None, Finish::Plain) };
+                let (residual, finish) = if name == "blocks" {
+                    (Some(rows), Finish::SiluResidual)
+                } else {
+                    (None, Finish::Plain)
+                };
                 let input = Input { x: rows, table: None, n_rows, bias: None, residual, finish };
                 let mut launch = |i: usize| {
                     let weights = &copies[i % copies.len()];
@@ -156,7 +195,13 @@ impl Bench {
                     check_product(matrix, &x, &got[..matrix.n_out]);
                 }
                 let moved = n_bytes + 4 * n_rows * d + 4 * y.len();
-                self.report(shape, &format!("{name} {precision:?}, {n_rows} rows"), n, seconds, moved);
+                self.report(
+                    shape,
+                    &format!("{name} {precision:?}, {n_rows} rows"),
+                    n,
+                    seconds,
+                    moved,
+                );
             }
         }
         Ok(())
@@ -166,27 +211,51 @@ impl Bench {
     fn choosing(&self, shape: &Shape, n: usize) -> Result<()> {
         let &Shape { n_heads, n_out, n_vocab, .. } = shape;
         let mut rng = fastrand::Rng::with_seed(9);
-        let mut logits = |n: usize| -> Vec<f32> { (0..n).map(|_| (rng.f32() + rng.f32() + rng.f32()) * 6.0).collect() };
+        let mut logits = |n: usize| -> Vec<f32> {
+            (0..n).map(|_| (rng.f32() + rng.f32() + rng.f32()) * 6.0).collect()
+        };
         let n_rows = n * N_NODES;
         let values = logits(n_rows * n_vocab);
         let n_bytes = 4 * values.len();
         let copies = self.copies(&values)?;
-        let spans: Vec<Span> = (0..n).map(|s| Span { first: (s * N_NODES) as i32, n: N_NODES as i32 }).collect();
+        let spans: Vec<Span> =
+            (0..n).map(|s| Span { first: (s * N_NODES) as i32, n: N_NODES as i32 }).collect();
         let mut room = Verification::new(&self.device, n_rows, n)?;
         let mut chosen = Buffer::zeros(&self.device, n_rows)?;
-        let sampled =
-            RowRule { inverse_temperature: 1.0 / 0.8, top_p: 0.95, min_logit: 0.05f32.ln(), top_k: 40, ..greedy() };
+        let sampled = RowRule {
+            inverse_temperature: 1.0 / 0.8,
+            top_p: 0.95,
+            min_logit: 0.05f32.ln(),
+            top_k: 40,
+            ..greedy()
+        };
         for (name, rule) in [("verify, greedy", greedy()), ("verify, sampled", sampled)] {
             let rules: Vec<RowRule> = (0..n_rows as i32)
                 .map(|row| {
                     let first = row / N_NODES as i32 * N_NODES as i32;
                     let parent = if row == first { -1 } else { row - 1 };
-                    RowRule { logits_row: row, sequence: row / N_NODES as i32, parent, position: [row as u32, 0], ..rule }
+                    RowRule {
+                        logits_row: row,
+                        sequence: row / N_NODES as i32,
+                        parent,
+                        position: [row as u32, 0],
+                        ..rule
+                    }
                 })
                 .collect();
             let mut launch = |i: usize| {
                 let logits = copies[i % copies.len()].slice();
-                self.cuda.time(|| verify(&*self.device, logits, n_vocab, &rules, &spans, &mut room, chosen.slice_mut()))
+                self.cuda.time(|| {
+                    verify(
+                        &*self.device,
+                        logits,
+                        n_vocab,
+                        &rules,
+                        &spans,
+                        &mut room,
+                        chosen.slice_mut(),
+                    )
+                })
             };
             launch(0)?;
             let seconds = self.median((0..N_LAUNCHES).map(&mut launch))?;
@@ -211,7 +280,9 @@ impl Bench {
         let mut p = Buffer::zeros(&self.device, n_rows * K)?;
         let mut launch = |i: usize| {
             let logits = copies[i % copies.len()].slice();
-            self.cuda.time(|| top_k(&*self.device, logits, n_out, None, K, tokens.slice_mut(), p.slice_mut()))
+            self.cuda.time(|| {
+                top_k(&*self.device, logits, n_out, None, K, tokens.slice_mut(), p.slice_mut())
+            })
         };
         launch(0)?;
         let seconds = self.median((0..N_LAUNCHES).map(&mut launch))?;

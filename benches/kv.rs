@@ -1,8 +1,10 @@
-//! What the cache's bookkeeping takes beside a forward pass: 16,384 cells, 32 sequences, trees of several leaves.
+//! What the cache's bookkeeping takes beside a forward pass: 16,384 cells, 32 sequences, trees of
+//! several leaves.
 //!
-//! `cargo bench --bench kv` (needs the default model; some minutes on two cores, most of them to fill the cache). Prints, for
-//! trees of 1, 2 and 7 leaves, the microseconds of llama.cpp's sequence operations before and after a step, by the operations that
-//! the engine makes of them, and the milliseconds of the step between.
+//! `cargo bench --bench kv` (needs the default model; some minutes on two cores, most of them to
+//! fill the cache). Prints, for trees of 1, 2 and 7 leaves, the microseconds of llama.cpp's
+//! sequence operations before and after a step, by the operations that the engine makes of them,
+//! and the milliseconds of the step between.
 #![allow(missing_docs)]
 
 use std::path::Path;
@@ -13,7 +15,9 @@ use medusa_llama::config::DEFAULT_MODEL;
 use medusa_llama::engine::leaves::Leaves;
 use medusa_llama::engine::slots::KvOp;
 use medusa_llama::engine::{Forward, LlamaForward, Rows};
-use medusa_llama::llama::{Context, ContextParams, LlamaError, Model, ModelParams, SeqId, Token, max_sequences};
+use medusa_llama::llama::{
+    Context, ContextParams, LlamaError, Model, ModelParams, SeqId, Token, max_sequences,
+};
 
 const N_SLOTS: usize = 32;
 const N_CELLS: usize = 16_384;
@@ -58,7 +62,9 @@ fn main() -> Result<(), LlamaError> {
             }
         }
         let [before, before_us, step_ms, after, after_us] = sums;
-        println!("{n_leaves:6}   {before:10.0}   {before_us:9.0}   {step_ms:7.1}   {after:9.0}   {after_us:8.0}");
+        println!(
+            "{n_leaves:6}   {before:10.0}   {before_us:9.0}   {step_ms:7.1}   {after:9.0}   {after_us:8.0}"
+        );
         let mut ops = vec![];
         (0..N_SLOTS).for_each(|slot| leaves.end(SeqId(slot as u32), &mut ops));
         apply(&mut forward, &ops)?;
@@ -66,7 +72,8 @@ fn main() -> Result<(), LlamaError> {
     Ok(())
 }
 
-/// A step in which each sequence verifies a tree of `n_leaves` nodes behind its root and takes the last of them.
+/// A step in which each sequence verifies a tree of `n_leaves` nodes behind its root and takes the
+/// last of them.
 fn timed_step(
     forward: &mut LlamaForward,
     leaves: &mut Leaves,
@@ -87,7 +94,8 @@ fn timed_step(
     forward.forward(&rows)?;
     let step_ms = started.elapsed().as_secs_f64() * 1e3;
     ops.clear();
-    ids.iter().for_each(|ids| leaves.settle(ids, n_leaves - 1, n_cached + 1, n_cached + 2, &mut ops));
+    ids.iter()
+        .for_each(|ids| leaves.settle(ids, n_leaves - 1, n_cached + 1, n_cached + 2, &mut ops));
     Ok([n_before, before_us, step_ms, ops.len() as f64, apply(forward, &ops)?])
 }
 

@@ -1,4 +1,5 @@
-//! From what was typed ([`Args`]) to what is run ([`Config`]): every limit, with its default, is in the table of [`ServeArgs`].
+//! From what was typed ([`Args`]) to what is run ([`Config`]): every limit, with its default, is in
+//! the table of [`ServeArgs`].
 
 mod commands;
 pub mod network;
@@ -10,7 +11,9 @@ use std::time::Duration;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use hyper::Uri;
 
-pub use commands::{BenchArgs, GenerateArgs, HeadKind, PerplexityArgs, QuantizeArgs, SynthArgs, TrainArgs, TuneArgs};
+pub use commands::{
+    BenchArgs, GenerateArgs, HeadKind, PerplexityArgs, QuantizeArgs, SynthArgs, TrainArgs, TuneArgs,
+};
 use network::NetworkArgs;
 
 use crate::engine::thread::{DraftParams, EngineParams, HeadsParams};
@@ -31,7 +34,12 @@ const NO_HEADS: &str = "none";
 
 /// The command line.
 #[derive(Debug, Parser)]
-#[command(name = "medusa-llama", version, about = "A server that makes GGUF models answer faster", max_term_width = 110)]
+#[command(
+    name = "medusa-llama",
+    version,
+    about = "A server that makes GGUF models answer faster",
+    max_term_width = 110
+)]
 pub struct Args {
     /// What to do.
     #[command(subcommand)]
@@ -53,7 +61,8 @@ pub enum Command {
     Quantize(QuantizeArgs),
     /// Measure how well a model foretells a text
     Perplexity(PerplexityArgs),
-    /// Try a model in several quantizations and with several numbers of threads, and say which to use
+    /// Try a model in several quantizations and with several numbers of threads, and say which to
+    /// use
     Tune(TuneArgs),
     /// Write a model of random weights in a known one's shape, to measure speed with
     Synth(SynthArgs),
@@ -63,7 +72,13 @@ pub enum Command {
 #[derive(Clone, Debug, ClapArgs)]
 pub struct ModelArgs {
     /// GGUF file to load [default: models/smollm2-135m-instruct-q4_1.gguf]
-    #[arg(short = 'm', long = "model", env = "MODEL_PATH", value_name = "MODEL_PATH", hide_env_values = true)]
+    #[arg(
+        short = 'm',
+        long = "model",
+        env = "MODEL_PATH",
+        value_name = "MODEL_PATH",
+        hide_env_values = true
+    )]
     pub model_path: Option<PathBuf>,
     /// Longest prompt plus answer of one request, in tokens
     #[arg(short = 'c', long = "ctx", env = "MODEL_CONTEXT_SIZE", value_name = "MODEL_CONTEXT_SIZE", default_value_t = 2048,
@@ -76,26 +91,35 @@ pub struct ModelArgs {
     #[arg(short = 't', long, env = "N_THREADS", value_name = "N_THREADS", default_value_t = 4, value_parser = between(1, 1024))]
     pub n_threads: usize,
     /// What to log: ERROR, WARN, INFO, DEBUG, TRACE
-    #[arg(long, env = "LOG_LEVEL", value_name = "LOG_LEVEL", default_value = "INFO", ignore_case = true)]
+    #[arg(
+        long,
+        env = "LOG_LEVEL",
+        value_name = "LOG_LEVEL",
+        default_value = "INFO",
+        ignore_case = true
+    )]
     pub log_level: LogLevel,
 }
 
 /// What drafts; the same for every command that drafts.
 #[derive(Clone, Debug, ClapArgs)]
 pub struct DraftArgs {
-    /// Folder with heads for the model, or `none` [default: for the default model heads/smollm2-135m-instruct, else none]
+    /// Folder with heads for the model, or `none` [default: for the default model
+    /// heads/smollm2-135m-instruct, else none]
     #[arg(long = "heads", env = "MEDUSA_HEADS", value_name = "MEDUSA_HEADS")]
     pub folder: Option<PathBuf>,
     /// Use at most this many of the heads
     #[arg(long = "medusa-k-heads", env = "MEDUSA_K_HEADS", value_name = "MEDUSA_K_HEADS", default_value_t = 5, value_parser = between(1, 16))]
     pub k_heads: usize,
-    /// Draft what followed in a text before: in the request's own, or in recent answers too (to the same API key, if there are keys)
+    /// Draft what followed in a text before: in the request's own, or in recent answers too (to the
+    /// same API key, if there are keys)
     #[arg(long, env = "TEXT_DRAFTS", value_name = "TEXT_DRAFTS", default_value = "shared")]
     pub text_drafts: TextSource,
     /// Tokens of recent answers that are kept to draft from; 20 bytes each
     #[arg(long, env = "SHARED_TEXT", value_name = "SHARED_TEXT", default_value_t = 1 << 16, value_parser = between(64, 1 << 28))]
     pub shared_text: usize,
-    /// Most tokens one step may give a sequence, its own choice included [default: 33 with text, else heads + 1]
+    /// Most tokens one step may give a sequence, its own choice included [default: 33 with text,
+    /// else heads + 1]
     #[arg(long = "medusa-max-tokens-per-step", env = "MEDUSA_MAX_TOKENS_PER_STEP", value_name = "MEDUSA_MAX_TOKENS_PER_STEP", value_parser = between(1, 64))]
     pub max_tokens_per_step: Option<usize>,
 }
@@ -118,7 +142,13 @@ pub struct ServeArgs {
     #[allow(missing_docs)]
     pub model: ModelArgs,
     /// Form of the log, llama.cpp's lines included: text, or a JSON object a line
-    #[arg(long, env = "LOG_FORMAT", value_name = "LOG_FORMAT", default_value = "text", ignore_case = true)]
+    #[arg(
+        long,
+        env = "LOG_FORMAT",
+        value_name = "LOG_FORMAT",
+        default_value = "text",
+        ignore_case = true
+    )]
     pub log_format: LogFormat,
     /// Sequences decoded together
     #[arg(short = 'b', long, env = "BATCH_SIZE", value_name = "BATCH_SIZE", default_value_t = 4, value_parser = between(1, 256))]
@@ -127,7 +157,8 @@ pub struct ServeArgs {
     #[arg(long, env = "MAX_CONCURRENT_BATCHES", value_name = "MAX_CONCURRENT_BATCHES", default_value_t = 4,
           value_parser = between(1, 4096))]
     pub max_concurrent_batches: usize,
-    /// Longest time an idle engine may wait for company before a step, in seconds. Only bursts ever pay it
+    /// Longest time an idle engine may wait for company before a step, in seconds. Only bursts ever
+    /// pay it
     #[arg(long, env = "MAX_WAIT_TIME", value_name = "MAX_WAIT_TIME", default_value = "0.1", value_parser = seconds)]
     pub max_wait_time: Duration,
     /// How the KV cache is divided: one pool, one stream per sequence, or what is faster (the pool)
@@ -142,7 +173,8 @@ pub struct ServeArgs {
     /// Most rows (tokens) of one step; a longer prompt takes several
     #[arg(long, env = "N_BATCH", value_name = "N_BATCH", default_value_t = 512, value_parser = between(1, 8192))]
     pub n_batch: usize,
-    /// Rows of prompts in a step beside streams that run [default: as many as leave the streams their pace]
+    /// Rows of prompts in a step beside streams that run [default: as many as leave the streams
+    /// their pace]
     #[arg(long, env = "PREFILL_CHUNK", value_name = "PREFILL_CHUNK", value_parser = between(1, 8192))]
     pub prefill_chunk: Option<usize>,
     #[command(flatten)]
@@ -169,14 +201,16 @@ pub struct ServeArgs {
     /// Largest head of a request, in bytes
     #[arg(long, env = "MAX_HEADER_BYTES", value_name = "MAX_HEADER_BYTES", default_value_t = 1 << 15, value_parser = between(1024, 1 << 20))]
     pub max_header_bytes: usize,
-    /// How long a client may take to send a request's head, and then its body, in seconds; between requests a connection may idle as long
+    /// How long a client may take to send a request's head, and then its body, in seconds; between
+    /// requests a connection may idle as long
     #[arg(long, env = "READ_TIMEOUT", value_name = "READ_TIMEOUT", default_value = "30", value_parser = seconds)]
     pub read_timeout: Duration,
-    /// Longest time for a request, in seconds: then its answer ends where it stands. A request's own timeout_s may be shorter
-    /// [default: no limit]
+    /// Longest time for a request, in seconds: then its answer ends where it stands. A request's
+    /// own timeout_s may be shorter [default: no limit]
     #[arg(long, env = "REQUEST_TIMEOUT", value_name = "REQUEST_TIMEOUT", value_parser = seconds)]
     pub request_timeout: Option<Duration>,
-    /// How long a client may take no byte of its answer before it is let go and its request cancelled, in seconds
+    /// How long a client may take no byte of its answer before it is let go and its request
+    /// cancelled, in seconds
     #[arg(long, env = "WRITE_TIMEOUT", value_name = "WRITE_TIMEOUT", default_value = "60", value_parser = some_seconds)]
     pub write_timeout: Duration,
     #[command(flatten)]
@@ -297,12 +331,14 @@ impl ModelArgs {
 }
 
 impl DraftArgs {
-    /// The heads to use: what was given, or for the default model those in its folder, if there are any.
+    /// The heads to use: what was given, or for the default model those in its folder, if there are
+    /// any.
     #[must_use]
     pub fn heads(&self, model: &ModelArgs) -> Option<HeadsParams> {
         let folder = match &self.folder {
             Some(folder) => (folder.as_os_str() != NO_HEADS).then(|| folder.clone()),
-            None => (model.model_path.is_none() && Path::new(DEFAULT_HEADS).is_dir()).then(|| DEFAULT_HEADS.into()),
+            None => (model.model_path.is_none() && Path::new(DEFAULT_HEADS).is_dir())
+                .then(|| DEFAULT_HEADS.into()),
         }?;
         Some(HeadsParams { folder, n_heads: self.k_heads })
     }
@@ -340,10 +376,14 @@ impl ServeArgs {
             ));
         }
         if let Some(cells) = self.kv_cells.filter(|&cells| cells < n_ctx) {
-            return Err(format!("KV_CELLS is {cells}, but one request may take MODEL_CONTEXT_SIZE = {n_ctx}"));
+            return Err(format!(
+                "KV_CELLS is {cells}, but one request may take MODEL_CONTEXT_SIZE = {n_ctx}"
+            ));
         }
         let streams = self.kv == KvLayout::Streams;
-        if self.drafts.folder.as_ref().is_some_and(|folder| folder.as_os_str() != NO_HEADS) && streams {
+        if self.drafts.folder.as_ref().is_some_and(|folder| folder.as_os_str() != NO_HEADS)
+            && streams
+        {
             return Err("KV_LAYOUT is streams, which cannot hold the trees that MEDUSA_HEADS drafts: use unified".into());
         }
         let auth = self.network.auth()?;
@@ -385,8 +425,9 @@ impl ServeArgs {
         })
     }
 
-    /// `auto` is the pool: it shares prefixes and holds trees, and with `vendor/patches/` a row pays for the cells it sees
-    /// and no others, so it is the faster layout on a CPU too. `benches/results/` has the measurement.
+    /// `auto` is the pool: it shares prefixes and holds trees, and with `vendor/patches/` a row
+    /// pays for the cells it sees and no others, so it is the faster layout on a CPU too.
+    /// `benches/results/` has the measurement.
     fn layout(&self) -> Layout {
         let unified = matches!(self.kv, KvLayout::Auto | KvLayout::Unified);
         if !unified {
@@ -403,7 +444,10 @@ impl ServeArgs {
 }
 
 /// A whole number in a range; the error names both ends.
-fn between(min: usize, max: usize) -> impl Fn(&str) -> Result<usize, String> + Clone + Send + Sync + 'static {
+fn between(
+    min: usize,
+    max: usize,
+) -> impl Fn(&str) -> Result<usize, String> + Clone + Send + Sync + 'static {
     move |text| match text.parse() {
         Ok(n) if (min..=max).contains(&n) => Ok(n),
         _ => Err(format!("must be a whole number from {min} to {max}")),
@@ -457,19 +501,28 @@ mod tests {
 
     #[test]
     fn rates_of_acceptance_are_probabilities() {
-        let bench = |rates: &str| Args::try_parse_from(["x", "bench", "--prompts=p", &format!("--acceptance={rates}")]);
+        let bench = |rates: &str| {
+            Args::try_parse_from(["x", "bench", "--prompts=p", &format!("--acceptance={rates}")])
+        };
         for rates in ["0.5,1.5", "-0.1", "0.5,nan", "", "0.5,x"] {
             let text = bench(rates).unwrap_err().to_string();
             assert!(text.contains("acceptance"), "{text}");
         }
-        let Command::Bench(args) = bench("0.56,0.32,1").unwrap().command else { unreachable!("`bench` was given") };
+        let Command::Bench(args) = bench("0.56,0.32,1").unwrap().command else {
+            unreachable!("`bench` was given")
+        };
         assert_eq!(args.acceptance, Some(vec![0.56, 0.32, 1.0]));
     }
 
     #[test]
     fn an_unknown_shape_is_refused_with_those_there_are() {
-        let text = Args::try_parse_from(["x", "synth", "--like", "gpt-9", "-o", "f"]).unwrap_err().to_string();
-        assert!(text.contains("--like") && text.contains("vicuna-7b") && text.contains("tiny"), "{text}");
+        let text = Args::try_parse_from(["x", "synth", "--like", "gpt-9", "-o", "f"])
+            .unwrap_err()
+            .to_string();
+        assert!(
+            text.contains("--like") && text.contains("vicuna-7b") && text.contains("tiny"),
+            "{text}"
+        );
     }
 
     #[test]
@@ -483,8 +536,14 @@ mod tests {
     #[test]
     fn the_cache_is_one_pool_unless_streams_are_named() {
         let layout = |args: &[&str]| serve(args).unwrap().layout();
-        assert!(matches!(layout(&[]), Layout::Unified { n_cells: 8192, n_retained: 8192, n_seqs: 8 }));
-        assert!(matches!(layout(&["--prefix-cells", "100"]), Layout::Unified { n_retained: 100, .. }));
+        assert!(matches!(
+            layout(&[]),
+            Layout::Unified { n_cells: 8192, n_retained: 8192, n_seqs: 8 }
+        ));
+        assert!(matches!(
+            layout(&["--prefix-cells", "100"]),
+            Layout::Unified { n_retained: 100, .. }
+        ));
         assert_eq!(layout(&["--kv", "streams"]), Layout::Streams { n_cells: 2048 });
         assert!(matches!(layout(&["--batch-size", "256"]), Layout::Unified { n_seqs: 256, .. }));
     }

@@ -1,5 +1,6 @@
 //! Errors by who must act: the client ([`Invalid`]), the client later (busy, loading, draining: see
-//! [`SubmitError`](crate::engine::SubmitError)), or whoever runs the server ([`IncidentId`] leads from an answer to the log).
+//! [`SubmitError`](crate::engine::SubmitError)), or whoever runs the server ([`IncidentId`] leads
+//! from an answer to the log).
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

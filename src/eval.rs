@@ -15,13 +15,15 @@ const UNCOUNTED: usize = 64;
 pub struct Perplexity {
     /// The perplexity.
     pub value: f64,
-    /// Its standard error, as if tokens were independent. Two models on the same text differ with far more certainty.
+    /// Its standard error, as if tokens were independent. Two models on the same text differ with
+    /// far more certainty.
     pub error: f64,
     /// Tokens counted.
     pub n_tokens: usize,
 }
 
-/// A model's perplexity on a text, in windows of [`WINDOW`] tokens. `progress` gets the number of tokens read.
+/// A model's perplexity on a text, in windows of [`WINDOW`] tokens. `progress` gets the number of
+/// tokens read.
 ///
 /// # Errors
 /// When a forward pass fails.
@@ -60,5 +62,9 @@ pub fn perplexity(
     let n = losses.len().max(1) as f64;
     let mean = losses.iter().sum::<f64>() / n;
     let variance = losses.iter().map(|l| (l - mean).powi(2)).sum::<f64>() / n;
-    Ok(Perplexity { value: mean.exp(), error: mean.exp() * (variance / n).sqrt(), n_tokens: losses.len() })
+    Ok(Perplexity {
+        value: mean.exp(),
+        error: mean.exp() * (variance / n).sqrt(),
+        n_tokens: losses.len(),
+    })
 }

@@ -11,7 +11,8 @@ use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let in_json = matches!(&args.command, Command::Serve(args) if args.log_format == LogFormat::Json);
+    let in_json =
+        matches!(&args.command, Command::Serve(args) if args.log_format == LogFormat::Json);
     match run(args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if in_json => {
@@ -65,7 +66,8 @@ fn run(args: Args) -> anyhow::Result<()> {
     }
 }
 
-/// Where the terminal is for a command's own output: only a level that was asked for shows more than trouble.
+/// Where the terminal is for a command's own output: only a level that was asked for shows more
+/// than trouble.
 fn log_trouble(level: LogLevel) {
     log_to_stderr(if level == LogLevel::Info { LogLevel::Warn } else { level });
 }
@@ -73,13 +75,21 @@ fn log_trouble(level: LogLevel) {
 fn log_to_stderr(level: LogLevel) {
     let colours = std::io::stderr().is_terminal();
     let filter = EnvFilter::new(level.as_str());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(colours)
+        .init();
 }
 
 /// A JSON object a line, whatever happens.
 fn log_json(level: LogLevel) {
     let filter = EnvFilter::new(level.as_str());
-    let lines = tracing_subscriber::fmt().json().flatten_event(true).with_current_span(true).with_span_list(false);
+    let lines = tracing_subscriber::fmt()
+        .json()
+        .flatten_event(true)
+        .with_current_span(true)
+        .with_span_list(false);
     lines.with_env_filter(filter).with_writer(std::io::stderr).init();
     std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}")));
 }

@@ -1,8 +1,10 @@
-//! What `/metrics` shows to Prometheus: the engine's [`Stats`](crate::engine::stats::Stats) under names, and what HTTP answered.
+//! What `/metrics` shows to Prometheus: the engine's [`Stats`](crate::engine::stats::Stats) under
+//! names, and what HTTP answered.
 //!
-//! Names are vLLM's, with `medusa_llama:` in front in place of `vllm:`, where vLLM has the same thing, so that dashboards need only
-//! another prefix; every series has vLLM's label `model_name`. The engine's part is read when it is asked for: while the model loads
-//! there is none. Knows no sockets and no cells.
+//! Names are vLLM's, with `medusa_llama:` in front in place of `vllm:`, where vLLM has the same
+//! thing, so that dashboards need only another prefix; every series has vLLM's label `model_name`.
+//! The engine's part is read when it is asked for: while the model loads there is none. Knows no
+//! sockets and no cells.
 
 use std::borrow::Cow;
 use std::fmt::Error;
@@ -36,7 +38,8 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Of a server that calls its model `model_name`, with an engine that is as far as `stage` says.
+    /// Of a server that calls its model `model_name`, with an engine that is as far as `stage`
+    /// says.
     #[must_use]
     pub fn new(model_name: &str, stage: watch::Receiver<Stage>) -> Self {
         let label = (Cow::from("model_name"), Cow::from(model_name.to_owned()));
@@ -48,7 +51,11 @@ impl Metrics {
         ];
         registry.register("medusa_llama:build", "What is running", Info::new(build));
         let (answers, refusals) = (Family::default(), Family::default());
-        registry.register("medusa_llama:http_requests", "HTTP requests by path and status", answers.clone());
+        registry.register(
+            "medusa_llama:http_requests",
+            "HTTP requests by path and status",
+            answers.clone(),
+        );
         registry.register(
             "medusa_llama:request_refusals",
             "Requests that got an error in place of an answer, by its type",
@@ -60,7 +67,9 @@ impl Metrics {
 
     /// Counts an answer to a request for `path`, which is one of few.
     pub fn count_answer(&self, path: &'static str, status: u16) {
-        self.answers.get_or_create(&[("path", path.to_owned()), ("status", status.to_string())]).inc();
+        self.answers
+            .get_or_create(&[("path", path.to_owned()), ("status", status.to_string())])
+            .inc();
     }
 
     /// Counts an error of type `kind`, which is one of few.
@@ -100,10 +109,22 @@ impl Collector for EngineMetrics {
 }
 
 fn write_load(out: &mut Out<'_>, handle: &Handle, stats: &Snapshot) -> Result<(), Error> {
-    out.gauge("medusa_llama:num_requests_running", "Requests that the engine works on", stats.running as f64)?;
-    out.gauge("medusa_llama:num_requests_waiting", "Requests that wait for a place", stats.waiting as f64)?;
+    out.gauge(
+        "medusa_llama:num_requests_running",
+        "Requests that the engine works on",
+        stats.running as f64,
+    )?;
+    out.gauge(
+        "medusa_llama:num_requests_waiting",
+        "Requests that wait for a place",
+        stats.waiting as f64,
+    )?;
     let used = stats.cells_active as f64 / handle.limits().n_cells() as f64;
-    out.gauge("medusa_llama:kv_cache_usage_perc", "Share of the KV cache that running requests hold; 1 is all of it", used)?;
+    out.gauge(
+        "medusa_llama:kv_cache_usage_perc",
+        "Share of the KV cache that running requests hold; 1 is all of it",
+        used,
+    )?;
     let kept = stats.cells_retained as f64 / handle.limits().n_cells() as f64;
     out.gauge(
         "medusa_llama:kv_cache_kept_perc",
@@ -112,30 +133,65 @@ fn write_load(out: &mut Out<'_>, handle: &Handle, stats: &Snapshot) -> Result<()
     )?;
     out.counter("medusa_llama:steps", "Steps of the engine, each one forward pass", stats.steps)?;
     let ended = |which: &[(Ended, &'static str)], label| {
-        let count = |&(ended, name): &(Ended, &str)| ([(label, name.to_owned())], stats.ended[ended as usize]);
+        let count = |&(ended, name): &(Ended, &str)| {
+            ([(label, name.to_owned())], stats.ended[ended as usize])
+        };
         which.iter().map(count).collect::<Vec<_>>()
     };
     let complete = ended(&[(Ended::Stop, "stop"), (Ended::Length, "length")], "finished_reason");
     out.counters("medusa_llama:request_success", "Complete answers, by what ended them", complete)?;
-    let others = [(Ended::Deadline, "deadline"), (Ended::Cancelled, "cancelled"), (Ended::Failed, "engine")];
+    let others =
+        [(Ended::Deadline, "deadline"), (Ended::Cancelled, "cancelled"), (Ended::Failed, "engine")];
     let others = ended(&others, "reason");
-    out.counters("medusa_llama:request_failures", "Requests without a complete answer, by who ended them", others)
+    out.counters(
+        "medusa_llama:request_failures",
+        "Requests without a complete answer, by who ended them",
+        others,
+    )
 }
 
 fn write_tokens(out: &mut Out<'_>, stats: &Snapshot) -> Result<(), Error> {
-    out.counter("medusa_llama:prompt_tokens", "Tokens of prompts read, cached ones included", stats.prompt_tokens)?;
+    out.counter(
+        "medusa_llama:prompt_tokens",
+        "Tokens of prompts read, cached ones included",
+        stats.prompt_tokens,
+    )?;
     out.counter("medusa_llama:generation_tokens", "Tokens generated", stats.tokens)?;
-    out.counter("medusa_llama:prefix_cache_queries", "Tokens of prompts looked for in the cache", stats.prefix_queries)?;
-    out.counter("medusa_llama:prefix_cache_hits", "Tokens of prompts found in the cache", stats.prefix_hits)
+    out.counter(
+        "medusa_llama:prefix_cache_queries",
+        "Tokens of prompts looked for in the cache",
+        stats.prefix_queries,
+    )?;
+    out.counter(
+        "medusa_llama:prefix_cache_hits",
+        "Tokens of prompts found in the cache",
+        stats.prefix_hits,
+    )
 }
 
 fn write_drafts(out: &mut Out<'_>, stats: &Snapshot) -> Result<(), Error> {
     let accepted = &stats.accepted[..stats.deepest];
-    out.counter("medusa_llama:draft_candidates_offered", "Candidates that heads and text offered", stats.offered)?;
-    out.counter("medusa_llama:draft_candidates_chosen", "Candidates that were worth a row", stats.chosen)?;
-    out.counter("medusa_llama:spec_decode_num_drafts", "Trees of candidates verified", stats.drafts)?;
+    out.counter(
+        "medusa_llama:draft_candidates_offered",
+        "Candidates that heads and text offered",
+        stats.offered,
+    )?;
+    out.counter(
+        "medusa_llama:draft_candidates_chosen",
+        "Candidates that were worth a row",
+        stats.chosen,
+    )?;
+    out.counter(
+        "medusa_llama:spec_decode_num_drafts",
+        "Trees of candidates verified",
+        stats.drafts,
+    )?;
     out.counter("medusa_llama:spec_decode_num_draft_tokens", "Candidates verified", stats.drafted)?;
-    out.counter("medusa_llama:spec_decode_num_accepted_tokens", "Candidates accepted", stats.accepted.iter().sum())?;
+    out.counter(
+        "medusa_llama:spec_decode_num_accepted_tokens",
+        "Candidates accepted",
+        stats.accepted.iter().sum(),
+    )?;
     out.counters(
         "medusa_llama:spec_decode_num_accepted_tokens_per_pos",
         "Candidates accepted, by place behind the last token, from 0",
@@ -154,7 +210,9 @@ fn write_reliability(out: &mut Out<'_>, reliability: &Reliability) -> Result<(),
     out.counters(
         "medusa_llama:spec_decode_source_accepted_tokens",
         "Those of them that were accepted",
-        ranges.iter().map(|(source, ranges)| (label(source), ranges.iter().map(|c| c.accepted).sum())),
+        ranges
+            .iter()
+            .map(|(source, ranges)| (label(source), ranges.iter().map(|c| c.accepted).sum())),
     )?;
     out.gauges(
         "medusa_llama:draft_calibration_error",
@@ -166,8 +224,16 @@ fn write_reliability(out: &mut Out<'_>, reliability: &Reliability) -> Result<(),
 fn write_histograms(out: &mut Out<'_>, handle: &Handle) -> Result<(), Error> {
     let stats = handle.record();
     let all = [
-        ("medusa_llama:rows_per_step", "Rows (tokens) of a step: running requests', prompts' and candidates'", &stats.rows),
-        ("medusa_llama:time_to_first_token_seconds", "From acceptance to the first token", &stats.first_token),
+        (
+            "medusa_llama:rows_per_step",
+            "Rows (tokens) of a step: running requests', prompts' and candidates'",
+            &stats.rows,
+        ),
+        (
+            "medusa_llama:time_to_first_token_seconds",
+            "From acceptance to the first token",
+            &stats.first_token,
+        ),
         (
             "medusa_llama:inter_token_latency_seconds",
             "Between two steps that gave a request tokens; with drafts a step can give several",
@@ -178,9 +244,21 @@ fn write_histograms(out: &mut Out<'_>, handle: &Handle) -> Result<(), Error> {
             "Mean of a complete answer behind its first token",
             &stats.per_token,
         ),
-        ("medusa_llama:request_queue_time_seconds", "From acceptance to the first step, of complete answers", &stats.queue),
-        ("medusa_llama:request_prefill_time_seconds", "From there to the first token, of complete answers", &stats.prefill),
-        ("medusa_llama:request_decode_time_seconds", "From there to the last token, of complete answers", &stats.decode),
+        (
+            "medusa_llama:request_queue_time_seconds",
+            "From acceptance to the first step, of complete answers",
+            &stats.queue,
+        ),
+        (
+            "medusa_llama:request_prefill_time_seconds",
+            "From there to the first token, of complete answers",
+            &stats.prefill,
+        ),
+        (
+            "medusa_llama:request_decode_time_seconds",
+            "From there to the last token, of complete answers",
+            &stats.decode,
+        ),
         (
             "medusa_llama:e2e_request_latency_seconds",
             "From acceptance to the last token, of complete answers",
@@ -205,7 +283,9 @@ impl Out<'_> {
         values: impl IntoIterator<Item = (L, f64)>,
     ) -> Result<(), Error> {
         let mut metric = self.0.encode_descriptor(name, help, None, MetricType::Gauge)?;
-        values.into_iter().try_for_each(|(labels, value)| metric.encode_family(&labels)?.encode_gauge(&value))
+        values
+            .into_iter()
+            .try_for_each(|(labels, value)| metric.encode_family(&labels)?.encode_gauge(&value))
     }
 
     /// `_total` is added to the name.
@@ -221,8 +301,9 @@ impl Out<'_> {
         values: impl IntoIterator<Item = (L, u64)>,
     ) -> Result<(), Error> {
         let mut metric = self.0.encode_descriptor(name, help, None, MetricType::Counter)?;
-        let mut write =
-            |(labels, value): (L, u64)| metric.encode_family(&labels)?.encode_counter::<NoLabelSet, _, u64>(&value, None);
+        let mut write = |(labels, value): (L, u64)| {
+            metric.encode_family(&labels)?.encode_counter::<NoLabelSet, _, u64>(&value, None)
+        };
         values.into_iter().try_for_each(&mut write)
     }
 

@@ -29,10 +29,17 @@ pub struct Labels<'a> {
 ///
 /// # Errors
 /// Without a point, or when the file cannot be written.
-pub fn lines(path: &Path, labels: Labels<'_>, lines: &[Line], from_zero: bool) -> anyhow::Result<()> {
+pub fn lines(
+    path: &Path,
+    labels: Labels<'_>,
+    lines: &[Line],
+    from_zero: bool,
+) -> anyhow::Result<()> {
     let points = || lines.iter().flat_map(|l| l.points.iter().copied());
     let range = |f: fn((f64, f64)) -> f64| {
-        points().map(f).fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), v| (low.min(v), high.max(v)))
+        points()
+            .map(f)
+            .fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), v| (low.min(v), high.max(v)))
     };
     let ((x0, x1), (y0, y1)) = (range(|p| p.0), range(|p| p.1));
     if !(x0.is_finite() && y0.is_finite()) {
@@ -41,7 +48,8 @@ pub fn lines(path: &Path, labels: Labels<'_>, lines: &[Line], from_zero: bool) -
     let pad = 0.05 * (y1 - y0).max(1e-9);
     let low = if from_zero { 0.0 } else { y0 - pad };
     let mut svg = String::new();
-    draw(&mut svg, labels, lines, x0..x1.max(x0 + 1e-9), low..y1 + pad).map_err(|e| anyhow!("cannot plot: {e}"))?;
+    draw(&mut svg, labels, lines, x0..x1.max(x0 + 1e-9), low..y1 + pad)
+        .map_err(|e| anyhow!("cannot plot: {e}"))?;
     std::fs::write(path, svg).with_context(|| format!("cannot write {}", path.display()))
 }
 
@@ -63,10 +71,18 @@ fn draw(
     chart.configure_mesh().x_desc(labels.x).y_desc(labels.y).light_line_style(WHITE).draw()?;
     for (i, line) in lines.iter().enumerate() {
         let colour = Palette99::pick(i).to_rgba();
-        let drawn = chart.draw_series(LineSeries::new(line.points.iter().copied(), colour.stroke_width(2)).point_size(3))?;
-        drawn.label(&line.name).legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)));
+        let drawn = chart.draw_series(
+            LineSeries::new(line.points.iter().copied(), colour.stroke_width(2)).point_size(3),
+        )?;
+        drawn
+            .label(&line.name)
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)));
     }
-    chart.configure_series_labels().background_style(WHITE.mix(0.8)).border_style(BLACK.mix(0.3)).draw()?;
+    chart
+        .configure_series_labels()
+        .background_style(WHITE.mix(0.8))
+        .border_style(BLACK.mix(0.3))
+        .draw()?;
     root.present()?;
     drop(chart);
     drop(root);
@@ -80,11 +96,14 @@ mod tests {
     #[test]
     fn a_plot_names_its_lines() {
         let path = tempfile::tempdir().unwrap().keep().join("plot.svg");
-        let line = |name: &str, y: f64| Line { name: name.into(), points: vec![(1.0, y), (2.0, y + 1.0)] };
+        let line =
+            |name: &str, y: f64| Line { name: name.into(), points: vec![(1.0, y), (2.0, y + 1.0)] };
         let labels = Labels { title: "Speed", x: "parallel", y: "tokens/s" };
         lines(&path, labels, &[line("plain", 1.0), line("heads", 2.0)], true).unwrap();
         let svg = std::fs::read_to_string(&path).unwrap();
-        assert!(["Speed", "plain", "heads", "tokens/s", "</svg>"].iter().all(|text| svg.contains(text)));
+        assert!(
+            ["Speed", "plain", "heads", "tokens/s", "</svg>"].iter().all(|text| svg.contains(text))
+        );
         assert!(lines(&path, labels, &[], true).is_err());
     }
 }

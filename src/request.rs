@@ -1,4 +1,5 @@
-//! What crosses between HTTP (or the command line) and the engine: a [`Request`] in, [`Event`]s out.
+//! What crosses between HTTP (or the command line) and the engine: a [`Request`] in, [`Event`]s
+//! out.
 //!
 //! Both sides know this file and nothing else of each other.
 
@@ -12,7 +13,8 @@ use crate::llama::Token;
 use crate::speculate::reliability::Source;
 use crate::vector::{largest_k, log_sum_exp};
 
-/// How to choose each token. Every value is in the range its field names; [`Default`] is `/generate`'s.
+/// How to choose each token. Every value is in the range its field names; [`Default`] is
+/// `/generate`'s.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SamplingParams {
     /// 0 is greedy; otherwise logits are divided by it.
@@ -59,12 +61,14 @@ impl SamplingParams {
     #[must_use]
     pub fn has_penalties(&self) -> bool {
         self.repeat_last_n > 0
-            && (self.repetition_penalty != 1.0 || self.frequency_penalty != 0.0 || self.presence_penalty != 0.0)
+            && (self.repetition_penalty != 1.0
+                || self.frequency_penalty != 0.0
+                || self.presence_penalty != 0.0)
     }
 }
 
-/// A request whose every field is in range. Only the prompt's length in tokens is not known yet: the engine's
-/// [`Handle`](crate::engine::Handle) counts them and may still refuse.
+/// A request whose every field is in range. Only the prompt's length in tokens is not known yet:
+/// the engine's [`Handle`](crate::engine::Handle) counts them and may still refuse.
 #[derive(Clone, Debug)]
 pub struct Request {
     /// The text to continue; control tokens may stand in it by name.
@@ -91,7 +95,8 @@ pub struct Request {
     pub timeout: Option<Duration>,
     /// Names it in the log; empty if nobody asks.
     pub id: Arc<str>,
-    /// Whose it is: a number, the same for all that one client sends; 0 where clients are not told apart.
+    /// Whose it is: a number, the same for all that one client sends; 0 where clients are not told
+    /// apart.
     pub owner: u32,
 }
 
@@ -150,7 +155,8 @@ pub struct TokenReport {
     pub logprobs: Option<Logprobs>,
 }
 
-/// Natural logarithms of probabilities as the model gives them: before bias, penalties, temperature, filters and grammar.
+/// Natural logarithms of probabilities as the model gives them: before bias, penalties,
+/// temperature, filters and grammar.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Logprobs {
     /// Of the token.
@@ -171,8 +177,8 @@ impl Logprobs {
     }
 }
 
-/// What every line of the log about a request stands in, wherever it is logged. Its level is the highest there is, so that no
-/// filter takes it from a line.
+/// What every line of the log about a request stands in, wherever it is logged. Its level is the
+/// highest there is, so that no filter takes it from a line.
 #[must_use]
 pub fn span(id: &str) -> tracing::Span {
     tracing::error_span!("request", request_id = id)
@@ -196,13 +202,21 @@ pub enum Speculation {
 
 impl Speculation {
     /// All of them, as requests name them.
-    pub const NAMES: [(&'static str, Self); 5] =
-        [("auto", Self::Auto), ("heads", Self::Heads), ("text", Self::Text), ("off", Self::Off), ("typical", Self::Typical)];
+    pub const NAMES: [(&'static str, Self); 5] = [
+        ("auto", Self::Auto),
+        ("heads", Self::Heads),
+        ("text", Self::Text),
+        ("off", Self::Off),
+        ("typical", Self::Typical),
+    ];
 
     /// By its name.
     #[must_use]
     pub fn by_name(name: &str) -> Option<Self> {
-        Self::NAMES.into_iter().find(|(known, _)| *known == name).map(|(_, speculation)| speculation)
+        Self::NAMES
+            .into_iter()
+            .find(|(known, _)| *known == name)
+            .map(|(_, speculation)| speculation)
     }
 
     /// As requests name it.
@@ -231,7 +245,8 @@ pub enum Event {
     Piece(Piece),
     /// The answer is complete. The last event.
     Done(Completion),
-    /// The engine failed and the answer stays incomplete. The last event. The log names the cause under this id.
+    /// The engine failed and the answer stays incomplete. The last event. The log names the cause
+    /// under this id.
     Failed {
         /// What the log repeats.
         id: String,
@@ -243,7 +258,8 @@ pub enum Event {
 pub struct Piece {
     /// Its text.
     pub text: String,
-    /// The tokens whose text begins in it, if a [`Report`] was asked for. One that ends the text is not among them.
+    /// The tokens whose text begins in it, if a [`Report`] was asked for. One that ends the text is
+    /// not among them.
     pub tokens: Vec<TokenReport>,
 }
 
@@ -279,21 +295,31 @@ pub struct Trace {
     pub tokens: Vec<Token>,
     /// For each the post-norm hidden state that it was chosen from: `n_embd` values.
     pub hidden: Vec<f16>,
-    /// For each the [`TOP`](Self::TOP) likeliest tokens, before temperature and filters, and their probabilities.
+    /// For each the [`TOP`](Self::TOP) likeliest tokens, before temperature and filters, and their
+    /// probabilities.
     pub top: Vec<(Token, f16)>,
 }
 
 impl Trace {
-    /// Likeliest tokens that are kept; of a smaller vocabulary, tokens of no probability fill the rest.
+    /// Likeliest tokens that are kept; of a smaller vocabulary, tokens of no probability fill the
+    /// rest.
     pub const TOP: usize = 16;
 
     /// Appends a token; `best` is room to work in.
-    pub fn push(&mut self, token: Token, hidden: &[f32], logits: &[f32], best: &mut Vec<(Token, f32)>) {
+    pub fn push(
+        &mut self,
+        token: Token,
+        hidden: &[f32],
+        logits: &[f32],
+        best: &mut Vec<(Token, f32)>,
+    ) {
         let norm = log_sum_exp(logits);
         largest_k(logits, Self::TOP, best);
         self.tokens.push(token);
         self.hidden.extend(hidden.iter().map(|&v| f16::from_f32(v)));
-        self.top.extend(best.iter().map(|&(token, logit)| (token, f16::from_f32((logit - norm).exp()))));
+        self.top.extend(
+            best.iter().map(|&(token, logit)| (token, f16::from_f32((logit - norm).exp()))),
+        );
         self.top.resize(self.tokens.len() * Self::TOP, (Token(0), f16::ZERO));
     }
 }

@@ -1,8 +1,10 @@
-//! Traces for OpenTelemetry: of each request one span, when its answer has ended, with what it spent where below it.
+//! Traces for OpenTelemetry: of each request one span, when its answer has ended, with what it
+//! spent where below it.
 //!
-//! Spans go to a collector over OTLP (HTTP, protobuf) in batches, from a thread of their own. A collector that is slow or not there costs
-//! its spans and nothing else: the queue before it is bounded. What `OTEL_EXPORTER_OTLP_HEADERS`, `OTEL_SERVICE_NAME`,
-//! `OTEL_RESOURCE_ATTRIBUTES`, `OTEL_TRACES_SAMPLER` and `OTEL_BSP_*` say is heeded by OpenTelemetry's own crates.
+//! Spans go to a collector over OTLP (HTTP, protobuf) in batches, from a thread of their own. A
+//! collector that is slow or not there costs its spans and nothing else: the queue before it is
+//! bounded. What `OTEL_EXPORTER_OTLP_HEADERS`, `OTEL_SERVICE_NAME`, `OTEL_RESOURCE_ATTRIBUTES`,
+//! `OTEL_TRACES_SAMPLER` and `OTEL_BSP_*` say is heeded by OpenTelemetry's own crates.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,7 +18,9 @@ use hyper::header::{HOST, HeaderMap, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode, Uri};
 use hyper_util::rt::TokioIo;
 use opentelemetry::propagation::TextMapPropagator;
-use opentelemetry::trace::{Span, SpanContext, SpanKind, Status, TraceContextExt, Tracer, TracerProvider};
+use opentelemetry::trace::{
+    Span, SpanContext, SpanKind, Status, TraceContextExt, Tracer, TracerProvider,
+};
 use opentelemetry::{Context, KeyValue};
 use opentelemetry_http::{HeaderExtractor, HttpClient, HttpError};
 use opentelemetry_otlp::{Protocol, SpanExporter, WithExportConfig, WithHttpConfig};
@@ -77,13 +81,17 @@ pub struct Telemetry {
 }
 
 impl Telemetry {
-    /// Begins to send, from the runtime this is called in. `endpoint` is a collector's address, `model` the name of what is served.
+    /// Begins to send, from the runtime this is called in. `endpoint` is a collector's address,
+    /// `model` the name of what is served.
     ///
     /// # Errors
     /// When what the environment says of OpenTelemetry cannot be.
     pub fn start(endpoint: &Uri, model: &str) -> Result<Self, String> {
         let base = endpoint.to_string();
-        let collector = Collector { runtime: tokio::runtime::Handle::current(), is_down: AtomicBool::new(false) };
+        let collector = Collector {
+            runtime: tokio::runtime::Handle::current(),
+            is_down: AtomicBool::new(false),
+        };
         let exporter = SpanExporter::builder()
             .with_http()
             .with_http_client(collector)
@@ -91,22 +99,37 @@ impl Telemetry {
             .with_endpoint(format!("{}{PATH}", base.trim_end_matches('/')))
             .with_timeout(SENDING)
             .build()
-            .map_err(|error| format!("traces cannot be sent to OTEL_EXPORTER_OTLP_ENDPOINT {base}: {error}"))?;
-        let mut resource = Resource::builder().with_attribute(KeyValue::new("service.version", env!("CARGO_PKG_VERSION")));
+            .map_err(|error| {
+                format!("traces cannot be sent to OTEL_EXPORTER_OTLP_ENDPOINT {base}: {error}")
+            })?;
+        let mut resource = Resource::builder()
+            .with_attribute(KeyValue::new("service.version", env!("CARGO_PKG_VERSION")));
         if std::env::var_os("OTEL_SERVICE_NAME").is_none() {
             resource = resource.with_service_name("medusa-llama");
         }
-        let provider = SdkTracerProvider::builder().with_batch_exporter(exporter).with_resource(resource.build()).build();
+        let provider = SdkTracerProvider::builder()
+            .with_batch_exporter(exporter)
+            .with_resource(resource.build())
+            .build();
         Ok(Self { tracer: provider.tracer("medusa-llama"), provider, model: model.to_owned() })
     }
 
     /// Takes a request's spans; they are sent later.
     pub fn record(&self, served: &Served<'_>) {
-        let name = served.route.map_or_else(|| served.method.to_string(), |route| format!("{} {route}", served.method));
+        let name = served.route.map_or_else(
+            || served.method.to_string(),
+            |route| format!("{} {route}", served.method),
+        );
         let parent = served.parent.cloned();
-        let parent = parent.map_or_else(Context::new, |parent| Context::new().with_remote_span_context(parent));
-        let span = self.tracer.span_builder(name).with_kind(SpanKind::Server).with_start_time(served.began);
-        let mut span = span.with_attributes(self.attributes(served)).start_with_context(&self.tracer, &parent);
+        let parent = parent
+            .map_or_else(Context::new, |parent| Context::new().with_remote_span_context(parent));
+        let span = self
+            .tracer
+            .span_builder(name)
+            .with_kind(SpanKind::Server)
+            .with_start_time(served.began);
+        let mut span =
+            span.with_attributes(self.attributes(served)).start_with_context(&self.tracer, &parent);
         if served.status.is_some_and(|status| status.is_server_error()) {
             span.set_status(Status::error(""));
         }
@@ -136,11 +159,22 @@ impl Telemetry {
         }
         if !served.answers.is_empty() {
             let sum = |of: fn(&Usage) -> usize| {
-                served.answers.iter().filter_map(|a| a.done.as_ref()).map(|(u, _)| of(u)).sum::<usize>()
+                served
+                    .answers
+                    .iter()
+                    .filter_map(|a| a.done.as_ref())
+                    .map(|(u, _)| of(u))
+                    .sum::<usize>()
             };
             attributes.push(KeyValue::new("gen_ai.response.model", self.model.clone()));
-            attributes.push(KeyValue::new("gen_ai.usage.input_tokens", sum(|usage| usage.prompt_tokens) as i64));
-            attributes.push(KeyValue::new("gen_ai.usage.output_tokens", sum(|usage| usage.completion_tokens) as i64));
+            attributes.push(KeyValue::new(
+                "gen_ai.usage.input_tokens",
+                sum(|usage| usage.prompt_tokens) as i64,
+            ));
+            attributes.push(KeyValue::new(
+                "gen_ai.usage.output_tokens",
+                sum(|usage| usage.completion_tokens) as i64,
+            ));
         }
         attributes
     }
@@ -148,7 +182,11 @@ impl Telemetry {
     fn record_stages(&self, choice: usize, answer: &Answer, below: &Context) {
         let Some((_, timings)) = answer.done else { return };
         let mut at = answer.submitted;
-        for (name, seconds) in [("queue", timings.queue_s), ("prefill", timings.prefill_s), ("decode", timings.decode_s)] {
+        for (name, seconds) in [
+            ("queue", timings.queue_s),
+            ("prefill", timings.prefill_s),
+            ("decode", timings.decode_s),
+        ] {
             let span = self.tracer.span_builder(name).with_start_time(at);
             let span = span.with_attributes([KeyValue::new("medusa.choice", choice as i64)]);
             at += Duration::from_secs_f64(seconds);
@@ -173,11 +211,13 @@ impl fmt::Debug for Telemetry {
 /// Of whose trace a request is a part: its `traceparent`, if it has a valid one.
 #[must_use]
 pub fn parent(headers: &HeaderMap) -> Option<SpanContext> {
-    let context = TraceContextPropagator::new().extract_with_context(&Context::new(), &HeaderExtractor(headers));
+    let context = TraceContextPropagator::new()
+        .extract_with_context(&Context::new(), &HeaderExtractor(headers));
     Some(context.span().span_context().clone()).filter(SpanContext::is_valid)
 }
 
-/// The way to a collector. OpenTelemetry's thread calls it and has no runtime: the network's own does the work.
+/// The way to a collector. OpenTelemetry's thread calls it and has no runtime: the network's own
+/// does the work.
 #[derive(Debug)]
 struct Collector {
     runtime: tokio::runtime::Handle,
@@ -188,16 +228,24 @@ struct Collector {
 #[async_trait]
 impl HttpClient for Collector {
     async fn send_bytes(&self, request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
-        let sent = self.runtime.spawn(async { tokio::time::timeout(SENDING, send(request)).await }).await;
+        let sent =
+            self.runtime.spawn(async { tokio::time::timeout(SENDING, send(request)).await }).await;
         let sent = sent.map_err(HttpError::from).and_then(|in_time| in_time?);
         match &sent {
             Err(error) if !self.is_down.swap(true, Ordering::Relaxed) => {
                 tracing::warn!(%error, "traces cannot be sent: they are lost until the collector answers");
             }
-            Ok(answer) if !answer.status().is_success() && !self.is_down.swap(true, Ordering::Relaxed) => {
-                tracing::warn!(status = answer.status().as_u16(), "the collector refuses traces: they are lost");
+            Ok(answer)
+                if !answer.status().is_success() && !self.is_down.swap(true, Ordering::Relaxed) =>
+            {
+                tracing::warn!(
+                    status = answer.status().as_u16(),
+                    "the collector refuses traces: they are lost"
+                );
             }
-            Ok(answer) if answer.status().is_success() && self.is_down.swap(false, Ordering::Relaxed) => {
+            Ok(answer)
+                if answer.status().is_success() && self.is_down.swap(false, Ordering::Relaxed) =>
+            {
                 tracing::info!("traces are sent again");
             }
             _ => {}
@@ -210,7 +258,11 @@ impl HttpClient for Collector {
 async fn send(request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
     let (mut parts, body) = request.into_parts();
     let authority = parts.uri.authority().ok_or("no host")?.clone();
-    let stream = TcpStream::connect((authority.host().trim_matches(['[', ']']), authority.port_u16().unwrap_or(80))).await?;
+    let stream = TcpStream::connect((
+        authority.host().trim_matches(['[', ']']),
+        authority.port_u16().unwrap_or(80),
+    ))
+    .await?;
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
     tokio::spawn(connection); // it ends with `sender`
     parts.headers.insert(HOST, HeaderValue::from_str(authority.as_str())?);

@@ -1,4 +1,5 @@
-//! Which form of a model to use, from what was measured of each. Pure: files, models and clocks are the command's.
+//! Which form of a model to use, from what was measured of each. Pure: files, models and clocks are
+//! the command's.
 
 use serde::Serialize;
 
@@ -115,7 +116,8 @@ pub struct Choice {
     pub threads: usize,
     /// Whose perplexity is the lowest.
     pub best: usize,
-    /// The fastest whose perplexity is allowed; another than `candidate` if that is as fast within the spread, and better.
+    /// The fastest whose perplexity is allowed; another than `candidate` if that is as fast within
+    /// the spread, and better.
     pub fastest: usize,
     /// All that are as fast as `fastest` within the spread, itself among them.
     pub as_fast: Vec<usize>,
@@ -123,9 +125,9 @@ pub struct Choice {
     pub too_bad: Vec<usize>,
 }
 
-/// The fastest candidate, each with the threads it is fastest with, whose perplexity is at most `max_loss` (0.05: 5%) above the
-/// lowest; of those whose spread of rounds meets the fastest's, the one with the lowest perplexity. `None` without a candidate
-/// that has a perplexity and a speed.
+/// The fastest candidate, each with the threads it is fastest with, whose perplexity is at most
+/// `max_loss` (0.05: 5%) above the lowest; of those whose spread of rounds meets the fastest's, the
+/// one with the lowest perplexity. `None` without a candidate that has a perplexity and a speed.
 #[must_use]
 pub fn choose(candidates: &[Candidate], max_loss: f64, load: Load) -> Option<Choice> {
     let finite = || (0..candidates.len()).filter(|&i| candidates[i].perplexity.is_finite());
@@ -136,14 +138,19 @@ pub fn choose(candidates: &[Candidate], max_loss: f64, load: Load) -> Option<Cho
     let best = finite().min_by(better)?;
     let most = candidates[best].perplexity * (1.0 + max_loss);
     let allowed = |i: &usize| candidates[*i].perplexity <= most;
-    let speed = |i: usize| fastest_threads(&candidates[i], load).map(|t| candidates[i].by_threads[t].speed(load));
+    let speed = |i: usize| {
+        fastest_threads(&candidates[i], load).map(|t| candidates[i].by_threads[t].speed(load))
+    };
     let median = |i: usize| speed(i).map_or(0.0, |s| s.median);
     let fastest = finite().filter(allowed).max_by(|&a, &b| median(a).total_cmp(&median(b)))?;
     let low = speed(fastest)?.low;
-    let as_fast: Vec<usize> =
-        finite().filter(allowed).filter(|&i| i == fastest || speed(i).is_some_and(|s| s.high >= low)).collect();
+    let as_fast: Vec<usize> = finite()
+        .filter(allowed)
+        .filter(|&i| i == fastest || speed(i).is_some_and(|s| s.high >= low))
+        .collect();
     let candidate = as_fast.iter().copied().min_by(better)?;
-    let too_bad = (0..candidates.len()).filter(|i| !allowed(i) && median(*i) > median(fastest)).collect();
+    let too_bad =
+        (0..candidates.len()).filter(|i| !allowed(i) && median(*i) > median(fastest)).collect();
     let threads = fastest_threads(&candidates[candidate], load)?;
     Some(Choice { candidate, threads, best, fastest, as_fast, too_bad })
 }
@@ -156,11 +163,19 @@ fn fastest_threads(candidate: &Candidate, load: Load) -> Option<usize> {
 
 /// A [`Choice`] in words: what, and then why, a sentence an item.
 #[must_use]
-pub fn reasons(candidates: &[Candidate], choice: &Choice, max_loss: f64, load: Load) -> Vec<String> {
+pub fn reasons(
+    candidates: &[Candidate],
+    choice: &Choice,
+    max_loss: f64,
+    load: Load,
+) -> Vec<String> {
     let name = |i: usize| candidates[i].name.as_str();
-    let speed =
-        |i: usize| fastest_threads(&candidates[i], load).map_or(0.0, |t| candidates[i].by_threads[t].speed(load).median);
-    let above = |i: usize| 100.0 * (candidates[i].perplexity / candidates[choice.best].perplexity - 1.0);
+    let speed = |i: usize| {
+        fastest_threads(&candidates[i], load)
+            .map_or(0.0, |t| candidates[i].by_threads[t].speed(load).median)
+    };
+    let above =
+        |i: usize| 100.0 * (candidates[i].perplexity / candidates[choice.best].perplexity - 1.0);
     let (chosen, limit) = (choice.candidate, 100.0 * max_loss);
     let threads = candidates[chosen].by_threads[choice.threads].threads;
     let what = format!(
@@ -182,8 +197,12 @@ pub fn reasons(candidates: &[Candidate], choice: &Choice, max_loss: f64, load: L
         )
     };
     if choice.as_fast.len() > 1 {
-        let others: Vec<String> =
-            choice.as_fast.iter().filter(|&&i| i != chosen).map(|&i| format!("{} ({:.1})", name(i), speed(i))).collect();
+        let others: Vec<String> = choice
+            .as_fast
+            .iter()
+            .filter(|&&i| i != chosen)
+            .map(|&i| format!("{} ({:.1})", name(i), speed(i)))
+            .collect();
         out.push(format!(
             "it and {} are equally fast within the measured spread; of these it has the smallest perplexity: {allowed}",
             others.join(", ")
@@ -197,12 +216,21 @@ pub fn reasons(candidates: &[Candidate], choice: &Choice, max_loss: f64, load: L
         } else {
             "no number".into()
         };
-        out.push(format!("{} is faster ({:.1} tokens/s), but its perplexity is {loss}", name(i), speed(i)));
+        out.push(format!(
+            "{} is faster ({:.1} tokens/s), but its perplexity is {loss}",
+            name(i),
+            speed(i)
+        ));
     }
     let own = &candidates[chosen].by_threads;
     let low = own[choice.threads].speed(load).low;
-    for (_, other) in own.iter().enumerate().filter(|(t, m)| *t != choice.threads && m.speed(load).high >= low) {
-        out.push(format!("{} would be as fast within the measured spread", counted(other.threads, "thread")));
+    for (_, other) in
+        own.iter().enumerate().filter(|(t, m)| *t != choice.threads && m.speed(load).high >= low)
+    {
+        out.push(format!(
+            "{} would be as fast within the measured spread",
+            counted(other.threads, "thread")
+        ));
     }
     out
 }
@@ -219,7 +247,9 @@ pub struct RowCost {
 /// From a cost curve with 1, 2 and 8 rows; `None` without them.
 #[must_use]
 pub fn row_cost(steps: &[StepTime]) -> Option<RowCost> {
-    let of = |rows: usize| steps.iter().find(|s| s.rows == rows).map(|s| s.seconds.median).filter(|s| *s > 0.0);
+    let of = |rows: usize| {
+        steps.iter().find(|s| s.rows == rows).map(|s| s.seconds.median).filter(|s| *s > 0.0)
+    };
     let (one, two, eight) = (of(1)?, of(2)?, of(8)?);
     Some(RowCost { second: two / one - 1.0, up_to_eight: (eight / one - 1.0) / 7.0 })
 }
@@ -232,7 +262,8 @@ const DEAR: f64 = 0.6;
 #[must_use]
 pub fn about_drafts(cost: RowCost) -> String {
     let (second, each) = (100.0 * cost.second.max(0.0), 100.0 * cost.up_to_eight.max(0.0));
-    // A candidate costs a row and gives a token if it is right: worth it when it is right more often than a row costs.
+    // A candidate costs a row and gives a token if it is right: worth it when it is right more
+    // often than a row costs.
     let verdict = match cost.second {
         c if c <= CHEAP => "drafts are cheap here",
         c if c < DEAR => "drafts pay where they are often right",
@@ -258,13 +289,20 @@ mod tests {
         spread
     }
 
-    /// With one thread as fast as given, with two twice as fast; eight sequences are four times as fast as one.
+    /// With one thread as fast as given, with two twice as fast; eight sequences are four times as
+    /// fast as one.
     fn candidate(name: &str, perplexity: f64, speeds: &[f64]) -> Candidate {
         let measured = |threads: usize| {
-            let times = |x: f64| spread(&speeds.iter().map(|s| s * x * threads as f64).collect::<Vec<_>>());
+            let times =
+                |x: f64| spread(&speeds.iter().map(|s| s * x * threads as f64).collect::<Vec<_>>());
             Measured { threads, alone: times(1.0), together: times(4.0), ..Measured::default() }
         };
-        Candidate { name: name.into(), perplexity, by_threads: vec![measured(1), measured(2)], ..Candidate::default() }
+        Candidate {
+            name: name.into(),
+            perplexity,
+            by_threads: vec![measured(1), measured(2)],
+            ..Candidate::default()
+        }
     }
 
     fn chosen(candidates: &[Candidate]) -> (Choice, String) {
@@ -287,10 +325,29 @@ mod tests {
             candidate("Q2_K", 11.0, &[30.0, 31.0]),
         ];
         let (choice, words) = chosen(&all);
-        assert_eq!(choice, Choice { candidate: 1, threads: 1, best: 0, fastest: 1, as_fast: vec![1], too_bad: vec![2] });
-        assert!(words.starts_with("Q4_0 with 2 threads: 41.0 tokens/s, perplexity 10.400"), "{words}");
-        assert!(words.contains("4.0% above the lowest (input, 10.000), and 5.0% are allowed"), "{words}");
-        assert!(words.contains("Q2_K is faster (61.0 tokens/s), but its perplexity is 10.0% above"), "{words}");
+        assert_eq!(
+            choice,
+            Choice {
+                candidate: 1,
+                threads: 1,
+                best: 0,
+                fastest: 1,
+                as_fast: vec![1],
+                too_bad: vec![2]
+            }
+        );
+        assert!(
+            words.starts_with("Q4_0 with 2 threads: 41.0 tokens/s, perplexity 10.400"),
+            "{words}"
+        );
+        assert!(
+            words.contains("4.0% above the lowest (input, 10.000), and 5.0% are allowed"),
+            "{words}"
+        );
+        assert!(
+            words.contains("Q2_K is faster (61.0 tokens/s), but its perplexity is 10.0% above"),
+            "{words}"
+        );
         assert!(!words.contains("spread"), "{words}");
     }
 
@@ -303,7 +360,10 @@ mod tests {
         ];
         let (choice, words) = chosen(&all);
         assert_eq!((choice.candidate, choice.fastest, choice.as_fast), (1, 2, vec![1, 2]));
-        assert!(words.contains("it and Q4_0 (42.0) are equally fast within the measured spread"), "{words}");
+        assert!(
+            words.contains("it and Q4_0 (42.0) are equally fast within the measured spread"),
+            "{words}"
+        );
     }
 
     #[test]
@@ -319,7 +379,10 @@ mod tests {
         assert_eq!((choice.candidate, choice.best, choice.too_bad), (1, 1, vec![0]));
         assert!(words.contains("its perplexity is no number"), "{words}");
         assert_eq!(choose(&all[..1], 0.05, Load::Alone), None);
-        assert_eq!(choose(&[Candidate { perplexity: 1.0, ..Candidate::default() }], 0.05, Load::Together), None);
+        assert_eq!(
+            choose(&[Candidate { perplexity: 1.0, ..Candidate::default() }], 0.05, Load::Together),
+            None
+        );
     }
 
     #[test]
@@ -345,9 +408,14 @@ mod tests {
         let cost = row_cost(&steps([1.0, 1.125, 1.875])).unwrap();
         assert_eq!(cost, RowCost { second: 0.125, up_to_eight: 0.125 });
         assert!(about_drafts(cost).contains("drafts are cheap here"));
-        assert!(about_drafts(row_cost(&steps([1.0, 2.0, 8.0])).unwrap()).contains("drafts seldom pay"));
+        assert!(
+            about_drafts(row_cost(&steps([1.0, 2.0, 8.0])).unwrap()).contains("drafts seldom pay")
+        );
         // Noise may make two rows quicker than one: they cost nothing then.
-        assert!(about_drafts(row_cost(&steps([1.0, 0.9, 1.0])).unwrap()).starts_with("a second row costs 0%"));
+        assert!(
+            about_drafts(row_cost(&steps([1.0, 0.9, 1.0])).unwrap())
+                .starts_with("a second row costs 0%")
+        );
         assert_eq!(row_cost(&steps([1.0, 1.1, 2.0])[..2]), None);
     }
 }

@@ -23,7 +23,8 @@ fn largest_lanes(values: &[f32]) -> f32 {
     lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m })
 }
 
-/// Fills `best` with the `k` largest values and their places, best first; of equal ones the first places. NaN never is.
+/// Fills `best` with the `k` largest values and their places, best first; of equal ones the first
+/// places. NaN never is.
 pub fn largest_k(values: &[f32], k: usize, best: &mut Vec<(Token, f32)>) {
     best.clear();
     if k > 0 {
@@ -75,7 +76,8 @@ fn sum_exp_lanes(values: &[f32], max: f32) -> f32 {
     lanes.iter().sum::<f32>() + rest.iter().map(|&v| exp_below(v - max)).sum::<f32>()
 }
 
-/// Behind `e^-NEGLIGIBLE`, what all tokens of a vocabulary have together is less than rounding loses.
+/// Behind `e^-NEGLIGIBLE`, what all tokens of a vocabulary have together is less than rounding
+/// loses.
 pub const NEGLIGIBLE: f32 = 32.0;
 
 /// `e^x` for x at most 0; 0 below `-NEGLIGIBLE` and for NaN.
@@ -86,18 +88,22 @@ pub fn exp_below(x: f32) -> f32 {
     if x > -NEGLIGIBLE { scaled } else { 0.0 }
 }
 
-/// `e^x` for `-87 <= x <= 87`, clamped outside, to some 2 units in the last place. Without branches or calls, so that loops
-/// over it become vector code. NaN gives anything.
+/// `e^x` for `-87 <= x <= 87`, clamped outside, to some 2 units in the last place. Without branches
+/// or calls, so that loops over it become vector code. NaN gives anything.
 #[inline(always)]
 #[must_use]
 pub fn exp(x: f32) -> f32 {
-    // 2^n e^f with |f| at most ln(2)/2; adding this number rounds to an integer, which then stands in the low bits.
+    // 2^n e^f with |f| at most ln(2)/2; adding this number rounds to an integer, which then stands
+    // in the low bits.
     const ROUND: f32 = 12_582_912.0;
     let clamped = x.clamp(-87.0, 87.0);
     let rounded = clamped * std::f32::consts::LOG2_E + ROUND;
     let n = rounded - ROUND;
     let f = clamped - n * 0.693_359_4 + n * 2.121_944_4e-4; // ln(2) in two parts
-    let series = 1.0 + f * (1.0 + f * (0.5 + f * (1.0 / 6.0 + f * (1.0 / 24.0 + f * (1.0 / 120.0 + f * (1.0 / 720.0))))));
+    let series = 1.0
+        + f * (1.0
+            + f * (0.5
+                + f * (1.0 / 6.0 + f * (1.0 / 24.0 + f * (1.0 / 120.0 + f * (1.0 / 720.0))))));
     f32::from_bits((rounded.to_bits() << 23).wrapping_add(series.to_bits()))
 }
 

@@ -1,4 +1,5 @@
-//! What clients do to servers: nonsense, hanging up, too many at once. The engine answers the next one all the same.
+//! What clients do to servers: nonsense, hanging up, too many at once. The engine answers the next
+//! one all the same.
 #![allow(missing_docs)]
 
 mod common;
@@ -14,7 +15,8 @@ use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use serde_json::json;
 
 fn healthy(server: &Server) {
-    let answer = server.generate(&json!({ "prompt": "Two plus two is", "max_tokens": 4, "temperature": 0 }));
+    let answer =
+        server.generate(&json!({ "prompt": "Two plus two is", "max_tokens": 4, "temperature": 0 }));
     assert_eq!(answer.status, 200, "{}", server.log());
 }
 
@@ -47,16 +49,17 @@ fn malformed() -> impl Strategy<Value = Vec<u8>> {
         Just(json!(-0.5)),
     ];
     // A string passes where `stop` is concerned, so give that one a number.
-    let bad_field = (prop::sample::select(fields.to_vec()), out_of_range).prop_map(|(name, value)| {
-        let value = if name == "stop" {
-            json!(1)
-        } else if name.ends_with("y_penalty") || name == "presence_penalty" {
-            json!(1e9)
-        } else {
-            value
-        };
-        post_bytes(json!({ "prompt": "x", name: value }).to_string().as_bytes())
-    });
+    let bad_field =
+        (prop::sample::select(fields.to_vec()), out_of_range).prop_map(|(name, value)| {
+            let value = if name == "stop" {
+                json!(1)
+            } else if name.ends_with("y_penalty") || name == "presence_penalty" {
+                json!(1e9)
+            } else {
+                value
+            };
+            post_bytes(json!({ "prompt": "x", name: value }).to_string().as_bytes())
+        });
     let bad_prompt = any_json()
         .prop_filter("a string is a prompt", |v| !v.is_string())
         .prop_map(|v| post_bytes(json!({ "prompt": v }).to_string().as_bytes()));
@@ -66,15 +69,20 @@ fn malformed() -> impl Strategy<Value = Vec<u8>> {
     let unknown = ("[a-z_]{1,12}x", any_json().prop_filter("null is absent", |v| !v.is_null()))
         .prop_map(|(name, v)| post_bytes(json!({ "prompt": "x", name: v }).to_string().as_bytes()));
     let cut_json = (1usize..40).prop_map(|n| {
-        let whole = json!({ "prompt": "some text that is long enough", "max_tokens": 4 }).to_string();
+        let whole =
+            json!({ "prompt": "some text that is long enough", "max_tokens": 4 }).to_string();
         post_bytes(&whole.as_bytes()[..n.min(whole.len() - 1)])
     });
-    let deep = (200usize..3000).prop_map(|n| post_bytes(format!("{}1{}", "[".repeat(n), "]".repeat(n)).as_bytes()));
-    let noise = prop::collection::vec(any::<u8>(), 0..64).prop_map(|b| post_bytes(&[b"\xFF", b.as_slice()].concat()));
-    let long_prompt =
-        (3000usize..4000).prop_map(|n| post_bytes(json!({ "prompt": "a b ".repeat(n) }).to_string().as_bytes()));
+    let deep = (200usize..3000)
+        .prop_map(|n| post_bytes(format!("{}1{}", "[".repeat(n), "]".repeat(n)).as_bytes()));
+    let noise = prop::collection::vec(any::<u8>(), 0..64)
+        .prop_map(|b| post_bytes(&[b"\xFF", b.as_slice()].concat()));
+    let long_prompt = (3000usize..4000)
+        .prop_map(|n| post_bytes(json!({ "prompt": "a b ".repeat(n) }).to_string().as_bytes()));
     let wrong_place = ("(GET|PUT|DELETE|PATCH|OPTIONS)", "/(generate|x|generate/|v1|health/x)")
-        .prop_map(|(method, path)| format!("{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").into_bytes());
+        .prop_map(|(method, path)| {
+            format!("{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").into_bytes()
+        });
     let no_http = "[A-Za-z0-9 :/]{1,40}\r\n\r\n".prop_map(String::into_bytes);
     prop_oneof![4 => bad_field, 3 => bad_prompt, 2 => bad_body, 2 => unknown, 2 => cut_json, 1 => deep, 2 => noise,
         1 => long_prompt, 2 => wrong_place, 1 => no_http]
@@ -101,7 +109,8 @@ fn a_thousand_malformed_requests_get_4xx_and_the_engine_still_answers() {
 
 #[test]
 fn two_hundred_clients_that_hang_up_leave_nothing_behind() {
-    let server = Server::start(&["--batch-size", "8", "--max-concurrent-batches", "32", "--ctx", "256"]);
+    let server =
+        Server::start(&["--batch-size", "8", "--max-concurrent-batches", "32", "--ctx", "256"]);
     healthy(&server);
     let threads = || std::fs::read_dir(format!("/proc/{}/task", server.pid())).unwrap().count();
     let files = || std::fs::read_dir(format!("/proc/{}/fd", server.pid())).unwrap().count();
@@ -116,7 +125,8 @@ fn two_hundred_clients_that_hang_up_leave_nothing_behind() {
                     let body =
                         json!({ "prompt": format!("Tale {n}:"), "max_tokens": 200, "stream": stream, "ignore_eos": true });
                     let mut socket = server.open_stream(&body);
-                    // Leave before, during or well into the answer; some with unread data, some in order.
+                    // Leave before, during or well into the answer; some with unread data, some in
+                    // order.
                     let mut buffer = vec![0; (n as usize * 37) % 700 + 1];
                     socket.set_read_timeout(Some(Duration::from_millis(n * 13 % 150 + 1))).unwrap();
                     let _ = socket.read(&mut buffer);
@@ -129,15 +139,21 @@ fn two_hundred_clients_that_hang_up_leave_nothing_behind() {
     });
     server.wait(|| server.is_idle());
     healthy(&server);
-    server.wait(|| server.is_idle() && threads() <= threads_before + 2 && files() <= files_before + 1);
+    server.wait(|| {
+        server.is_idle() && threads() <= threads_before + 2 && files() <= files_before + 1
+    });
 }
 
 #[test]
 fn a_full_queue_refuses_with_429_and_loses_no_accepted_request() {
-    let server = Server::start(&["--batch-size", "2", "--max-concurrent-batches", "3", "--ctx", "256"]);
+    let server =
+        Server::start(&["--batch-size", "2", "--max-concurrent-batches", "3", "--ctx", "256"]);
     let answers: Vec<_> = std::thread::scope(|scope| {
-        let ask =
-            |i: usize| server.generate(&json!({ "prompt": format!("Story {i}"), "max_tokens": 60, "ignore_eos": true }));
+        let ask = |i: usize| {
+            server.generate(
+                &json!({ "prompt": format!("Story {i}"), "max_tokens": 60, "ignore_eos": true }),
+            )
+        };
         let all: Vec<_> = (0..24).map(|i| scope.spawn(move || ask(i))).collect();
         all.into_iter().map(|t| t.join().unwrap()).collect()
     });
@@ -154,11 +170,14 @@ fn a_full_queue_refuses_with_429_and_loses_no_accepted_request() {
     server.wait(|| server.is_idle());
 }
 
-/// A reader that stalls holds up nobody: the others are served, and it gets its text when it reads again.
+/// A reader that stalls holds up nobody: the others are served, and it gets its text when it reads
+/// again.
 #[test]
 fn a_slow_reader_holds_up_nobody() {
     let server = Server::start(&["--batch-size", "2", "--ctx", "256"]);
-    let slow = server.open_stream(&json!({ "prompt": "Slowly", "max_tokens": 100, "stream": true, "ignore_eos": true }));
+    let slow = server.open_stream(
+        &json!({ "prompt": "Slowly", "max_tokens": 100, "stream": true, "ignore_eos": true }),
+    );
     for _ in 0..3 {
         healthy(&server);
     }
@@ -167,12 +186,15 @@ fn a_slow_reader_holds_up_nobody() {
     assert_eq!(answer.events().last().unwrap()["usage"]["completion_tokens"], 100);
 }
 
-/// A client that announces a body and never sends it is told so, and one that never sends a request is dropped.
+/// A client that announces a body and never sends it is told so, and one that never sends a request
+/// is dropped.
 #[test]
 fn clients_that_never_finish_a_request_are_let_go() {
     let server = Server::start(&["--read-timeout", "0.5", "--ctx", "256"]);
     let mut socket = TcpStream::connect(server.addr).unwrap();
-    socket.write_all(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{").unwrap();
+    socket
+        .write_all(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        .unwrap();
     assert_eq!(read_answer(socket).status, 408);
     let mut silent = TcpStream::connect(server.addr).unwrap();
     silent.set_read_timeout(Some(Duration::from_secs(20))).unwrap();

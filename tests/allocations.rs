@@ -1,5 +1,5 @@
-//! In the steady state a step allocates memory for the pieces that it sends, and a few times for itself: never for a row, a
-//! candidate or a sequence.
+//! In the steady state a step allocates memory for the pieces that it sends, and a few times for
+//! itself: never for a row, a candidate or a sequence.
 #![allow(missing_docs, unsafe_code)]
 
 use std::alloc::{GlobalAlloc, Layout as MemoryLayout, System};
@@ -46,7 +46,8 @@ static COUNTING: Counting = Counting;
 const N_VOCAB: usize = 4096;
 const N_CTX: usize = 1 << 16;
 
-/// A model whose texts go round in circles of eight tokens, so that text drafts are right, with a little noise.
+/// A model whose texts go round in circles of eight tokens, so that text drafts are right, with a
+/// little noise.
 #[derive(Default)]
 struct Circles {
     logits: Vec<Vec<f32>>,
@@ -97,7 +98,13 @@ impl Draft for Same {
         1
     }
 
-    fn draft(&mut self, origins: &[Origin<'_>], _: Worth, calibration: &Calibration, trees: &mut [Tree]) {
+    fn draft(
+        &mut self,
+        origins: &[Origin<'_>],
+        _: Worth,
+        calibration: &Calibration,
+        trees: &mut [Tree],
+    ) {
         for (origin, tree) in origins.iter().zip(trees).filter(|(o, _)| o.max_depth > 0) {
             let q = calibration.estimate(1, 0, 0.5, origin.trust);
             tree.push(None, Token(3), 0.5, q);
@@ -117,13 +124,16 @@ fn counted(n: usize, temperature: f32) -> (usize, usize, usize) {
     let mut receivers: Vec<Receiver<Event>> = (0..n)
         .map(|i| {
             let (events, receiver) = mpsc::channel(N_CTX);
-            let sampling = SamplingParams { temperature, seed: i as u64, ..SamplingParams::default() };
+            let sampling =
+                SamplingParams { temperature, seed: i as u64, ..SamplingParams::default() };
             let request = Request { sampling, stop: vec!["###".into()], ..Request::new("", N_CTX) };
             engine.enqueue(Job::new(vec![Token(1)], request, events));
             receiver
         })
         .collect();
-    let mut read = || -> usize { receivers.iter_mut().map(|r| std::iter::from_fn(|| r.try_recv().ok()).count()).sum() };
+    let mut read = || -> usize {
+        receivers.iter_mut().map(|r| std::iter::from_fn(|| r.try_recv().ok()).count()).sum()
+    };
     // Buffers grow to the sizes that they keep.
     (0..300).for_each(|_| engine.step());
     read();
@@ -140,9 +150,13 @@ fn a_step_allocates_for_what_it_sends_and_not_for_rows() {
         let (one, many) = (counted(1, temperature), counted(16, temperature));
         for (allocations, pieces, steps) in [one, many] {
             assert!(pieces > 2 * steps, "drafts are verified: {pieces} pieces in {steps} steps");
-            // A piece is a string, and the channel takes a block for every 32; amortised growth of the tokens is rare.
+            // A piece is a string, and the channel takes a block for every 32; amortised growth of
+            // the tokens is rare.
             let more = allocations.saturating_sub(pieces + pieces / 16);
-            assert!(more <= 4 * steps, "{allocations} allocations for {pieces} pieces in {steps} steps");
+            assert!(
+                more <= 4 * steps,
+                "{allocations} allocations for {pieces} pieces in {steps} steps"
+            );
         }
     }
 }

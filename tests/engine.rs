@@ -1,4 +1,5 @@
-//! The engine's loop on a stub model: whatever comes and goes, every request gets its own text and leaves nothing behind.
+//! The engine's loop on a stub model: whatever comes and goes, every request gets its own text and
+//! leaves nothing behind.
 #![allow(missing_docs)]
 
 #[path = "common/stub.rs"]
@@ -77,12 +78,16 @@ struct Client {
 
 fn client() -> impl Strategy<Value = Client> {
     // Few tokens and a common beginning: prefixes are shared all the time.
-    (prop::collection::vec(1i32..4, 1..14), 1usize..20, 0usize..30, prop::option::weighted(0.3, 0usize..40)).prop_map(
-        |(mut prompt, max_tokens, arrives, leaves)| {
+    (
+        prop::collection::vec(1i32..4, 1..14),
+        1usize..20,
+        0usize..30,
+        prop::option::weighted(0.3, 0usize..40),
+    )
+        .prop_map(|(mut prompt, max_tokens, arrives, leaves)| {
             prompt.splice(0..0, [7, 7, 7]);
             Client { prompt, max_tokens, arrives, leaves }
-        },
-    )
+        })
 }
 
 /// Heads of a random quality on a machine of a random kind, or none.
@@ -126,8 +131,8 @@ fn drafting() -> impl Strategy<Value = Drafting> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
-    /// Clients come, share prefixes, wait for cells, hang up, with drafts and without. Those that stay get exactly their
-    /// text; afterwards no sequence and no cell is held.
+    /// Clients come, share prefixes, wait for cells, hang up, with drafts and without. Those that
+    /// stay get exactly their text; afterwards no sequence and no cell is held.
     #[test]
     fn every_client_gets_its_own_text(
         clients in prop::collection::vec(client(), 1..14),
@@ -210,7 +215,8 @@ proptest! {
     }
 }
 
-/// All answers of at most three tokens, each with its probability by the stub's own logits; token 0 ends one.
+/// All answers of at most three tokens, each with its probability by the stub's own logits; token 0
+/// ends one.
 fn answers(n_vocab: usize, prompt: &[Token]) -> HashMap<Vec<i32>, f64> {
     let mut all = HashMap::new();
     let mut open = vec![(vec![], 1.0)];
@@ -219,15 +225,18 @@ fn answers(n_vocab: usize, prompt: &[Token]) -> HashMap<Vec<i32>, f64> {
             all.insert(answer.into_iter().filter(|&t| t != 0).collect(), p);
             continue;
         }
-        let seen: Vec<Token> = prompt.iter().copied().chain(answer.iter().map(|&t| Token(t))).collect();
-        let weights: Vec<f64> = Stub::logits_of(n_vocab, &seen).iter().map(|&l| f64::from(l).exp()).collect();
+        let seen: Vec<Token> =
+            prompt.iter().copied().chain(answer.iter().map(|&t| Token(t))).collect();
+        let weights: Vec<f64> =
+            Stub::logits_of(n_vocab, &seen).iter().map(|&l| f64::from(l).exp()).collect();
         let sum: f64 = weights.iter().sum();
         open.extend((0..).zip(weights).map(|(t, w)| ([&answer[..], &[t]].concat(), p * w / sum)));
     }
     all
 }
 
-/// 20,000 requests that differ in their seed alone: their answers are distributed as the model says, with drafts and without.
+/// 20,000 requests that differ in their seed alone: their answers are distributed as the model
+/// says, with drafts and without.
 #[test]
 fn sampled_text_has_the_models_own_distribution() {
     const N: u32 = 20_000;
@@ -239,7 +248,10 @@ fn sampled_text_has_the_models_own_distribution() {
         let mut engine = Engine::new(Stub::new(V), limits(layout, 8, 40, 100), Arc::default());
         if drafts {
             let guess = Guess { n_vocab: V, n_levels: 2, width: 3 };
-            engine.speculate(Speculator::new(Box::new(guess), 3, Cost::from_points(&[(1, 1.0), (64, 1.1)])), 100);
+            engine.speculate(
+                Speculator::new(Box::new(guess), 3, Cost::from_points(&[(1, 1.0), (64, 1.1)])),
+                100,
+            );
         }
         let mut counts: HashMap<Vec<i32>, u32> = HashMap::new();
         let mut accepted = 0;
@@ -255,7 +267,9 @@ fn sampled_text_has_the_models_own_distribution() {
             run_to_end(&mut engine);
             for events in &mut events {
                 let (text, end) = read(events);
-                *counts.entry(text.split_whitespace().map(|t| t.parse().unwrap()).collect()).or_default() += 1;
+                *counts
+                    .entry(text.split_whitespace().map(|t| t.parse().unwrap()).collect())
+                    .or_default() += 1;
                 let Some(Event::Done(done)) = end else { panic!("not done") };
                 accepted += done.speculation.accepted;
             }
@@ -264,11 +278,15 @@ fn sampled_text_has_the_models_own_distribution() {
         let chi2: f64 = expected
             .iter()
             .map(|(answer, p)| {
-                (f64::from(*counts.get(answer).unwrap_or(&0)) - *p * f64::from(N)).powi(2) / (*p * f64::from(N))
+                (f64::from(*counts.get(answer).unwrap_or(&0)) - *p * f64::from(N)).powi(2)
+                    / (*p * f64::from(N))
             })
             .sum();
         // 39 degrees of freedom: p = 0.001 at 72.1.
-        assert_eq!((expected.len(), counts.keys().all(|answer| expected.contains_key(answer))), (40, true));
+        assert_eq!(
+            (expected.len(), counts.keys().all(|answer| expected.contains_key(answer))),
+            (40, true)
+        );
         assert!(chi2 < 72.1, "{chi2}, drafts: {drafts}");
     }
 }
@@ -281,22 +299,35 @@ impl Draft for Two {
         3
     }
 
-    fn draft(&mut self, origins: &[Origin<'_>], worth: Worth, calibration: &Calibration, trees: &mut [Tree]) {
+    fn draft(
+        &mut self,
+        origins: &[Origin<'_>],
+        worth: Worth,
+        calibration: &Calibration,
+        trees: &mut [Tree],
+    ) {
         let level = vec![(Token(41), 0.01), (Token(42), 0.005)];
         for (origin, tree) in origins.iter().zip(trees) {
-            tree.fill(&vec![level.clone(); origin.max_depth.min(3)], calibration, origin.trust, worth.n_nodes);
+            tree.fill(
+                &vec![level.clone(); origin.max_depth.min(3)],
+                calibration,
+                origin.trust,
+                worth.n_nodes,
+            );
         }
     }
 }
 
-/// What becomes of drafts by heads that are right at given rates, over long answers: steps that could draft, candidates verified,
-/// and candidates accepted. `fixed`: verify so many; else those that pay, where a row more costs `row` of a step.
+/// What becomes of drafts by heads that are right at given rates, over long answers: steps that
+/// could draft, candidates verified, and candidates accepted. `fixed`: verify so many; else those
+/// that pay, where a row more costs `row` of a step.
 fn simulated(rates: &[f32], fixed: Option<usize>, row: f64) -> [f64; 3] {
     const LONG: usize = 2000;
     let layout = Layout::Unified { n_cells: 2200, n_retained: 0, n_seqs: 1 };
     let mut engine = Engine::new(Stub::new(2048), limits(layout, 1, 2100, 64), Arc::default());
     let cost = Cost::from_points(&[(1, 1.0), (64, 1.0 + 63.0 * row)]);
-    let mut speculator = Speculator::new(Box::new(Two), 4, cost).with_acceptance(Acceptance::new(rates.to_vec()).unwrap());
+    let mut speculator = Speculator::new(Box::new(Two), 4, cost)
+        .with_acceptance(Acceptance::new(rates.to_vec()).unwrap());
     if let Some(n) = fixed {
         speculator = speculator.with_fixed_nodes(n);
     }
@@ -313,7 +344,10 @@ fn simulated(rates: &[f32], fixed: Option<usize>, row: f64) -> [f64; 3] {
         let Some(Event::Done(done)) = read(&mut events).1 else { panic!("not done") };
         // The prompt's step drafts nothing.
         let s = done.speculation;
-        [s.steps - 1, s.drafted, s.accepted].iter().zip(&mut sums).for_each(|(&n, sum)| *sum += n as f64);
+        [s.steps - 1, s.drafted, s.accepted]
+            .iter()
+            .zip(&mut sums)
+            .for_each(|(&n, sum)| *sum += n as f64);
         if sums[0] > 8000.0 {
             break;
         }
@@ -334,11 +368,15 @@ fn simulated_heads_are_right_at_their_rates() {
     }
 }
 
-/// Where a row more costs a tenth of a step, two candidates give 1.74 tokens in 1.2 steps' time, and one more would not pay.
+/// Where a row more costs a tenth of a step, two candidates give 1.74 tokens in 1.2 steps' time,
+/// and one more would not pay.
 #[test]
 fn simulated_heads_are_worth_what_arithmetic_says() {
-    for (row, n, tokens) in [(0.001, 3.0, 1.0 + 0.56 * (1.0 + 0.32 * 1.2)), (0.1, 2.0, 1.0 + 0.56 * 1.32), (0.4, 1.0, 1.56)]
-    {
+    for (row, n, tokens) in [
+        (0.001, 3.0, 1.0 + 0.56 * (1.0 + 0.32 * 1.2)),
+        (0.1, 2.0, 1.0 + 0.56 * 1.32),
+        (0.4, 1.0, 1.56),
+    ] {
         let [steps, drafted, accepted] = simulated(&[0.56, 0.32, 0.2], None, row);
         assert!((drafted / steps - n).abs() < 0.01, "{row}: {}", drafted / steps);
         // A step's tokens vary by less than one.
@@ -387,7 +425,10 @@ fn an_engine_that_traces_tells_what_the_model_thought() {
     assert_eq!(trace.hidden.iter().map(|v| v.to_f32()).collect::<Vec<_>>(), hidden);
     for (likely, token) in trace.top.chunks(Trace::TOP).zip(&greedy) {
         let p: f32 = likely.iter().map(|(_, p)| p.to_f32()).sum();
-        assert!(likely[0].0 == *token && likely.is_sorted_by(|a, b| a.1 >= b.1) && p < 1.001, "{likely:?}");
+        assert!(
+            likely[0].0 == *token && likely.is_sorted_by(|a, b| a.1 >= b.1) && p < 1.001,
+            "{likely:?}"
+        );
     }
 }
 
@@ -395,9 +436,11 @@ fn an_engine_that_traces_tells_what_the_model_thought() {
 fn good_drafts_save_steps() {
     let layout = Layout::Unified { n_cells: 200, n_retained: 60, n_seqs: 8 };
     let run = |drafting: Option<Drafting>, speculation| {
-        let mut engine = Engine::new(Stub::new(1 << 20), limits(layout, 4, 120, 64), Arc::default());
+        let mut engine =
+            Engine::new(Stub::new(1 << 20), limits(layout, 4, 120, 64), Arc::default());
         if let Some(drafting) = drafting {
-            let guess = Guess { n_vocab: 1 << 20, n_levels: drafting.n_levels, width: drafting.width };
+            let guess =
+                Guess { n_vocab: 1 << 20, n_levels: drafting.n_levels, width: drafting.width };
             let cost = Cost::from_points(&[(1, 1.0), (64, 1.5)]);
             engine.speculate(Speculator::new(Box::new(guess), drafting.max_tokens, cost), 40);
         }
@@ -408,11 +451,21 @@ fn good_drafts_save_steps() {
         let Some(Event::Done(done)) = read(&mut events).1 else { panic!("not done") };
         done.speculation
     };
-    let heads = Drafting { n_levels: 3, width: 2, max_tokens: 4, row_cost: 0.0, n_leaf_ids: 30, n_shared: None };
+    let heads = Drafting {
+        n_levels: 3,
+        width: 2,
+        max_tokens: 4,
+        row_cost: 0.0,
+        n_leaf_ids: 30,
+        n_shared: None,
+    };
     assert_eq!(run(None, Speculation::Auto).steps, 100);
     let with = run(Some(heads.clone()), Speculation::Auto);
     assert!(with.steps < 55 && with.steps + with.accepted == 100, "{with:?}");
-    assert!(run(Some(Drafting { max_tokens: 2, ..heads.clone() }), Speculation::Auto).steps >= 50, "the cap holds");
+    assert!(
+        run(Some(Drafting { max_tokens: 2, ..heads.clone() }), Speculation::Auto).steps >= 50,
+        "the cap holds"
+    );
     let off = run(Some(heads), Speculation::Off);
     assert_eq!((off.steps, off.drafted), (100, 0));
 }
@@ -425,7 +478,8 @@ fn an_answer_given_before_is_drafted_from_unless_that_is_not_wanted() {
     engine.speculate(speculator.with_text(TextDrafts::for_owners(2, 2000)), 40);
     let mut steps_of = |owner, speculation, share_text| {
         let (mut job, mut events) = job(&[1, 2, 3], 100, 0.0);
-        (job.request.speculation, job.request.share_text, job.request.owner) = (speculation, share_text, owner);
+        (job.request.speculation, job.request.share_text, job.request.owner) =
+            (speculation, share_text, owner);
         engine.enqueue(job);
         run_to_end(&mut engine);
         let (text, Some(Event::Done(done))) = read(&mut events) else { panic!("not done") };
@@ -435,12 +489,20 @@ fn an_answer_given_before_is_drafted_from_unless_that_is_not_wanted() {
     let mut steps = |speculation, share_text| steps_of(0, speculation, share_text);
     assert_eq!(steps(Speculation::Auto, false), 100, "nobody answered that before");
     assert_eq!(steps(Speculation::Off, true), 100);
-    assert_eq!(steps(Speculation::Auto, true), 100, "the answers above were not to be shared, or not indexed");
+    assert_eq!(
+        steps(Speculation::Auto, true),
+        100,
+        "the answers above were not to be shared, or not indexed"
+    );
     let again = steps(Speculation::Auto, true);
     assert!(again < 40, "{again} steps");
     assert_eq!(steps(Speculation::Auto, false), 100, "this request does not want others' answers");
     assert_eq!(steps(Speculation::Heads, true), 100, "nor does this one any text");
-    assert_eq!(steps_of(1, Speculation::Auto, true), 100, "what another owner was answered is not for this one");
+    assert_eq!(
+        steps_of(1, Speculation::Auto, true),
+        100,
+        "what another owner was answered is not for this one"
+    );
     assert!(steps_of(1, Speculation::Auto, true) < 40, "but its own is");
 }
 
@@ -473,7 +535,10 @@ fn a_client_that_left_while_waiting_is_never_started() {
 
 #[test]
 fn a_failed_pass_ends_its_requests_and_the_engine_goes_on() {
-    for layout in [Layout::Streams { n_cells: 40 }, Layout::Unified { n_cells: 80, n_retained: 40, n_seqs: 4 }] {
+    for layout in [
+        Layout::Streams { n_cells: 40 },
+        Layout::Unified { n_cells: 80, n_retained: 40, n_seqs: 4 },
+    ] {
         let mut stub = Stub::new(N_VOCAB);
         stub.fail_at = Some(2);
         let mut engine = Engine::new(stub, limits(layout, 2, 40, 8), Arc::default());

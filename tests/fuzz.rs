@@ -1,6 +1,8 @@
-//! Bounded fuzzing of what strangers send and of how it is answered: bodies, schemas, the wire, and the writer of events.
+//! Bounded fuzzing of what strangers send and of how it is answered: bodies, schemas, the wire, and
+//! the writer of events.
 //!
-//! `FUZZ=20 cargo test --release --test fuzz` runs twenty times as many cases. What was found stands as a test beside.
+//! `FUZZ=20 cargo test --release --test fuzz` runs twenty times as many cases. What was found
+//! stands as a test beside.
 #![allow(missing_docs)]
 
 mod common;
@@ -19,14 +21,16 @@ use medusa_llama::http::template::ChatTemplate;
 use medusa_llama::http::tokens::Telling;
 use medusa_llama::llama::{Model, ModelParams};
 use medusa_llama::request::{
-    Completion, Event, FinishReason, GrammarSource, Piece, Request, SpeculationUsage, Timings, Usage,
+    Completion, Event, FinishReason, GrammarSource, Piece, Request, SpeculationUsage, Timings,
+    Usage,
 };
 use proptest::prelude::*;
 use proptest::test_runner::Config;
 use serde_json::{Map, Value, json};
 
-static MODEL: LazyLock<Model> =
-    LazyLock::new(|| Model::load(&model_path(), &ModelParams { n_gpu_layers: 0 }, |_| true).unwrap());
+static MODEL: LazyLock<Model> = LazyLock::new(|| {
+    Model::load(&model_path(), &ModelParams { n_gpu_layers: 0 }, |_| true).unwrap()
+});
 
 fn config(cases: u32) -> Config {
     let times = std::env::var("FUZZ").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
@@ -35,7 +39,8 @@ fn config(cases: u32) -> Config {
 
 /// A value that a field may well have.
 fn likely(name: &'static str) -> BoxedStrategy<Value> {
-    let words = |words: &'static [&'static str]| prop::sample::select(words).prop_map(Value::from).boxed();
+    let words =
+        |words: &'static [&'static str]| prop::sample::select(words).prop_map(Value::from).boxed();
     match name {
         "prompt" => "\\PC{0,40}".prop_map(Value::from).boxed(),
         "messages" => {
@@ -111,11 +116,16 @@ fn body() -> impl Strategy<Value = Value> {
         let value = prop_oneof![6 => likely(name), 1 => any_json()];
         value.prop_map(move |value| (name.to_owned(), value))
     });
-    let needed = prop_oneof![likely("prompt").prop_map(|v| ("prompt", v)), likely("messages").prop_map(|v| ("messages", v))];
-    (prop::option::weighted(0.9, needed), prop::collection::vec(field, 0..6)).prop_map(|(needed, fields)| {
-        let needed = needed.into_iter().map(|(name, value)| (name.to_owned(), value));
-        Value::Object(needed.chain(fields).collect::<Map<_, _>>())
-    })
+    let needed = prop_oneof![
+        likely("prompt").prop_map(|v| ("prompt", v)),
+        likely("messages").prop_map(|v| ("messages", v))
+    ];
+    (prop::option::weighted(0.9, needed), prop::collection::vec(field, 0..6)).prop_map(
+        |(needed, fields)| {
+            let needed = needed.into_iter().map(|(name, value)| (name.to_owned(), value));
+            Value::Object(needed.chain(fields).collect::<Map<_, _>>())
+        },
+    )
 }
 
 const N_CTX: usize = 64;
@@ -124,8 +134,14 @@ const N_CTX: usize = 64;
 fn check(request: &Request) {
     let s = &request.sampling;
     assert!((1..=N_CTX).contains(&request.max_tokens) && s.repeat_last_n <= N_CTX);
-    assert!(s.temperature >= 0.0 && (0.0..=1.0).contains(&s.top_p) && (0.0..=1.0).contains(&s.min_p));
-    assert!(s.repetition_penalty > 0.0 && s.frequency_penalty.is_finite() && s.presence_penalty.is_finite());
+    assert!(
+        s.temperature >= 0.0 && (0.0..=1.0).contains(&s.top_p) && (0.0..=1.0).contains(&s.min_p)
+    );
+    assert!(
+        s.repetition_penalty > 0.0
+            && s.frequency_penalty.is_finite()
+            && s.presence_penalty.is_finite()
+    );
     assert!(s.logit_bias.iter().all(|(token, bias)| token.0 >= 0 && bias.abs() <= 100.0));
     assert!(request.stop.len() <= 16 && request.stop.iter().all(|stop| !stop.is_empty()));
     assert!(request.report.is_none_or(|r| r.n_top.is_none_or(|n| n <= 20)));
@@ -160,10 +176,13 @@ fn schema() -> impl Strategy<Value = Value> {
         Just(json!(true)),
         Just(json!(false)),
         Just(json!({})),
-        (0i64..9, 0i64..99).prop_map(|(min, max)| json!({ "type": "integer", "minimum": min, "maximum": max })),
+        (0i64..9, 0i64..99)
+            .prop_map(|(min, max)| json!({ "type": "integer", "minimum": min, "maximum": max })),
         (0.0..9.0f64).prop_map(|min| json!({ "type": "number", "exclusiveMinimum": min })),
-        (0usize..4, 0usize..9).prop_map(|(min, max)| json!({ "type": "string", "minLength": min, "maxLength": max })),
-        "[a-z.()\\[\\]*+?|^$0-9{},]{0,8}".prop_map(|pattern| json!({ "type": "string", "pattern": pattern })),
+        (0usize..4, 0usize..9)
+            .prop_map(|(min, max)| json!({ "type": "string", "minLength": min, "maxLength": max })),
+        "[a-z.()\\[\\]*+?|^$0-9{},]{0,8}"
+            .prop_map(|pattern| json!({ "type": "string", "pattern": pattern })),
         prop::sample::select(&["date", "email", "uuid", "ipv4", "none"][..])
             .prop_map(|f| json!({ "type": "string", "format": f })),
         prop::collection::vec(any_json(), 0..4).prop_map(|values| json!({ "enum": values })),
@@ -207,7 +226,11 @@ proptest! {
 
 /// What the engine may send for one choice: pieces, then an end.
 fn events() -> impl Strategy<Value = Vec<Event>> {
-    let text = prop_oneof!["\\PC{1,8}", ".{1,8}", "(data: |\n|\r|\n\n|\u{2028}|:|event: x|\\[DONE\\]){1,4}"];
+    let text = prop_oneof![
+        "\\PC{1,8}",
+        ".{1,8}",
+        "(data: |\n|\r|\n\n|\u{2028}|:|event: x|\\[DONE\\]){1,4}"
+    ];
     let piece = text.clone().prop_map(|text| Event::Piece(Piece { text, tokens: vec![] }));
     let reason = prop_oneof![
         Just(FinishReason::EndOfText),
@@ -215,16 +238,17 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
         Just(FinishReason::Deadline),
         text.clone().prop_map(FinishReason::StopString),
     ];
-    let done = (prop_oneof![Just(String::new()), text], reason).prop_map(|(text, finish_reason)| {
-        Event::Done(Completion {
-            tail: Piece { text, tokens: vec![] },
-            finish_reason,
-            usage: Usage { prompt_tokens: 3, cached_tokens: 1, completion_tokens: 2 },
-            timings: Timings::default(),
-            speculation: SpeculationUsage::default(),
-            trace: None,
-        })
-    });
+    let done =
+        (prop_oneof![Just(String::new()), text], reason).prop_map(|(text, finish_reason)| {
+            Event::Done(Completion {
+                tail: Piece { text, tokens: vec![] },
+                finish_reason,
+                usage: Usage { prompt_tokens: 3, cached_tokens: 1, completion_tokens: 2 },
+                timings: Timings::default(),
+                speculation: SpeculationUsage::default(),
+                trace: None,
+            })
+        });
     let end = prop_oneof![9 => done, 1 => Just(Event::Failed { id: "err-1".into() })];
     (prop::collection::vec(piece, 0..6), end).prop_map(|(mut events, end)| {
         events.push(end);
@@ -245,9 +269,15 @@ fn expected(events: &[Event]) -> (String, bool) {
     (text, false)
 }
 
-/// Lets the choices' events arrive in the order that `turns` gives, with a poll after each, and reads the stream as a client.
-fn stream(choices: &[Vec<Event>], turns: &[prop::sample::Index], dialect: Box<dyn Dialect>) -> Vec<String> {
-    let (senders, receivers): (Vec<_>, Vec<_>) = choices.iter().map(|c| tokio::sync::mpsc::channel(c.len() + 1)).unzip();
+/// Lets the choices' events arrive in the order that `turns` gives, with a poll after each, and
+/// reads the stream as a client.
+fn stream(
+    choices: &[Vec<Event>],
+    turns: &[prop::sample::Index],
+    dialect: Box<dyn Dialect>,
+) -> Vec<String> {
+    let (senders, receivers): (Vec<_>, Vec<_>) =
+        choices.iter().map(|c| tokio::sync::mpsc::channel(c.len() + 1)).unzip();
     let mut rest: Vec<_> = choices.iter().map(|events| events.iter().cloned().peekable()).collect();
     let first = rest[0].next().unwrap();
     let mut body = reply::stream(first, receivers, dialect, Arc::default()).into_body();
@@ -264,7 +294,8 @@ fn stream(choices: &[Vec<Event>], turns: &[prop::sample::Index], dialect: Box<dy
             std::task::Poll::Ready(None) => break,
             std::task::Poll::Ready(Some(Err(error))) => panic!("{error}"),
             std::task::Poll::Pending => {
-                let open: Vec<usize> = (0..rest.len()).filter(|&i| rest[i].peek().is_some()).collect();
+                let open: Vec<usize> =
+                    (0..rest.len()).filter(|&i| rest[i].peek().is_some()).collect();
                 assert!(!open.is_empty(), "all events are there, and the stream does not end");
                 let i = open[turns.next().unwrap().index(open.len())];
                 senders[i].try_send(rest[i].next().unwrap()).unwrap();
@@ -280,7 +311,8 @@ fn stream(choices: &[Vec<Event>], turns: &[prop::sample::Index], dialect: Box<dy
 proptest! {
     #![proptest_config(config(1500))]
 
-    /// Whatever the texts hold and however events arrive, a client gets each choice's text whole, in order, and one end.
+    /// Whatever the texts hold and however events arrive, a client gets each choice's text whole,
+    /// in order, and one end.
     #[test]
     fn openais_events_arrive_whole(
         choices in prop::collection::vec(events(), 1..4),
@@ -335,7 +367,8 @@ proptest! {
     }
 }
 
-/// Bodies at a real server: an answer or a refusal, never an error of the server's, and nothing is left behind.
+/// Bodies at a real server: an answer or a refusal, never an error of the server's, and nothing is
+/// left behind.
 #[test]
 fn bodies_on_the_wire_get_an_answer_or_a_refusal() {
     let server = Server::start(&["--ctx", "64", "--request-timeout", "5"]);
@@ -343,10 +376,18 @@ fn bodies_on_the_wire_get_an_answer_or_a_refusal() {
     let paths = prop::sample::select(&["/generate", "/v1/completions", "/v1/chat/completions"][..]);
     let run = runner.run(&(paths, body()), |(path, body)| {
         let shown = body.to_string();
-        let head =
-            format!("POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", shown.len());
+        let head = format!(
+            "POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
+            shown.len()
+        );
         let answer = exchange(server.addr, (head + &shown).as_bytes());
-        prop_assert!([200, 400, 408, 422].contains(&answer.status), "{}: {} for {}", path, answer.text(), shown);
+        prop_assert!(
+            [200, 400, 408, 422].contains(&answer.status),
+            "{}: {} for {}",
+            path,
+            answer.text(),
+            shown
+        );
         if answer.status != 200 {
             prop_assert!(answer.json()["error"]["message"].is_string());
         }

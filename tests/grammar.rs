@@ -1,4 +1,5 @@
-//! Answers under a grammar: nothing but what it allows, the same with drafts and without, and no forbidden candidate computed.
+//! Answers under a grammar: nothing but what it allows, the same with drafts and without, and no
+//! forbidden candidate computed.
 #![allow(missing_docs)]
 
 mod common;
@@ -12,8 +13,9 @@ use medusa_llama::request::GrammarSource;
 use medusa_llama::speculate::Tree;
 use serde_json::{Value, json};
 
-static MODEL: LazyLock<Model> =
-    LazyLock::new(|| Model::load(&model_path(), &ModelParams { n_gpu_layers: 0 }, |_| true).unwrap());
+static MODEL: LazyLock<Model> = LazyLock::new(|| {
+    Model::load(&model_path(), &ModelParams { n_gpu_layers: 0 }, |_| true).unwrap()
+});
 static GRAMMARS: LazyLock<Grammars> = LazyLock::new(|| Grammars::new(&MODEL).unwrap());
 
 fn lark(grammar: &str) -> Grammar {
@@ -39,7 +41,10 @@ fn allowed(grammar: &Grammar) -> Vec<Token> {
 fn a_mask_leaves_the_beginnings_of_what_may_follow() {
     let grammar = lark(r#"start: "yes" | "no""#);
     let texts: Vec<String> = allowed(&grammar).iter().map(|&t| MODEL.detokenize(&[t])).collect();
-    assert!(texts.iter().all(|t| "yes".starts_with(t.as_str()) || "no".starts_with(t.as_str())), "{texts:?}");
+    assert!(
+        texts.iter().all(|t| "yes".starts_with(t.as_str()) || "no".starts_with(t.as_str())),
+        "{texts:?}"
+    );
     for text in ["y", "yes", "n", "no"] {
         assert!(texts.iter().any(|t| t == text), "{text} of {texts:?}");
     }
@@ -77,7 +82,13 @@ fn a_tree_keeps_the_paths_that_a_grammar_allows_and_the_grammar_its_place() {
     let kept: Vec<_> = tree.nodes().iter().map(|n| (n.token, n.parent, n.depth)).collect();
     assert_eq!(
         kept,
-        [(one, None, 1), (comma, Some(0), 2), (three, Some(1), 3), (two, Some(1), 3), (comma, Some(2), 4)],
+        [
+            (one, None, 1),
+            (comma, Some(0), 2),
+            (three, Some(1), 3),
+            (two, Some(1), 3),
+            (comma, Some(2), 4)
+        ],
         "in their order"
     );
     assert_eq!(allowed(&grammar), before);
@@ -89,8 +100,15 @@ fn a_tree_keeps_the_paths_that_a_grammar_allows_and_the_grammar_its_place() {
 fn what_is_no_grammar_is_refused_with_its_reason() {
     let refused = |source: GrammarSource| GRAMMARS.compile(&source).err().unwrap();
     let error = refused(GrammarSource::Lark("start: nowhere".into()));
-    assert!(error.param.as_deref() == Some("grammar") && error.message.contains("nowhere"), "{error}");
-    for schema in [json!({ "type": "strange" }), json!({ "enum": [] }), json!({ "type": "string", "pattern": "(" })] {
+    assert!(
+        error.param.as_deref() == Some("grammar") && error.message.contains("nowhere"),
+        "{error}"
+    );
+    for schema in [
+        json!({ "type": "strange" }),
+        json!({ "enum": [] }),
+        json!({ "type": "string", "pattern": "(" }),
+    ] {
         let error = refused(GrammarSource::JsonSchema(schema));
         assert_eq!(error.param.as_deref(), Some("response_format"), "{error}");
     }
@@ -127,16 +145,22 @@ fn a_schema_gives_one_text_with_drafts_and_without() {
         let (plain, drafted) = (answer("off"), answer("auto"));
         assert_eq!(plain["generated_text"], drafted["generated_text"], "seed {seed}");
         assert_eq!(drafted["finish_reason"], "stop");
-        let text: Value = serde_json::from_str(drafted["generated_text"].as_str().unwrap()).unwrap();
-        assert!(text["age"].as_u64().unwrap() <= 120 && text["colours"].as_array().unwrap().len() >= 2);
+        let text: Value =
+            serde_json::from_str(drafted["generated_text"].as_str().unwrap()).unwrap();
+        assert!(
+            text["age"].as_u64().unwrap() <= 120 && text["colours"].as_array().unwrap().len() >= 2
+        );
     }
 }
 
 #[test]
 fn grammars_are_asked_for_by_their_fields() {
     let server = Server::start(&["--ctx", "256"]);
-    let text = |body: Value| server.generate(&body).json()["generated_text"].as_str().unwrap().to_owned();
-    let answer = text(json!({ "prompt": "The colour is", "grammar": "start: \" \" (\"red\" | \"blue\") \".\"" }));
+    let text =
+        |body: Value| server.generate(&body).json()["generated_text"].as_str().unwrap().to_owned();
+    let answer = text(
+        json!({ "prompt": "The colour is", "grammar": "start: \" \" (\"red\" | \"blue\") \".\"" }),
+    );
     assert!([" red.", " blue."].contains(&answer.as_str()), "{answer}");
     let format = json!({ "type": "json_object" });
     let body = json!({ "prompt": ask("A cat"), "response_format": format, "ignore_eos": true, "max_tokens": 9 });
@@ -146,12 +170,20 @@ fn grammars_are_asked_for_by_their_fields() {
         ("grammar", json!({ "grammar": "start: \"a\"", "response_format": format })),
         ("response_format", json!({ "response_format": "json" })),
         ("response_format", json!({ "response_format": { "type": "text", "json_schema": 1 } })),
-        ("response_format", json!({ "response_format": { "type": "json_schema", "json_schema": { "name": "x" } } })),
+        (
+            "response_format",
+            json!({ "response_format": { "type": "json_schema", "json_schema": { "name": "x" } } }),
+        ),
     ] {
         let mut body = json!({ "prompt": "x" });
         body.as_object_mut().unwrap().extend(bad.as_object().unwrap().clone());
         let answer = server.generate(&body);
-        assert_eq!((answer.status, &answer.json()["error"]["param"]), (422, &json!(name)), "{}", answer.text());
+        assert_eq!(
+            (answer.status, &answer.json()["error"]["param"]),
+            (422, &json!(name)),
+            "{}",
+            answer.text()
+        );
     }
     server.wait(|| server.is_idle());
 }

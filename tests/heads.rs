@@ -135,10 +135,15 @@ fn broken_and_hostile_pickles_are_refused() {
         write_pt(&path, &tensors);
         refused()
     };
-    assert!(changed(&|t| drop(t.remove("1.0.linear.bias"))).contains("1.0.linear.bias: is missing"));
-    let nan = |t: &mut Tensors| drop(t.insert("0.1.linear.bias".into(), Tensor::f32(&[4], &[f32::NAN; 4])));
+    assert!(
+        changed(&|t| drop(t.remove("1.0.linear.bias"))).contains("1.0.linear.bias: is missing")
+    );
+    let nan = |t: &mut Tensors| {
+        drop(t.insert("0.1.linear.bias".into(), Tensor::f32(&[4], &[f32::NAN; 4])))
+    };
     assert!(changed(&nan).contains("0.1.linear.bias: holds NaN"));
-    let huge = |t: &mut Tensors| t.get_mut("0.0.linear.weight").unwrap().shape = vec![1 << 30, 1 << 30];
+    let huge =
+        |t: &mut Tensors| t.get_mut("0.0.linear.weight").unwrap().shape = vec![1 << 30, 1 << 30];
     assert!(changed(&huge).contains("0.0.linear.weight: its shape is [1073741824, 1073741824]"));
     let short = |t: &mut Tensors| t.get_mut("0.0.linear.weight").unwrap().bytes.truncate(5);
     assert!(changed(&short).contains("0.0.linear.weight"));
@@ -146,12 +151,20 @@ fn broken_and_hostile_pickles_are_refused() {
     // A pickle that would run a command where pickles are run, alone and as a dictionary's value.
     let witness = folder.path().join("it-ran");
     let command = format!("touch {}", witness.display());
-    let call = [b"cposix\nsystem\n(X".as_slice(), &(command.len() as u32).to_le_bytes(), command.as_bytes(), b"tR"].concat();
+    let call = [
+        b"cposix\nsystem\n(X".as_slice(),
+        &(command.len() as u32).to_le_bytes(),
+        command.as_bytes(),
+        b"tR",
+    ]
+    .concat();
     let value = [b"}(X\x01\0\0\0a".as_slice(), &call, b"u"].concat();
     let epoch = b"}(X\x05\0\0\0epochK\x03u".to_vec();
-    for (program, why) in
-        [(call, "no dictionary of tensors"), (value, ": a: is no tensor"), (epoch, ": epoch: is no tensor")]
-    {
+    for (program, why) in [
+        (call, "no dictionary of tensors"),
+        (value, ": a: is no tensor"),
+        (epoch, ": epoch: is no tensor"),
+    ] {
         write_archive(&path, &[b"\x80\x02".as_slice(), &program, b"."].concat(), &[]);
         assert!(refused().contains(why), "{}", refused());
         assert!(!witness.exists());
@@ -172,7 +185,9 @@ fn half_floats_and_fewer_heads() {
         let floats = t.bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b));
         (t.dtype, t.bytes) = match i % 2 {
             0 => (Dtype::F16, floats.flat_map(|v| half::f16::from_f32(v).to_le_bytes()).collect()),
-            _ => (Dtype::BF16, floats.flat_map(|v| half::bf16::from_f32(v).to_le_bytes()).collect()),
+            _ => {
+                (Dtype::BF16, floats.flat_map(|v| half::bf16::from_f32(v).to_le_bytes()).collect())
+            }
         };
     }
     let v1 = load_tensors("medusa_lm_head.safetensors", &tensors(Layout::V1)).unwrap();
@@ -213,12 +228,26 @@ fn what_does_not_fit_is_refused_by_name() {
         t.insert(key.into(), tensor);
         refusal(&t)
     };
-    assert!(with("what.is.this", Tensor::f32(&[1], &[0.0])).contains("what.is.this: is a key that no layout has"));
-    assert!(with("0.0.linear.bias", Tensor::f32(&[4], &[0.0, f32::NAN, 0.0, 0.0])).contains("0.0.linear.bias: holds NaN"));
+    assert!(
+        with("what.is.this", Tensor::f32(&[1], &[0.0]))
+            .contains("what.is.this: is a key that no layout has")
+    );
+    assert!(
+        with("0.0.linear.bias", Tensor::f32(&[4], &[0.0, f32::NAN, 0.0, 0.0]))
+            .contains("0.0.linear.bias: holds NaN")
+    );
     let other_model = with("0.0.linear.weight", Tensor::f32(&[5, 5], &[0.0; 25]));
-    assert!(other_model.contains("0.0.linear.weight: its shape is [5, 5]; this model needs [4, 4]"), "{other_model}");
-    assert!(with("1.2.weight", Tensor::f32(&[7, 4], &[0.0; 28])).contains("this model needs [6, 4]"));
-    assert!(with("1.0.linear.bias", Tensor { dtype: Dtype::U8, shape: vec![4], bytes: vec![0; 4] }).contains("U8"));
+    assert!(
+        other_model.contains("0.0.linear.weight: its shape is [5, 5]; this model needs [4, 4]"),
+        "{other_model}"
+    );
+    assert!(
+        with("1.2.weight", Tensor::f32(&[7, 4], &[0.0; 28])).contains("this model needs [6, 4]")
+    );
+    assert!(
+        with("1.0.linear.bias", Tensor { dtype: Dtype::U8, shape: vec![4], bytes: vec![0; 4] })
+            .contains("U8")
+    );
 }
 
 #[test]
@@ -241,8 +270,17 @@ fn broken_and_hostile_files_are_refused() {
     }
     let index = folder.path().join("model.safetensors.index.json");
     std::fs::remove_file(&path).unwrap();
-    std::fs::write(&index, r#"{"weight_map": {"medusa_head.0.0.linear.weight": "../../etc/passwd"}}"#).unwrap();
-    assert!(load(folder.path()).unwrap_err().to_string().contains("not the name of a file in this folder"));
+    std::fs::write(
+        &index,
+        r#"{"weight_map": {"medusa_head.0.0.linear.weight": "../../etc/passwd"}}"#,
+    )
+    .unwrap();
+    assert!(
+        load(folder.path())
+            .unwrap_err()
+            .to_string()
+            .contains("not the name of a file in this folder")
+    );
 }
 
 proptest! {
@@ -269,10 +307,12 @@ proptest! {
 fn conditioned() -> Tensors {
     let (d, m) = (SHAPE.n_embd, 2);
     let of_head = |h: usize| {
-        [("w", vec![m, d], 1), ("u", vec![m, d], 2), ("v", vec![d, m], 3), ("b", vec![m], 4)].map(|(name, shape, seed)| {
-            let n = shape.iter().product();
-            (format!("{h}.{name}"), Tensor::f32(&shape, &values(n, 10 * h + seed)))
-        })
+        [("w", vec![m, d], 1), ("u", vec![m, d], 2), ("v", vec![d, m], 3), ("b", vec![m], 4)].map(
+            |(name, shape, seed)| {
+                let n = shape.iter().product();
+                (format!("{h}.{name}"), Tensor::f32(&shape, &values(n, 10 * h + seed)))
+            },
+        )
     };
     (0..N_HEADS).flat_map(of_head).collect()
 }
@@ -281,14 +321,22 @@ fn conditioned() -> Tensors {
 fn conditioned_heads_may_be_in_8_bit_with_scales() {
     let name = "conditioned_heads.safetensors";
     let heads = load_tensors(name, &conditioned()).unwrap();
-    let HeadNets::Conditioned(floats) = &heads.nets else { panic!("conditioned heads were written") };
-    assert_eq!((floats.steps.len(), floats.steps[1].v.n_out, floats.steps[1].b.len()), (N_HEADS, 4, 2));
+    let HeadNets::Conditioned(floats) = &heads.nets else {
+        panic!("conditioned heads were written")
+    };
+    assert_eq!(
+        (floats.steps.len(), floats.steps[1].v.n_out, floats.steps[1].b.len()),
+        (N_HEADS, 4, 2)
+    );
     assert_eq!(floats.steps[2].u.values, values(8, 22));
 
     // Eighths from -2 to 2 are whole numbers times an eighth.
     let mut tensors = conditioned();
     let bytes = |v: &[f32]| v.iter().map(|v| (v * 8.0) as i8 as u8).collect();
-    tensors.insert("2.u".into(), Tensor { dtype: Dtype::I8, shape: vec![2, 4], bytes: bytes(&values(8, 22)) });
+    tensors.insert(
+        "2.u".into(),
+        Tensor { dtype: Dtype::I8, shape: vec![2, 4], bytes: bytes(&values(8, 22)) },
+    );
     tensors.insert("2.u.scale".into(), Tensor::f32(&[2], &[0.125; 2]));
     assert_eq!(load_tensors(name, &tensors).unwrap(), heads);
 }

@@ -10,7 +10,8 @@ use std::time::Duration;
 use common::{Server, exchange, read_answer};
 use serde_json::{Value, json};
 
-/// A server that tests which run at the same time share, and that ends with the last of them: nothing drops a static.
+/// A server that tests which run at the same time share, and that ends with the last of them:
+/// nothing drops a static.
 fn server() -> Arc<Server> {
     static SHARED: Mutex<Weak<Server>> = Mutex::new(Weak::new());
     let mut shared = SHARED.lock().unwrap();
@@ -43,15 +44,22 @@ fn the_port_is_open_while_the_model_loads() {
 fn information_names_version_model_and_sizes() {
     let server = server();
     let info = server.get("/").json();
-    assert_eq!((&info["name"], &info["version"]), (&json!("medusa-llama"), &json!(env!("CARGO_PKG_VERSION"))));
-    assert_eq!((&info["context_size"], &info["slots"], &info["backend"]), (&json!(512), &json!(4), &json!("cpu")));
+    assert_eq!(
+        (&info["name"], &info["version"]),
+        (&json!("medusa-llama"), &json!(env!("CARGO_PKG_VERSION")))
+    );
+    assert_eq!(
+        (&info["context_size"], &info["slots"], &info["backend"]),
+        (&json!(512), &json!(4), &json!("cpu"))
+    );
     assert_eq!(info["model"]["quantization"], "Q4_1");
 }
 
 #[test]
 fn an_answer_has_text_reason_usage_and_timings() {
     let server = server();
-    let answer = server.generate(&json!({ "prompt": chat("What is the capital of France?"), "temperature": 0 }));
+    let answer = server
+        .generate(&json!({ "prompt": chat("What is the capital of France?"), "temperature": 0 }));
     assert_eq!(answer.status, 200);
     let body = answer.json();
     assert!(body["generated_text"].as_str().unwrap().contains("Paris"), "{body}");
@@ -68,7 +76,9 @@ fn an_answer_has_text_reason_usage_and_timings() {
 fn a_stream_gives_the_same_text_in_pieces_and_ends_with_usage() {
     let server = server();
     let ask = |stream: bool| {
-        server.generate(&json!({ "prompt": "Count: one, two,", "max_tokens": 24, "seed": 5, "stream": stream }))
+        server.generate(
+            &json!({ "prompt": "Count: one, two,", "max_tokens": 24, "seed": 5, "stream": stream }),
+        )
     };
     let (whole, streamed) = (ask(false), ask(true));
     assert!(streamed.head.contains("content-type: text/event-stream"));
@@ -93,14 +103,19 @@ fn a_stop_string_ends_the_text_before_it() {
     let stopped = server.generate(&body(json!(["never in there", stop]))).json();
     let expected = &text[..text.find(&stop).unwrap()];
     assert_eq!(stopped["generated_text"].as_str().unwrap(), expected);
-    assert_eq!((&stopped["finish_reason"], stopped["stop_reason"].as_str().unwrap()), (&json!("stop"), stop.as_str()));
+    assert_eq!(
+        (&stopped["finish_reason"], stopped["stop_reason"].as_str().unwrap()),
+        (&json!("stop"), stop.as_str())
+    );
 }
 
 #[test]
 fn the_context_ends_an_answer_and_a_longer_prompt_is_refused() {
     let server = server();
     let words = |n: usize| "word ".repeat(n);
-    let body = server.generate(&json!({ "prompt": words(500), "max_tokens": 512, "temperature": 0, "ignore_eos": true }));
+    let body = server.generate(
+        &json!({ "prompt": words(500), "max_tokens": 512, "temperature": 0, "ignore_eos": true }),
+    );
     let body = body.json();
     assert_eq!(body["finish_reason"], "length");
     assert_eq!(body["usage"]["total_tokens"], 512);
@@ -119,19 +134,28 @@ fn the_same_prompt_again_comes_from_the_cache() {
     let (first, second) = (server.generate(&body).json(), server.generate(&body).json());
     assert_eq!(first["generated_text"], second["generated_text"]);
     let usage = &second["usage"];
-    assert_eq!(usage["cached_tokens"].as_u64().unwrap() + 1, usage["prompt_tokens"].as_u64().unwrap(), "{usage}");
+    assert_eq!(
+        usage["cached_tokens"].as_u64().unwrap() + 1,
+        usage["prompt_tokens"].as_u64().unwrap(),
+        "{usage}"
+    );
 }
 
 #[test]
 fn the_same_seed_gives_the_same_text_alone_and_in_a_crowd() {
     let server = server();
-    let body = json!({ "prompt": "The old lighthouse", "max_tokens": 16, "seed": 11, "temperature": 0.8 });
+    let body =
+        json!({ "prompt": "The old lighthouse", "max_tokens": 16, "seed": 11, "temperature": 0.8 });
     let alone = server.generate(&body).json()["generated_text"].clone();
     std::thread::scope(|scope| {
         let others: Vec<_> = (0..3)
             .map(|i| {
                 let server = &server;
-                scope.spawn(move || server.generate(&json!({ "prompt": format!("Crowd {i}"), "max_tokens": 40 })).status)
+                scope.spawn(move || {
+                    server
+                        .generate(&json!({ "prompt": format!("Crowd {i}"), "max_tokens": 40 }))
+                        .status
+                })
             })
             .collect();
         assert_eq!(server.generate(&body).json()["generated_text"], alone);
@@ -148,7 +172,8 @@ fn errors_have_one_shape_and_the_right_status() {
     let post = |head: &str, body: &str| {
         exchange(
             server.addr,
-            format!("POST /generate HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{head}\r\n{body}").as_bytes(),
+            format!("POST /generate HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{head}\r\n{body}")
+                .as_bytes(),
         )
     };
     let checks = [
@@ -159,10 +184,17 @@ fn errors_have_one_shape_and_the_right_status() {
         (server.post(b"[]"), 422, "invalid_request"),
         (server.generate(&json!({ "prompt": "" })), 422, "invalid_request"),
         (server.generate(&json!({ "prompt": "x", "temperature": -1 })), 422, "invalid_request"),
-        (server.generate(&json!({ "prompt": "x", "logit_bias": { "49152": 1 } })), 422, "invalid_request"),
+        (
+            server.generate(&json!({ "prompt": "x", "logit_bias": { "49152": 1 } })),
+            422,
+            "invalid_request",
+        ),
         (post("Content-Length: 9999999\r\n", ""), 413, "body_too_large"),
         (
-            post("Transfer-Encoding: chunked\r\n", &format!("200000\r\n{}\r\n0\r\n\r\n", " ".repeat(0x20_0000))),
+            post(
+                "Transfer-Encoding: chunked\r\n",
+                &format!("200000\r\n{}\r\n0\r\n\r\n", " ".repeat(0x20_0000)),
+            ),
             413,
             "body_too_large",
         ),
@@ -174,7 +206,10 @@ fn errors_have_one_shape_and_the_right_status() {
         assert!(error["message"].as_str().is_some_and(|m| !m.is_empty()));
     }
     assert!(server.get("/generate").head.contains("allow: post"));
-    assert_eq!(server.generate(&json!({ "prompt": "x", "temperature": -1 })).json()["error"]["param"], "temperature");
+    assert_eq!(
+        server.generate(&json!({ "prompt": "x", "temperature": -1 })).json()["error"]["param"],
+        "temperature"
+    );
 }
 
 #[test]
@@ -201,39 +236,61 @@ fn one_connection_serves_request_after_request() {
 fn browsers_get_a_page_and_programs_json() {
     let server = server();
     let ask = |method: &str, path: &str, more: &str| {
-        let head = format!("{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{more}\r\n");
+        let head =
+            format!("{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{more}\r\n");
         exchange(server.addr, head.as_bytes())
     };
     let browser = "Accept: text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8\r\n";
     let page = ask("GET", "/", browser);
     assert_eq!(page.status, 200);
     assert!(page.text().starts_with("<!doctype html>"));
-    for header in ["content-type: text/html; charset=utf-8", "vary: accept", "cache-control: no-cache", "default-src 'none'"]
-    {
+    for header in [
+        "content-type: text/html; charset=utf-8",
+        "vary: accept",
+        "cache-control: no-cache",
+        "default-src 'none'",
+    ] {
         assert!(page.head.contains(header), "{header}: {}", page.head);
     }
-    for accept in ["", "Accept: */*\r\n", "Accept: application/json\r\n", "Accept: text/html;q=0.5, application/json\r\n"] {
+    for accept in [
+        "",
+        "Accept: */*\r\n",
+        "Accept: application/json\r\n",
+        "Accept: text/html;q=0.5, application/json\r\n",
+    ] {
         let json = ask("GET", "/", accept);
-        assert!(json.json()["name"] == "medusa-llama" && json.head.contains("vary: accept"), "{accept}: {}", json.head);
+        assert!(
+            json.json()["name"] == "medusa-llama" && json.head.contains("vary: accept"),
+            "{accept}: {}",
+            json.head
+        );
     }
     for accept in [browser, ""] {
         let (head, whole) = (ask("HEAD", "/", accept), ask("GET", "/", accept));
-        let length =
-            |answer: &common::Answer| answer.head.lines().find(|l| l.starts_with("content-length")).unwrap().to_owned();
+        let length = |answer: &common::Answer| {
+            answer.head.lines().find(|l| l.starts_with("content-length")).unwrap().to_owned()
+        };
         assert_eq!((head.status, length(&head), head.body.len()), (200, length(&whole), 0));
     }
     let tag = page.head.lines().find_map(|l| l.strip_prefix("etag: ")).unwrap();
     let known = ask("GET", "/", &format!("{browser}If-None-Match: {tag}\r\n"));
     assert_eq!((known.status, known.body.len()), (304, 0));
-    for (file, kind) in [("page.css", "text/css"), ("page.js", "text/javascript"), ("icon.svg", "image/svg+xml")] {
+    for (file, kind) in
+        [("page.css", "text/css"), ("page.js", "text/javascript"), ("icon.svg", "image/svg+xml")]
+    {
         let file = ask("GET", &format!("/page/{file}"), "");
-        assert!(file.status == 200 && file.head.contains(kind) && file.head.contains("etag: "), "{}", file.head);
+        assert!(
+            file.status == 200 && file.head.contains(kind) && file.head.contains("etag: "),
+            "{}",
+            file.head
+        );
     }
     assert_eq!(ask("GET", "/page/nothing", browser).status, 404);
     assert_eq!(ask("POST", "/", browser).status, 405);
 }
 
-/// Readable text, whatever the tokens: no replacement characters from split ones, in the stream either.
+/// Readable text, whatever the tokens: no replacement characters from split ones, in the stream
+/// either.
 #[test]
 fn characters_of_several_tokens_arrive_whole() {
     let server = server();

@@ -1,5 +1,5 @@
-//! Each kernel against a twin in plain Rust, on the CPU by emulation and, built with `cuda-kernels`, on a GPU if there is one.
-//! MEDUSA_TEST_DEVICE=cuda asks for the GPU alone.
+//! Each kernel against a twin in plain Rust, on the CPU by emulation and, built with
+//! `cuda-kernels`, on a GPU if there is one. MEDUSA_TEST_DEVICE=cuda asks for the GPU alone.
 
 #[path = "common/emulated.rs"]
 mod emulated;
@@ -11,8 +11,8 @@ use half::f16;
 use medusa_llama::engine::filter::Filter;
 use medusa_llama::engine::sampler::{Sampler, Scratch};
 use medusa_llama::gpu::kernels::{
-    self, Finish, Input, N_BINS, NextPaths, Paths, Reliability, RowRule, Rows, Span, Verification, choose_paths, product,
-    top_k,
+    self, Finish, Input, N_BINS, NextPaths, Paths, Reliability, RowRule, Rows, Span, Verification,
+    choose_paths, product, top_k,
 };
 use medusa_llama::gpu::weights::{Matrices, Precision, Table};
 use medusa_llama::gpu::{Buffer, Device, GpuError};
@@ -53,7 +53,13 @@ fn rounded(row: &[f32], precision: Precision) -> Vec<f64> {
             .chunks(32)
             .flat_map(|block| {
                 let scale = half(block.iter().fold(0.0f32, |m, v| m.max(v.abs())) / 127.0).to_f32();
-                block.iter().map(move |v| if scale == 0.0 { 0.0 } else { f64::from(scale) * f64::from((v / scale).round()) })
+                block.iter().map(move |v| {
+                    if scale == 0.0 {
+                        0.0
+                    } else {
+                        f64::from(scale) * f64::from((v / scale).round())
+                    }
+                })
             })
             .collect(),
     }
@@ -79,7 +85,8 @@ fn check_product(device: &Rc<dyn Device>, c: Case, rng: &mut fastrand::Rng) {
     let Case { n_out, n_x, n_table, n_rows, n_nets, .. } = c;
     let w: Vec<Matrix> = (0..n_nets).map(|_| matrix(n_out, n_x, rng)).collect();
     let u: Vec<Matrix> = (0..n_nets).map(|_| matrix(n_out, n_table.max(1), rng)).collect();
-    let parts: Vec<Vec<&Matrix>> = w.iter().zip(&u).map(|(w, u)| if n_table > 0 { vec![w, u] } else { vec![w] }).collect();
+    let parts: Vec<Vec<&Matrix>> =
+        w.iter().zip(&u).map(|(w, u)| if n_table > 0 { vec![w, u] } else { vec![w] }).collect();
     let matrices = Matrices::new(device, &parts, c.precision).unwrap();
 
     let n_sources = if c.indexed { n_rows + 3 } else { n_rows };
@@ -93,9 +100,11 @@ fn check_product(device: &Rc<dyn Device>, c: Case, rng: &mut fastrand::Rng) {
 
     let upload = |values: &[f32]| Buffer::from_host(device, values).unwrap();
     let (d_x, d_residual, d_bias) = (upload(&x), upload(&residual), upload(&bias));
-    let (d_index, d_tokens) = (Buffer::from_host(device, &index).unwrap(), Buffer::from_host(device, &tokens).unwrap());
+    let (d_index, d_tokens) =
+        (Buffer::from_host(device, &index).unwrap(), Buffer::from_host(device, &tokens).unwrap());
     let d_table = Table::new(device, &table).unwrap();
-    let rows = |values| Rows { values, index: c.indexed.then(|| d_index.slice()), by_net: c.by_net };
+    let rows =
+        |values| Rows { values, index: c.indexed.then(|| d_index.slice()), by_net: c.by_net };
     let has_residual = matches!(c.finish, Finish::Residual | Finish::SiluResidual);
     let input = Input {
         x: rows(d_x.slice()),
@@ -119,8 +128,10 @@ fn check_product(device: &Rc<dyn Device>, c: Case, rng: &mut fastrand::Rng) {
             })
             .collect();
         for row in 0..n_rows {
-            let source = if c.indexed { index[row] as usize } else { row } + if c.by_net { net * n_sources } else { 0 };
-            let mut input: Vec<f64> = x[source * n_x..][..n_x].iter().map(|&v| f64::from(v)).collect();
+            let source = if c.indexed { index[row] as usize } else { row }
+                + if c.by_net { net * n_sources } else { 0 };
+            let mut input: Vec<f64> =
+                x[source * n_x..][..n_x].iter().map(|&v| f64::from(v)).collect();
             let embedded = &table.values[tokens[row] as usize * n_table.max(1)..][..n_table];
             input.extend(embedded.iter().map(|&v| f16::from_f32(v).to_f64()));
             for (o, weights) in weights.iter().enumerate() {
@@ -132,7 +143,10 @@ fn check_product(device: &Rc<dyn Device>, c: Case, rng: &mut fastrand::Rng) {
                 want += if has_residual { f64::from(residual[source * n_out + o]) } else { 0.0 };
                 let got = f64::from(got[(net * n_rows + row) * n_out + o]);
                 let tolerance = 2e-5 * (1.0 + (weights.len() as f64).sqrt());
-                assert!((got - want).abs() < tolerance, "{c:?}: net {net}, row {row}, {o}: {got}, not {want}");
+                assert!(
+                    (got - want).abs() < tolerance,
+                    "{c:?}: net {net}, row {row}, {o}: {got}, not {want}"
+                );
             }
         }
     }
@@ -157,7 +171,11 @@ fn products_are_what_the_formula_says_at_any_size() {
         for precision in [Precision::F16, Precision::Q8] {
             for n_out in [1, 7, 31, 32, 33, 101] {
                 for n_x in [1, 8, 31, 257, 576] {
-                    check_product(device, Case { n_out, n_x, precision, n_rows: 1 + n_x % 3, ..plain }, &mut rng);
+                    check_product(
+                        device,
+                        Case { n_out, n_x, precision, n_rows: 1 + n_x % 3, ..plain },
+                        &mut rng,
+                    );
                 }
             }
             for n_rows in [1, 2, 3, 4, 5, 7, 8, 9, 17, 64] {
@@ -165,12 +183,22 @@ fn products_are_what_the_formula_says_at_any_size() {
             }
             // More than one chunk of x, at each number of columns.
             for n_rows in [1, 2, 4, 8] {
-                check_product(device, Case { n_rows, n_out: 5, n_x: 9000, precision, ..plain }, &mut rng);
+                check_product(
+                    device,
+                    Case { n_rows, n_out: 5, n_x: 9000, precision, ..plain },
+                    &mut rng,
+                );
             }
             for finish in [Finish::Plain, Finish::Silu, Finish::SiluResidual, Finish::Residual] {
-                for (indexed, by_net) in [(false, false), (true, false), (false, true), (true, true)] {
+                for (indexed, by_net) in
+                    [(false, false), (true, false), (false, true), (true, true)]
+                {
                     let case = Case { finish, indexed, by_net, biased: true, precision, ..plain };
-                    check_product(device, Case { n_nets: 3, n_rows: 5, n_table: 41, n_x: 37, ..case }, &mut rng);
+                    check_product(
+                        device,
+                        Case { n_nets: 3, n_rows: 5, n_table: 41, n_x: 37, ..case },
+                        &mut rng,
+                    );
                 }
             }
         }
@@ -202,14 +230,21 @@ fn arguments_that_do_not_fit_are_refused() {
             Input { residual: Some(input.x), ..input },
         ];
         for input in bad {
-            assert!(matches!(product(&**device, &w, input, y.slice_mut()), Err(GpuError::Shape { .. })));
+            assert!(matches!(
+                product(&**device, &w, input, y.slice_mut()),
+                Err(GpuError::Shape { .. })
+            ));
         }
         let other = matrix(5, 7, &mut rng);
         assert!(Matrices::new(device, &[vec![&m], vec![&other]], Precision::Q8).is_err());
 
-        let (mut tokens, mut p) = (Buffer::zeros(device, 10).unwrap(), Buffer::zeros(device, 10).unwrap());
+        let (mut tokens, mut p) =
+            (Buffer::zeros(device, 10).unwrap(), Buffer::zeros(device, 10).unwrap());
         for (n, k) in [(5, 3), (12, 0), (12, 13), (0, 1)] {
-            assert!(top_k(&**device, x.slice(), n, None, k, tokens.slice_mut(), p.slice_mut()).is_err(), "{n} {k}");
+            assert!(
+                top_k(&**device, x.slice(), n, None, k, tokens.slice_mut(), p.slice_mut()).is_err(),
+                "{n} {k}"
+            );
         }
         let mut room = Verification::new(device, 4, 2).unwrap();
         let mut chosen = Buffer::zeros(device, 4).unwrap();
@@ -224,7 +259,16 @@ fn arguments_that_do_not_fit_are_refused() {
             (vec![rule; 5], vec![span(0, 1)]),
         ] {
             assert!(
-                kernels::verify(&**device, x.slice(), 6, &rules, &spans, &mut room, chosen.slice_mut()).is_err(),
+                kernels::verify(
+                    &**device,
+                    x.slice(),
+                    6,
+                    &rules,
+                    &spans,
+                    &mut room,
+                    chosen.slice_mut()
+                )
+                .is_err(),
                 "{rules:?}"
             );
         }
@@ -270,7 +314,16 @@ fn top_k_is_the_first_of_all_sorted() {
                 let mut tokens = Buffer::zeros(device, rows.len() * k).unwrap();
                 let mut p = Buffer::zeros(device, rows.len() * k).unwrap();
                 let token_map = mapped.then(|| d_map.slice());
-                top_k(&**device, logits.slice(), n, token_map, k, tokens.slice_mut(), p.slice_mut()).unwrap();
+                top_k(
+                    &**device,
+                    logits.slice(),
+                    n,
+                    token_map,
+                    k,
+                    tokens.slice_mut(),
+                    p.slice_mut(),
+                )
+                .unwrap();
                 let (mut got, mut got_p) = (vec![0; tokens.len()], vec![0.0; p.len()]);
                 tokens.download(&mut got).unwrap();
                 p.download(&mut got_p).unwrap();
@@ -282,7 +335,10 @@ fn top_k_is_the_first_of_all_sorted() {
                         let token = if mapped { map[place as usize] } else { place };
                         assert_eq!(got[i * k + j], token, "row {i} of {n}, the {j}th of {k}");
                         let (p, want) = (got_p[i * k + j], (value - norm).exp());
-                        assert!((p - want).abs() <= 2e-5 * want + 1e-9, "row {i} of {n}, the {j}th: {p}, not {want}");
+                        assert!(
+                            (p - want).abs() <= 2e-5 * want + 1e-9,
+                            "row {i} of {n}, the {j}th: {p}, not {want}"
+                        );
                     }
                 }
             }
@@ -294,7 +350,8 @@ fn top_k_is_the_first_of_all_sorted() {
 fn a_row_that_is_not_a_number_anywhere_still_gives_tokens() {
     on_devices(|device| {
         let logits = Buffer::from_host(device, &[f32::NAN; 700]).unwrap();
-        let (mut tokens, mut p) = (Buffer::zeros(device, 3).unwrap(), Buffer::zeros(device, 3).unwrap());
+        let (mut tokens, mut p) =
+            (Buffer::zeros(device, 3).unwrap(), Buffer::zeros(device, 3).unwrap());
         top_k(&**device, logits.slice(), 700, None, 3, tokens.slice_mut(), p.slice_mut()).unwrap();
         let mut got = [9; 3];
         tokens.download(&mut got).unwrap();
@@ -325,7 +382,8 @@ fn paths_are_chosen_by_what_they_are_likely_to_bring() {
                 let mut above = path_q[path];
                 for i in 0..k {
                     let p = p[path * k + i];
-                    let bin = ((1.0 - p.clamp(lowest, 1.0).ln() / lowest.ln()) * N_BINS as f32) as usize;
+                    let bin =
+                        ((1.0 - p.clamp(lowest, 1.0).ln() / lowest.ln()) * N_BINS as f32) as usize;
                     let estimate = (p * ratios[bin.min(N_BINS - 1)] * t).clamp(0.0, highest);
                     above = above.min(path_q[path] * estimate);
                     all.push((above * t, path * k + i, above));
@@ -335,30 +393,50 @@ fn paths_are_chosen_by_what_they_are_likely_to_bring() {
 
             let int = |values: &[i32]| Buffer::from_host(device, values).unwrap();
             let float = |values: &[f32]| Buffer::from_host(device, values).unwrap();
-            let (d_q, d_origins, d_tokens, d_p) = (float(&path_q), int(&origins), int(&tokens), float(&p));
+            let (d_q, d_origins, d_tokens, d_p) =
+                (float(&path_q), int(&origins), int(&tokens), float(&p));
             let (d_ratios, d_trust) = (float(&ratios), float(&trust));
-            let paths =
-                Paths { q: d_q.slice(), origins: d_origins.slice(), candidates: d_tokens.slice(), p: d_p.slice(), k };
-            let reliability = Reliability { ratios: d_ratios.slice(), lowest, highest, trust: d_trust.slice() };
+            let paths = Paths {
+                q: d_q.slice(),
+                origins: d_origins.slice(),
+                candidates: d_tokens.slice(),
+                p: d_p.slice(),
+                k,
+            };
+            let reliability =
+                Reliability { ratios: d_ratios.slice(), lowest, highest, trust: d_trust.slice() };
             let mut out = int(&vec![0; 4 * n_next]);
             let (next_q, rest) = out.slice_mut().split_at(n_next);
             let (origins_out, rest) = rest.split_at(n_next);
             let (parents_out, tokens_out) = rest.split_at(n_next);
-            let mut next = NextPaths { q: next_q.cast(), origins: origins_out, parents: parents_out, tokens: tokens_out };
+            let mut next = NextPaths {
+                q: next_q.cast(),
+                origins: origins_out,
+                parents: parents_out,
+                tokens: tokens_out,
+            };
             choose_paths(&**device, paths, reliability, &mut next).unwrap();
             let mut words = vec![0; 4 * n_next];
             out.download(&mut words).unwrap();
             let q: Vec<f32> = words[..n_next].iter().map(|&w| f32::from_bits(w as u32)).collect();
             let [whose, parents, got] = [1, 2, 3].map(|i| &words[i * n_next..][..n_next]);
             for i in 0..n_next {
-                // A range's edge may be met on the other side: then the neighbours differ by rounding only.
+                // A range's edge may be met on the other side: then the neighbours differ by
+                // rounding only.
                 let (score, place, want_q) = all[i];
                 if (parents[i] as usize, got[i]) == (place / k, tokens[place]) {
-                    assert!((q[i] - want_q).abs() < 1e-5, "{i} of {n_paths}: {} and {want_q}", q[i]);
+                    assert!(
+                        (q[i] - want_q).abs() < 1e-5,
+                        "{i} of {n_paths}: {} and {want_q}",
+                        q[i]
+                    );
                     assert_eq!(whose[i], origins[place / k]);
                 } else {
                     let own = q[i] * trust[whose[i] as usize];
-                    assert!((own - score).abs() < 1e-5, "{i} of {n_paths} paths: {own} and {score}");
+                    assert!(
+                        (own - score).abs() < 1e-5,
+                        "{i} of {n_paths} paths: {own} and {score}"
+                    );
                 }
             }
         }
@@ -380,7 +458,8 @@ fn rule(params: &SamplingParams, position: u64, logits_row: usize) -> RowRule {
     }
 }
 
-/// How far rounding may move a draw: to a neighbour on an edge; and where top-p falls on an edge, by a token more or less.
+/// How far rounding may move a draw: to a neighbour on an edge; and where top-p falls on an edge,
+/// by a token more or less.
 fn tolerance(params: &SamplingParams, logits: &[f32]) -> f64 {
     let mut best: Vec<f64> = logits.iter().filter(|l| !l.is_nan()).map(|&l| f64::from(l)).collect();
     best.sort_by(|a, b| b.total_cmp(a));
@@ -396,15 +475,26 @@ fn tolerance(params: &SamplingParams, logits: &[f32]) -> f64 {
     1e-4
 }
 
-/// How far a token is from being the one that is drawn, in shares of the sum: 0 for that one. In double precision.
+/// How far a token is from being the one that is drawn, in shares of the sum: 0 for that one. In
+/// double precision.
 fn distance(params: &SamplingParams, logits: &[f32], position: usize, token: usize) -> f64 {
     let mut kept = vec![];
-    let f = Filter { top_k: params.top_k, top_p: params.top_p, min_p: params.min_p, temperature: params.temperature };
+    let f = Filter {
+        top_k: params.top_k,
+        top_p: params.top_p,
+        min_p: params.min_p,
+        temperature: params.temperature,
+    };
     f.apply(logits, &mut kept);
     // Where the draw points to, told by a row of which each token is one of 2^20 shares.
     let fine = vec![0.0; 1 << 20];
-    let open = SamplingParams { temperature: 1.0, top_p: 1.0, top_k: 0, min_p: 0.0, ..params.clone() };
-    let Token(at) = Sampler::new(&open, &[], &[], fine.len()).unwrap().draw(&fine, position, &mut Scratch::default());
+    let open =
+        SamplingParams { temperature: 1.0, top_p: 1.0, top_k: 0, min_p: 0.0, ..params.clone() };
+    let Token(at) = Sampler::new(&open, &[], &[], fine.len()).unwrap().draw(
+        &fine,
+        position,
+        &mut Scratch::default(),
+    );
     let u = (f64::from(at) + 0.5) / fine.len() as f64;
     let sum: f64 = kept.iter().map(|k| f64::from(k.1)).sum();
     let mut before = 0.0;
@@ -453,12 +543,25 @@ fn verified_rows_get_the_samplers_tokens() {
             ] {
                 let position = rng.usize(0..9_000_000_000);
                 let rules: Vec<RowRule> = (0..rows.len())
-                    .map(|i| RowRule { sequence: i as i32, ..rule(&params, (position + i) as u64, i) })
+                    .map(|i| RowRule {
+                        sequence: i as i32,
+                        ..rule(&params, (position + i) as u64, i)
+                    })
                     .collect();
-                let spans: Vec<Span> = (0..rows.len()).map(|i| Span { first: i as i32, n: 1 }).collect();
+                let spans: Vec<Span> =
+                    (0..rows.len()).map(|i| Span { first: i as i32, n: 1 }).collect();
                 let mut room = Verification::new(device, rows.len(), rows.len()).unwrap();
                 let mut out = Buffer::zeros(device, rows.len()).unwrap();
-                kernels::verify(&**device, logits.slice(), n, &rules, &spans, &mut room, out.slice_mut()).unwrap();
+                kernels::verify(
+                    &**device,
+                    logits.slice(),
+                    n,
+                    &rules,
+                    &spans,
+                    &mut room,
+                    out.slice_mut(),
+                )
+                .unwrap();
                 let mut chosen = vec![0; rows.len()];
                 out.download(&mut chosen).unwrap();
                 let mut sampler = Sampler::new(&params, &[], &[], n).unwrap();
@@ -470,7 +573,11 @@ fn verified_rows_get_the_samplers_tokens() {
                     }
                     n_other += 1;
                     let far = distance(&params, row, position + i, chosen[i] as usize);
-                    assert!(far < tolerance(&params, row), "row {i} of {n}, {params:?}: {} is {far} from {want}", chosen[i]);
+                    assert!(
+                        far < tolerance(&params, row),
+                        "row {i} of {n}, {params:?}: {} is {far} from {want}",
+                        chosen[i]
+                    );
                 }
             }
         }
@@ -492,13 +599,23 @@ fn trees_are_walked_by_what_was_chosen() {
                 for row in first..first + n {
                     let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
                     let parent = if row == first { -1 } else { rng.usize(first..row) as i32 };
-                    let taken = |t: i32| rules[first..].iter().any(|r: &RowRule| r.parent == parent && r.token == t);
+                    let taken = |t: i32| {
+                        rules[first..].iter().any(|r: &RowRule| r.parent == parent && r.token == t)
+                    };
                     let free: Vec<i32> = (0..n_vocab as i32).filter(|&t| !taken(t)).collect();
                     let Some(&token) = rng.choice(&free) else { break };
                     let on_host = i32::from(sequence == 3 && row > first);
-                    let forced = if rng.usize(0..6) == 0 { 1 + rng.i32(0..n_vocab as i32) } else { 0 };
+                    let forced =
+                        if rng.usize(0..6) == 0 { 1 + rng.i32(0..n_vocab as i32) } else { 0 };
                     let sequence = sequence as i32;
-                    rules.push(RowRule { sequence, parent, token, on_host, forced, ..rule(&greedy, 0, row) });
+                    rules.push(RowRule {
+                        sequence,
+                        parent,
+                        token,
+                        on_host,
+                        forced,
+                        ..rule(&greedy, 0, row)
+                    });
                 }
                 spans.push(Span { first: first as i32, n: (rules.len() - first) as i32 });
             }
@@ -511,9 +628,19 @@ fn trees_are_walked_by_what_was_chosen() {
             let mut out = Buffer::zeros(device, n_rows).unwrap();
             for _ in 0..2 {
                 // The second finds the counters as the first left them.
-                kernels::verify(&**device, logits.slice(), n_vocab, &rules, &spans, &mut room, out.slice_mut()).unwrap();
+                kernels::verify(
+                    &**device,
+                    logits.slice(),
+                    n_vocab,
+                    &rules,
+                    &spans,
+                    &mut room,
+                    out.slice_mut(),
+                )
+                .unwrap();
             }
-            let (mut chosen, mut last, mut roots) = (vec![0; n_rows], vec![0; n_sequences], vec![0; n_sequences]);
+            let (mut chosen, mut last, mut roots) =
+                (vec![0; n_rows], vec![0; n_sequences], vec![0; n_sequences]);
             out.download(&mut chosen).unwrap();
             room.last.download(&mut last).unwrap();
             room.roots.download(&mut roots).unwrap();
@@ -522,7 +649,11 @@ fn trees_are_walked_by_what_was_chosen() {
                 let mut at = rows.start;
                 let choice = |row: usize| {
                     let mut best = vec![];
-                    largest_k(&values[rules[row].logits_row as usize * n_vocab..][..n_vocab], 1, &mut best);
+                    largest_k(
+                        &values[rules[row].logits_row as usize * n_vocab..][..n_vocab],
+                        1,
+                        &mut best,
+                    );
                     match (rules[row].on_host, rules[row].forced) {
                         (0, 0) => best[0].0.0,
                         (0, forced) => forced - 1,
@@ -532,13 +663,18 @@ fn trees_are_walked_by_what_was_chosen() {
                 for row in rows.clone() {
                     assert_eq!(chosen[row], choice(row));
                 }
-                while let Some(child) = rows.clone().find(|&r| rules[r].parent == at as i32 && rules[r].token == choice(at))
+                while let Some(child) = rows
+                    .clone()
+                    .find(|&r| rules[r].parent == at as i32 && rules[r].token == choice(at))
                 {
                     at = child;
                 }
                 let known = choice(at) >= 0;
                 let end = if known { at } else { rows.start };
-                assert_eq!((last[sequence], roots[sequence]), (rules[end].logits_row, choice(at).max(0)));
+                assert_eq!(
+                    (last[sequence], roots[sequence]),
+                    (rules[end].logits_row, choice(at).max(0))
+                );
             }
         }
     });

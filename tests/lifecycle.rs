@@ -11,7 +11,8 @@ use serde_json::json;
 #[test]
 fn sigterm_in_mid_stream_finishes_it_and_refuses_new_work() {
     let server = Server::start(&["--ctx", "512"]);
-    let body = json!({ "prompt": "A long story:", "max_tokens": 300, "stream": true, "ignore_eos": true });
+    let body =
+        json!({ "prompt": "A long story:", "max_tokens": 300, "stream": true, "ignore_eos": true });
     let socket = server.open_stream(&body);
     server.wait(|| server.load()["tokens_generated"].as_u64().unwrap() > 3);
     server.terminate();
@@ -21,7 +22,11 @@ fn sigterm_in_mid_stream_finishes_it_and_refuses_new_work() {
     let refused = server.generate(&json!({ "prompt": "x" }));
     assert_eq!((refused.status, &refused.json()["error"]["type"]), (503, &json!("draining")));
     let answer = read_answer(socket);
-    assert_eq!(answer.events().last().unwrap()["usage"]["completion_tokens"], 300, "finished to the last token");
+    assert_eq!(
+        answer.events().last().unwrap()["usage"]["completion_tokens"],
+        300,
+        "finished to the last token"
+    );
     assert_eq!(server.wait_for_exit().code(), Some(0));
 }
 
@@ -39,9 +44,13 @@ fn the_drain_time_is_a_limit() {
 
 #[test]
 fn a_bad_value_is_refused_at_start_with_the_variables_name() {
-    for (name, value) in
-        [("PORT", "http"), ("BATCH_SIZE", "0"), ("MAX_WAIT_TIME", "soon"), ("LOG_LEVEL", "LOUD"), ("WORKERS", "-1")]
-    {
+    for (name, value) in [
+        ("PORT", "http"),
+        ("BATCH_SIZE", "0"),
+        ("MAX_WAIT_TIME", "soon"),
+        ("LOG_LEVEL", "LOUD"),
+        ("WORKERS", "-1"),
+    ] {
         let output = run(&["serve"], &[(name, value)]);
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(!output.status.success() && text.contains(name) && text.contains(value), "{text}");
@@ -61,7 +70,17 @@ fn a_model_that_cannot_be_loaded_ends_the_server_with_the_reason() {
 #[test]
 fn generate_streams_to_the_terminal() {
     let model = model_path();
-    let args = ["generate", "-m", model.to_str().unwrap(), "-p", "1, 2, 3, 4, 5,", "-n", "8", "--temperature", "0"];
+    let args = [
+        "generate",
+        "-m",
+        model.to_str().unwrap(),
+        "-p",
+        "1, 2, 3, 4, 5,",
+        "-n",
+        "8",
+        "--temperature",
+        "0",
+    ];
     let output = run(&args, &[]);
     assert!(output.status.success());
     assert!(String::from_utf8_lossy(&output.stdout).contains("6, 7"), "{output:?}");

@@ -1,4 +1,5 @@
-//! The fence, with the default model: what crosses is checked, and the tap sees what llama.cpp computes.
+//! The fence, with the default model: what crosses is checked, and the tap sees what llama.cpp
+//! computes.
 #![allow(missing_docs)]
 
 mod common;
@@ -10,7 +11,8 @@ use medusa_llama::llama::{Context, ContextParams, LlamaError, SeqId, Token};
 
 #[test]
 fn text_survives_tokenising_and_back() {
-    for text in ["Hello, world", "naïve café 😀 日本語", "tabs\tand\nlines", " leading", "a\0b"] {
+    for text in ["Hello, world", "naïve café 😀 日本語", "tabs\tand\nlines", " leading", "a\0b"]
+    {
         assert_eq!(MODEL.detokenize(&MODEL.tokenize(text, false).unwrap()), text);
     }
     let special = MODEL.tokenize("<|im_start|>", true).unwrap();
@@ -35,7 +37,8 @@ fn metadata_tells_what_the_file_is() {
 fn what_does_not_fit_is_refused_before_it_crosses() {
     let mut context = context(&params());
     let mut batch = context.batch();
-    let refused = |r: Result<usize, LlamaError>| assert!(matches!(r, Err(LlamaError::Batch(_))), "{r:?}");
+    let refused =
+        |r: Result<usize, LlamaError>| assert!(matches!(r, Err(LlamaError::Batch(_))), "{r:?}");
     refused(batch.add(Token(-1), 0, &[SeqId(0)], true));
     refused(batch.add(Token(49_152), 0, &[SeqId(0)], true));
     refused(batch.add(Token(1), 0, &[], true));
@@ -47,7 +50,9 @@ fn what_does_not_fit_is_refused_before_it_crosses() {
     }
     refused(batch.add(Token(1), 64, &[SeqId(0)], true));
     context.forward(&batch).unwrap();
-    assert!(context.logits(63).is_ok() && context.logits(0).is_err() && context.logits(64).is_err());
+    assert!(
+        context.logits(63).is_ok() && context.logits(0).is_err() && context.logits(64).is_err()
+    );
     assert_eq!(
         (context.cached_len(SeqId(0)), context.cached_len(SeqId(1)), context.cached_len(SeqId(9))),
         (Some(64), Some(0), None)
@@ -58,7 +63,10 @@ fn what_does_not_fit_is_refused_before_it_crosses() {
     batch.add(Token(1), 90, &[SeqId(0)], true).unwrap();
     assert!(matches!(context.forward(&batch), Err(LlamaError::Batch(_))), "a gap in the positions");
     assert!(context.logits(0).is_err(), "nothing is left of an earlier pass");
-    assert!(context.remove_from(SeqId(4), 0).is_err() && context.share(SeqId(0), SeqId(4), 0..1).is_err());
+    assert!(
+        context.remove_from(SeqId(4), 0).is_err()
+            && context.share(SeqId(0), SeqId(4), 0..1).is_err()
+    );
     let streams = ContextParams { unified: false, ..params() };
     let mut streams = Context::new(Arc::clone(&MODEL), &streams).unwrap();
     refused(streams.batch().add(Token(1), 0, &[SeqId(0), SeqId(1)], true));
@@ -108,11 +116,16 @@ fn a_shared_prefix_gives_the_logits_of_a_computed_one() {
     assert!(far < 1e-3, "{far}");
 }
 
-/// The tap's rows are what llama.cpp calls embeddings, in the batch's order, also over several micro-batches.
+/// The tap's rows are what llama.cpp calls embeddings, in the batch's order, also over several
+/// micro-batches.
 #[test]
 fn the_tap_sees_the_hidden_state_of_output_rows() {
-    let text =
-        MODEL.tokenize("It was the best of times, it was the worst of times, it was the age of wisdom", false).unwrap();
+    let text = MODEL
+        .tokenize(
+            "It was the best of times, it was the worst of times, it was the age of wisdom",
+            false,
+        )
+        .unwrap();
     let wanted: Vec<usize> = (0..text.len()).filter(|i| i % 3 == 2).collect();
     let mut tapped = context(&ContextParams { tap_hidden: true, n_ubatch: 8, ..params() });
     let mut batch = tapped.batch();

@@ -31,19 +31,33 @@ fn openais_client_is_content() {
 fn the_wire_is_as_openai_has_it() {
     let server = Server::start(&["--batch-size", "2", "--ctx", "256"]);
     let models = server.get("/v1/models").json();
-    assert_eq!((&models["object"], &models["data"][0]["object"]), (&json!("list"), &json!("model")));
+    assert_eq!(
+        (&models["object"], &models["data"][0]["object"]),
+        (&json!("list"), &json!("model"))
+    );
 
     let messages = json!([{ "role": "user", "content": "Say hi." }]);
-    let streamed = server.post_to("/v1/chat/completions", &json!({ "messages": messages, "max_tokens": 4, "stream": true }));
+    let streamed = server.post_to(
+        "/v1/chat/completions",
+        &json!({ "messages": messages, "max_tokens": 4, "stream": true }),
+    );
     assert!(streamed.head.contains("content-type: text/event-stream"));
     let text = streamed.text();
     assert!(text.ends_with("data: [DONE]\n\n"), "{text}");
-    let events = text.trim_end().split("\n\n").map(|event| event.strip_prefix("data: ").expect("data only"));
-    let mut chunks: Vec<Value> = events.filter(|e| *e != "[DONE]").map(|e| serde_json::from_str(e).unwrap()).collect();
+    let events =
+        text.trim_end().split("\n\n").map(|event| event.strip_prefix("data: ").expect("data only"));
+    let mut chunks: Vec<Value> =
+        events.filter(|e| *e != "[DONE]").map(|e| serde_json::from_str(e).unwrap()).collect();
     let last = chunks.pop().unwrap();
-    assert_eq!((&last["choices"][0]["delta"], last["choices"][0]["finish_reason"].is_string()), (&json!({}), true));
+    assert_eq!(
+        (&last["choices"][0]["delta"], last["choices"][0]["finish_reason"].is_string()),
+        (&json!({}), true)
+    );
     assert_eq!(chunks[0]["choices"][0]["delta"]["role"], "assistant");
-    assert!(chunks[1..].iter().all(|c| c["choices"][0]["delta"].as_object().unwrap().len() == 1), "{chunks:?}");
+    assert!(
+        chunks[1..].iter().all(|c| c["choices"][0]["delta"].as_object().unwrap().len() == 1),
+        "{chunks:?}"
+    );
     assert!(chunks.iter().all(|c| c.get("usage").is_none() && c["id"] == last["id"]));
 
     let refused = server.post_to("/v1/chat/completions", &json!({ "messages": messages, "n": 0 }));
@@ -52,7 +66,11 @@ fn the_wire_is_as_openai_has_it() {
     assert_eq!((&error["type"], &error["param"]), (&json!("invalid_request_error"), &json!("n")));
     assert!(error["message"].is_string() && error["code"] == "invalid_request");
     let too_many = server.post_to("/v1/completions", &json!({ "prompt": "x", "n": 9 }));
-    assert_eq!((too_many.status, &too_many.json()["error"]["param"]), (400, &json!("n")), "two slots, eight at once");
+    assert_eq!(
+        (too_many.status, &too_many.json()["error"]["param"]),
+        (400, &json!("n")),
+        "two slots, eight at once"
+    );
     let missing = server.get("/v1/engines");
     assert_eq!((missing.status, &missing.json()["error"]["code"]), (404, &json!("not_found")));
     let method = server.get("/v1/completions");

@@ -1,5 +1,5 @@
-//! `/openapi.json` against the server that it describes: paths, and what answers look like. That requests are read as documented is
-//! tested beside the document.
+//! `/openapi.json` against the server that it describes: paths, and what answers look like. That
+//! requests are read as documented is tested beside the document.
 #![allow(missing_docs)]
 
 mod common;
@@ -16,14 +16,22 @@ impl Document {
         let operation = &self.0["paths"][path][method];
         let response = &operation["responses"][answer.status.to_string()];
         let Some(content) = response["content"].as_object() else {
-            return Some(format!("{method} {path} does not document {} with a body", answer.status));
+            return Some(format!(
+                "{method} {path} does not document {} with a body",
+                answer.status
+            ));
         };
-        let kind = answer.head.lines().find_map(|l| l.strip_prefix("content-type: ")).unwrap_or_default();
+        let kind =
+            answer.head.lines().find_map(|l| l.strip_prefix("content-type: ")).unwrap_or_default();
         match content.get(kind) {
             None => Some(format!("{method} {path} does not document {kind} for {}", answer.status)),
-            Some(media) if kind == "application/json" => self.differs("body", &media["schema"], &answer.json()),
+            Some(media) if kind == "application/json" => {
+                self.differs("body", &media["schema"], &answer.json())
+            }
             Some(media) if kind == "text/event-stream" => {
-                let field = |event: &str, name: &str| event.lines().find_map(|line| Some(json!(line.strip_prefix(name)?)));
+                let field = |event: &str, name: &str| {
+                    event.lines().find_map(|line| Some(json!(line.strip_prefix(name)?)))
+                };
                 let events = answer.text().split("\n\n").filter(|event| !event.is_empty());
                 let mut events = events.map(|event| {
                     let mut fields = json!({ "data": field(event, "data: ") });
@@ -36,7 +44,8 @@ impl Document {
         }
     }
 
-    /// Where a value is not as its schema says. A field that the schema does not name is a fault, too.
+    /// Where a value is not as its schema says. A field that the schema does not name is a fault,
+    /// too.
     fn differs(&self, at: &str, schema: &Value, value: &Value) -> Option<String> {
         if let Some(name) = schema["$ref"].as_str() {
             return self.differs(at, self.0.pointer(&name[1..]).expect("a schema there is"), value);
@@ -58,18 +67,29 @@ impl Document {
             Some("null") => value.is_null(),
             _ => true,
         };
-        let fits = schema["type"].as_array().map_or_else(|| fits(&schema["type"]), |kinds| kinds.iter().any(fits));
+        let fits = schema["type"]
+            .as_array()
+            .map_or_else(|| fits(&schema["type"]), |kinds| kinds.iter().any(fits));
         let in_names = schema["enum"].as_array().is_none_or(|names| names.contains(value));
         if !fits || !in_names {
             return Some(format!("{at} is {value}, not {schema}"));
         }
         if let Some(list) = value.as_array() {
-            return list.iter().find_map(|item| self.differs(&format!("{at}[]"), &schema["items"], item));
+            return list
+                .iter()
+                .find_map(|item| self.differs(&format!("{at}[]"), &schema["items"], item));
         }
-        let (Some(fields), Some(properties)) = (value.as_object(), schema["properties"].as_object()) else { return None };
-        let required = schema["required"].as_array().into_iter().flatten().filter_map(Value::as_str);
-        let missing =
-            required.into_iter().find(|name| !fields.contains_key(*name)).map(|name| format!("{at}.{name} is missing"));
+        let (Some(fields), Some(properties)) =
+            (value.as_object(), schema["properties"].as_object())
+        else {
+            return None;
+        };
+        let required =
+            schema["required"].as_array().into_iter().flatten().filter_map(Value::as_str);
+        let missing = required
+            .into_iter()
+            .find(|name| !fields.contains_key(*name))
+            .map(|name| format!("{at}.{name} is missing"));
         missing.or_else(|| {
             fields.iter().find_map(|(name, value)| match properties.get(name) {
                 Some(schema) => self.differs(&format!("{at}.{name}"), schema, value),
@@ -94,7 +114,9 @@ fn answers_are_as_documented() {
     check("get", "/docs/{file}", 200, &server.get("/docs/"));
     check("get", "/docs/{file}", 404, &server.get("/docs/nothing"));
 
-    let post = |path: &str, status: u16, body: &Value| check("post", path, status, &server.post_to(path, body));
+    let post = |path: &str, status: u16, body: &Value| {
+        check("post", path, status, &server.post_to(path, body))
+    };
     let yes = json!({ "type": "json_schema", "json_schema": { "name": "x", "schema": { "const": "yes" } } });
     let more = [
         json!({}),
@@ -124,7 +146,9 @@ fn answers_are_as_documented() {
     let long = json!({ "prompt": "x".repeat(10_000) });
     for path in ["/generate", "/v1/completions", "/v1/chat/completions"] {
         post(path, 413, &long);
-        let head = format!("POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 1\r\n\r\n{{");
+        let head = format!(
+            "POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 1\r\n\r\n{{"
+        );
         check("post", path, 400, &exchange(server.addr, head.as_bytes()));
         check("post", path, 405, &server.get(path));
     }
@@ -136,7 +160,13 @@ fn every_path_is_documented_and_the_page_is_found() {
     let document = server.get("/openapi.json").json();
     let mut documented: Vec<String> = Vec::new();
     for (path, operations) in document["paths"].as_object().unwrap() {
-        documented.extend(operations.as_object().unwrap().keys().map(|method| format!("{} {path}", method.to_uppercase())));
+        documented.extend(
+            operations
+                .as_object()
+                .unwrap()
+                .keys()
+                .map(|method| format!("{} {path}", method.to_uppercase())),
+        );
     }
     let endpoints = server.get("/").json()["endpoints"].clone();
     let mut served: Vec<String> = serde_json::from_value(endpoints).unwrap();
@@ -146,5 +176,9 @@ fn every_path_is_documented_and_the_page_is_found() {
     assert_eq!(document["info"]["version"], env!("CARGO_PKG_VERSION"));
     assert_eq!(document["components"]["securitySchemes"]["key"]["scheme"], "bearer");
     let page = server.get("/docs");
-    assert!(page.status == 200 && page.head.contains("content-type: text/html") && page.text().contains("swagger-ui"));
+    assert!(
+        page.status == 200
+            && page.head.contains("content-type: text/html")
+            && page.text().contains("swagger-ui")
+    );
 }

@@ -1,4 +1,5 @@
-//! What whoever runs a server sees of it and sets: ids and lines of the log, keys, limits of clients, TLS.
+//! What whoever runs a server sees of it and sets: ids and lines of the log, keys, limits of
+//! clients, TLS.
 #![allow(missing_docs)]
 
 mod common;
@@ -18,7 +19,9 @@ use tokio_rustls::rustls::{ClientConfig, ClientConnection, RootCertStore, Stream
 /// The lines of a server's log in JSON that name a request.
 fn lines_about(server: &Server, id: &str) -> Vec<Value> {
     let log = server.log();
-    let lines = log.lines().map(|line| serde_json::from_str::<Value>(line).unwrap_or_else(|e| panic!("{e}: {line}")));
+    let lines = log
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap_or_else(|e| panic!("{e}: {line}")));
     lines.filter(|line| line["span"]["request_id"] == id).collect()
 }
 
@@ -33,7 +36,9 @@ fn access_line(server: &Server, id: &str) -> Value {
 #[test]
 fn a_request_has_one_id_in_its_answer_and_in_every_line_about_it() {
     let server = Server::start(&["--ctx", "256", "--log-format", "json", "--log-level", "debug"]);
-    let body = |stream: bool| json!({ "prompt": "x", "max_tokens": 4, "stream": stream, "ignore_eos": true }).to_string();
+    let body = |stream: bool| {
+        json!({ "prompt": "x", "max_tokens": 4, "stream": stream, "ignore_eos": true }).to_string()
+    };
     let checks = [
         ("POST /generate", "whole", body(false), 200),
         ("POST /generate", "streamed", body(true), 200),
@@ -44,16 +49,35 @@ fn a_request_has_one_id_in_its_answer_and_in_every_line_about_it() {
     ];
     for (what, id, body, status) in checks {
         let answer = server.ask(what, &[&format!("X-Request-Id: {id}")], body.as_bytes());
-        assert_eq!((answer.status, answer.header("x-request-id")), (status, Some(id)), "{answer:?}");
+        assert_eq!(
+            (answer.status, answer.header("x-request-id")),
+            (status, Some(id)),
+            "{answer:?}"
+        );
         let line = access_line(&server, id);
-        assert_eq!((&line["status"], &line["message"]), (&json!(status), &json!("answered")), "{line}");
+        assert_eq!(
+            (&line["status"], &line["message"]),
+            (&json!(status), &json!("answered")),
+            "{line}"
+        );
         let path = what.split([' ', '?']).nth(1).unwrap();
         assert_eq!(line["path"], path);
-        assert_eq!(line["bytes"].as_u64().unwrap() as usize, if id == "head" { 0 } else { answer.body.len() }, "{line}");
-        assert_eq!(line["tokens"], if status == 200 && path == "/generate" { json!(4) } else { Value::Null });
+        assert_eq!(
+            line["bytes"].as_u64().unwrap() as usize,
+            if id == "head" { 0 } else { answer.body.len() },
+            "{line}"
+        );
+        assert_eq!(
+            line["tokens"],
+            if status == 200 && path == "/generate" { json!(4) } else { Value::Null }
+        );
     }
-    let by_the_engine = |id| lines_about(&server, id).iter().filter(|line| line["message"] == "admitted").count();
-    assert_eq!((by_the_engine("whole"), by_the_engine("streamed"), by_the_engine("bad-field")), (1, 1, 0));
+    let by_the_engine =
+        |id| lines_about(&server, id).iter().filter(|line| line["message"] == "admitted").count();
+    assert_eq!(
+        (by_the_engine("whole"), by_the_engine("streamed"), by_the_engine("bad-field")),
+        (1, 1, 0)
+    );
 
     let made = server.get("/health").header("x-request-id").unwrap().to_owned();
     assert_ne!(server.get("/health").header("x-request-id"), Some(made.as_str()));
@@ -67,7 +91,8 @@ fn a_client_that_leaves_is_logged_as_such() {
     for stream in [true, false] {
         let id = format!("left-{stream}");
         let body = json!({ "prompt": "A long tale:", "max_tokens": 400, "stream": stream, "ignore_eos": true }).to_string();
-        let bytes = request_bytes("POST /generate", &[&format!("X-Request-Id: {id}")], body.as_bytes());
+        let bytes =
+            request_bytes("POST /generate", &[&format!("X-Request-Id: {id}")], body.as_bytes());
         let mut socket = server.send(&bytes);
         if stream {
             socket.read_exact(&mut [0; 400]).unwrap();
@@ -86,12 +111,15 @@ fn a_client_that_leaves_is_logged_as_such() {
 #[test]
 fn text_is_the_form_of_the_log_unless_json_is_asked_for() {
     let server = Server::start(&["--ctx", "256"]);
-    let answer = read_answer(server.send(&request_bytes("GET /health", &["X-Request-Id: mine"], b"")));
+    let answer =
+        read_answer(server.send(&request_bytes("GET /health", &["X-Request-Id: mine"], b"")));
     assert_eq!(answer.status, 200);
     server.wait(|| server.log().contains("request{request_id=\"mine\"}"));
     let log = server.log();
     let line = log.lines().find(|line| line.contains("request_id=\"mine\"")).unwrap();
-    for part in ["INFO", "answered", "method=GET", "path=/health", "status=200", "seconds=0.0", "bytes=15"] {
+    for part in
+        ["INFO", "answered", "method=GET", "path=/health", "status=200", "seconds=0.0", "bytes=15"]
+    {
         assert!(line.contains(part), "{part} in {line}");
     }
 }
@@ -101,7 +129,16 @@ fn work_and_information_need_a_key_where_there_are_keys() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("keys");
     std::fs::write(&file, "# for the tests\n\n  key-of-a-file  \n").unwrap();
-    let args = ["--ctx", "256", "--log-level", "trace", "--api-key", "key-one,key-two", "--api-key", "key-three"];
+    let args = [
+        "--ctx",
+        "256",
+        "--log-level",
+        "trace",
+        "--api-key",
+        "key-one,key-two",
+        "--api-key",
+        "key-three",
+    ];
     let server = Server::start(&[&args[..], &["--api-key-file", file.to_str().unwrap()]].concat());
     let body = json!({ "prompt": "x", "max_tokens": 1 }).to_string();
     let ask = |what: &str, key: Option<&str>| {
@@ -116,21 +153,36 @@ fn work_and_information_need_a_key_where_there_are_keys() {
         for key in ["key-one", "key-two", "key-three", "key-of-a-file"] {
             assert_eq!(ask(what, Some(key)).status, 200, "{what} {key}");
         }
-        for wrong in [None, Some("key-fou"), Some("# for the tests"), Some("key-one,key-two"), Some("")] {
+        for wrong in
+            [None, Some("key-fou"), Some("# for the tests"), Some("key-one,key-two"), Some("")]
+        {
             let refused = ask(what, wrong);
-            assert_eq!((refused.status, refused.header("www-authenticate")), (401, Some("bearer")), "{what} {wrong:?}");
+            assert_eq!(
+                (refused.status, refused.header("www-authenticate")),
+                (401, Some("bearer")),
+                "{what} {wrong:?}"
+            );
             let error = &refused.json()["error"];
             let name = if what.contains("/v1") { "code" } else { "type" };
             assert_eq!(error[name], "invalid_api_key");
             assert!(refused.header("x-request-id").is_some());
         }
     }
-    for open in
-        ["GET /health", "GET /ready", "GET /docs", "GET /docs/swagger-ui.css", "GET /openapi.json", "GET /page/page.js"]
-    {
+    for open in [
+        "GET /health",
+        "GET /ready",
+        "GET /docs",
+        "GET /docs/swagger-ui.css",
+        "GET /openapi.json",
+        "GET /page/page.js",
+    ] {
         assert_eq!(ask(open, None).status, 200, "{open}");
     }
-    assert_eq!(server.ask("GET /", &["Accept: text/html"], b"").status, 200, "the page asks for a key itself");
+    assert_eq!(
+        server.ask("GET /", &["Accept: text/html"], b"").status,
+        200,
+        "the page asks for a key itself"
+    );
     assert_eq!(ask("GET /nothing", None).status, 401);
     assert_eq!(ask("GET /nothing", Some("key-one")).status, 404);
     for key in ["key-one", "key-two", "key-three", "key-of-a-file", "key-fou"] {
@@ -151,7 +203,10 @@ fn keys_that_cannot_be_are_refused_at_start_and_not_shown() {
         (vec!["--api-key", "sesame open"], "API_KEY has a key with a space"),
         (vec!["--metrics", "key"], "METRICS is key, but there is none"),
         (vec!["--metrics-key", "sesame"], "METRICS does not ask for it"),
-        (vec!["--metrics", "key", "--api-key", "sesame", "--metrics-key", "sesame"], "METRICS_KEY is one of the API keys"),
+        (
+            vec!["--metrics", "key", "--api-key", "sesame", "--metrics-key", "sesame"],
+            "METRICS_KEY is one of the API keys",
+        ),
     ];
     for (args, expected) in refused {
         let output = run(&[&["serve"], &args[..]].concat(), &[]);
@@ -164,7 +219,8 @@ fn keys_that_cannot_be_are_refused_at_start_and_not_shown() {
     assert!(!String::from_utf8_lossy(&help.stdout).contains("sesame"));
 }
 
-/// A connection that holds little: small segments and a small buffer here keep the server's buffer small, too.
+/// A connection that holds little: small segments and a small buffer here keep the server's buffer
+/// small, too.
 fn narrow_connection(server: &Server) -> TcpStream {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
     socket.set_recv_buffer_size(2048).unwrap();
@@ -175,11 +231,18 @@ fn narrow_connection(server: &Server) -> TcpStream {
 
 #[test]
 fn a_reader_that_stalls_is_let_go_and_its_request_cancelled() {
-    let server = Server::start(&["--ctx", "1024", "--write-timeout", "0.5", "--log-format", "json"]);
+    let server =
+        Server::start(&["--ctx", "1024", "--write-timeout", "0.5", "--log-format", "json"]);
     let body =
         json!({ "prompt": "A long tale:", "max_tokens": 900, "n": 4, "stream": true, "ignore_eos": true }).to_string();
     let mut stalled = narrow_connection(&server);
-    stalled.write_all(&request_bytes("POST /v1/completions", &["X-Request-Id: stalled"], body.as_bytes())).unwrap();
+    stalled
+        .write_all(&request_bytes(
+            "POST /v1/completions",
+            &["X-Request-Id: stalled"],
+            body.as_bytes(),
+        ))
+        .unwrap();
     let line = access_line(&server, "stalled");
     assert_eq!((&line["message"], &line["status"]), (&json!("aborted"), &json!(200)), "{line}");
     server.wait(|| server.is_idle());
@@ -190,7 +253,14 @@ fn a_reader_that_stalls_is_let_go_and_its_request_cancelled() {
 
 #[test]
 fn heads_that_are_too_large_and_connections_that_idle_are_let_go() {
-    let server = Server::start_loading(&["--ctx", "256", "--max-header-bytes", "4096", "--read-timeout", "0.5"]);
+    let server = Server::start_loading(&[
+        "--ctx",
+        "256",
+        "--max-header-bytes",
+        "4096",
+        "--read-timeout",
+        "0.5",
+    ]);
     let large = format!("X-Large: {}", "x".repeat(5000));
     assert_eq!(server.ask("GET /health", &[&large], b"").status, 431);
     let path = format!("GET /{}", "x".repeat(5000));
@@ -226,10 +296,14 @@ fn pages_of_named_origins_may_read_answers_and_others_may_not() {
     };
     for origin in ["https://a.example", "http://b.example:8080"] {
         let answer = preflight(origin);
-        assert_eq!((answer.status, answer.header("access-control-allow-origin")), (204, Some(origin)));
+        assert_eq!(
+            (answer.status, answer.header("access-control-allow-origin")),
+            (204, Some(origin))
+        );
         assert_eq!(answer.header("access-control-allow-headers"), Some("authorization,x-a"));
         assert!(answer.header("access-control-allow-methods").unwrap().contains("post"));
-        let answer = server.ask("POST /v1/chat/completions", &[&format!("Origin: {origin}")], b"{}");
+        let answer =
+            server.ask("POST /v1/chat/completions", &[&format!("Origin: {origin}")], b"{}");
         assert_eq!(
             (answer.status, answer.header("access-control-allow-origin")),
             (401, Some(origin)),
@@ -244,16 +318,26 @@ fn pages_of_named_origins_may_read_answers_and_others_may_not() {
             "{other}"
         );
         let answer = server.ask("GET /health", &[&format!("Origin: {other}")], b"");
-        assert_eq!((answer.header("access-control-allow-origin"), answer.header("vary")), (None, Some("origin")));
+        assert_eq!(
+            (answer.header("access-control-allow-origin"), answer.header("vary")),
+            (None, Some("origin"))
+        );
     }
     let all = Server::start_loading(&["--ctx", "256", "--cors-origin", "*"]);
     let answer = all.ask("GET /health", &["Origin: https://any.example"], b"");
     assert_eq!(answer.header("access-control-allow-origin"), Some("*"));
     let none = Server::start_loading(&["--ctx", "256"]);
-    assert!(!none.ask("GET /health", &["Origin: https://a.example"], b"").head.contains("access-control"));
-    for (value, wanted) in
-        [("https://a.example/", "CORS_ORIGIN"), ("a.example", "with no path"), ("*,https://a.example", "* and others")]
-    {
+    assert!(
+        !none
+            .ask("GET /health", &["Origin: https://a.example"], b"")
+            .head
+            .contains("access-control")
+    );
+    for (value, wanted) in [
+        ("https://a.example/", "CORS_ORIGIN"),
+        ("a.example", "with no path"),
+        ("*,https://a.example", "* and others"),
+    ] {
         let refused = run(&["serve", "--cors-origin", value], &[]);
         let text = String::from_utf8_lossy(&refused.stderr).into_owned();
         assert!(!refused.status.success() && text.contains(wanted), "{text}");
@@ -284,9 +368,14 @@ impl Certificate {
         let mut roots = RootCertStore::empty();
         roots.add(self.der.clone()).unwrap();
         let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()));
-        let config = config.with_safe_default_protocol_versions().unwrap().with_root_certificates(roots);
-        let session = ClientConnection::new(Arc::new(config.with_no_client_auth()), "localhost".try_into().unwrap());
-        let mut stream = StreamOwned::new(session.unwrap(), TcpStream::connect(server.addr).unwrap());
+        let config =
+            config.with_safe_default_protocol_versions().unwrap().with_root_certificates(roots);
+        let session = ClientConnection::new(
+            Arc::new(config.with_no_client_auth()),
+            "localhost".try_into().unwrap(),
+        );
+        let mut stream =
+            StreamOwned::new(session.unwrap(), TcpStream::connect(server.addr).unwrap());
         stream.write_all(request).unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).unwrap();
@@ -298,15 +387,26 @@ impl Certificate {
 fn answers_and_streams_go_over_tls_and_bad_handshakes_are_nobody_elses_affair() {
     let certificate = Certificate::new();
     let (cert, key) = (certificate.path("cert.pem"), certificate.path("key.pem"));
-    let server = Server::start_loading(&["--ctx", "256", "--read-timeout", "1", "--tls-cert", &cert, "--tls-key", &key]);
+    let server = Server::start_loading(&[
+        "--ctx",
+        "256",
+        "--read-timeout",
+        "1",
+        "--tls-cert",
+        &cert,
+        "--tls-key",
+        &key,
+    ]);
     assert!(server.log().contains("https://"));
 
     let mut silent = TcpStream::connect(server.addr).unwrap();
     let mut plain = server.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n");
     let ready = request_bytes("GET /ready", &[], b"");
     server.wait(|| certificate.exchange(&server, &ready).starts_with("HTTP/1.1 200"));
-    let body = json!({ "prompt": "x", "max_tokens": 3, "stream": true, "ignore_eos": true }).to_string();
-    let streamed = certificate.exchange(&server, &request_bytes("POST /generate", &[], body.as_bytes()));
+    let body =
+        json!({ "prompt": "x", "max_tokens": 3, "stream": true, "ignore_eos": true }).to_string();
+    let streamed =
+        certificate.exchange(&server, &request_bytes("POST /generate", &[], body.as_bytes()));
     assert!(streamed.contains("\"completion_tokens\":3"), "{streamed}");
 
     let mut rest = Vec::new();
@@ -323,7 +423,10 @@ fn certificates_that_cannot_be_used_are_refused_at_start_by_name() {
     let refused = [
         (vec!["--tls-cert", &cert], "give TLS_KEY"),
         (vec!["--tls-key", &key], "give TLS_CERT"),
-        (vec!["--tls-cert", "/no/such/file", "--tls-key", &key], "TLS_CERT /no/such/file cannot be read"),
+        (
+            vec!["--tls-cert", "/no/such/file", "--tls-key", &key],
+            "TLS_CERT /no/such/file cannot be read",
+        ),
         (vec!["--tls-cert", &key, "--tls-key", &key], "holds no certificate"),
         (vec!["--tls-cert", &cert, "--tls-key", &cert], "cannot be read as a private key"),
         (vec!["--tls-cert", &cert, "--tls-key", &others], "cannot be used together"),

@@ -26,13 +26,19 @@ fn details_name_each_token_its_step_and_who_drafted_it() {
     assert_eq!(n_drafted, answer["speculation"]["accepted"].as_u64().unwrap() as usize);
     assert_eq!(tokens.last().unwrap()["step"], answer["speculation"]["steps"]);
     let steps: Vec<u64> = tokens.iter().map(|t| t["step"].as_u64().unwrap()).collect();
-    assert!(steps[0] == 1 && steps.windows(2).all(|pair| (0..=1).contains(&(pair[1] - pair[0]))), "{steps:?}");
+    assert!(
+        steps[0] == 1 && steps.windows(2).all(|pair| (0..=1).contains(&(pair[1] - pair[0]))),
+        "{steps:?}"
+    );
     assert!(tokens.iter().all(|t| t["rows"].as_u64().unwrap() >= 1 && t.get("logprob").is_none()));
     assert!(generate(&server, &json!({})).get("tokens").is_none(), "nobody asked");
 
     let body = json!({ "prompt": "One, two, three,", "max_tokens": 40, "temperature": 0, "stream": true, "details": true });
     let events = server.generate(&body).events();
-    let streamed = events.iter().flat_map(|e| e["tokens"].as_array().unwrap()).map(|t| t["id"].as_u64().unwrap());
+    let streamed = events
+        .iter()
+        .flat_map(|e| e["tokens"].as_array().unwrap())
+        .map(|t| t["id"].as_u64().unwrap());
     assert!(streamed.eq(tokens.iter().map(|t| t["id"].as_u64().unwrap())), "the same in a stream");
 }
 
@@ -41,19 +47,32 @@ fn log_probabilities_are_the_models_own_whatever_chooses_and_drafts() {
     let server = Server::start(&["--ctx", "256"]);
     let answer = generate(&server, &json!({ "logprobs": 3 }));
     for token in answer["tokens"].as_array().unwrap() {
-        let top: Vec<f64> =
-            token["top_logprobs"].as_array().unwrap().iter().map(|t| t["logprob"].as_f64().unwrap()).collect();
+        let top: Vec<f64> = token["top_logprobs"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|t| t["logprob"].as_f64().unwrap())
+            .collect();
         assert!(top.len() == 3 && top.windows(2).all(|pair| pair[0] >= pair[1]), "{token}");
-        assert!(token["top_logprobs"][0]["id"] == token["id"] && token["logprob"] == top[0], "greedy takes the likeliest");
+        assert!(
+            token["top_logprobs"][0]["id"] == token["id"] && token["logprob"] == top[0],
+            "greedy takes the likeliest"
+        );
         assert!(top.iter().map(|p| p.exp()).sum::<f64>() <= 1.0 + 1e-6);
     }
     let logprobs = |more: &Value| -> Vec<f64> {
         let answer = generate(&server, more);
-        answer["tokens"].as_array().unwrap().iter().map(|t| t["logprob"].as_f64().unwrap()).collect()
+        answer["tokens"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|t| t["logprob"].as_f64().unwrap())
+            .collect()
     };
     let plain = logprobs(&json!({ "logprobs": 0, "speculation": "off" }));
     assert_eq!(plain, logprobs(&json!({ "logprobs": 0 })), "drafts change none");
-    let biased = generate(&server, &json!({ "logprobs": 1, "logit_bias": { "28": 100 }, "max_tokens": 1 }));
+    let biased =
+        generate(&server, &json!({ "logprobs": 1, "logit_bias": { "28": 100 }, "max_tokens": 1 }));
     let first = &biased["tokens"][0];
     assert!(
         first["id"] == 28 && first["top_logprobs"][0]["id"] != 28,
@@ -68,9 +87,13 @@ fn tokens_of_a_stop_string_are_not_told() {
     let stop = &free[10..14];
     let answer = generate(&server, &json!({ "details": true, "stop": stop }));
     let shown = answer["generated_text"].as_str().unwrap();
-    let text: String = answer["tokens"].as_array().unwrap().iter().map(|t| t["text"].as_str().unwrap()).collect();
+    let text: String =
+        answer["tokens"].as_array().unwrap().iter().map(|t| t["text"].as_str().unwrap()).collect();
     assert_eq!((shown, &answer["stop_reason"]), (&free[..free.find(stop).unwrap()], &json!(stop)));
-    assert!(text.starts_with(shown) && text.len() < shown.len() + stop.len() + 8, "{text:?} for {shown:?}");
+    assert!(
+        text.starts_with(shown) && text.len() < shown.len() + stop.len() + 8,
+        "{text:?} for {shown:?}"
+    );
 }
 
 #[test]
@@ -78,12 +101,17 @@ fn a_deadline_ends_an_answer_where_it_stands() {
     let server = Server::start(&["--batch-size", "1", "--ctx", "2048"]);
     let long = json!({ "max_tokens": 2000, "timeout_s": 0.3 });
     let answer = generate(&server, &long);
-    assert_eq!((&answer["finish_reason"], &answer["stop_reason"]), (&json!("length"), &json!("deadline")));
+    assert_eq!(
+        (&answer["finish_reason"], &answer["stop_reason"]),
+        (&json!("length"), &json!("deadline"))
+    );
     let n = answer["usage"]["completion_tokens"].as_u64().unwrap();
     assert!((1..2000).contains(&n) && !answer["generated_text"].as_str().unwrap().is_empty());
 
     // One that waits behind another has no token when its time is over.
-    let running = server.open_stream(&json!({ "prompt": "x", "max_tokens": 2000, "stream": true, "ignore_eos": true }));
+    let running = server.open_stream(
+        &json!({ "prompt": "x", "max_tokens": 2000, "stream": true, "ignore_eos": true }),
+    );
     server.wait(|| server.load()["running"] == 1);
     for stream in [false, true] {
         let late = server.generate(&json!({ "prompt": "y", "timeout_s": 0.05, "stream": stream }));

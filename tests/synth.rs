@@ -1,5 +1,6 @@
-//! Models and heads of random weights: they load, generate and draft, and one seed gives one file. And what a real model, if a
-//! tiny one, shows about sampling that a stub cannot: that llama.cpp's trees leave the distribution alone.
+//! Models and heads of random weights: they load, generate and draft, and one seed gives one file.
+//! And what a real model, if a tiny one, shows about sampling that a stub cannot: that llama.cpp's
+//! trees leave the distribution alone.
 #![allow(missing_docs)]
 
 use std::collections::{HashMap, HashSet};
@@ -10,7 +11,9 @@ use std::sync::Arc;
 use medusa_llama::config::HeadKind;
 use medusa_llama::engine::forward::LlamaForward;
 use medusa_llama::engine::{Engine, Job, Layout, Limits};
-use medusa_llama::llama::{self, Context, ContextParams, Model, ModelParams, Quantization, SeqId, Token};
+use medusa_llama::llama::{
+    self, Context, ContextParams, Model, ModelParams, Quantization, SeqId, Token,
+};
 use medusa_llama::request::{Completion, Event, Request, SamplingParams};
 use medusa_llama::speculate::cost::Cost;
 use medusa_llama::speculate::heads::{HeadNets, Heads, Shape as HeadsShape};
@@ -34,7 +37,8 @@ fn write(folder: &TempDir, name: &str, quantization: &str, seed: u64) -> Vec<u8>
     let path = folder.path().join(name);
     let quantization = Quantization::by_name(quantization).unwrap();
     let (mut last, mut all) = (0, 0);
-    synth::model(&path, &tiny(), quantization, seed, &mut |done, n| (last, all) = (done, n)).unwrap();
+    synth::model(&path, &tiny(), quantization, seed, &mut |done, n| (last, all) = (done, n))
+        .unwrap();
     assert!(last == all && all > 0, "{last} of {all}");
     std::fs::read(path).unwrap()
 }
@@ -61,18 +65,28 @@ fn context(model: &Arc<Model>, n_seq_max: usize, tap_hidden: bool) -> Context {
 fn engine(model: &Arc<Model>, folder: Option<(&Path, usize)>) -> Engine<LlamaForward> {
     let layout = Layout::Unified { n_cells: 1024, n_retained: 64, n_seqs: 2 * N_SLOTS };
     let limits = Limits { n_slots: N_SLOTS, n_ctx: 128, n_batch: 256, n_prefill: None, layout };
-    let mut engine = Engine::new(LlamaForward::new(context(model, N_IDS, true)), limits, Arc::default());
+    let mut engine =
+        Engine::new(LlamaForward::new(context(model, N_IDS, true)), limits, Arc::default());
     if let Some((folder, n_nodes)) = folder {
         let shape = HeadsShape { n_embd: model.n_embd(), n_vocab: model.n_vocab() };
-        let drafter = speculate::drafter(Heads::load(folder, shape, 16).unwrap(), model, 1).unwrap();
+        let drafter =
+            speculate::drafter(Heads::load(folder, shape, 16).unwrap(), model, 1).unwrap();
         let n_heads = drafter.n_heads();
         let cost = Cost::from_points(&[(1, 1.0), (64, 2.0)]);
-        engine.speculate(Speculator::new(drafter, n_heads + 1, cost).with_fixed_nodes(n_nodes), N_IDS);
+        engine.speculate(
+            Speculator::new(drafter, n_heads + 1, cost).with_fixed_nodes(n_nodes),
+            N_IDS,
+        );
     }
     engine
 }
 
-fn enqueue(engine: &mut Engine<LlamaForward>, prompt: &[Token], n: usize, sampling: SamplingParams) -> Receiver<Event> {
+fn enqueue(
+    engine: &mut Engine<LlamaForward>,
+    prompt: &[Token],
+    n: usize,
+    sampling: SamplingParams,
+) -> Receiver<Event> {
     let (events, receiver) = mpsc::channel(n + 1);
     let request = Request { sampling, ..Request::new("", n) };
     engine.enqueue(Job::new(prompt.to_vec(), request, events));
@@ -110,23 +124,34 @@ fn a_seed_gives_one_file() {
         assert!(first == write(&folder, "b.gguf", quantization, 1), "{quantization}");
         assert!(first != write(&folder, "c.gguf", quantization, 2), "{quantization}");
         let model = load(&folder.path().join("a.gguf"));
-        assert!(model.quantization().starts_with(&quantization[..4.min(quantization.len())]), "{}", model.quantization());
-        assert_eq!((model.n_vocab(), model.n_embd(), model.n_layer(), model.n_ctx_train()), (512, 64, 2, 2048));
+        assert!(
+            model.quantization().starts_with(&quantization[..4.min(quantization.len())]),
+            "{}",
+            model.quantization()
+        );
+        assert_eq!(
+            (model.n_vocab(), model.n_embd(), model.n_layer(), model.n_ctx_train()),
+            (512, 64, 2, 2048)
+        );
     }
-    let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    let left: Vec<_> =
+        std::fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(left.len(), 3, "nothing but what was asked for: {left:?}");
 }
 
-/// Each tensor is stored as llama.cpp's quantizer would have stored it, had it been given all values.
+/// Each tensor is stored as llama.cpp's quantizer would have stored it, had it been given all
+/// values.
 #[test]
 fn the_mixture_is_llama_cpps_own() {
     let folder = tempfile::tempdir().unwrap();
     write(&folder, "f16.gguf", "F16", 1);
     for quantization in ["Q4_K_M", "Q4_0", "Q3_K_M", "IQ4_NL"] {
         write(&folder, "ours.gguf", quantization, 1);
-        let [from, to, ours] = ["f16.gguf", "theirs.gguf", "ours.gguf"].map(|name| folder.path().join(name));
+        let [from, to, ours] =
+            ["f16.gguf", "theirs.gguf", "ours.gguf"].map(|name| folder.path().join(name));
         llama::quantize(&from, &to, Quantization::by_name(quantization).unwrap(), 1).unwrap();
-        let types = |path: &Path| llama::tensor_types(path).unwrap().into_iter().collect::<HashMap<_, _>>();
+        let types =
+            |path: &Path| llama::tensor_types(path).unwrap().into_iter().collect::<HashMap<_, _>>();
         assert_eq!(types(&ours), types(&to), "{quantization}");
         let size = |path: &Path| std::fs::metadata(path).unwrap().len();
         assert_eq!(size(&ours), size(&to), "{quantization}");
@@ -145,7 +170,8 @@ fn a_tiny_model_reads_and_writes_text() {
     let mut engine = engine(&model, None);
     let prompt = model.tokenize("tell me of rain", true).unwrap();
     let sampled = SamplingParams { temperature: 1.0, seed: 5, ..greedy() };
-    let answers = [greedy(), greedy(), sampled].map(|sampling| enqueue(&mut engine, &prompt, 64, sampling));
+    let answers =
+        [greedy(), greedy(), sampled].map(|sampling| enqueue(&mut engine, &prompt, 64, sampling));
     run(&mut engine);
     let [first, again, sampled] = answers.map(read);
     assert_eq!(first.0, again.0);
@@ -155,7 +181,11 @@ fn a_tiny_model_reads_and_writes_text() {
         let letters: HashSet<char> = text.chars().filter(char::is_ascii_lowercase).collect();
         assert!(letters.len() > 8, "{text:?}");
     }
-    assert!(first.0.chars().all(|c| c == ' ' || c.is_ascii_lowercase()), "bytes are unlikely: {:?}", first.0);
+    assert!(
+        first.0.chars().all(|c| c == ' ' || c.is_ascii_lowercase()),
+        "bytes are unlikely: {:?}",
+        first.0
+    );
     engine.check_nothing_left();
 }
 
@@ -176,7 +206,8 @@ fn logits_are_finite_and_leave_a_choice() {
     let mut entropy = 0.0;
     for row in 0..tokens.len() {
         let p = distribution(context.logits(row).unwrap(), 1.0);
-        entropy += p.iter().filter(|(_, p)| *p > 0.0).map(|(_, p)| -p * p.ln()).sum::<f64>() / tokens.len() as f64;
+        entropy += p.iter().filter(|(_, p)| *p > 0.0).map(|(_, p)| -p * p.ln()).sum::<f64>()
+            / tokens.len() as f64;
         favourites.insert(p.iter().max_by(|a, b| a.1.total_cmp(&b.1)).unwrap().0);
     }
     assert!((0.5..5.0).contains(&entropy), "{entropy} nats");
@@ -207,8 +238,12 @@ fn heads_of_both_kinds_load_and_draft() {
 
         let loaded = Heads::load(&to, HeadsShape { n_embd: 64, n_vocab: 512 }, 16).unwrap();
         match loaded.nets {
-            HeadNets::Plain(w) => assert_eq!((kind, w.blocks.len(), w.outputs.len()), (HeadKind::Medusa, 3, 3)),
-            HeadNets::Conditioned(w) => assert_eq!((kind, w.steps.len()), (HeadKind::Conditioned, 3)),
+            HeadNets::Plain(w) => {
+                assert_eq!((kind, w.blocks.len(), w.outputs.len()), (HeadKind::Medusa, 3, 3))
+            }
+            HeadNets::Conditioned(w) => {
+                assert_eq!((kind, w.steps.len()), (HeadKind::Conditioned, 3))
+            }
         }
         let mut engine = engine(&model, Some((&to, 6)));
         let answer = enqueue(&mut engine, &prompt, 40, greedy());
@@ -226,7 +261,12 @@ fn the_command_writes_what_is_asked_for_and_nothing_twice() {
     let (model, heads) = (folder.path().join("m.gguf"), folder.path().join("heads"));
     let run = |like: &str, more: &[&str]| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_medusa-llama"));
-        command.args(["synth", "--like", like, "-o"]).arg(&model).arg("--heads").arg(&heads).args(more);
+        command
+            .args(["synth", "--like", like, "-o"])
+            .arg(&model)
+            .arg("--heads")
+            .arg(&heads)
+            .args(more);
         let output = command.output().unwrap();
         let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
         (output.status.success(), text)
@@ -244,7 +284,10 @@ fn the_command_writes_what_is_asked_for_and_nothing_twice() {
     assert!(!ok && text.contains("--force"), "{text}");
     let (ok, text) = run("tiny", &["--kind", "conditioned", "--force"]);
     assert!(ok, "{text}");
-    assert!(!heads.join("medusa_lm_head.safetensors").exists(), "old heads would be taken for the new ones");
+    assert!(
+        !heads.join("medusa_lm_head.safetensors").exists(),
+        "old heads would be taken for the new ones"
+    );
 }
 
 #[test]
@@ -252,17 +295,41 @@ fn a_bench_says_what_it_compared() {
     let folder = tempfile::tempdir().unwrap();
     write(&folder, "tiny.gguf", "Q8_0", 1);
     let at = |name: &str| folder.path().join(name);
-    heads::write(&at("heads"), heads::Spec { shape: &tiny(), kind: HeadKind::Medusa, n_heads: 2, seed: 1 }).unwrap();
-    std::fs::write(at("prompts.jsonl"), "{\"prompt\": \"rain\"}\n{\"prompt\": \"the sea\"}\n").unwrap();
+    heads::write(
+        &at("heads"),
+        heads::Spec { shape: &tiny(), kind: HeadKind::Medusa, n_heads: 2, seed: 1 },
+    )
+    .unwrap();
+    std::fs::write(at("prompts.jsonl"), "{\"prompt\": \"rain\"}\n{\"prompt\": \"the sea\"}\n")
+        .unwrap();
     let bench = |more: &[&str]| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_medusa-llama"));
         command.arg("bench").arg("-m").arg(at("tiny.gguf"));
         if !more.contains(&"--heads") {
             command.arg("--heads").arg(at("heads"));
         }
-        command.arg("--prompts").arg(at("prompts.jsonl")).arg("--json").arg(at("b.json")).arg("--svg").arg(at("b.svg"));
         command
-            .args(["-c", "512", "-t", "1", "-n", "200", "--parallel", "1,2", "--rounds", "1", "--tree-nodes", "4"])
+            .arg("--prompts")
+            .arg(at("prompts.jsonl"))
+            .arg("--json")
+            .arg(at("b.json"))
+            .arg("--svg")
+            .arg(at("b.svg"));
+        command
+            .args([
+                "-c",
+                "512",
+                "-t",
+                "1",
+                "-n",
+                "200",
+                "--parallel",
+                "1,2",
+                "--rounds",
+                "1",
+                "--tree-nodes",
+                "4",
+            ])
             .args(more);
         let output = command.output().unwrap();
         let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
@@ -273,8 +340,12 @@ fn a_bench_says_what_it_compared() {
 
     let (ok, text) = bench(&["--acceptance", "1,0"]);
     assert!(ok && text.contains("simulated") && text.contains("candidates/step"), "{text}");
-    let json: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(at("b.json")).unwrap()).unwrap();
-    assert_eq!((&json["simulated"], &json["acceptance"]), (&true.into(), &serde_json::json!([1.0, 0.0])));
+    let json: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(at("b.json")).unwrap()).unwrap();
+    assert_eq!(
+        (&json["simulated"], &json["acceptance"]),
+        (&true.into(), &serde_json::json!([1.0, 0.0]))
+    );
     assert!(std::fs::read_to_string(at("b.svg")).unwrap().contains("simulated acceptance"));
     for parallel in ["1", "2"] {
         let of = |mode: &str| {
@@ -289,12 +360,19 @@ fn a_bench_says_what_it_compared() {
     let (ok, text) = bench(&["--modes", "off,heads,text,auto"]);
     assert!(ok && !text.contains("simulated") && text.contains("auto / heads"), "{text}");
     assert!(text.contains("expected calibration error"), "{text}");
-    let json: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(at("b.json")).unwrap()).unwrap();
+    let json: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(at("b.json")).unwrap()).unwrap();
     assert_eq!((&json["simulated"], &json["text_drafts"]), (&false.into(), &true.into()));
     assert_eq!(json["modes"], serde_json::json!(["off", "heads", "text", "auto"]));
-    let (drafted, of) = (|mode: &str| json["by_parallel"]["1"][mode]["drafted"].as_u64().unwrap(), &json["calibration"]);
+    let (drafted, of) = (
+        |mode: &str| json["by_parallel"]["1"][mode]["drafted"].as_u64().unwrap(),
+        &json["calibration"],
+    );
     assert!(drafted("off") == 0 && drafted("heads") > 0 && drafted("text") > 0, "{text}");
-    assert!(of.as_array().unwrap().iter().any(|c| c["sources"] == serde_json::json!(["text"])), "{of}");
+    assert!(
+        of.as_array().unwrap().iter().any(|c| c["sources"] == serde_json::json!(["text"])),
+        "{of}"
+    );
 
     let (ok, text) = bench(&["--heads", "none", "--modes", "off,heads"]);
     assert!(!ok && text.contains("--modes names heads"), "{text}");
@@ -313,9 +391,13 @@ fn distribution(logits: &[f32], temperature: f64) -> Vec<(Token, f64)> {
 const TOP_K: usize = 3;
 const N_TOKENS: usize = 4;
 
-/// All continuations of a prompt of [`N_TOKENS`] tokens by the [`TOP_K`] likeliest each, with their probabilities by llama.cpp's
-/// logits, computed a row at a time.
-fn continuations(model: &Arc<Model>, prompt: &[Token], temperature: f64) -> HashMap<Vec<Token>, f64> {
+/// All continuations of a prompt of [`N_TOKENS`] tokens by the [`TOP_K`] likeliest each, with their
+/// probabilities by llama.cpp's logits, computed a row at a time.
+fn continuations(
+    model: &Arc<Model>,
+    prompt: &[Token],
+    temperature: f64,
+) -> HashMap<Vec<Token>, f64> {
     let mut context = context(model, 1, false);
     let mut open = vec![(vec![], 1.0)];
     for _ in 0..N_TOKENS {
@@ -333,7 +415,10 @@ fn continuations(model: &Arc<Model>, prompt: &[Token], temperature: f64) -> Hash
             next.sort_by(|a, b| b.1.total_cmp(&a.1));
             next.truncate(TOP_K);
             let kept: f64 = next.iter().map(|(_, p)| p).sum();
-            longer.extend(next.into_iter().map(|(token, q)| ([&continuation[..], &[token]].concat(), p * q / kept)));
+            longer.extend(
+                next.into_iter()
+                    .map(|(token, q)| ([&continuation[..], &[token]].concat(), p * q / kept)),
+            );
         }
         open = longer;
     }
@@ -345,8 +430,8 @@ fn chi2(counts: &[f64], expected: &[f64]) -> f64 {
     counts.iter().zip(expected).map(|(n, e)| (n - e).powi(2) / e).sum()
 }
 
-/// 20,000 sampled continuations of one prompt by a real model, with heads that draft and without, are distributed as the model's
-/// own logits say, and as each other.
+/// 20,000 sampled continuations of one prompt by a real model, with heads that draft and without,
+/// are distributed as the model's own logits say, and as each other.
 #[test]
 fn sampled_text_has_the_models_own_distribution() {
     const N: usize = 20_000;
@@ -358,7 +443,8 @@ fn sampled_text_has_the_models_own_distribution() {
     let expected = continuations(&model, &prompt, 2.0);
     assert!((expected.values().sum::<f64>() - 1.0).abs() < 1e-9);
 
-    // The model's own prediction from the state before, among the tokens that may come: right now and then.
+    // The model's own prediction from the state before, among the tokens that may come: right now
+    // and then.
     let heads = folder.path().join("heads");
     std::fs::create_dir(&heads).unwrap();
     let mut known: Vec<i64> = expected.keys().flatten().map(|t| i64::from(t.0)).collect();
@@ -379,7 +465,8 @@ fn sampled_text_has_the_models_own_distribution() {
     let mut texts: Vec<&String> = outcomes.iter().map(|(text, _)| text).collect();
     texts.dedup();
     assert_eq!(texts.len(), outcomes.len(), "every outcome has its own text");
-    let wanted: Vec<f64> = outcomes.iter().map(|(_, n)| *n).chain((rare > 0.0).then_some(rare)).collect();
+    let wanted: Vec<f64> =
+        outcomes.iter().map(|(_, n)| *n).chain((rare > 0.0).then_some(rare)).collect();
 
     let counted = [None, Some((heads.as_path(), 12))].map(|folder| {
         let mut engine = engine(&model, folder);
@@ -387,11 +474,20 @@ fn sampled_text_has_the_models_own_distribution() {
         let mut accepted = 0;
         for first in (0..N).step_by(N_SLOTS) {
             let seed = |i| (first + i) as u64 + if folder.is_some() { 1 << 32 } else { 0 };
-            let start = |i| enqueue(&mut engine, &prompt, N_TOKENS, SamplingParams { seed: seed(i), ..sampling.clone() });
+            let start = |i| {
+                enqueue(
+                    &mut engine,
+                    &prompt,
+                    N_TOKENS,
+                    SamplingParams { seed: seed(i), ..sampling.clone() },
+                )
+            };
             let answers: Vec<_> = (0..N_SLOTS).map(start).collect();
             run(&mut engine);
             for (text, done) in answers.into_iter().map(read) {
-                let at = outcomes.binary_search_by(|(outcome, _)| outcome.cmp(&text)).unwrap_or(outcomes.len());
+                let at = outcomes
+                    .binary_search_by(|(outcome, _)| outcome.cmp(&text))
+                    .unwrap_or(outcomes.len());
                 assert!(at < counts.len(), "{text:?} cannot come");
                 counts[at] += 1.0;
                 accepted += done.speculation.accepted;
@@ -407,14 +503,17 @@ fn sampled_text_has_the_models_own_distribution() {
         println!("chi-square {:.1}", chi2(counts, &wanted));
         assert!(chi2(counts, &wanted) < limit, "{}", chi2(counts, &wanted));
     }
-    // Two samples of equal size: each is expected to be the mean of both, and both differ from it alike.
-    let means: Vec<f64> = counted[0].iter().zip(&counted[1]).map(|(a, b)| f64::midpoint(*a, *b)).collect();
+    // Two samples of equal size: each is expected to be the mean of both, and both differ from it
+    // alike.
+    let means: Vec<f64> =
+        counted[0].iter().zip(&counted[1]).map(|(a, b)| f64::midpoint(*a, *b)).collect();
     let between = 2.0 * chi2(&counted[0], &means);
     println!("chi-square of one against the other {between:.1}");
     assert!(between < limit, "{between}");
 }
 
-/// What Pearson's statistic exceeds with a probability of 0.001, by Wilson and Hilferty's approximation.
+/// What Pearson's statistic exceeds with a probability of 0.001, by Wilson and Hilferty's
+/// approximation.
 fn chi2_limit(degrees: usize) -> f64 {
     let k = degrees as f64;
     let v = 2.0 / (9.0 * k);

@@ -63,7 +63,11 @@ fn a_request_is_a_span_in_its_clients_trace_with_its_stages_below() {
     let server = Server::start(&["--ctx", "256", "--otlp-endpoint", &collector.url]);
     let body = json!({ "prompt": "x", "max_tokens": 3, "n": 2, "stream": true }).to_string();
     let traceparent = format!("traceparent: 00-{TRACE}-{PARENT}-01");
-    let answer = server.ask("POST /v1/completions", &[&traceparent, "X-Request-Id: traced"], body.as_bytes());
+    let answer = server.ask(
+        "POST /v1/completions",
+        &[&traceparent, "X-Request-Id: traced"],
+        body.as_bytes(),
+    );
     assert_eq!(answer.status, 200);
     assert_eq!(server.ask("GET /nothing", &["traceparent: 00-zero-00-01"], b"").status, 404);
     server.terminate();
@@ -71,9 +75,17 @@ fn a_request_is_a_span_in_its_clients_trace_with_its_stages_below() {
 
     let (heads, bodies): (Vec<_>, Vec<_>) = collector.received.try_iter().unzip();
     let sent = bodies.concat();
-    assert!(heads.iter().all(|head| head.starts_with("post /v1/traces ") && head.contains("application/x-protobuf")));
-    for part in ["POST /v1/completions", "traced", "gen_ai.usage.output_tokens", "smollm2-135m", "medusa-llama", "/nothing"]
-    {
+    assert!(heads.iter().all(
+        |head| head.starts_with("post /v1/traces ") && head.contains("application/x-protobuf")
+    ));
+    for part in [
+        "POST /v1/completions",
+        "traced",
+        "gen_ai.usage.output_tokens",
+        "smollm2-135m",
+        "medusa-llama",
+        "/nothing",
+    ] {
         assert!(count(&sent, part.as_bytes()) > 0, "{part}");
     }
     for stage in ["queue", "prefill", "decode"] {
@@ -88,7 +100,8 @@ fn a_collector_that_is_down_or_silent_holds_up_nothing() {
     let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap(); // dropped: nobody listens
     let silent = TcpListener::bind("127.0.0.1:0").unwrap(); // its connections are never accepted
     for address in [closed, silent.local_addr().unwrap()] {
-        let server = Server::start(&["--ctx", "256", "--otlp-endpoint", &format!("http://{address}")]);
+        let server =
+            Server::start(&["--ctx", "256", "--otlp-endpoint", &format!("http://{address}")]);
         let start = Instant::now();
         for _ in 0..3 {
             assert_eq!(server.generate(&json!({ "prompt": "x", "max_tokens": 2 })).status, 200);
@@ -108,6 +121,9 @@ fn an_address_that_is_no_collectors_is_refused_at_start() {
         let refused = run(&["serve", "--otlp-endpoint", address], &[]);
         let text = String::from_utf8_lossy(&refused.stderr).into_owned();
         assert!(!refused.status.success(), "{address}");
-        assert!(text.contains("OTEL_EXPORTER_OTLP_ENDPOINT") && text.contains("http://127.0.0.1:4318"), "{text}");
+        assert!(
+            text.contains("OTEL_EXPORTER_OTLP_ENDPOINT") && text.contains("http://127.0.0.1:4318"),
+            "{text}"
+        );
     }
 }

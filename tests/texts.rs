@@ -1,5 +1,5 @@
-//! What a text is, with the default model: greedy it is llama.cpp's own, and it is the same in company, with drafts, under a grammar
-//! and from a device.
+//! What a text is, with the default model: greedy it is llama.cpp's own, and it is the same in
+//! company, with drafts, under a grammar and from a device.
 #![allow(missing_docs)]
 
 mod common;
@@ -62,8 +62,14 @@ fn greedy(prompt: &[Token], n: usize) -> Vec<Choice> {
     chosen
 }
 
-/// Computes a text in chunks, beside others that are as long, and shows the logits behind each token, by its position.
-fn replay(tokens: &[Token], chunk: usize, others: &[&dyn Fn(usize) -> Token], mut see: impl FnMut(usize, &[f32])) {
+/// Computes a text in chunks, beside others that are as long, and shows the logits behind each
+/// token, by its position.
+fn replay(
+    tokens: &[Token],
+    chunk: usize,
+    others: &[&dyn Fn(usize) -> Token],
+    mut see: impl FnMut(usize, &[f32]),
+) {
     let mut context = context(&ContextParams { n_cells: 2048, n_seq_max: 8, ..params() });
     for from in (0..tokens.len()).step_by(chunk) {
         let positions = from..(from + chunk).min(tokens.len());
@@ -89,15 +95,19 @@ fn other(pos: usize) -> Token {
 /// Chunks, and how many others are computed beside them: at most 64 rows.
 const COMPANY: [(usize, usize); 6] = [(2, 0), (5, 0), (16, 0), (64, 0), (1, 7), (4, 7)];
 
-/// How far this machine's ggml moves the gap of two logits when a row is computed beside others: the same text, in
-/// chunks of several sizes, alone and in company. The kernels, and with them the rounding, differ from processor to processor;
-/// and a value that rounds to the next 8-bit step moves all that follows.
+/// How far this machine's ggml moves the gap of two logits when a row is computed beside others:
+/// the same text, in chunks of several sizes, alone and in company. The kernels, and with them the
+/// rounding, differ from processor to processor; and a value that rounds to the next 8-bit step
+/// moves all that follows.
 fn rounding(prompt: &[Token], text: &[Choice]) -> f32 {
-    let tokens: Vec<Token> = prompt.iter().copied().chain(text.iter().map(|choice| choice.token)).collect();
+    let tokens: Vec<Token> =
+        prompt.iter().copied().chain(text.iter().map(|choice| choice.token)).collect();
     let mut moved = 0f32;
     for (chunk, n_others) in COMPANY {
         replay(&tokens, chunk, &vec![&other as _; n_others], |pos, logits| {
-            let Some(choice) = (pos + 1).checked_sub(prompt.len()).and_then(|i| text.get(i)) else { return };
+            let Some(choice) = (pos + 1).checked_sub(prompt.len()).and_then(|i| text.get(i)) else {
+                return;
+            };
             let gap = logits[choice.token.0 as usize] - logits[choice.runner_up.0 as usize];
             moved = moved.max((gap - choice.gap).abs());
         });
@@ -105,11 +115,16 @@ fn rounding(prompt: &[Token], text: &[Choice]) -> f32 {
     moved
 }
 
-/// What a row's logits are may depend, by rounding, on how many rows are beside it, but on nothing that they say.
+/// What a row's logits are may depend, by rounding, on how many rows are beside it, but on nothing
+/// that they say.
 #[test]
 fn nothing_that_others_say_reaches_a_row() {
-    let text =
-        MODEL.tokenize("<|im_start|>user\nTell me a story about winter and a very old clock.<|im_end|>\n", true).unwrap();
+    let text = MODEL
+        .tokenize(
+            "<|im_start|>user\nTell me a story about winter and a very old clock.<|im_end|>\n",
+            true,
+        )
+        .unwrap();
     let in_company = |chunk: usize, others: &[&dyn Fn(usize) -> Token]| {
         let mut rows = vec![];
         replay(&text, chunk, others, |_, logits| rows.extend_from_slice(logits));
@@ -117,13 +132,15 @@ fn nothing_that_others_say_reaches_a_row() {
     };
     let same = |_: usize| Token(5);
     for chunk in [1, 2, 5, 8] {
-        let [a, b] = [&other as &dyn Fn(usize) -> Token, &same].map(|who| in_company(chunk, &[who; 7]));
+        let [a, b] =
+            [&other as &dyn Fn(usize) -> Token, &same].map(|who| in_company(chunk, &[who; 7]));
         assert!(a == b, "chunks of {chunk}");
     }
 }
 
-/// Alone and in a crowd, with chunked prompts and reused prefixes, in both layouts, and with drafts. Where the texts part, the gap between
-/// the two best logits must have been within what rounding moves it; anything else is a bug.
+/// Alone and in a crowd, with chunked prompts and reused prefixes, in both layouts, and with
+/// drafts. Where the texts part, the gap between the two best logits must have been within what
+/// rounding moves it; anything else is a bug.
 #[test]
 fn greedy_text_is_llama_cpps_own() {
     let prompts = [
@@ -137,17 +154,29 @@ fn greedy_text_is_llama_cpps_own() {
     ];
     let prompt_tokens = prompts.map(|prompt| MODEL.tokenize(prompt, true).unwrap());
     let texts = prompt_tokens.each_ref().map(|prompt| greedy(prompt, 48));
-    let rounding = prompt_tokens.iter().zip(&texts).map(|(prompt, text)| rounding(prompt, text)).fold(0.0, f32::max);
-    assert!(rounding < 1.0, "rows computed beside others differ by {rounding}, more than rounding explains");
+    let rounding = prompt_tokens
+        .iter()
+        .zip(&texts)
+        .map(|(prompt, text)| rounding(prompt, text))
+        .fold(0.0, f32::max);
+    assert!(
+        rounding < 1.0,
+        "rows computed beside others differ by {rounding}, more than rounding explains"
+    );
     let heads = identity_heads(&texts);
-    for layout in [&["--kv", "streams"], &["--kv", "unified"], &["--heads", heads.path().to_str().unwrap()]] {
+    for layout in
+        [&["--kv", "streams"], &["--kv", "unified"], &["--heads", heads.path().to_str().unwrap()]]
+    {
         let server = Server::start(&[layout, &["--batch-size", "7", "--ctx", "512"][..]].concat());
         std::thread::scope(|scope| {
             for (prompt, text) in prompts.iter().zip(&texts) {
                 let server = &server;
                 scope.spawn(move || {
                     let body = json!({ "prompt": prompt, "max_tokens": 48, "temperature": 0 });
-                    let ours = server.generate(&body).json()["generated_text"].as_str().unwrap().to_owned();
+                    let ours = server.generate(&body).json()["generated_text"]
+                        .as_str()
+                        .unwrap()
+                        .to_owned();
                     compare(&format!("{layout:?}, {prompt:?}"), &ours, text, 2.0 * rounding);
                 });
             }
@@ -157,10 +186,15 @@ fn greedy_text_is_llama_cpps_own() {
         let off = json!({ "prompt": prompts[6], "max_tokens": 8, "temperature": 0, "speculation": "off" });
         assert_eq!(server.generate(&off).json()["speculation"]["drafted"], 0);
     }
-    // A server drafts where that pays; here rows are said to cost nothing, so trees of all sizes are verified.
+    // A server drafts where that pays; here rows are said to cost nothing, so trees of all sizes
+    // are verified.
     let mut engine = drafting_engine(heads.path());
     let (answers, accepted) = run(&mut engine, &prompts, &GREEDY, 48);
-    prompts.iter().zip(&answers).zip(&texts).for_each(|((prompt, ours), text)| compare(prompt, ours, text, 2.0 * rounding));
+    prompts
+        .iter()
+        .zip(&answers)
+        .zip(&texts)
+        .for_each(|((prompt, ours), text)| compare(prompt, ours, text, 2.0 * rounding));
     let (answers, alone) = run(&mut engine, &prompts[6..], &GREEDY, 48);
     compare("alone", &answers[0], &texts[6], 2.0 * rounding);
     assert!(accepted > 20 && alone > 5, "{accepted} and {alone} drafts were accepted");
@@ -170,41 +204,77 @@ fn greedy_text_is_llama_cpps_own() {
 /// The heads that ship change the pace of fifty texts and no text.
 #[test]
 fn shipped_heads_change_no_text() {
-    let topics = ["rain", "a fox", "prime numbers", "the moon", "bread", "trains", "a lighthouse", "ants", "Rome", "sleep"];
+    let topics = [
+        "rain",
+        "a fox",
+        "prime numbers",
+        "the moon",
+        "bread",
+        "trains",
+        "a lighthouse",
+        "ants",
+        "Rome",
+        "sleep",
+    ];
     let asked = |topic: &&str| {
         [
             format!("<|im_start|>user\nTell me about {topic}.<|im_end|>\n<|im_start|>assistant\n"),
-            format!("<|im_start|>user\nWrite a short poem about {topic}.<|im_end|>\n<|im_start|>assistant\n"),
-            format!("<|im_start|>user\nTranslate to French: I like {topic}.<|im_end|>\n<|im_start|>assistant\n"),
+            format!(
+                "<|im_start|>user\nWrite a short poem about {topic}.<|im_end|>\n<|im_start|>assistant\n"
+            ),
+            format!(
+                "<|im_start|>user\nTranslate to French: I like {topic}.<|im_end|>\n<|im_start|>assistant\n"
+            ),
             format!("# Everything about {topic}\n\n1."),
             format!("def count_{}(values):", topic.replace(' ', "_")),
         ]
     };
     let prompts: Vec<String> = topics.iter().flat_map(asked).collect();
-    let tokens: Vec<_> = prompts.iter().map(|prompt| MODEL.tokenize(prompt, true).unwrap()).collect();
+    let tokens: Vec<_> =
+        prompts.iter().map(|prompt| MODEL.tokenize(prompt, true).unwrap()).collect();
     let texts: Vec<_> = tokens.iter().map(|prompt| greedy(prompt, 32)).collect();
     let rounding = tokens.iter().zip(&texts).map(|(p, t)| rounding(p, t)).fold(0.0, f32::max);
-    assert!(rounding < 1.0, "rows computed beside others differ by {rounding}, more than rounding explains");
+    assert!(
+        rounding < 1.0,
+        "rows computed beside others differ by {rounding}, more than rounding explains"
+    );
     let mut engine = drafting_engine(Path::new(DEFAULT_HEADS));
     let mut accepted = 0;
     let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
     for (prompts, texts) in prompts.chunks(8).zip(texts.chunks(8)) {
         let (answers, n) = run(&mut engine, prompts, &GREEDY, 32);
         accepted += n;
-        prompts.iter().zip(&answers).zip(texts).for_each(|((p, ours), text)| compare(p, ours, text, 2.0 * rounding));
+        prompts
+            .iter()
+            .zip(&answers)
+            .zip(texts)
+            .for_each(|((p, ours), text)| compare(p, ours, text, 2.0 * rounding));
     }
     let n_tokens: usize = texts.iter().map(Vec::len).sum();
     assert!(accepted > n_tokens / 4, "{accepted} drafts of {n_tokens} tokens were accepted");
     engine.check_nothing_left();
 }
 
-/// One seed gives one text, alone and among eight, with drafts and without, but where rounding moves a draw.
+/// One seed gives one text, alone and among eight, with drafts and without, but where rounding
+/// moves a draw.
 #[test]
 fn a_seed_gives_one_text_with_drafts_and_without() {
-    let prompts: Vec<String> =
-        ["a dragon", "my garden", "the sea", "winter", "an old clock", "two friends", "a map", "a bell"]
-            .map(|topic| format!("<|im_start|>user\nTell me a story about {topic}.<|im_end|>\n<|im_start|>assistant\n"))
-            .into();
+    let prompts: Vec<String> = [
+        "a dragon",
+        "my garden",
+        "the sea",
+        "winter",
+        "an old clock",
+        "two friends",
+        "a map",
+        "a bell",
+    ]
+    .map(|topic| {
+        format!(
+            "<|im_start|>user\nTell me a story about {topic}.<|im_end|>\n<|im_start|>assistant\n"
+        )
+    })
+    .into();
     let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
     let mut engine = drafting_engine(Path::new(DEFAULT_HEADS));
     let with = |speculation| Request {
@@ -213,10 +283,15 @@ fn a_seed_gives_one_text_with_drafts_and_without() {
         ..GREEDY.clone()
     };
     let (auto, off) = (with(Speculation::Auto), with(Speculation::Off));
-    let tokens: Vec<_> = prompts.iter().map(|prompt| MODEL.tokenize(prompt, true).unwrap()).collect();
+    let tokens: Vec<_> =
+        prompts.iter().map(|prompt| MODEL.tokenize(prompt, true).unwrap()).collect();
     let texts: Vec<_> = tokens.iter().map(|prompt| sampled(prompt, &auto.sampling, 32)).collect();
-    let moved = tokens.iter().zip(&texts).map(|(prompt, text)| moved(prompt, text)).fold(0.0, f32::max);
-    assert!(moved < 3.0, "rows computed beside others differ by {moved}, more than rounding explains");
+    let moved =
+        tokens.iter().zip(&texts).map(|(prompt, text)| moved(prompt, text)).fold(0.0, f32::max);
+    assert!(
+        moved < 3.0,
+        "rows computed beside others differ by {moved}, more than rounding explains"
+    );
     let (plain, none) = run(&mut engine, &prompts, &off, 32);
     let (drafted, accepted) = run(&mut engine, &prompts, &auto, 32);
     assert!(none == 0 && accepted > 20, "{none} and {accepted} drafts were accepted");
@@ -224,7 +299,9 @@ fn a_seed_gives_one_text_with_drafts_and_without() {
     for (i, prompt) in prompts.iter().enumerate() {
         let (alone, _) = run(&mut engine, &[prompt], &auto, 32);
         let (alone_plain, _) = run(&mut engine, &[prompt], &off, 32);
-        for (n_same, ours) in n_same.iter_mut().zip([&plain[i], &drafted[i], &alone[0], &alone_plain[0]]) {
+        for (n_same, ours) in
+            n_same.iter_mut().zip([&plain[i], &drafted[i], &alone[0], &alone_plain[0]])
+        {
             *n_same += usize::from(follow(prompt, ours, &texts[i], &auto.sampling, moved));
         }
     }
@@ -234,11 +311,13 @@ fn a_seed_gives_one_text_with_drafts_and_without() {
     engine.check_nothing_left();
 }
 
-/// A schema is followed to its end, by the same tokens with drafts and without; and drafts are right under it, too.
+/// A schema is followed to its end, by the same tokens with drafts and without; and drafts are
+/// right under it, too.
 #[test]
 fn a_grammar_gives_one_text_with_drafts_and_without() {
-    let prompts = ["a dragon", "my garden", "the sea"]
-        .map(|topic| format!("<|im_start|>user\nDescribe {topic} as JSON.<|im_end|>\n<|im_start|>assistant\n"));
+    let prompts = ["a dragon", "my garden", "the sea"].map(|topic| {
+        format!("<|im_start|>user\nDescribe {topic} as JSON.<|im_end|>\n<|im_start|>assistant\n")
+    });
     let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
     let schema = serde_json::json!({
         "type": "object",
@@ -263,34 +342,49 @@ fn a_grammar_gives_one_text_with_drafts_and_without() {
         let (drafted, accepted) = run(&mut engine, &prompts, &with(Speculation::Auto), 160);
         assert!(none == 0 && accepted > 20, "{none} and {accepted} drafts were accepted");
         for (plain, drafted) in plain.iter().zip(&drafted) {
-            let parsed: serde_json::Value = serde_json::from_str(drafted).unwrap_or_else(|e| panic!("{e}: {drafted}"));
-            assert!(parsed["colours"].as_array().unwrap().len() >= 2 && parsed["size"].as_u64().unwrap() < 100, "{drafted}");
+            let parsed: serde_json::Value =
+                serde_json::from_str(drafted).unwrap_or_else(|e| panic!("{e}: {drafted}"));
+            assert!(
+                parsed["colours"].as_array().unwrap().len() >= 2
+                    && parsed["size"].as_u64().unwrap() < 100,
+                "{drafted}"
+            );
             n_same += usize::from(plain == drafted);
         }
     }
-    assert!(n_same >= 6, "rounding may part a text here and there, but only {n_same} of 9 are the same");
+    assert!(
+        n_same >= 6,
+        "rounding may part a text here and there, but only {n_same} of 9 are the same"
+    );
     engine.check_nothing_left();
 }
 
-/// Heads and verification on a device, which an emulation of its kernels stands in for here, give the host's texts; and requests
-/// with penalties or a grammar, whose tokens the host chooses, are served too.
+/// Heads and verification on a device, which an emulation of its kernels stands in for here, give
+/// the host's texts; and requests with penalties or a grammar, whose tokens the host chooses, are
+/// served too.
 #[test]
 fn what_a_device_verifies_and_drafts_changes_no_text() {
-    let prompts = ["a dragon", "the sea"]
-        .map(|topic| format!("<|im_start|>user\nTell me about {topic}.<|im_end|>\n<|im_start|>assistant\n"));
+    let prompts = ["a dragon", "the sea"].map(|topic| {
+        format!("<|im_start|>user\nTell me about {topic}.<|im_end|>\n<|im_start|>assistant\n")
+    });
     let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
-    let sampled =
-        Request { sampling: SamplingParams { temperature: 0.8, seed: 5, ..SamplingParams::default() }, ..GREEDY.clone() };
+    let sampled = Request {
+        sampling: SamplingParams { temperature: 0.8, seed: 5, ..SamplingParams::default() },
+        ..GREEDY.clone()
+    };
     let plain = |like: &Request| Request { speculation: Speculation::Off, ..like.clone() };
-    let penalties =
-        Request { sampling: SamplingParams { repetition_penalty: 1.2, ..GREEDY.sampling.clone() }, ..plain(&GREEDY) };
+    let penalties = Request {
+        sampling: SamplingParams { repetition_penalty: 1.2, ..GREEDY.sampling.clone() },
+        ..plain(&GREEDY)
+    };
 
     let words = Some(GrammarSource::Lark("start: /[a-z ]{60}/".into()));
     let grammar = Request { grammar: words, ..plain(&GREEDY) };
 
     let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join(DEFAULT_HEADS);
     let shape = Shape { n_embd: MODEL.n_embd(), n_vocab: MODEL.n_vocab() };
-    let tokens: Vec<_> = prompts.iter().map(|prompt| MODEL.tokenize(prompt, true).unwrap()).collect();
+    let tokens: Vec<_> =
+        prompts.iter().map(|prompt| MODEL.tokenize(prompt, true).unwrap()).collect();
     let texts: Vec<_> = tokens.iter().map(|prompt| greedy(prompt, 24)).collect();
     let rounding = tokens.iter().zip(&texts).map(|(p, t)| rounding(p, t)).fold(0.0, f32::max);
     let mut host = drafting_engine(&shipped);
@@ -299,10 +393,12 @@ fn what_a_device_verifies_and_drafts_changes_no_text() {
     for folder in [shipped.as_path(), repeating.path()] {
         let mut heads = Heads::load(folder, shape, 3).unwrap();
         heads.token_map.as_mut().unwrap().truncate(1024);
-        let device = DeviceHeads::new(emulated::Emulated::device(), heads, &MODEL, Precision::Q8).unwrap();
+        let device =
+            DeviceHeads::new(emulated::Emulated::device(), heads, &MODEL, Precision::Q8).unwrap();
         let device = Rc::new(RefCell::new(device));
         let drafter = Box::new(DeviceDraft(Rc::clone(&device)));
-        let speculator = Speculator::new(drafter, 4, Cost::from_points(&[(1, 1.0)])).with_fixed_nodes(8);
+        let speculator =
+            Speculator::new(drafter, 4, Cost::from_points(&[(1, 1.0)])).with_fixed_nodes(8);
         let mut engine = engine_of(|forward| forward.use_device(Rc::clone(&device)), speculator);
         // Without drafts the same rows are computed, so the same logits are chosen from.
         for like in [plain(&GREEDY), plain(&sampled), penalties.clone(), grammar.clone()] {
@@ -310,12 +406,23 @@ fn what_a_device_verifies_and_drafts_changes_no_text() {
         }
         let before = device.borrow().n_verified();
         assert_eq!(before, 2 * 2 * 12, "all but the rows with penalties and those under a grammar");
-        let (ruled, _) = run(&mut engine, &prompts, &Request { speculation: Speculation::Auto, ..grammar.clone() }, 12);
-        let is_ruled = |text: &String| text.len() > 12 && text.bytes().all(|b| b == b' ' || b.is_ascii_lowercase());
+        let (ruled, _) = run(
+            &mut engine,
+            &prompts,
+            &Request { speculation: Speculation::Auto, ..grammar.clone() },
+            12,
+        );
+        let is_ruled = |text: &String| {
+            text.len() > 12 && text.bytes().all(|b| b == b' ' || b.is_ascii_lowercase())
+        };
         assert!(ruled.iter().all(is_ruled), "{ruled:?}");
         let before = device.borrow().n_verified();
         let (answers, accepted) = run(&mut engine, &prompts, &GREEDY, 24);
-        prompts.iter().zip(&answers).zip(&texts).for_each(|((p, ours), text)| compare(p, ours, text, 2.0 * rounding));
+        prompts
+            .iter()
+            .zip(&answers)
+            .zip(&texts)
+            .for_each(|((p, ours), text)| compare(p, ours, text, 2.0 * rounding));
         assert!(accepted >= 4, "{accepted} drafts were accepted");
         assert!(device.borrow().n_verified() > before + accepted as u64);
         engine.check_nothing_left();
@@ -349,19 +456,23 @@ fn sampled(prompt: &[Token], params: &SamplingParams, n: usize) -> Vec<Draw> {
 
 /// As [`rounding`], but of any logit.
 fn moved(prompt: &[Token], text: &[Draw]) -> f32 {
-    let tokens: Vec<Token> = prompt.iter().copied().chain(text.iter().map(|(token, _)| *token)).collect();
+    let tokens: Vec<Token> =
+        prompt.iter().copied().chain(text.iter().map(|(token, _)| *token)).collect();
     let mut moved = 0f32;
     for (chunk, n_others) in COMPANY {
         replay(&tokens, chunk, &vec![&other as _; n_others], |pos, now| {
-            let Some((_, before)) = (pos + 1).checked_sub(prompt.len()).and_then(|i| text.get(i)) else { return };
+            let Some((_, before)) = (pos + 1).checked_sub(prompt.len()).and_then(|i| text.get(i))
+            else {
+                return;
+            };
             moved = now.iter().zip(before).map(|(a, b)| (a - b).abs()).fold(moved, f32::max);
         });
     }
     moved
 }
 
-/// Returns whether `ours` is the text. Panics unless it is, or parts from it with a token that would have been drawn had the
-/// logits been up to `moved` higher or lower.
+/// Returns whether `ours` is the text. Panics unless it is, or parts from it with a token that
+/// would have been drawn had the logits been up to `moved` higher or lower.
 fn follow(prompt: &str, ours: &str, text: &[Draw], params: &SamplingParams, moved: f32) -> bool {
     let mut sampler = Sampler::new(params, &[], &[], MODEL.n_vocab()).unwrap();
     let (mut bytes, mut scratch) = (vec![], Scratch::default());
@@ -377,13 +488,22 @@ fn follow(prompt: &str, ours: &str, text: &[Draw], params: &SamplingParams, move
             MODEL.piece(Token(other), false, &mut with);
             with.len() > before && ours.as_bytes().starts_with(&with)
         };
-        // A draw goes through the tokens in the order of their ids. It can come to a token if it comes there or farther where
-        // those before are as unlikely as they can be, and there or less far where that one and those before are as likely.
+        // A draw goes through the tokens in the order of their ids. It can come to a token if it
+        // comes there or farther where those before are as unlikely as they can be, and there or
+        // less far where that one and those before are as likely.
         let mut draw = |by: f32, is_before: &dyn Fn(i32) -> bool| {
-            let tilted = |(id, v): (usize, &f32)| if is_before(id as i32) { v + by } else { v - by };
-            sampler.draw(&logits.iter().enumerate().map(tilted).collect::<Vec<_>>(), first + i, &mut scratch).0
+            let tilted =
+                |(id, v): (usize, &f32)| if is_before(id as i32) { v + by } else { v - by };
+            sampler
+                .draw(
+                    &logits.iter().enumerate().map(tilted).collect::<Vec<_>>(),
+                    first + i,
+                    &mut scratch,
+                )
+                .0
         };
-        let mut can_come = |to: i32| draw(-moved, &|id| id < to) >= to && draw(moved, &|id| id <= to) <= to;
+        let mut can_come =
+            |to: i32| draw(-moved, &|id| id < to) >= to && draw(moved, &|id| id <= to) <= to;
         let possible = (0..MODEL.n_vocab() as i32).any(|other| goes_on(other) && can_come(other));
         assert!(possible, "{prompt}: parts at byte {before} by more than rounding: {ours:?}");
         return false;
@@ -399,9 +519,11 @@ static GREEDY: LazyLock<Request> = LazyLock::new(|| Request {
     ..Request::new("", 0)
 });
 
-/// Heads that repeat the model's last choice, among the tokens of these texts: right now and then, wrong most of the time.
+/// Heads that repeat the model's last choice, among the tokens of these texts: right now and then,
+/// wrong most of the time.
 fn identity_heads(texts: &[Vec<Choice>]) -> tempfile::TempDir {
-    let mut known: Vec<i64> = texts.iter().flatten().map(|choice| i64::from(choice.token.0)).collect();
+    let mut known: Vec<i64> =
+        texts.iter().flatten().map(|choice| i64::from(choice.token.0)).collect();
     known.sort_unstable();
     known.dedup();
     let mut tensors = files::identity(3, MODEL.n_embd());
@@ -420,9 +542,19 @@ fn drafting_engine(heads: &Path) -> Engine<LlamaForward> {
     engine_of(|_| {}, speculator.with_text(TextDrafts::new(1 << 12)))
 }
 
-fn engine_of(prepare: impl FnOnce(&mut LlamaForward), speculator: Speculator) -> Engine<LlamaForward> {
+fn engine_of(
+    prepare: impl FnOnce(&mut LlamaForward),
+    speculator: Speculator,
+) -> Engine<LlamaForward> {
     let (n_seqs, n_ids) = (16, max_sequences());
-    let params = ContextParams { n_cells: 2048, n_batch: 64, n_ubatch: 64, n_seq_max: n_ids, tap_hidden: true, ..params() };
+    let params = ContextParams {
+        n_cells: 2048,
+        n_batch: 64,
+        n_ubatch: 64,
+        n_seq_max: n_ids,
+        tap_hidden: true,
+        ..params()
+    };
     let layout = Layout::Unified { n_cells: 2048, n_retained: 512, n_seqs };
     let limits = Limits { n_slots: 8, n_ctx: 256, n_batch: 64, n_prefill: None, layout };
     let mut forward = LlamaForward::new(context(&params));
@@ -432,9 +564,14 @@ fn engine_of(prepare: impl FnOnce(&mut LlamaForward), speculator: Speculator) ->
     engine
 }
 
-/// Lets the prompts be continued together by up to `max_tokens`, as `like` asks. Returns the texts, and how many drafts were
-/// accepted.
-fn run(engine: &mut Engine<LlamaForward>, prompts: &[&str], like: &Request, max_tokens: usize) -> (Vec<String>, usize) {
+/// Lets the prompts be continued together by up to `max_tokens`, as `like` asks. Returns the texts,
+/// and how many drafts were accepted.
+fn run(
+    engine: &mut Engine<LlamaForward>,
+    prompts: &[&str],
+    like: &Request,
+    max_tokens: usize,
+) -> (Vec<String>, usize) {
     let start = |prompt: &&str| {
         let (events, receiver) = mpsc::channel(max_tokens + 1);
         let request = Request { max_tokens, ..like.clone() };
@@ -467,8 +604,9 @@ fn run(engine: &mut Engine<LlamaForward>, prompts: &[&str], like: &Request, max_
     (texts, accepted)
 }
 
-/// Panics unless `ours` is `text`, or parts from it where two tokens were as good as each other: the last choice that both share in bytes, or an
-/// earlier one whose runner-up `ours` took, if that token starts with the same bytes.
+/// Panics unless `ours` is `text`, or parts from it where two tokens were as good as each other:
+/// the last choice that both share in bytes, or an earlier one whose runner-up `ours` took, if that
+/// token starts with the same bytes.
 fn compare(what: &str, ours: &str, text: &[Choice], tolerance: f32) {
     let mut bytes = vec![];
     let mut parted_before = false;

@@ -14,9 +14,28 @@ fn train(folder: &Path, args: &[&str]) -> Output {
     let asked = |i: usize| json!({ "prompt": format!("What is {i} plus {i}?") }).to_string() + "\n";
     std::fs::write(&prompts, (0..80).map(asked).collect::<String>()).unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_medusa-llama"));
-    command.args(["train", "-c", "256", "-b", "8", "--max-answer", "24", "--epochs", "1", "--heads", "2"]);
+    command.args([
+        "train",
+        "-c",
+        "256",
+        "-b",
+        "8",
+        "--max-answer",
+        "24",
+        "--epochs",
+        "1",
+        "--heads",
+        "2",
+    ]);
     command.args(["--draft-vocab", "1024", "--tokens", "1500", "-m"]).arg(model_path());
-    command.arg("--prompts").arg(prompts).arg("--work").arg(folder.join("work")).args(args).output().unwrap()
+    command
+        .arg("--prompts")
+        .arg(prompts)
+        .arg("--work")
+        .arg(folder.join("work"))
+        .args(args)
+        .output()
+        .unwrap()
 }
 
 /// Trains heads of a kind and returns their files' bytes, after a server has drafted with them.
@@ -25,7 +44,11 @@ fn trained(work: &Path, output: &Path, kind: &str, file: &str) -> Vec<u8> {
     let (out, err) = (String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
     assert!(done.status.success() && out.contains("top-5"), "{out}{err}");
     let card = std::fs::read_to_string(output.join("README.md")).unwrap();
-    assert!(card.contains("tokens of the model's own answers") && card.contains(&format!("--kind {kind}")), "{card}");
+    assert!(
+        card.contains("tokens of the model's own answers")
+            && card.contains(&format!("--kind {kind}")),
+        "{card}"
+    );
     assert!(std::fs::read_to_string(output.join("loss.svg")).unwrap().contains("<svg"));
     let server = Server::start(&["--ctx", "256", "--heads", output.to_str().unwrap()]);
     assert_eq!(server.get("/").json()["heads"], 2);
@@ -37,12 +60,16 @@ fn trained(work: &Path, output: &Path, kind: &str, file: &str) -> Vec<u8> {
 fn a_few_prompts_become_heads_of_either_kind_and_a_second_run_goes_on_where_the_first_was() {
     let folder = tempfile::tempdir().unwrap();
     let conditioned = folder.path().join("conditioned");
-    let heads = trained(folder.path(), &conditioned, "conditioned", "conditioned_heads.safetensors");
+    let heads =
+        trained(folder.path(), &conditioned, "conditioned", "conditioned_heads.safetensors");
 
     // Everything is there: nothing is asked anew, and the same heads come out.
     let features = || std::fs::read_dir(folder.path().join("work/features")).unwrap().count();
     let n_before = features();
-    assert!(trained(folder.path(), &conditioned, "conditioned", "conditioned_heads.safetensors") == heads);
+    assert!(
+        trained(folder.path(), &conditioned, "conditioned", "conditioned_heads.safetensors")
+            == heads
+    );
     assert_eq!(features(), n_before);
 
     // The features serve for heads of another shape, but what was half fitted does not.
@@ -62,11 +89,18 @@ fn what_cannot_be_trained_on_is_refused_with_its_reason() {
     std::fs::write(&prompts, "{\"text\": 1}\n").unwrap();
     let run = |args: &[&str]| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_medusa-llama"));
-        command.args(["train", "-o"]).arg(folder.path().join("out")).arg("-m").arg(model_path()).args(args);
+        command
+            .args(["train", "-o"])
+            .arg(folder.path().join("out"))
+            .arg("-m")
+            .arg(model_path())
+            .args(args);
         let output = command.output().unwrap();
         assert!(!output.status.success());
         String::from_utf8_lossy(&output.stderr).into_owned()
     };
-    assert!(run(&["--prompts", prompts.to_str().unwrap()]).contains("line 1: has no string \"prompt\""));
+    assert!(
+        run(&["--prompts", prompts.to_str().unwrap()]).contains("line 1: has no string \"prompt\"")
+    );
     assert!(run(&["--prompts", "nowhere.jsonl"]).contains("nowhere.jsonl"));
 }

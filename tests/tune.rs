@@ -1,4 +1,5 @@
-//! `medusa-llama tune` on a tiny model: what it prints and writes, what it refuses, and that it leaves nothing behind.
+//! `medusa-llama tune` on a tiny model: what it prints and writes, what it refuses, and that it
+//! leaves nothing behind.
 #![allow(missing_docs)]
 
 use std::path::Path;
@@ -15,16 +16,24 @@ fn model(quantization: &str) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     let quantization = Quantization::by_name(quantization).unwrap();
     let shape = Shape::by_name("tiny").unwrap();
-    synth::model(&folder.path().join("tiny.gguf"), &shape, quantization, 1, &mut |_, _| ()).unwrap();
+    synth::model(&folder.path().join("tiny.gguf"), &shape, quantization, 1, &mut |_, _| ())
+        .unwrap();
     std::fs::create_dir(folder.path().join("tmp")).unwrap();
     let prose = std::fs::read_to_string("tests/data/prose.txt").unwrap();
-    std::fs::write(folder.path().join("text.txt"), prose.chars().take(6000).collect::<String>()).unwrap();
+    std::fs::write(folder.path().join("text.txt"), prose.chars().take(6000).collect::<String>())
+        .unwrap();
     folder
 }
 
 fn tune(folder: &Path, args: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_medusa-llama"));
-    command.current_dir(folder).env("TMPDIR", folder.join("tmp")).args(["tune", "-m", "tiny.gguf", "-n", "4"]);
+    command.current_dir(folder).env("TMPDIR", folder.join("tmp")).args([
+        "tune",
+        "-m",
+        "tiny.gguf",
+        "-n",
+        "4",
+    ]);
     command.args(args).output().unwrap()
 }
 
@@ -35,8 +44,10 @@ fn refusal(folder: &Path, args: &[&str]) -> String {
 }
 
 fn files(folder: &Path) -> Vec<String> {
-    let mut names: Vec<_> =
-        std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    let mut names: Vec<_> = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .collect();
     names.sort();
     names
 }
@@ -44,10 +55,22 @@ fn files(folder: &Path) -> Vec<String> {
 #[test]
 fn all_candidates_are_measured_and_one_is_recommended() {
     let folder = model("F16");
-    let args =
-        ["-f", "text.txt", "--types", "q4_0,Q8_0,F16", "--threads", "1", "--rounds", "2", "--json", "all.json", "--svg"];
+    let args = [
+        "-f",
+        "text.txt",
+        "--types",
+        "q4_0,Q8_0,F16",
+        "--threads",
+        "1",
+        "--rounds",
+        "2",
+        "--json",
+        "all.json",
+        "--svg",
+    ];
     let output = tune(folder.path(), &[&args[..], &["rows.svg"]].concat());
-    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let (out, err) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{out}{err}");
     for text in [
         "candidate",
@@ -63,7 +86,9 @@ fn all_candidates_are_measured_and_one_is_recommended() {
     assert!(out.contains("with 1 thread:") && out.contains("a second row costs"), "{out}");
     assert!(err.contains("the model is F16 already") && !out.contains("twice"), "{out}{err}");
 
-    let json: Value = serde_json::from_str(&std::fs::read_to_string(folder.path().join("all.json")).unwrap()).unwrap();
+    let json: Value =
+        serde_json::from_str(&std::fs::read_to_string(folder.path().join("all.json")).unwrap())
+            .unwrap();
     let candidates = json["candidates"].as_array().unwrap();
     let of = |key: &str| candidates.iter().map(|c| c[key].clone()).collect::<Vec<_>>();
     assert_eq!(of("name"), ["input (F16)", "Q4_0", "Q8_0"]);
@@ -71,32 +96,56 @@ fn all_candidates_are_measured_and_one_is_recommended() {
     let bytes: Vec<u64> = of("bytes").iter().map(|b| b.as_u64().unwrap()).collect();
     assert!(bytes[1] < bytes[2] && bytes[2] < bytes[0], "{bytes:?}");
     for candidate in candidates {
-        assert!(candidate["perplexity"].as_f64().unwrap() > 1.0 && candidate["perplexity_error"].as_f64().unwrap() > 0.0);
+        assert!(
+            candidate["perplexity"].as_f64().unwrap() > 1.0
+                && candidate["perplexity_error"].as_f64().unwrap() > 0.0
+        );
         let measured = &candidate["by_threads"][0];
         for speed in ["alone", "together"].map(|key| &measured[key]) {
             assert_eq!(speed["rounds"].as_array().unwrap().len(), 2);
-            assert!(speed["low"].as_f64().unwrap() > 0.0 && speed["low"].as_f64() <= speed["high"].as_f64());
+            assert!(
+                speed["low"].as_f64().unwrap() > 0.0
+                    && speed["low"].as_f64() <= speed["high"].as_f64()
+            );
         }
-        let rows: Vec<u64> = measured["steps"].as_array().unwrap().iter().map(|s| s["rows"].as_u64().unwrap()).collect();
+        let rows: Vec<u64> = measured["steps"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|s| s["rows"].as_u64().unwrap())
+            .collect();
         assert_eq!(rows, [1, 2, 4, 8, 16, 32]);
     }
     let recommended = json["recommendations"].as_array().unwrap();
-    assert_eq!(recommended.iter().map(|r| r["parallel"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 8]);
+    assert_eq!(
+        recommended.iter().map(|r| r["parallel"].as_u64().unwrap()).collect::<Vec<_>>(),
+        [1, 8]
+    );
     assert!(recommended.iter().all(|r| r["threads"] == 1 && of("name").contains(&r["candidate"])));
 
     let svg = std::fs::read_to_string(folder.path().join("rows.svg")).unwrap();
-    assert!(["input (F16)", "Q4_0", "Q8_0", "rows of a step"].iter().all(|text| svg.contains(text)));
-    assert!(files(&folder.path().join("tmp")).is_empty(), "{:?}", files(&folder.path().join("tmp")));
+    assert!(
+        ["input (F16)", "Q4_0", "Q8_0", "rows of a step"].iter().all(|text| svg.contains(text))
+    );
+    assert!(
+        files(&folder.path().join("tmp")).is_empty(),
+        "{:?}",
+        files(&folder.path().join("tmp"))
+    );
 }
 
 #[test]
 fn files_are_kept_where_asked_and_a_second_quantization_is_said_to_lose() {
     let folder = model("Q8_0");
-    let args = ["-f", "text.txt", "--types", "Q4_0", "--threads", "1", "--rounds", "1", "--keep", "kept"];
+    let args =
+        ["-f", "text.txt", "--types", "Q4_0", "--threads", "1", "--rounds", "1", "--keep", "kept"];
     let output = tune(folder.path(), &args);
     let out = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    assert!(out.contains("lose quality twice") && out.contains("one round shows no spread"), "{out}");
+    assert!(
+        out.contains("lose quality twice") && out.contains("one round shows no spread"),
+        "{out}"
+    );
     assert_eq!(files(&folder.path().join("kept")), ["tiny-Q4_0.gguf"]);
     assert!(files(&folder.path().join("tmp")).is_empty());
     let again = refusal(folder.path(), &args);
@@ -109,15 +158,31 @@ fn an_interrupted_run_leaves_nothing_behind() {
     let temporary = folder.path().join("tmp");
     let mut command = Command::new(env!("CARGO_BIN_EXE_medusa-llama"));
     command.current_dir(folder.path()).env("TMPDIR", &temporary);
-    command.args(["tune", "-m", "tiny.gguf", "-f", "text.txt", "--types", "Q4_0", "--rounds", "1000"]);
+    command.args([
+        "tune",
+        "-m",
+        "tiny.gguf",
+        "-f",
+        "text.txt",
+        "--types",
+        "Q4_0",
+        "--rounds",
+        "1000",
+    ]);
     let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    let begun = || files(&temporary).first().is_some_and(|name| !files(&temporary.join(name)).is_empty());
+    let begun =
+        || files(&temporary).first().is_some_and(|name| !files(&temporary.join(name)).is_empty());
     let started = Instant::now();
     while !begun() {
-        assert!(started.elapsed() < Duration::from_secs(120) && child.try_wait().unwrap().is_none(), "no file was made");
+        assert!(
+            started.elapsed() < Duration::from_secs(120) && child.try_wait().unwrap().is_none(),
+            "no file was made"
+        );
         std::thread::sleep(Duration::from_millis(10));
     }
-    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    assert!(
+        Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success()
+    );
     assert_eq!(child.wait().unwrap().code(), Some(130));
     assert!(files(&temporary).is_empty(), "{:?}", files(&temporary));
 }
@@ -138,7 +203,8 @@ fn what_cannot_be_measured_is_refused_with_its_reason_and_leaves_nothing() {
         assert!(said.contains(reason), "{reason}: {said}");
     }
     // Where it fails at the very end, too: a folder is no file to write.
-    let late = ["-f", "text.txt", "--types", "Q4_0", "--threads", "1", "--rounds", "1", "--json", "tmp"];
+    let late =
+        ["-f", "text.txt", "--types", "Q4_0", "--threads", "1", "--rounds", "1", "--json", "tmp"];
     assert!(refusal(folder.path(), &late).contains("cannot write tmp"));
     assert!(files(&folder.path().join("tmp")).is_empty());
 }

@@ -1,5 +1,5 @@
-//! `medusa-llama bench`: what drafts are worth on this machine. Each prompt is answered in each mode in turn, by the same engine,
-//! so that a machine that changes its pace changes all.
+//! `medusa-llama bench`: what drafts are worth on this machine. Each prompt is answered in each
+//! mode in turn, by the same engine, so that a machine that changes its pace changes all.
 
 use std::collections::BTreeMap;
 use std::io::Write as _;
@@ -132,12 +132,17 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     print(&report)?;
     if let Some(path) = &args.json {
         let text = serde_json::to_string_pretty(&report)?;
-        std::fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))?;
+        std::fs::write(path, text + "\n")
+            .with_context(|| format!("cannot write {}", path.display()))?;
     }
     if let Some(path) = &args.svg {
         let line = |&name: &&str| Line {
             name: name.to_owned(),
-            points: report.by_parallel.iter().map(|(&n, modes)| (n as f64, modes[name].rate())).collect(),
+            points: report
+                .by_parallel
+                .iter()
+                .map(|(&n, modes)| (n as f64, modes[name].rate()))
+                .collect(),
         };
         let lines: Vec<Line> = report.modes.iter().map(line).collect();
         let simulated = if report.simulated { ", simulated acceptance" } else { "" };
@@ -152,12 +157,19 @@ fn params(args: &BenchArgs) -> anyhow::Result<EngineParams> {
     let n_slots = args.parallel.iter().copied().max().unwrap_or(1);
     let n_ctx = args.model.context_size;
     let n_cells = n_slots * n_ctx;
-    let mut drafts = args.drafts.params(&args.model).context("there is nothing to draft with: neither heads nor text")?;
+    let mut drafts = args
+        .drafts
+        .params(&args.model)
+        .context("there is nothing to draft with: neither heads nor text")?;
     drafts.fixed_nodes = args.tree_nodes;
     if let Some(rates) = &args.acceptance {
-        let heads = drafts.heads.as_mut().context("--acceptance: there are no heads; name a folder with --heads")?;
+        let heads = drafts
+            .heads
+            .as_mut()
+            .context("--acceptance: there are no heads; name a folder with --heads")?;
         heads.n_heads = heads.n_heads.min(rates.len()); // others would never be right
-        drafts.acceptance = Some(Acceptance::new(rates.clone()).context("--acceptance: no rates from 0 to 1")?);
+        drafts.acceptance =
+            Some(Acceptance::new(rates.clone()).context("--acceptance: no rates from 0 to 1")?);
         drafts.n_shared_text = None; // only heads have rates
     }
     let by_heads = |mode: &Speculation| mode.by_heads() && !mode.by_text();
@@ -173,7 +185,11 @@ fn params(args: &BenchArgs) -> anyhow::Result<EngineParams> {
             n_ctx,
             n_batch: 512,
             n_prefill: None,
-            layout: Layout::Unified { n_cells, n_retained: 0, n_seqs: n_slots.min(max_sequences()) },
+            layout: Layout::Unified {
+                n_cells,
+                n_retained: 0,
+                n_seqs: n_slots.min(max_sequences()),
+            },
         },
         drafts: Some(drafts),
         traces: false,
@@ -217,7 +233,8 @@ async fn measure(args: &BenchArgs, handle: &Handle, prompts: &Prompts) -> anyhow
     };
     let bar = ProgressBar::new((args.parallel.len() * args.rounds * n) as u64);
     bar.set_style(
-        ProgressStyle::with_template("{bar:40} {pos}/{len} prompts {elapsed}, {eta} left").expect("a valid template"),
+        ProgressStyle::with_template("{bar:40} {pos}/{len} prompts {elapsed}, {eta} left")
+            .expect("a valid template"),
     );
     ask(handle, &request(args, "Say hi.".into(), 0, Speculation::Auto)).await?;
     for &parallel in &args.parallel {
@@ -280,7 +297,8 @@ async fn run(
     let started = Instant::now();
     let mut running = JoinSet::new();
     for &i in group {
-        let (handle, request) = (handle.clone(), request(args, prompts.text(handle.model(), i), i, mode));
+        let (handle, request) =
+            (handle.clone(), request(args, prompts.text(handle.model(), i), i, mode));
         running.spawn(async move { ask(&handle, &request).await });
     }
     let mut figures = Figures::default();
@@ -293,14 +311,17 @@ async fn run(
 
 /// `i` is the prompt's number.
 fn request(args: &BenchArgs, prompt: String, i: usize, speculation: Speculation) -> Request {
-    // Simulated acceptance follows the seed: the same for all prompts, they would be lucky at the same positions.
+    // Simulated acceptance follows the seed: the same for all prompts, they would be lucky at the
+    // same positions.
     let seed = if args.acceptance.is_some() { i as u64 } else { 1 };
-    let sampling = SamplingParams { temperature: args.temperature as f32, seed, ..SamplingParams::default() };
+    let sampling =
+        SamplingParams { temperature: args.temperature as f32, seed, ..SamplingParams::default() };
     Request {
         sampling,
         cache_prompt: false,
         speculation,
-        // Each prompt is asked several times: an answer must not be drafted from another mode's answer to the same prompt.
+        // Each prompt is asked several times: an answer must not be drafted from another mode's
+        // answer to the same prompt.
         share_text: false,
         ..Request::new(prompt, args.max_tokens)
     }
@@ -322,9 +343,15 @@ fn print(report: &Report) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     let Report { model, quantization, n_heads, threads, prompts, modes, .. } = report;
     let text = if report.text_drafts { ", text drafts" } else { "" };
-    writeln!(out, "{model} ({quantization}), {n_heads} heads{text}, {threads} threads, {prompts} prompts")?;
+    writeln!(
+        out,
+        "{model} ({quantization}), {n_heads} heads{text}, {threads} threads, {prompts} prompts"
+    )?;
     if let Some(rates) = &report.acceptance {
-        writeln!(out, "simulated: heads are taken to be right at the rates {rates:?}; texts are meaningless")?;
+        writeln!(
+            out,
+            "simulated: heads are taken to be right at the rates {rates:?}; texts are meaningless"
+        )?;
     }
     let base = modes[0];
     let title = format!("ratio to {base} (lowest to highest)");
@@ -336,7 +363,10 @@ fn print(report: &Report) -> anyhow::Result<()> {
         for name in modes {
             let own = &figures[name];
             // Against the same mode's requests one after the other.
-            let alone = report.by_parallel.get(&1).map(|one| format!("{:.2}", own.rate() / one[name].rate()));
+            let alone = report
+                .by_parallel
+                .get(&1)
+                .map(|one| format!("{:.2}", own.rate() / one[name].rate()));
             writeln!(
                 out,
                 "{parallel:8}   {name:8} {:7.1}   {:>32}   {:11.3}   {:15.2}   {:>16}   {:>18}",
@@ -350,13 +380,22 @@ fn print(report: &Report) -> anyhow::Result<()> {
         }
         if let [_, between @ .., last] = &modes[..] {
             for name in between {
-                writeln!(out, "{:11}{last} / {name}: {}", "", spread(figures[last].ratios(&figures[name])))?;
+                writeln!(
+                    out,
+                    "{:11}{last} / {name}: {}",
+                    "",
+                    spread(figures[last].ratios(&figures[name]))
+                )?;
             }
         }
     }
     if !report.by_category.is_empty() {
         let columns: String = modes.iter().map(|name| format!("{name:>17}")).collect();
-        writeln!(out, "\none stream: ratio of decoding speed, tokens per step\n{:28}{columns}", "")?;
+        writeln!(
+            out,
+            "\none stream: ratio of decoding speed, tokens per step\n{:28}{columns}",
+            ""
+        )?;
     }
     for (category, figures) in &report.by_category {
         let column = |name: &&str| {
@@ -365,9 +404,16 @@ fn print(report: &Report) -> anyhow::Result<()> {
         };
         writeln!(out, "{category:28}{}", modes.iter().map(column).collect::<String>())?;
     }
-    writeln!(out, "\ncandidates by source and depth   verified   foreseen   accepted   expected calibration error")?;
+    writeln!(
+        out,
+        "\ncandidates by source and depth   verified   foreseen   accepted   expected calibration error"
+    )?;
     for c in &report.calibration {
-        let sources = if c.sources.len() == 1 { format!("{:?}", c.sources[0]).to_lowercase() } else { "all".into() };
+        let sources = if c.sources.len() == 1 {
+            format!("{:?}", c.sources[0]).to_lowercase()
+        } else {
+            "all".into()
+        };
         let depth = match c.depth {
             None => "all depths".into(),
             Some(depth) if depth == N_DEPTHS => format!("{depth} and deeper"),
@@ -375,7 +421,11 @@ fn print(report: &Report) -> anyhow::Result<()> {
         };
         let share = |x: f64| x / c.verified as f64;
         let (foreseen, accepted) = (share(c.foreseen), share(c.accepted as f64));
-        writeln!(out, "{sources:6} {depth:24} {:10} {foreseen:10.3} {accepted:10.3} {:28.3}", c.verified, c.error)?;
+        writeln!(
+            out,
+            "{sources:6} {depth:24} {:10} {foreseen:10.3} {accepted:10.3} {:28.3}",
+            c.verified, c.error
+        )?;
     }
     Ok(())
 }

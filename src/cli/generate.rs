@@ -48,7 +48,9 @@ pub fn generate(args: &GenerateArgs) -> anyhow::Result<()> {
                     writeln!(out, "{}", done.tail.text)?;
                     return Ok(done);
                 }
-                Event::Failed { id } => bail!("the engine failed; the log names the cause under {id}"),
+                Event::Failed { id } => {
+                    bail!("the engine failed; the log names the cause under {id}")
+                }
             }
         }
         bail!("the engine stopped")

@@ -31,7 +31,10 @@ async fn show_loading(mut stage: watch::Receiver<Stage>) {
         return;
     }
     let bar = ProgressBar::new(100);
-    bar.set_style(ProgressStyle::with_template("loading model {bar:40} {percent:>3}% {eta}").expect("a valid template"));
+    bar.set_style(
+        ProgressStyle::with_template("loading model {bar:40} {percent:>3}% {eta}")
+            .expect("a valid template"),
+    );
     loop {
         match &*stage.borrow_and_update() {
             Stage::Loading(progress) => bar.set_position((progress * 100.0) as u64),

@@ -1,4 +1,5 @@
-//! `medusa-llama serve`: the port first, then the model, then requests until a signal, then what is left of them.
+//! `medusa-llama serve`: the port first, then the model, then requests until a signal, then what is
+//! left of them.
 
 use std::future::Future;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -36,14 +37,20 @@ pub fn serve(config: Config) -> anyhow::Result<()> {
 }
 
 async fn run(config: Config) -> anyhow::Result<()> {
-    let listener =
-        TcpListener::bind(config.listen).await.with_context(|| format!("could not listen on {}", config.listen))?;
+    let listener = TcpListener::bind(config.listen)
+        .await
+        .with_context(|| format!("could not listen on {}", config.listen))?;
     let address = listener.local_addr()?;
     let scheme = if config.tls.is_some() { "https" } else { "http" };
-    tracing::info!("listening on {scheme}://{address}, loading {}", config.engine.model_path.display());
+    tracing::info!(
+        "listening on {scheme}://{address}, loading {}",
+        config.engine.model_path.display()
+    );
     // As llama-server and vLLM do: the file's name.
-    let model_id = config.engine.model_path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-    let telemetry = config.otlp_endpoint.map(|collector| Telemetry::start(&collector, &model_id)).transpose();
+    let model_id =
+        config.engine.model_path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    let telemetry =
+        config.otlp_endpoint.map(|collector| Telemetry::start(&collector, &model_id)).transpose();
     let telemetry = telemetry.map_err(|error| anyhow!(error))?;
     let openapi = http::openapi::json(config.engine.limits.n_ctx);
     let engine = engine::spawn(config.engine);
@@ -113,7 +120,10 @@ async fn drain(stage: watch::Receiver<Stage>, timeout: Duration) {
         }
     };
     if tokio::time::timeout(timeout, idle).await.is_err() {
-        tracing::warn!(in_flight = handle.n_in_flight(), "the drain time is over; what still runs is cut off");
+        tracing::warn!(
+            in_flight = handle.n_in_flight(),
+            "the drain time is over; what still runs is cut off"
+        );
     }
 }
 
@@ -150,6 +160,10 @@ fn log_ready(handle: &Handle) {
         limits.n_slots,
     );
     if limits.n_ctx > model.n_ctx_train() {
-        tracing::warn!("MODEL_CONTEXT_SIZE {} is beyond the {} the model was trained on", limits.n_ctx, model.n_ctx_train());
+        tracing::warn!(
+            "MODEL_CONTEXT_SIZE {} is beyond the {} the model was trained on",
+            limits.n_ctx,
+            model.n_ctx_train()
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! `medusa-llama train`: answers with their features, then heads, each with a progress bar and time left.
+//! `medusa-llama train`: answers with their features, then heads, each with a progress bar and time
+//! left.
 
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -25,18 +26,23 @@ use crate::train::save::{self, Origin};
 /// Runs all steps.
 ///
 /// # Errors
-/// When a file cannot be read or written, the model cannot be loaded, or the work folder belongs to another model.
+/// When a file cannot be read or written, the model cannot be loaded, or the work folder belongs to
+/// another model.
 pub fn train(args: &TrainArgs) -> anyhow::Result<()> {
     std::fs::create_dir_all(&args.output)?;
     let work = args.work.clone().unwrap_or_else(|| args.output.join("work"));
     let prompts = Prompts::read(&args.prompts, args.system.clone(), args.raw)?;
     let folder = work.join("features");
     let (n_tokens, collect_s) = collect(args, &prompts, &folder)?;
-    let model = Model::load(&args.model.path().map_err(|e| anyhow!(e))?, &ModelParams::default(), |_| true)?;
+    let model =
+        Model::load(&args.model.path().map_err(|e| anyhow!(e))?, &ModelParams::default(), |_| {
+            true
+        })?;
     learn(args, &model, &folder, &work.join("checkpoint.safetensors"), n_tokens, collect_s)
 }
 
-/// Collects answers with their features. Returns how many tokens there are, and the seconds that those of this run took.
+/// Collects answers with their features. Returns how many tokens there are, and the seconds that
+/// those of this run took.
 fn collect(args: &TrainArgs, prompts: &Prompts, folder: &Path) -> anyhow::Result<(usize, u64)> {
     let n_ctx = args.model.context_size;
     let n_cells = args.batch_size * n_ctx.min(2 * args.max_answer + 256);
@@ -68,7 +74,8 @@ fn collect(args: &TrainArgs, prompts: &Prompts, folder: &Path) -> anyhow::Result
     let collected = runtime.block_on(async {
         let handle = engine.ready().await.map_err(|e| anyhow!(e))?;
         let mut shards = Writer::open(folder, handle.model(), (args.max_disk_gib as u64) << 30)?;
-        answers::collect(&handle, prompts, &mut shards, wanted, |n| bar.set_position(n as u64)).await?;
+        answers::collect(&handle, prompts, &mut shards, wanted, |n| bar.set_position(n as u64))
+            .await?;
         anyhow::Ok(shards.n_tokens())
     });
     bar.finish();
@@ -96,7 +103,14 @@ fn learn(
     let n_embd = model.n_embd();
     let width = if kind == Kind::Medusa { n_embd } else { args.width.unwrap_or(n_embd) };
     let params = FitParams {
-        shape: Shape { kind, n_embd, width, n_heads: args.heads, n_blocks: vec![1], previous: false },
+        shape: Shape {
+            kind,
+            n_embd,
+            width,
+            n_heads: args.heads,
+            n_blocks: vec![1],
+            previous: false,
+        },
         epochs: args.epochs,
         batch: 256,
         learning_rate: 1e-3,
@@ -120,7 +134,11 @@ fn learn(
     let output = &args.output;
     save::weights(output, kind, &Net::new(&params.shape), &fitted.params, &vocab)?;
     let origin = Origin {
-        model: format!("{} ({})", model.name().unwrap_or_else(|| "unnamed model".into()), model.quantization()),
+        model: format!(
+            "{} ({})",
+            model.name().unwrap_or_else(|| "unnamed model".into()),
+            model.quantization()
+        ),
         heads: kind,
         n_heads: args.heads,
         width,
@@ -143,7 +161,10 @@ fn command_line() -> String {
         true => arg,
         false => format!("'{}'", arg.replace('\'', r"'\''")),
     };
-    std::iter::once("medusa-llama".to_owned()).chain(std::env::args().skip(1).map(quoted)).collect::<Vec<_>>().join(" ")
+    std::iter::once("medusa-llama".to_owned())
+        .chain(std::env::args().skip(1).map(quoted))
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 fn draw_loss(path: &Path, fitted: &Fitted) -> anyhow::Result<()> {

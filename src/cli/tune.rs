@@ -1,5 +1,5 @@
-//! `medusa-llama tune`: a model in several quantizations and with several numbers of threads, measured in turn, and which of them
-//! to use.
+//! `medusa-llama tune`: a model in several quantizations and with several numbers of threads,
+//! measured in turn, and which of them to use.
 
 mod folder;
 mod report;
@@ -34,8 +34,8 @@ const N_BATCH: usize = 512;
 /// Tries all, prints the table and the recommendation, and writes what else was asked for.
 ///
 /// # Errors
-/// When model or text cannot be read or the text is too short, when threads are more than cores, when a file cannot be quantized
-/// or written, or when the engine fails.
+/// When model or text cannot be read or the text is too short, when threads are more than cores,
+/// when a file cannot be quantized or written, or when the engine fails.
 pub fn tune(args: &TuneArgs) -> anyhow::Result<()> {
     // First all that can be wrong with what was typed: measuring takes long.
     let input = args.model.path().map_err(|e| anyhow!(e))?;
@@ -43,11 +43,17 @@ pub fn tune(args: &TuneArgs) -> anyhow::Result<()> {
     for path in [&args.json, &args.svg].into_iter().flatten() {
         check_output(path)?;
     }
-    let text = std::fs::read_to_string(&args.file).with_context(|| format!("cannot read {}", args.file.display()))?;
+    let text = std::fs::read_to_string(&args.file)
+        .with_context(|| format!("cannot read {}", args.file.display()))?;
     let model = load(args, &input)?;
     let tokens = model.tokenize(&text, false)?;
     if tokens.len() < 2 * eval::WINDOW {
-        bail!("{} has {} tokens; at least {} are needed", args.file.display(), tokens.len(), 2 * eval::WINDOW);
+        bail!(
+            "{} has {} tokens; at least {} are needed",
+            args.file.display(),
+            tokens.len(),
+            2 * eval::WINDOW
+        );
     }
     let quantization = model.quantization();
     let quantized = !["F32", "F16", "BF16"].iter().any(|full| quantization.contains(full));
@@ -68,23 +74,38 @@ pub fn tune(args: &TuneArgs) -> anyhow::Result<()> {
     }
     let folder = Folder::new(args.keep.as_deref())?;
     let stem = input.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-    let files: Vec<PathBuf> = kinds.iter().map(|kind| folder.path().join(format!("{stem}-{}.gguf", kind.name()))).collect();
+    let files: Vec<PathBuf> = kinds
+        .iter()
+        .map(|kind| folder.path().join(format!("{stem}-{}.gguf", kind.name())))
+        .collect();
     if let Some(there) = files.iter().find(|file| file.exists()) {
-        bail!("{} is there already: remove it, or name another folder with --keep", there.display());
+        bail!(
+            "{} is there already: remove it, or name another folder with --keep",
+            there.display()
+        );
     }
 
     let n_candidates = 1 + kinds.len();
-    let bar = ProgressBar::new((kinds.len() + n_candidates * (1 + args.rounds * threads.len())) as u64);
-    bar.set_style(ProgressStyle::with_template("{bar:40} {pos}/{len} {elapsed} {msg}").expect("a valid template"));
+    let bar =
+        ProgressBar::new((kinds.len() + n_candidates * (1 + args.rounds * threads.len())) as u64);
+    bar.set_style(
+        ProgressStyle::with_template("{bar:40} {pos}/{len} {elapsed} {msg}")
+            .expect("a valid template"),
+    );
     bar.enable_steady_tick(Duration::from_secs(1));
     for (kind, file) in kinds.iter().zip(&files) {
         bar.set_message(format!("quantizing to {}", kind.name()));
-        let in_folder =
-            || format!("the folder {} must hold it; --keep or TMPDIR names another one", folder.path().display());
+        let in_folder = || {
+            format!(
+                "the folder {} must hold it; --keep or TMPDIR names another one",
+                folder.path().display()
+            )
+        };
         write(&input, file, *kind, args.model.threads()).with_context(in_folder)?;
         bar.inc(1);
     }
-    let names = std::iter::once(format!("input ({quantization})")).chain(kinds.iter().map(|kind| kind.name().to_owned()));
+    let names = std::iter::once(format!("input ({quantization})"))
+        .chain(kinds.iter().map(|kind| kind.name().to_owned()));
     let paths: Vec<PathBuf> = std::iter::once(input).chain(files).collect();
     for (i, (name, path)) in names.zip(&paths).enumerate() {
         bar.set_message(format!("perplexity of {name}"));
@@ -109,7 +130,9 @@ pub fn tune(args: &TuneArgs) -> anyhow::Result<()> {
 fn thread_counts(asked: &[usize]) -> anyhow::Result<Vec<usize>> {
     let cores = report::cores();
     if let Some(n) = asked.iter().find(|n| **n > cores) {
-        bail!("--threads {n}: there are {cores} cores, and more threads than cores only wait for each other");
+        bail!(
+            "--threads {n}: there are {cores} cores, and more threads than cores only wait for each other"
+        );
     }
     let mut counts = asked.to_vec();
     if counts.is_empty() {
@@ -130,7 +153,9 @@ fn check_output(path: &Path) -> anyhow::Result<()> {
 }
 
 fn load(args: &TuneArgs, path: &Path) -> anyhow::Result<Arc<Model>> {
-    Ok(Arc::new(Model::load(path, &ModelParams { n_gpu_layers: args.model.n_gpu_layers }, |_| true)?))
+    Ok(Arc::new(Model::load(path, &ModelParams { n_gpu_layers: args.model.n_gpu_layers }, |_| {
+        true
+    })?))
 }
 
 /// What does not change from round to round.
@@ -152,7 +177,10 @@ fn candidate(
         bytes: std::fs::metadata(path)?.len(),
         perplexity: found.value,
         perplexity_error: found.error,
-        by_threads: threads.iter().map(|&threads| Measured { threads, steps: steps(), ..Measured::default() }).collect(),
+        by_threads: threads
+            .iter()
+            .map(|&threads| Measured { threads, steps: steps(), ..Measured::default() })
+            .collect(),
     })
 }
 
@@ -163,8 +191,8 @@ fn prompts(text: &str) -> Vec<String> {
     (0..TOGETHER).map(|i| chars[i * room / TOGETHER..].iter().take(PROMPT).collect()).collect()
 }
 
-/// All rounds. In each, every candidate has its turn: a machine that changes its pace changes all. Only one is in memory at a
-/// time, since several large models might not fit.
+/// All rounds. In each, every candidate has its turn: a machine that changes its pace changes all.
+/// Only one is in memory at a time, since several large models might not fit.
 fn measure(
     args: &TuneArgs,
     candidates: &mut [Candidate],
@@ -182,10 +210,15 @@ fn measure(
                 bar.set_message(format!("round {}: {name}, threads: {}", round + 1, own.threads));
                 time_steps(args, &paths[i], own)?;
                 time_decoding(args, &paths[i], prompts, own, &runtime)?;
-                let [alone, together] = Load::ALL.map(|load| own.speed(load).rounds.last().copied().unwrap_or_default());
+                let [alone, together] = Load::ALL
+                    .map(|load| own.speed(load).rounds.last().copied().unwrap_or_default());
                 say(
                     bar,
-                    &format!("round {}: {name}, threads: {}: {alone:.1} and {together:.1} tokens/s", round + 1, own.threads),
+                    &format!(
+                        "round {}: {name}, threads: {}: {alone:.1} and {together:.1} tokens/s",
+                        round + 1,
+                        own.threads
+                    ),
                 );
                 bar.inc(1);
             }

@@ -56,7 +56,8 @@ pub struct TrainArgs {
     /// Folder for the heads
     #[arg(short, long, value_name = "DIR")]
     pub output: PathBuf,
-    /// What the heads see: the hidden state and the path they draft behind, or, as in Medusa, the hidden state only
+    /// What the heads see: the hidden state and the path they draft behind, or, as in Medusa, the
+    /// hidden state only
     #[arg(long, default_value = "conditioned")]
     pub kind: HeadKind,
     /// Number of heads
@@ -130,9 +131,10 @@ pub struct BenchArgs {
     /// Verify this many candidates in every step whatever they cost, instead of those that pay
     #[arg(long, value_parser = between(1, 64))]
     pub tree_nodes: Option<usize>,
-    /// Simulate that heads are right at these rates, the first head's first: each is the probability that a head's best
-    /// candidate is right given that the path before it is. As many heads are used. Texts are meaningless then; what steps take
-    /// is measured as ever, which tells what good heads would be worth where there are random ones only
+    /// Simulate that heads are right at these rates, the first head's first: each is the
+    /// probability that a head's best candidate is right given that the path before it is. As many
+    /// heads are used. Texts are meaningless then; what steps take is measured as ever, which tells
+    /// what good heads would be worth where there are random ones only
     #[arg(long, value_name = "RATE,...", value_delimiter = ',', value_parser = rate)]
     pub acceptance: Option<Vec<f32>>,
     /// System message before each prompt
@@ -231,7 +233,8 @@ pub struct SynthArgs {
     /// Number of heads
     #[arg(long, default_value_t = 4, value_parser = between(1, 16))]
     pub n_heads: usize,
-    /// What the heads see: the hidden state, each with an output matrix of its own, or the path they draft behind, too
+    /// What the heads see: the hidden state, each with an output matrix of its own, or the path
+    /// they draft behind, too
     #[arg(long, default_value = "medusa")]
     pub kind: HeadKind,
     /// The same seed gives the same files

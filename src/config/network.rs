@@ -14,7 +14,8 @@ use crate::http::tls::Tls;
 /// Flags about clients.
 #[derive(Clone, Debug, ClapArgs)]
 pub struct NetworkArgs {
-    /// Key that clients must send as `Authorization: Bearer KEY`; repeat it, or separate several by commas [default: none is needed]
+    /// Key that clients must send as `Authorization: Bearer KEY`; repeat it, or separate several by
+    /// commas [default: none is needed]
     #[arg(long = "api-key", env = "API_KEY", value_name = "API_KEY", value_delimiter = ',', value_parser = secret,
           hide_env_values = true)]
     pub api_keys: Vec<Secret>,
@@ -27,17 +28,19 @@ pub struct NetworkArgs {
     /// Key that may read /metrics and nothing else; with METRICS=key
     #[arg(long, env = "METRICS_KEY", value_name = "METRICS_KEY", value_parser = secret, hide_env_values = true)]
     pub metrics_key: Option<Secret>,
-    /// Origin whose pages may read answers, such as `https://example.org`, or * for every one; repeat it, or separate several by
-    /// commas [default: none may]
+    /// Origin whose pages may read answers, such as `https://example.org`, or * for every one;
+    /// repeat it, or separate several by commas [default: none may]
     #[arg(long = "cors-origin", env = "CORS_ORIGIN", value_name = "CORS_ORIGIN", value_delimiter = ',', value_parser = origin)]
     pub cors_origins: Vec<HeaderValue>,
-    /// Certificate in PEM, with those that lead to its root: connections are encrypted [default: they are not]
+    /// Certificate in PEM, with those that lead to its root: connections are encrypted [default:
+    /// they are not]
     #[arg(long, env = "TLS_CERT", value_name = "TLS_CERT")]
     pub tls_cert: Option<PathBuf>,
     /// The certificate's private key in PEM
     #[arg(long, env = "TLS_KEY", value_name = "TLS_KEY")]
     pub tls_key: Option<PathBuf>,
-    /// OpenTelemetry collector that gets a trace of each request, such as `http://127.0.0.1:4318` [default: none]
+    /// OpenTelemetry collector that gets a trace of each request, such as `http://127.0.0.1:4318`
+    /// [default: none]
     #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT", value_name = "OTEL_EXPORTER_OTLP_ENDPOINT", value_parser = collector)]
     pub otlp_endpoint: Option<Uri>,
 }
@@ -91,10 +94,14 @@ impl NetworkArgs {
         match (&self.tls_cert, &self.tls_key) {
             (None, None) => Ok(None),
             (Some(cert), Some(key)) => Tls::read(cert, key).map(Some),
-            (Some(cert), None) => {
-                Err(format!("TLS_CERT is {}, but its private key is missing: give TLS_KEY", cert.display()))
-            }
-            (None, Some(key)) => Err(format!("TLS_KEY is {}, but its certificate is missing: give TLS_CERT", key.display())),
+            (Some(cert), None) => Err(format!(
+                "TLS_CERT is {}, but its private key is missing: give TLS_KEY",
+                cert.display()
+            )),
+            (None, Some(key)) => Err(format!(
+                "TLS_KEY is {}, but its certificate is missing: give TLS_CERT",
+                key.display()
+            )),
         }
     }
 
@@ -103,11 +110,13 @@ impl NetworkArgs {
     /// # Errors
     /// One line that names the variable and what it must be; no key is shown.
     pub fn auth(&self) -> Result<Auth, String> {
-        let mut keys = self.api_keys.iter().map(|s| key(&s.0, "API_KEY")).collect::<Result<Vec<_>, _>>()?;
+        let mut keys =
+            self.api_keys.iter().map(|s| key(&s.0, "API_KEY")).collect::<Result<Vec<_>, _>>()?;
         if let Some(path) = &self.api_key_file {
             keys.extend(keys_in(path)?);
         }
-        let metrics_key = self.metrics_key.as_ref().map(|s| key(&s.0, "METRICS_KEY")).transpose()?;
+        let metrics_key =
+            self.metrics_key.as_ref().map(|s| key(&s.0, "METRICS_KEY")).transpose()?;
         let auth = Auth { keys, metrics: self.metrics, metrics_key };
         match &auth.metrics_key {
             Some(_) if auth.metrics != MetricsAccess::Key => {
@@ -126,11 +135,17 @@ impl NetworkArgs {
 
 /// An origin as browsers send it.
 fn origin(text: &str) -> Result<HeaderValue, String> {
-    let wanted = || "must be * or an origin such as https://example.org:8443, with no path and no / at its end".to_owned();
+    let wanted = || {
+        "must be * or an origin such as https://example.org:8443, with no path and no / at its end"
+            .to_owned()
+    };
     let is_origin = |text: &str| {
         let host = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
         host.is_some_and(|host| {
-            !host.is_empty() && host.bytes().all(|b| b.is_ascii_graphic() && b != b'/' && !b.is_ascii_uppercase())
+            !host.is_empty()
+                && host
+                    .bytes()
+                    .all(|b| b.is_ascii_graphic() && b != b'/' && !b.is_ascii_uppercase())
         })
     };
     if text != cors::ANY && !is_origin(text) {
@@ -141,19 +156,25 @@ fn origin(text: &str) -> Result<HeaderValue, String> {
 
 /// A collector's address: it stands near, so no TLS.
 fn collector(text: &str) -> Result<Uri, String> {
-    let uri = text
-        .parse::<Uri>()
-        .ok()
-        .filter(|uri| uri.scheme_str() == Some("http") && uri.host().is_some() && uri.query().is_none());
+    let uri = text.parse::<Uri>().ok().filter(|uri| {
+        uri.scheme_str() == Some("http") && uri.host().is_some() && uri.query().is_none()
+    });
     uri.ok_or_else(|| "must be the address of a collector that takes OTLP over HTTP, such as http://127.0.0.1:4318".into())
 }
 
 /// Those of a file.
 fn keys_in(path: &Path) -> Result<Vec<Key>, String> {
     let name = format!("API_KEY_FILE {}", path.display());
-    let text = std::fs::read_to_string(path).map_err(|error| format!("{name} cannot be read: {error}"))?;
-    let lines = text.lines().map(str::trim).enumerate().filter(|(_, line)| !line.is_empty() && !line.starts_with('#'));
-    let keys: Vec<Key> = lines.map(|(i, line)| key(line, &format!("{name}: line {}", i + 1))).collect::<Result<_, _>>()?;
+    let text =
+        std::fs::read_to_string(path).map_err(|error| format!("{name} cannot be read: {error}"))?;
+    let lines = text
+        .lines()
+        .map(str::trim)
+        .enumerate()
+        .filter(|(_, line)| !line.is_empty() && !line.starts_with('#'));
+    let keys: Vec<Key> = lines
+        .map(|(i, line)| key(line, &format!("{name}: line {}", i + 1)))
+        .collect::<Result<_, _>>()?;
     if keys.is_empty() {
         return Err(format!("{name} holds no key: it must have one a line"));
     }

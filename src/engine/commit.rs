@@ -1,4 +1,5 @@
-//! The last part of a step: tokens are chosen from what the pass gave, and sequences move on, or end.
+//! The last part of a step: tokens are chosen from what the pass gave, and sequences move on, or
+//! end.
 
 use std::time::Instant;
 
@@ -70,7 +71,8 @@ impl<F: Forward> Engine<F> {
         self.work.shares = shares;
     }
 
-    /// Lets the device choose the tokens behind the rows of sequences whose choice it knows how to make, and draft behind them.
+    /// Lets the device choose the tokens behind the rows of sequences whose choice it knows how to
+    /// make, and draft behind them.
     fn choose_on_device(&mut self, shares: &[Share], n_decode: usize) {
         let work = &mut self.work;
         work.rules.clear();
@@ -89,17 +91,22 @@ impl<F: Forward> Engine<F> {
             if !share.to_end {
                 continue;
             }
-            let s = self.running[share.seq.0 as usize].as_ref().expect("planned from the running ones");
+            let s =
+                self.running[share.seq.0 as usize].as_ref().expect("planned from the running ones");
             let (first, sequence) = (work.rules.len() as i32, work.spans.len() as i32);
-            let on_host = s.speculation == Speculation::Typical || s.grammar.is_some() || s.sampler.rule(0).is_none();
+            let on_host = s.speculation == Speculation::Typical
+                || s.grammar.is_some()
+                || s.sampler.rule(0).is_none();
             for at in std::iter::once(None).chain((0..tree.len()).map(Some)) {
                 let (parent, token, depth) = at.map_or((-1, 0, 0), |node: usize| {
                     let n = &tree.nodes()[node];
                     (n.parent.map_or(first, |p| first + 1 + p as i32), n.token.0, n.depth)
                 });
                 let position = s.tokens.len() + depth;
-                let forced =
-                    self.speculator.as_ref().and_then(|speculator| speculator.forced(i, at, || s.sampler.chance(position)));
+                let forced = self
+                    .speculator
+                    .as_ref()
+                    .and_then(|speculator| speculator.forced(i, at, || s.sampler.chance(position)));
                 work.rules.push(RowRule {
                     logits_row: work.rules.len() as i32, // every output row has a rule, in order
                     sequence,
@@ -118,7 +125,8 @@ impl<F: Forward> Engine<F> {
         if work.rules.is_empty() {
             return;
         }
-        let calibration = self.speculator.as_ref().filter(|_| any_drafts).and_then(|s| s.will_draft(n_decode));
+        let calibration =
+            self.speculator.as_ref().filter(|_| any_drafts).and_then(|s| s.will_draft(n_decode));
         let Work { rules, spans, asked: seqs, trust, .. } = work;
         let ask = Ask { rules, spans, seqs, trust, draft: calibration };
         if let Some(chosen) = self.forward.verify(ask) {
@@ -126,8 +134,9 @@ impl<F: Forward> Engine<F> {
         }
     }
 
-    /// Notes a sequence's computed rows; if they reached its end, lets it walk down its tree by the tokens it chooses, from
-    /// the last of them, `row`, on. Returns `true` if the sequence is done, or nobody wants it any more.
+    /// Notes a sequence's computed rows; if they reached its end, lets it walk down its tree by the
+    /// tokens it chooses, from the last of them, `row`, on. Returns `true` if the sequence is done,
+    /// or nobody wants it any more.
     fn advance(
         &mut self,
         i: usize,
@@ -136,18 +145,29 @@ impl<F: Forward> Engine<F> {
         started: Instant,
         now: Instant,
     ) -> Result<bool, AdvanceError> {
-        let mut s = self.running[share.seq.0 as usize].take().expect("planned from the running ones");
+        let mut s =
+            self.running[share.seq.0 as usize].take().expect("planned from the running ones");
         s.note_step(started);
         self.work.accepted.clear();
         let done = s.is_cancelled() || s.expire(now);
-        let walk = if share.to_end && !done { self.walk(i, &mut s, row, now) } else { Ok(Walk { last: None, done }) };
+        let walk = if share.to_end && !done {
+            self.walk(i, &mut s, row, now)
+        } else {
+            Ok(Walk { last: None, done })
+        };
         let n_before = s.n_computed + share.n_rows;
         let n_after = n_before + self.work.accepted.len();
         if let Ok(Walk { last, done }) = walk {
             self.ledger.push(s.seq, &s.tokens[s.n_computed..n_after]);
             s.n_computed = n_after;
             if let Some(speculator) = &mut self.speculator {
-                speculator.note_walk(i, self.work.trees[i].len(), &self.work.accepted, last, &mut s.trust);
+                speculator.note_walk(
+                    i,
+                    self.work.trees[i].len(),
+                    &self.work.accepted,
+                    last,
+                    &mut s.trust,
+                );
                 if let Some((owner, answer)) = s.shared_answer().filter(|_| done) {
                     speculator.remember(owner, answer);
                 }
@@ -160,7 +180,13 @@ impl<F: Forward> Engine<F> {
     }
 
     /// Lets a sequence choose tokens: behind `row`, and on as long as its `i`-th tree holds them.
-    fn walk(&mut self, i: usize, s: &mut Sequence, row: usize, now: Instant) -> Result<Walk, AdvanceError> {
+    fn walk(
+        &mut self,
+        i: usize,
+        s: &mut Sequence,
+        row: usize,
+        now: Instant,
+    ) -> Result<Walk, AdvanceError> {
         s.note_drafted(self.work.trees[i].len());
         self.stats.count_draft(self.work.trees[i].len());
         self.stats.note_wait(s.waited(now));
@@ -194,7 +220,13 @@ impl<F: Forward> Engine<F> {
     }
 
     /// The token behind node `at` of a sequence's `i`-th tree, whose logits stand at `row`.
-    fn choose(&mut self, i: usize, s: &mut Sequence, at: Option<usize>, row: usize) -> Result<Token, LlamaError> {
+    fn choose(
+        &mut self,
+        i: usize,
+        s: &mut Sequence,
+        at: Option<usize>,
+        row: usize,
+    ) -> Result<Token, LlamaError> {
         let work = &mut self.work;
         let place = work.first_choice[i] + at.map_or(0, |node| 1 + node);
         if let Some(&token) = work.chosen.get(place).filter(|&&token| token >= 0) {
@@ -202,7 +234,8 @@ impl<F: Forward> Engine<F> {
         }
         work.offered.clear();
         if s.speculation == Speculation::Typical {
-            work.offered.extend(work.trees[i].nodes().iter().filter(|n| n.parent == at).map(|n| n.token));
+            work.offered
+                .extend(work.trees[i].nodes().iter().filter(|n| n.parent == at).map(|n| n.token));
         }
         let mut logits = self.forward.logits(row)?;
         if let Some(grammar) = &s.grammar {
@@ -212,14 +245,30 @@ impl<F: Forward> Engine<F> {
         let position = s.tokens.len();
         let own = s.sampler.draw_typical(logits, position, &work.offered, &mut work.sampling);
         let chance = || s.sampler.chance(position);
-        Ok(self.speculator.as_ref().map_or(own, |speculator| speculator.choice(i, at, own, logits, chance)))
+        Ok(self
+            .speculator
+            .as_ref()
+            .map_or(own, |speculator| speculator.choice(i, at, own, logits, chance)))
     }
 
-    /// Notes of a token chosen from `row` what somebody wants to know; it is node `next` of the `i`-th tree, if it was drafted.
-    fn tell(&mut self, i: usize, s: &mut Sequence, token: Token, row: usize, next: Option<usize>) -> Result<(), LlamaError> {
+    /// Notes of a token chosen from `row` what somebody wants to know; it is node `next` of the
+    /// `i`-th tree, if it was drafted.
+    fn tell(
+        &mut self,
+        i: usize,
+        s: &mut Sequence,
+        token: Token,
+        row: usize,
+        next: Option<usize>,
+    ) -> Result<(), LlamaError> {
         let work = &mut self.work;
         if let Some(trace) = &mut s.trace {
-            trace.push(token, self.forward.hidden(row)?, self.forward.logits(row)?, &mut work.likeliest);
+            trace.push(
+                token,
+                self.forward.hidden(row)?,
+                self.forward.logits(row)?,
+                &mut work.likeliest,
+            );
         }
         let Some(report) = s.report else { return Ok(()) };
         let logprobs = match report.n_top {
@@ -231,8 +280,8 @@ impl<F: Forward> Engine<F> {
         Ok(())
     }
 
-    /// Leaves a sequence the cells of the path that it took down its `i`-th tree, at positions `n_before..n_after`, and takes the
-    /// others' back.
+    /// Leaves a sequence the cells of the path that it took down its `i`-th tree, at positions
+    /// `n_before..n_after`, and takes the others' back.
     fn settle(&mut self, i: usize, n_before: usize, n_after: usize) -> Result<(), LlamaError> {
         let work = &mut self.work;
         let (tree, ids) = (&work.trees[i], &mut work.leaf_ids[i]);

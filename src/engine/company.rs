@@ -1,12 +1,15 @@
-//! Whether an idle engine should wait a moment for more requests before it starts on the first. Pure: times come from
-//! outside.
+//! Whether an idle engine should wait a moment for more requests before it starts on the first.
+//! Pure: times come from outside.
 //!
-//! Continuous batching makes waiting mostly needless: a newcomer joins at the next step. What a short wait can save is a
-//! burst's prompts entering one by one. So the engine waits only where bursts are the habit, and a lone request never pays:
+//! Continuous batching makes waiting mostly needless: a newcomer joins at the next step. What a
+//! short wait can save is a burst's prompts entering one by one. So the engine waits only where
+//! bursts are the habit, and a lone request never pays:
 //!
-//! - Each time the engine starts from idle, it later learns whether company came within `MAX_WAIT_TIME`, and how soon.
-//! - It waits only if that happened more often than not over the last starts, and then for twice the mean time until company
-//!   came, at most `MAX_WAIT_TIME`. A client that sends one request after another is always alone, so it never waits.
+//! - Each time the engine starts from idle, it later learns whether company came within
+//!   `MAX_WAIT_TIME`, and how soon.
+//! - It waits only if that happened more often than not over the last starts, and then for twice
+//!   the mean time until company came, at most `MAX_WAIT_TIME`. A client that sends one request
+//!   after another is always alone, so it never waits.
 //! - The wait ends as soon as every slot has a request.
 
 /// Weight of a new observation; some ten starts are remembered.
@@ -31,8 +34,8 @@ impl Company {
         Self { max_wait_s, share: 0.0, delay_s: 0.0, started_at: None }
     }
 
-    /// A request arrived at `now` (seconds on any steady clock). Returns how long the engine, if it was `idle`, should wait
-    /// for more before it starts.
+    /// A request arrived at `now` (seconds on any steady clock). Returns how long the engine, if it
+    /// was `idle`, should wait for more before it starts.
     pub fn arrival(&mut self, now: f64, idle: bool) -> f64 {
         if let Some(start) = self.started_at.take() {
             // Requests that come together may arrive in another order than they were accepted in.
@@ -85,14 +88,19 @@ mod tests {
                 let start = f64::from(burst) * 10.0;
                 let wait = company.arrival(start, true);
                 assert_eq!(company.arrival(start + 0.004, false), 0.0);
-                assert_eq!(company.arrival(start + 0.008, false), 0.0, "only the first of a burst teaches");
+                assert_eq!(
+                    company.arrival(start + 0.008, false),
+                    0.0,
+                    "only the first of a burst teaches"
+                );
                 wait
             })
             .collect();
         assert_eq!(waits[0], 0.0);
         assert!((0.003..=0.01).contains(&waits[19]), "{waits:?}");
         // The habit ends: after some lone requests nobody waits any more.
-        let after: Vec<f64> = (0..10).map(|i| company.arrival(1000.0 + f64::from(i), true)).collect();
+        let after: Vec<f64> =
+            (0..10).map(|i| company.arrival(1000.0 + f64::from(i), true)).collect();
         assert_eq!(after[9], 0.0, "{after:?}");
     }
 

@@ -1,8 +1,10 @@
-//! Top-k, top-p, min-p and temperature over one row of logits, in llama.cpp's order, without sorting the vocabulary. Pure.
+//! Top-k, top-p, min-p and temperature over one row of logits, in llama.cpp's order, without
+//! sorting the vocabulary. Pure.
 //!
-//! llama.cpp's own top-p sorts as much of the vocabulary as the distribution is wide: 2.6 ms a row were measured for a
-//! vocabulary of 49,152 at temperature 0.8, half as much as the model's own work on the row. Here one pass finds the largest
-//! logit, one adds up the probabilities, and only the tokens within reach of the top are collected and sorted.
+//! llama.cpp's own top-p sorts as much of the vocabulary as the distribution is wide: 2.6 ms a row
+//! were measured for a vocabulary of 49,152 at temperature 0.8, half as much as the model's own
+//! work on the row. Here one pass finds the largest logit, one adds up the probabilities, and only
+//! the tokens within reach of the top are collected and sorted.
 
 use crate::llama::Token;
 use crate::vector::{NEGLIGIBLE, exp_below, largest, sum_exp};
@@ -20,14 +22,14 @@ pub struct Filter {
     pub temperature: f32,
 }
 
-/// Distances from the largest logit within which tokens are collected, tried in turn until enough are found. All tokens
-/// beyond the last one together have less probability than rounding loses.
+/// Distances from the largest logit within which tokens are collected, tried in turn until enough
+/// are found. All tokens beyond the last one together have less probability than rounding loses.
 const REACHES: [f32; 5] = [3.0, 6.0, 10.0, 16.0, NEGLIGIBLE];
 
 impl Filter {
-    /// Fills `kept` with the tokens that are left and their unnormalised probabilities, in ascending order of token id: that
-    /// order does not depend on rounding, so neither does what a given random number selects. Empty only for a row without a
-    /// finite logit.
+    /// Fills `kept` with the tokens that are left and their unnormalised probabilities, in
+    /// ascending order of token id: that order does not depend on rounding, so neither does what a
+    /// given random number selects. Empty only for a row without a finite logit.
     pub fn apply(&self, logits: &[f32], kept: &mut Vec<(Token, f32)>) {
         kept.clear();
         let max = largest(logits);
@@ -43,10 +45,16 @@ impl Filter {
         }
         if self.top_p < 1.0 {
             // Probabilities are of what top-k left.
-            let sum = if self.top_k > 0 { kept.iter().map(|k| exp_below(k.1 - max)).sum() } else { sum_exp(logits, max) };
+            let sum = if self.top_k > 0 {
+                kept.iter().map(|k| exp_below(k.1 - max)).sum()
+            } else {
+                sum_exp(logits, max)
+            };
             let enough = self.top_p * sum;
             if self.top_k == 0 {
-                self.collect(logits, max, kept, |kept| kept.iter().map(|k| exp_below(k.1 - max)).sum::<f32>() >= enough);
+                self.collect(logits, max, kept, |kept| {
+                    kept.iter().map(|k| exp_below(k.1 - max)).sum::<f32>() >= enough
+                });
             }
             kept.sort_unstable_by(more_likely);
             let mut mass = 0.0;
@@ -67,9 +75,16 @@ impl Filter {
         kept.iter_mut().for_each(|k| k.1 = ((k.1 - max) * inverse).exp());
     }
 
-    /// Collects tokens with their logits, ever farther from the top, until there are `enough`. At a high temperature with
-    /// nothing cut off before, tokens far down count too, so the last reach then is the whole row.
-    fn collect(&self, logits: &[f32], max: f32, kept: &mut Vec<(Token, f32)>, enough: impl Fn(&[(Token, f32)]) -> bool) {
+    /// Collects tokens with their logits, ever farther from the top, until there are `enough`. At a
+    /// high temperature with nothing cut off before, tokens far down count too, so the last reach
+    /// then is the whole row.
+    fn collect(
+        &self,
+        logits: &[f32],
+        max: f32,
+        kept: &mut Vec<(Token, f32)>,
+        enough: impl Fn(&[(Token, f32)]) -> bool,
+    ) {
         let all = self.top_k > 0 || self.top_p >= 1.0;
         for reach in REACHES.into_iter().chain(all.then_some(f32::INFINITY)) {
             let least = max - reach;
@@ -98,9 +113,11 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// The definitions, by sorting everything, in double precision. Also how close the decision was.
+    /// The definitions, by sorting everything, in double precision. Also how close the decision
+    /// was.
     fn by_definition(f: &Filter, logits: &[f32]) -> (Vec<Token>, f64) {
-        let mut all: Vec<(Token, f64)> = (0..).map(Token).zip(logits.iter().map(|&l| f64::from(l))).collect();
+        let mut all: Vec<(Token, f64)> =
+            (0..).map(Token).zip(logits.iter().map(|&l| f64::from(l))).collect();
         all.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
         if f.top_k > 0 {
             all.truncate(f.top_k);

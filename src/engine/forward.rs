@@ -1,4 +1,5 @@
-//! What the engine needs of a model and its cache. llama.cpp stands behind it in the server, a stub in tests and benches.
+//! What the engine needs of a model and its cache. llama.cpp stands behind it in the server, a stub
+//! in tests and benches.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -17,7 +18,8 @@ pub struct Row<'a> {
     pub token: Token,
     /// Its position in the sequence.
     pub pos: usize,
-    /// Whose; a node of a tree has an id for each leaf below it. It sees the cells of the first one.
+    /// Whose; a node of a tree has an id for each leaf below it. It sees the cells of the first
+    /// one.
     pub seqs: &'a [SeqId],
     /// Whether its logits are wanted.
     pub output: bool,
@@ -32,7 +34,13 @@ pub struct Rows {
 
 impl Rows {
     /// Adds a row.
-    pub fn push(&mut self, token: Token, pos: usize, seqs: impl IntoIterator<Item = SeqId>, output: bool) {
+    pub fn push(
+        &mut self,
+        token: Token,
+        pos: usize,
+        seqs: impl IntoIterator<Item = SeqId>,
+        output: bool,
+    ) {
         let from = self.ids.len();
         self.ids.extend(seqs);
         self.rows.push((token, pos, output, from..self.ids.len()));
@@ -58,7 +66,9 @@ impl Rows {
         let mut runs: Vec<Range<usize>> = vec![];
         for (i, row) in self.iter().enumerate() {
             match runs.last_mut() {
-                Some(run) if self.ids[self.rows[run.start].3.start] == row.seqs[0] => run.end = i + 1,
+                Some(run) if self.ids[self.rows[run.start].3.start] == row.seqs[0] => {
+                    run.end = i + 1
+                }
                 _ => runs.push(i..i + 1),
             }
         }
@@ -98,7 +108,8 @@ pub trait Forward {
     /// # Errors
     /// For any other row.
     fn logits(&self, row: usize) -> Result<&[f32], LlamaError>;
-    /// Hidden state, after the final norm, of a row of the last pass that wanted logits: what heads draft from.
+    /// Hidden state, after the final norm, of a row of the last pass that wanted logits: what heads
+    /// draft from.
     ///
     /// # Errors
     /// For any other row, or a model that does not keep it.
@@ -107,8 +118,9 @@ pub trait Forward {
     fn verifies(&self) -> bool {
         false
     }
-    /// Chooses the tokens behind the last pass's output rows, and drafts behind them, where the logits are: by row the token, -1
-    /// for the rows of sequences that the host is to choose for. `None` where the host is to choose for all.
+    /// Chooses the tokens behind the last pass's output rows, and drafts behind them, where the
+    /// logits are: by row the token, -1 for the rows of sequences that the host is to choose for.
+    /// `None` where the host is to choose for all.
     fn verify(&mut self, _ask: Ask<'_>) -> Option<&[i32]> {
         None
     }
@@ -129,9 +141,10 @@ const MOST_ROWS: usize = 96;
 
 /// llama.cpp as the engine's model.
 ///
-/// In a unified cache a step is one pass. In streams it is one for all sequences with a single row, and one for each with
-/// more: llama.cpp would divide the rows no better, since sequences of one pass must have equally many, and a pass looks at
-/// as many cells of every stream as the longest one has, so a long prompt must not be in the pass of short streams.
+/// In a unified cache a step is one pass. In streams it is one for all sequences with a single row,
+/// and one for each with more: llama.cpp would divide the rows no better, since sequences of one
+/// pass must have equally many, and a pass looks at as many cells of every stream as the longest
+/// one has, so a long prompt must not be in the pass of short streams.
 pub struct LlamaForward {
     context: Context,
     batch: Batch,
@@ -173,7 +186,8 @@ impl LlamaForward {
         }
     }
 
-    /// Lets tokens be chosen and drafted on the device that the logits are on. `heads` must be on that device, too.
+    /// Lets tokens be chosen and drafted on the device that the logits are on. `heads` must be on
+    /// that device, too.
     pub fn use_device(&mut self, heads: Rc<RefCell<DeviceHeads>>) {
         self.device = Some(heads);
     }
@@ -184,18 +198,25 @@ impl LlamaForward {
         self.context.tapped()
     }
 
-    /// What steps take, measured: seconds of a pass of each number of rows, ascending, behind one of as many, and the seconds more
-    /// that one takes behind another number. The best of a few rounds, so that a moment's disturbance does not hit one number
-    /// alone. When `patience` is over only what is missing for a curve at all is measured: a slow model's has few numbers.
+    /// What steps take, measured: seconds of a pass of each number of rows, ascending, behind one
+    /// of as many, and the seconds more that one takes behind another number. The best of a few
+    /// rounds, so that a moment's disturbance does not hit one number alone. When `patience` is
+    /// over only what is missing for a curve at all is measured: a slow model's has few numbers.
     ///
     /// # Errors
     /// When a pass fails.
-    pub fn measure(&mut self, numbers: &[usize], patience: Duration) -> Result<(Vec<(usize, f64)>, f64), LlamaError> {
+    pub fn measure(
+        &mut self,
+        numbers: &[usize],
+        patience: Duration,
+    ) -> Result<(Vec<(usize, f64)>, f64), LlamaError> {
         let started = Instant::now();
         let is_late = || started.elapsed() > patience;
         let mut points: Vec<(usize, f64)> = numbers.iter().map(|&n| (n, f64::INFINITY)).collect();
         for round in 0..ROUNDS {
-            for (i, (n, best)) in points.iter_mut().enumerate().filter(|(_, (n, _))| n * round <= MOST_ROWS) {
+            for (i, (n, best)) in
+                points.iter_mut().enumerate().filter(|(_, (n, _))| n * round <= MOST_ROWS)
+            {
                 if is_late() && (round > 0 || i > 1) {
                     break;
                 }
@@ -211,12 +232,15 @@ impl LlamaForward {
             }
             changed[i] = changed[i].min(self.time_pass(i + 1)?);
         }
-        let more = |i: usize| points.iter().find(|(n, _)| *n == i + 1).map_or(0.0, |(_, same)| changed[i] - same);
+        let more = |i: usize| {
+            points.iter().find(|(n, _)| *n == i + 1).map_or(0.0, |(_, same)| changed[i] - same)
+        };
         let change_s = f64::midpoint(more(0), more(1)).max(0.0);
         Ok((points, change_s))
     }
 
-    /// Seconds of a pass of `n` rows with logits on an empty cache, which is empty again afterwards.
+    /// Seconds of a pass of `n` rows with logits on an empty cache, which is empty again
+    /// afterwards.
     fn time_pass(&mut self, n: usize) -> Result<f64, LlamaError> {
         self.batch.clear();
         (0..n).try_for_each(|pos| self.batch.add(Token(0), pos, &[SeqId(0)], true).map(|_| ()))?;
@@ -250,7 +274,8 @@ impl LlamaForward {
 
     /// One pass for each sequence with several rows, and then one for the others.
     fn forward_streams(&mut self, rows: &Rows) -> Result<(), LlamaError> {
-        let (single, several): (Vec<_>, Vec<_>) = rows.runs().into_iter().partition(|run| run.len() == 1);
+        let (single, several): (Vec<_>, Vec<_>) =
+            rows.runs().into_iter().partition(|run| run.len() == 1);
         for run in several {
             self.batch.clear();
             run.clone().zip(rows.slice(run)).try_for_each(|(i, row)| self.add(i, row))?;
@@ -286,7 +311,9 @@ impl Forward for LlamaForward {
         match self.places.get(row) {
             Some(&Place::Context(at)) => self.context.logits(at),
             Some(&Place::Kept(from)) => Ok(&self.kept[from..from + self.model.n_vocab()]),
-            Some(Place::Nowhere) | None => Err(LlamaError::Misuse(format!("row {row} wanted no logits"))),
+            Some(Place::Nowhere) | None => {
+                Err(LlamaError::Misuse(format!("row {row} wanted no logits")))
+            }
         }
     }
 
@@ -304,9 +331,13 @@ impl Forward for LlamaForward {
             return None;
         }
         let n_outputs = self.places.iter().filter(|p| matches!(p, Place::Context(_))).count();
-        let tapped = self.context.tapped().filter(|t| t.n_rows() == n_outputs && ask.rules.len() <= n_outputs)?;
+        let tapped = self
+            .context
+            .tapped()
+            .filter(|t| t.n_rows() == n_outputs && ask.rules.len() <= n_outputs)?;
         self.chosen.clear();
-        match heads.borrow_mut().verify(tapped.logits(), tapped.hidden(), self.model.n_vocab(), ask) {
+        match heads.borrow_mut().verify(tapped.logits(), tapped.hidden(), self.model.n_vocab(), ask)
+        {
             Ok(chosen) => self.chosen.extend_from_slice(chosen),
             Err(error) => {
                 tracing::error!(%error, "the device failed to verify; from now on the host does");

@@ -1,8 +1,9 @@
 //! Grammars: which tokens may come next, by llguidance. No other file knows that library.
 //!
-//! A [`Grammar`] stands behind the tokens chosen so far. It masks the row of logits that the next one is chosen from, and cuts the
-//! candidates that it forbids out of a tree before they are computed. So what is verified is what the model would choose under the
-//! grammar without drafts: the text is the same with them and without.
+//! A [`Grammar`] stands behind the tokens chosen so far. It masks the row of logits that the next
+//! one is chosen from, and cuts the candidates that it forbids out of a tree before they are
+//! computed. So what is verified is what the model would choose under the grammar without drafts:
+//! the text is the same with them and without.
 
 use std::sync::Arc;
 
@@ -16,8 +17,8 @@ use crate::llama::{Model, Token};
 use crate::request::GrammarSource;
 use crate::speculate::Tree;
 
-/// Between two parts of JSON: a space, or a line's end and what it takes to indent the next. A model left free may go on until its
-/// tokens run out.
+/// Between two parts of JSON: a space, or a line's end and what it takes to indent the next. A
+/// model left free may go on until its tokens run out.
 const WHITESPACE: &str = r"( |\n {0,16})?";
 
 /// Compiles grammars for one model's vocabulary.
@@ -42,9 +43,11 @@ impl Grammars {
             bytes
         };
         let words: Vec<Vec<u8>> = tokens().map(word).collect();
-        let ends: Vec<u32> = tokens().filter(|&t| model.is_end(t)).map(|t| t.0.cast_unsigned()).collect();
+        let ends: Vec<u32> =
+            tokens().filter(|&t| model.is_end(t)).map(|t| t.0.cast_unsigned()).collect();
         let first = *ends.first().ok_or("the model has no end-of-text token")?;
-        let trie = TokTrie::from(&TokRxInfo::new(words.len() as u32, first), &words).with_eos_tokens(&ends);
+        let trie = TokTrie::from(&TokRxInfo::new(words.len() as u32, first), &words)
+            .with_eos_tokens(&ends);
         let env: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
         let mut factory = ParserFactory::new_simple(&env).map_err(|e| e.to_string())?;
         *factory.limits_mut() = ParserLimits { verbose_errors: false, ..ParserLimits::default() };
@@ -55,7 +58,8 @@ impl Grammars {
     /// A grammar at its beginning. A large one takes milliseconds.
     ///
     /// # Errors
-    /// [`Invalid`] for one that is none, that no text follows, or that is beyond llguidance's limits.
+    /// [`Invalid`] for one that is none, that no text follows, or that is beyond llguidance's
+    /// limits.
     pub fn compile(&self, source: &GrammarSource) -> Result<Grammar, Invalid> {
         let (param, grammar) = match source {
             GrammarSource::JsonSchema(schema) => {
@@ -64,7 +68,8 @@ impl Grammars {
             GrammarSource::Lark(lark) => ("grammar", TopLevelGrammar::from_lark(lark.clone())),
         };
         let mut matcher = Matcher::new(self.0.create_parser(grammar));
-        let refused = |why: &str| Invalid::new(param, format!("{param} cannot be followed: {}", why.trim()));
+        let refused =
+            |why: &str| Invalid::new(param, format!("{param} cannot be followed: {}", why.trim()));
         if let Some(why) = matcher.get_error() {
             return Err(refused(&why));
         }
@@ -73,9 +78,13 @@ impl Grammars {
     }
 }
 
-/// A schema with how its JSON is to be spaced. One that is no object (`true`) takes no options and needs none.
+/// A schema with how its JSON is to be spaced. One that is no object (`true`) takes no options and
+/// needs none.
 fn with_options(schema: &Value) -> Value {
-    let options = JsonCompileOptions { whitespace_pattern: Some(WHITESPACE.into()), ..JsonCompileOptions::default() };
+    let options = JsonCompileOptions {
+        whitespace_pattern: Some(WHITESPACE.into()),
+        ..JsonCompileOptions::default()
+    };
     let mut schema = schema.clone();
     if schema.is_object() {
         options.apply_to(&mut schema);
@@ -122,7 +131,8 @@ impl Grammar {
         let children = tree.nodes().iter().enumerate().filter(|(_, n)| n.parent == at);
         for (i, node) in children {
             let token = node.token.0.cast_unsigned();
-            // The mask is at hand for the first place only; and there it spares most candidates the parser.
+            // The mask is at hand for the first place only; and there it spares most candidates the
+            // parser.
             if at.is_none() && !self.allowed.is_allowed(token) {
                 continue;
             }
@@ -137,12 +147,15 @@ impl Grammar {
         }
     }
 
-    /// Goes on behind the token that was chosen. Returns `true` if the text is complete: nothing may follow, or only its end.
+    /// Goes on behind the token that was chosen. Returns `true` if the text is complete: nothing
+    /// may follow, or only its end.
     ///
     /// # Errors
     /// [`GrammarError`] when llguidance gives up.
     pub fn accept(&mut self, token: Token) -> Result<bool, GrammarError> {
-        self.matcher.consume_token(token.0.cast_unsigned()).map_err(|e| GrammarError(e.to_string()))?;
+        self.matcher
+            .consume_token(token.0.cast_unsigned())
+            .map_err(|e| GrammarError(e.to_string()))?;
         if self.matcher.is_stopped() {
             return self.stopped();
         }

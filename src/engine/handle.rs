@@ -31,7 +31,8 @@ pub enum SubmitError {
     Stopped,
 }
 
-/// Hands requests to a running engine. When the last clone is dropped the engine finishes what it has and ends.
+/// Hands requests to a running engine. When the last clone is dropped the engine finishes what it
+/// has and ends.
 #[derive(Clone)]
 pub struct Handle {
     pub(super) jobs: SyncSender<Job>,
@@ -140,7 +141,11 @@ impl Handle {
         // Off the network's threads: a long prompt, or a large grammar, takes milliseconds.
         let checked = tokio::task::spawn_blocking(move || {
             let prompt = this.check(&request)?;
-            let grammar = request.grammar.as_ref().map(|source| this.grammars()?.compile(source)).transpose()?;
+            let grammar = request
+                .grammar
+                .as_ref()
+                .map(|source| this.grammars()?.compile(source))
+                .transpose()?;
             Ok::<_, Invalid>((prompt, grammar, request))
         });
         let (prompt, grammar, request) = checked.await.map_err(|_| SubmitError::Stopped)??;
@@ -156,13 +161,21 @@ impl Handle {
     /// What compiles grammars for this model; made when it is first asked for.
     fn grammars(&self) -> Result<&Grammars, Invalid> {
         let grammars = self.grammars.get_or_init(|| Grammars::new(&self.model));
-        grammars.as_ref().map_err(|why| Invalid::new("grammar", format!("this model's tokens can follow no grammar: {why}")))
+        grammars.as_ref().map_err(|why| {
+            Invalid::new("grammar", format!("this model's tokens can follow no grammar: {why}"))
+        })
     }
 
     /// Tokenises the prompt and checks what only the model can tell.
     fn check(&self, request: &Request) -> Result<Vec<crate::llama::Token>, Invalid> {
-        if let Some((bad, _)) = request.sampling.logit_bias.iter().find(|(t, _)| !self.model.contains(*t)) {
-            let message = format!("logit_bias names token {}, but the vocabulary has {}", bad.0, self.model.n_vocab());
+        if let Some((bad, _)) =
+            request.sampling.logit_bias.iter().find(|(t, _)| !self.model.contains(*t))
+        {
+            let message = format!(
+                "logit_bias names token {}, but the vocabulary has {}",
+                bad.0,
+                self.model.n_vocab()
+            );
             return Err(Invalid::new("logit_bias", message));
         }
         let prompt = self.model.tokenize(&request.prompt, true);
@@ -172,7 +185,10 @@ impl Handle {
         }
         let most = self.limits.n_ctx - 1;
         if prompt.len() > most {
-            let message = format!("prompt has {} tokens, but the context leaves room for {most}", prompt.len());
+            let message = format!(
+                "prompt has {} tokens, but the context leaves room for {most}",
+                prompt.len()
+            );
             return Err(Invalid::new("prompt", message));
         }
         Ok(prompt)

@@ -1,12 +1,14 @@
 //! Sequence ids for the leaves of trees. Pure.
 //!
-//! A row of the batch sees the cells that carry its first id. So a tree of `n` leaves needs `n` ids: the sequence's own for
-//! its first leaf, and others for the rest, on everything the sequence has cached. A node carries the ids of the leaves
-//! below it. Afterwards the sequence takes over the cells of the accepted path, and the others come off the cells behind
-//! the root, which frees the paths that were not taken. No keys or values move.
+//! A row of the batch sees the cells that carry its first id. So a tree of `n` leaves needs `n`
+//! ids: the sequence's own for its first leaf, and others for the rest, on everything the sequence
+//! has cached. A node carries the ids of the leaves below it. Afterwards the sequence takes over
+//! the cells of the accepted path, and the others come off the cells behind the root, which frees
+//! the paths that were not taken. No keys or values move.
 //!
-//! Each running sequence that drafts has a block of ids of its own, and they stay on its cells from step to step: to put an
-//! id on a cell, or to take it off, is the dear part of llama.cpp's bookkeeping, so only what is new is touched.
+//! Each running sequence that drafts has a block of ids of its own, and they stay on its cells from
+//! step to step: to put an id on a cell, or to take it off, is the dear part of llama.cpp's
+//! bookkeeping, so only what is new is touched.
 
 use super::slots::KvOp;
 use crate::llama::SeqId;
@@ -31,7 +33,9 @@ impl Leaves {
     #[must_use]
     pub fn new(n_seqs: usize, n_ids: usize, n_slots: usize) -> Self {
         let n_each = n_ids.saturating_sub(n_seqs) / n_slots.max(1);
-        let block = |slot: usize| Block((0..n_each).map(|i| (SeqId((n_seqs + slot * n_each + i) as u32), 0)).collect());
+        let block = |slot: usize| {
+            Block((0..n_each).map(|i| (SeqId((n_seqs + slot * n_each + i) as u32), 0)).collect())
+        };
         Self {
             n_leaves: n_each + 1,
             n_blocks: n_slots,
@@ -46,18 +50,28 @@ impl Leaves {
         self.n_leaves
     }
 
-    /// Appends the ids of `n` leaves behind the `n_cached` tokens of `seq` to `ids`, and what to do before the step to `ops`.
+    /// Appends the ids of `n` leaves behind the `n_cached` tokens of `seq` to `ids`, and what to do
+    /// before the step to `ops`.
     ///
     /// # Panics
-    /// For no leaf, more than [`n_leaves`](Self::n_leaves), or more sequences at a time than there are blocks.
-    pub fn lend(&mut self, seq: SeqId, n: usize, n_cached: usize, ids: &mut Vec<SeqId>, ops: &mut Vec<KvOp>) {
+    /// For no leaf, more than [`n_leaves`](Self::n_leaves), or more sequences at a time than there
+    /// are blocks.
+    pub fn lend(
+        &mut self,
+        seq: SeqId,
+        n: usize,
+        n_cached: usize,
+        ids: &mut Vec<SeqId>,
+        ops: &mut Vec<KvOp>,
+    ) {
         assert!((1..=self.n_leaves).contains(&n), "{n} leaves of {}", self.n_leaves);
         ids.push(seq);
         if n == 1 {
             return;
         }
         let held = &mut self.held[seq.0 as usize];
-        let block = held.get_or_insert_with(|| self.free.pop().expect("a block for each running sequence"));
+        let block =
+            held.get_or_insert_with(|| self.free.pop().expect("a block for each running sequence"));
         for (id, n_on) in &mut block.0[..n - 1] {
             if *n_on < n_cached {
                 ops.push(KvOp::Share { from: seq, to: *id, start: *n_on, end: n_cached });
@@ -67,9 +81,17 @@ impl Leaves {
         }
     }
 
-    /// After a step with the tree of these `ids`: `ids[0]` keeps the first `n_kept` tokens of the path that ends in leaf
-    /// `winner`; all paths have the first `n_common`, which end with the root.
-    pub fn settle(&mut self, ids: &[SeqId], winner: usize, n_common: usize, n_kept: usize, ops: &mut Vec<KvOp>) {
+    /// After a step with the tree of these `ids`: `ids[0]` keeps the first `n_kept` tokens of the
+    /// path that ends in leaf `winner`; all paths have the first `n_common`, which end with the
+    /// root.
+    pub fn settle(
+        &mut self,
+        ids: &[SeqId],
+        winner: usize,
+        n_common: usize,
+        n_kept: usize,
+        ops: &mut Vec<KvOp>,
+    ) {
         let seq = ids[0];
         if winner == 0 {
             ops.push(KvOp::Remove { seq, from: n_kept });
@@ -87,7 +109,9 @@ impl Leaves {
 
     /// The sequence has ended, or what its cells hold is not known: its block is free for the next.
     pub fn end(&mut self, seq: SeqId, ops: &mut Vec<KvOp>) {
-        let Some(mut block) = self.held.get_mut(seq.0 as usize).and_then(Option::take) else { return };
+        let Some(mut block) = self.held.get_mut(seq.0 as usize).and_then(Option::take) else {
+            return;
+        };
         for (id, n_on) in block.0.iter_mut().filter(|(_, n_on)| *n_on > 0) {
             ops.push(KvOp::Remove { seq: *id, from: 0 });
             *n_on = 0;

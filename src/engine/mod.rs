@@ -1,8 +1,9 @@
 //! The engine: one thread, one context, one loop. Requests join and leave at every step.
 //!
-//! A step is: admit, plan, draft, forward, commit (in `commit`). [`slots`] knows who holds which cells, [`leaves`] lends ids to trees,
-//! [`scheduler`] says which rows come next, [`sampler`] which token follows, [`text`] what of it may be shown, [`pace`] and
-//! [`company`] how long things may take; [`speculate`](crate::speculate) drafts. They are pure; this file and `commit` alone read
+//! A step is: admit, plan, draft, forward, commit (in `commit`). [`slots`] knows who holds which
+//! cells, [`leaves`] lends ids to trees, [`scheduler`] says which rows come next, [`sampler`] which
+//! token follows, [`text`] what of it may be shown, [`pace`] and [`company`] how long things may
+//! take; [`speculate`](crate::speculate) drafts. They are pure; this file and `commit` alone read
 //! the clock, and [`forward`] alone talks to llama.cpp. What happens is counted in [`stats`].
 
 mod commit;
@@ -115,7 +116,8 @@ struct Work {
     /// Logits under a grammar.
     masked: Vec<f32>,
     piece: Vec<u8>,
-    /// What the device is asked: for each output row its rule, for each sequence its rows, its id and how far it is trusted.
+    /// What the device is asked: for each output row its rule, for each sequence its rows, its id
+    /// and how far it is trusted.
     rules: Vec<RowRule>,
     spans: Vec<Span>,
     asked: Vec<SeqId>,
@@ -132,13 +134,16 @@ impl<F: Forward> Engine<F> {
             Layout::Unified { n_seqs, .. } => n_seqs,
             Layout::Streams { .. } => limits.n_slots,
         };
-        let end_tokens = (0..forward.n_vocab() as i32).map(Token).filter(|&t| forward.is_end(t)).collect();
+        let end_tokens =
+            (0..forward.n_vocab() as i32).map(Token).filter(|&t| forward.is_end(t)).collect();
         Self {
             ledger: Slots::new(limits.layout, limits.n_slots),
             waiting: VecDeque::new(),
             running: (0..n_seqs).map(|_| None).collect(),
             n_admitted: 0,
-            pace: limits.n_prefill.map_or_else(|| Pace::new(limits.n_batch), |n| Pace::fixed(n, limits.n_batch)),
+            pace: limits
+                .n_prefill
+                .map_or_else(|| Pace::new(limits.n_batch), |n| Pace::fixed(n, limits.n_batch)),
             speculator: None,
             leaves: Leaves::new(0, 0, 0),
             traces: false,
@@ -150,18 +155,22 @@ impl<F: Forward> Engine<F> {
         }
     }
 
-    /// Lets trees be drafted and verified, with the sequence ids behind the layout's own up to `n_ids` for their leaves.
+    /// Lets trees be drafted and verified, with the sequence ids behind the layout's own up to
+    /// `n_ids` for their leaves.
     ///
     /// # Panics
     /// In streams, which cannot hold trees.
     pub fn speculate(&mut self, speculator: Speculator, n_ids: usize) {
-        let Layout::Unified { n_seqs, .. } = self.limits.layout else { panic!("trees need a unified cache") };
+        let Layout::Unified { n_seqs, .. } = self.limits.layout else {
+            panic!("trees need a unified cache")
+        };
         self.leaves = Leaves::new(n_seqs, n_ids, self.limits.n_slots);
         self.stats.set_deepest(speculator.max_tokens_per_step() - 1);
         self.speculator = Some(speculator);
     }
 
-    /// Lets answers come with what the model thought at each token. Its [`Forward`] must keep hidden states.
+    /// Lets answers come with what the model thought at each token. Its [`Forward`] must keep
+    /// hidden states.
     pub fn trace_answers(&mut self) {
         self.traces = true;
     }
@@ -201,7 +210,8 @@ impl<F: Forward> Engine<F> {
         self.publish();
     }
 
-    /// Gives waiting requests their places, in order; the first that does not fit keeps the rest waiting.
+    /// Gives waiting requests their places, in order; the first that does not fit keeps the rest
+    /// waiting.
     fn admit(&mut self) {
         self.expire_waiting();
         while let Some(job) = self.waiting.front() {
@@ -211,22 +221,34 @@ impl<F: Forward> Engine<F> {
                 continue;
             }
             let n_max = job.prompt.len() + job.n_generate(self.limits.n_ctx);
-            let Some(place) = self.ledger.admit(&job.prompt, n_max, job.request.cache_prompt) else { return };
+            let Some(place) = self.ledger.admit(&job.prompt, n_max, job.request.cache_prompt)
+            else {
+                return;
+            };
             let job = self.waiting.pop_front().expect("it was at the front");
             if job.request.cache_prompt {
                 self.stats.count_prefix(job.prompt.len(), place.n_cached);
             }
             let banned: &[Token] = if job.request.ignore_eos { &self.end_tokens } else { &[] };
-            let sampler = Sampler::new(&job.request.sampling, banned, &job.prompt, self.forward.n_vocab());
+            let sampler =
+                Sampler::new(&job.request.sampling, banned, &job.prompt, self.forward.n_vocab());
             let ready = self.apply(&place.ops).and(sampler);
             let _of_request = span(&job.request.id).entered();
             match ready {
                 Ok(sampler) => {
                     let (seq, n_ctx) = (place.seq, self.limits.n_ctx);
-                    tracing::debug!(slot = seq.0, n_prompt = job.prompt.len(), n_cached = place.n_cached, "admitted");
-                    let mut sequence = Sequence::new(job, sampler, seq, place.n_cached, self.n_admitted, n_ctx);
+                    tracing::debug!(
+                        slot = seq.0,
+                        n_prompt = job.prompt.len(),
+                        n_cached = place.n_cached,
+                        "admitted"
+                    );
+                    let mut sequence =
+                        Sequence::new(job, sampler, seq, place.n_cached, self.n_admitted, n_ctx);
                     sequence.trace = self.traces.then(Trace::default);
-                    if sequence.speculation.by_text() && self.speculator.as_ref().is_some_and(Speculator::has_text) {
+                    if sequence.speculation.by_text()
+                        && self.speculator.as_ref().is_some_and(Speculator::has_text)
+                    {
                         sequence.index_text();
                     }
                     self.running[seq.0 as usize] = Some(sequence);
@@ -235,7 +257,8 @@ impl<F: Forward> Engine<F> {
                 Err(error) => {
                     let id = IncidentId::new();
                     tracing::error!(%id, %error, "a request could not start");
-                    let _ = job.events.try_send(crate::request::Event::Failed { id: id.to_string() });
+                    let _ =
+                        job.events.try_send(crate::request::Event::Failed { id: id.to_string() });
                     self.stats.count_end(Ended::Failed);
                     self.forget(place.seq);
                 }
@@ -266,7 +289,8 @@ impl<F: Forward> Engine<F> {
         work.demands.extend(self.running.iter().flatten().map(demand));
         let n_decode = work.demands.iter().filter(|d| d.n_pending == 1).count();
         work.load = Load { n_decode, n_prompts: work.demands.len() - n_decode };
-        let budget = Budget { n_batch: self.limits.n_batch, n_prefill: self.pace.n_prefill(work.load) };
+        let budget =
+            Budget { n_batch: self.limits.n_batch, n_prefill: self.pace.n_prefill(work.load) };
         scheduler::plan(&work.demands, budget, &mut work.by_age, &mut work.shares);
     }
 
@@ -280,11 +304,14 @@ impl<F: Forward> Engine<F> {
         work.leaf_ids.resize_with(work.trees.len(), Vec::new);
         let Some(speculator) = &mut self.speculator else { return };
 
-        let sequence = |share: &Share| self.running[share.seq.0 as usize].as_ref().expect("planned from the running ones");
+        let sequence = |share: &Share| {
+            self.running[share.seq.0 as usize].as_ref().expect("planned from the running ones")
+        };
         let deepest = speculator.max_tokens_per_step() - 1;
         let origin = |share: &Share| {
             let s = sequence(share);
-            let n_draftable = if share.to_end && share.n_rows == 1 { s.n_draftable().min(deepest) } else { 0 };
+            let n_draftable =
+                if share.to_end && share.n_rows == 1 { s.n_draftable().min(deepest) } else { 0 };
             Origin {
                 seq: s.seq,
                 hidden: s.hidden(),
@@ -298,7 +325,9 @@ impl<F: Forward> Engine<F> {
         let mut origins: Vec<Origin<'_>> = work.shares.iter().map(origin).collect();
         let n_rows: usize = work.shares.iter().map(|s| s.n_rows).sum();
         let n_decode = work.shares.iter().filter(|s| s.to_end && s.n_rows == 1).count();
-        if !speculator.is_due(n_rows, n_decode) || origins.iter().all(|o| o.max_depth == 0 && o.text.is_none()) {
+        if !speculator.is_due(n_rows, n_decode)
+            || origins.iter().all(|o| o.max_depth == 0 && o.text.is_none())
+        {
             return;
         }
         let trees = &mut work.trees[..origins.len()];
@@ -322,7 +351,8 @@ impl<F: Forward> Engine<F> {
             }
             if !tree.is_empty() {
                 let n_leaves = tree.leaves_below(&mut work.below);
-                let n_computed = self.running[share.seq.0 as usize].as_ref().map_or(0, |s| s.n_computed);
+                let n_computed =
+                    self.running[share.seq.0 as usize].as_ref().map_or(0, |s| s.n_computed);
                 self.leaves.lend(share.seq, n_leaves, n_computed, ids, &mut work.ops);
             }
         }
@@ -335,7 +365,8 @@ impl<F: Forward> Engine<F> {
         let work = &mut self.work;
         work.rows.clear();
         for ((share, tree), ids) in work.shares.iter().zip(&work.trees).zip(&work.leaf_ids) {
-            let s = self.running[share.seq.0 as usize].as_ref().expect("planned from the running ones");
+            let s =
+                self.running[share.seq.0 as usize].as_ref().expect("planned from the running ones");
             if tree.is_empty() {
                 let last = s.n_computed + share.n_rows - 1;
                 for pos in s.n_computed..=last {
@@ -346,7 +377,12 @@ impl<F: Forward> Engine<F> {
             tree.leaves_below(&mut work.below);
             work.rows.push(s.tokens[s.n_computed], s.n_computed, ids.iter().copied(), true);
             for (node, below) in tree.nodes().iter().zip(work.below.lists()) {
-                work.rows.push(node.token, s.n_computed + node.depth, below.iter().map(|&leaf| ids[leaf]), true);
+                work.rows.push(
+                    node.token,
+                    s.n_computed + node.depth,
+                    below.iter().map(|&leaf| ids[leaf]),
+                    true,
+                );
             }
         }
     }
@@ -355,7 +391,8 @@ impl<F: Forward> Engine<F> {
         ops.iter().try_for_each(|&op| self.forward.apply(op))
     }
 
-    /// A step failed: what the cache holds of its sequences is not known, so they end. The others go on.
+    /// A step failed: what the cache holds of its sequences is not known, so they end. The others
+    /// go on.
     fn fail(&mut self, error: &LlamaError) {
         let shares = std::mem::take(&mut self.work.shares);
         shares.iter().for_each(|share| self.fail_one(share.seq, error));
@@ -385,7 +422,12 @@ impl<F: Forward> Engine<F> {
 
     fn publish(&self) {
         let running = self.ledger.n_active();
-        self.stats.publish(running, self.waiting.len(), self.ledger.n_cells_active(), self.ledger.n_cells_retained());
+        self.stats.publish(
+            running,
+            self.waiting.len(),
+            self.ledger.n_cells_active(),
+            self.ledger.n_cells_retained(),
+        );
         if let Some(speculator) = &self.speculator {
             self.stats.publish_reliability(speculator.reliability());
         }
@@ -400,7 +442,8 @@ impl<F: Forward> Engine<F> {
         assert_eq!(self.running.iter().flatten().count(), self.ledger.n_active());
     }
 
-    /// Checks that an idle engine holds no sequence, no cell but retained ones, and no lent id. For tests.
+    /// Checks that an idle engine holds no sequence, no cell but retained ones, and no lent id. For
+    /// tests.
     ///
     /// # Panics
     /// When it does.

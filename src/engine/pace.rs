@@ -1,13 +1,17 @@
-//! How much of prompts one step may carry while other sequences decode. Pure: durations come from outside.
+//! How much of prompts one step may carry while other sequences decode. Pure: durations come from
+//! outside.
 //!
-//! A running stream notices a newcomer's prompt as a longer step. The chunk is steered by what steps really take: after
-//! each step that carried a full chunk it is scaled by the ratio of the time such a step may take to the time it took. A
-//! step may take [`STALL`] times as long as a step of as many streams without a prompt, and at least [`MIN_STALL_S`], which
-//! few notice. For a cost of `a + b n` the scaling settles at the `n` where the step takes just that long, whatever `a` and
-//! `b` are; where even the fixed part is too long it stays at [`MIN_CHUNK`], below which prompts would never be done.
+//! A running stream notices a newcomer's prompt as a longer step. The chunk is steered by what
+//! steps really take: after each step that carried a full chunk it is scaled by the ratio of the
+//! time such a step may take to the time it took. A step may take [`STALL`] times as long as a step
+//! of as many streams without a prompt, and at least [`MIN_STALL_S`], which few notice. For a cost
+//! of `a + b n` the scaling settles at the `n` where the step takes just that long, whatever `a`
+//! and `b` are; where even the fixed part is too long it stays at [`MIN_CHUNK`], below which
+//! prompts would never be done.
 //!
-//! Where more prompts wait than streams run, the few that run would hold up the many: a step may then take as many times as
-//! long as there are prompts to a stream. So the prompts of a burst are read together, and a lone newcomer takes its time.
+//! Where more prompts wait than streams run, the few that run would hold up the many: a step may
+//! then take as many times as long as there are prompts to a stream. So the prompts of a burst are
+//! read together, and a lone newcomer takes its time.
 
 /// A step with a chunk may last this many times a step without one.
 pub const STALL: f64 = 2.5;
@@ -71,9 +75,11 @@ impl Pace {
             let mean = &mut self.decode_s[load.n_decode];
             *mean = Some(mean.map_or(seconds, |old| old + ALPHA * (seconds - old)));
         } else if load.n_decode > 0 && n_prompt >= self.full_chunk(load) && !self.is_fixed {
-            let allowed = (self.plain_step_s(load.n_decode) * STALL).max(MIN_STALL_S) * load.crowd();
+            let allowed =
+                (self.plain_step_s(load.n_decode) * STALL).max(MIN_STALL_S) * load.crowd();
             let scale = (allowed / seconds.max(1e-9)).clamp(*SCALE.start(), *SCALE.end());
-            self.chunk = (self.chunk * scale).clamp(MIN_CHUNK as f64, self.n_batch.max(MIN_CHUNK) as f64);
+            self.chunk =
+                (self.chunk * scale).clamp(MIN_CHUNK as f64, self.n_batch.max(MIN_CHUNK) as f64);
         }
     }
 
@@ -84,14 +90,17 @@ impl Pace {
         ((self.chunk * crowd) as usize).clamp(1, self.n_batch)
     }
 
-    /// Rows of prompts in a step that has as many as it may: the streams' rows are in the batch, too.
+    /// Rows of prompts in a step that has as many as it may: the streams' rows are in the batch,
+    /// too.
     fn full_chunk(&self, load: Load) -> usize {
         self.n_prefill(load).min(self.n_batch.saturating_sub(load.n_decode)).max(1)
     }
 
-    /// A step of `n` streams and nothing else, or of the nearest number of streams that was measured.
+    /// A step of `n` streams and nothing else, or of the nearest number of streams that was
+    /// measured.
     fn plain_step_s(&self, n: usize) -> f64 {
-        let known = self.decode_s.iter().enumerate().filter_map(|(i, s)| s.map(|s| (i.abs_diff(n), s)));
+        let known =
+            self.decode_s.iter().enumerate().filter_map(|(i, s)| s.map(|s| (i.abs_diff(n), s)));
         known.min_by_key(|&(distance, _)| distance).map_or(0.0, |(_, s)| s)
     }
 }
@@ -100,10 +109,13 @@ impl Pace {
 mod tests {
     use super::*;
 
-    /// Runs steps of a machine where a pass costs `pass_s`, each row `row_s`, and a step with a chunk takes two passes.
+    /// Runs steps of a machine where a pass costs `pass_s`, each row `row_s`, and a step with a
+    /// chunk takes two passes.
     fn settle(pace: &mut Pace, load: Load, pass_s: f64, row_s: f64) -> (f64, f64) {
-        let step =
-            |n_prompt: usize| pass_s * if n_prompt > 0 { 2.0 } else { 1.0 } + row_s * (load.n_decode + n_prompt) as f64;
+        let step = |n_prompt: usize| {
+            pass_s * if n_prompt > 0 { 2.0 } else { 1.0 }
+                + row_s * (load.n_decode + n_prompt) as f64
+        };
         for _ in 0..60 {
             pace.record(load, 0, step(0));
             pace.record(load, pace.n_prefill(load), step(pace.n_prefill(load)));
@@ -138,7 +150,11 @@ mod tests {
         let mut pace = Pace::new(512);
         settle(&mut pace, streams(8), 0.005, 0.001);
         let lone = pace.n_prefill(streams(7));
-        assert_eq!(pace.n_prefill(Load { n_decode: 7, n_prompts: 7 }), lone, "as many as run: no crowd");
+        assert_eq!(
+            pace.n_prefill(Load { n_decode: 7, n_prompts: 7 }),
+            lone,
+            "as many as run: no crowd"
+        );
         let many = pace.n_prefill(Load { n_decode: 1, n_prompts: 7 });
         assert!((6 * lone..=8 * lone).contains(&many), "{lone} {many}");
         assert!(pace.n_prefill(Load { n_decode: 1, n_prompts: 200 }) <= 512);

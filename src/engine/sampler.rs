@@ -1,8 +1,9 @@
-//! One token from one row of logits: bias and penalties by llama.cpp, then [`filter`](super::filter), then the draw.
+//! One token from one row of logits: bias and penalties by llama.cpp, then
+//! [`filter`](super::filter), then the draw.
 //!
-//! The draw is keyed by (seed, position) with a counter-based generator, so what a position gets depends neither on how many
-//! draws came before nor on who else is in the batch: the same request with the same seed gives the same text alone, in a
-//! crowd, and with speculation.
+//! The draw is keyed by (seed, position) with a counter-based generator, so what a position gets
+//! depends neither on how many draws came before nor on who else is in the batch: the same request
+//! with the same seed gives the same text alone, in a crowd, and with speculation.
 
 use super::filter::Filter;
 use crate::gpu::kernels::RowRule;
@@ -29,12 +30,17 @@ pub struct Scratch {
 }
 
 impl Sampler {
-    /// In llama.cpp's order: bias, penalties, top-k, top-p, min-p, temperature. `banned` tokens are never chosen. `prompt`
-    /// fills the penalties' window.
+    /// In llama.cpp's order: bias, penalties, top-k, top-p, min-p, temperature. `banned` tokens are
+    /// never chosen. `prompt` fills the penalties' window.
     ///
     /// # Errors
     /// [`LlamaError::Sampler`] for a parameter that llama.cpp refuses.
-    pub fn new(params: &SamplingParams, banned: &[Token], prompt: &[Token], n_vocab: usize) -> Result<Self, LlamaError> {
+    pub fn new(
+        params: &SamplingParams,
+        banned: &[Token],
+        prompt: &[Token],
+        n_vocab: usize,
+    ) -> Result<Self, LlamaError> {
         let SamplingParams { top_k, top_p, min_p, temperature, seed, .. } = *params;
         let filter = (temperature > 0.0).then_some(Filter { top_k, top_p, min_p, temperature });
         let penalties = params.has_penalties();
@@ -47,7 +53,8 @@ impl Sampler {
                 new = new.logit_bias(&bias)?;
             }
             if penalties {
-                let p = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty);
+                let p =
+                    (params.repetition_penalty, params.frequency_penalty, params.presence_penalty);
                 new = new.penalties(params.repeat_last_n, p.0, p.1, p.2)?;
             }
             chain = Some(new);
@@ -63,12 +70,20 @@ impl Sampler {
         self.draw_typical(logits, position, &[], scratch)
     }
 
-    /// As [`draw`](Self::draw), but a drafted token that is typical of the distribution is taken in place of a draw, the most
-    /// likely one if there are several. This is lossy: the text follows the drafts more than the model alone would.
+    /// As [`draw`](Self::draw), but a drafted token that is typical of the distribution is taken in
+    /// place of a draw, the most likely one if there are several. This is lossy: the text follows
+    /// the drafts more than the model alone would.
     ///
-    /// Typical is a token with a probability above `min(eps, delta exp(-H))`, `H` being the entropy in nats: "Medusa" (Cai et
-    /// al., 2024), section 2.3.1. Here of the distribution that is drawn from, after temperature and filters. Greedy has none.
-    pub fn draw_typical(&mut self, logits: &[f32], position: usize, drafted: &[Token], scratch: &mut Scratch) -> Token {
+    /// Typical is a token with a probability above `min(eps, delta exp(-H))`, `H` being the entropy
+    /// in nats: "Medusa" (Cai et al., 2024), section 2.3.1. Here of the distribution that is drawn
+    /// from, after temperature and filters. Greedy has none.
+    pub fn draw_typical(
+        &mut self,
+        logits: &[f32],
+        position: usize,
+        drafted: &[Token],
+        scratch: &mut Scratch,
+    ) -> Token {
         let Scratch { candidates, logits: changed, kept } = scratch;
         let logits = match &mut self.chain {
             None => logits,
@@ -94,15 +109,19 @@ impl Sampler {
         argmax(logits) // rounding left a crumb beyond the last token, or there is none
     }
 
-    /// How a device can choose the token at `position` as [`draw`](Self::draw) does; `None` where bias or penalties change the
-    /// logits first. Where the row is, is for the caller to say.
+    /// How a device can choose the token at `position` as [`draw`](Self::draw) does; `None` where
+    /// bias or penalties change the logits first. Where the row is, is for the caller to say.
     #[must_use]
     pub fn rule(&self, position: usize) -> Option<RowRule> {
         if self.chain.is_some() {
             return None;
         }
         let halves = |n: u64| [n as u32, (n >> 32) as u32];
-        let rule = RowRule { seed: halves(self.seed), position: halves(position as u64), ..RowRule::default() };
+        let rule = RowRule {
+            seed: halves(self.seed),
+            position: halves(position as u64),
+            ..RowRule::default()
+        };
         Some(match self.filter {
             None => rule,
             Some(Filter { top_k, top_p, min_p, temperature }) => RowRule {
@@ -166,17 +185,25 @@ pub fn argmax(logits: &[f32]) -> Token {
 
 /// A number in [0, 1) for a position and a purpose: 53 bits of Philox.
 fn uniform(seed: u64, position: u64, purpose: u32) -> f64 {
-    let [a, b, ..] = philox([position as u32, (position >> 32) as u32, purpose, 0], [seed as u32, (seed >> 32) as u32]);
+    let [a, b, ..] = philox(
+        [position as u32, (position >> 32) as u32, purpose, 0],
+        [seed as u32, (seed >> 32) as u32],
+    );
     let bits = (u64::from(a) << 32 | u64::from(b)) >> 11;
     bits as f64 / (1u64 << 53) as f64
 }
 
-/// Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3" (2011): a block cipher on
-/// a counter, so any position's number can be had alone, on any device.
+/// Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3"
+/// (2011): a block cipher on a counter, so any position's number can be had alone, on any device.
 fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     for _ in 0..10 {
         let (a, b) = (0xD251_1F53 * u64::from(counter[0]), 0xCD9E_8D57 * u64::from(counter[2]));
-        counter = [(b >> 32) as u32 ^ counter[1] ^ key[0], b as u32, (a >> 32) as u32 ^ counter[3] ^ key[1], a as u32];
+        counter = [
+            (b >> 32) as u32 ^ counter[1] ^ key[0],
+            b as u32,
+            (a >> 32) as u32 ^ counter[3] ^ key[1],
+            a as u32,
+        ];
         key = [key[0].wrapping_add(0x9E37_79B9), key[1].wrapping_add(0xBB67_AE85)];
     }
     counter
@@ -191,7 +218,10 @@ mod tests {
     #[test]
     fn philox_gives_the_published_numbers() {
         assert_eq!(philox([0; 4], [0; 2]), [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);
-        assert_eq!(philox([u32::MAX; 4], [u32::MAX; 2]), [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]);
+        assert_eq!(
+            philox([u32::MAX; 4], [u32::MAX; 2]),
+            [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]
+        );
     }
 
     fn sampler(params: &SamplingParams, n_vocab: usize) -> Sampler {
@@ -212,17 +242,31 @@ mod tests {
         let open = SamplingParams { temperature: 1.0, top_p: 1.0, ..SamplingParams::default() };
         let chi2 = |counts: &[u32], p: &[f64]| -> f64 {
             let n = f64::from(counts.iter().sum::<u32>());
-            counts.iter().zip(p).filter(|(_, p)| **p > 0.0).map(|(&c, p)| (f64::from(c) - n * p).powi(2) / (n * p)).sum()
+            counts
+                .iter()
+                .zip(p)
+                .filter(|(_, p)| **p > 0.0)
+                .map(|(&c, p)| (f64::from(c) - n * p).powi(2) / (n * p))
+                .sum()
         };
         // 18.47: p = 0.001 with four degrees of freedom.
         assert!(chi2(&histogram(&open, &logits), &[0.4, 0.3, 0.15, 0.1, 0.05]) < 18.47);
         let top2 = histogram(&SamplingParams { top_k: 2, ..open.clone() }, &logits);
         assert_eq!(&top2[2..], [0, 0, 0]);
         assert!(chi2(&top2, &[0.4 / 0.7, 0.3 / 0.7, 0.0, 0.0, 0.0]) < 10.83);
-        assert_eq!(histogram(&SamplingParams { top_p: 0.6, ..open.clone() }, &logits)[2..], [0, 0, 0]);
-        assert_eq!(histogram(&SamplingParams { min_p: 0.5, ..open.clone() }, &logits)[2..], [0, 0, 0]);
+        assert_eq!(
+            histogram(&SamplingParams { top_p: 0.6, ..open.clone() }, &logits)[2..],
+            [0, 0, 0]
+        );
+        assert_eq!(
+            histogram(&SamplingParams { min_p: 0.5, ..open.clone() }, &logits)[2..],
+            [0, 0, 0]
+        );
         let squared = [0.16, 0.09, 0.0225, 0.01, 0.0025].map(|p| p / 0.285);
-        assert!(chi2(&histogram(&SamplingParams { temperature: 0.5, ..open }, &logits), &squared) < 18.47);
+        assert!(
+            chi2(&histogram(&SamplingParams { temperature: 0.5, ..open }, &logits), &squared)
+                < 18.47
+        );
     }
 
     #[test]
@@ -234,7 +278,11 @@ mod tests {
         for pos in 0..100 {
             let plain = s.draw(&logits, pos, &mut scratch);
             assert_eq!(s.draw_typical(&logits, pos, &[Token(4), Token(3)], &mut scratch), Token(3));
-            assert_eq!(s.draw_typical(&logits, pos, &[Token(3), Token(1)], &mut scratch), Token(1), "the most likely one");
+            assert_eq!(
+                s.draw_typical(&logits, pos, &[Token(3), Token(1)], &mut scratch),
+                Token(1),
+                "the most likely one"
+            );
             assert_eq!(s.draw_typical(&logits, pos, &[Token(4)], &mut scratch), plain);
         }
         let mut greedy = sampler(&SamplingParams { temperature: 0.0, ..open }, 5);

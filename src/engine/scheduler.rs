@@ -1,8 +1,9 @@
-//! Which rows the next step computes. Pure: it sees how many tokens each sequence still has to compute, and nothing else.
+//! Which rows the next step computes. Pure: it sees how many tokens each sequence still has to
+//! compute, and nothing else.
 //!
-//! Decoding sequences (one token left to compute) always get their row. What is left of the step's budget goes to prompts
-//! in the order they were admitted, each as far as the budget goes, so that a long prompt enters in chunks between the
-//! steps of the streams that run.
+//! Decoding sequences (one token left to compute) always get their row. What is left of the step's
+//! budget goes to prompts in the order they were admitted, each as far as the budget goes, so that
+//! a long prompt enters in chunks between the steps of the streams that run.
 
 use crate::llama::SeqId;
 
@@ -37,12 +38,17 @@ pub struct Share {
     pub to_end: bool,
 }
 
-/// Fills `plan` with the shares of the next step in ascending order of sequence id: streams of a divided cache are only
-/// computed together when their ids follow on one another. `scratch` is working memory.
+/// Fills `plan` with the shares of the next step in ascending order of sequence id: streams of a
+/// divided cache are only computed together when their ids follow on one another. `scratch` is
+/// working memory.
 pub fn plan(demands: &[Demand], budget: Budget, scratch: &mut Vec<Demand>, plan: &mut Vec<Share>) {
     plan.clear();
     let one_left = |d: &&Demand| d.n_pending == 1;
-    plan.extend(demands.iter().filter(one_left).take(budget.n_batch).map(|d| Share { seq: d.seq, n_rows: 1, to_end: true }));
+    plan.extend(demands.iter().filter(one_left).take(budget.n_batch).map(|d| Share {
+        seq: d.seq,
+        n_rows: 1,
+        to_end: true,
+    }));
 
     let mut left = budget.n_batch - plan.len();
     if !plan.is_empty() {
@@ -88,7 +94,8 @@ mod tests {
 
     #[test]
     fn the_older_prompt_goes_first() {
-        let shares = planned(&[demand(0, 30, 7), demand(1, 30, 3)], Budget { n_batch: 40, n_prefill: 1 });
+        let shares =
+            planned(&[demand(0, 30, 7), demand(1, 30, 3)], Budget { n_batch: 40, n_prefill: 1 });
         assert_eq!(shares.iter().map(|s| s.n_rows).collect::<Vec<_>>(), [10, 30]);
     }
 

@@ -11,8 +11,8 @@ use super::stats::{Ended, Stats, Waited};
 use super::text::{Pushed, TextAssembler};
 use crate::llama::{SeqId, Token};
 use crate::request::{
-    Completion, Event, FinishReason, Piece, Report, Request, Speculation, SpeculationUsage, Timings, TokenReport, Trace,
-    Usage,
+    Completion, Event, FinishReason, Piece, Report, Request, Speculation, SpeculationUsage,
+    Timings, TokenReport, Trace, Usage,
 };
 use crate::speculate::calibration::Trusts;
 use crate::speculate::suffix::Suffixes;
@@ -24,7 +24,8 @@ pub struct Job {
     pub prompt: Vec<Token>,
     /// The rest of it.
     pub request: Request,
-    /// Where its events go; room for all that can ever come. A dropped receiver cancels the request.
+    /// Where its events go; room for all that can ever come. A dropped receiver cancels the
+    /// request.
     pub events: mpsc::Sender<Event>,
     /// Its place in the queue, free again when this is dropped.
     pub permit: Option<OwnedSemaphorePermit>,
@@ -51,7 +52,8 @@ impl Job {
     pub fn expire(mut self, now: Instant) {
         self.permit = None;
         let usage = Usage { prompt_tokens: self.prompt.len(), ..Usage::default() };
-        let timings = Timings { queue_s: (now - self.accepted).as_secs_f64(), ..Timings::default() };
+        let timings =
+            Timings { queue_s: (now - self.accepted).as_secs_f64(), ..Timings::default() };
         let done = Completion {
             tail: Piece::default(),
             finish_reason: FinishReason::Deadline,
@@ -99,7 +101,8 @@ pub struct Sequence {
     pub grammar: Option<Grammar>,
     /// What to tell of each token.
     pub report: Option<Report>,
-    /// Told with the next piece: reports, and where their tokens' text begins, in bytes of the answer.
+    /// Told with the next piece: reports, and where their tokens' text begins, in bytes of the
+    /// answer.
     reports: Vec<(usize, TokenReport)>,
     /// Bytes of all tokens so far, and of those that were shown.
     n_bytes: usize,
@@ -127,8 +130,20 @@ struct Clock {
 
 impl Sequence {
     /// Starts a job on `seq`, where the first `n_cached` tokens of its prompt stand already.
-    pub fn new(job: Job, sampler: Sampler, seq: SeqId, n_cached: usize, order: u64, n_ctx: usize) -> Self {
-        let clock = Clock { accepted: job.accepted, started: None, first_token: None, last_token: job.accepted };
+    pub fn new(
+        job: Job,
+        sampler: Sampler,
+        seq: SeqId,
+        n_cached: usize,
+        order: u64,
+        n_ctx: usize,
+    ) -> Self {
+        let clock = Clock {
+            accepted: job.accepted,
+            started: None,
+            first_token: None,
+            last_token: job.accepted,
+        };
         let deadline = job.deadline();
         Self {
             seq,
@@ -186,7 +201,8 @@ impl Sequence {
         Some((owner, &self.tokens[self.n_prompt..]))
     }
 
-    /// Tokens behind the next one that it makes sense to draft: the answer may end before, but not after.
+    /// Tokens behind the next one that it makes sense to draft: the answer may end before, but not
+    /// after.
     pub fn n_draftable(&self) -> usize {
         let left = self.n_generate - (self.tokens.len() - self.n_prompt);
         if self.speculation == Speculation::Off { 0 } else { left.saturating_sub(1) }
@@ -210,7 +226,8 @@ impl Sequence {
         self.drafts.steps
     }
 
-    /// Notes a step that decides a token of this sequence, and how many candidates were computed with it.
+    /// Notes a step that decides a token of this sequence, and how many candidates were computed
+    /// with it.
     pub fn note_drafted(&mut self, n: usize) {
         self.drafts.steps += 1;
         self.drafts.drafted += n;
@@ -246,12 +263,19 @@ impl Sequence {
         self.reports.push((self.n_bytes, report));
     }
 
-    /// Takes the next token. `bytes` are its text; `is_end` says that it ends the answer and has none. Returns `true` if the
-    /// answer is complete and its last event sent.
+    /// Takes the next token. `bytes` are its text; `is_end` says that it ends the answer and has
+    /// none. Returns `true` if the answer is complete and its last event sent.
     ///
     /// # Errors
-    /// [`GrammarError`] when the grammar cannot be followed any further; the answer is not complete then.
-    pub fn accept(&mut self, token: Token, bytes: &[u8], is_end: bool, now: Instant) -> Result<bool, GrammarError> {
+    /// [`GrammarError`] when the grammar cannot be followed any further; the answer is not complete
+    /// then.
+    pub fn accept(
+        &mut self,
+        token: Token,
+        bytes: &[u8],
+        is_end: bool,
+        now: Instant,
+    ) -> Result<bool, GrammarError> {
         self.tokens.push(token);
         if let Some(suffixes) = &mut self.suffixes {
             suffixes.push(token);
@@ -287,7 +311,10 @@ impl Sequence {
         let is_full = self.tokens.len() - self.n_prompt == self.n_generate;
         if is_whole || is_full {
             let tail = self.text.finish();
-            self.complete(tail, if is_whole { FinishReason::EndOfText } else { FinishReason::Length });
+            self.complete(
+                tail,
+                if is_whole { FinishReason::EndOfText } else { FinishReason::Length },
+            );
         }
         Ok(is_whole || is_full)
     }
@@ -310,7 +337,9 @@ impl Sequence {
     pub fn note_end(&self, stats: &Stats) {
         match self.ended {
             Some(Ended::Deadline) => stats.count_end(Ended::Deadline),
-            Some(ended) => stats.note_answer(ended, self.timings(), self.tokens.len() - self.n_prompt),
+            Some(ended) => {
+                stats.note_answer(ended, self.timings(), self.tokens.len() - self.n_prompt)
+            }
             None => stats.count_end(Ended::Cancelled),
         }
     }
@@ -341,7 +370,14 @@ impl Sequence {
         });
         self.permit = None; // before the answer: its client may send the next request at once
         let (speculation, trace) = (self.drafts, self.trace.take());
-        self.send(Event::Done(Completion { tail, finish_reason, usage, timings, speculation, trace }));
+        self.send(Event::Done(Completion {
+            tail,
+            finish_reason,
+            usage,
+            timings,
+            speculation,
+            trace,
+        }));
     }
 
     /// Ends the answer because the engine failed.
@@ -350,7 +386,8 @@ impl Sequence {
         self.send(Event::Failed { id: id.to_owned() });
     }
 
-    /// The channel has room for every event a request can cause; a closed one is seen at the next commit.
+    /// The channel has room for every event a request can cause; a closed one is seen at the next
+    /// commit.
     fn send(&self, event: Event) {
         let _ = self.events.try_send(event);
     }

@@ -1,13 +1,15 @@
-//! The ledger of KV cells and sequence ids: who holds which, what may be reused, whether one more request fits. Pure: it
-//! says what to do to the cache ([`KvOp`]) and somebody else does it.
+//! The ledger of KV cells and sequence ids: who holds which, what may be reused, whether one more
+//! request fits. Pure: it says what to do to the cache ([`KvOp`]) and somebody else does it.
 //!
-//! A sequence id is *free*, *active* (a request computes on it) or *retained* (a finished request's cells, kept because a
-//! later prompt may begin alike). A request is admitted only when the cache holds all it may come to need, so a running
-//! request never runs out of cells; retained prefixes go first, the least recently used one first.
+//! A sequence id is *free*, *active* (a request computes on it) or *retained* (a finished request's
+//! cells, kept because a later prompt may begin alike). A request is admitted only when the cache
+//! holds all it may come to need, so a running request never runs out of cells; retained prefixes
+//! go first, the least recently used one first.
 //!
-//! - [`Layout::Unified`]: one pool of cells, and a cell may belong to several sequences. A prompt that begins like any
-//!   other sequence, running or retained, shares its cells; nothing is copied.
-//! - [`Layout::Streams`]: each id owns its cells. A prompt reuses only what stands on the id it is given.
+//! - [`Layout::Unified`]: one pool of cells, and a cell may belong to several sequences. A prompt
+//!   that begins like any other sequence, running or retained, shares its cells; nothing is copied.
+//! - [`Layout::Streams`]: each id owns its cells. A prompt reuses only what stands on the id it is
+//!   given.
 
 use crate::llama::{SeqId, Token};
 
@@ -18,7 +20,8 @@ pub enum Layout {
     Unified {
         /// Cells in it.
         n_cells: usize,
-        /// Most cells that only retained sequences hold: every row reads the mask of every cell in use, whoever's it is.
+        /// Most cells that only retained sequences hold: every row reads the mask of every cell in
+        /// use, whoever's it is.
         n_retained: usize,
         /// Sequence ids, for active and retained sequences together.
         n_seqs: usize,
@@ -58,7 +61,8 @@ pub enum KvOp {
 pub struct Admission {
     /// Its sequence id.
     pub seq: SeqId,
-    /// Tokens of the prompt that are cached already: fewer than all, as the last one must be computed for its logits.
+    /// Tokens of the prompt that are cached already: fewer than all, as the last one must be
+    /// computed for its logits.
     pub n_cached: usize,
     /// To be done before the next forward pass.
     pub ops: Vec<KvOp>,
@@ -92,8 +96,8 @@ pub struct Slots {
     tick: u64,
 }
 
-/// A prompt must share this many tokens with a stream to be given it for that; otherwise the lowest id is better, since
-/// only streams whose ids follow on one another are computed together.
+/// A prompt must share this many tokens with a stream to be given it for that; otherwise the lowest
+/// id is better, since only streams whose ids follow on one another are computed together.
 const MIN_STREAM_REUSE: usize = 16;
 
 impl Slots {
@@ -109,7 +113,13 @@ impl Slots {
         };
         assert!(n_seqs >= n_slots, "every slot needs a sequence id");
         let free = || Seq { state: State::Free, tokens: Vec::new(), cells: Vec::new() };
-        Self { layout, n_slots, seqs: (0..n_seqs).map(|_| free()).collect(), pool: Pool::new(n_pool), tick: 0 }
+        Self {
+            layout,
+            n_slots,
+            seqs: (0..n_seqs).map(|_| free()).collect(),
+            pool: Pool::new(n_pool),
+            tick: 0,
+        }
     }
 
     /// Number of active sequences.
@@ -123,7 +133,9 @@ impl Slots {
     pub fn n_cells_active(&self) -> usize {
         match self.layout {
             Layout::Unified { .. } => self.pool.n_active(),
-            Layout::Streams { .. } => self.seqs.iter().filter(|s| s.is_active()).map(|s| s.tokens.len()).sum(),
+            Layout::Streams { .. } => {
+                self.seqs.iter().filter(|s| s.is_active()).map(|s| s.tokens.len()).sum()
+            }
         }
     }
 
@@ -132,12 +144,14 @@ impl Slots {
     pub fn n_cells_retained(&self) -> usize {
         match self.layout {
             Layout::Unified { .. } => self.pool.n_used() - self.pool.n_active(),
-            Layout::Streams { .. } => self.seqs.iter().filter(|s| !s.is_active()).map(|s| s.tokens.len()).sum(),
+            Layout::Streams { .. } => {
+                self.seqs.iter().filter(|s| !s.is_active()).map(|s| s.tokens.len()).sum()
+            }
         }
     }
 
-    /// Frees retained sequences until `n` cells are free, as far as that goes. Returns how many are: 0 in streams, where
-    /// nobody may borrow any.
+    /// Frees retained sequences until `n` cells are free, as far as that goes. Returns how many
+    /// are: 0 in streams, where nobody may borrow any.
     pub fn make_room(&mut self, n: usize, ops: &mut Vec<KvOp>) -> usize {
         match self.layout {
             Layout::Unified { .. } => {
@@ -148,15 +162,19 @@ impl Slots {
         }
     }
 
-    /// Finds a place for a prompt that may grow to `n_max` cells; with `reuse`, where its beginning is cached. `None`: not
-    /// now; try again after a [`release`].
+    /// Finds a place for a prompt that may grow to `n_max` cells; with `reuse`, where its beginning
+    /// is cached. `None`: not now; try again after a [`release`].
     ///
     /// [`release`]: Slots::release
     ///
     /// # Panics
-    /// For an empty prompt, or an `n_max` below its length or beyond what [`fits`](Slots::fits) allows.
+    /// For an empty prompt, or an `n_max` below its length or beyond what [`fits`](Slots::fits)
+    /// allows.
     pub fn admit(&mut self, prompt: &[Token], n_max: usize, reuse: bool) -> Option<Admission> {
-        assert!(!prompt.is_empty() && n_max >= prompt.len() && self.fits(n_max), "requests are checked against the context");
+        assert!(
+            !prompt.is_empty() && n_max >= prompt.len() && self.fits(n_max),
+            "requests are checked against the context"
+        );
         if self.n_active() == self.n_slots {
             return None;
         }
@@ -183,8 +201,11 @@ impl Slots {
             .max_by_key(|&(i, n)| (n, std::cmp::Reverse(i)))
             .expect("an idle stream: fewer are active than there are slots");
         let lowest = idle().next().expect("as above").0;
-        let (index, n_cached) =
-            if n >= MIN_STREAM_REUSE { (best, n) } else { (lowest, self.seqs[lowest].common_prefix(reusable)) };
+        let (index, n_cached) = if n >= MIN_STREAM_REUSE {
+            (best, n)
+        } else {
+            (lowest, self.seqs[lowest].common_prefix(reusable))
+        };
 
         let seq = SeqId(index as u32);
         let stale = self.seqs[index].tokens.len() > n_cached;
@@ -206,7 +227,8 @@ impl Slots {
         }
 
         let mut ops = Vec::new();
-        let index = if self.seqs[source].is_retained() && n_cached == self.seqs[source].tokens.len() {
+        let index = if self.seqs[source].is_retained() && n_cached == self.seqs[source].tokens.len()
+        {
             source // nothing beyond the shared part would be lost
         } else {
             let index = self.id_for_new(source)?;
@@ -226,7 +248,8 @@ impl Slots {
         Some(Admission { seq: SeqId(index as u32), n_cached, ops })
     }
 
-    /// A free id, or that of the retained sequence used longest ago, `source` only if there is no other.
+    /// A free id, or that of the retained sequence used longest ago, `source` only if there is no
+    /// other.
     fn id_for_new(&self, source: usize) -> Option<usize> {
         let rank = |(i, s): (usize, &Seq)| match s.state {
             State::Free => Some((false, 0, i)),
@@ -243,18 +266,25 @@ impl Slots {
     pub fn push(&mut self, seq: SeqId, tokens: &[Token]) {
         let s = &mut self.seqs[seq.0 as usize];
         let State::Active(n_max) = s.state else { panic!("only active sequences grow") };
-        assert!(s.tokens.len() + tokens.len() <= n_max, "a sequence keeps to what it was admitted for");
+        assert!(
+            s.tokens.len() + tokens.len() <= n_max,
+            "a sequence keeps to what it was admitted for"
+        );
         s.tokens.extend_from_slice(tokens);
         if matches!(self.layout, Layout::Unified { .. }) {
             s.cells.extend(tokens.iter().map(|_| self.pool.take()));
         }
     }
 
-    /// Ends an active sequence. Its cells are retained for later prompts as far as the layout allows.
+    /// Ends an active sequence. Its cells are retained for later prompts as far as the layout
+    /// allows.
     pub fn release(&mut self, seq: SeqId) -> Vec<KvOp> {
         self.tick += 1;
         let empty = self.seqs[seq.0 as usize].tokens.is_empty();
-        self.set_state(seq.0 as usize, if empty { State::Free } else { State::Retained(self.tick) });
+        self.set_state(
+            seq.0 as usize,
+            if empty { State::Free } else { State::Retained(self.tick) },
+        );
         let mut ops = Vec::new();
         self.evict_surplus(&mut ops);
         ops
@@ -269,7 +299,8 @@ impl Slots {
         ops
     }
 
-    /// Keeps to the layout's limit of retained cells. A cell may become one whenever an active holder goes.
+    /// Keeps to the layout's limit of retained cells. A cell may become one whenever an active
+    /// holder goes.
     fn evict_surplus(&mut self, ops: &mut Vec<KvOp>) {
         if let Layout::Unified { n_retained, .. } = self.layout {
             self.evict_while(|s| s.n_cells_retained() > n_retained, ops);
@@ -289,7 +320,9 @@ impl Slots {
     fn evict_while(&mut self, more: impl Fn(&Self) -> bool, ops: &mut Vec<KvOp>) {
         while more(self) {
             let oldest = (self.seqs.iter().enumerate())
-                .filter_map(|(i, s)| if let State::Retained(tick) = s.state { Some((tick, i)) } else { None })
+                .filter_map(|(i, s)| {
+                    if let State::Retained(tick) = s.state { Some((tick, i)) } else { None }
+                })
                 .min();
             let Some((_, index)) = oldest else { return };
             self.truncate(index, 0, ops);
@@ -313,7 +346,8 @@ impl Slots {
 
     /// Lets the empty sequence `to` share the first `n` cells of `from`.
     fn share(&mut self, from: usize, to: usize, n: usize, ops: &mut Vec<KvOp>) {
-        let (tokens, cells) = (self.seqs[from].tokens[..n].to_vec(), self.seqs[from].cells[..n].to_vec());
+        let (tokens, cells) =
+            (self.seqs[from].tokens[..n].to_vec(), self.seqs[from].cells[..n].to_vec());
         let active = self.seqs[to].is_active();
         cells.iter().for_each(|&cell| self.pool.add(cell, active));
         (self.seqs[to].tokens, self.seqs[to].cells) = (tokens, cells);
@@ -347,8 +381,12 @@ impl Slots {
                 assert!(self.seqs.iter().all(|s| s.cells.is_empty() && s.tokens.len() <= n_cells));
             }
             Layout::Unified { .. } => {
-                assert!(self.seqs.iter().all(|s| s.cells.len() == s.tokens.len()), "a cell per token");
-                self.pool.check_integrity(self.seqs.iter().map(|s| (s.is_active(), s.cells.as_slice())));
+                assert!(
+                    self.seqs.iter().all(|s| s.cells.len() == s.tokens.len()),
+                    "a cell per token"
+                );
+                self.pool
+                    .check_integrity(self.seqs.iter().map(|s| (s.is_active(), s.cells.as_slice())));
                 assert!(self.pool.n_free() >= self.n_promised(), "what was promised is there");
             }
         }
@@ -449,12 +487,19 @@ impl Pool {
 
     fn check_integrity<'a>(&self, held: impl Iterator<Item = (bool, &'a [u32])>) {
         let mut counted = vec![[0u16; 2]; self.len()];
-        held.for_each(|(active, cells)| cells.iter().for_each(|&c| counted[c as usize][usize::from(!active)] += 1));
+        held.for_each(|(active, cells)| {
+            cells.iter().for_each(|&c| counted[c as usize][usize::from(!active)] += 1)
+        });
         assert_eq!(counted, self.holders, "holders of each cell");
-        assert_eq!(self.n_active, counted.iter().filter(|h| h[0] > 0).count(), "cells of active sequences");
+        assert_eq!(
+            self.n_active,
+            counted.iter().filter(|h| h[0] > 0).count(),
+            "cells of active sequences"
+        );
         let mut free: Vec<u32> = self.free.clone();
         free.sort_unstable();
-        let unheld: Vec<u32> = (0..).zip(&counted).filter(|(_, h)| **h == [0, 0]).map(|(i, _)| i).collect();
+        let unheld: Vec<u32> =
+            (0..).zip(&counted).filter(|(_, h)| **h == [0, 0]).map(|(i, _)| i).collect();
         assert_eq!(free, unheld, "free cells are those that nobody holds");
     }
 }
@@ -521,7 +566,9 @@ mod tests {
     fn streams_take_the_lowest_id_unless_a_long_prefix_stands_elsewhere() {
         let mut slots = Slots::new(Layout::Streams { n_cells: 64 }, 3);
         let long = tokens("a prefix that is long enough");
-        let ids: Vec<_> = [&tokens("x"), &tokens("y"), &long].map(|p| slots.admit(p, 40, true).unwrap().seq).into();
+        let ids: Vec<_> = [&tokens("x"), &tokens("y"), &long]
+            .map(|p| slots.admit(p, 40, true).unwrap().seq)
+            .into();
         slots.push(ids[2], &long);
         ids.iter().for_each(|&id| drop(slots.release(id)));
         assert_eq!(slots.admit(&tokens("a pre"), 40, true).unwrap().seq, ids[0]);
@@ -545,7 +592,8 @@ mod tests {
         ]
     }
 
-    /// A cache that does what the ops say, cell by cell: which token stands at which position of which sequence.
+    /// A cache that does what the ops say, cell by cell: which token stands at which position of
+    /// which sequence.
     #[derive(Default)]
     struct Cache(HashMap<u32, Vec<Token>>);
 
@@ -555,7 +603,10 @@ mod tests {
                 match *op {
                     KvOp::Remove { seq, from } => self.0.entry(seq.0).or_default().truncate(from),
                     KvOp::Share { from, to, start, end } => {
-                        assert!(start == 0 && self.0.get(&to.0).is_none_or(Vec::is_empty), "shared into an empty sequence");
+                        assert!(
+                            start == 0 && self.0.get(&to.0).is_none_or(Vec::is_empty),
+                            "shared into an empty sequence"
+                        );
                         let prefix = self.0[&from.0][..end].to_vec();
                         self.0.insert(to.0, prefix);
                     }
@@ -565,7 +616,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever happens, the ledger's books balance, and the cache that follows its ops holds what it says.
+        /// Whatever happens, the ledger's books balance, and the cache that follows its ops holds
+        /// what it says.
         #[test]
         fn the_books_balance_after_every_step(
             acts in prop::collection::vec(act(), 0..60),

@@ -1,7 +1,8 @@
 //! What the engine counts while it works, for anyone to read.
 //!
-//! One thread writes, others read at any time. All of it is atomics, so that a step neither allocates nor locks for what it counts
-//! here; only [`Reliability`] is copied out under a lock, once a step. [`metrics`](crate::metrics) gives these counts their names.
+//! One thread writes, others read at any time. All of it is atomics, so that a step neither
+//! allocates nor locks for what it counts here; only [`Reliability`] is copied out under a lock,
+//! once a step. [`metrics`](crate::metrics) gives these counts their names.
 
 use std::array;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -12,16 +13,21 @@ use crate::request::Timings;
 use crate::speculate::MAX_NODES;
 use crate::speculate::reliability::Reliability;
 
-/// Upper bounds, in seconds, for what comes once a step: from a small model's step on a quick machine to a stall that one notices.
-const STEP_SECONDS: &[f64] =
-    &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0];
-/// Upper bounds, in seconds, for what comes once a request: from a cached prompt to minutes in a queue. As vLLM's for the first token.
+/// Upper bounds, in seconds, for what comes once a step: from a small model's step on a quick
+/// machine to a stall that one notices.
+const STEP_SECONDS: &[f64] = &[
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5,
+    5.0, 10.0, 20.0, 40.0,
+];
+/// Upper bounds, in seconds, for what comes once a request: from a cached prompt to minutes in a
+/// queue. As vLLM's for the first token.
 const REQUEST_SECONDS: &[f64] = &[
-    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
-    640.0, 2560.0,
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+    20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
 ];
 /// Upper bounds for rows of a step: powers of two up to the largest batch.
-const ROWS: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0];
+const ROWS: &[f64] =
+    &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0];
 
 /// How a request ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,7 +46,8 @@ pub enum Ended {
 
 impl Ended {
     /// All of them, in order.
-    pub const ALL: [Self; 5] = [Self::Stop, Self::Length, Self::Deadline, Self::Cancelled, Self::Failed];
+    pub const ALL: [Self; 5] =
+        [Self::Stop, Self::Length, Self::Deadline, Self::Cancelled, Self::Failed];
 }
 
 /// What a client waited for, when a step gives it tokens.
@@ -64,7 +71,11 @@ pub struct Histogram {
 
 impl Histogram {
     fn new(bounds: &'static [f64]) -> Self {
-        Self { bounds, counts: (0..=bounds.len()).map(|_| AtomicU64::new(0)).collect(), sum: AtomicU64::new(0) }
+        Self {
+            bounds,
+            counts: (0..=bounds.len()).map(|_| AtomicU64::new(0)).collect(),
+            sum: AtomicU64::new(0),
+        }
     }
 
     fn observe(&self, value: f64) {
@@ -74,7 +85,8 @@ impl Histogram {
         let _ = self.sum.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add); // never refused
     }
 
-    /// The sum of all observations, and how many there are up to each bound and above the one before; the last bound is infinite.
+    /// The sum of all observations, and how many there are up to each bound and above the one
+    /// before; the last bound is infinite.
     #[must_use]
     pub fn read(&self) -> (f64, Vec<(f64, u64)>) {
         let bounds = self.bounds.iter().copied().chain([f64::INFINITY]);
@@ -164,7 +176,8 @@ impl Default for Stats {
     fn default() -> Self {
         let zero = || AtomicU64::new(0);
         let number = || AtomicUsize::new(0);
-        let (of_steps, of_requests) = (|| Histogram::new(STEP_SECONDS), || Histogram::new(REQUEST_SECONDS));
+        let (of_steps, of_requests) =
+            (|| Histogram::new(STEP_SECONDS), || Histogram::new(REQUEST_SECONDS));
         Self {
             running: number(),
             waiting: number(),
@@ -196,7 +209,13 @@ impl Default for Stats {
 }
 
 impl Stats {
-    pub(super) fn publish(&self, running: usize, waiting: usize, cells_active: usize, cells_retained: usize) {
+    pub(super) fn publish(
+        &self,
+        running: usize,
+        waiting: usize,
+        cells_active: usize,
+        cells_retained: usize,
+    ) {
         self.running.store(running, Ordering::Relaxed);
         self.waiting.store(waiting, Ordering::Relaxed);
         self.cells_active.store(cells_active, Ordering::Relaxed);
@@ -276,7 +295,10 @@ impl Stats {
     /// All counts but the histograms.
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
-        let (number, count) = (|n: &AtomicUsize| n.load(Ordering::Relaxed), |n: &AtomicU64| n.load(Ordering::Relaxed));
+        let (number, count) = (
+            |n: &AtomicUsize| n.load(Ordering::Relaxed),
+            |n: &AtomicU64| n.load(Ordering::Relaxed),
+        );
         Snapshot {
             running: number(&self.running),
             waiting: number(&self.waiting),

@@ -1,4 +1,5 @@
-//! From token bytes to text that may be shown: whole characters only, and nothing that could still become a stop string.
+//! From token bytes to text that may be shown: whole characters only, and nothing that could still
+//! become a stop string.
 //!
 //! Pure. The result depends on the bytes only, not on how tokens divide them.
 
@@ -8,7 +9,8 @@ pub struct TextAssembler {
     stops: Vec<String>,
     /// An incomplete character at the end of the bytes so far: at most 3 bytes.
     partial: Vec<u8>,
-    /// Text that is, or ends in, a possible beginning of a stop string; shorter than the longest one.
+    /// Text that is, or ends in, a possible beginning of a stop string; shorter than the longest
+    /// one.
     held: String,
 }
 
@@ -27,7 +29,8 @@ pub enum Pushed {
 }
 
 impl TextAssembler {
-    /// For an answer that ends before the first of `stops` to be complete. Empty strings among them are ignored.
+    /// For an answer that ends before the first of `stops` to be complete. Empty strings among them
+    /// are ignored.
     #[must_use]
     pub fn new(stops: Vec<String>) -> Self {
         Self { stops, partial: Vec::new(), held: String::new() }
@@ -52,7 +55,8 @@ impl TextAssembler {
         Pushed::Text(std::mem::replace(&mut self.held, rest))
     }
 
-    /// What was held back, at the end of an answer that no stop string ended. Half a character is not text and goes.
+    /// What was held back, at the end of an answer that no stop string ended. Half a character is
+    /// not text and goes.
     pub fn finish(&mut self) -> String {
         self.partial.clear();
         std::mem::take(&mut self.held)
@@ -80,17 +84,20 @@ impl TextAssembler {
         }
     }
 
-    /// Start and index of the stop string that is complete first, the longest of those that end together. A match must end
-    /// beyond the first `scanned` bytes, which held none before.
+    /// Start and index of the stop string that is complete first, the longest of those that end
+    /// together. A match must end beyond the first `scanned` bytes, which held none before.
     fn first_stop(&self, scanned: usize) -> Option<(usize, usize)> {
-        let matches = self.stops.iter().enumerate().filter(|(_, stop)| !stop.is_empty()).filter_map(|(index, stop)| {
-            let mut from = (scanned + 1).saturating_sub(stop.len());
-            while !self.held.is_char_boundary(from) {
-                from -= 1;
-            }
-            let start = from + self.held[from..].find(stop.as_str())?;
-            Some((start + stop.len(), start, index))
-        });
+        let matches =
+            self.stops.iter().enumerate().filter(|(_, stop)| !stop.is_empty()).filter_map(
+                |(index, stop)| {
+                    let mut from = (scanned + 1).saturating_sub(stop.len());
+                    while !self.held.is_char_boundary(from) {
+                        from -= 1;
+                    }
+                    let start = from + self.held[from..].find(stop.as_str())?;
+                    Some((start + stop.len(), start, index))
+                },
+            );
         matches.min().map(|(_, start, index)| (start, index))
     }
 
@@ -98,14 +105,17 @@ impl TextAssembler {
     fn longest_beginning(&self) -> usize {
         let longest = |stop: &String| {
             let at_most = self.held.len().min(stop.len().saturating_sub(1));
-            (1..=at_most).rev().find(|&n| stop.is_char_boundary(n) && self.held.ends_with(&stop[..n])).unwrap_or(0)
+            (1..=at_most)
+                .rev()
+                .find(|&n| stop.is_char_boundary(n) && self.held.ends_with(&stop[..n]))
+                .unwrap_or(0)
         };
         self.stops.iter().map(longest).max().unwrap_or(0)
     }
 }
 
-/// `true` for bytes that more bytes could complete to a character. `bad` is what `utf8_chunks` calls invalid at the end of
-/// the input: the beginning of a character, or bytes that are none.
+/// `true` for bytes that more bytes could complete to a character. `bad` is what `utf8_chunks`
+/// calls invalid at the end of the input: the beginning of a character, or bytes that are none.
 fn may_continue(bad: &[u8]) -> bool {
     let Err(e) = std::str::from_utf8(bad) else { return false };
     e.error_len().is_none()
@@ -140,26 +150,44 @@ mod tests {
     #[test]
     fn bytes_that_are_no_character_become_a_replacement() {
         assert_eq!(run(&[], &[b"a\xFF", b"b"]), ("a\u{FFFD}b".into(), None));
-        assert_eq!(run(&[], &[b"a\xE2\x82", b"b"]), ("a\u{FFFD}b".into(), None), "a character cut short by another");
-        assert_eq!(run(&[], &[b"a\xE2\x82"]), ("a".into(), None), "half a character at the end is not text");
+        assert_eq!(
+            run(&[], &[b"a\xE2\x82", b"b"]),
+            ("a\u{FFFD}b".into(), None),
+            "a character cut short by another"
+        );
+        assert_eq!(
+            run(&[], &[b"a\xE2\x82"]),
+            ("a".into(), None),
+            "half a character at the end is not text"
+        );
     }
 
     #[test]
     fn a_stop_string_across_tokens_ends_the_text_before_it() {
         assert_eq!(run(&["END"], &[b"one E", b"N", b"D two"]), ("one ".into(), Some(0)));
         assert_eq!(run(&["END"], &[b"one E", b"N", b"C"]), ("one ENC".into(), None));
-        assert_eq!(run(&["bcd", "c"], &[b"abcd"]), ("ab".into(), Some(1)), "the first to be complete");
-        assert_eq!(run(&["c", "abc"], &[b"xabc"]), ("x".into(), Some(1)), "the longest of those that end together");
+        assert_eq!(
+            run(&["bcd", "c"], &[b"abcd"]),
+            ("ab".into(), Some(1)),
+            "the first to be complete"
+        );
+        assert_eq!(
+            run(&["c", "abc"], &[b"xabc"]),
+            ("x".into(), Some(1)),
+            "the longest of those that end together"
+        );
     }
 
     fn cut<'a>(bytes: &'a [u8], cuts: &[usize]) -> Vec<&'a [u8]> {
-        let mut at: Vec<usize> = cuts.iter().map(|c| c % (bytes.len() + 1)).chain([0, bytes.len()]).collect();
+        let mut at: Vec<usize> =
+            cuts.iter().map(|c| c % (bytes.len() + 1)).chain([0, bytes.len()]).collect();
         at.sort_unstable();
         at.windows(2).map(|w| &bytes[w[0]..w[1]]).collect()
     }
 
     proptest! {
-        /// However tokens divide the bytes, the text is the same, and it is the text before the first stop string.
+        /// However tokens divide the bytes, the text is the same, and it is the text before the
+        /// first stop string.
         #[test]
         fn the_text_does_not_depend_on_token_borders(
             text in "[ab€😀]{0,24}",
@@ -177,7 +205,8 @@ mod tests {
             }
         }
 
-        /// Any bytes in any pieces: the text is what a lossy decoding of all of them gives, but for half a character at the end.
+        /// Any bytes in any pieces: the text is what a lossy decoding of all of them gives, but for
+        /// half a character at the end.
         #[test]
         fn any_bytes_decode_as_they_would_at_once(
             bytes in prop::collection::vec(any::<u8>(), 0..40),
@@ -189,7 +218,8 @@ mod tests {
             prop_assert!(shown == whole || cut_short == whole);
         }
 
-        /// Nothing is shown that a later stop string would have to take back, and little is held back.
+        /// Nothing is shown that a later stop string would have to take back, and little is held
+        /// back.
         #[test]
         fn what_is_held_back_is_shorter_than_a_stop_string(text in "[ab]{0,30}", stop in "[ab]{1,5}") {
             let mut assembler = TextAssembler::new(vec![stop.clone()]);

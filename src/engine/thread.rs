@@ -1,4 +1,5 @@
-//! The engine's thread: it loads the model, measures the machine, and runs the loop until nobody needs it any more.
+//! The engine's thread: it loads the model, measures the machine, and runs the loop until nobody
+//! needs it any more.
 
 use std::cell::RefCell;
 use std::path::PathBuf;
@@ -54,7 +55,8 @@ pub struct DraftParams {
     pub heads: Option<HeadsParams>,
     /// Each sequence's own text, and so many tokens of recent answers; `None`: no text.
     pub n_shared_text: Option<usize>,
-    /// Among so many owners of requests: what one is answered is not drafted for another. 0 counts as one.
+    /// Among so many owners of requests: what one is answered is not drafted for another. 0 counts
+    /// as one.
     pub n_owners: usize,
     /// Most tokens a step may give one sequence; `None`: what the sources can give.
     pub max_tokens_per_step: Option<usize>,
@@ -95,7 +97,8 @@ pub enum Stage {
     Failed(String),
 }
 
-/// A running engine's thread. Dropping it does not stop it: drop all handles, or call [`stop`](EngineThread::stop).
+/// A running engine's thread. Dropping it does not stop it: drop all handles, or call
+/// [`stop`](EngineThread::stop).
 pub struct EngineThread {
     stage: watch::Receiver<Stage>,
     stop: Arc<AtomicBool>,
@@ -146,7 +149,9 @@ pub fn spawn(params: EngineParams) -> EngineThread {
     let stop = Arc::new(AtomicBool::new(false));
     let stopped = Arc::clone(&stop);
     let body = move || {
-        let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| serve(&params, &tx, &stopped)));
+        let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            serve(&params, &tx, &stopped)
+        }));
         let why = match ended {
             Ok(Ok(())) => "the engine was stopped".to_owned(),
             Ok(Err(error)) => error.to_string(),
@@ -154,11 +159,18 @@ pub fn spawn(params: EngineParams) -> EngineThread {
         };
         tx.send_replace(Stage::Failed(why));
     };
-    let thread = std::thread::Builder::new().name("engine".into()).spawn(body).expect("a thread for the engine");
+    let thread = std::thread::Builder::new()
+        .name("engine".into())
+        .spawn(body)
+        .expect("a thread for the engine");
     EngineThread { stage, stop, thread: Some(thread) }
 }
 
-fn serve(params: &EngineParams, stage: &watch::Sender<Stage>, stop: &AtomicBool) -> Result<(), StartError> {
+fn serve(
+    params: &EngineParams,
+    stage: &watch::Sender<Stage>,
+    stop: &AtomicBool,
+) -> Result<(), StartError> {
     let mut shown = -1.0;
     let progress = |p: f32| {
         if p - shown >= 0.01 || p >= 1.0 {
@@ -167,7 +179,11 @@ fn serve(params: &EngineParams, stage: &watch::Sender<Stage>, stop: &AtomicBool)
         }
         !stop.load(Ordering::Relaxed)
     };
-    let model = Model::load(&params.model_path, &ModelParams { n_gpu_layers: params.n_gpu_layers }, progress)?;
+    let model = Model::load(
+        &params.model_path,
+        &ModelParams { n_gpu_layers: params.n_gpu_layers },
+        progress,
+    )?;
     let model = Arc::new(model);
     let context = Context::new(Arc::clone(&model), &context_params(params))?;
     let limits = params.limits;
@@ -190,7 +206,18 @@ fn serve(params: &EngineParams, stage: &watch::Sender<Stage>, stop: &AtomicBool)
     let permits = Arc::new(Semaphore::new(params.n_queue));
     let n_queue = params.n_queue;
     let grammars = Arc::default();
-    let handle = Handle { jobs, permits, model, grammars, limits, n_heads, text_drafts, side, n_queue, stats };
+    let handle = Handle {
+        jobs,
+        permits,
+        model,
+        grammars,
+        limits,
+        n_heads,
+        text_drafts,
+        side,
+        n_queue,
+        stats,
+    };
     stage.send_replace(Stage::Ready(handle));
     run(engine, &receiver, params.max_wait, stop);
     Ok(())
@@ -225,7 +252,9 @@ fn load_drafts(
     let (points, change_s) = forward.measure(&numbers, MEASURING)?;
     let curve: Vec<String> = points.iter().map(|(n, s)| format!("{n}: {:.1}", s * 1e3)).collect();
     let (curve, change) = (curve.join(", "), change_s * 1e3);
-    tracing::info!("milliseconds of a step by rows: {curve}; {change:.1} more if their number changes");
+    tracing::info!(
+        "milliseconds of a step by rows: {curve}; {change:.1} more if their number changes"
+    );
 
     let cost = Cost::from_points(&points).with_change(change_s);
     let (mut n_heads, mut side, mut depth) = (0, Side::Cpu, 0);
@@ -238,7 +267,9 @@ fn load_drafts(
         heads = Some(drafter);
         tracing::info!(n_heads, side = side.name(), "heads loaded");
     }
-    if let Some(rates) = params.acceptance.as_ref().map(|a| a.rates().len()).filter(|&n| n > n_heads) {
+    if let Some(rates) =
+        params.acceptance.as_ref().map(|a| a.rates().len()).filter(|&n| n > n_heads)
+    {
         return Err(StartError::Acceptance { rates, heads: n_heads });
     }
     if params.n_shared_text.is_some() {
@@ -291,7 +322,8 @@ fn logits_device(forward: &LlamaForward) -> Option<Rc<dyn Device>> {
     None
 }
 
-/// Leaves of a sequence's tree, if there are ids for as many. For every id llama.cpp keeps room for a row of logits.
+/// Leaves of a sequence's tree, if there are ids for as many. For every id llama.cpp keeps room for
+/// a row of logits.
 const MAX_LEAVES: usize = 16;
 
 /// Sequence ids of a unified cache: the layout's, and behind them those for the leaves of trees.
@@ -309,7 +341,8 @@ fn context_params(params: &EngineParams) -> ContextParams {
     let Limits { n_slots, n_batch, layout, .. } = params.limits;
     let (unified, n_cells, n_seq_max) = match layout {
         Layout::Unified { n_cells, .. } => (true, n_cells, n_ids(params)),
-        // llama.cpp divides the cells among the streams and rounds each share; so round before multiplying.
+        // llama.cpp divides the cells among the streams and rounds each share; so round before
+        // multiplying.
         Layout::Streams { n_cells } => (false, n_cells.next_multiple_of(256) * n_slots, n_slots),
     };
     ContextParams {
@@ -319,7 +352,8 @@ fn context_params(params: &EngineParams) -> ContextParams {
         n_seq_max,
         n_threads: params.n_threads,
         unified,
-        tap_hidden: (params.drafts.as_ref().is_some_and(|d| d.heads.is_some()) || params.traces) && unified,
+        tap_hidden: (params.drafts.as_ref().is_some_and(|d| d.heads.is_some()) || params.traces)
+            && unified,
         embeddings: false,
     }
 }
@@ -327,8 +361,14 @@ fn context_params(params: &EngineParams) -> ContextParams {
 /// Seconds between two looks at the stop flag while idle.
 const IDLE_LOOK: Duration = Duration::from_millis(100);
 
-/// The loop: new requests in, a step, until nobody can send any more and all is done, or `stop` is set.
-fn run<F: Forward>(mut engine: Engine<F>, jobs: &Receiver<Job>, max_wait: Duration, stop: &AtomicBool) {
+/// The loop: new requests in, a step, until nobody can send any more and all is done, or `stop` is
+/// set.
+fn run<F: Forward>(
+    mut engine: Engine<F>,
+    jobs: &Receiver<Job>,
+    max_wait: Duration,
+    stop: &AtomicBool,
+) {
     let mut company = Company::new(max_wait.as_secs_f64());
     while !stop.load(Ordering::Relaxed) {
         if engine.is_idle() {
@@ -347,7 +387,12 @@ fn run<F: Forward>(mut engine: Engine<F>, jobs: &Receiver<Job>, max_wait: Durati
 }
 
 /// Starts from idle: perhaps waits a moment for more requests (see [`Company`]).
-fn await_company<F: Forward>(engine: &mut Engine<F>, first: Job, jobs: &Receiver<Job>, company: &mut Company) {
+fn await_company<F: Forward>(
+    engine: &mut Engine<F>,
+    first: Job,
+    jobs: &Receiver<Job>,
+    company: &mut Company,
+) {
     let wait = Duration::from_secs_f64(company.arrival(seconds(first.accepted), true));
     let until = first.accepted + wait;
     engine.enqueue(first);

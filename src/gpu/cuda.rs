@@ -1,5 +1,6 @@
-//! A CUDA device, through cudarc: the kernels that are built in, loaded once, and a stream of our own in the primary context,
-//! which is the one that ggml works in, so that its addresses are ours too.
+//! A CUDA device, through cudarc: the kernels that are built in, loaded once, and a stream of our
+//! own in the primary context, which is the one that ggml works in, so that its addresses are ours
+//! too.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -10,8 +11,10 @@ use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
 use super::{Address, Device, GpuError, Launch, Plain, Slice};
 
-/// What nvcc made of `cuda/`: machine code for the architectures of the build, and a portable form for later ones.
-static KERNELS: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin")));
+/// What nvcc made of `cuda/`: machine code for the architectures of the build, and a portable form
+/// for later ones.
+static KERNELS: &Aligned<[u8]> =
+    &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin")));
 
 /// The driver reads numbers in it.
 #[repr(align(16))]
@@ -29,17 +32,21 @@ impl Cuda {
     /// The device of that number, as CUDA_VISIBLE_DEVICES lets count.
     ///
     /// # Errors
-    /// [`GpuError::NoDevice`] without a driver, without such a device, or for one that is older than the kernels.
+    /// [`GpuError::NoDevice`] without a driver, without such a device, or for one that is older
+    /// than the kernels.
     pub fn new(ordinal: usize) -> Result<Self, GpuError> {
         // SAFETY: looks for the library, and runs its initialisers if it is there.
         if !unsafe { sys::is_culib_present() } {
-            return Err(GpuError::NoDevice("the driver's library, libcuda.so.1, is not installed".into()));
+            return Err(GpuError::NoDevice(
+                "the driver's library, libcuda.so.1, is not installed".into(),
+            ));
         }
         let no_device = |e: DriverError| GpuError::NoDevice(e.to_string());
         let context = CudaContext::new(ordinal).map_err(no_device)?;
         let stream = context.new_stream().map_err(no_device)?;
         // SAFETY: a whole fatbin; the context is current on this thread since it was made.
-        let module = unsafe { result::module::load_data(KERNELS.0.as_ptr().cast()) }.map_err(no_device)?;
+        let module =
+            unsafe { result::module::load_data(KERNELS.0.as_ptr().cast()) }.map_err(no_device)?;
         Ok(Self { context, stream, module, functions: RefCell::default() })
     }
 
@@ -52,9 +59,11 @@ impl Cuda {
         let mut ordinal: c_int = -1;
         let attribute = sys::CUpointer_attribute_enum::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL;
         // SAFETY: the driver is there, and writes one number.
-        unsafe { sys::cuPointerGetAttribute((&raw mut ordinal).cast(), attribute, values.address()) }
-            .result()
-            .map_err(|e| GpuError::NoDevice(format!("the logits are on none: {e}")))?;
+        unsafe {
+            sys::cuPointerGetAttribute((&raw mut ordinal).cast(), attribute, values.address())
+        }
+        .result()
+        .map_err(|e| GpuError::NoDevice(format!("the logits are on none: {e}")))?;
         match usize::try_from(ordinal) {
             Ok(0) => Ok(first),
             Ok(other) => Self::new(other),
@@ -71,7 +80,8 @@ impl Cuda {
     /// Bytes of the second-level cache.
     #[must_use]
     pub fn cache_bytes(&self) -> usize {
-        let bytes = self.context.attribute(sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE);
+        let bytes =
+            self.context.attribute(sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE);
         bytes.ok().and_then(|n| usize::try_from(n).ok()).unwrap_or(0)
     }
 
@@ -103,7 +113,8 @@ impl Cuda {
         start.elapsed_ms(&end).map_err(failed)
     }
 
-    /// Makes this device's context the thread's: ggml, which works on the same thread, may have left another one's.
+    /// Makes this device's context the thread's: ggml, which works on the same thread, may have
+    /// left another one's.
     fn bind(&self) -> Result<(), DriverError> {
         self.context.bind_to_thread()
     }
@@ -143,7 +154,8 @@ impl Device for Cuda {
     }
 
     unsafe fn upload(&self, to: Address, bytes: &[u8]) -> Result<(), GpuError> {
-        let fail = |e: DriverError| GpuError::Memory { n_bytes: bytes.len(), reason: e.to_string() };
+        let fail =
+            |e: DriverError| GpuError::Memory { n_bytes: bytes.len(), reason: e.to_string() };
         self.bind().map_err(fail)?;
         // SAFETY: by contract. Memory that is not pinned is read before the call returns.
         unsafe { result::memcpy_htod_async(to, bytes, self.stream.cu_stream()) }.map_err(fail)
@@ -165,7 +177,17 @@ impl Device for Cuda {
         let function = self.function(kernel).map_err(fail)?;
         let (grid_dim, block_dim) = ((grid[0], grid[1], grid[2]), (block, 1, 1));
         // SAFETY: by contract.
-        unsafe { result::launch_kernel(function, grid_dim, block_dim, shared, self.stream.cu_stream(), args) }.map_err(fail)
+        unsafe {
+            result::launch_kernel(
+                function,
+                grid_dim,
+                block_dim,
+                shared,
+                self.stream.cu_stream(),
+                args,
+            )
+        }
+        .map_err(fail)
     }
 
     fn synchronize(&self) -> Result<(), GpuError> {

@@ -7,7 +7,8 @@ use super::memory::{Plain, Slice, SliceMut};
 use super::weights::{Matrices, Precision, Table};
 use super::{Address, Buffer, Device, GpuError, Launch};
 
-/// Threads of a block of products, and rows of a matrix that it multiplies with. As in `cuda/heads.cu`.
+/// Threads of a block of products, and rows of a matrix that it multiplies with. As in
+/// `cuda/heads.cu`.
 const PRODUCT_THREADS: u32 = 256;
 const PRODUCT_ROWS: usize = 32;
 /// Bytes of shared memory that it asks for.
@@ -41,7 +42,8 @@ pub enum Finish {
 pub struct Rows<'a> {
     /// `[n, width]`, for each net or for all.
     pub values: Slice<'a, f32>,
-    /// Which of them each row of the product is; without, its own number. Numbers out of range are brought into it.
+    /// Which of them each row of the product is; without, its own number. Numbers out of range are
+    /// brought into it.
     pub index: Option<Slice<'a, i32>>,
     /// `true` where each net has rows of its own.
     pub by_net: bool,
@@ -90,11 +92,17 @@ struct ProductArgs {
     padding: i32,
 }
 
-/// `y[net, row] = finish(W[net] [x[row], table[token[row]]] + bias[net])`, with `y` of `[n_nets, n_rows, n_out]`.
+/// `y[net, row] = finish(W[net] [x[row], table[token[row]]] + bias[net])`, with `y` of `[n_nets,
+/// n_rows, n_out]`.
 ///
 /// # Errors
 /// [`GpuError::Shape`] where sizes do not fit together, [`GpuError::Launch`].
-pub fn product(device: &dyn Device, w: &Matrices, input: Input<'_>, y: SliceMut<'_, f32>) -> Result<(), GpuError> {
+pub fn product(
+    device: &dyn Device,
+    w: &Matrices,
+    input: Input<'_>,
+    y: SliceMut<'_, f32>,
+) -> Result<(), GpuError> {
     let kernels = match w.precision {
         Precision::F16 => ["product_f16_1", "product_f16_2", "product_f16_4", "product_f16_8"],
         Precision::Q8 => ["product_q8_1", "product_q8_2", "product_q8_4", "product_q8_8"],
@@ -105,7 +113,9 @@ pub fn product(device: &dyn Device, w: &Matrices, input: Input<'_>, y: SliceMut<
     let misfit = |what: &str| Err(GpuError::Shape { kernel, reason: what.to_owned() });
 
     let n_table = input.table.map_or(0, |(table, _)| table.n);
-    let Some(n_x) = w.n_in.checked_sub(n_table).filter(|&n| n > 0) else { return misfit("a table as wide as the matrix") };
+    let Some(n_x) = w.n_in.checked_sub(n_table).filter(|&n| n > 0) else {
+        return misfit("a table as wide as the matrix");
+    };
     // Rows that each net can choose from, or `None` where they do not fit.
     let source = |rows: &Rows<'_>, width: usize| {
         let n = rows.values.len() / if rows.by_net { w.n_nets } else { 1 } / width;
@@ -130,7 +140,8 @@ pub fn product(device: &dyn Device, w: &Matrices, input: Input<'_>, y: SliceMut<
     if n_rows == 0 || y.len() < w.n_nets * n_rows * w.n_out {
         return misfit("no row, or no room for the result");
     }
-    let net_stride = |rows: &Rows<'_>, n: usize, width: usize| if rows.by_net { (n * width) as i64 } else { 0 };
+    let net_stride =
+        |rows: &Rows<'_>, n: usize, width: usize| if rows.by_net { (n * width) as i64 } else { 0 };
     let address = |index: Option<Slice<'_, i32>>| index.map_or(0, |i| i.address());
     let mut args = ProductArgs {
         weights: w.values.slice().address(),
@@ -156,12 +167,14 @@ pub fn product(device: &dyn Device, w: &Matrices, input: Input<'_>, y: SliceMut<
         n_residual_rows: residual.map_or(0, |(_, n)| n) as i32,
         padding: 0,
     };
-    let grid = [n_rows.div_ceil(columns), w.n_out.div_ceil(PRODUCT_ROWS), w.n_nets].map(|n| n as u32);
+    let grid =
+        [n_rows.div_ceil(columns), w.n_out.div_ceil(PRODUCT_ROWS), w.n_nets].map(|n| n as u32);
     if grid[1] > 65_535 || grid[2] > 65_535 {
         return misfit("more rows or nets than a grid has places");
     }
     let launch = Launch { kernel, grid, block: PRODUCT_THREADS, shared: PRODUCT_SHARED };
-    // SAFETY: `Product` of heads.cu; sizes are checked above, and the kernel brings indices into range.
+    // SAFETY: `Product` of heads.cu; sizes are checked above, and the kernel brings indices into
+    // range.
     unsafe { device.launch(launch, &mut [ptr::from_mut(&mut args).cast()]) }
 }
 
@@ -175,8 +188,8 @@ struct TopKArgs {
     k: i32,
 }
 
-/// The `k` largest of each row of `n` logits, best first and of equal ones the first places: their tokens, by `token_map` or
-/// else their places, and their probabilities in the whole row.
+/// The `k` largest of each row of `n` logits, best first and of equal ones the first places: their
+/// tokens, by `token_map` or else their places, and their probabilities in the whole row.
 ///
 /// # Errors
 /// [`GpuError::Shape`] where sizes do not fit together, [`GpuError::Launch`].
@@ -247,7 +260,8 @@ pub struct NextPaths<'a> {
 /// What turns a head's probabilities into how often its candidates are right.
 #[derive(Clone, Copy)]
 pub struct Reliability<'a> {
-    /// For each range of what the head says, the factor: see [`Calibration`](crate::speculate::calibration::Calibration).
+    /// For each range of what the head says, the factor: see
+    /// [`Calibration`](crate::speculate::calibration::Calibration).
     pub ratios: Slice<'a, f32>,
     /// The lower end of the first range.
     pub lowest: f32,
@@ -277,7 +291,8 @@ struct ChoosePathsArgs {
     n_origins: i32,
 }
 
-/// Fills `next` with the likeliest continuations of `paths`, over all sequences, as many as it has room for.
+/// Fills `next` with the likeliest continuations of `paths`, over all sequences, as many as it has
+/// room for.
 ///
 /// # Errors
 /// [`GpuError::Shape`] where sizes do not fit together, [`GpuError::Launch`].
@@ -322,7 +337,8 @@ pub fn choose_paths(
         n_origins: reliability.trust.len() as i32,
     };
     let launch = Launch { kernel, grid: [1; 3], block: SELECT_THREADS, shared: 0 };
-    // SAFETY: `ChoosePaths` of topk.cu; sizes are checked above, and the kernel brings origins into range.
+    // SAFETY: `ChoosePaths` of topk.cu; sizes are checked above, and the kernel brings origins into
+    // range.
     unsafe { device.launch(launch, &mut [ptr::from_mut(&mut args).cast()]) }
 }
 
@@ -352,7 +368,8 @@ pub struct RowRule {
     pub token: i32,
     /// Not 0: the host chooses.
     pub on_host: i32,
-    /// Not 0: this token + 1 is taken in place of the choice, which is made all the same, for simulations.
+    /// Not 0: this token + 1 is taken in place of the choice, which is made all the same, for
+    /// simulations.
     pub forced: i32,
 }
 // SAFETY: fourteen numbers of four bytes.
@@ -374,7 +391,8 @@ unsafe impl Plain for Span {}
 pub struct Verification {
     rules: Buffer<RowRule>,
     spans: Buffer<Span>,
-    /// By sequence the logits row of the last accepted row; the root's where the host has to choose on the way.
+    /// By sequence the logits row of the last accepted row; the root's where the host has to choose
+    /// on the way.
     pub last: Buffer<i32>,
     /// By sequence the token chosen there: the next root. 0 where the host chooses.
     pub roots: Buffer<i32>,
@@ -386,7 +404,11 @@ impl Verification {
     ///
     /// # Errors
     /// [`GpuError::Memory`].
-    pub fn new(device: &std::rc::Rc<dyn Device>, n_rows: usize, n_sequences: usize) -> Result<Self, GpuError> {
+    pub fn new(
+        device: &std::rc::Rc<dyn Device>,
+        n_rows: usize,
+        n_sequences: usize,
+    ) -> Result<Self, GpuError> {
         Ok(Self {
             rules: Buffer::zeros(device, n_rows)?,
             spans: Buffer::zeros(device, n_sequences)?,
@@ -410,11 +432,12 @@ struct VerifyArgs {
     padding: i32,
 }
 
-/// Chooses the token behind each row, -1 where the host is to choose, and walks down each sequence's tree by what was chosen. `spans` are all rows, in order.
+/// Chooses the token behind each row, -1 where the host is to choose, and walks down each
+/// sequence's tree by what was chosen. `spans` are all rows, in order.
 ///
 /// # Errors
-/// [`GpuError::Shape`] for rules and spans that do not fit together or go beyond the logits, [`GpuError::Memory`],
-/// [`GpuError::Launch`].
+/// [`GpuError::Shape`] for rules and spans that do not fit together or go beyond the logits,
+/// [`GpuError::Memory`], [`GpuError::Launch`].
 pub fn verify(
     device: &dyn Device,
     logits: Slice<'_, f32>,
@@ -430,7 +453,11 @@ pub fn verify(
         return misfit("no vocabulary or no row".into());
     }
     if rules.len() > room.rules.len().min(chosen.len()) || spans.len() > room.spans.len() {
-        return misfit(format!("{} rows of {} sequences, more than there is room for", rules.len(), spans.len()));
+        return misfit(format!(
+            "{} rows of {} sequences, more than there is room for",
+            rules.len(),
+            spans.len()
+        ));
     }
     let n_logits_rows = (logits.len() / n_vocab) as i32;
     let mut first = 0;
@@ -441,8 +468,13 @@ pub fn verify(
         }
         for row in rows.clone() {
             let r = &rules[row as usize];
-            let above = if row == first { r.parent == -1 } else { (first..row).contains(&r.parent) };
-            if r.sequence != sequence || !above || !(0..n_logits_rows).contains(&r.logits_row) || r.top_k < 0 {
+            let above =
+                if row == first { r.parent == -1 } else { (first..row).contains(&r.parent) };
+            if r.sequence != sequence
+                || !above
+                || !(0..n_logits_rows).contains(&r.logits_row)
+                || r.top_k < 0
+            {
                 return misfit(format!("row {row}: {r:?}"));
             }
         }
@@ -464,7 +496,8 @@ pub fn verify(
         n_vocab: n_vocab as i32,
         padding: 0,
     };
-    let launch = Launch { kernel, grid: [rules.len() as u32, 1, 1], block: SELECT_THREADS, shared: 0 };
+    let launch =
+        Launch { kernel, grid: [rules.len() as u32, 1, 1], block: SELECT_THREADS, shared: 0 };
     // SAFETY: `Verify` of verify.cu; rules and spans are checked above.
     unsafe { device.launch(launch, &mut [ptr::from_mut(&mut args).cast::<c_void>()]) }
 }

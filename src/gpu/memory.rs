@@ -33,7 +33,8 @@ impl<'a, T: Plain> Slice<'a, T> {
     /// Values that somebody else put there, as a tensor of llama.cpp's.
     ///
     /// # Safety
-    /// `len` values are at `address` on the device it is used with, for as long as `'a`, and nobody writes to them meanwhile.
+    /// `len` values are at `address` on the device it is used with, for as long as `'a`, and nobody
+    /// writes to them meanwhile.
     #[must_use]
     pub unsafe fn from_raw(address: Address, len: usize) -> Self {
         Self { address, len, of: PhantomData }
@@ -71,7 +72,11 @@ impl<'a, T: Plain> Slice<'a, T> {
     #[must_use]
     pub fn part(self, from: usize, n: usize) -> Slice<'a, T> {
         assert!(from + n <= self.len, "{n} from {from} on of {}", self.len);
-        Slice { address: self.address + (from * size_of::<T>()) as Address, len: n, of: PhantomData }
+        Slice {
+            address: self.address + (from * size_of::<T>()) as Address,
+            len: n,
+            of: PhantomData,
+        }
     }
 
     /// The same bytes as values of another type.
@@ -168,7 +173,8 @@ impl<T: Plain> Buffer<T> {
     /// [`GpuError::Memory`].
     pub fn from_host(device: &Rc<dyn Device>, values: &[T]) -> Result<Self, GpuError> {
         let address = device.alloc(size_of_val(values).max(1))?;
-        let mut buffer = Self { device: Rc::clone(device), address, len: values.len(), of: PhantomData };
+        let mut buffer =
+            Self { device: Rc::clone(device), address, len: values.len(), of: PhantomData };
         buffer.upload(0, values)?;
         Ok(buffer)
     }
@@ -205,9 +211,16 @@ impl<T: Plain> Buffer<T> {
     /// # Panics
     /// Where there is no room for them.
     pub fn upload(&mut self, from: usize, values: &[T]) -> Result<(), GpuError> {
-        assert!(from + values.len() <= self.len, "{} values at {from} of {}", values.len(), self.len);
+        assert!(
+            from + values.len() <= self.len,
+            "{} values at {from} of {}",
+            values.len(),
+            self.len
+        );
         // SAFETY: `Plain` values are their bytes.
-        let bytes = unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values)) };
+        let bytes = unsafe {
+            std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values))
+        };
         // SAFETY: there is room, as checked.
         unsafe { self.device.upload(self.address + (from * size_of::<T>()) as Address, bytes) }
     }
@@ -223,7 +236,8 @@ impl<T: Plain> Buffer<T> {
         assert!(values.len() <= self.len, "{} of {}", values.len(), self.len);
         let n_bytes = size_of_val(values);
         // SAFETY: any bytes are `Plain` values.
-        let bytes = unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast::<u8>(), n_bytes) };
+        let bytes =
+            unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast::<u8>(), n_bytes) };
         // SAFETY: that much is there, as checked.
         unsafe { self.device.download(self.address, bytes) }
     }

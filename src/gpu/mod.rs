@@ -1,10 +1,13 @@
-//! The fence around CUDA: one safe function for each kernel of `cuda/`, which checks shapes, chooses the grid and launches once.
+//! The fence around CUDA: one safe function for each kernel of `cuda/`, which checks shapes,
+//! chooses the grid and launches once.
 //!
-//! A [`Device`] is memory and a queue of launches. The server's is `cuda` (feature `cuda-kernels`), through cudarc, which looks for
-//! the driver when it is asked for and not before. The tests' is an emulation that runs the same kernels on the CPU, so all that
-//! is written here is exercised where there is no GPU.
+//! A [`Device`] is memory and a queue of launches. The server's is `cuda` (feature `cuda-kernels`),
+//! through cudarc, which looks for the driver when it is asked for and not before. The tests' is an
+//! emulation that runs the same kernels on the CPU, so all that is written here is exercised where
+//! there is no GPU.
 //!
-//! What a kernel computes is set by a twin in plain Rust: the CPU path for heads and draws, `tests/kernels.rs` for the rest.
+//! What a kernel computes is set by a twin in plain Rust: the CPU path for heads and draws,
+//! `tests/kernels.rs` for the rest.
 
 #![allow(unsafe_code)]
 
@@ -82,7 +85,8 @@ pub trait Device {
     /// Gives memory back when what is queued has run.
     ///
     /// # Safety
-    /// It came from [`alloc`](Self::alloc) of this device and is not given back twice; nothing queued later uses it.
+    /// It came from [`alloc`](Self::alloc) of this device and is not given back twice; nothing
+    /// queued later uses it.
     unsafe fn free(&self, address: Address);
 
     /// Copies to the device; `bytes` may change as soon as it returns.
@@ -109,7 +113,8 @@ pub trait Device {
     /// [`GpuError::Launch`].
     ///
     /// # Safety
-    /// The arguments are those that the kernel declares, and all that it reads or writes through them is there.
+    /// The arguments are those that the kernel declares, and all that it reads or writes through
+    /// them is there.
     unsafe fn launch(&self, launch: Launch, args: &mut [*mut c_void]) -> Result<(), GpuError>;
 
     /// Waits for what is queued.

@@ -1,5 +1,5 @@
-//! Head matrices as the kernels read them: rows padded with zeros to whole reads of 16 bytes, in F16 or in 8 bits with a scale
-//! for each 32 values.
+//! Head matrices as the kernels read them: rows padded with zeros to whole reads of 16 bytes, in
+//! F16 or in 8 bits with a scale for each 32 values.
 
 use std::rc::Rc;
 
@@ -66,14 +66,20 @@ impl Matrices {
         self.n_out
     }
 
-    /// Copies matrices to the device; each is given as parts that stand beside each other: rows of `[W | U]` for a product with
-    /// `[x, e]`. Weights beyond what F16 holds are cut to it.
+    /// Copies matrices to the device; each is given as parts that stand beside each other: rows of
+    /// `[W | U]` for a product with `[x, e]`. Weights beyond what F16 holds are cut to it.
     ///
     /// # Errors
-    /// [`GpuError::Shape`] for shapes that differ or do not hold what they say, [`GpuError::Memory`].
-    pub fn new(device: &Rc<dyn Device>, nets: &[Vec<&Matrix>], precision: Precision) -> Result<Self, GpuError> {
+    /// [`GpuError::Shape`] for shapes that differ or do not hold what they say,
+    /// [`GpuError::Memory`].
+    pub fn new(
+        device: &Rc<dyn Device>,
+        nets: &[Vec<&Matrix>],
+        precision: Precision,
+    ) -> Result<Self, GpuError> {
         let misfit = |reason: &str| GpuError::Shape { kernel: "product", reason: reason.into() };
-        let first = nets.first().and_then(|parts| parts.first()).ok_or_else(|| misfit("no matrix"))?;
+        let first =
+            nets.first().and_then(|parts| parts.first()).ok_or_else(|| misfit("no matrix"))?;
         let (n_out, n_in) = (first.n_out, nets[0].iter().map(|m| m.n_in).sum::<usize>());
         let fits = |parts: &Vec<&Matrix>| {
             parts.iter().map(|m| m.n_in).sum::<usize>() == n_in
@@ -93,8 +99,12 @@ impl Matrices {
                     at += m.n_in;
                 }
                 match precision {
-                    Precision::F16 => values.extend(row.iter().flat_map(|&v| half_bits(v).to_le_bytes())),
-                    Precision::Q8 => row.chunks(BLOCK).for_each(|block| quantize(block, &mut values, &mut scales)),
+                    Precision::F16 => {
+                        values.extend(row.iter().flat_map(|&v| half_bits(v).to_le_bytes()))
+                    }
+                    Precision::Q8 => row
+                        .chunks(BLOCK)
+                        .for_each(|block| quantize(block, &mut values, &mut scales)),
                 }
             }
         }

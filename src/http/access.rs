@@ -1,5 +1,5 @@
-//! Around every request: the id that its answer and all lines about it carry, and one line in the log, and a trace, when the answer has
-//! ended.
+//! Around every request: the id that its answer and all lines about it carry, and one line in the
+//! log, and a trace, when the answer has ended.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -62,13 +62,16 @@ pub async fn answer(app: Arc<App>, request: Request<Incoming>) -> Response<Logge
 /// The client's id, if it can stand in a header and in a line of a log; otherwise a new one.
 fn id_of(headers: &HeaderMap) -> Arc<str> {
     let given = headers.get(REQUEST_ID).and_then(|id| id.to_str().ok());
-    match given.filter(|id| (1..=MAX_ID).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic())) {
+    match given
+        .filter(|id| (1..=MAX_ID).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic()))
+    {
         Some(id) => id.into(),
         None => format!("req-{:016x}", random()).into(),
     }
 }
 
-/// The line of one request. It is logged on drop: then the answer has ended, or nobody waits for it any more.
+/// The line of one request. It is logged on drop: then the answer has ended, or nobody waits for it
+/// any more.
 struct Line {
     app: Arc<App>,
     id: Arc<str>,
@@ -90,7 +93,8 @@ struct Line {
 impl Line {
     fn begin(app: &Arc<App>, request: &Request<Incoming>, id: &Arc<str>) -> Self {
         // Not the query: it might hold what should stay with the client.
-        let path = request.uri().path().chars().take(MAX_PATH).flat_map(char::escape_debug).collect();
+        let path =
+            request.uri().path().chars().take(MAX_PATH).flat_map(char::escape_debug).collect();
         let parent = app.telemetry.as_ref().and_then(|_| telemetry::parent(request.headers()));
         Self {
             app: Arc::clone(app),
@@ -114,7 +118,9 @@ impl Drop for Line {
     fn drop(&mut self) {
         let answers = self.tally.0.lock();
         let done = || answers.iter().filter_map(|answer| answer.done.as_ref());
-        let sum = |of: fn(&Usage) -> usize| done().next().map(|_| done().map(|(usage, _)| of(usage)).sum::<usize>());
+        let sum = |of: fn(&Usage) -> usize| {
+            done().next().map(|_| done().map(|(usage, _)| of(usage)).sum::<usize>())
+        };
         tracing::info!(
             parent: &self.span,
             method = %self.method,
@@ -154,7 +160,10 @@ impl Body for Logged {
     type Data = Bytes;
     type Error = <Content as Body>::Error;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         let frame = Pin::new(&mut self.body).poll_frame(cx);
         if let Poll::Ready(Some(Ok(frame))) = &frame {
             self.line.n_bytes += frame.data_ref().map_or(0, Buf::remaining);
@@ -193,7 +202,13 @@ mod tests {
         for kept in ["a", "7f2b-{\"}~!", &longest] {
             assert_eq!(&*id(kept.as_bytes()), kept);
         }
-        for odd in ["".as_bytes(), b"a b", b"tab\t", "\u{e9}".as_bytes(), "x".repeat(MAX_ID + 1).as_bytes()] {
+        for odd in [
+            "".as_bytes(),
+            b"a b",
+            b"tab\t",
+            "\u{e9}".as_bytes(),
+            "x".repeat(MAX_ID + 1).as_bytes(),
+        ] {
             assert!(id(odd).starts_with("req-"), "{odd:?}");
         }
         assert_ne!(id_of(&HeaderMap::new()), id_of(&HeaderMap::new()));

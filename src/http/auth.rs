@@ -1,4 +1,5 @@
-//! Who may ask for what. Keys are kept as digests: what was typed is forgotten, and comparing them tells nothing of their length.
+//! Who may ask for what. Keys are kept as digests: what was typed is forgotten, and comparing them
+//! tells nothing of their length.
 
 use std::fmt;
 
@@ -55,17 +56,25 @@ impl Auth {
     /// Lets a request in and says whose it is: the number of its key; 0 where there are none.
     ///
     /// # Errors
-    /// 401 without a key or with a wrong one, 403 with one that is for something else, 404 for metrics that are off.
+    /// 401 without a key or with a wrong one, 403 with one that is for something else, 404 for
+    /// metrics that are off.
     pub fn admit<B>(&self, request: &Request<B>) -> Result<u32, Problem> {
         let demand = self.demand(request.uri().path());
         if demand == Demand::Metrics(MetricsAccess::Off) {
-            return Err(Problem::new(StatusCode::NOT_FOUND, "not_found", "this server has its metrics off"));
+            return Err(Problem::new(
+                StatusCode::NOT_FOUND,
+                "not_found",
+                "this server has its metrics off",
+            ));
         }
         if matches!(demand, Demand::Nothing | Demand::Metrics(MetricsAccess::Open)) {
             return Ok(0);
         }
         let given = bearer(request.headers()).map(Key::of);
-        let is_for_metrics = given.as_ref().zip(self.metrics_key.as_ref()).is_some_and(|(given, key)| key.is(given).into());
+        let is_for_metrics = given
+            .as_ref()
+            .zip(self.metrics_key.as_ref())
+            .is_some_and(|(given, key)| key.is(given).into());
         match (demand, is_for_metrics) {
             (Demand::Metrics(_), true) => return Ok(0),
             (_, true) => {
@@ -76,7 +85,9 @@ impl Auth {
             _ => {}
         }
         match given {
-            Some(given) => self.owner(&given).ok_or_else(|| unauthorized("the API key in Authorization is not known here")),
+            Some(given) => self
+                .owner(&given)
+                .ok_or_else(|| unauthorized("the API key in Authorization is not known here")),
             None => Err(unauthorized("this needs an API key: send `Authorization: Bearer KEY`")),
         }
     }
@@ -139,7 +150,15 @@ mod tests {
         let auth = keys(&["first", "second"]);
         assert_eq!(ask(&auth, "/generate", "Bearer first"), Ok(0));
         assert_eq!(ask(&auth, "/v1/models", "bearer second"), Ok(1));
-        for wrong in ["", "first", "Basic first", "Bearer ", "Bearer firs", "Bearer first,second", "Bearer FIRST"] {
+        for wrong in [
+            "",
+            "first",
+            "Basic first",
+            "Bearer ",
+            "Bearer firs",
+            "Bearer first,second",
+            "Bearer FIRST",
+        ] {
             assert_eq!(ask(&auth, "/", wrong), Err(401), "{wrong}");
             assert_eq!(ask(&auth, "/what/ever", wrong), Err(401), "{wrong}");
             assert_eq!(ask(&auth, "/health", wrong), Ok(0));
@@ -149,13 +168,20 @@ mod tests {
 
     #[test]
     fn metrics_are_open_or_for_a_key_or_off() {
-        let with =
-            |metrics, metrics_key: Option<&str>| Auth { metrics, metrics_key: metrics_key.map(Key::of), ..keys(&["full"]) };
+        let with = |metrics, metrics_key: Option<&str>| Auth {
+            metrics,
+            metrics_key: metrics_key.map(Key::of),
+            ..keys(&["full"])
+        };
         assert_eq!(ask(&with(MetricsAccess::Open, None), "/metrics", ""), Ok(0));
         assert_eq!(ask(&with(MetricsAccess::Off, None), "/metrics", "Bearer full"), Err(404));
         let auth = with(MetricsAccess::Key, Some("scrape"));
-        for (key, expected) in [("Bearer scrape", Ok(0)), ("Bearer full", Ok(0)), ("Bearer other", Err(401)), ("", Err(401))]
-        {
+        for (key, expected) in [
+            ("Bearer scrape", Ok(0)),
+            ("Bearer full", Ok(0)),
+            ("Bearer other", Err(401)),
+            ("", Err(401)),
+        ] {
             assert_eq!(ask(&auth, "/metrics", key), expected, "{key}");
         }
         assert_eq!(ask(&auth, "/generate", "Bearer scrape"), Err(403));

@@ -3,9 +3,9 @@
 use bytes::Bytes;
 use http_body_util::{Either, Full};
 use hyper::header::{
-    ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN, ACCESS_CONTROL_EXPOSE_HEADERS,
-    ACCESS_CONTROL_MAX_AGE, ACCESS_CONTROL_REQUEST_HEADERS, ACCESS_CONTROL_REQUEST_METHOD, HeaderMap, HeaderValue, ORIGIN,
-    VARY,
+    ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
+    ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, ACCESS_CONTROL_REQUEST_HEADERS,
+    ACCESS_CONTROL_REQUEST_METHOD, HeaderMap, HeaderValue, ORIGIN, VARY,
 };
 use hyper::{Method, Request, Response, StatusCode};
 
@@ -30,7 +30,8 @@ impl Cors {
     /// The answer to a browser that asks whether it may ask. It has no key yet.
     #[must_use]
     pub fn preflight<B>(&self, request: &Request<B>) -> Option<Reply> {
-        let asks = request.method() == Method::OPTIONS && request.headers().contains_key(ACCESS_CONTROL_REQUEST_METHOD);
+        let asks = request.method() == Method::OPTIONS
+            && request.headers().contains_key(ACCESS_CONTROL_REQUEST_METHOD);
         self.allowed(request.headers()).filter(|_| asks)?;
         let mut reply = Response::new(Either::Left(Full::new(Bytes::new())));
         *reply.status_mut() = StatusCode::NO_CONTENT;
@@ -51,7 +52,8 @@ impl Cors {
         self.0.iter().find(|allowed| *allowed == ANY || *allowed == origin).cloned()
     }
 
-    /// Says it on an answer. Caches must know that answers differ by origin, to those that are not allowed, too.
+    /// Says it on an answer. Caches must know that answers differ by origin, to those that are not
+    /// allowed, too.
     pub fn mark(&self, allowed: Option<HeaderValue>, headers: &mut HeaderMap) {
         if self.0.is_empty() {
             return;
@@ -59,7 +61,10 @@ impl Cors {
         headers.append(VARY, HeaderValue::from_static("origin"));
         if let Some(allowed) = allowed {
             headers.insert(ACCESS_CONTROL_ALLOW_ORIGIN, allowed);
-            headers.insert(ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue::from_static("x-request-id, retry-after"));
+            headers.insert(
+                ACCESS_CONTROL_EXPOSE_HEADERS,
+                HeaderValue::from_static("x-request-id, retry-after"),
+            );
         }
     }
 }

@@ -1,4 +1,5 @@
-//! `/docs`: Swagger UI for `/openapi.json`. Its files are part of the program, so that it works without a network.
+//! `/docs`: Swagger UI for `/openapi.json`. Its files are part of the program, so that it works
+//! without a network.
 
 use std::sync::{Arc, OnceLock};
 
@@ -28,7 +29,10 @@ mod tests {
     fn the_page_asks_nobody_else() {
         let (page, kind) = file("").unwrap();
         let page = String::from_utf8(page).unwrap();
-        assert!(kind == "text/html" && page.contains("<base href=\"docs/\">") && !page.contains("://"), "{page}");
+        assert!(
+            kind == "text/html" && page.contains("<base href=\"docs/\">") && !page.contains("://"),
+            "{page}"
+        );
         let (script, _) = file("swagger-initializer.js").unwrap();
         assert!(String::from_utf8(script).unwrap().contains("\"../openapi.json\""));
         for name in page.split(['"', '\'']).filter_map(|name| name.strip_prefix("./")) {

@@ -85,7 +85,8 @@ impl Fields {
     pub fn count(&mut self, name: &str, min: u64, max: u64) -> Result<Option<u64>, Invalid> {
         let Some(value) = self.take(name) else { return Ok(None) };
         // 128.0 is a whole number too.
-        let whole = |f: f64| (f.fract() == 0.0 && (0.0..=MAX_SAFE as f64).contains(&f)).then_some(f as u64);
+        let whole =
+            |f: f64| (f.fract() == 0.0 && (0.0..=MAX_SAFE as f64).contains(&f)).then_some(f as u64);
         match value.as_u64().or_else(|| value.as_f64().and_then(whole)) {
             Some(n) if (min..=max).contains(&n) => Ok(Some(n)),
             _ => Err(wrong(name, &value, &format!("a whole number from {min} to {max}"))),
@@ -95,11 +96,16 @@ impl Fields {
     /// A string, or a list of them.
     pub fn stops(&mut self) -> Result<Vec<String>, Invalid> {
         let name = "stop";
-        let wanted = format!("a string of 1 to {MAX_STOP_BYTES} bytes, or a list of at most {MAX_STOPS} of them");
+        let wanted = format!(
+            "a string of 1 to {MAX_STOP_BYTES} bytes, or a list of at most {MAX_STOPS} of them"
+        );
         let list = match self.take(name) {
             None => return Ok(vec![]),
             Some(Value::Array(list)) if list.len() > MAX_STOPS => {
-                return Err(Invalid::new(name, format!("stop has {} entries; it must be {wanted}", list.len())));
+                return Err(Invalid::new(
+                    name,
+                    format!("stop has {} entries; it must be {wanted}", list.len()),
+                ));
             }
             Some(Value::Array(list)) => list,
             Some(one) => vec![one],
@@ -114,7 +120,9 @@ impl Fields {
     /// `{"token id": bias}`.
     pub fn logit_bias(&mut self) -> Result<Vec<(Token, f32)>, Invalid> {
         let name = "logit_bias";
-        let wanted = format!("an object of at most {MAX_BIASES} token ids, each with a number from -100 to 100");
+        let wanted = format!(
+            "an object of at most {MAX_BIASES} token ids, each with a number from -100 to 100"
+        );
         match self.take(name) {
             None => Ok(vec![]),
             Some(Value::Object(map)) if map.len() <= MAX_BIASES => map
@@ -122,7 +130,9 @@ impl Fields {
                 .map(|(id, bias)| {
                     let token = id.parse::<i32>().ok().filter(|id| *id >= 0).map(Token);
                     let bias = bias.as_f64().filter(|b| (-100.0..=100.0).contains(b));
-                    token.zip(bias.map(|b| b as f32)).ok_or_else(|| wrong(name, &json!({ id: bias }), &wanted))
+                    token
+                        .zip(bias.map(|b| b as f32))
+                        .ok_or_else(|| wrong(name, &json!({ id: bias }), &wanted))
                 })
                 .collect(),
             Some(other) => Err(wrong(name, &other, &wanted)),
@@ -138,18 +148,24 @@ impl Fields {
         n_ctx: usize,
     ) -> Result<SamplingParams, Invalid> {
         Ok(SamplingParams {
-            temperature: self.number("temperature", 0.0, max_temperature)?.unwrap_or(defaults.temperature),
+            temperature: self
+                .number("temperature", 0.0, max_temperature)?
+                .unwrap_or(defaults.temperature),
             top_p: self.number("top_p", 0.0, 1.0)?.unwrap_or(defaults.top_p),
             top_k: self.count("top_k", 0, i32::MAX as u64)?.map_or(defaults.top_k, |n| n as usize),
             min_p: self.number("min_p", 0.0, 1.0)?.unwrap_or(defaults.min_p),
-            repetition_penalty: self.number("repetition_penalty", 0.01, 100.0)?.unwrap_or(defaults.repetition_penalty),
+            repetition_penalty: self
+                .number("repetition_penalty", 0.01, 100.0)?
+                .unwrap_or(defaults.repetition_penalty),
             frequency_penalty: self
                 .number("frequency_penalty", -max_penalty, max_penalty)?
                 .unwrap_or(defaults.frequency_penalty),
             presence_penalty: self
                 .number("presence_penalty", -max_penalty, max_penalty)?
                 .unwrap_or(defaults.presence_penalty),
-            repeat_last_n: self.count("repeat_last_n", 0, n_ctx as u64)?.map_or(defaults.repeat_last_n, |n| n as usize),
+            repeat_last_n: self
+                .count("repeat_last_n", 0, n_ctx as u64)?
+                .map_or(defaults.repeat_last_n, |n| n as usize),
             logit_bias: self.logit_bias()?,
             seed: defaults.seed,
         })
@@ -164,9 +180,12 @@ impl Fields {
             None => None,
             Some(format) => {
                 let named = &format["json_schema"];
-                let is_named = named["schema"].is_object() && (named["name"].is_null() || named["name"].is_string());
+                let is_named = named["schema"].is_object()
+                    && (named["name"].is_null() || named["name"].is_string());
                 match format["type"].as_str() {
-                    Some("json_schema") if is_named => Some(GrammarSource::JsonSchema(named["schema"].clone())),
+                    Some("json_schema") if is_named => {
+                        Some(GrammarSource::JsonSchema(named["schema"].clone()))
+                    }
                     Some("json_object") if is_named || named.is_null() => {
                         Some(GrammarSource::JsonSchema(json!({ "type": "object" })))
                     }
@@ -175,7 +194,8 @@ impl Fields {
                 }
             }
         };
-        let by_grammar = self.string("grammar")?.filter(|lark| !lark.is_empty()).map(GrammarSource::Lark);
+        let by_grammar =
+            self.string("grammar")?.filter(|lark| !lark.is_empty()).map(GrammarSource::Lark);
         if by_format.is_some() && by_grammar.is_some() {
             return Err(Invalid::new(
                 "grammar",
@@ -185,7 +205,8 @@ impl Fields {
         Ok(by_format.or(by_grammar))
     }
 
-    /// A request, with what both dialects call the same. `n_top` is what they say of log probabilities.
+    /// A request, with what both dialects call the same. `n_top` is what they say of log
+    /// probabilities.
     pub fn request(
         &mut self,
         prompt: String,
@@ -209,13 +230,17 @@ impl Fields {
         })
     }
 
-    /// A field that nobody read is a typing error, or another server's dialect: say so instead of ignoring it.
+    /// A field that nobody read is a typing error, or another server's dialect: say so instead of
+    /// ignoring it.
     pub fn refuse_the_rest(self) -> Result<(), Invalid> {
         match self.left.keys().next() {
             None => Ok(()),
             Some(name) => {
                 let shown: String = name.chars().take(64).collect();
-                Err(Invalid::new(&shown, format!("unknown field `{shown}`; known are {}", self.known.join(", "))))
+                Err(Invalid::new(
+                    &shown,
+                    format!("unknown field `{shown}`; known are {}", self.known.join(", ")),
+                ))
             }
         }
     }

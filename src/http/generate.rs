@@ -18,17 +18,24 @@ pub struct Generate {
     pub stream: bool,
 }
 
-/// Reads the fields of `/generate`. `n_ctx` bounds `max_tokens`; `random_seed` is used where none is given.
+/// Reads the fields of `/generate`. `n_ctx` bounds `max_tokens`; `random_seed` is used where none
+/// is given.
 ///
 /// # Errors
 /// [`Invalid`] names the first field that is unknown, of the wrong type or out of range.
 pub fn read(body: Value, n_ctx: usize, random_seed: u64) -> Result<Generate, Invalid> {
     let mut fields = Fields::of(body)?;
-    let prompt = fields.string("prompt")?.ok_or_else(|| Invalid::new("prompt", "prompt is missing: it must be a string"))?;
+    let prompt = fields
+        .string("prompt")?
+        .ok_or_else(|| Invalid::new("prompt", "prompt is missing: it must be a string"))?;
     let defaults = SamplingParams::default();
     let sampling = fields.sampling(defaults, 100.0, 100.0, n_ctx)?;
-    let sampling = SamplingParams { seed: fields.count("seed", 0, u64::MAX)?.unwrap_or(random_seed), ..sampling };
-    let max_tokens = fields.count("max_tokens", 1, n_ctx as u64)?.map_or(128.min(n_ctx), |n| n as usize);
+    let sampling = SamplingParams {
+        seed: fields.count("seed", 0, u64::MAX)?.unwrap_or(random_seed),
+        ..sampling
+    };
+    let max_tokens =
+        fields.count("max_tokens", 1, n_ctx as u64)?.map_or(128.min(n_ctx), |n| n as usize);
     let n_top = fields.count("logprobs", 0, MAX_LOGPROBS)?;
     let request = fields.request(prompt, max_tokens, sampling, n_top)?;
     let stream = fields.boolean("stream")?.unwrap_or(false);
@@ -95,7 +102,8 @@ pub fn speculation(done: &Completion) -> Value {
     })
 }
 
-/// Pieces as `/generate` streams them; with what is told of their tokens if there is a way to spell them.
+/// Pieces as `/generate` streams them; with what is told of their tokens if there is a way to spell
+/// them.
 pub struct Pieces(pub Option<Spell>);
 
 impl Dialect for Pieces {
@@ -150,7 +158,10 @@ mod tests {
         let g = g.unwrap();
         let s = &g.request.sampling;
         assert_eq!((s.temperature, s.top_p, s.top_k, s.min_p), (0.0, 0.5, 3, 0.1));
-        assert_eq!((s.repetition_penalty, s.frequency_penalty, s.presence_penalty, s.repeat_last_n), (1.1, -1.0, 0.5, 7));
+        assert_eq!(
+            (s.repetition_penalty, s.frequency_penalty, s.presence_penalty, s.repeat_last_n),
+            (1.1, -1.0, 0.5, 7)
+        );
         assert_eq!((s.logit_bias.as_slice(), s.seed), (&[(Token(5), -100.0)][..], u64::MAX));
         assert_eq!((g.request.max_tokens, g.request.stop.len()), (5, 2));
         assert_eq!((g.request.ignore_eos, g.request.cache_prompt, g.stream), (true, false, true));

@@ -1,10 +1,13 @@
-//! The network side: bytes on a socket to a checked [`Request`](crate::request::Request), events back to bytes.
+//! The network side: bytes on a socket to a checked [`Request`](crate::request::Request), events
+//! back to bytes.
 //!
-//! [`routes`] knows what each path does, [`generate`] and [`openai`] the JSON of either dialect, [`fields`] how a body's fields are
-//! read, [`template`] how messages become a prompt, [`reply`] how an answer is written, [`tokens`] what is told of its tokens,
-//! [`access`] what is logged of it, [`auth`] who may ask, [`cors`] which pages, [`tls`] in what secrecy; [`page`] is what browsers get,
-//! [`openapi`] and [`docs`] document it all. None of them sees a KV cell, a batch or llama.cpp; they know the engine's
-//! [`Handle`](crate::engine::Handle) only, and the model's template.
+//! [`routes`] knows what each path does, [`generate`] and [`openai`] the JSON of either dialect,
+//! [`fields`] how a body's fields are read, [`template`] how messages become a prompt, [`reply`]
+//! how an answer is written, [`tokens`] what is told of its tokens, [`access`] what is logged of
+//! it, [`auth`] who may ask, [`cors`] which pages, [`tls`] in what secrecy; [`page`] is what
+//! browsers get, [`openapi`] and [`docs`] document it all. None of them sees a KV cell, a batch or
+//! llama.cpp; they know the engine's [`Handle`](crate::engine::Handle) only, and the model's
+//! template.
 
 pub mod access;
 pub mod auth;
@@ -75,8 +78,14 @@ pub struct App {
     pub template: OnceLock<Result<template::ChatTemplate, String>>,
 }
 
-/// Accepts connections until `end` completes, then lets open ones finish their current answer for up to `grace`.
-pub async fn serve(listener: TcpListener, app: Arc<App>, end: impl Future<Output = ()>, grace: Duration) {
+/// Accepts connections until `end` completes, then lets open ones finish their current answer for
+/// up to `grace`.
+pub async fn serve(
+    listener: TcpListener,
+    app: Arc<App>,
+    end: impl Future<Output = ()>,
+    grace: Duration,
+) {
     let graceful = GracefulShutdown::new();
     let places = Arc::new(Semaphore::new(app.limits.max_connections));
     tokio::pin!(end);
@@ -111,10 +120,15 @@ pub async fn serve(listener: TcpListener, app: Arc<App>, end: impl Future<Output
 }
 
 /// One connection, from its handshake to its end.
-async fn converse(stream: TcpStream, app: &Arc<App>, watcher: Watcher) -> Result<(), Box<dyn Error + Send + Sync>> {
+async fn converse(
+    stream: TcpStream,
+    app: &Arc<App>,
+    watcher: Watcher,
+) -> Result<(), Box<dyn Error + Send + Sync>> {
     // Pieces are small and must not wait for each other.
     let _ = stream.set_nodelay(true);
-    // A reader that stalls ends its connection, and that drops its answer, which cancels the request.
+    // A reader that stalls ends its connection, and that drops its answer, which cancels the
+    // request.
     let mut stream = Box::pin(TimeoutStream::new(stream));
     stream.as_mut().set_write_timeout_pinned(Some(app.limits.write_timeout));
     match &app.tls {

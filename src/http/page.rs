@@ -1,13 +1,13 @@
-//! The page for browsers at `/`: "watch it think". Its files are part of the program, so that it works without a network; it knows of
-//! the engine what the API tells any client.
+//! The page for browsers at `/`: "watch it think". Its files are part of the program, so that it
+//! works without a network; it knows of the engine what the API tells any client.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use bytes::Bytes;
 use http_body_util::{Either, Full};
 use hyper::header::{
-    ACCEPT, CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, ETAG, HeaderMap, HeaderValue, IF_NONE_MATCH,
-    REFERRER_POLICY, VARY, X_CONTENT_TYPE_OPTIONS,
+    ACCEPT, CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, ETAG, HeaderMap, HeaderValue,
+    IF_NONE_MATCH, REFERRER_POLICY, VARY, X_CONTENT_TYPE_OPTIONS,
 };
 use hyper::{Method, Request, Response, StatusCode};
 
@@ -24,18 +24,23 @@ const FILES: [(&str, &str, &str); 4] = [
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; \
                       base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
-/// The page or one of its files, if that is what is asked for. They are for anybody: the page asks for a key where the API does.
+/// The page or one of its files, if that is what is asked for. They are for anybody: the page asks
+/// for a key where the API does.
 pub fn answer<B>(request: &Request<B>) -> Option<Reply> {
     if !matches!(*request.method(), Method::GET | Method::HEAD) {
         return None;
     }
-    let &(path, content_type, content) = FILES.iter().find(|(path, ..)| *path == request.uri().path())?;
+    let &(path, content_type, content) =
+        FILES.iter().find(|(path, ..)| *path == request.uri().path())?;
     if path == "/" && !prefers_html(request.headers()) {
         return None;
     }
     let tag = tag(content);
-    let seen = request.headers().get_all(IF_NONE_MATCH).iter().filter_map(|tags| tags.to_str().ok());
-    let is_known = seen.flat_map(|tags| tags.split(',')).any(|seen| seen.trim().trim_start_matches("W/") == tag);
+    let seen =
+        request.headers().get_all(IF_NONE_MATCH).iter().filter_map(|tags| tags.to_str().ok());
+    let is_known = seen
+        .flat_map(|tags| tags.split(','))
+        .any(|seen| seen.trim().trim_start_matches("W/") == tag);
     let body = if is_known { Bytes::new() } else { Bytes::from_static(content.as_bytes()) };
     let mut reply = Response::new(Either::Left(Full::new(body)));
     if is_known {
@@ -67,10 +72,15 @@ fn prefers_html(headers: &HeaderMap) -> bool {
     quality(headers, "text", "html") > quality(headers, "application", "json")
 }
 
-/// How much a type is wanted, from 0 to 1, and how clearly it is named: the most specific range that it is in decides (RFC 9110,
-/// 12.5.1). Of two that are wanted as much, a client means the one that it names.
+/// How much a type is wanted, from 0 to 1, and how clearly it is named: the most specific range
+/// that it is in decides (RFC 9110, 12.5.1). Of two that are wanted as much, a client means the one
+/// that it names.
 fn quality(headers: &HeaderMap, kind: &str, subtype: &str) -> (f32, u8) {
-    let ranges = headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(','));
+    let ranges = headers
+        .get_all(ACCEPT)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','));
     let matching = ranges.filter_map(|range| {
         let mut parts = range.split(';').map(str::trim);
         let (k, s) = parts.next()?.split_once('/')?;
@@ -82,11 +92,15 @@ fn quality(headers: &HeaderMap, kind: &str, subtype: &str) -> (f32, u8) {
         };
         let weight = parts.find_map(|part| part.strip_prefix("q=").or(part.strip_prefix("Q=")));
         // A weight that is none asks for nothing.
-        let weight = weight.map_or(1.0, |weight| weight.parse().ok().filter(|q| (0.0..=1.0).contains(q)).unwrap_or(0.0));
+        let weight = weight.map_or(1.0, |weight| {
+            weight.parse().ok().filter(|q| (0.0..=1.0).contains(q)).unwrap_or(0.0)
+        });
         Some((specificity, weight))
     });
     let decisive = matching.max_by_key(|&(specificity, _)| specificity);
-    decisive.filter(|&(_, weight)| weight > 0.0).map_or((0.0, 0), |(specificity, weight)| (weight, specificity))
+    decisive
+        .filter(|&(_, weight)| weight > 0.0)
+        .map_or((0.0, 0), |(specificity, weight)| (weight, specificity))
 }
 
 #[cfg(test)]
@@ -94,7 +108,8 @@ mod tests {
     use super::*;
 
     fn prefers_html(accept: &[&'static str]) -> bool {
-        let headers = accept.iter().map(|value| (ACCEPT, HeaderValue::from_static(value))).collect();
+        let headers =
+            accept.iter().map(|value| (ACCEPT, HeaderValue::from_static(value))).collect();
         super::prefers_html(&headers)
     }
 

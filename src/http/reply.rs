@@ -104,7 +104,9 @@ impl Problem {
         Self::new(
             StatusCode::INTERNAL_SERVER_ERROR,
             "internal_error",
-            format!("the engine failed on this request; the server's log names the cause under {id}"),
+            format!(
+                "the engine failed on this request; the server's log names the cause under {id}"
+            ),
         )
     }
 }
@@ -122,11 +124,14 @@ pub trait Dialect: Send {
 pub fn event(data: &impl Serialize, out: &mut BytesMut) {
     out.extend_from_slice(b"data: ");
     // One line: JSON escapes line ends.
-    out.extend_from_slice(&serde_json::to_vec(data).expect("our types have string keys and no failing parts"));
+    out.extend_from_slice(
+        &serde_json::to_vec(data).expect("our types have string keys and no failing parts"),
+    );
     out.extend_from_slice(b"\n\n");
 }
 
-/// The events of one or several choices as server-sent events. Dropping it drops the receivers, which cancels what they wait for.
+/// The events of one or several choices as server-sent events. Dropping it drops the receivers,
+/// which cancels what they wait for.
 pub struct EventStream {
     first: Option<Event>,
     /// By choice; `None` for those that ended.
@@ -137,7 +142,12 @@ pub struct EventStream {
 }
 
 /// An answer that streams: `first` of the first choice has arrived already, the rest is to come.
-pub fn stream(first: Event, choices: Vec<mpsc::Receiver<Event>>, dialect: Box<dyn Dialect>, tally: Arc<Tally>) -> Reply {
+pub fn stream(
+    first: Event,
+    choices: Vec<mpsc::Receiver<Event>>,
+    dialect: Box<dyn Dialect>,
+    tally: Arc<Tally>,
+) -> Reply {
     let choices = choices.into_iter().map(Some).collect();
     let body = EventStream { first: Some(first), choices, dialect, tally, ended: false };
     let mut reply = Response::new(Either::Right(body));
@@ -188,7 +198,10 @@ impl Body for EventStream {
     type Error = Infallible;
 
     /// One frame for all events that are there already: a slow reader gets few large ones.
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         if self.ended {
             return Poll::Ready(None);
         }

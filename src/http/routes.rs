@@ -58,7 +58,12 @@ struct Call<'a> {
 }
 
 /// Answers one request.
-pub async fn answer(app: &Arc<App>, request: Request<Incoming>, id: &Arc<str>, tally: &Arc<Tally>) -> Reply {
+pub async fn answer(
+    app: &Arc<App>,
+    request: Request<Incoming>,
+    id: &Arc<str>,
+    tally: &Arc<Tally>,
+) -> Reply {
     // Its clients know errors by another shape.
     let is_openai = request.uri().path().starts_with("/v1");
     // A path that nobody knows must not become a label.
@@ -66,7 +71,9 @@ pub async fn answer(app: &Arc<App>, request: Request<Incoming>, id: &Arc<str>, t
     let write = if is_openai { Problem::openai_reply } else { Problem::reply };
     let answer = match (page::answer(&request), app.auth.admit(&request)) {
         (Some(page), _) => Ok(page), // it asks for a key where it needs one
-        (None, Ok(owner)) => route(app, request, &Call { id, owner, timeout: app.limits.timeout, tally }).await,
+        (None, Ok(owner)) => {
+            route(app, request, &Call { id, owner, timeout: app.limits.timeout, tally }).await
+        }
         (None, Err(problem)) => Err(problem),
     };
     let reply = answer.unwrap_or_else(|problem| {
@@ -87,12 +94,17 @@ pub fn known(path: &str) -> Option<(&'static str, &'static str)> {
     PATHS.into_iter().find(|(known, _)| *known == path)
 }
 
-async fn route(app: &Arc<App>, request: Request<Incoming>, call: &Call<'_>) -> Result<Reply, Problem> {
+async fn route(
+    app: &Arc<App>,
+    request: Request<Incoming>,
+    call: &Call<'_>,
+) -> Result<Reply, Problem> {
     let path = request.uri().path();
     let Some((path, allow)) = known(path) else { return Err(not_found(path)) };
     if !allow.split(", ").any(|allowed| allowed == request.method().as_str()) {
         let message = format!("{path} takes {allow}");
-        let mut problem = Problem::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message);
+        let mut problem =
+            Problem::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message);
         problem.header = Some((ALLOW, allow));
         return Err(problem);
     }
@@ -105,7 +117,8 @@ async fn route(app: &Arc<App>, request: Request<Incoming>, call: &Call<'_>) -> R
         "/docs" => docs("").ok_or_else(|| not_found(path)),
         DOCS_FILE => {
             let path = request.uri().path();
-            let file = path.strip_prefix("/docs/").filter(|file| !file.is_empty()).unwrap_or("index.html");
+            let file =
+                path.strip_prefix("/docs/").filter(|file| !file.is_empty()).unwrap_or("index.html");
             docs(file).ok_or_else(|| not_found(path))
         }
         "/v1/models" => models(app),
@@ -118,7 +131,8 @@ async fn route(app: &Arc<App>, request: Request<Incoming>, call: &Call<'_>) -> R
 
 fn not_found(path: &str) -> Problem {
     let shown: String = path.chars().take(100).collect();
-    let message = format!("there is no {shown}; there are {}", PATHS.map(|(path, _)| path).join(", "));
+    let message =
+        format!("there is no {shown}; there are {}", PATHS.map(|(path, _)| path).join(", "));
     Problem::new(StatusCode::NOT_FOUND, "not_found", message)
 }
 
@@ -161,11 +175,17 @@ fn engine(app: &App) -> Result<Handle, Problem> {
         problem
     };
     if app.draining.load(Ordering::Relaxed) {
-        return Err(unavailable("draining", "the server is shutting down and takes no new requests"));
+        return Err(unavailable(
+            "draining",
+            "the server is shutting down and takes no new requests",
+        ));
     }
     match &*app.stage.borrow() {
         Stage::Ready(handle) => Ok(handle.clone()),
-        Stage::Loading(_) => Err(unavailable("loading", "the model is still loading; GET /ready tells when it takes work")),
+        Stage::Loading(_) => Err(unavailable(
+            "loading",
+            "the model is still loading; GET /ready tells when it takes work",
+        )),
         Stage::Failed(_) => Err(unavailable("stopped", "the engine has stopped")),
     }
 }
@@ -196,7 +216,9 @@ fn information(app: &App) -> Result<Reply, Problem> {
         body["slots"] = limits.n_slots.into();
         body["kv"] = match limits.layout {
             Layout::Unified { n_cells, .. } => json!({ "layout": "unified", "cells": n_cells }),
-            Layout::Streams { n_cells } => json!({ "layout": "streams", "cells": n_cells * limits.n_slots }),
+            Layout::Streams { n_cells } => {
+                json!({ "layout": "streams", "cells": n_cells * limits.n_slots })
+            }
         };
         body["heads"] = handle.n_heads().into();
         body["text_drafts"] = handle.drafts_from_text().into();
@@ -216,7 +238,11 @@ fn information(app: &App) -> Result<Reply, Problem> {
     Ok(reply)
 }
 
-async fn generate(app: &Arc<App>, request: Request<Incoming>, call: &Call<'_>) -> Result<Reply, Problem> {
+async fn generate(
+    app: &Arc<App>,
+    request: Request<Incoming>,
+    call: &Call<'_>,
+) -> Result<Reply, Problem> {
     let handle = engine(app)?;
     let body = read_json(app, request).await?;
     let asked = generate::read(body, handle.limits().n_ctx, random()).map_err(invalid)?;
@@ -225,7 +251,12 @@ async fn generate(app: &Arc<App>, request: Request<Incoming>, call: &Call<'_>) -
     let mut events = submit(&handle, request, call).await.map_err(refused)?;
     if stream {
         let first = first_event(&mut events).await?;
-        return Ok(reply::stream(first, vec![events], Box::new(Pieces(spell)), Arc::clone(call.tally)));
+        return Ok(reply::stream(
+            first,
+            vec![events],
+            Box::new(Pieces(spell)),
+            Arc::clone(call.tally),
+        ));
     }
     let (whole, done) = collect(events, 0, call).await?;
     if is_too_late(&done) {
@@ -254,11 +285,17 @@ async fn complete(
     let (asked_for, most) = (requests.len(), handle.most_in_flight());
     if asked_for > most {
         // Not a full queue: waiting would not help.
-        let message = format!("n and the prompts ask for {asked_for} answers, but the server takes {most} at once");
+        let message = format!(
+            "n and the prompts ask for {asked_for} answers, but the server takes {most} at once"
+        );
         return Err(bad_request(Invalid::new("n", message)));
     }
     let report = requests.first().and_then(|r| r.report).unwrap_or_default();
-    let telling = Telling { logprobs: report.n_top.is_some(), details: report.details, spell: spell(&handle) };
+    let telling = Telling {
+        logprobs: report.n_top.is_some(),
+        details: report.details,
+        spell: spell(&handle),
+    };
     let mut choices = Vec::with_capacity(requests.len());
     for request in requests {
         // Those that were taken are cancelled if one is refused.
@@ -304,11 +341,17 @@ fn too_late() -> Problem {
 }
 
 /// Hands over what a body asks for, in the name of who sent it.
-async fn submit(handle: &Handle, asked: request::Request, call: &Call<'_>) -> Result<mpsc::Receiver<Event>, SubmitError> {
+async fn submit(
+    handle: &Handle,
+    asked: request::Request,
+    call: &Call<'_>,
+) -> Result<mpsc::Receiver<Event>, SubmitError> {
     call.tally.submit();
     // A request may give itself less time than the server gives any, but not more.
     let timeout = asked.timeout.into_iter().chain(call.timeout).min();
-    handle.submit(request::Request { id: Arc::clone(call.id), owner: call.owner, timeout, ..asked }).await
+    handle
+        .submit(request::Request { id: Arc::clone(call.id), owner: call.owner, timeout, ..asked })
+        .await
 }
 
 /// An error before the first piece is still a plain one.
@@ -322,7 +365,11 @@ async fn first_event(events: &mut mpsc::Receiver<Event>) -> Result<Event, Proble
 }
 
 /// A whole answer.
-async fn collect(mut events: mpsc::Receiver<Event>, choice: usize, call: &Call<'_>) -> Result<(Piece, Completion), Problem> {
+async fn collect(
+    mut events: mpsc::Receiver<Event>,
+    choice: usize,
+    call: &Call<'_>,
+) -> Result<(Piece, Completion), Problem> {
     let mut whole = Piece::default();
     while let Some(event) = events.recv().await {
         match event {
@@ -340,8 +387,9 @@ async fn collect(mut events: mpsc::Receiver<Event>, choice: usize, call: &Call<'
 
 async fn read_json(app: &App, request: Request<Incoming>) -> Result<Value, Problem> {
     let body = read_body(app, request).await?;
-    serde_json::from_slice(&body)
-        .map_err(|e| Problem::new(StatusCode::BAD_REQUEST, "invalid_json", format!("the body is not JSON: {e}")))
+    serde_json::from_slice(&body).map_err(|e| {
+        Problem::new(StatusCode::BAD_REQUEST, "invalid_json", format!("the body is not JSON: {e}"))
+    })
 }
 
 async fn read_body(app: &App, request: Request<Incoming>) -> Result<Bytes, Problem> {
@@ -361,9 +409,17 @@ async fn read_body(app: &App, request: Request<Incoming>) -> Result<Bytes, Probl
     match tokio::time::timeout(app.limits.read_timeout, body).await {
         Ok(Ok(collected)) => Ok(collected.to_bytes()),
         Ok(Err(e)) if e.is::<LengthLimitError>() => Err(too_large()),
-        Ok(Err(e)) => Err(Problem::new(StatusCode::BAD_REQUEST, "broken_body", format!("the body could not be read: {e}"))),
+        Ok(Err(e)) => Err(Problem::new(
+            StatusCode::BAD_REQUEST,
+            "broken_body",
+            format!("the body could not be read: {e}"),
+        )),
         Err(_) => {
-            let mut problem = Problem::new(StatusCode::REQUEST_TIMEOUT, "timeout", "the body took too long to arrive");
+            let mut problem = Problem::new(
+                StatusCode::REQUEST_TIMEOUT,
+                "timeout",
+                "the body took too long to arrive",
+            );
             problem.header = Some((CONNECTION, "close"));
             Err(problem)
         }
@@ -371,7 +427,8 @@ async fn read_body(app: &App, request: Request<Incoming>) -> Result<Bytes, Probl
 }
 
 fn invalid(error: Invalid) -> Problem {
-    let mut problem = Problem::new(StatusCode::UNPROCESSABLE_ENTITY, "invalid_request", error.message);
+    let mut problem =
+        Problem::new(StatusCode::UNPROCESSABLE_ENTITY, "invalid_request", error.message);
     problem.param = error.param;
     problem
 }
@@ -380,10 +437,13 @@ fn refused(error: SubmitError) -> Problem {
     match error {
         SubmitError::Invalid(error) => invalid(error),
         SubmitError::QueueFull { .. } => {
-            let mut problem = Problem::new(StatusCode::TOO_MANY_REQUESTS, "queue_full", error.to_string());
+            let mut problem =
+                Problem::new(StatusCode::TOO_MANY_REQUESTS, "queue_full", error.to_string());
             problem.header = Some((RETRY_AFTER, "1"));
             problem
         }
-        SubmitError::Stopped => Problem::new(StatusCode::SERVICE_UNAVAILABLE, "stopped", error.to_string()),
+        SubmitError::Stopped => {
+            Problem::new(StatusCode::SERVICE_UNAVAILABLE, "stopped", error.to_string())
+        }
     }
 }

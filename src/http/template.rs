@@ -1,4 +1,5 @@
-//! A model's chat template: messages to a prompt. Templates are Jinja, written for Python's library; what they need of it is here.
+//! A model's chat template: messages to a prompt. Templates are Jinja, written for Python's
+//! library; what they need of it is here.
 
 use minijinja::value::Kwargs;
 use minijinja::{Environment, Error, ErrorKind, Value, context};
@@ -35,7 +36,12 @@ impl ChatTemplate {
     }
 
     /// From its text, and the texts of the tokens that begin and end one.
-    pub(super) fn new(source: String, bos: String, eos: String, adds_bos: bool) -> Result<Self, String> {
+    pub(super) fn new(
+        source: String,
+        bos: String,
+        eos: String,
+        adds_bos: bool,
+    ) -> Result<Self, String> {
         let mut environment = Environment::new();
         // As in the library that templates are written for.
         environment.set_trim_blocks(true);
@@ -66,16 +72,23 @@ impl ChatTemplate {
         };
         let text = template.render(variables).map_err(|error| {
             let why = error.detail().map_or_else(|| error.to_string(), str::to_owned);
-            Invalid::new("messages", format!("the model's chat template cannot render these messages: {why}"))
+            Invalid::new(
+                "messages",
+                format!("the model's chat template cannot render these messages: {why}"),
+            )
         })?;
         let twice = self.adds_bos && !self.bos.is_empty();
-        Ok(text.strip_prefix(self.bos.as_str()).filter(|_| twice).map_or_else(|| text.clone(), str::to_owned))
+        Ok(text
+            .strip_prefix(self.bos.as_str())
+            .filter(|_| twice)
+            .map_or_else(|| text.clone(), str::to_owned))
     }
 }
 
 /// JSON, indented if `indent` says by how much; unlike minijinja's own it escapes nothing for HTML.
 fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
-    let wrong = |error: serde_json::Error| Error::new(ErrorKind::BadSerialization, error.to_string());
+    let wrong =
+        |error: serde_json::Error| Error::new(ErrorKind::BadSerialization, error.to_string());
     let indent: Option<usize> = options.get("indent")?;
     let mut out = Vec::new();
     if let Some(indent) = indent {
@@ -104,7 +117,11 @@ mod tests {
         let source = "{{ bos_token }}{% for m in messages %}\n  {%- if m['role'].strip() == 'user' %}\n[U]{{ m.content | trim }}\n  \
                       {%- endif %}\n{% endfor %}{% if add_generation_prompt %}[A]{% endif %}";
         let messages = json!([{ "role": "user", "content": " hi " }]);
-        assert_eq!(render(source, &messages).unwrap(), "[U]hi[A]", "the tokenizer adds the beginning");
+        assert_eq!(
+            render(source, &messages).unwrap(),
+            "[U]hi[A]",
+            "the tokenizer adds the beginning"
+        );
         assert_eq!(render("{{ messages[0].content | tojson }}", &messages).unwrap(), r#"" hi ""#);
     }
 
@@ -114,7 +131,11 @@ mod tests {
         assert!(render(refuses, &json!([])).unwrap_err().ends_with("roles must alternate"));
         assert!(render("{% for %}", &json!([])).unwrap_err().contains("cannot be read"));
         assert!(
-            render("{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}", &json!([])).is_err()
+            render(
+                "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
+                &json!([])
+            )
+            .is_err()
         );
     }
 }

@@ -29,20 +29,27 @@ impl Tls {
     /// # Errors
     /// One line that names the file and what is wrong with it.
     pub fn read(cert: &Path, key: &Path) -> Result<Self, String> {
-        let (cert_name, key_name) = (format!("TLS_CERT {}", cert.display()), format!("TLS_KEY {}", key.display()));
-        let chain = CertificateDer::pem_file_iter(cert).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+        let (cert_name, key_name) =
+            (format!("TLS_CERT {}", cert.display()), format!("TLS_KEY {}", key.display()));
+        let chain =
+            CertificateDer::pem_file_iter(cert).and_then(Iterator::collect::<Result<Vec<_>, _>>);
         let chain = chain.map_err(|error| format!("{cert_name} cannot be read: {error}"))?;
         if chain.is_empty() {
-            return Err(format!("{cert_name} holds no certificate: it must be a PEM file with at least one"));
+            return Err(format!(
+                "{cert_name} holds no certificate: it must be a PEM file with at least one"
+            ));
         }
-        let private = PrivateKeyDer::from_pem_file(key)
-            .map_err(|error| format!("{key_name} cannot be read as a private key in PEM: {error}"))?;
+        let private = PrivateKeyDer::from_pem_file(key).map_err(|error| {
+            format!("{key_name} cannot be read as a private key in PEM: {error}")
+        })?;
         let mut config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
             .with_safe_default_protocol_versions()
             .expect("ring has what TLS 1.2 and 1.3 need")
             .with_no_client_auth()
             .with_single_cert(chain, private)
-            .map_err(|error| format!("{cert_name} and {key_name} cannot be used together: {error}"))?;
+            .map_err(|error| {
+                format!("{cert_name} and {key_name} cannot be used together: {error}")
+            })?;
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
         Ok(Self(TlsAcceptor::from(Arc::new(config))))
     }
@@ -51,7 +58,11 @@ impl Tls {
     ///
     /// # Errors
     /// When the client does not speak TLS, or takes longer than `timeout`.
-    pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(&self, stream: S, timeout: Duration) -> io::Result<TlsStream<S>> {
+    pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
+        &self,
+        stream: S,
+        timeout: Duration,
+    ) -> io::Result<TlsStream<S>> {
         let late = |_| io::Error::new(io::ErrorKind::TimedOut, "the TLS handshake took too long");
         tokio::time::timeout(timeout, self.0.accept(stream)).await.map_err(late)?
     }

@@ -1,4 +1,5 @@
-//! What is told of tokens beside their text: log probabilities as OpenAI's clients know them, and who drafted what.
+//! What is told of tokens beside their text: log probabilities as OpenAI's clients know them, and
+//! who drafted what.
 
 use std::sync::Arc;
 
@@ -45,8 +46,9 @@ pub fn details(tokens: &[TokenReport], spell: &Spell) -> Value {
         if let Some(logprobs) = &t.logprobs {
             token["logprob"] = number(logprobs.logprob);
             let top = logprobs.top.iter();
-            token["top_logprobs"] =
-                top.map(|&(t, p)| json!({ "id": t.0, "text": text(&spell(t)), "logprob": number(p) })).collect();
+            token["top_logprobs"] = top
+                .map(|&(t, p)| json!({ "id": t.0, "text": text(&spell(t)), "logprob": number(p) }))
+                .collect();
         }
         token
     };
@@ -61,15 +63,16 @@ pub fn of_chat(tokens: &[TokenReport], spell: &Spell) -> Value {
     };
     let one = |(token, logprobs): (Token, &Logprobs)| {
         let mut told = entry(token, logprobs.logprob);
-        told["top_logprobs"] = logprobs.top.iter().map(|&(token, logprob)| entry(token, logprob)).collect();
+        told["top_logprobs"] =
+            logprobs.top.iter().map(|&(token, logprob)| entry(token, logprob)).collect();
         told
     };
     let told: Vec<Value> = with_logprobs(tokens).map(one).collect();
     if told.is_empty() { Value::Null } else { json!({ "content": told, "refusal": null }) }
 }
 
-/// `logprobs` of a text's choice; null if they were not asked for. `offset` is where its text begins in the answer, in characters,
-/// and is moved to its end.
+/// `logprobs` of a text's choice; null if they were not asked for. `offset` is where its text
+/// begins in the answer, in characters, and is moved to its end.
 pub fn of_text(tokens: &[TokenReport], spell: &Spell, offset: &mut usize) -> Value {
     let (mut texts, mut logprobs, mut tops, mut offsets) = (vec![], vec![], vec![], vec![]);
     for (token, told) in with_logprobs(tokens) {

@@ -2,8 +2,9 @@
 
 use super::{LlamaError, SeqId, Token, sys};
 
-/// Rows for one [`Context::forward`](super::Context::forward): a token, its position, the sequences it belongs to, and
-/// whether its logits are wanted. Made by [`Context::batch`](super::Context::batch), for that context's limits.
+/// Rows for one [`Context::forward`](super::Context::forward): a token, its position, the sequences
+/// it belongs to, and whether its logits are wanted. Made by
+/// [`Context::batch`](super::Context::batch), for that context's limits.
 pub struct Batch {
     c: sys::batch,
     limits: Limits,
@@ -24,7 +25,8 @@ impl Batch {
     pub(super) fn new(limits: Limits) -> Self {
         let n_rows = i32::try_from(limits.n_rows).expect("Context::new bounds n_batch");
         let n_seq = i32::try_from(limits.n_seq_max).expect("Context::new bounds n_seq_max");
-        // SAFETY: allocates arrays for `n_rows` tokens with `n_seq` ids each; C aborts the process without memory.
+        // SAFETY: allocates arrays for `n_rows` tokens with `n_seq` ids each; C aborts the process
+        // without memory.
         let c = unsafe { sys::batch_init(n_rows, 0, n_seq) };
         Self { c, limits, outputs: Vec::with_capacity(limits.n_rows) }
     }
@@ -32,25 +34,39 @@ impl Batch {
     /// Adds a row and returns its index. The first id decides which cells the row sees.
     ///
     /// # Errors
-    /// [`LlamaError::Batch`] when the batch is full, the token is not in the vocabulary, the position does not fit, or an
-    /// id is missing, out of range or one too many. The batch is as it was.
-    pub fn add(&mut self, token: Token, pos: usize, seqs: &[SeqId], output: bool) -> Result<usize, LlamaError> {
+    /// [`LlamaError::Batch`] when the batch is full, the token is not in the vocabulary, the
+    /// position does not fit, or an id is missing, out of range or one too many. The batch is as it
+    /// was.
+    pub fn add(
+        &mut self,
+        token: Token,
+        pos: usize,
+        seqs: &[SeqId],
+        output: bool,
+    ) -> Result<usize, LlamaError> {
         let row = self.outputs.len();
         let refuse = |what: String| Err(LlamaError::Batch(what));
         if row == self.limits.n_rows {
             return refuse(format!("the batch holds {row} rows at most"));
         }
         if !usize::try_from(token.0).is_ok_and(|t| t < self.limits.n_vocab) {
-            return refuse(format!("token {} is not in the vocabulary of {}", token.0, self.limits.n_vocab));
+            return refuse(format!(
+                "token {} is not in the vocabulary of {}",
+                token.0, self.limits.n_vocab
+            ));
         }
         let Ok(c_pos) = i32::try_from(pos) else { return refuse(format!("position {pos}")) };
-        if seqs.is_empty() || seqs.len() > self.limits.n_seq_max || (seqs.len() > 1 && !self.limits.shared_rows) {
+        if seqs.is_empty()
+            || seqs.len() > self.limits.n_seq_max
+            || (seqs.len() > 1 && !self.limits.shared_rows)
+        {
             return refuse(format!("{} sequence ids", seqs.len()));
         }
         if let Some(bad) = seqs.iter().find(|s| s.0 as usize >= self.limits.n_seq_max) {
             return refuse(format!("sequence id {} of {}", bad.0, self.limits.n_seq_max));
         }
-        // SAFETY: `row` is below the rows allocated, and `seqs` is no longer than the ids allocated for each.
+        // SAFETY: `row` is below the rows allocated, and `seqs` is no longer than the ids allocated
+        // for each.
         unsafe {
             *self.c.token.add(row) = token.0;
             *self.c.pos.add(row) = c_pos;
@@ -101,7 +117,8 @@ impl Batch {
 
 impl Drop for Batch {
     fn drop(&mut self) {
-        // SAFETY: the arrays came from `batch_init` and are freed once; C finds their number by the null at the end.
+        // SAFETY: the arrays came from `batch_init` and are freed once; C finds their number by the
+        // null at the end.
         unsafe { sys::batch_free(self.c) };
     }
 }

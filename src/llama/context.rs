@@ -1,4 +1,5 @@
-//! KV cache and compute buffers for one model: forward passes, logits, hidden states, operations on cached cells.
+//! KV cache and compute buffers for one model: forward passes, logits, hidden states, operations on
+//! cached cells.
 
 use std::ops::Range;
 use std::ptr::NonNull;
@@ -21,7 +22,8 @@ pub struct ContextParams {
     pub n_seq_max: usize,
     /// Threads of a forward pass.
     pub n_threads: usize,
-    /// One cache for all sequences, where a row may belong to several; otherwise a stream per sequence.
+    /// One cache for all sequences, where a row may belong to several; otherwise a stream per
+    /// sequence.
     pub unified: bool,
     /// Keep the post-norm hidden state of output rows, for [`Context::hidden`]. Needs `unified`.
     pub tap_hidden: bool,
@@ -46,7 +48,8 @@ pub struct Context {
 
 impl Drop for Context {
     fn drop(&mut self) {
-        // SAFETY: freed once, before the model and the tap that it points to: fields drop after this.
+        // SAFETY: freed once, before the model and the tap that it points to: fields drop after
+        // this.
         unsafe { sys::free(self.ptr.as_ptr()) };
     }
 }
@@ -59,13 +62,22 @@ impl Context {
     pub fn new(model: Arc<Model>, params: &ContextParams) -> Result<Self, LlamaError> {
         let fail = |what: &str| LlamaError::Context(what.to_owned());
         if params.n_seq_max == 0 || params.n_seq_max > max_sequences() {
-            return Err(fail(&format!("{} sequences, of {} at most", params.n_seq_max, max_sequences())));
+            return Err(fail(&format!(
+                "{} sequences, of {} at most",
+                params.n_seq_max,
+                max_sequences()
+            )));
         }
         if params.tap_hidden && !params.unified {
-            return Err(fail("the hidden-state tap needs a unified cache: streams regroup the rows"));
+            return Err(fail(
+                "the hidden-state tap needs a unified cache: streams regroup the rows",
+            ));
         }
         let c_count = |n: usize, name: &str| {
-            u32::try_from(n).ok().filter(|&n| n > 0 && n <= i32::MAX as u32).ok_or_else(|| fail(&format!("{name} = {n}")))
+            u32::try_from(n)
+                .ok()
+                .filter(|&n| n > 0 && n <= i32::MAX as u32)
+                .ok_or_else(|| fail(&format!("{name} = {n}")))
         };
         // SAFETY: no arguments; returns a struct by value.
         let mut c = unsafe { sys::context_default_params() };
@@ -89,7 +101,8 @@ impl Context {
         log::take_last_error();
         // SAFETY: the model is loaded and kept by the new value; the tap is boxed and kept too.
         let ptr = unsafe { sys::init_from_model(model.as_ptr(), c) };
-        let ptr = NonNull::new(ptr).ok_or_else(|| LlamaError::Context(log::take_last_error().unwrap_or_default()))?;
+        let ptr = NonNull::new(ptr)
+            .ok_or_else(|| LlamaError::Context(log::take_last_error().unwrap_or_default()))?;
         // SAFETY: a live context; the memory belongs to it.
         let memory = unsafe { sys::get_memory(ptr.as_ptr()) };
         let limits = Limits {
@@ -149,8 +162,9 @@ impl Context {
     /// Computes all rows of the batch and caches their keys and values.
     ///
     /// # Errors
-    /// [`LlamaError::Batch`] for an empty batch, one made for another context, or positions that do not follow on what
-    /// is cached. [`LlamaError::NoRoom`] leaves the cache as it was. [`LlamaError::Decode`] may leave part of the batch.
+    /// [`LlamaError::Batch`] for an empty batch, one made for another context, or positions that do
+    /// not follow on what is cached. [`LlamaError::NoRoom`] leaves the cache as it was.
+    /// [`LlamaError::Decode`] may leave part of the batch.
     pub fn forward(&mut self, batch: &Batch) -> Result<(), LlamaError> {
         if batch.is_empty() {
             return Err(LlamaError::Batch("no rows".into()));
@@ -162,7 +176,8 @@ impl Context {
         if let Some(tap) = &mut self.tap {
             tap.clear();
         }
-        // SAFETY: every array of the batch holds `n_tokens` checked entries. The tap is not borrowed during the call.
+        // SAFETY: every array of the batch holds `n_tokens` checked entries. The tap is not
+        // borrowed during the call.
         let code = unsafe { sys::decode(self.ptr.as_ptr(), batch.as_c()) };
         match code {
             0 => {
@@ -171,13 +186,17 @@ impl Context {
             }
             1 => Err(LlamaError::NoRoom { rows: batch.len() }),
             -1 => Err(LlamaError::Batch(log::take_last_error().unwrap_or_default())),
-            code => Err(LlamaError::Decode { code, reason: log::take_last_error().unwrap_or_default() }),
+            code => {
+                Err(LlamaError::Decode { code, reason: log::take_last_error().unwrap_or_default() })
+            }
         }
     }
 
     fn check_output(&self, row: usize) -> Result<i32, LlamaError> {
         let wanted = self.outputs.get(row).copied().unwrap_or(false);
-        wanted.then_some(row as i32).ok_or_else(|| LlamaError::Misuse(format!("row {row} has no output")))
+        wanted
+            .then_some(row as i32)
+            .ok_or_else(|| LlamaError::Misuse(format!("row {row} has no output")))
     }
 
     /// The logits of a row of the last batch: one per token of the vocabulary.
@@ -186,8 +205,9 @@ impl Context {
     /// [`LlamaError::Misuse`] for a row that asked for none.
     pub fn logits(&self, row: usize) -> Result<&[f32], LlamaError> {
         let c_row = self.check_output(row)?;
-        // SAFETY: the row has an output. The call waits for the device; the first one after a forward pass also puts the
-        // output buffer into the batch's order, before any slice of it was handed out.
+        // SAFETY: the row has an output. The call waits for the device; the first one after a
+        // forward pass also puts the output buffer into the batch's order, before any slice of it
+        // was handed out.
         let ptr = unsafe { sys::get_logits_ith(self.ptr.as_ptr(), c_row) };
         if ptr.is_null() {
             return Err(LlamaError::Misuse(format!("llama.cpp has no logits for row {row}")));
@@ -199,16 +219,19 @@ impl Context {
     /// The post-norm hidden state of an output row of the last batch: `n_embd` values.
     ///
     /// # Errors
-    /// [`LlamaError::Misuse`] for a row that asked for no output, or a context made without `tap_hidden`.
+    /// [`LlamaError::Misuse`] for a row that asked for no output, or a context made without
+    /// `tap_hidden`.
     pub fn hidden(&self, row: usize) -> Result<&[f32], LlamaError> {
         self.check_output(row)?;
-        // A unified cache computes rows in the batch's order, so the row's place among the outputs is its place here.
+        // A unified cache computes rows in the batch's order, so the row's place among the outputs
+        // is its place here.
         let place = self.outputs[..row].iter().filter(|&&o| o).count();
         let tapped = self.tap.as_ref().and_then(|t| t.row(place));
         tapped.ok_or_else(|| LlamaError::Misuse(format!("no hidden state was kept for row {row}")))
     }
 
-    /// Where the last pass left logits and hidden states, if one micro-batch gave them all; only with `tap_hidden`.
+    /// Where the last pass left logits and hidden states, if one micro-batch gave them all; only
+    /// with `tap_hidden`.
     #[must_use]
     pub fn tapped(&self) -> Option<Tapped<'_>> {
         self.tap.as_ref()?.tapped()
@@ -239,7 +262,8 @@ impl Context {
         Err(LlamaError::Misuse(format!("sequence id {} of {}", seq.0, self.limits.n_seq_max)))
     }
 
-    /// Takes a sequence's id off its cells from position `from` on. Cells without an id left are free.
+    /// Takes a sequence's id off its cells from position `from` on. Cells without an id left are
+    /// free.
     ///
     /// # Errors
     /// [`LlamaError::Misuse`] for an id out of range, or a cache that cannot drop a suffix.
@@ -248,19 +272,28 @@ impl Context {
         let from = i32::try_from(from).unwrap_or(i32::MAX);
         // SAFETY: a live memory and an id in range; -1 is "to the end".
         let done = unsafe { sys::memory_seq_rm(self.memory, c_seq, from, -1) };
-        done.then_some(()).ok_or_else(|| LlamaError::Misuse(format!("the cache cannot drop positions from {from} on")))
+        done.then_some(()).ok_or_else(|| {
+            LlamaError::Misuse(format!("the cache cannot drop positions from {from} on"))
+        })
     }
 
-    /// Puts `to`'s id on the cells of `from` at these positions: both then share them, and no data moves.
+    /// Puts `to`'s id on the cells of `from` at these positions: both then share them, and no data
+    /// moves.
     ///
     /// # Errors
     /// [`LlamaError::Misuse`] for an id out of range, or without a unified cache.
-    pub fn share(&mut self, from: SeqId, to: SeqId, positions: Range<usize>) -> Result<(), LlamaError> {
+    pub fn share(
+        &mut self,
+        from: SeqId,
+        to: SeqId,
+        positions: Range<usize>,
+    ) -> Result<(), LlamaError> {
         let (c_from, c_to) = (self.check_seq(from)?, self.check_seq(to)?);
         if !self.unified {
             return Err(LlamaError::Misuse("streams share no cells".into()));
         }
-        let [start, end] = [positions.start, positions.end].map(|n| i32::try_from(n).unwrap_or(i32::MAX));
+        let [start, end] =
+            [positions.start, positions.end].map(|n| i32::try_from(n).unwrap_or(i32::MAX));
         // SAFETY: a live memory, ids in range, and one stream, for which any range may be copied.
         unsafe { sys::memory_seq_cp(self.memory, c_from, c_to, start, end) };
         Ok(())
@@ -268,7 +301,8 @@ impl Context {
 
     /// Forgets everything cached.
     pub fn clear(&mut self) {
-        // SAFETY: a live memory; `false` leaves the buffers' contents, which no cell refers to any more.
+        // SAFETY: a live memory; `false` leaves the buffers' contents, which no cell refers to any
+        // more.
         unsafe { sys::memory_clear(self.memory, false) };
     }
 

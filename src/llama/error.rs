@@ -55,7 +55,8 @@ pub enum LlamaError {
         /// What llama.cpp logged last.
         reason: String,
     },
-    /// A row that has no output, a sequence id out of range, or a KV operation this cache cannot do.
+    /// A row that has no output, a sequence id out of range, or a KV operation this cache cannot
+    /// do.
     #[error("invalid use of the context: {0}")]
     Misuse(String),
     /// A sampler parameter that llama.cpp refuses.

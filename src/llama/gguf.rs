@@ -22,7 +22,8 @@ impl Gguf {
     /// Reads a file's header; its tensors' values must be there, but are not looked at.
     pub(super) fn open(path: &Path) -> Result<Self, LlamaError> {
         let fail = |reason: String| LlamaError::Load { path: path.to_owned(), reason };
-        let c_path = CString::new(path.as_os_str().as_encoded_bytes()).map_err(|e| fail(e.to_string()))?;
+        let c_path =
+            CString::new(path.as_os_str().as_encoded_bytes()).map_err(|e| fail(e.to_string()))?;
         let params = sys::gguf_init_params { no_alloc: true, ctx: std::ptr::null_mut() };
         // SAFETY: a zero-terminated path; no tensors are asked for.
         let header = NonNull::new(unsafe { sys::gguf_init_from_file(c_path.as_ptr(), params) });
@@ -30,7 +31,8 @@ impl Gguf {
     }
 }
 
-/// The rows of a matrix where they stand in the file. A row costs a read from the page cache, and no memory.
+/// The rows of a matrix where they stand in the file. A row costs a read from the page cache, and
+/// no memory.
 #[derive(Debug)]
 pub struct MatrixRows {
     file: File,
@@ -79,7 +81,14 @@ impl MatrixRows {
             return Err(fail(format!("values of type {kind} cannot be read")));
         }
         let file = File::open(path).map_err(|e| fail(e.to_string()))?;
-        Ok(Self { file, offset: offset as u64, row_bytes: n_bytes / n_rows, to_float, n_rows, n_in })
+        Ok(Self {
+            file,
+            offset: offset as u64,
+            row_bytes: n_bytes / n_rows,
+            to_float,
+            n_rows,
+            n_in,
+        })
     }
 
     /// Number of rows.
@@ -100,19 +109,27 @@ impl MatrixRows {
     /// [`LlamaError::Misuse`] for rows that are not there, or a file that cannot be read any more.
     pub fn read(&self, first: usize, n: usize, out: &mut Vec<f32>) -> Result<(), LlamaError> {
         if first.checked_add(n).is_none_or(|end| end > self.n_rows) {
-            return Err(LlamaError::Misuse(format!("{n} rows from {first} on, of {}", self.n_rows)));
+            return Err(LlamaError::Misuse(format!(
+                "{n} rows from {first} on, of {}",
+                self.n_rows
+            )));
         }
         let mut bytes = vec![0u8; n * self.row_bytes];
         let at = self.offset + (first * self.row_bytes) as u64;
-        self.file.read_exact_at(&mut bytes, at).map_err(|e| LlamaError::Misuse(format!("cannot read the model: {e}")))?;
+        self.file
+            .read_exact_at(&mut bytes, at)
+            .map_err(|e| LlamaError::Misuse(format!("cannot read the model: {e}")))?;
         let Some(to_float) = self.to_float else {
             out.extend(bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)));
             return Ok(());
         };
         let from = out.len();
         out.resize(from + n * self.n_in, 0.0);
-        // SAFETY: `bytes` holds `n` rows of the type that `to_float` reads, the target has room for as many floats.
-        unsafe { to_float(bytes.as_ptr().cast(), out[from..].as_mut_ptr(), (n * self.n_in) as i64) };
+        // SAFETY: `bytes` holds `n` rows of the type that `to_float` reads, the target has room for
+        // as many floats.
+        unsafe {
+            to_float(bytes.as_ptr().cast(), out[from..].as_mut_ptr(), (n * self.n_in) as i64)
+        };
         Ok(())
     }
 

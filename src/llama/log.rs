@@ -1,7 +1,7 @@
 //! llama.cpp's log, line by line into `tracing` under the target `llama.cpp`.
 //!
-//! Lines arrive in parts (`GGML_LOG_LEVEL_CONT`) and from any thread. The last error line is kept, because C functions
-//! that fail return null and say why only here.
+//! Lines arrive in parts (`GGML_LOG_LEVEL_CONT`) and from any thread. The last error line is kept,
+//! because C functions that fail return null and say why only here.
 
 use std::ffi::{CStr, c_char, c_void};
 
@@ -15,13 +15,15 @@ struct State {
     last_error: Option<String>,
 }
 
-static STATE: Mutex<State> = Mutex::new(State { level: sys::GGML_LOG_LEVEL_INFO, line: String::new(), last_error: None });
+static STATE: Mutex<State> =
+    Mutex::new(State { level: sys::GGML_LOG_LEVEL_INFO, line: String::new(), last_error: None });
 
 /// Longest line kept: a model that prints its whole vocabulary must not fill memory.
 const MAX_LINE: usize = 4096;
 
 pub(super) fn install() {
-    // SAFETY: `receive` has C's signature, never unwinds and needs no user data; it is valid for the whole process.
+    // SAFETY: `receive` has C's signature, never unwinds and needs no user data; it is valid for
+    // the whole process.
     unsafe { sys::log_set(Some(receive), std::ptr::null_mut()) };
 }
 

@@ -1,8 +1,9 @@
 //! The fence around llama.cpp: everything C stands here and nothing of it leaves.
 //!
-//! A [`Model`] is shared by reference count and read from any thread. A [`Context`] (KV cache and compute buffers)
-//! belongs to the thread that built it and keeps its model alive. A [`Batch`] is what one forward pass computes; what
-//! goes into it is checked before it crosses. A [`SamplerChain`] filters one row of logits; the draw is not its job.
+//! A [`Model`] is shared by reference count and read from any thread. A [`Context`] (KV cache and
+//! compute buffers) belongs to the thread that built it and keeps its model alive. A [`Batch`] is
+//! what one forward pass computes; what goes into it is checked before it crosses. A
+//! [`SamplerChain`] filters one row of logits; the draw is not its job.
 //!
 //! Nothing in this folder knows of requests, slots or HTTP.
 #![allow(unsafe_code)]
@@ -71,11 +72,13 @@ pub fn max_sequences() -> usize {
     unsafe { sys::max_parallel_sequences() }
 }
 
-/// What the CPU kernels were compiled for, as llama.cpp prints it ("CPU : SSE3 = 1 | AVX2 = 1 ...").
+/// What the CPU kernels were compiled for, as llama.cpp prints it ("CPU : SSE3 = 1 | AVX2 = 1
+/// ...").
 #[must_use]
 pub fn system_info() -> String {
     start_backend();
-    // SAFETY: returns a pointer to a static buffer, which the next call rewrites; it is copied at once.
+    // SAFETY: returns a pointer to a static buffer, which the next call rewrites; it is copied at
+    // once.
     unsafe { text(sys::print_system_info()) }
 }
 

@@ -1,4 +1,5 @@
-//! A loaded GGUF model: weights, vocabulary, metadata. Immutable after loading, so any thread may read it.
+//! A loaded GGUF model: weights, vocabulary, metadata. Immutable after loading, so any thread may
+//! read it.
 
 use std::ffi::{CString, c_char, c_void};
 use std::path::{Path, PathBuf};
@@ -20,30 +21,37 @@ pub struct Model {
     path: PathBuf,
 }
 
-// SAFETY: after loading nothing in llama.cpp writes to a model; tokenising and metadata are `const` and keep their
-// working memory on the stack. A context only reads the weights.
+// SAFETY: after loading nothing in llama.cpp writes to a model; tokenising and metadata are `const`
+// and keep their working memory on the stack. A context only reads the weights.
 unsafe impl Send for Model {}
 // SAFETY: as above.
 unsafe impl Sync for Model {}
 
 impl Drop for Model {
     fn drop(&mut self) {
-        // SAFETY: `ptr` came from a successful load and is freed once; contexts hold the model by `Arc`.
+        // SAFETY: `ptr` came from a successful load and is freed once; contexts hold the model by
+        // `Arc`.
         unsafe { sys::model_free(self.ptr.as_ptr()) };
     }
 }
 
 impl Model {
-    /// Loads a GGUF file. `progress` gets values from 0 to 1 and may stop the load by returning `false`.
+    /// Loads a GGUF file. `progress` gets values from 0 to 1 and may stop the load by returning
+    /// `false`.
     ///
     /// # Errors
-    /// [`LlamaError::Load`] with llama.cpp's reason: no such file, not a GGUF, an unknown architecture, no memory, or a
-    /// kind of model that does not generate text from a prompt alone.
-    pub fn load(path: &Path, params: &ModelParams, mut progress: impl FnMut(f32) -> bool) -> Result<Self, LlamaError> {
+    /// [`LlamaError::Load`] with llama.cpp's reason: no such file, not a GGUF, an unknown
+    /// architecture, no memory, or a kind of model that does not generate text from a prompt alone.
+    pub fn load(
+        path: &Path,
+        params: &ModelParams,
+        mut progress: impl FnMut(f32) -> bool,
+    ) -> Result<Self, LlamaError> {
         start_backend();
         let fail = |reason: String| LlamaError::Load { path: path.to_owned(), reason };
         std::fs::File::open(path).map_err(|e| fail(e.to_string()))?;
-        let c_path = CString::new(path.as_os_str().as_encoded_bytes()).map_err(|e| fail(e.to_string()))?;
+        let c_path =
+            CString::new(path.as_os_str().as_encoded_bytes()).map_err(|e| fail(e.to_string()))?;
 
         let mut callback: &mut dyn FnMut(f32) -> bool = &mut progress;
         // SAFETY: no arguments; returns a struct by value.
@@ -52,13 +60,16 @@ impl Model {
         c.progress_callback = Some(on_progress);
         c.progress_callback_user_data = (&raw mut callback).cast::<c_void>();
         log::take_last_error();
-        // SAFETY: the path is zero-terminated; `callback` outlives the call, which is the only time C uses it.
+        // SAFETY: the path is zero-terminated; `callback` outlives the call, which is the only time
+        // C uses it.
         let ptr = unsafe { sys::model_load_from_file(c_path.as_ptr(), c) };
-        let ptr =
-            NonNull::new(ptr).ok_or_else(|| fail(log::take_last_error().unwrap_or_else(|| "no reason given".into())))?;
+        let ptr = NonNull::new(ptr).ok_or_else(|| {
+            fail(log::take_last_error().unwrap_or_else(|| "no reason given".into()))
+        })?;
         // SAFETY: `ptr` is a loaded model; the vocabulary is a part of it.
         let vocab = unsafe { sys::model_get_vocab(ptr.as_ptr()) };
-        let vocab = NonNull::new(vocab.cast_mut()).ok_or_else(|| fail("the model has no vocabulary".into()))?;
+        let vocab = NonNull::new(vocab.cast_mut())
+            .ok_or_else(|| fail("the model has no vocabulary".into()))?;
         let model = Self { ptr, vocab, path: path.to_owned() };
         model.check_kind().map_err(fail)?;
         Ok(model)
@@ -81,14 +92,16 @@ impl Model {
         MatrixRows::open(&self.path, &["token_embd.weight"])
     }
 
-    /// Only decoder models whose cache can drop a suffix serve here: prefix reuse and speculation stand on it.
+    /// Only decoder models whose cache can drop a suffix serve here: prefix reuse and speculation
+    /// stand on it.
     fn check_kind(&self) -> Result<(), String> {
         let m = self.ptr.as_ptr();
         // SAFETY: `m` is a loaded model; these read flags.
         let (encoder, decoder) = unsafe { (sys::model_has_encoder(m), sys::model_has_decoder(m)) };
         // SAFETY: as above.
-        let (recurrent, hybrid, diffusion) =
-            unsafe { (sys::model_is_recurrent(m), sys::model_is_hybrid(m), sys::model_is_diffusion(m)) };
+        let (recurrent, hybrid, diffusion) = unsafe {
+            (sys::model_is_recurrent(m), sys::model_is_hybrid(m), sys::model_is_diffusion(m))
+        };
         let kind = match () {
             () if encoder || !decoder => "an encoder",
             () if recurrent => "a recurrent model",
@@ -164,8 +177,16 @@ impl Model {
     pub fn meta(&self, key: &str) -> Option<String> {
         let key = CString::new(key).ok()?;
         let read = |buffer: &mut [u8]| {
-            // SAFETY: key is zero-terminated; at most `len` bytes are written, the terminator included.
-            unsafe { sys::model_meta_val_str(self.as_ptr(), key.as_ptr(), buffer.as_mut_ptr().cast(), buffer.len()) }
+            // SAFETY: key is zero-terminated; at most `len` bytes are written, the terminator
+            // included.
+            unsafe {
+                sys::model_meta_val_str(
+                    self.as_ptr(),
+                    key.as_ptr(),
+                    buffer.as_mut_ptr().cast(),
+                    buffer.len(),
+                )
+            }
         };
         let n = usize::try_from(read(&mut [0; 1])).ok()?; // the value's length, whatever fits
         let mut buffer = vec![0; n + 1];
@@ -183,21 +204,35 @@ impl Model {
         (!template.is_null()).then(|| unsafe { text(template) })
     }
 
-    /// Messages, each a role and what it says, in the model's chat format, up to where the assistant begins; `None` where the
-    /// model has no template, or one that llama.cpp does not know.
+    /// Messages, each a role and what it says, in the model's chat format, up to where the
+    /// assistant begins; `None` where the model has no template, or one that llama.cpp does not
+    /// know.
     #[must_use]
     pub fn chat_prompt(&self, messages: &[(&str, &str)]) -> Option<String> {
         let template = CString::new(self.chat_template()?).ok()?;
         let c = |s: &str| CString::new(s.replace('\0', "")).ok();
-        let owned = messages.iter().map(|(role, content)| Some((c(role)?, c(content)?))).collect::<Option<Vec<_>>>()?;
-        let chat: Vec<sys::chat_message> =
-            owned.iter().map(|(r, t)| sys::chat_message { role: r.as_ptr(), content: t.as_ptr() }).collect();
+        let owned = messages
+            .iter()
+            .map(|(role, content)| Some((c(role)?, c(content)?)))
+            .collect::<Option<Vec<_>>>()?;
+        let chat: Vec<sys::chat_message> = owned
+            .iter()
+            .map(|(r, t)| sys::chat_message { role: r.as_ptr(), content: t.as_ptr() })
+            .collect();
         let fill = |out: &mut [u8]| {
             let room = i32::try_from(out.len()).unwrap_or(i32::MAX);
-            // SAFETY: zero-terminated texts that live through the call; at most `room` bytes are written.
+            // SAFETY: zero-terminated texts that live through the call; at most `room` bytes are
+            // written.
             unsafe {
                 let out = out.as_mut_ptr().cast::<c_char>();
-                sys::chat_apply_template(template.as_ptr(), chat.as_ptr(), chat.len(), true, out, room)
+                sys::chat_apply_template(
+                    template.as_ptr(),
+                    chat.as_ptr(),
+                    chat.len(),
+                    true,
+                    out,
+                    room,
+                )
             }
         };
         let n = usize::try_from(fill(&mut [])).ok()?; // -1 for a template it does not know; else the length, whatever fits
@@ -210,7 +245,8 @@ impl Model {
     #[must_use]
     pub fn end_token(&self) -> Option<Token> {
         // SAFETY: the vocabulary lives as long as the model; -1 for none.
-        let tokens = unsafe { [sys::vocab_eot(self.vocab.as_ptr()), sys::vocab_eos(self.vocab.as_ptr())] };
+        let tokens =
+            unsafe { [sys::vocab_eot(self.vocab.as_ptr()), sys::vocab_eos(self.vocab.as_ptr())] };
         tokens.into_iter().map(Token).find(|&t| self.contains(t))
     }
 
@@ -235,8 +271,8 @@ impl Model {
         unsafe { sys::vocab_get_add_bos(self.vocab.as_ptr()) }
     }
 
-    /// Splits text into tokens. `special`: names of control tokens in the text (`<|im_start|>`) become those tokens. The
-    /// beginning-of-sequence token is added where the model asks for it.
+    /// Splits text into tokens. `special`: names of control tokens in the text (`<|im_start|>`)
+    /// become those tokens. The beginning-of-sequence token is added where the model asks for it.
     ///
     /// # Errors
     /// [`LlamaError::Tokenize`] for text over 2 GiB or with more tokens than that.
@@ -246,7 +282,8 @@ impl Model {
         let mut ids: Vec<sys::token> = Vec::with_capacity(input.len() / 3 + 8);
         let fill = |ids: &mut Vec<sys::token>| {
             let room = i32::try_from(ids.capacity()).unwrap_or(i32::MAX);
-            // SAFETY: `len` bytes of text are readable, `room` tokens writable; the text needs no terminator.
+            // SAFETY: `len` bytes of text are readable, `room` tokens writable; the text needs no
+            // terminator.
             unsafe {
                 sys::tokenize(
                     self.vocab.as_ptr(),
@@ -270,8 +307,8 @@ impl Model {
         Ok(ids.into_iter().map(Token).collect())
     }
 
-    /// Appends a token's bytes to `out`. They may be a part of a UTF-8 character. Control tokens have none unless
-    /// `special` asks for their names.
+    /// Appends a token's bytes to `out`. They may be a part of a UTF-8 character. Control tokens
+    /// have none unless `special` asks for their names.
     pub fn piece(&self, token: Token, special: bool, out: &mut Vec<u8>) {
         if !self.contains(token) {
             return;
@@ -279,7 +316,16 @@ impl Model {
         let read = |buffer: &mut [u8]| {
             let len = i32::try_from(buffer.len()).unwrap_or(i32::MAX);
             // SAFETY: the token is in the vocabulary; at most `len` bytes are written.
-            unsafe { sys::token_to_piece(self.vocab.as_ptr(), token.0, buffer.as_mut_ptr().cast(), len, 0, special) }
+            unsafe {
+                sys::token_to_piece(
+                    self.vocab.as_ptr(),
+                    token.0,
+                    buffer.as_mut_ptr().cast(),
+                    len,
+                    0,
+                    special,
+                )
+            }
         };
         let mut buffer = [0; 64];
         match read(&mut buffer) {
@@ -317,7 +363,10 @@ impl Model {
 
 impl std::fmt::Debug for Model {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Model").field("name", &self.name()).field("quantization", &self.quantization()).finish()
+        f.debug_struct("Model")
+            .field("name", &self.name())
+            .field("quantization", &self.quantization())
+            .finish()
     }
 }
 

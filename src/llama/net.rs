@@ -37,27 +37,37 @@ impl Net {
     /// Takes weights over, quantized.
     ///
     /// # Errors
-    /// [`LlamaError::Misuse`] for shapes that do not fit together, [`LlamaError::Context`] without memory.
+    /// [`LlamaError::Misuse`] for shapes that do not fit together, [`LlamaError::Context`] without
+    /// memory.
     pub fn new(w: &Weights, n_threads: usize) -> Result<Self, LlamaError> {
         let misuse = |what: &str| LlamaError::Misuse(format!("network weights: {what}"));
         let n_out = w.outputs.first().ok_or_else(|| misuse("no output matrix"))?.n_out;
         if w.n_embd == 0 || w.blocks.is_empty() || ![1, w.blocks.len()].contains(&w.outputs.len()) {
             return Err(misuse("an output matrix for each network, or one for all"));
         }
-        let fits = |b: &Block| b.weight.is(w.n_embd, w.n_embd) && b.bias.as_ref().is_none_or(|bias| bias.len() == w.n_embd);
-        if !w.blocks.iter().flatten().all(fits) || !w.outputs.iter().all(|m| m.is(n_out, w.n_embd)) {
+        let fits = |b: &Block| {
+            b.weight.is(w.n_embd, w.n_embd)
+                && b.bias.as_ref().is_none_or(|bias| bias.len() == w.n_embd)
+        };
+        if !w.blocks.iter().flatten().all(fits) || !w.outputs.iter().all(|m| m.is(n_out, w.n_embd))
+        {
             return Err(misuse("shapes do not fit together"));
         }
         let matrices = w.outputs.iter().chain(w.blocks.iter().flatten().map(|b| &b.weight));
         let n_biases: usize = w.blocks.iter().map(Vec::len).sum();
-        let mut store = Store::new(matrices.map(|m| m.values.len()).sum(), w.n_embd * n_biases, n_threads)?;
+        let mut store =
+            Store::new(matrices.map(|m| m.values.len()).sum(), w.n_embd * n_biases, n_threads)?;
         let mut block = |b: &Block| {
             let weight = store.matrix(&b.weight, Precision::Eight)?;
             Ok((weight, b.bias.as_deref().map(|b| store.vector(b)).transpose()?))
         };
-        let blocks = w.blocks.iter().map(|blocks| blocks.iter().map(&mut block).collect::<Result<_, LlamaError>>());
+        let blocks = w
+            .blocks
+            .iter()
+            .map(|blocks| blocks.iter().map(&mut block).collect::<Result<_, LlamaError>>());
         let blocks = blocks.collect::<Result<_, _>>()?;
-        let outputs = w.outputs.iter().map(|m| store.matrix(m, Precision::Four)).collect::<Result<_, _>>()?;
+        let outputs =
+            w.outputs.iter().map(|m| store.matrix(m, Precision::Four)).collect::<Result<_, _>>()?;
         Ok(Self { store, blocks, outputs, n_embd: w.n_embd, n_out, results: vec![] })
     }
 
@@ -73,23 +83,32 @@ impl Net {
         self.n_out
     }
 
-    /// The outputs of all networks for `input`, rows of `n_embd` values: for each network, for each row, `n_out` values.
+    /// The outputs of all networks for `input`, rows of `n_embd` values: for each network, for each
+    /// row, `n_out` values.
     ///
     /// # Errors
     /// [`LlamaError::Misuse`] for a part of a row, [`LlamaError::Context`] without memory.
     pub fn forward(&mut self, input: &[f32]) -> Result<&[f32], LlamaError> {
         let (n_rows, rest) = (input.len() / self.n_embd, input.len() % self.n_embd);
         if n_rows == 0 || rest != 0 {
-            return Err(LlamaError::Misuse(format!("{} values are not rows of {}", input.len(), self.n_embd)));
+            return Err(LlamaError::Misuse(format!(
+                "{} values are not rows of {}",
+                input.len(),
+                self.n_embd
+            )));
         }
-        // Every tensor of the graph has its own memory, and so has the product's working copy of its input.
+        // Every tensor of the graph has its own memory, and so has the product's working copy of
+        // its input.
         let (n_nets, n_blocks) = (self.n_nets(), self.blocks.iter().map(Vec::len).sum::<usize>());
-        let n_floats = n_rows * (self.n_embd * (2 + 4 * n_blocks + 3 * n_nets) + 2 * n_nets * self.n_out);
+        let n_floats =
+            n_rows * (self.n_embd * (2 + 4 * n_blocks + 3 * n_nets) + 2 * n_nets * self.n_out);
         let (blocks, outputs, n_embd) = (&self.blocks, &self.outputs, self.n_embd);
-        // SAFETY: all tensors are live and their shapes fit together (checked in `new`); the room is computed above.
+        // SAFETY: all tensors are live and their shapes fit together (checked in `new`); the room
+        // is computed above.
         unsafe {
-            self.store
-                .compute(n_floats, &mut self.results, |ctx| build(ctx, store::input(ctx, input, n_embd), blocks, outputs))
+            self.store.compute(n_floats, &mut self.results, |ctx| {
+                build(ctx, store::input(ctx, input, n_embd), blocks, outputs)
+            })
         }?;
         Ok(&self.results)
     }
@@ -121,7 +140,9 @@ unsafe fn build(
         }
         if let [output] = outputs {
             // One matrix for all: one product over the rows of all networks.
-            let all = states[1..].iter().fold(states[0], |all, &state| sys::ggml_concat(ctx, all, state, 1));
+            let all = states[1..]
+                .iter()
+                .fold(states[0], |all, &state| sys::ggml_concat(ctx, all, state, 1));
             return vec![sys::ggml_mul_mat(ctx, output.as_ptr(), all)];
         }
         states.iter().zip(outputs).map(|(&s, o)| sys::ggml_mul_mat(ctx, o.as_ptr(), s)).collect()
@@ -174,7 +195,8 @@ pub(super) mod tests {
 
     #[test]
     fn ggml_computes_the_formula() {
-        // Rows that 32 does not divide are F16, others quantized, and repacked where 8 divides their number.
+        // Rows that 32 does not divide are F16, others quantized, and repacked where 8 divides
+        // their number.
         for (n_embd, n_out, n_nets, n_blocks, shared, n_rows) in [
             (64, 100, 3, 1, true, 5),
             (96, 33, 2, 2, false, 1),
@@ -185,12 +207,20 @@ pub(super) mod tests {
             (64, 1000, 1, 1, true, 33),
             (96, 16, 1, 1, false, 600),
         ] {
-            let matrix = |n_out, seed| Matrix { n_out, n_in: n_embd, values: random(n_out * n_embd, seed, 1.0) };
-            let block =
-                |seed| Block { weight: matrix(n_embd, seed), bias: (seed % 2 == 0).then(|| random(n_embd, seed + 9, 1.0)) };
+            let matrix = |n_out, seed| Matrix {
+                n_out,
+                n_in: n_embd,
+                values: random(n_out * n_embd, seed, 1.0),
+            };
+            let block = |seed| Block {
+                weight: matrix(n_embd, seed),
+                bias: (seed % 2 == 0).then(|| random(n_embd, seed + 9, 1.0)),
+            };
             let w = Weights {
                 n_embd,
-                blocks: (0..n_nets).map(|i| (0..n_blocks).map(|j| block(10 * i + j)).collect()).collect(),
+                blocks: (0..n_nets)
+                    .map(|i| (0..n_blocks).map(|j| block(10 * i + j)).collect())
+                    .collect(),
                 outputs: (0..if shared { 1 } else { n_nets })
                     .map(|i| Matrix { values: on_grid(n_out * n_embd, 77 + i), ..matrix(n_out, 0) })
                     .collect(),
@@ -218,7 +248,11 @@ pub(super) mod tests {
     #[test]
     fn weights_that_do_not_fit_together_are_refused() {
         let m = |n_out, n_in| Matrix { n_out, n_in, values: vec![0.0; n_out * n_in] };
-        let good = Weights { n_embd: 4, blocks: vec![vec![Block { weight: m(4, 4), bias: None }]], outputs: vec![m(3, 4)] };
+        let good = Weights {
+            n_embd: 4,
+            blocks: vec![vec![Block { weight: m(4, 4), bias: None }]],
+            outputs: vec![m(3, 4)],
+        };
         assert!(Net::new(&good, 1).is_ok_and(|mut net| net.forward(&[0.0; 5]).is_err()));
         let mut bad = vec![good.clone(); 4];
         bad[0].outputs.clear();

@@ -1,7 +1,9 @@
-//! The network of conditioned heads, on ggml's kernels: each call goes one token deeper along the paths of a tree.
+//! The network of conditioned heads, on ggml's kernels: each call goes one token deeper along the
+//! paths of a tree.
 //!
-//! With `z` the state before (the model's hidden state at first) and `e` the embedding of the path's newest token, head `h` has
-//! `z' = z + V SiLU(W z + U e + b)`, and its logits are `Out z'`. So a path's state holds what its tokens were.
+//! With `z` the state before (the model's hidden state at first) and `e` the embedding of the
+//! path's newest token, head `h` has `z' = z + V SiLU(W z + U e + b)`, and its logits are `Out z'`.
+//! So a path's state holds what its tokens were.
 
 use super::store::{self, Matrix, Precision, Store, Tensor};
 use super::{LlamaError, sys};
@@ -42,28 +44,40 @@ pub struct PathNet {
 }
 
 impl PathNet {
-    /// Takes weights over, quantized; `output` is the matrix they share. What it gives can be cut to its first rows, by one
-    /// of the numbers in `cuts`: ascending multiples of eight.
+    /// Takes weights over, quantized; `output` is the matrix they share. What it gives can be cut
+    /// to its first rows, by one of the numbers in `cuts`: ascending multiples of eight.
     ///
     /// # Errors
-    /// [`LlamaError::Misuse`] for shapes that do not fit together, or cuts that are none, [`LlamaError::Context`] without memory.
-    pub fn new(weights: &PathWeights, output: &Matrix, cuts: &[usize], n_threads: usize) -> Result<Self, LlamaError> {
+    /// [`LlamaError::Misuse`] for shapes that do not fit together, or cuts that are none,
+    /// [`LlamaError::Context`] without memory.
+    pub fn new(
+        weights: &PathWeights,
+        output: &Matrix,
+        cuts: &[usize],
+        n_threads: usize,
+    ) -> Result<Self, LlamaError> {
         let misuse = |what: &str| LlamaError::Misuse(format!("network weights: {what}"));
         let d = weights.n_embd;
         let width = weights.steps.first().ok_or_else(|| misuse("no head"))?.b.len();
-        let fits = |s: &PathStep| s.w.is(width, d) && s.u.is(width, d) && s.v.is(d, width) && s.b.len() == width;
+        let fits = |s: &PathStep| {
+            s.w.is(width, d) && s.u.is(width, d) && s.v.is(d, width) && s.b.len() == width
+        };
         if !weights.steps.iter().all(fits) || !output.is(output.n_out, d) {
             return Err(misuse("shapes do not fit together"));
         }
         let n_steps = weights.steps.len();
-        let mut store = Store::new(output.values.len() + 3 * n_steps * width * d, n_steps * width, n_threads)?;
+        let mut store =
+            Store::new(output.values.len() + 3 * n_steps * width * d, n_steps * width, n_threads)?;
         let mut steps = vec![];
         for s in &weights.steps {
             let [w, u, v] = [&s.w, &s.u, &s.v].map(|m| store.matrix(m, Precision::Eight));
             steps.push([w?, u?, v?, store.vector(&s.b)?]);
         }
         let whole = store.matrix(output, Precision::Four)?;
-        let cuts = cuts.iter().filter(|&&n| n < output.n_out).map(|&n| Ok((n, store.first_rows(whole, n)?)));
+        let cuts = cuts
+            .iter()
+            .filter(|&&n| n < output.n_out)
+            .map(|&n| Ok((n, store.first_rows(whole, n)?)));
         let mut outputs = cuts.collect::<Result<Vec<_>, LlamaError>>()?;
         outputs.push((output.n_out, whole));
         Ok(Self { store, steps, outputs, n_embd: d, width, results: vec![] })
@@ -86,11 +100,13 @@ impl PathNet {
         self.outputs.iter().map(|(n, _)| *n)
     }
 
-    /// Goes one token deeper with head `step`: from `states` and the `embeddings` of the tokens that follow, each rows of
-    /// `n_embd` values, to the new states and then the logits: of [`n_outs`](Self::n_outs), the `cut`-th.
+    /// Goes one token deeper with head `step`: from `states` and the `embeddings` of the tokens
+    /// that follow, each rows of `n_embd` values, to the new states and then the logits: of
+    /// [`n_outs`](Self::n_outs), the `cut`-th.
     ///
     /// # Errors
-    /// [`LlamaError::Misuse`] for a head or a cut that is not there, or rows that do not match; [`LlamaError::Context`] without memory.
+    /// [`LlamaError::Misuse`] for a head or a cut that is not there, or rows that do not match;
+    /// [`LlamaError::Context`] without memory.
     pub fn forward(
         &mut self,
         step: usize,
@@ -106,13 +122,17 @@ impl PathNet {
             || embeddings.len() != states.len()
         {
             let (s, e) = (states.len(), embeddings.len());
-            return Err(LlamaError::Misuse(format!("head {step}, cut {cut}, {s} values of states, {e} of embeddings")));
+            return Err(LlamaError::Misuse(format!(
+                "head {step}, cut {cut}, {s} values of states, {e} of embeddings"
+            )));
         }
         let [w, u, v, b] = self.steps[step];
         let (n_out, output) = self.outputs[cut];
-        // Every tensor of the graph has its own memory, and so has a product's working copy of its input.
+        // Every tensor of the graph has its own memory, and so has a product's working copy of its
+        // input.
         let n_floats = n_rows * (8 * d + 8 * self.width + n_out);
-        // SAFETY: all tensors are live and their shapes fit together (checked in `new`); the room is computed above.
+        // SAFETY: all tensors are live and their shapes fit together (checked in `new`); the room
+        // is computed above.
         unsafe {
             self.store.compute(n_floats, &mut self.results, |ctx| {
                 let z = store::input(ctx, states, d);
@@ -152,7 +172,8 @@ mod tests {
         for (d, width, n_out, n_rows) in
             [(64, 96, 100, 5), (32, 32, 7, 1), (30, 34, 9, 3), (64, 64, 96, 12), (64, 96, 104, 9)]
         {
-            let matrix = |n_out, n_in, seed| Matrix { n_out, n_in, values: random(n_out * n_in, seed, 0.5) };
+            let matrix =
+                |n_out, n_in, seed| Matrix { n_out, n_in, values: random(n_out * n_in, seed, 0.5) };
             let step = |i| PathStep {
                 w: matrix(width, d, i),
                 u: matrix(width, d, i + 1),
@@ -166,7 +187,8 @@ mod tests {
             let whole = net.n_outs().count() - 1;
             for (i, step) in weights.steps.iter().enumerate() {
                 let (states, logits) = net.forward(i, whole, &z, &e).unwrap();
-                let want: Vec<_> = z.chunks(d).zip(e.chunks(d)).map(|(z, e)| twin(step, &output, z, e)).collect();
+                let want: Vec<_> =
+                    z.chunks(d).zip(e.chunks(d)).map(|(z, e)| twin(step, &output, z, e)).collect();
                 for (got, want) in [
                     (states, want.iter().flat_map(|w| &w.0).copied().collect::<Vec<_>>()),
                     (logits, want.iter().flat_map(|w| &w.1).copied().collect()),
@@ -182,10 +204,16 @@ mod tests {
             for (cut, n) in net.n_outs().collect::<Vec<_>>().into_iter().enumerate() {
                 let got = net.forward(1, cut, &z, &e).unwrap().1;
                 assert_eq!(got.len(), n * n_rows);
-                got.chunks(n).zip(all.chunks(n_out)).for_each(|(got, all)| assert_eq!(got, &all[..n]));
+                got.chunks(n)
+                    .zip(all.chunks(n_out))
+                    .for_each(|(got, all)| assert_eq!(got, &all[..n]));
             }
-            assert!(net.forward(2, 0, &z, &e).is_err() && net.forward(0, whole + 1, &z, &e).is_err());
-            assert!(net.forward(0, 0, &z, &e[1..]).is_err() && net.forward(0, 0, &[], &[]).is_err());
+            assert!(
+                net.forward(2, 0, &z, &e).is_err() && net.forward(0, whole + 1, &z, &e).is_err()
+            );
+            assert!(
+                net.forward(0, 0, &z, &e[1..]).is_err() && net.forward(0, 0, &[], &[]).is_err()
+            );
         }
     }
 }

@@ -5,8 +5,8 @@ use std::path::Path;
 
 use super::{LlamaError, log, start_backend, sys};
 
-/// What most of a file's tensors are turned into. Others are finer, as llama.cpp chooses; rows whose length a type's blocks
-/// do not divide get a similar type that fits.
+/// What most of a file's tensors are turned into. Others are finer, as llama.cpp chooses; rows
+/// whose length a type's blocks do not divide get a similar type that fits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Quantization {
     name: &'static str,
@@ -57,16 +57,23 @@ impl Quantization {
     }
 }
 
-/// Writes `from` to `to` in another quantization. A file that is quantized already is quantized again, which loses more than
-/// starting from F16 would.
+/// Writes `from` to `to` in another quantization. A file that is quantized already is quantized
+/// again, which loses more than starting from F16 would.
 ///
 /// # Errors
 /// [`LlamaError::Quantize`] with llama.cpp's reason; `to` then may hold part of a file.
-pub fn quantize(from: &Path, to: &Path, kind: Quantization, n_threads: usize) -> Result<(), LlamaError> {
+pub fn quantize(
+    from: &Path,
+    to: &Path,
+    kind: Quantization,
+    n_threads: usize,
+) -> Result<(), LlamaError> {
     start_backend();
     let fail = |reason: String| LlamaError::Quantize { path: from.to_owned(), reason };
     std::fs::File::open(from).map_err(|e| fail(e.to_string()))?;
-    let c_path = |path: &Path| CString::new(path.as_os_str().as_encoded_bytes()).map_err(|e| fail(e.to_string()));
+    let c_path = |path: &Path| {
+        CString::new(path.as_os_str().as_encoded_bytes()).map_err(|e| fail(e.to_string()))
+    };
     let (c_from, c_to) = (c_path(from)?, c_path(to)?);
     // SAFETY: no arguments; returns a struct by value.
     let mut params = unsafe { sys::model_quantize_default_params() };
@@ -79,5 +86,7 @@ pub fn quantize(from: &Path, to: &Path, kind: Quantization, n_threads: usize) ->
     if code == 0 {
         return Ok(());
     }
-    Err(fail(log::take_last_error().unwrap_or_else(|| format!("llama.cpp's quantizer returned {code}"))))
+    Err(fail(
+        log::take_last_error().unwrap_or_else(|| format!("llama.cpp's quantizer returned {code}")),
+    ))
 }

@@ -1,5 +1,6 @@
-//! llama.cpp's samplers that change logits: bias and penalties. What to keep of them and the draw are made elsewhere
-//! (`engine::filter`, `engine::sampler`): the draw must be keyed by position for speculation to change nothing.
+//! llama.cpp's samplers that change logits: bias and penalties. What to keep of them and the draw
+//! are made elsewhere (`engine::filter`, `engine::sampler`): the draw must be keyed by position for
+//! speculation to change nothing.
 
 use std::ptr::NonNull;
 
@@ -11,7 +12,8 @@ pub struct SamplerChain {
     n_vocab: i32,
 }
 
-// SAFETY: a chain owns its samplers and they share nothing with other chains; it may move to the engine's thread.
+// SAFETY: a chain owns its samplers and they share nothing with other chains; it may move to the
+// engine's thread.
 unsafe impl Send for SamplerChain {}
 
 impl Drop for SamplerChain {
@@ -31,7 +33,10 @@ impl SamplerChain {
         // SAFETY: takes and returns values.
         let ptr = unsafe { sys::sampler_chain_init(sys::sampler_chain_params { no_perf: true }) };
         let n_vocab = i32::try_from(n_vocab).expect("token ids are 32-bit");
-        Self { ptr: NonNull::new(ptr).expect("llama.cpp throws instead of returning null"), n_vocab }
+        Self {
+            ptr: NonNull::new(ptr).expect("llama.cpp throws instead of returning null"),
+            n_vocab,
+        }
     }
 
     fn push(self, name: &'static str, sampler: *mut sys::sampler) -> Result<Self, LlamaError> {
@@ -51,26 +56,39 @@ impl SamplerChain {
         if bias.iter().any(|(t, _)| !(0..self.n_vocab).contains(&t.0)) {
             return Err(LlamaError::Sampler("logit_bias"));
         }
-        let c: Vec<_> = bias.iter().map(|&(t, bias)| sys::logit_bias { token: t.0, bias }).collect();
+        let c: Vec<_> =
+            bias.iter().map(|&(t, bias)| sys::logit_bias { token: t.0, bias }).collect();
         let n = i32::try_from(c.len()).map_err(|_| LlamaError::Sampler("logit_bias"))?;
         // SAFETY: `n` entries are readable; C copies them.
         let sampler = unsafe { sys::sampler_init_logit_bias(self.n_vocab, n, c.as_ptr()) };
         self.push("logit_bias", sampler)
     }
 
-    /// Makes tokens among the last `last_n` accepted less likely: `repeat` divides positive logits and multiplies
-    /// negative ones (1 is off), `frequency` is subtracted per occurrence, `presence` once (0 is off).
+    /// Makes tokens among the last `last_n` accepted less likely: `repeat` divides positive logits
+    /// and multiplies negative ones (1 is off), `frequency` is subtracted per occurrence,
+    /// `presence` once (0 is off).
     ///
     /// # Errors
     /// [`LlamaError::Sampler`] for a `repeat` that is not positive, or a value that is not finite.
-    pub fn penalties(self, last_n: usize, repeat: f32, frequency: f32, presence: f32) -> Result<Self, LlamaError> {
-        let sound = repeat > 0.0 && repeat.is_finite() && frequency.is_finite() && presence.is_finite();
-        let Ok(last_n) = i32::try_from(last_n) else { return Err(LlamaError::Sampler("penalties")) };
+    pub fn penalties(
+        self,
+        last_n: usize,
+        repeat: f32,
+        frequency: f32,
+        presence: f32,
+    ) -> Result<Self, LlamaError> {
+        let sound =
+            repeat > 0.0 && repeat.is_finite() && frequency.is_finite() && presence.is_finite();
+        let Ok(last_n) = i32::try_from(last_n) else {
+            return Err(LlamaError::Sampler("penalties"));
+        };
         if !sound {
             return Err(LlamaError::Sampler("penalties"));
         }
         // SAFETY: values only, in the range that C asks for.
-        let sampler = unsafe { sys::sampler_init_penalties(self.n_vocab, last_n, repeat, frequency, presence) };
+        let sampler = unsafe {
+            sys::sampler_init_penalties(self.n_vocab, last_n, repeat, frequency, presence)
+        };
         self.push("penalties", sampler)
     }
 
@@ -90,8 +108,9 @@ pub struct Candidates {
 }
 
 impl Candidates {
-    /// Runs a row of logits through the chain. Returns the tokens that are left with their logits, in ascending order of
-    /// token id: that order does not depend on rounding, so neither does what a given random number selects.
+    /// Runs a row of logits through the chain. Returns the tokens that are left with their logits,
+    /// in ascending order of token id: that order does not depend on rounding, so neither does what
+    /// a given random number selects.
     ///
     /// # Panics
     /// When the row is not as long as the chain's vocabulary.
@@ -102,15 +121,24 @@ impl Candidates {
     ) -> impl ExactSizeIterator<Item = (Token, f32)> + Clone {
         assert_eq!(logits.len(), chain.n_vocab as usize, "one logit per token");
         self.data.clear();
-        self.data.extend(logits.iter().zip(0..).map(|(&logit, id)| sys::token_data { id, logit, p: 0.0 }));
-        let mut array =
-            sys::token_data_array { data: self.data.as_mut_ptr(), size: self.data.len(), selected: -1, sorted: false };
-        // SAFETY: `array` describes our buffer; samplers permute it, shorten it, or point `data` at memory of the chain's.
+        self.data.extend(logits.iter().zip(0..).map(|(&logit, id)| sys::token_data {
+            id,
+            logit,
+            p: 0.0,
+        }));
+        let mut array = sys::token_data_array {
+            data: self.data.as_mut_ptr(),
+            size: self.data.len(),
+            selected: -1,
+            sorted: false,
+        };
+        // SAFETY: `array` describes our buffer; samplers permute it, shorten it, or point `data` at
+        // memory of the chain's.
         unsafe { sys::sampler_apply(chain.ptr.as_ptr(), &raw mut array) };
         let kept = array.size.min(self.data.len());
         if array.data != self.data.as_mut_ptr() {
-            // SAFETY: `size` entries in memory that the chain owns and leaves alone until it is applied again; it is not
-            // our buffer, so the two do not overlap.
+            // SAFETY: `size` entries in memory that the chain owns and leaves alone until it is
+            // applied again; it is not our buffer, so the two do not overlap.
             unsafe { std::ptr::copy_nonoverlapping(array.data, self.data.as_mut_ptr(), kept) };
         }
         self.data.truncate(kept);

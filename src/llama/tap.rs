@@ -1,9 +1,10 @@
 //! The hidden state beside the logits, without asking llama.cpp for embeddings.
 //!
-//! ggml's scheduler asks a callback, for each tensor of the graph, whether it wants to see it. Answering `true` for
-//! `result_output` only is free: it is the graph's last node, so nothing is split. When it has been computed, its first
-//! source is the output matrix and its second the post-norm hidden state, one row per output row: what Medusa heads read.
-//! `embeddings = true` would turn every prompt token into an output row instead.
+//! ggml's scheduler asks a callback, for each tensor of the graph, whether it wants to see it.
+//! Answering `true` for `result_output` only is free: it is the graph's last node, so nothing is
+//! split. When it has been computed, its first source is the output matrix and its second the
+//! post-norm hidden state, one row per output row: what Medusa heads read. `embeddings = true`
+//! would turn every prompt token into an output row instead.
 
 use std::ffi::{CStr, c_void};
 use std::marker::PhantomData;
@@ -55,7 +56,8 @@ impl<'a> Tapped<'a> {
     #[must_use]
     pub fn logits(&self) -> Slice<'a, f32> {
         let Results { logits, n_rows, n_vocab, .. } = self.results;
-        // SAFETY: contiguous values of a tensor that was computed, untouched while the context is borrowed.
+        // SAFETY: contiguous values of a tensor that was computed, untouched while the context is
+        // borrowed.
         unsafe { Slice::from_raw(logits, n_rows * n_vocab) }
     }
 
@@ -80,7 +82,8 @@ impl HiddenTap {
         self.results = None;
     }
 
-    /// Where the results are, if one micro-batch gave them all: of several, the last one's are left.
+    /// Where the results are, if one micro-batch gave them all: of several, the last one's are
+    /// left.
     pub(super) fn tapped(&self) -> Option<Tapped<'_>> {
         let results = self.results.filter(|_| self.n_micro_batches == 1)?;
         Some(Tapped { results, of: PhantomData })
@@ -95,8 +98,13 @@ impl HiddenTap {
 /// What a context's `cb_eval` is set to, with the tap as user data.
 ///
 /// # Safety
-/// `user_data` points to the [`HiddenTap`] of the context that computes; nobody else uses it during the forward pass.
-pub(super) unsafe extern "C" fn on_tensor(tensor: *mut sys::ggml_tensor, ask: bool, user_data: *mut c_void) -> bool {
+/// `user_data` points to the [`HiddenTap`] of the context that computes; nobody else uses it during
+/// the forward pass.
+pub(super) unsafe extern "C" fn on_tensor(
+    tensor: *mut sys::ggml_tensor,
+    ask: bool,
+    user_data: *mut c_void,
+) -> bool {
     // SAFETY: ggml passes a tensor of the graph; its name is an array with a terminator.
     let (name, hidden) = unsafe { (CStr::from_ptr((*tensor).name.as_ptr()), (*tensor).src[1]) };
     if name != c"result_output" {
@@ -118,9 +126,16 @@ pub(super) unsafe extern "C" fn on_tensor(tensor: *mut sys::ggml_tensor, ask: bo
     let n = tap.n_embd * usize::try_from(ne[1]).unwrap_or(0);
     let start = tap.rows.len();
     tap.rows.resize(start + n, 0.0);
-    // SAFETY: the tensor is contiguous F32 of `n` values and computed; the target has room for `n` values. The call
-    // copies from the device where the tensor lives on one.
-    unsafe { sys::ggml_backend_tensor_get(hidden, tap.rows[start..].as_mut_ptr().cast(), 0, n * size_of::<f32>()) };
+    // SAFETY: the tensor is contiguous F32 of `n` values and computed; the target has room for `n`
+    // values. The call copies from the device where the tensor lives on one.
+    unsafe {
+        sys::ggml_backend_tensor_get(
+            hidden,
+            tap.rows[start..].as_mut_ptr().cast(),
+            0,
+            n * size_of::<f32>(),
+        )
+    };
     true
 }
 
@@ -128,7 +143,10 @@ pub(super) unsafe extern "C" fn on_tensor(tensor: *mut sys::ggml_tensor, ask: bo
 ///
 /// # Safety
 /// Both are live and computed.
-unsafe fn results(logits: *const sys::ggml_tensor, hidden: *const sys::ggml_tensor) -> Option<Results> {
+unsafe fn results(
+    logits: *const sys::ggml_tensor,
+    hidden: *const sys::ggml_tensor,
+) -> Option<Results> {
     // SAFETY: by contract.
     let (logits, hidden) = unsafe { (&*logits, &*hidden) };
     let side = |t: &sys::ggml_tensor| {
@@ -138,7 +156,8 @@ unsafe fn results(logits: *const sys::ggml_tensor, hidden: *const sys::ggml_tens
         // SAFETY: as above, with a buffer.
         plain.then(|| unsafe { sys::ggml_backend_buffer_is_host(t.buffer) })
     };
-    let [n_vocab, n_embd, n_rows] = [logits.ne[0], hidden.ne[0], hidden.ne[1]].map(|n| usize::try_from(n).unwrap_or(0));
+    let [n_vocab, n_embd, n_rows] =
+        [logits.ne[0], hidden.ne[0], hidden.ne[1]].map(|n| usize::try_from(n).unwrap_or(0));
     let on_host = side(logits)?;
     (side(hidden)? == on_host && logits.ne[1] == hidden.ne[1]).then_some(Results {
         logits: logits.data as Address,

@@ -1,4 +1,5 @@
-//! GGUF files in the making: ggml writes the metadata and what tensors follow; their values are the caller's to append.
+//! GGUF files in the making: ggml writes the metadata and what tensors follow; their values are the
+//! caller's to append.
 
 use std::collections::BTreeSet;
 use std::ffi::{CString, c_char, c_void};
@@ -8,7 +9,8 @@ use std::ptr::NonNull;
 use super::gguf::Gguf;
 use super::{LlamaError, log, start_backend, sys, text};
 
-/// How a tensor's values are stored: one of ggml's types. Values stand in blocks, and a row has whole blocks.
+/// How a tensor's values are stored: one of ggml's types. Values stand in blocks, and a row has
+/// whole blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct TensorType(pub(super) sys::ggml_type);
 
@@ -42,16 +44,22 @@ impl TensorType {
     /// Values as they are stored.
     ///
     /// # Errors
-    /// [`LlamaError::Misuse`] for values that are no whole blocks, or a type that needs an importance matrix.
+    /// [`LlamaError::Misuse`] for values that are no whole blocks, or a type that needs an
+    /// importance matrix.
     pub fn store(self, values: &[f32]) -> Result<Vec<u8>, LlamaError> {
         // SAFETY: one of ggml's types.
         let needs_more = unsafe { sys::ggml_quantize_requires_imatrix(self.0) };
         if values.is_empty() || !values.len().is_multiple_of(self.block()) || needs_more {
-            return Err(LlamaError::Misuse(format!("{} values cannot be stored as {}", values.len(), self.name())));
+            return Err(LlamaError::Misuse(format!(
+                "{} values cannot be stored as {}",
+                values.len(),
+                self.name()
+            )));
         }
         let mut bytes = vec![0u8; self.bytes(values.len())];
         let (to, n) = (bytes.as_mut_ptr().cast::<c_void>(), values.len() as i64);
-        // SAFETY: one row of `n` values, whole blocks, and room for as many bytes as they take; no importance matrix is needed.
+        // SAFETY: one row of `n` values, whole blocks, and room for as many bytes as they take; no
+        // importance matrix is needed.
         unsafe { sys::ggml_quantize_chunk(self.0, values.as_ptr(), to, 0, 1, n, std::ptr::null()) };
         Ok(bytes)
     }
@@ -98,18 +106,24 @@ pub enum Meta {
 /// Each tensor's values begin at a multiple of so many bytes behind the header, which ends at one.
 pub const ALIGNMENT: usize = 32; // GGUF's default, and no header of ours says another
 
-/// Writes a file's header: metadata, and what tensors follow. The tensors' values must be appended in this order, each padded
-/// with zeros to a multiple of [`ALIGNMENT`].
+/// Writes a file's header: metadata, and what tensors follow. The tensors' values must be appended
+/// in this order, each padded with zeros to a multiple of [`ALIGNMENT`].
 ///
 /// # Errors
-/// [`LlamaError::Write`] for a name that is given twice or is too long, a row that is not whole blocks, or a file that cannot
-/// be written.
-pub fn write_header(path: &Path, meta: &[(&str, Meta)], tensors: &[TensorInfo]) -> Result<(), LlamaError> {
+/// [`LlamaError::Write`] for a name that is given twice or is too long, a row that is not whole
+/// blocks, or a file that cannot be written.
+pub fn write_header(
+    path: &Path,
+    meta: &[(&str, Meta)],
+    tensors: &[TensorInfo],
+) -> Result<(), LlamaError> {
     start_backend();
     let fail = |reason: String| LlamaError::Write { path: path.to_owned(), reason };
-    let c_path = CString::new(path.as_os_str().as_encoded_bytes()).map_err(|e| fail(e.to_string()))?;
+    let c_path =
+        CString::new(path.as_os_str().as_encoded_bytes()).map_err(|e| fail(e.to_string()))?;
     // SAFETY: no arguments; null without memory.
-    let header = NonNull::new(unsafe { sys::gguf_init_empty() }).ok_or_else(|| fail("no memory".into()))?;
+    let header =
+        NonNull::new(unsafe { sys::gguf_init_empty() }).ok_or_else(|| fail("no memory".into()))?;
     let header = Gguf(header);
     meta.iter().try_for_each(|(key, value)| set(&header, key, value)).map_err(&fail)?;
     let shapes = Shapes::new(tensors.len()).ok_or_else(|| fail("no memory".into()))?;
@@ -140,7 +154,9 @@ pub fn tensor_types(path: &Path) -> Result<Vec<(String, TensorType)>, LlamaError
     // SAFETY: a live header.
     let n = unsafe { sys::gguf_get_n_tensors(gguf) };
     // SAFETY: a live header and the id of one of its tensors; the name is a part of it.
-    let of = |id| unsafe { (text(sys::gguf_get_tensor_name(gguf, id)), TensorType(sys::gguf_get_tensor_type(gguf, id))) };
+    let of = |id| unsafe {
+        (text(sys::gguf_get_tensor_name(gguf, id)), TensorType(sys::gguf_get_tensor_type(gguf, id)))
+    };
     Ok((0..n).map(of).collect())
 }
 
@@ -149,12 +165,14 @@ fn set(header: &Gguf, key: &str, value: &Meta) -> Result<(), String> {
     let c_text = |text: &str| CString::new(text).map_err(|_| format!("{key}: holds a zero byte"));
     let (gguf, name) = (header.0.as_ptr(), c_text(key)?);
     let name = name.as_ptr();
-    // ggml stops the process for a key without a letter, and for an alignment that is no power of two.
+    // ggml stops the process for a key without a letter, and for an alignment that is no power of
+    // two.
     if key.is_empty() || key == "general.alignment" {
         return Err(format!("{key:?} is no key to be set"));
     }
     let array = |kind: sys::gguf_type, data: *const c_void, n: usize| {
-        // SAFETY: a live header, a zero-terminated key, and `n` values of the type, which are copied.
+        // SAFETY: a live header, a zero-terminated key, and `n` values of the type, which are
+        // copied.
         unsafe { sys::gguf_set_arr_data(gguf, name, kind, data, n) };
     };
     match value {
@@ -172,7 +190,8 @@ fn set(header: &Gguf, key: &str, value: &Meta) -> Result<(), String> {
         Meta::Texts(texts) => {
             let texts = texts.iter().map(|text| c_text(text)).collect::<Result<Vec<_>, _>>()?;
             let mut pointers: Vec<*const c_char> = texts.iter().map(|text| text.as_ptr()).collect();
-            // SAFETY: a live header, a zero-terminated key, and as many zero-terminated texts, which are copied.
+            // SAFETY: a live header, a zero-terminated key, and as many zero-terminated texts,
+            // which are copied.
             unsafe { sys::gguf_set_arr_str(gguf, name, pointers.as_mut_ptr(), pointers.len()) };
         }
     }
@@ -194,7 +213,8 @@ impl Shapes {
     fn new(n: usize) -> Option<Self> {
         // SAFETY: no arguments; returns a constant.
         let mem_size = (n + 1) * unsafe { sys::ggml_tensor_overhead() };
-        let params = sys::ggml_init_params { mem_size, mem_buffer: std::ptr::null_mut(), no_alloc: true };
+        let params =
+            sys::ggml_init_params { mem_size, mem_buffer: std::ptr::null_mut(), no_alloc: true };
         // SAFETY: no buffer of ours is passed; C allocates or returns null.
         NonNull::new(unsafe { sys::ggml_init(params) }).map(Self)
     }
@@ -203,11 +223,20 @@ impl Shapes {
     fn tensor(&self, info: &TensorInfo) -> Result<NonNull<sys::ggml_tensor>, String> {
         let TensorInfo { name, n_in, n_out, kind } = info;
         let size = [n_in, n_out].map(|&n| i64::try_from(n).unwrap_or(0));
-        let c_name = CString::new(name.as_str()).map_err(|_| "a tensor's name holds a zero byte".to_owned())?;
-        if name.len() >= sys::GGML_MAX_NAME as usize || size[0] < 1 || size[1] < 1 || !n_in.is_multiple_of(kind.block()) {
-            return Err(format!("{name} cannot be a tensor of {n_out} x {n_in} in {}", kind.name()));
+        let c_name = CString::new(name.as_str())
+            .map_err(|_| "a tensor's name holds a zero byte".to_owned())?;
+        if name.len() >= sys::GGML_MAX_NAME as usize
+            || size[0] < 1
+            || size[1] < 1
+            || !n_in.is_multiple_of(kind.block())
+        {
+            return Err(format!(
+                "{name} cannot be a tensor of {n_out} x {n_in} in {}",
+                kind.name()
+            ));
         }
-        // SAFETY: a live context with room for the header alone; rows are whole blocks; null if there were no room.
+        // SAFETY: a live context with room for the header alone; rows are whole blocks; null if
+        // there were no room.
         let tensor = unsafe { sys::ggml_new_tensor_2d(self.0.as_ptr(), kind.0, size[0], size[1]) };
         let tensor = NonNull::new(tensor).ok_or("no memory")?;
         // SAFETY: a live tensor and a zero-terminated name that fits.
@@ -228,8 +257,12 @@ mod tests {
     fn a_header_tells_what_follows() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x.gguf");
-        let meta = [("general.architecture", Meta::Text("llama".into())), ("x.texts", Meta::Texts(vec!["a".into()]))];
-        let tensors = [info("a", 64, 3, TensorType(sys::GGML_TYPE_Q4_0)), info("b", 5, 1, TensorType::F32)];
+        let meta = [
+            ("general.architecture", Meta::Text("llama".into())),
+            ("x.texts", Meta::Texts(vec!["a".into()])),
+        ];
+        let tensors =
+            [info("a", 64, 3, TensorType(sys::GGML_TYPE_Q4_0)), info("b", 5, 1, TensorType::F32)];
         write_header(&path, &meta, &tensors).unwrap();
         assert!((std::fs::metadata(&path).unwrap().len() as usize).is_multiple_of(ALIGNMENT));
         // The reader asks for the values to be there.
@@ -251,7 +284,10 @@ mod tests {
             vec![info("a", 0, 1, q4_0)],
             vec![info(&"a".repeat(64), 32, 1, q4_0)],
         ] {
-            assert!(matches!(write_header(&path, &[], &tensors), Err(LlamaError::Write { .. })), "{tensors:?}");
+            assert!(
+                matches!(write_header(&path, &[], &tensors), Err(LlamaError::Write { .. })),
+                "{tensors:?}"
+            );
         }
         assert!(write_header(&path, &[("general.alignment", Meta::Number(3))], &[]).is_err());
         assert!(write_header(&path, &[("a\0b", Meta::Number(3))], &[]).is_err());

@@ -1,5 +1,6 @@
-//! How often a candidate is right, against how likely its head called it. Heads are overconfident, each in its own way, and
-//! it depends on the text; so what was accepted is counted, by head and by what the head said, and old counts fade.
+//! How often a candidate is right, against how likely its head called it. Heads are overconfident,
+//! each in its own way, and it depends on the text; so what was accepted is counted, by head and by
+//! what the head said, and old counts fade.
 
 use super::simulated::Acceptance;
 
@@ -100,8 +101,9 @@ impl Calibration {
         Self { belief: Belief::Given(acceptance), ..Self::default() }
     }
 
-    /// Probability that a candidate at `depth` (1: behind the root) is accepted if its parent is, where `rank` of its siblings
-    /// are better, its head says `p`, and the sequence's heads are to be trusted so far.
+    /// Probability that a candidate at `depth` (1: behind the root) is accepted if its parent is,
+    /// where `rank` of its siblings are better, its head says `p`, and the sequence's heads are to
+    /// be trusted so far.
     #[must_use]
     pub fn estimate(&self, depth: usize, rank: usize, p: f32, trust: f32) -> f32 {
         match &self.belief {
@@ -112,7 +114,8 @@ impl Calibration {
         (p * self.bins[head(depth)][bin(p)].ratio(BELIEF) * trust).clamp(0.0, HIGHEST)
     }
 
-    /// For each range of what the head at `depth` says, how often candidates are accepted, against that.
+    /// For each range of what the head at `depth` says, how often candidates are accepted, against
+    /// that.
     #[must_use]
     pub fn ratios(&self, depth: usize) -> [f32; N_BINS] {
         match self.belief {
@@ -121,8 +124,8 @@ impl Calibration {
         }
     }
 
-    /// What to expect of a head that is to be asked for candidates at `depth`, before it is: the sum of `q - row` over those
-    /// whose probability `q` is above `row`, what verifying one costs.
+    /// What to expect of a head that is to be asked for candidates at `depth`, before it is: the
+    /// sum of `q - row` over those whose probability `q` is above `row`, what verifying one costs.
     #[must_use]
     pub fn expect(&self, depth: usize, row: f64, trust: f32) -> f64 {
         if let Belief::Given(acceptance) = &self.belief {
@@ -183,8 +186,8 @@ impl Trust {
         self.hits *= TRUST_FADE;
     }
 
-    /// Notes a place: the probability that one of its candidates is right, as calibration alone foresees it, and whether
-    /// one was.
+    /// Notes a place: the probability that one of its candidates is right, as calibration alone
+    /// foresees it, and whether one was.
     pub fn note(&mut self, foreseen: f32, hit: bool) {
         let keep = 1.0 - 1.0 / TRUST_MEMORY;
         self.foreseen = keep * self.foreseen + f64::from(foreseen.min(1.0));
@@ -257,9 +260,16 @@ mod tests {
             c.note_offer(1, [if i % 2 == 0 { 0.9 } else { 0.3 }, 0.1].into_iter());
         }
         for (row, expected) in [(0.95, 0.0), (0.5, 0.2), (0.2, 0.4), (0.0, 0.7)] {
-            assert!((c.expect(1, row, 1.0) - expected).abs() < 0.03, "{row}: {}", c.expect(1, row, 1.0));
+            assert!(
+                (c.expect(1, row, 1.0) - expected).abs() < 0.03,
+                "{row}: {}",
+                c.expect(1, row, 1.0)
+            );
         }
-        assert!((c.expect(1, 0.2, 0.5) - 0.5 * (0.45 - 0.2)).abs() < 0.03, "half of all, where half is trusted");
+        assert!(
+            (c.expect(1, 0.2, 0.5) - 0.5 * (0.45 - 0.2)).abs() < 0.03,
+            "half of all, where half is trusted"
+        );
         assert_eq!(c.expect(2, 0.5, 1.0), before, "other heads know nothing of it");
         (0..2000).for_each(|_| c.fade());
         assert!((c.expect(1, 0.5, 1.0) - before).abs() < 1e-3, "and long ago is as never");

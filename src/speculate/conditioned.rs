@@ -1,5 +1,6 @@
-//! Conditioned heads: head `h` foretells the token behind a path of `h + 1` tokens (the root being the first), and sees them.
-//! So each head is computed for every path that it goes on from, and only for paths where that promises to pay.
+//! Conditioned heads: head `h` foretells the token behind a path of `h + 1` tokens (the root being
+//! the first), and sees them. So each head is computed for every path that it goes on from, and
+//! only for paths where that promises to pay.
 //!
 //! After Z. Ankner et al., "Hydra: Sequentially-Dependent Draft Heads for Medusa Decoding" (2024).
 
@@ -81,8 +82,8 @@ pub(super) struct Candidate {
 }
 
 impl Conditioned {
-    /// From heads; `output` and `embeddings` are the model's. Without counts of the draft tokens, all of them are always
-    /// looked at.
+    /// From heads; `output` and `embeddings` are the model's. Without counts of the draft tokens,
+    /// all of them are always looked at.
     ///
     /// # Errors
     /// When the model's matrices cannot be read or there is no memory.
@@ -105,14 +106,29 @@ impl Conditioned {
         let mut cuts = vec![];
         for (cut, n_tokens) in net.n_outs().collect::<Vec<_>>().into_iter().enumerate() {
             let points = measure(&mut net, cut)?;
-            tracing::debug!(n_tokens, share = share(n_tokens), ?points, "draft vocabulary: seconds of a head by paths");
+            tracing::debug!(
+                n_tokens,
+                share = share(n_tokens),
+                ?points,
+                "draft vocabulary: seconds of a head by paths"
+            );
             cuts.push(Cut { n_tokens, share: share(n_tokens), cost: Cost::from_points(&points) });
         }
         let level = Level::default();
-        Ok(Self { net, embeddings, token_map, cuts, nodes: vec![], states: vec![], level, best: vec![] })
+        Ok(Self {
+            net,
+            embeddings,
+            token_map,
+            cuts,
+            nodes: vec![],
+            states: vec![],
+            level,
+            best: vec![],
+        })
     }
 
-    /// Computes head `depth` for the paths of `level`, all of them, and adds what it offers behind each to `nodes`.
+    /// Computes head `depth` for the paths of `level`, all of them, and adds what it offers behind
+    /// each to `nodes`.
     fn go_on(&mut self, depth: usize, calibration: &Calibration) -> Result<(), LlamaError> {
         let level = &mut self.level;
         level.embeddings.clear();
@@ -121,7 +137,8 @@ impl Conditioned {
         }
         let started = Instant::now();
         let d = self.net.n_embd();
-        let (states, logits) = self.net.forward(depth, level.cut, &level.states, &level.embeddings)?;
+        let (states, logits) =
+            self.net.forward(depth, level.cut, &level.states, &level.embeddings)?;
         let Cut { n_tokens: n_out, cost, .. } = &mut self.cuts[level.cut];
         let n_out = *n_out;
         let n = level.paths.len();
@@ -133,16 +150,25 @@ impl Conditioned {
             let mut above = path.q;
             for (rank, &(token, p)) in self.best.iter().enumerate() {
                 let token = self.token_map.as_ref().map_or(token, |map| map[token.0 as usize]);
-                // A calibrated sibling may come out above a better one; the order must hold all the same.
+                // A calibrated sibling may come out above a better one; the order must hold all the
+                // same.
                 let q = (path.q * calibration.estimate(depth + 1, rank, p, path.trust)).min(above);
                 above = q;
-                self.nodes.push(Candidate { origin: path.origin, parent: path.node, token, p, q, state: first_state + i });
+                self.nodes.push(Candidate {
+                    origin: path.origin,
+                    parent: path.node,
+                    token,
+                    p,
+                    q,
+                    state: first_state + i,
+                });
             }
         }
         Ok(())
     }
 
-    /// Keeps the paths of `level` behind which the candidates at `depth` promise to pay, and fetches their states.
+    /// Keeps the paths of `level` behind which the candidates at `depth` promise to pay, and
+    /// fetches their states.
     fn choose_paths(&mut self, depth: usize, worth: Worth, calibration: &Calibration) {
         let d = self.net.n_embd();
         let level = &mut self.level;
@@ -151,7 +177,9 @@ impl Conditioned {
         level.paths.truncate(MAX_PATHS);
         let value = |path: &Path| {
             let token_s = f64::from(path.q) * worth.token_s;
-            f64::from(path.open) * token_s * calibration.expect(depth, worth.row_s / token_s, path.trust)
+            f64::from(path.open)
+                * token_s
+                * calibration.expect(depth, worth.row_s / token_s, path.trust)
         };
         let (n, cut) = most_gain(&self.cuts, level.paths.iter().map(value));
         level.paths.truncate(n);
@@ -162,7 +190,12 @@ impl Conditioned {
         }
     }
 
-    fn candidates(&mut self, origins: &[Origin<'_>], worth: Worth, calibration: &Calibration) -> Result<(), LlamaError> {
+    fn candidates(
+        &mut self,
+        origins: &[Origin<'_>],
+        worth: Worth,
+        calibration: &Calibration,
+    ) -> Result<(), LlamaError> {
         self.nodes.clear();
         self.states.clear();
         // The roots stand where a head before the first one would have left their states.
@@ -171,7 +204,15 @@ impl Conditioned {
         for (origin, o) in origins.iter().enumerate().filter(|(_, o)| o.max_depth > 0) {
             let state = self.states.len() / self.net.n_embd();
             self.states.extend_from_slice(o.hidden);
-            paths.push(Path { origin, node: None, state, q: 1.0, token: o.root, trust: o.trust, open: o.open });
+            paths.push(Path {
+                origin,
+                node: None,
+                state,
+                q: 1.0,
+                token: o.root,
+                trust: o.trust,
+                open: o.open,
+            });
         }
         self.choose_paths(1, worth, calibration);
         for depth in 0..self.n_heads() {
@@ -183,7 +224,8 @@ impl Conditioned {
             let goes_on = |(i, n): (usize, &Candidate)| {
                 let o = &origins[n.origin];
                 let &Candidate { origin, state, q, token, .. } = n;
-                let path = Path { origin, node: Some(i), state, q, token, trust: o.trust, open: o.open };
+                let path =
+                    Path { origin, node: Some(i), state, q, token, trust: o.trust, open: o.open };
                 (o.max_depth > depth + 1).then_some(path)
             };
             self.level.paths.clear();
@@ -194,8 +236,8 @@ impl Conditioned {
     }
 }
 
-/// How many of the paths a head should go on from, and with which cut, to gain most; `seconds` is what its candidates save
-/// behind each of them, best first.
+/// How many of the paths a head should go on from, and with which cut, to gain most; `seconds` is
+/// what its candidates save behind each of them, best first.
 fn most_gain(cuts: &[Cut], seconds: impl Iterator<Item = f64> + Clone) -> (usize, usize) {
     let (mut best, mut choice) = (0.0, (0, 0));
     for (i, cut) in cuts.iter().enumerate() {
@@ -231,7 +273,13 @@ impl Draft for Conditioned {
         self.net.n_steps()
     }
 
-    fn draft(&mut self, origins: &[Origin<'_>], worth: Worth, calibration: &Calibration, trees: &mut [Tree]) {
+    fn draft(
+        &mut self,
+        origins: &[Origin<'_>],
+        worth: Worth,
+        calibration: &Calibration,
+        trees: &mut [Tree],
+    ) {
         trees.iter_mut().for_each(Tree::clear);
         if let Err(error) = self.candidates(origins, worth, calibration) {
             tracing::error!(%error, "heads could not be computed; this step goes without drafts");
@@ -241,8 +289,8 @@ impl Draft for Conditioned {
     }
 }
 
-/// Fills trees with candidates, best first: a parent comes before its children, as its `q` is higher and among equals it is
-/// older.
+/// Fills trees with candidates, best first: a parent comes before its children, as its `q` is
+/// higher and among equals it is older.
 pub(super) fn plant(nodes: &[Candidate], n_nodes: usize, trees: &mut [Tree]) {
     let mut order: Vec<usize> = (0..nodes.len()).collect();
     order.sort_by(|&a, &b| nodes[b].q.total_cmp(&nodes[a].q));

@@ -1,9 +1,10 @@
-//! What a step of `n` rows takes on this machine: measured at start, kept current by every step. Pure: durations come from
-//! outside.
+//! What a step of `n` rows takes on this machine: measured at start, kept current by every step.
+//! Pure: durations come from outside.
 
 /// Numbers of rows that are measured; in between it is a straight line.
 pub const POINTS: [usize; 12] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64];
-/// Weight of a step for the speed of the whole machine: others share it, it heats up, contexts grow.
+/// Weight of a step for the speed of the whole machine: others share it, it heats up, contexts
+/// grow.
 const SPEED: f64 = 0.1;
 /// Weight of a step for what a change of the number of rows costs.
 const CHANGE: f64 = 0.05;
@@ -17,14 +18,16 @@ const OUTLIER: f64 = 4.0;
 pub struct Cost {
     /// (rows, seconds), both ascending.
     points: Vec<(usize, f64)>,
-    /// Seconds more for a step that has another number of rows than the one before: its graph is built anew.
+    /// Seconds more for a step that has another number of rows than the one before: its graph is
+    /// built anew.
     change_s: f64,
     /// By what everything is multiplied now.
     speed: f64,
 }
 
 impl Cost {
-    /// From measured (rows, seconds), ascending in rows. A point below its predecessor is noise and is raised to it.
+    /// From measured (rows, seconds), ascending in rows. A point below its predecessor is noise and
+    /// is raised to it.
     ///
     /// # Panics
     /// Without a point, or when rows do not ascend.
@@ -36,7 +39,8 @@ impl Cost {
         cost
     }
 
-    /// The same, where a step takes so many seconds more if it has another number of rows than the one before.
+    /// The same, where a step takes so many seconds more if it has another number of rows than the
+    /// one before.
     #[must_use]
     pub fn with_change(self, change_s: f64) -> Self {
         Self { change_s: change_s.max(0.0), ..self }
@@ -48,7 +52,8 @@ impl Cost {
         self.seconds(n) + if n == before { 0.0 } else { self.change_s * self.speed }
     }
 
-    /// Seconds of a step of `n` rows behind one of as many. Beyond the last point it goes on as between the last two.
+    /// Seconds of a step of `n` rows behind one of as many. Beyond the last point it goes on as
+    /// between the last two.
     #[must_use]
     pub fn seconds(&self, n: usize) -> f64 {
         let points = &self.points;
@@ -71,7 +76,11 @@ impl Cost {
             return;
         }
         self.speed *= 1.0 + SPEED * (ratio - 1.0);
-        let near = self.points.iter_mut().min_by_key(|(rows, _)| rows.abs_diff(n)).expect("there are points");
+        let near = self
+            .points
+            .iter_mut()
+            .min_by_key(|(rows, _)| rows.abs_diff(n))
+            .expect("there are points");
         near.1 *= 1.0 + SHAPE * (ratio - 1.0);
         self.keep_order();
     }
@@ -96,7 +105,11 @@ mod tests {
             assert!((cost.seconds(n) - s).abs() < 1e-9, "{n}: {}", cost.seconds(n));
         }
         assert_eq!(Cost::from_points(&[(4, 2.0)]).seconds(9), 2.0);
-        assert_eq!(Cost::from_points(&[(1, 2.0), (2, 1.0)]).seconds(2), 2.0, "more rows never cost less");
+        assert_eq!(
+            Cost::from_points(&[(1, 2.0), (2, 1.0)]).seconds(2),
+            2.0,
+            "more rows never cost less"
+        );
     }
 
     #[test]
@@ -105,7 +118,10 @@ mod tests {
         cost.note(1, 1, 50.0);
         assert_eq!(cost.seconds(1), 1.0);
         (0..200).for_each(|_| cost.note(1, 1, 2.0));
-        assert!((cost.seconds(1) - 2.0).abs() < 0.05 && (cost.seconds(8) - 4.0).abs() < 1.0, "{cost:?}");
+        assert!(
+            (cost.seconds(1) - 2.0).abs() < 0.05 && (cost.seconds(8) - 4.0).abs() < 1.0,
+            "{cost:?}"
+        );
         (0..400).for_each(|i| if i % 2 == 0 { cost.note(1, 1, 2.0) } else { cost.note(2, 2, 3.8) });
         assert!((cost.seconds(2) - 3.8).abs() < 0.3, "the shape follows too: {cost:?}");
     }
@@ -114,6 +130,9 @@ mod tests {
         let mut cost = Cost::from_points(&[(1, 1.0), (2, 1.2)]).with_change(0.5);
         assert_eq!((cost.seconds_behind(2, 2), cost.seconds_behind(1, 2)), (1.2, 1.7));
         (0..200).for_each(|_| cost.note(1, 2, 1.3));
-        assert!((cost.seconds_behind(1, 2) - 1.3).abs() < 0.01 && cost.seconds(2) == 1.2, "{cost:?}");
+        assert!(
+            (cost.seconds_behind(1, 2) - 1.3).abs() < 0.01 && cost.seconds(2) == 1.2,
+            "{cost:?}"
+        );
     }
 }

@@ -1,9 +1,9 @@
 //! Heads on a device: what they are asked, and what comes back of it, in one queue and one copy.
 //!
-//! The usual way is [`DeviceHeads::verify`]: right behind a forward pass, whose logits and hidden states are used where they
-//! are, it chooses every row's token, walks down the trees, and computes the heads for the next step behind what was accepted.
-//! Tokens come back, and candidates with their probabilities. Where the host chose a token, its copy of the hidden state is
-//! drafted from.
+//! The usual way is [`DeviceHeads::verify`]: right behind a forward pass, whose logits and hidden
+//! states are used where they are, it chooses every row's token, walks down the trees, and computes
+//! the heads for the next step behind what was accepted. Tokens come back, and candidates with
+//! their probabilities. Where the host chose a token, its copy of the hidden state is drafted from.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -14,7 +14,8 @@ use super::heads::{HeadNets, Heads};
 use super::medusa::{WIDTH, pick};
 use super::{Draft, Origin, Tree, Worth};
 use crate::gpu::kernels::{
-    self, Finish, Input, MOST_CANDIDATES, N_BINS, NextPaths, Paths, Reliability, RowRule, Rows, Span, Verification,
+    self, Finish, Input, MOST_CANDIDATES, N_BINS, NextPaths, Paths, Reliability, RowRule, Rows,
+    Span, Verification,
 };
 use crate::gpu::weights::{Matrices, Precision, Table};
 use crate::gpu::{Buffer, Device, GpuError, Slice, SliceMut};
@@ -57,7 +58,8 @@ struct Nets {
 }
 
 enum Kind {
-    /// Blocks of all heads, one after the other, and the output matrices: one for all, or one for each.
+    /// Blocks of all heads, one after the other, and the output matrices: one for all, or one for
+    /// each.
     Plain { blocks: Vec<(Matrices, Option<Buffer<f32>>)>, outputs: Matrices },
     /// Heads by depth, the output matrix they share, and the tokens' embeddings.
     Conditioned { steps: Vec<Step>, output: Matrices, embeddings: Table },
@@ -94,7 +96,8 @@ struct Scratch {
 /// The rows of a forward pass, for verification.
 #[derive(Clone, Copy)]
 pub struct Ask<'a> {
-    /// How each row's token is chosen, where its logits are among the pass's outputs, and where it stands in its tree.
+    /// How each row's token is chosen, where its logits are among the pass's outputs, and where it
+    /// stands in its tree.
     pub rules: &'a [RowRule],
     /// The rows of each sequence.
     pub spans: &'a [Span],
@@ -110,8 +113,14 @@ impl DeviceHeads {
     /// Copies heads to the device, and of the model's matrices what they need.
     ///
     /// # Errors
-    /// When the model's matrices cannot be read, the device has no memory, or heads have unlike shapes.
-    pub fn new(device: Rc<dyn Device>, heads: Heads, model: &Model, precision: Precision) -> Result<Self, LlamaError> {
+    /// When the model's matrices cannot be read, the device has no memory, or heads have unlike
+    /// shapes.
+    pub fn new(
+        device: Rc<dyn Device>,
+        heads: Heads,
+        model: &Model,
+        precision: Precision,
+    ) -> Result<Self, LlamaError> {
         let map = heads.token_map.as_deref();
         let shared = || pick(&model.output_rows()?, map);
         let (kind, n_heads, width) = match heads.nets {
@@ -125,7 +134,11 @@ impl DeviceHeads {
                 let output = weights.output.clone().map_or_else(shared, Ok)?;
                 let embeddings = model.embedding_rows()?.matrix()?;
                 let width = weights.steps.first().map_or(0, |s| s.b.len());
-                (Kind::conditioned(&device, &weights, &output, &embeddings, precision), weights.steps.len(), width)
+                (
+                    Kind::conditioned(&device, &weights, &output, &embeddings, precision),
+                    weights.steps.len(),
+                    width,
+                )
             }
         };
         let finish = || -> Result<Self, GpuError> {
@@ -133,7 +146,8 @@ impl DeviceHeads {
             let n_draft_vocab = match &kind {
                 Kind::Plain { outputs: m, .. } | Kind::Conditioned { output: m, .. } => m.n_out(),
             };
-            let token_map = map.map(|m| Buffer::from_host(&device, &m.iter().map(|t| t.0).collect::<Vec<_>>()));
+            let token_map =
+                map.map(|m| Buffer::from_host(&device, &m.iter().map(|t| t.0).collect::<Vec<_>>()));
             let nets = Nets {
                 kind,
                 n_heads,
@@ -170,9 +184,10 @@ impl DeviceHeads {
         self.n_verified
     }
 
-    /// Chooses the token behind each row of a pass whose `logits` and `hidden` states of the output rows are on the device, and
-    /// drafts behind the last accepted rows if that is asked for. Returns by row the token chosen, -1 for rows of sequences
-    /// whose tokens the host chooses. Waits once.
+    /// Chooses the token behind each row of a pass whose `logits` and `hidden` states of the output
+    /// rows are on the device, and drafts behind the last accepted rows if that is asked for.
+    /// Returns by row the token chosen, -1 for rows of sequences whose tokens the host chooses.
+    /// Waits once.
     ///
     /// # Errors
     /// [`GpuError`]; then nothing is drafted.
@@ -191,11 +206,23 @@ impl DeviceHeads {
         }
         let device = &*self.device;
         let (chosen, offers) = self.mail.slice_mut().split_at(n_rows);
-        kernels::verify(device, logits, n_vocab, ask.rules, ask.spans, &mut self.verification, chosen)?;
+        kernels::verify(
+            device,
+            logits,
+            n_vocab,
+            ask.rules,
+            ask.spans,
+            &mut self.verification,
+            chosen,
+        )?;
         let mut n_words = n_rows;
         if let Some(calibration) = ask.draft {
             self.scratch.tell(&self.nets, calibration, ask.trust)?;
-            let hidden = Rows { values: hidden, index: Some(self.verification.last.slice().first(n)), by_net: false };
+            let hidden = Rows {
+                values: hidden,
+                index: Some(self.verification.last.slice().first(n)),
+                by_net: false,
+            };
             let start = Start { hidden, roots: self.verification.roots.slice().first(n), n };
             n_words += self.nets.queue(device, start, &mut self.scratch, offers)?;
         }
@@ -203,7 +230,8 @@ impl DeviceHeads {
         let (chosen, offers) = self.words[..n_words].split_at(n_rows);
         self.n_verified += chosen.iter().filter(|&&token| token >= 0).count() as u64;
         if ask.draft.is_some() {
-            let roots: Vec<Token> = ask.spans.iter().map(|&span| next_root(ask.rules, span, chosen)).collect();
+            let roots: Vec<Token> =
+                ask.spans.iter().map(|&span| next_root(ask.rules, span, chosen)).collect();
             self.drafted = self.nets.read(offers, &roots);
             self.ready.extend(ask.seqs.iter().copied().zip(roots));
         }
@@ -211,16 +239,22 @@ impl DeviceHeads {
     }
 
     /// Drafts from the host's hidden states.
-    fn draft_from_host(&mut self, origins: &[Origin<'_>], calibration: &Calibration) -> Result<Drafted, GpuError> {
+    fn draft_from_host(
+        &mut self,
+        origins: &[Origin<'_>],
+        calibration: &Calibration,
+    ) -> Result<Drafted, GpuError> {
         let hidden: Vec<f32> = origins.iter().flat_map(|o| o.hidden).copied().collect();
         let roots: Vec<Token> = origins.iter().map(|o| o.root).collect();
         let trust: Vec<f32> = origins.iter().map(|o| o.trust).collect();
         self.scratch.tell(&self.nets, calibration, &trust)?;
         let hidden = Buffer::from_host(&self.device, &hidden)?;
-        let on_device = Buffer::from_host(&self.device, &roots.iter().map(|t| t.0).collect::<Vec<_>>())?;
+        let on_device =
+            Buffer::from_host(&self.device, &roots.iter().map(|t| t.0).collect::<Vec<_>>())?;
         let rows = Rows { values: hidden.slice(), index: None, by_net: false };
         let start = Start { hidden: rows, roots: on_device.slice(), n: origins.len() };
-        let n_words = self.nets.queue(&*self.device, start, &mut self.scratch, self.mail.slice_mut())?;
+        let n_words =
+            self.nets.queue(&*self.device, start, &mut self.scratch, self.mail.slice_mut())?;
         self.mail.download(&mut self.words[..n_words])?;
         Ok(self.nets.read(&self.words[..n_words], &roots))
     }
@@ -230,25 +264,41 @@ impl DeviceHeads {
 fn next_root(rules: &[RowRule], span: Span, chosen: &[i32]) -> Token {
     let rows = span.first as usize..(span.first + span.n) as usize;
     let mut at = rows.start;
-    while let Some(child) = rows.clone().find(|&r| rules[r].parent == at as i32 && rules[r].token == chosen[at]) {
+    while let Some(child) =
+        rows.clone().find(|&r| rules[r].parent == at as i32 && rules[r].token == chosen[at])
+    {
         at = child;
     }
     Token(chosen[at])
 }
 
 impl Kind {
-    fn plain(device: &Rc<dyn Device>, weights: &Weights, precision: Precision) -> Result<Self, GpuError> {
-        let unlike = || GpuError::Shape { kernel: "product", reason: "heads with no block, or unlike ones".into() };
+    fn plain(
+        device: &Rc<dyn Device>,
+        weights: &Weights,
+        precision: Precision,
+    ) -> Result<Self, GpuError> {
+        let unlike = || GpuError::Shape {
+            kernel: "product",
+            reason: "heads with no block, or unlike ones".into(),
+        };
         let n_blocks = weights.blocks.first().map_or(0, Vec::len);
         if n_blocks == 0 || weights.blocks.iter().any(|blocks| blocks.len() != n_blocks) {
             return Err(unlike());
         }
         let mut blocks = vec![];
         for l in 0..n_blocks {
-            let matrices: Vec<Vec<&Matrix>> = weights.blocks.iter().map(|head| vec![&head[l].weight]).collect();
-            let biases: Vec<f32> =
-                weights.blocks.iter().filter_map(|head| head[l].bias.as_deref()).flatten().copied().collect();
-            let bias = (!biases.is_empty()).then(|| Buffer::from_host(device, &biases)).transpose()?;
+            let matrices: Vec<Vec<&Matrix>> =
+                weights.blocks.iter().map(|head| vec![&head[l].weight]).collect();
+            let biases: Vec<f32> = weights
+                .blocks
+                .iter()
+                .filter_map(|head| head[l].bias.as_deref())
+                .flatten()
+                .copied()
+                .collect();
+            let bias =
+                (!biases.is_empty()).then(|| Buffer::from_host(device, &biases)).transpose()?;
             blocks.push((Matrices::new(device, &matrices, precision)?, bias));
         }
         let outputs: Vec<Vec<&Matrix>> = weights.outputs.iter().map(|m| vec![m]).collect();
@@ -286,7 +336,9 @@ impl Scratch {
         let floats = |len: usize| Buffer::zeros(device, len);
         let path = |_| Ok((Buffer::zeros(device, MOST_PATHS)?, Buffer::zeros(device, MOST_PATHS)?));
         Ok(Self {
-            states: (0..nets.n_steps()).map(|_| floats(n * nets.n_embd)).collect::<Result<_, _>>()?,
+            states: (0..nets.n_steps())
+                .map(|_| floats(n * nets.n_embd))
+                .collect::<Result<_, _>>()?,
             inner: floats(n * width)?,
             logits: floats(n * nets.n_draft_vocab)?,
             paths: (0..nets.n_heads).map(path).collect::<Result<_, GpuError>>()?,
@@ -295,9 +347,16 @@ impl Scratch {
         })
     }
 
-    /// Tells the device what is known of heads and sequences: each sequence's first path is its root.
-    fn tell(&mut self, nets: &Nets, calibration: &Calibration, trust: &[f32]) -> Result<(), GpuError> {
-        let ratios: Vec<f32> = (1..=nets.n_heads).flat_map(|depth| calibration.ratios(depth)).collect();
+    /// Tells the device what is known of heads and sequences: each sequence's first path is its
+    /// root.
+    fn tell(
+        &mut self,
+        nets: &Nets,
+        calibration: &Calibration,
+        trust: &[f32],
+    ) -> Result<(), GpuError> {
+        let ratios: Vec<f32> =
+            (1..=nets.n_heads).flat_map(|depth| calibration.ratios(depth)).collect();
         self.ratios.upload(0, &ratios)?;
         self.trust.upload(0, trust)?;
         let (q, origins) = &mut self.paths[0];
@@ -328,12 +387,16 @@ impl Nets {
         n * self.most_rows() * (2 + 2 * self.k)
     }
 
-    /// Paths that the head at `depth` goes on from, where there are `n_before` above; at the first, the sequences.
+    /// Paths that the head at `depth` goes on from, where there are `n_before` above; at the first,
+    /// the sequences.
     fn n_paths(&self, depth: usize, n_sequences: usize, n_before: usize) -> usize {
         if depth == 0 {
             return n_sequences;
         }
-        (2 * n_sequences).clamp(LEAST_PATHS, MOST_PATHS).min(n_before * self.k).min(MOST_CANDIDATES / self.k)
+        (2 * n_sequences)
+            .clamp(LEAST_PATHS, MOST_PATHS)
+            .min(n_before * self.k)
+            .min(MOST_CANDIDATES / self.k)
     }
 
     /// Queues the heads; what they offer goes to `out`. Returns how much of it that takes.
@@ -345,7 +408,9 @@ impl Nets {
         out: SliceMut<'_, i32>,
     ) -> Result<usize, GpuError> {
         match &self.kind {
-            Kind::Plain { blocks, outputs } => self.queue_plain(device, blocks, outputs, start, scratch, out),
+            Kind::Plain { blocks, outputs } => {
+                self.queue_plain(device, blocks, outputs, start, scratch, out)
+            }
             Kind::Conditioned { steps, output, embeddings } => {
                 self.queue_conditioned(device, steps, output, embeddings, start, scratch, out)
             }
@@ -369,12 +434,20 @@ impl Nets {
                 Rows { values, index: None, by_net: true }
             });
             let bias = bias.as_ref().map(Buffer::slice);
-            let input = Input { x, table: None, n_rows: n, bias, residual: Some(x), finish: Finish::SiluResidual };
+            let input = Input {
+                x,
+                table: None,
+                n_rows: n,
+                bias,
+                residual: Some(x),
+                finish: Finish::SiluResidual,
+            };
             kernels::product(device, weights, input, to[0].slice_mut())?;
         }
         // One matrix for all: one product over the rows of all heads.
         let by_net = outputs.n_nets() > 1;
-        let states = scratch.states.last().expect("there is a block").slice().first(n_all * self.n_embd);
+        let states =
+            scratch.states.last().expect("there is a block").slice().first(n_all * self.n_embd);
         let input = Input {
             x: Rows { values: states, index: None, by_net },
             table: None,
@@ -458,7 +531,8 @@ impl Nets {
                 trust: scratch.trust.slice().first(start.n),
             };
             let (q, origins) = &mut next[0];
-            let (q, origins) = (q.slice_mut().split_at(n_next).0, origins.slice_mut().split_at(n_next).0);
+            let (q, origins) =
+                (q.slice_mut().split_at(n_next).0, origins.slice_mut().split_at(n_next).0);
             let mut room = NextPaths { q, origins, parents, tokens: next_tokens };
             kernels::choose_paths(device, offered, reliability, &mut room)?;
             n_words += 2 * n_next;
@@ -492,7 +566,11 @@ impl Nets {
         let offers = |words: &[i32]| -> Vec<Vec<Offered>> {
             let (tokens, p) = words.split_at(words.len() / 2);
             let pair = |(&t, &p): (&i32, &i32)| (Token(t), f32::from_bits(p as u32));
-            tokens.chunks(self.k).zip(p.chunks(self.k)).map(|(t, p)| t.iter().zip(p).map(pair).collect()).collect()
+            tokens
+                .chunks(self.k)
+                .zip(p.chunks(self.k))
+                .map(|(t, p)| t.iter().zip(p).map(pair).collect())
+                .collect()
         };
         if matches!(self.kind, Kind::Plain { .. }) {
             let all = offers(take(2 * self.n_heads * roots.len() * self.k));
@@ -505,7 +583,11 @@ impl Nets {
                 roots.iter().copied().enumerate().collect()
             } else {
                 let (parents, tokens) = take(2 * n).split_at(n);
-                parents.iter().zip(tokens).map(|(&parent, &token)| (parent as usize, Token(token))).collect()
+                parents
+                    .iter()
+                    .zip(tokens)
+                    .map(|(&parent, &token)| (parent as usize, Token(token)))
+                    .collect()
             };
             let best = offers(take(2 * n * self.k));
             let offer = |((parent, token), best)| PathOffer { parent, token, best };
@@ -542,7 +624,8 @@ impl Default for Drafted {
 }
 
 impl Drafted {
-    /// Fills the trees of some origins: each with its place among the sequences that were drafted for.
+    /// Fills the trees of some origins: each with its place among the sequences that were drafted
+    /// for.
     fn fill(
         &self,
         places: &[(usize, usize)],
@@ -555,11 +638,14 @@ impl Drafted {
             Self::Levels(levels) => {
                 for &(origin, place) in places {
                     let o = &origins[origin];
-                    let own: Vec<Vec<Offered>> = levels.iter().take(o.max_depth).map(|l| l[place].clone()).collect();
+                    let own: Vec<Vec<Offered>> =
+                        levels.iter().take(o.max_depth).map(|l| l[place].clone()).collect();
                     trees[origin].fill(&own, calibration, o.trust, n_nodes);
                 }
             }
-            Self::Paths(depths) => plant(&candidates(depths, places, origins, calibration), n_nodes, trees),
+            Self::Paths(depths) => {
+                plant(&candidates(depths, places, origins, calibration), n_nodes, trees)
+            }
         }
     }
 }
@@ -578,7 +664,10 @@ fn candidates(
         let mut here = vec![None; paths.len()];
         for (path, offer) in paths.iter().enumerate() {
             let (origin, parent) = if depth == 0 {
-                let Some(&(origin, _)) = places.iter().find(|(_, place)| *place == offer.parent) else { continue };
+                let Some(&(origin, _)) = places.iter().find(|(_, place)| *place == offer.parent)
+                else {
+                    continue;
+                };
                 (origin, None)
             } else {
                 let Some((origin, first)) = above[offer.parent] else { continue };
@@ -594,7 +683,8 @@ fn candidates(
             let q = parent.map_or(1.0, |node: usize| nodes[node].q);
             let mut above = q;
             for (rank, &(token, p)) in offer.best.iter().enumerate() {
-                // A calibrated sibling may come out above a better one; the order must hold all the same.
+                // A calibrated sibling may come out above a better one; the order must hold all the
+                // same.
                 above = (q * calibration.estimate(depth + 1, rank, p, o.trust)).min(above);
                 nodes.push(Candidate { origin, parent, token, p, q: above, state: 0 });
             }
@@ -612,7 +702,13 @@ impl Draft for DeviceDraft {
         self.0.borrow().n_heads()
     }
 
-    fn draft(&mut self, origins: &[Origin<'_>], worth: Worth, calibration: &Calibration, trees: &mut [Tree]) {
+    fn draft(
+        &mut self,
+        origins: &[Origin<'_>],
+        worth: Worth,
+        calibration: &Calibration,
+        trees: &mut [Tree],
+    ) {
         trees.iter_mut().for_each(Tree::clear);
         let mut heads = self.0.borrow_mut();
         let (mut ready, mut others) = (vec![], vec![]);
@@ -630,10 +726,13 @@ impl Draft for DeviceDraft {
         let theirs: Vec<Origin<'_>> = others.iter().map(|&i| origins[i]).collect();
         match heads.draft_from_host(&theirs, calibration) {
             Ok(drafted) => {
-                let places: Vec<_> = others.into_iter().enumerate().map(|(place, i)| (i, place)).collect();
+                let places: Vec<_> =
+                    others.into_iter().enumerate().map(|(place, i)| (i, place)).collect();
                 drafted.fill(&places, origins, worth.n_nodes, calibration, trees);
             }
-            Err(error) => tracing::error!(%error, "heads could not be computed; this step goes without their drafts"),
+            Err(error) => {
+                tracing::error!(%error, "heads could not be computed; this step goes without their drafts")
+            }
         }
     }
 }

@@ -1,5 +1,6 @@
-//! Head files: which layout a folder holds, and that its tensors fit the model. Nothing in a file is trusted: heads are
-//! counted from the keys, since published configurations are often wrong, and every shape is checked.
+//! Head files: which layout a folder holds, and that its tensors fit the model. Nothing in a file
+//! is trusted: heads are counted from the keys, since published configurations are often wrong, and
+//! every shape is checked.
 //!
 //! | layout | keys |
 //! |---|---|
@@ -9,9 +10,10 @@
 //! | vLLM | `blocks.{h}.layers.{l}.weight`, perhaps `.bias`; `lm_heads.{h}.weight` |
 //! | conditioned | `{h}.w`, `{h}.u`, `{h}.v`, `{h}.b`: ours, see [`PathWeights`]; the model's output matrix serves all heads |
 //!
-//! Files are safetensors, or for v1 and v2 PyTorch's own (see `pickle`). In ours a matrix may be I8 with `{key}.scale`, what each
-//! row is multiplied by. Each layout may carry `token_map`, the vocabulary ids of the output rows, where heads know only the most
-//! frequent tokens, and ours `token_counts` beside it: how often each was met, never more often than the one before.
+//! Files are safetensors, or for v1 and v2 PyTorch's own (see `pickle`). In ours a matrix may be I8
+//! with `{key}.scale`, what each row is multiplied by. Each layout may carry `token_map`, the
+//! vocabulary ids of the output rows, where heads know only the most frequent tokens, and ours
+//! `token_counts` beside it: how often each was met, never more often than the one before.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -97,7 +99,11 @@ impl Heads {
     pub fn load(folder: &Path, shape: Shape, n_heads: usize) -> Result<Self, HeadsError> {
         let file = FILES.iter().map(|name| folder.join(name)).find(|path| path.is_file());
         let file = file.ok_or_else(|| HeadsError::NotFound(folder.to_owned()))?;
-        let shards = if file.extension() == Some("json".as_ref()) { shards(&file)? } else { vec![file.clone()] };
+        let shards = if file.extension() == Some("json".as_ref()) {
+            shards(&file)?
+        } else {
+            vec![file.clone()]
+        };
         let mut tensors = Tensors { file, map: BTreeMap::new() };
         for shard in &shards {
             tensors.read(shard)?;
@@ -112,11 +118,15 @@ fn shards(index: &Path) -> Result<Vec<PathBuf>, HeadsError> {
     let text = std::fs::read_to_string(index).map_err(|e| fail(e.to_string()))?;
     let value: serde_json::Value = serde_json::from_str(&text).map_err(|e| fail(e.to_string()))?;
     let map = value["weight_map"].as_object().ok_or_else(|| fail("no weight_map".into()))?;
-    let mut names: Vec<&str> =
-        map.iter().filter(|(key, _)| key.starts_with(FULL_MODEL)).filter_map(|(_, file)| file.as_str()).collect();
+    let mut names: Vec<&str> = map
+        .iter()
+        .filter(|(key, _)| key.starts_with(FULL_MODEL))
+        .filter_map(|(_, file)| file.as_str())
+        .collect();
     names.sort_unstable();
     names.dedup();
-    if let Some(name) = names.iter().find(|name| Path::new(name).file_name() != Some(name.as_ref())) {
+    if let Some(name) = names.iter().find(|name| Path::new(name).file_name() != Some(name.as_ref()))
+    {
         return Err(fail(format!("{name} is not the name of a file in this folder")));
     }
     if names.is_empty() {
@@ -143,12 +153,17 @@ impl Tensors {
             return self.read_pickle(path);
         }
         let bytes = std::fs::read(path).map_err(|e| fail(e.to_string()))?;
-        let file = SafeTensors::deserialize(&bytes).map_err(|e| fail(format!("not a whole safetensors file: {e}")))?;
+        let file = SafeTensors::deserialize(&bytes)
+            .map_err(|e| fail(format!("not a whole safetensors file: {e}")))?;
         let full = file.names().iter().any(|name| name.starts_with(FULL_MODEL));
         for (name, view) in file.tensors() {
             let key = if full { name.strip_prefix(FULL_MODEL) } else { Some(name.as_str()) };
             let Some(key) = key else { continue };
-            let refuse = |reason: String| HeadsError::Tensor { path: path.to_owned(), key: name.clone(), reason };
+            let refuse = |reason: String| HeadsError::Tensor {
+                path: path.to_owned(),
+                key: name.clone(),
+                reason,
+            };
             let values = floats(view.dtype(), view.data()).map_err(refuse)?;
             self.insert(path, &name, key, view.shape().to_vec(), values)?;
         }
@@ -161,13 +176,26 @@ impl Tensors {
             Some(key) => HeadsError::Tensor { path: path.to_owned(), key, reason },
             None => HeadsError::File { path: path.to_owned(), reason },
         })?;
-        tensors.into_iter().try_for_each(|(name, shape, values)| self.insert(path, &name, &name, shape, values))
+        tensors
+            .into_iter()
+            .try_for_each(|(name, shape, values)| self.insert(path, &name, &name, shape, values))
     }
 
     /// Takes a tensor in that a file calls `name`.
-    fn insert(&mut self, path: &Path, name: &str, key: &str, shape: Vec<usize>, values: Vec<f32>) -> Result<(), HeadsError> {
+    fn insert(
+        &mut self,
+        path: &Path,
+        name: &str,
+        key: &str,
+        shape: Vec<usize>,
+        values: Vec<f32>,
+    ) -> Result<(), HeadsError> {
         if let Some(bad) = values.iter().find(|v| !v.is_finite()) {
-            return Err(HeadsError::Tensor { path: path.to_owned(), key: name.to_owned(), reason: format!("holds {bad}") });
+            return Err(HeadsError::Tensor {
+                path: path.to_owned(),
+                key: name.to_owned(),
+                reason: format!("holds {bad}"),
+            });
         }
         self.map.insert(key.to_owned(), (shape, values));
         Ok(())
@@ -182,7 +210,12 @@ impl Tensors {
     }
 
     /// Takes a matrix out; `n_out` of `None` may be any.
-    fn matrix(&mut self, key: &str, n_out: Option<usize>, n_in: usize) -> Result<Matrix, HeadsError> {
+    fn matrix(
+        &mut self,
+        key: &str,
+        n_out: Option<usize>,
+        n_in: usize,
+    ) -> Result<Matrix, HeadsError> {
         let (shape, values) = self.map.remove(key).ok_or_else(|| self.error(key, "is missing"))?;
         match shape[..] {
             [rows, columns] if columns == n_in && rows > 0 && n_out.is_none_or(|n| n == rows) => {
@@ -190,7 +223,10 @@ impl Tensors {
             }
             _ => {
                 let rows = n_out.map_or("any".to_owned(), |n| n.to_string());
-                Err(self.error(key, format!("its shape is {shape:?}; this model needs [{rows}, {n_in}]")))
+                Err(self.error(
+                    key,
+                    format!("its shape is {shape:?}; this model needs [{rows}, {n_in}]"),
+                ))
             }
         }
     }
@@ -213,13 +249,21 @@ impl Tensors {
         }
         let n_out = token_map.as_ref().map_or(shape.n_vocab, Vec::len);
         let vllm = self.map.keys().any(|key| key.starts_with("blocks."));
-        let name = |h: usize, l: usize| if vllm { format!("blocks.{h}.layers.{l}") } else { format!("{h}.{l}.linear") };
-        let n_found = (0..MAX_HEADS).take_while(|&h| self.has(&format!("{}.weight", name(h, 0)))).count();
+        let name = |h: usize, l: usize| {
+            if vllm { format!("blocks.{h}.layers.{l}") } else { format!("{h}.{l}.linear") }
+        };
+        let n_found =
+            (0..MAX_HEADS).take_while(|&h| self.has(&format!("{}.weight", name(h, 0)))).count();
         if n_found == 0 {
-            return Err(self.error(&format!("{}.weight", name(0, 0)), "is missing: there is no head"));
+            return Err(
+                self.error(&format!("{}.weight", name(0, 0)), "is missing: there is no head")
+            );
         }
-        let n_blocks = (0..MAX_HEADS).take_while(|&l| self.has(&format!("{}.weight", name(0, l)))).count();
-        let output = |h: usize| if vllm { format!("lm_heads.{h}.weight") } else { format!("{h}.{n_blocks}.weight") };
+        let n_blocks =
+            (0..MAX_HEADS).take_while(|&l| self.has(&format!("{}.weight", name(0, l)))).count();
+        let output = |h: usize| {
+            if vllm { format!("lm_heads.{h}.weight") } else { format!("{h}.{n_blocks}.weight") }
+        };
         let own_outputs = vllm || self.has(&output(0));
         let biases = !vllm || self.has(&format!("{}.bias", name(0, 0)));
 
@@ -227,8 +271,14 @@ impl Tensors {
         for h in 0..n_found {
             let mut of_head = vec![];
             for l in 0..n_blocks {
-                let weight = self.matrix(&format!("{}.weight", name(h, l)), Some(shape.n_embd), shape.n_embd)?;
-                let bias = biases.then(|| self.vector(&format!("{}.bias", name(h, l)), shape.n_embd)).transpose()?;
+                let weight = self.matrix(
+                    &format!("{}.weight", name(h, l)),
+                    Some(shape.n_embd),
+                    shape.n_embd,
+                )?;
+                let bias = biases
+                    .then(|| self.vector(&format!("{}.bias", name(h, l)), shape.n_embd))
+                    .transpose()?;
                 of_head.push(Block { weight, bias });
             }
             blocks.push(of_head);
@@ -273,16 +323,21 @@ impl Tensors {
     /// Multiplies the rows of matrices by their scales.
     fn apply_scales(&mut self) -> Result<(), HeadsError> {
         let suffix = ".scale";
-        let keys: Vec<String> = self.map.keys().filter(|key| key.ends_with(suffix)).cloned().collect();
+        let keys: Vec<String> =
+            self.map.keys().filter(|key| key.ends_with(suffix)).cloned().collect();
         for key in keys {
             let of = key.trim_end_matches(suffix);
             let n_rows = self.map.get(of).and_then(|(shape, _)| shape.first().copied());
-            let n_rows =
-                n_rows.filter(|&n| n > 0).ok_or_else(|| self.error(&key, format!("scales {of}, which is missing")))?;
+            let n_rows = n_rows
+                .filter(|&n| n > 0)
+                .ok_or_else(|| self.error(&key, format!("scales {of}, which is missing")))?;
             let scales = self.vector(&key, n_rows)?;
             let (_, values) = self.map.get_mut(of).expect("it was just there");
             let n_in = values.len() / n_rows;
-            values.chunks_mut(n_in.max(1)).zip(scales).for_each(|(row, s)| row.iter_mut().for_each(|v| *v *= s));
+            values
+                .chunks_mut(n_in.max(1))
+                .zip(scales)
+                .for_each(|(row, s)| row.iter_mut().for_each(|v| *v *= s));
         }
         Ok(())
     }
@@ -294,7 +349,9 @@ impl Tensors {
         }
         let counts = self.vector(key, n)?;
         if counts[0] <= 0.0 || counts[n - 1] < 0.0 || !counts.is_sorted_by(|a, b| a >= b) {
-            return Err(self.error(key, "must descend from a number above zero, and none may be below it"));
+            return Err(
+                self.error(key, "must descend from a number above zero, and none may be below it")
+            );
         }
         Ok(Some(counts.into_iter().map(f64::from).collect()))
     }
@@ -303,11 +360,17 @@ impl Tensors {
         let key = "token_map";
         let Some((shape, values)) = self.map.remove(key) else { return Ok(None) };
         if shape.len() != 1 || values.is_empty() {
-            return Err(self.error(key, format!("its shape is {shape:?}; it must be a list of tokens")));
+            return Err(
+                self.error(key, format!("its shape is {shape:?}; it must be a list of tokens"))
+            );
         }
-        let id = |v: &f32| (v.fract() == 0.0 && (0.0..n_vocab as f32).contains(v)).then_some(Token(*v as i32));
+        let id = |v: &f32| {
+            (v.fract() == 0.0 && (0.0..n_vocab as f32).contains(v)).then_some(Token(*v as i32))
+        };
         let tokens: Option<Vec<Token>> = values.iter().map(id).collect();
-        let tokens = tokens.ok_or_else(|| self.error(key, format!("holds something else than tokens below {n_vocab}")))?;
+        let tokens = tokens.ok_or_else(|| {
+            self.error(key, format!("holds something else than tokens below {n_vocab}"))
+        })?;
         let mut once = tokens.clone();
         once.sort_unstable();
         once.dedup();
@@ -322,12 +385,25 @@ impl Tensors {
 fn floats(dtype: Dtype, bytes: &[u8]) -> Result<Vec<f32>, String> {
     Ok(match dtype {
         Dtype::F32 => bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
-        Dtype::F16 => bytes.as_chunks::<2>().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()).collect(),
-        Dtype::BF16 => bytes.as_chunks::<2>().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect(),
-        Dtype::I64 => bytes.as_chunks::<8>().0.iter().map(|b| i64::from_le_bytes(*b) as f32).collect(),
+        Dtype::F16 => {
+            bytes.as_chunks::<2>().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()).collect()
+        }
+        Dtype::BF16 => bytes
+            .as_chunks::<2>()
+            .0
+            .iter()
+            .map(|b| half::bf16::from_le_bytes(*b).to_f32())
+            .collect(),
+        Dtype::I64 => {
+            bytes.as_chunks::<8>().0.iter().map(|b| i64::from_le_bytes(*b) as f32).collect()
+        }
         Dtype::I8 => bytes.iter().map(|&b| f32::from(b.cast_signed())).collect(),
-        Dtype::U32 => bytes.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b) as f32).collect(),
-        Dtype::I32 => bytes.as_chunks::<4>().0.iter().map(|b| i32::from_le_bytes(*b) as f32).collect(),
+        Dtype::U32 => {
+            bytes.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b) as f32).collect()
+        }
+        Dtype::I32 => {
+            bytes.as_chunks::<4>().0.iter().map(|b| i32::from_le_bytes(*b) as f32).collect()
+        }
         other => return Err(format!("is of type {other:?}; F32, F16 and BF16 can be read")),
     })
 }

@@ -1,7 +1,9 @@
-//! Medusa heads: head `h` foretells the token `h + 2` places behind the hidden state, whatever stands between. Since the
-//! token right behind it, the root, is known, head 0 is about the root's children.
+//! Medusa heads: head `h` foretells the token `h + 2` places behind the hidden state, whatever
+//! stands between. Since the token right behind it, the root, is known, head 0 is about the root's
+//! children.
 //!
-//! T. Cai et al., "Medusa: Simple LLM Inference Acceleration Framework with Multiple Decoding Heads" (2024).
+//! T. Cai et al., "Medusa: Simple LLM Inference Acceleration Framework with Multiple Decoding
+//! Heads" (2024).
 
 use super::calibration::Calibration;
 use super::{Draft, Origin, Tree, Worth};
@@ -50,7 +52,13 @@ impl Draft for Medusa {
         self.net.n_nets()
     }
 
-    fn draft(&mut self, origins: &[Origin<'_>], worth: Worth, calibration: &Calibration, trees: &mut [Tree]) {
+    fn draft(
+        &mut self,
+        origins: &[Origin<'_>],
+        worth: Worth,
+        calibration: &Calibration,
+        trees: &mut [Tree],
+    ) {
         trees.iter_mut().for_each(Tree::clear);
         self.input.clear();
         let wanted: Vec<usize> = (0..origins.len()).filter(|&i| origins[i].max_depth > 0).collect();

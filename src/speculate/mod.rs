@@ -1,11 +1,13 @@
 //! Drafting: what may follow, and how much of it to verify. Pure but for the heads' files.
 //!
-//! Each step, every decoding sequence has a root (its last token, chosen but not computed) and the hidden state of the token
-//! before it. Heads, as a [`Draft`], make a [`Tree`] of candidates of that; [`text`] adds what followed where the last tokens
-//! stood before. [`policy`] cuts the trees of all sequences to the nodes that pay, by the measured [`cost`] of rows and by how
-//! often candidates of their kind are right, which is counted ([`calibration`] for heads, [`text`] for its own). The engine
-//! computes root and nodes in one pass and walks down each tree by the model's own choices: what it accepts is what it would
-//! have generated anyway, so speculation changes the pace of a text and never the text.
+//! Each step, every decoding sequence has a root (its last token, chosen but not computed) and the
+//! hidden state of the token before it. Heads, as a [`Draft`], make a [`Tree`] of candidates of
+//! that; [`text`] adds what followed where the last tokens stood before. [`policy`] cuts the trees
+//! of all sequences to the nodes that pay, by the measured [`cost`] of rows and by how often
+//! candidates of their kind are right, which is counted ([`calibration`] for heads, [`text`] for
+//! its own). The engine computes root and nodes in one pass and walks down each tree by the model's
+//! own choices: what it accepts is what it would have generated anyway, so speculation changes the
+//! pace of a text and never the text.
 
 pub mod calibration;
 pub mod conditioned;
@@ -56,20 +58,39 @@ pub trait Draft {
     /// Most tokens that a path behind the root can have.
     fn n_heads(&self) -> usize;
     /// Fills `trees[i]` with candidates behind `origins[i]`, best first, within `worth`.
-    fn draft(&mut self, origins: &[Origin<'_>], worth: Worth, calibration: &Calibration, trees: &mut [Tree]);
+    fn draft(
+        &mut self,
+        origins: &[Origin<'_>],
+        worth: Worth,
+        calibration: &Calibration,
+        trees: &mut [Tree],
+    );
 }
 
 /// Makes ready what heads need of their model to draft.
 ///
 /// # Errors
 /// When the model's matrices cannot be read, or there is no memory.
-pub fn drafter(heads: Heads, model: &Model, n_threads: usize) -> Result<Box<dyn Draft>, LlamaError> {
+pub fn drafter(
+    heads: Heads,
+    model: &Model,
+    n_threads: usize,
+) -> Result<Box<dyn Draft>, LlamaError> {
     let output = model.output_rows()?;
     Ok(match heads.nets {
-        HeadNets::Plain(weights) => Box::new(Medusa::new(weights, heads.token_map, &output, n_threads)?),
+        HeadNets::Plain(weights) => {
+            Box::new(Medusa::new(weights, heads.token_map, &output, n_threads)?)
+        }
         HeadNets::Conditioned(weights) => {
             let embeddings = model.embedding_rows()?;
-            Box::new(Conditioned::new(&weights, heads.token_map, heads.token_counts, &output, embeddings, n_threads)?)
+            Box::new(Conditioned::new(
+                &weights,
+                heads.token_map,
+                heads.token_counts,
+                &output,
+                embeddings,
+                n_threads,
+            )?)
         }
     })
 }

@@ -1,5 +1,6 @@
-//! PyTorch's own files: a zip archive with a pickle, which is a program, and the tensors' bytes. candle reads the pickle and
-//! runs nothing of it; what is no tensor is refused by its name. What a file claims is checked against its size before it is read.
+//! PyTorch's own files: a zip archive with a pickle, which is a program, and the tensors' bytes.
+//! candle reads the pickle and runs nothing of it; what is no tensor is refused by its name. What a
+//! file claims is checked against its size before it is read.
 
 use std::fs::File;
 use std::io::BufReader;
@@ -21,8 +22,9 @@ pub fn read(path: &Path) -> Result<Vec<Named>, (Option<String>, String)> {
     let whole = |reason: String| (None, reason);
     let n_bytes = std::fs::metadata(path).map_err(|e| whole(e.to_string()))?.len();
     let file = guarded(|| PthTensors::new(path, None));
-    let file =
-        file.map_err(|reason| whole(format!("not a file that torch.save wrote, or not of tensors only: {reason}")))?;
+    let file = file.map_err(|reason| {
+        whole(format!("not a file that torch.save wrote, or not of tensors only: {reason}"))
+    })?;
     let entries = guarded(|| entries(path)).map_err(whole)?;
     if let Some(name) = entries.into_iter().find(|name| !file.tensor_infos().contains_key(name)) {
         return Err((Some(name), "is no tensor, or one of a kind that is not supported".into()));
@@ -32,15 +34,23 @@ pub fn read(path: &Path) -> Result<Vec<Named>, (Option<String>, String)> {
     for (name, info) in file.tensor_infos() {
         let fail = |reason: String| (Some(name.clone()), reason);
         let shape = info.layout.dims().to_vec();
-        let size = shape.iter().try_fold(info.dtype.size_in_bytes() as u64, |n, &d| n.checked_mul(d as u64));
+        let size = shape
+            .iter()
+            .try_fold(info.dtype.size_in_bytes() as u64, |n, &d| n.checked_mul(d as u64));
         left = size.and_then(|size| left.checked_sub(size)).ok_or_else(|| {
             fail(format!("its shape is {shape:?}: with those before more than the file's {n_bytes} bytes can hold"))
         })?;
         if info.layout.start_offset() != 0 {
-            return Err(fail("is a part of another tensor: save a copy of it, as `.clone()` makes".into()));
+            return Err(fail(
+                "is a part of another tensor: save a copy of it, as `.clone()` makes".into(),
+            ));
         }
         let read = || {
-            file.get(name)?.ok_or_else(|| Error::Msg("is missing".into()))?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
+            file.get(name)?
+                .ok_or_else(|| Error::Msg("is missing".into()))?
+                .to_dtype(DType::F32)?
+                .flatten_all()?
+                .to_vec1()
         };
         tensors.push((name.clone(), shape, guarded(read).map_err(fail)?));
     }
@@ -50,11 +60,15 @@ pub fn read(path: &Path) -> Result<Vec<Named>, (Option<String>, String)> {
 /// The names in the dictionary that a file holds, whatever they stand for.
 fn entries(path: &Path) -> Result<Vec<String>, Error> {
     let mut archive = ZipArchive::new(BufReader::new(File::open(path)?))?;
-    let name = archive.file_names().find_map(|name| name.ok().filter(|name| name.ends_with("data.pkl")).map(String::from));
+    let name = archive
+        .file_names()
+        .find_map(|name| name.ok().filter(|name| name.ends_with("data.pkl")).map(String::from));
     let name = name.ok_or_else(|| Error::Msg("no data.pkl".into()))?;
     let mut stack = Stack::empty();
     stack.read_loop(&mut BufReader::new(archive.by_name(&name)?))?;
-    let Object::Dict(entries) = stack.finalize()? else { return Err(Error::Msg("no dictionary of tensors".into())) };
+    let Object::Dict(entries) = stack.finalize()? else {
+        return Err(Error::Msg("no dictionary of tensors".into()));
+    };
     let text = |(key, _)| match key {
         Object::Unicode(name) => name,
         other => format!("{other:?}"),

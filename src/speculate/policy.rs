@@ -1,10 +1,11 @@
 //! How many candidates a step verifies: those that make tokens per second highest. Pure.
 //!
-//! With `S` sequences, `c(n)` the seconds of a step of `n` rows and `d` those that drafting took, a step that verifies a set
-//! of candidates gives `S + sum of their q` tokens in `c(rows + candidates) + d` seconds, and a little more if the step before
-//! had another number of rows. For each number of candidates the best set is the one with the highest `q`, over all sequences
-//! together, and because a parent's `q` is never below its child's, that set consists of whole trees. So one sort and one scan
-//! find the best step there is.
+//! With `S` sequences, `c(n)` the seconds of a step of `n` rows and `d` those that drafting took, a
+//! step that verifies a set of candidates gives `S + sum of their q` tokens in `c(rows +
+//! candidates) + d` seconds, and a little more if the step before had another number of rows. For
+//! each number of candidates the best set is the one with the highest `q`, over all sequences
+//! together, and because a parent's `q` is never below its child's, that set consists of whole
+//! trees. So one sort and one scan find the best step there is.
 
 use super::cost::Cost;
 use super::tree::Tree;
@@ -25,26 +26,39 @@ pub struct Step {
 }
 
 impl Step {
-    /// Seconds to give the decoding sequences what they get with `n` candidates. What a prompt's rows take is not counted, since
-    /// they must be computed in some step: a token is worth what it takes in a step without them.
+    /// Seconds to give the decoding sequences what they get with `n` candidates. What a prompt's
+    /// rows take is not counted, since they must be computed in some step: a token is worth what it
+    /// takes in a step without them.
     #[must_use]
     pub fn seconds(&self, cost: &Cost, n: usize) -> f64 {
         let n_rows = self.n_rows + n;
         if self.n_rows == self.n_decode {
             return cost.seconds_behind(self.n_before, n_rows) + self.draft_s;
         }
-        cost.seconds(self.n_decode) + cost.seconds(n_rows) - cost.seconds(self.n_rows) + self.draft_s
+        cost.seconds(self.n_decode) + cost.seconds(n_rows) - cost.seconds(self.n_rows)
+            + self.draft_s
     }
 }
 
 /// The most tokens per second that a step can give where candidates have these `q`.
 #[must_use]
-pub fn best_rate(q: impl Iterator<Item = f32>, step: Step, cost: &Cost, scratch: &mut Vec<f32>) -> f64 {
+pub fn best_rate(
+    q: impl Iterator<Item = f32>,
+    step: Step,
+    cost: &Cost,
+    scratch: &mut Vec<f32>,
+) -> f64 {
     best(q, step, cost, scratch).1
 }
 
-/// How many candidates give the most tokens per second, and how many those are. Leaves `q` in `sorted`, best first.
-fn best(q: impl Iterator<Item = f32>, step: Step, cost: &Cost, sorted: &mut Vec<f32>) -> (usize, f64) {
+/// How many candidates give the most tokens per second, and how many those are. Leaves `q` in
+/// `sorted`, best first.
+fn best(
+    q: impl Iterator<Item = f32>,
+    step: Step,
+    cost: &Cost,
+    sorted: &mut Vec<f32>,
+) -> (usize, f64) {
     sorted.clear();
     sorted.extend(q);
     sorted.sort_unstable_by(|a, b| b.total_cmp(a));
@@ -88,7 +102,8 @@ mod tests {
     use proptest::prelude::*;
 
     fn tree(probabilities: &[f32], n: usize) -> Tree {
-        let level: Vec<(Token, f32)> = (0..).zip(probabilities).map(|(t, &p)| (Token(t), p)).collect();
+        let level: Vec<(Token, f32)> =
+            (0..).zip(probabilities).map(|(t, &p)| (Token(t), p)).collect();
         let mut tree = Tree::default();
         tree.fill(&[level.clone(), level], &Calibration::exact(), 1.0, n);
         tree
@@ -123,7 +138,11 @@ mod tests {
         for (p, n) in [(0.15, 0), (0.25, 1)] {
             for n_prompt in [0, 40] {
                 let step = Step { n_rows: 1 + n_prompt, n_before: 1, ..step(1) };
-                assert_eq!(choose(&mut [tree(&[p], 1)], step, &cost, &mut vec![]), n, "{p} beside {n_prompt} rows");
+                assert_eq!(
+                    choose(&mut [tree(&[p], 1)], step, &cost, &mut vec![]),
+                    n,
+                    "{p} beside {n_prompt} rows"
+                );
             }
         }
     }
@@ -131,8 +150,13 @@ mod tests {
     #[test]
     fn as_many_rows_as_before_are_kept_for_a_candidate_more_or_less() {
         let cost = Cost::from_points(&[(1, 1.0), (64, 1.0 + 63.0 * 0.2)]).with_change(0.3);
-        let best = |n_before: usize, p: &[f32]| choose(&mut [tree(p, 3)], Step { n_before, ..step(1) }, &cost, &mut vec![]);
-        assert_eq!([best(1, &[0.4]), best(2, &[0.4]), best(2, &[0.05]), best(1, &[0.9])], [0, 1, 1, 2]);
+        let best = |n_before: usize, p: &[f32]| {
+            choose(&mut [tree(p, 3)], Step { n_before, ..step(1) }, &cost, &mut vec![])
+        };
+        assert_eq!(
+            [best(1, &[0.4]), best(2, &[0.4]), best(2, &[0.05]), best(1, &[0.9])],
+            [0, 1, 1, 2]
+        );
     }
 
     proptest! {

@@ -1,5 +1,5 @@
-//! Whether candidates are right as often as was said: what was foreseen of those that were verified, against what became of
-//! them. Pure.
+//! Whether candidates are right as often as was said: what was foreseen of those that were
+//! verified, against what became of them. Pure.
 
 use serde::Serialize;
 
@@ -61,14 +61,16 @@ impl Count {
 }
 
 impl Reliability {
-    /// Notes a verified candidate at `depth` (1: behind the root), which was foreseen to be accepted with probability `q`.
+    /// Notes a verified candidate at `depth` (1: behind the root), which was foreseen to be
+    /// accepted with probability `q`.
     pub fn note(&mut self, source: Source, depth: usize, q: f32, accepted: bool) {
         let range = ((q * N_RANGES as f32) as usize).min(N_RANGES - 1);
         let one = Count { n: 1, foreseen: f64::from(q), accepted: u64::from(accepted) };
         self.counts[source as usize][depth.clamp(1, N_DEPTHS) - 1][range].add(&one);
     }
 
-    /// Candidates of these sources and at this depth (all of them for `None`), by range of the foreseen probability.
+    /// Candidates of these sources and at this depth (all of them for `None`), by range of the
+    /// foreseen probability.
     #[must_use]
     pub fn ranges(&self, sources: &[Source], depth: Option<usize>) -> [Count; N_RANGES] {
         let mut sum = [Count::default(); N_RANGES];
@@ -83,8 +85,9 @@ impl Reliability {
     }
 }
 
-/// Expected calibration error: the mean distance between what was foreseen and what came, over ranges, weighted by how many
-/// candidates they have. C. Guo et al., "On Calibration of Modern Neural Networks" (2017).
+/// Expected calibration error: the mean distance between what was foreseen and what came, over
+/// ranges, weighted by how many candidates they have. C. Guo et al., "On Calibration of Modern
+/// Neural Networks" (2017).
 #[must_use]
 pub fn calibration_error(ranges: &[Count]) -> f64 {
     let n: u64 = ranges.iter().map(|c| c.n).sum();
@@ -103,7 +106,8 @@ mod tests {
             reliability.note(Source::Heads, 1, 0.85, i < 80);
             reliability.note(Source::Text, 9, 0.35, i < 20);
         }
-        let error = |sources: &[Source], depth| calibration_error(&reliability.ranges(sources, depth));
+        let error =
+            |sources: &[Source], depth| calibration_error(&reliability.ranges(sources, depth));
         assert!((error(&[Source::Heads], None) - 0.05).abs() < 1e-6);
         assert!((error(&[Source::Text], Some(N_DEPTHS)) - 0.15).abs() < 1e-6);
         assert!((error(&Source::ALL, None) - 0.10).abs() < 1e-6);

@@ -1,5 +1,5 @@
-//! Drafts of a step: asks the sources, makes one tree of what they offer, cuts the trees to what pays, and learns from what became of
-//! them. Pure: the engine tells what things took.
+//! Drafts of a step: asks the sources, makes one tree of what they offer, cuts the trees to what
+//! pays, and learns from what became of them. Pure: the engine tells what things took.
 
 use super::calibration::{self, Calibration, Trusts};
 use super::cost::Cost;
@@ -12,7 +12,8 @@ use crate::llama::Token;
 
 /// Weight of a draft in the mean of what drafts gained.
 const GAIN: f64 = 0.1;
-/// While drafts lose in the mean, so many steps go by between them that they lose this share of the time.
+/// While drafts lose in the mean, so many steps go by between them that they lose this share of the
+/// time.
 const LOSS: f64 = 0.01;
 /// But never more than this.
 const LONGEST_REST: f64 = 64.0;
@@ -36,7 +37,8 @@ pub struct Speculator {
     asks_heads: bool,
     /// What heads offered for each origin of this step.
     by_heads: Vec<Tree>,
-    /// What was offered in all, for so many of the origins; what was verified is the first part of it.
+    /// What was offered in all, for so many of the origins; what was verified is the first part of
+    /// it.
     offered: Vec<Tree>,
     n_offered: usize,
     foreseen: Vec<f32>,
@@ -89,14 +91,16 @@ impl Speculator {
         self
     }
 
-    /// Verifies `n` candidates for each sequence in every step, whatever they cost: not to serve with, but to measure.
+    /// Verifies `n` candidates for each sequence in every step, whatever they cost: not to serve
+    /// with, but to measure.
     #[must_use]
     pub fn with_fixed_nodes(mut self, n: usize) -> Self {
         self.fixed_nodes = Some(n.min(MAX_NODES));
         self
     }
 
-    /// Takes candidates to be right at these rates, whatever the model chooses: not to serve with, but to measure.
+    /// Takes candidates to be right at these rates, whatever the model chooses: not to serve with,
+    /// but to measure.
     #[must_use]
     pub fn with_acceptance(mut self, acceptance: Acceptance) -> Self {
         self.calibration = Calibration::given(acceptance.clone());
@@ -104,17 +108,29 @@ impl Speculator {
         self
     }
 
-    /// The token that is taken to be right behind node `at` of the `origin`-th origin's tree, where acceptance is simulated and
-    /// `chance`, from 0 to 1, has it so.
+    /// The token that is taken to be right behind node `at` of the `origin`-th origin's tree, where
+    /// acceptance is simulated and `chance`, from 0 to 1, has it so.
     #[must_use]
-    pub fn forced(&self, origin: usize, at: Option<usize>, chance: impl Fn() -> f64) -> Option<Token> {
+    pub fn forced(
+        &self,
+        origin: usize,
+        at: Option<usize>,
+        chance: impl Fn() -> f64,
+    ) -> Option<Token> {
         self.acceptance.as_ref()?.right(self.offered(origin)?, at, chance())
     }
 
-    /// The token behind node `at` of the `origin`-th origin's tree, where the model chose `own` by `logits`: that, unless
-    /// acceptance is simulated, where `chance`, from 0 to 1, decides.
+    /// The token behind node `at` of the `origin`-th origin's tree, where the model chose `own` by
+    /// `logits`: that, unless acceptance is simulated, where `chance`, from 0 to 1, decides.
     #[must_use]
-    pub fn choice(&self, origin: usize, at: Option<usize>, own: Token, logits: &[f32], chance: impl Fn() -> f64) -> Token {
+    pub fn choice(
+        &self,
+        origin: usize,
+        at: Option<usize>,
+        own: Token,
+        logits: &[f32],
+        chance: impl Fn() -> f64,
+    ) -> Token {
         match (&self.acceptance, self.offered(origin)) {
             (Some(acceptance), Some(tree)) => acceptance.choose(tree, at, own, logits, chance()),
             _ => own,
@@ -150,7 +166,8 @@ impl Speculator {
         &self.reliability
     }
 
-    /// `true` if a step of `n_rows` rows, of which `n_decode` decode, should draft. To be asked once a step.
+    /// `true` if a step of `n_rows` rows, of which `n_decode` decode, should draft. To be asked
+    /// once a step.
     pub fn is_due(&mut self, n_rows: usize, n_decode: usize) -> bool {
         self.n_offered = 0;
         self.asks_heads = self.heads.is_some();
@@ -166,11 +183,13 @@ impl Speculator {
         self.asks_heads || self.text.is_some()
     }
 
-    /// How far heads are right, if they will be asked in the step after this one, of so many rows that decode, as things stand.
+    /// How far heads are right, if they will be asked in the step after this one, of so many rows
+    /// that decode, as things stand.
     #[must_use]
     pub fn will_draft(&self, n_decode: usize) -> Option<&Calibration> {
         let worth = self.worth(n_decode, n_decode);
-        let will = self.fixed_nodes.is_some() || (self.rest.left == 0 && worth.row_s < worth.token_s);
+        let will =
+            self.fixed_nodes.is_some() || (self.rest.left == 0 && worth.row_s < worth.token_s);
         (will && self.heads.is_some()).then_some(&self.calibration)
     }
 
@@ -182,8 +201,15 @@ impl Speculator {
         }
     }
 
-    /// Fills `trees` with all candidates for `origins`, in a step of `n_rows` rows of which `n_decode` decode.
-    pub fn draft(&mut self, origins: &mut [Origin<'_>], n_rows: usize, n_decode: usize, trees: &mut [Tree]) {
+    /// Fills `trees` with all candidates for `origins`, in a step of `n_rows` rows of which
+    /// `n_decode` decode.
+    pub fn draft(
+        &mut self,
+        origins: &mut [Origin<'_>],
+        n_rows: usize,
+        n_decode: usize,
+        trees: &mut [Tree],
+    ) {
         let worth = match self.fixed_nodes {
             Some(n_nodes) => Worth { n_nodes, token_s: f64::MAX.sqrt(), row_s: 0.0 },
             None => self.worth(n_rows, n_decode),
@@ -212,11 +238,22 @@ impl Speculator {
         }
     }
 
-    /// Cuts the trees to what pays in a step of `n_rows` rows of which `n_decode` decode, with `room` for more. They are what
-    /// [`draft`](Self::draft) made of them, or a part of it. `seconds` is what drafting took.
-    pub fn choose(&mut self, trees: &mut [Tree], n_rows: usize, n_decode: usize, room: usize, seconds: f64) -> usize {
+    /// Cuts the trees to what pays in a step of `n_rows` rows of which `n_decode` decode, with
+    /// `room` for more. They are what [`draft`](Self::draft) made of them, or a part of it.
+    /// `seconds` is what drafting took.
+    pub fn choose(
+        &mut self,
+        trees: &mut [Tree],
+        n_rows: usize,
+        n_decode: usize,
+        room: usize,
+        seconds: f64,
+    ) -> usize {
         self.offered.resize_with(trees.len().max(self.offered.len()), Tree::default);
-        self.offered.iter_mut().zip(trees.iter()).for_each(|(offered, tree)| offered.copy_from(tree));
+        self.offered
+            .iter_mut()
+            .zip(trees.iter())
+            .for_each(|(offered, tree)| offered.copy_from(tree));
         self.n_offered = trees.len();
         if self.fixed_nodes.is_some() {
             let each = room / trees.len().max(1);
@@ -224,7 +261,8 @@ impl Speculator {
             return trees.iter().map(Tree::len).sum();
         }
         let step = Step { n_rows, n_before: self.n_before, n_decode, draft_s: seconds, room };
-        // Heads are judged by what they add: against steps of as many rows as before, with what text alone offers.
+        // Heads are judged by what they add: against steps of as many rows as before, with what
+        // text alone offers.
         let without = Step { draft_s: 0.0, n_before: n_rows, ..step };
         let by_text = trees.iter().flat_map(Tree::nodes).filter(|n| n.text.is_some()).map(|n| n.q);
         let without = policy::best_rate(by_text, without, &self.cost, &mut self.scratch);
@@ -236,7 +274,8 @@ impl Speculator {
         n
     }
 
-    /// Notes a step of `n_rows` rows, and what it took if that says what rows cost: if none was a prompt's.
+    /// Notes a step of `n_rows` rows, and what it took if that says what rows cost: if none was a
+    /// prompt's.
     pub fn note_step(&mut self, n_rows: usize, seconds: Option<f64>) {
         if let Some(seconds) = seconds {
             self.cost.note(self.n_before, n_rows, seconds);
@@ -251,9 +290,10 @@ impl Speculator {
         }
     }
 
-    /// Notes the walk down the tree of the `origin`-th origin, of which `n_verified` nodes were computed: the accepted nodes,
-    /// and the `last` token that the model chose behind them. A verified node holds it only if the request ended with it; there is
-    /// none if nobody waited for it any more. `trust` is the sequence's.
+    /// Notes the walk down the tree of the `origin`-th origin, of which `n_verified` nodes were
+    /// computed: the accepted nodes, and the `last` token that the model chose behind them. A
+    /// verified node holds it only if the request ended with it; there is none if nobody waited for
+    /// it any more. `trust` is the sequence's.
     pub fn note_walk(
         &mut self,
         origin: usize,
@@ -276,7 +316,8 @@ impl Speculator {
         for token in accepted.iter().map(|&i| tree.nodes()[i].token).chain(last) {
             let children = || tree.nodes().iter().filter(|n| n.parent == parent);
             let by_heads = || children().filter(|n| n.p > 0.0);
-            let estimate = |(rank, n): (usize, &Node)| self.calibration.estimate(n.depth, rank, n.p, 1.0);
+            let estimate =
+                |(rank, n): (usize, &Node)| self.calibration.estimate(n.depth, rank, n.p, 1.0);
             let foreseen = &mut self.foreseen;
             foreseen.clear();
             foreseen.extend(by_heads().enumerate().map(estimate));
@@ -295,8 +336,15 @@ impl Speculator {
         }
     }
 
-    /// Notes whether each verified candidate was accepted, as far as that is known: behind a request's last token it is not.
-    fn note_verified(&mut self, origin: usize, n_verified: usize, accepted: &[usize], last: Option<Token>) {
+    /// Notes whether each verified candidate was accepted, as far as that is known: behind a
+    /// request's last token it is not.
+    fn note_verified(
+        &mut self,
+        origin: usize,
+        n_verified: usize,
+        accepted: &[usize],
+        last: Option<Token>,
+    ) {
         let Some(last) = last else { return };
         let tree = &self.offered[origin];
         let end = tree.child(accepted.last().copied(), last).filter(|&node| node < n_verified);
@@ -337,34 +385,60 @@ mod tests {
             1
         }
 
-        fn draft(&mut self, origins: &[Origin<'_>], _: Worth, calibration: &Calibration, trees: &mut [Tree]) {
+        fn draft(
+            &mut self,
+            origins: &[Origin<'_>],
+            _: Worth,
+            calibration: &Calibration,
+            trees: &mut [Tree],
+        ) {
             let level = vec![(Token(1), self.0), (Token(2), self.0 / 2.0)];
-            origins.iter().zip(trees).for_each(|(_, tree)| tree.fill(std::slice::from_ref(&level), calibration, 1.0, 2));
+            origins
+                .iter()
+                .zip(trees)
+                .for_each(|(_, tree)| tree.fill(std::slice::from_ref(&level), calibration, 1.0, 2));
         }
     }
 
-    /// One step of one sequence; returns how many candidates were verified, or `None` without a draft.
+    /// One step of one sequence; returns how many candidates were verified, or `None` without a
+    /// draft.
     fn step(speculator: &mut Speculator, model: Token) -> Option<usize> {
         if !speculator.is_due(1, 1) {
             return None;
         }
         let mut trees = vec![Tree::default()];
         speculator.draft(
-            &mut [Origin { seq: SeqId(0), hidden: &[], root: Token(0), max_depth: 1, trust: 1.0, open: 1.0, text: None }],
+            &mut [Origin {
+                seq: SeqId(0),
+                hidden: &[],
+                root: Token(0),
+                max_depth: 1,
+                trust: 1.0,
+                open: 1.0,
+                text: None,
+            }],
             1,
             1,
             &mut trees,
         );
         let n = speculator.choose(&mut trees, 1, 1, 64, 0.05);
         let accepted = trees[0].child(None, model);
-        speculator.note_walk(0, n, accepted.as_slice(), accepted.is_none().then_some(model), &mut Trusts::default());
+        speculator.note_walk(
+            0,
+            n,
+            accepted.as_slice(),
+            accepted.is_none().then_some(model),
+            &mut Trusts::default(),
+        );
         Some(n)
     }
 
     #[test]
     fn drafts_that_lose_become_rare_and_come_back_when_they_pay() {
-        let mut speculator = Speculator::new(Box::new(Sure(0.6)), 2, Cost::from_points(&[(1, 1.0), (64, 20.0)]));
-        let mut drafts = |model: i32| (0..400).filter(|_| step(&mut speculator, Token(model)).is_some()).count();
+        let mut speculator =
+            Speculator::new(Box::new(Sure(0.6)), 2, Cost::from_points(&[(1, 1.0), (64, 20.0)]));
+        let mut drafts =
+            |model: i32| (0..400).filter(|_| step(&mut speculator, Token(model)).is_some()).count();
         assert_eq!(drafts(1), 400, "right and cheap");
         let rare = drafts(9);
         assert!((10..300).contains(&rare), "never right, yet tried now and then: {rare}");
@@ -375,14 +449,16 @@ mod tests {
 
     #[test]
     fn what_was_not_verified_teaches_too() {
-        let mut speculator = Speculator::new(Box::new(Sure(0.3)), 2, Cost::from_points(&[(1, 1.0), (64, 30.0)]));
+        let mut speculator =
+            Speculator::new(Box::new(Sure(0.3)), 2, Cost::from_points(&[(1, 1.0), (64, 30.0)]));
         let n: usize = (0..400).filter_map(|_| step(&mut speculator, Token(1))).sum();
         assert!(n > 100, "the head said 0.3, but is always right: {n}");
     }
 
     #[test]
     fn a_row_as_dear_as_a_token_is_never_drafted_for() {
-        let mut speculator = Speculator::new(Box::new(Sure(0.99)), 2, Cost::from_points(&[(1, 1.0), (64, 64.0)]));
+        let mut speculator =
+            Speculator::new(Box::new(Sure(0.99)), 2, Cost::from_points(&[(1, 1.0), (64, 64.0)]));
         assert!((0..100).all(|_| step(&mut speculator, Token(1)).is_none()));
     }
 }

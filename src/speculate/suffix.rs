@@ -1,9 +1,10 @@
 //! An index of a text's tokens: where the last ones stood before, and what followed there. Pure.
 //!
-//! The last tokens of a text are looked up by their hash, in chains that lead from the newest place to older ones, as
-//! compressors do; each place is then compared token by token, so a collision costs time and nothing else. A token takes
-//! constant time to add: one entry a chain. A lookup takes at most [`MAX_PLACES`] comparisons of at most [`MAX_MATCH`] tokens
-//! a chain. The text is a ring: the memory is fixed, and the oldest tokens are forgotten.
+//! The last tokens of a text are looked up by their hash, in chains that lead from the newest place
+//! to older ones, as compressors do; each place is then compared token by token, so a collision
+//! costs time and nothing else. A token takes constant time to add: one entry a chain. A lookup
+//! takes at most [`MAX_PLACES`] comparisons of at most [`MAX_MATCH`] tokens a chain. The text is a
+//! ring: the memory is fixed, and the oldest tokens are forgotten.
 
 use crate::llama::Token;
 
@@ -21,7 +22,8 @@ const BREAK: Token = Token(-1);
 pub struct Suffixes {
     /// The token at place `p` stands at `p % len`; the length is a power of two.
     ring: Vec<Token>,
-    /// Places so far, forgotten ones included. Wraps around: what a place holds is compared before it is believed.
+    /// Places so far, forgotten ones included. Wraps around: what a place holds is compared before
+    /// it is believed.
     n: u32,
     chains: [Chain; ORDERS.len()],
 }
@@ -55,7 +57,8 @@ impl Suffixes {
     /// Bytes that an index of `n` tokens takes.
     #[must_use]
     pub fn bytes(n: usize) -> usize {
-        n.max(2 * MAX_MATCH).next_power_of_two() * (size_of::<Token>() + ORDERS.len() * 2 * size_of::<u32>())
+        n.max(2 * MAX_MATCH).next_power_of_two()
+            * (size_of::<Token>() + ORDERS.len() * 2 * size_of::<u32>())
     }
 
     /// Adds the next token.
@@ -64,7 +67,11 @@ impl Suffixes {
         self.ring[at] = token;
         self.n = self.n.wrapping_add(1);
         for (order, i) in ORDERS.into_iter().zip(0..) {
-            let key = self.key((1..=order as u32).rev().map(|back| self.ring[self.slot(self.n.wrapping_sub(back))]));
+            let key = self.key(
+                (1..=order as u32)
+                    .rev()
+                    .map(|back| self.ring[self.slot(self.n.wrapping_sub(back))]),
+            );
             let chain = &mut self.chains[i];
             chain.before[at] = std::mem::replace(&mut chain.newest[key], self.n);
         }
@@ -76,13 +83,16 @@ impl Suffixes {
         self.push(BREAK);
     }
 
-    /// Appends what followed where the last tokens of `text` stood before, the longest matches of each chain's newest
-    /// places. Where this index is of `text` itself, its end is no such place, as nothing follows yet.
+    /// Appends what followed where the last tokens of `text` stood before, the longest matches of
+    /// each chain's newest places. Where this index is of `text` itself, its end is no such place,
+    /// as nothing follows yet.
     pub fn find(&self, text: &[Token], found: &mut Vec<Match>) {
         let mut known = [0; MAX_PLACES];
         let mut n_known = 0;
         for (order, chain) in ORDERS.into_iter().zip(&self.chains) {
-            let Some(last) = text.len().checked_sub(order).map(|from| &text[from..]) else { continue };
+            let Some(last) = text.len().checked_sub(order).map(|from| &text[from..]) else {
+                continue;
+            };
             let mut next = chain.newest[self.key(last.iter().copied())];
             let mut youngest = 0;
             for _ in 0..MAX_PLACES {
@@ -111,9 +121,11 @@ impl Suffixes {
         }
     }
 
-    /// Tokens in common before `place`, of which `n_kept` are still there, and at the end of `text`.
+    /// Tokens in common before `place`, of which `n_kept` are still there, and at the end of
+    /// `text`.
     fn n_common(&self, place: u32, n_kept: usize, text: &[Token]) -> usize {
-        let before = (1..=n_kept.min(MAX_MATCH) as u32).map(|back| self.ring[self.slot(place.wrapping_sub(back))]);
+        let before = (1..=n_kept.min(MAX_MATCH) as u32)
+            .map(|back| self.ring[self.slot(place.wrapping_sub(back))]);
         before.zip(text.iter().rev()).take_while(|(a, b)| a == *b).count()
     }
 
@@ -124,7 +136,8 @@ impl Suffixes {
     fn key(&self, tokens: impl Iterator<Item = Token>) -> usize {
         // Multiplication moves what differs into the high bits.
         const ODD: u64 = 0x9e37_79b9_7f4a_7c15;
-        let mixed = tokens.fold(0u64, |hash, token| (hash ^ token.0 as u64).wrapping_mul(ODD).rotate_left(23));
+        let mixed = tokens
+            .fold(0u64, |hash, token| (hash ^ token.0 as u64).wrapping_mul(ODD).rotate_left(23));
         (mixed.wrapping_mul(ODD) >> 32) as usize & (self.ring.len() - 1)
     }
 }
@@ -191,7 +204,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is found is true, the newest place of the longest match is among it, and nothing else is when none is.
+        /// Whatever is found is true, the newest place of the longest match is among it, and
+        /// nothing else is when none is.
         #[test]
         fn what_is_found_stands_in_the_text(text in "[ab]{0,200}", ring in 64usize..200) {
             let all = tokens(&text);

@@ -1,6 +1,7 @@
-//! Drafts from text: what followed where the last tokens stood before, in the sequence's own text and in recent answers. How
-//! often such matches are right is counted, by their length and by how far they agree. With the heads' candidates they become
-//! one tree, in which equal paths share nodes. Pure.
+//! Drafts from text: what followed where the last tokens stood before, in the sequence's own text
+//! and in recent answers. How often such matches are right is counted, by their length and by how
+//! far they agree. With the heads' candidates they become one tree, in which equal paths share
+//! nodes. Pure.
 
 use std::collections::BinaryHeap;
 
@@ -22,12 +23,14 @@ const N_SUPPORTS: usize = 4;
 const N_EVIDENCE: usize = 2 * LENGTHS.len() * N_SUPPORTS;
 /// Classes of probabilities, equally wide, for what heads and text say of the same token.
 const N_CLASSES: usize = 5;
-/// What a head that was asked and did not offer a token leaves of what text says, before anything is known.
+/// What a head that was asked and did not offer a token leaves of what text says, before anything
+/// is known.
 const NOT_OFFERED: f32 = 0.6;
 /// Candidates below this share of what pays are not gone on from.
 const WORTH_A_LOOK: f32 = 0.5;
 
-/// What speaks for a token in the text before: which text, how many tokens match, and how far matches agree.
+/// What speaks for a token in the text before: which text, how many tokens match, and how far
+/// matches agree.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Evidence(u8);
 
@@ -74,7 +77,8 @@ pub struct TextDrafts {
     shared: Vec<Suffixes>,
     /// By evidence.
     rates: [Bin; N_EVIDENCE],
-    /// Where heads were asked too: by class of the head's probability (0: not offered) and of the text's.
+    /// Where heads were asked too: by class of the head's probability (0: not offered) and of the
+    /// text's.
     both: [[Bin; N_CLASSES]; N_CLASSES + 1],
     found: Vec<Match>,
     guesses: Vec<Guess>,
@@ -95,13 +99,15 @@ struct Open {
 }
 
 impl TextDrafts {
-    /// Drafts from each sequence's own text, and from the last `n_shared` tokens of all answers; 0 for none of them.
+    /// Drafts from each sequence's own text, and from the last `n_shared` tokens of all answers; 0
+    /// for none of them.
     #[must_use]
     pub fn new(n_shared: usize) -> Self {
         Self::for_owners(1, n_shared)
     }
 
-    /// As [`new`](Self::new), but what one owner is answered is never drafted for another: each has a part of the tokens.
+    /// As [`new`](Self::new), but what one owner is answered is never drafted for another: each has
+    /// a part of the tokens.
     #[must_use]
     pub fn for_owners(n_owners: usize, n_shared: usize) -> Self {
         let shared = if n_shared > 0 { n_owners } else { 0 };
@@ -132,9 +138,17 @@ impl TextDrafts {
         self.guesses.iter().map(|g| g.t).sum()
     }
 
-    /// Fills `tree` with the `n_nodes` best candidates of the heads, in their own tree, and of the text. A path of text is
-    /// gone on from as long as its probability is not far below `pays`, what one must have to pay.
-    pub fn grow(&mut self, origin: &TextOrigin<'_>, heads: &Tree, pays: f32, n_nodes: usize, tree: &mut Tree) {
+    /// Fills `tree` with the `n_nodes` best candidates of the heads, in their own tree, and of the
+    /// text. A path of text is gone on from as long as its probability is not far below `pays`,
+    /// what one must have to pay.
+    pub fn grow(
+        &mut self,
+        origin: &TextOrigin<'_>,
+        heads: &Tree,
+        pays: f32,
+        n_nodes: usize,
+        tree: &mut Tree,
+    ) {
         tree.clear();
         self.open.clear();
         self.offer(origin, heads, Some(None), None, tree);
@@ -144,14 +158,23 @@ impl TextDrafts {
             let depth = tree.nodes()[node].depth;
             let by_text = depth < origin.max_depth && best.q >= WORTH_A_LOOK * pays;
             if by_text || best.head.is_some() {
-                let origin = TextOrigin { max_depth: if by_text { origin.max_depth } else { 0 }, ..*origin };
+                let origin =
+                    TextOrigin { max_depth: if by_text { origin.max_depth } else { 0 }, ..*origin };
                 self.offer(&origin, heads, best.head.map(Some), Some(node), tree);
             }
         }
     }
 
-    /// Opens the children of node `at` of `tree` (`None`: of the root), which is `head` in the heads' tree if it stands there.
-    fn offer(&mut self, origin: &TextOrigin<'_>, heads: &Tree, head: Option<Option<usize>>, at: Option<usize>, tree: &Tree) {
+    /// Opens the children of node `at` of `tree` (`None`: of the root), which is `head` in the
+    /// heads' tree if it stands there.
+    fn offer(
+        &mut self,
+        origin: &TextOrigin<'_>,
+        heads: &Tree,
+        head: Option<Option<usize>>,
+        at: Option<usize>,
+        tree: &Tree,
+    ) {
         self.guesses.clear();
         if origin.max_depth > 0 {
             let mut path = std::mem::take(&mut self.path);
@@ -181,8 +204,17 @@ impl TextDrafts {
             self.open.push(Open { q: above * q, parent: at, token, p, text: Some(evidence), head });
         }
         let rest = ((1.0 - by_text) / (1.0 - by_heads).max(f32::EPSILON)).clamp(0.0, 1.0);
-        for (i, n, h) in offered().filter(|(_, n, _)| self.guesses.iter().all(|g| g.token != n.token)) {
-            self.open.push(Open { q: above * h * rest, parent: at, token: n.token, p: n.p, text: None, head: Some(i) });
+        for (i, n, h) in
+            offered().filter(|(_, n, _)| self.guesses.iter().all(|g| g.token != n.token))
+        {
+            self.open.push(Open {
+                q: above * h * rest,
+                parent: at,
+                token: n.token,
+                p: n.p,
+                text: None,
+                head: Some(i),
+            });
         }
     }
 
@@ -222,8 +254,8 @@ impl TextDrafts {
         (prior * self.both[bin.0][bin.1].ratio(1.0)).clamp(0.0, HIGHEST)
     }
 
-    /// Notes what became of a place whose candidates were `children`: `token` stands there. `h` tells for each what heads say, if
-    /// they offer it; they were `asked`.
+    /// Notes what became of a place whose candidates were `children`: `token` stands there. `h`
+    /// tells for each what heads say, if they offer it; they were `asked`.
     pub fn note<'a>(
         &mut self,
         children: impl Iterator<Item = (&'a Node, Option<f32>)>,
@@ -253,14 +285,15 @@ impl TextDrafts {
     }
 }
 
-/// A probability where its source is to be trusted so far: its odds change by that factor, so that what is sure stays short of
-/// certain.
+/// A probability where its source is to be trusted so far: its odds change by that factor, so that
+/// what is sure stays short of certain.
 fn trusted(t: f32, trust: f32) -> f32 {
     let odds = t.min(HIGHEST) / (1.0 - t.min(HIGHEST)) * trust;
     (odds / (1.0 + odds)).min(HIGHEST)
 }
 
-/// Where what heads say (if they offer the token) and what text says is counted, and what to think before it was.
+/// Where what heads say (if they offer the token) and what text says is counted, and what to think
+/// before it was.
 fn both(h: Option<f32>, t: f32) -> ((usize, usize), f32) {
     let class = |p: f32| ((p * N_CLASSES as f32) as usize).min(N_CLASSES - 1);
     match h {
@@ -289,7 +322,8 @@ fn evidence(found: &[Match], is_shared: bool) -> impl Iterator<Item = (Token, Ev
 impl Evidence {
     fn new(is_shared: bool, n: usize, support: Support) -> Self {
         let length = LENGTHS.partition_point(|&least| least <= n).max(1) - 1;
-        let place = (usize::from(is_shared) * LENGTHS.len() + length) * N_SUPPORTS + support as usize;
+        let place =
+            (usize::from(is_shared) * LENGTHS.len() + length) * N_SUPPORTS + support as usize;
         Self(place as u8)
     }
 
@@ -323,8 +357,11 @@ impl Eq for Open {}
 
 impl Ord for Open {
     fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        // Among equals the earlier parent and the lower token, so that the same input gives the same tree.
-        self.q.total_cmp(&other.q).then_with(|| (other.parent, other.token.0).cmp(&(self.parent, self.token.0)))
+        // Among equals the earlier parent and the lower token, so that the same input gives the
+        // same tree.
+        self.q
+            .total_cmp(&other.q)
+            .then_with(|| (other.parent, other.token.0).cmp(&(self.parent, self.token.0)))
     }
 }
 
@@ -355,7 +392,13 @@ mod tests {
         }
 
         fn origin(&self, max_depth: usize) -> TextOrigin<'_> {
-            TextOrigin { index: &self.index, tokens: &self.tokens, max_depth, trust: 1.0, shared: Some(0) }
+            TextOrigin {
+                index: &self.index,
+                tokens: &self.tokens,
+                max_depth,
+                trust: 1.0,
+                shared: Some(0),
+            }
         }
     }
 
@@ -380,8 +423,14 @@ mod tests {
         let text = Text::new("abcdefghi, abcdef");
         let tree = grown(&mut TextDrafts::new(0), &text.origin(5), &Tree::default());
         let found = paths(&tree);
-        assert_eq!(found.iter().map(|p| p.0.as_str()).collect::<Vec<_>>(), ["g", "gh", "ghi", "ghi,", "ghi, "]);
-        assert!(found.is_sorted_by(|a, b| a.1 >= b.1) && (found[0].1 - PRIOR[4]).abs() < 1e-6, "{found:?}");
+        assert_eq!(
+            found.iter().map(|p| p.0.as_str()).collect::<Vec<_>>(),
+            ["g", "gh", "ghi", "ghi,", "ghi, "]
+        );
+        assert!(
+            found.is_sorted_by(|a, b| a.1 >= b.1) && (found[0].1 - PRIOR[4]).abs() < 1e-6,
+            "{found:?}"
+        );
         assert!(grown(&mut TextDrafts::new(0), &text.origin(0), &Tree::default()).is_empty());
     }
 
@@ -397,17 +446,25 @@ mod tests {
         let q: std::collections::HashMap<String, f32> = paths(&tree).into_iter().collect();
         assert_eq!(q.len(), tree.len(), "each path once: {q:?}");
         assert!(q["o"] > PRIOR[4].max(0.4) && q["a"] < 0.3, "{q:?}");
-        assert!(q["o"] + q["a"] <= 1.0 && q["o!"] + q["o "] <= q["o"] && q.contains_key("o t"), "{q:?}");
+        assert!(
+            q["o"] + q["a"] <= 1.0 && q["o!"] + q["o "] <= q["o"] && q.contains_key("o t"),
+            "{q:?}"
+        );
         let both = &tree.nodes()[tree.child(None, Token(i32::from(b'o'))).unwrap()];
         assert!(both.p == 0.4 && both.text.is_some());
-        assert_eq!(grown(&mut drafts, &text.origin(0), &heads), heads, "without text the heads' tree stays");
+        assert_eq!(
+            grown(&mut drafts, &text.origin(0), &heads),
+            heads,
+            "without text the heads' tree stays"
+        );
     }
 
     #[test]
     fn matches_are_believed_as_far_as_they_were_right() {
         let text = Text::new("one two three. one tw");
         let mut drafts = TextDrafts::new(0);
-        let first = |drafts: &mut TextDrafts| grown(drafts, &text.origin(1), &Tree::default()).nodes()[0];
+        let first =
+            |drafts: &mut TextDrafts| grown(drafts, &text.origin(1), &Tree::default()).nodes()[0];
         let before = first(&mut drafts).q;
         for (right, token) in [(false, Token(1)), (true, Token(i32::from(b'o')))] {
             for _ in 0..400 {
@@ -433,7 +490,11 @@ mod tests {
 
     #[test]
     fn trust_moves_odds_and_never_makes_certain() {
-        assert!((trusted(0.5, 2.0) - 2.0 / 3.0).abs() < 1e-6 && (trusted(0.9, 1.0) - 0.9).abs() < 1e-6);
-        assert!(trusted(1.0, 100.0) <= HIGHEST && trusted(0.0, 5.0) == 0.0 && trusted(0.9, 0.0) == 0.0);
+        assert!(
+            (trusted(0.5, 2.0) - 2.0 / 3.0).abs() < 1e-6 && (trusted(0.9, 1.0) - 0.9).abs() < 1e-6
+        );
+        assert!(
+            trusted(1.0, 100.0) <= HIGHEST && trusted(0.0, 5.0) == 0.0 && trusted(0.9, 0.0) == 0.0
+        );
     }
 }

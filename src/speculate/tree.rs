@@ -1,8 +1,8 @@
 //! A sequence's candidates for one step: a tree of tokens that may follow its last one.
 //!
-//! Nodes stand in descending order of `q`, the estimated probability that the model's own choice runs through them. A
-//! parent's `q` is never below its child's and it comes first, so every prefix of the nodes is a tree too: what
-//! [`policy`](super::policy) leaves out is always the tail.
+//! Nodes stand in descending order of `q`, the estimated probability that the model's own choice
+//! runs through them. A parent's `q` is never below its child's and it comes first, so every prefix
+//! of the nodes is a tree too: what [`policy`](super::policy) leaves out is always the tail.
 
 use std::collections::BinaryHeap;
 
@@ -16,7 +16,8 @@ use crate::llama::Token;
 pub struct Node {
     /// Which.
     pub token: Token,
-    /// Index of the node before it; `None` directly behind the root, which is the sequence's last token.
+    /// Index of the node before it; `None` directly behind the root, which is the sequence's last
+    /// token.
     pub parent: Option<usize>,
     /// Tokens from the root to here; 1 for its children.
     pub depth: usize,
@@ -123,8 +124,16 @@ impl Tree {
     /// Adds a node behind all that are there.
     ///
     /// # Panics
-    /// When its parent is not there yet, its path exists already, or its `q` is above its predecessor's.
-    pub fn push_with(&mut self, parent: Option<usize>, token: Token, p: f32, text: Option<Evidence>, q: f32) -> usize {
+    /// When its parent is not there yet, its path exists already, or its `q` is above its
+    /// predecessor's.
+    pub fn push_with(
+        &mut self,
+        parent: Option<usize>,
+        token: Token,
+        p: f32,
+        text: Option<Evidence>,
+        q: f32,
+    ) -> usize {
         assert!(parent.is_none_or(|i| i < self.nodes.len()), "a parent comes before its children");
         assert!(self.nodes.last().is_none_or(|last| q <= last.q), "nodes come in descending order");
         assert!(self.child(parent, token).is_none(), "a path stands in a tree once");
@@ -144,8 +153,8 @@ impl Tree {
         self.nodes.clone_from(&other.nodes);
     }
 
-    /// Numbers the leaves from 0, the one that the best first child leads to being 0, and tells for each node which are
-    /// below it (itself if it is one), in ascending order.
+    /// Numbers the leaves from 0, the one that the best first child leads to being 0, and tells for
+    /// each node which are below it (itself if it is one), in ascending order.
     pub fn leaves_below(&self, below: &mut Below) -> usize {
         below.reset(self.nodes.len());
         self.nodes.iter().filter_map(|n| n.parent).for_each(|i| below.is_inner[i] = true);
@@ -171,12 +180,23 @@ impl Tree {
         n_leaves
     }
 
-    /// Fills the tree with the `n` best paths through `levels`: for each depth the tokens its head offers with their
-    /// probabilities, best first, whatever the path. A path's probability is the product of its tokens'.
-    pub fn fill(&mut self, levels: &[Vec<(Token, f32)>], calibration: &Calibration, trust: f32, n: usize) {
+    /// Fills the tree with the `n` best paths through `levels`: for each depth the tokens its head
+    /// offers with their probabilities, best first, whatever the path. A path's probability is the
+    /// product of its tokens'.
+    pub fn fill(
+        &mut self,
+        levels: &[Vec<(Token, f32)>],
+        calibration: &Calibration,
+        trust: f32,
+        n: usize,
+    ) {
         self.clear();
         let mut heap = BinaryHeap::new();
-        let offer = |heap: &mut BinaryHeap<Offer>, parent: Option<usize>, above: f32, depth: usize, rank: usize| {
+        let offer = |heap: &mut BinaryHeap<Offer>,
+                     parent: Option<usize>,
+                     above: f32,
+                     depth: usize,
+                     rank: usize| {
             if let Some(&(token, p)) = levels.get(depth - 1).and_then(|level| level.get(rank)) {
                 let q = above * calibration.estimate(depth, rank, p, trust);
                 heap.push(Offer { q, parent, above, depth, rank, token, p });
@@ -185,7 +205,8 @@ impl Tree {
         offer(&mut heap, None, 1.0, 1, 0);
         while self.len() < n {
             let Some(best) = heap.pop() else { return };
-            // A calibrated sibling may come out above a better one; the order of the nodes must hold all the same.
+            // A calibrated sibling may come out above a better one; the order of the nodes must
+            // hold all the same.
             let q = best.q.min(self.nodes.last().map_or(1.0, |last| last.q));
             let node = self.push(best.parent, best.token, best.p, q);
             offer(&mut heap, Some(node), q, best.depth + 1, 0);
@@ -211,8 +232,11 @@ impl Eq for Offer {}
 
 impl Ord for Offer {
     fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        // Among equals the earlier parent and the better rank, so that the same input gives the same tree.
-        self.q.total_cmp(&other.q).then_with(|| (other.parent, other.rank).cmp(&(self.parent, self.rank)))
+        // Among equals the earlier parent and the better rank, so that the same input gives the
+        // same tree.
+        self.q
+            .total_cmp(&other.q)
+            .then_with(|| (other.parent, other.rank).cmp(&(self.parent, self.rank)))
     }
 }
 
@@ -228,7 +252,10 @@ mod tests {
     use proptest::prelude::*;
 
     fn levels(probabilities: &[&[f32]]) -> Vec<Vec<(Token, f32)>> {
-        probabilities.iter().map(|level| (0..).zip(*level).map(|(t, &p)| (Token(t), p)).collect()).collect()
+        probabilities
+            .iter()
+            .map(|level| (0..).zip(*level).map(|(t, &p)| (Token(t), p)).collect())
+            .collect()
     }
 
     #[test]
@@ -236,7 +263,10 @@ mod tests {
         let mut tree = Tree::default();
         tree.fill(&levels(&[&[0.6, 0.3], &[0.9, 0.05]]), &Calibration::exact(), 1.0, 4);
         let path = |i: usize| (tree.nodes[i].parent, tree.nodes[i].token.0);
-        assert_eq!([path(0), path(1), path(2), path(3)], [(None, 0), (Some(0), 0), (None, 1), (Some(2), 0)]);
+        assert_eq!(
+            [path(0), path(1), path(2), path(3)],
+            [(None, 0), (Some(0), 0), (None, 1), (Some(2), 0)]
+        );
         let q: Vec<f32> = tree.nodes.iter().map(|n| n.q).collect();
         assert!(q.iter().zip([0.6, 0.54, 0.3, 0.27]).all(|(a, b)| (a - b).abs() < 1e-6), "{q:?}");
     }

@@ -1,5 +1,6 @@
-//! Random heads for a model of random weights, streamed to a safetensors file: as Vicuna's published heads have them (Medusa v1,
-//! an output matrix for each head, F16), or conditioned, with a draft vocabulary.
+//! Random heads for a model of random weights, streamed to a safetensors file: as Vicuna's
+//! published heads have them (Medusa v1, an output matrix for each head, F16), or conditioned, with
+//! a draft vocabulary.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -77,7 +78,8 @@ pub fn file(folder: &Path, kind: HeadKind) -> PathBuf {
     })
 }
 
-/// Writes heads and their `config.json` to a folder, which is made if need be. Returns the size of the heads' file in bytes.
+/// Writes heads and their `config.json` to a folder, which is made if need be. Returns the size of
+/// the heads' file in bytes.
 ///
 /// # Errors
 /// [`SynthError`] when a file cannot be written.
@@ -112,7 +114,8 @@ fn medusa(shape: &Shape, n_heads: usize) -> Vec<Entry> {
     (0..n_heads).flat_map(head).collect()
 }
 
-/// Our own layout, with blocks as wide as the model and a draft vocabulary of words. How often each was met follows Zipf's law.
+/// Our own layout, with blocks as wide as the model and a draft vocabulary of words. How often each
+/// was met follows Zipf's law.
 fn conditioned(shape: &Shape, n_heads: usize) -> Vec<Entry> {
     let d = shape.n_embd;
     let head = |h: usize| {
@@ -128,7 +131,8 @@ fn conditioned(shape: &Shape, n_heads: usize) -> Vec<Entry> {
     entries
 }
 
-/// Writes a safetensors file: the length of the header, the header, and values in its order. Returns the file's size.
+/// Writes a safetensors file: the length of the header, the header, and values in its order.
+/// Returns the file's size.
 fn stream(path: &Path, entries: &[Entry], seed: u64) -> Result<u64, SynthError> {
     let fail = |e: std::io::Error| SynthError::file(path, e);
     let mut header = Map::new();
@@ -136,7 +140,8 @@ fn stream(path: &Path, entries: &[Entry], seed: u64) -> Result<u64, SynthError> 
     for entry in entries {
         let start = end;
         end += entry.n_bytes();
-        let tensor = json!({ "dtype": entry.dtype, "shape": entry.shape, "data_offsets": [start, end] });
+        let tensor =
+            json!({ "dtype": entry.dtype, "shape": entry.shape, "data_offsets": [start, end] });
         header.insert(entry.key.clone(), tensor);
     }
     let mut header = serde_json::Value::Object(header).to_string();
@@ -149,7 +154,9 @@ fn stream(path: &Path, entries: &[Entry], seed: u64) -> Result<u64, SynthError> 
     let mut values = Values::new(!seed);
     for entry in entries {
         match &entry.source {
-            Source::Weights(weights) => values.write(weights, TensorType::F16, &mut out, &mut |_| ()).map_err(fail)?,
+            Source::Weights(weights) => {
+                values.write(weights, TensorType::F16, &mut out, &mut |_| ()).map_err(fail)?
+            }
             Source::Bytes(bytes) => out.write_all(bytes).map_err(fail)?,
         }
     }

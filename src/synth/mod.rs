@@ -1,11 +1,13 @@
-//! Models and heads of random weights in the shape of known ones: what a step takes depends on shapes and types alone, so speed
-//! can be measured at real sizes where the real weights are not at hand.
+//! Models and heads of random weights in the shape of known ones: what a step takes depends on
+//! shapes and types alone, so speed can be measured at real sizes where the real weights are not at
+//! hand.
 //!
-//! 1. [`Shape`] names the sizes; `weights` lists its tensors, each with how its values are distributed, so that activations
-//!    stay finite and no token has all the probability.
-//! 2. llama.cpp's own quantizer says how each tensor is to be stored: it is given a file of the same tensors with two rows each.
-//! 3. `values` draws random pieces once for each type and spread, and puts rows together of them. So a file grows as fast as
-//!    the disk takes it, and takes memory for one row.
+//! 1. [`Shape`] names the sizes; `weights` lists its tensors, each with how its values are
+//!    distributed, so that activations stay finite and no token has all the probability.
+//! 2. llama.cpp's own quantizer says how each tensor is to be stored: it is given a file of the
+//!    same tensors with two rows each.
+//! 3. `values` draws random pieces once for each type and spread, and puts rows together of them.
+//!    So a file grows as fast as the disk takes it, and takes memory for one row.
 //! 4. `vocab` makes up a vocabulary; [`heads`] matching heads.
 //!
 //! The same arguments give the same bytes.
@@ -137,7 +139,8 @@ impl Shape {
     }
 }
 
-/// Writes a model to a GGUF file, which appears under its name when it is whole. `progress` gets bytes written and bytes in all.
+/// Writes a model to a GGUF file, which appears under its name when it is whole. `progress` gets
+/// bytes written and bytes in all.
 ///
 /// # Errors
 /// [`SynthError`] when the file, or one beside it for a moment, cannot be written.
@@ -167,12 +170,20 @@ fn write_model(
     let weights = weights::of(shape);
     let meta = metadata(shape, quantization);
     let types = stored_types(path, &weights, &meta, quantization)?;
-    let info = |w: &Weights| TensorInfo { name: w.name.clone(), n_in: w.n_in, n_out: w.n_out, kind: types[&w.name] };
+    let info = |w: &Weights| TensorInfo {
+        name: w.name.clone(),
+        n_in: w.n_in,
+        n_out: w.n_out,
+        kind: types[&w.name],
+    };
     let tensors: Vec<TensorInfo> = weights.iter().map(info).collect();
     llama::write_header(path, &meta, &tensors)?;
 
     let fail = |e: std::io::Error| SynthError::file(path, e);
-    let mut out = BufWriter::with_capacity(1 << 20, OpenOptions::new().append(true).open(path).map_err(fail)?);
+    let mut out = BufWriter::with_capacity(
+        1 << 20,
+        OpenOptions::new().append(true).open(path).map_err(fail)?,
+    );
     let mut values = Values::new(seed);
     let (mut n_done, n_all) = (0, tensors.iter().map(|t| t.bytes() as u64).sum());
     for (weights, info) in weights.iter().zip(&tensors) {
@@ -187,8 +198,8 @@ fn write_model(
     out.flush().map_err(fail)
 }
 
-/// How llama.cpp stores each tensor of such a file: its choice depends on the metadata, names and rows' length alone, so two rows
-/// of each, all zero, are quantized, and the result is looked at.
+/// How llama.cpp stores each tensor of such a file: its choice depends on the metadata, names and
+/// rows' length alone, so two rows of each, all zero, are quantized, and the result is looked at.
 fn stored_types(
     beside: &Path,
     weights: &[Weights],
@@ -204,7 +215,8 @@ fn stored_types(
     let look = || {
         llama::write_header(&from, meta, &tensors)?;
         let n_bytes: usize = tensors.iter().map(|t| t.bytes().next_multiple_of(ALIGNMENT)).sum();
-        let file: File = OpenOptions::new().append(true).open(&from).map_err(|e| SynthError::file(&from, e))?;
+        let file: File =
+            OpenOptions::new().append(true).open(&from).map_err(|e| SynthError::file(&from, e))?;
         let n_header = file.metadata().map_err(|e| SynthError::file(&from, e))?.len();
         file.set_len(n_header + n_bytes as u64).map_err(|e| SynthError::file(&from, e))?;
         llama::quantize(&from, &to, quantization, 1)?;

@@ -1,7 +1,9 @@
-//! Random values as they are stored: pieces are drawn once for each type and deviation, and a row is a random sequence of them.
+//! Random values as they are stored: pieces are drawn once for each type and deviation, and a row
+//! is a random sequence of them.
 //!
-//! To draw and quantize seven billion values would take minutes; to copy them takes as long as the disk. Rows that have a piece
-//! in common at the same place are a little alike, which no measurement of speed sees.
+//! To draw and quantize seven billion values would take minutes; to copy them takes as long as the
+//! disk. Rows that have a piece in common at the same place are a little alike, which no
+//! measurement of speed sees.
 
 use std::collections::HashMap;
 use std::io::{self, Write};
@@ -43,11 +45,16 @@ impl Values {
         for i in 0..weights.n_out {
             row.clear();
             match weights.fill {
-                Fill::Ones => row.extend(kind.store(&vec![1.0; weights.n_in]).map_err(io::Error::other)?),
-                Fill::Zeros => row.extend(kind.store(&vec![0.0; weights.n_in]).map_err(io::Error::other)?),
+                Fill::Ones => {
+                    row.extend(kind.store(&vec![1.0; weights.n_in]).map_err(io::Error::other)?)
+                }
+                Fill::Zeros => {
+                    row.extend(kind.store(&vec![0.0; weights.n_in]).map_err(io::Error::other)?)
+                }
                 Fill::Normal { deviation, n_faint } => {
                     let deviation = if i < n_faint { deviation / FAINT } else { deviation };
-                    self.normal(weights.n_in, kind, deviation, &mut row).map_err(io::Error::other)?;
+                    self.normal(weights.n_in, kind, deviation, &mut row)
+                        .map_err(io::Error::other)?;
                 }
             }
             out.write_all(&row)?;
@@ -57,13 +64,20 @@ impl Values {
     }
 
     /// Appends `n` values, whole blocks.
-    fn normal(&mut self, n: usize, kind: TensorType, deviation: f32, row: &mut Vec<u8>) -> Result<(), LlamaError> {
+    fn normal(
+        &mut self,
+        n: usize,
+        kind: TensorType,
+        deviation: f32,
+        row: &mut Vec<u8>,
+    ) -> Result<(), LlamaError> {
         let n_piece = kind.block().max(PIECE);
         let Self { rng, pieces } = self;
         let pieces = match pieces.entry((kind, deviation.to_bits())) {
             std::collections::hash_map::Entry::Occupied(there) => there.into_mut(),
             std::collections::hash_map::Entry::Vacant(none) => {
-                let values: Vec<f32> = (0..N_PIECES * n_piece).map(|_| deviation * gauss(rng)).collect();
+                let values: Vec<f32> =
+                    (0..N_PIECES * n_piece).map(|_| deviation * gauss(rng)).collect();
                 none.insert(kind.store(&values)?)
             }
         };
@@ -92,10 +106,15 @@ mod tests {
         let weights = Weights { name: "x".into(), n_in: 40, n_out: 500, fill };
         let mut bytes = vec![];
         Values::new(1).write(&weights, TensorType::F32, &mut bytes, &mut |_| ()).unwrap();
-        let values: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+        let values: Vec<f32> =
+            bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
         assert_eq!(values.len(), 40 * 500);
         let deviation = |v: &[f32]| (v.iter().map(|v| v * v).sum::<f32>() / v.len() as f32).sqrt();
-        assert!((deviation(&values[40..]) / 0.5 - 1.0).abs() < 0.03, "{}", deviation(&values[40..]));
+        assert!(
+            (deviation(&values[40..]) / 0.5 - 1.0).abs() < 0.03,
+            "{}",
+            deviation(&values[40..])
+        );
         assert!(deviation(&values[..40]) < 0.25);
         let mut rows: Vec<&[u8]> = bytes.chunks(160).collect();
         rows.sort_unstable();

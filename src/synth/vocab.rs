@@ -1,7 +1,9 @@
-//! A made-up vocabulary that any text can be written in: three tokens that are no text, all bytes, and then all short strings
-//! of lower-case letters and spaces, the shortest first, as many as there is room for. Pure.
+//! A made-up vocabulary that any text can be written in: three tokens that are no text, all bytes,
+//! and then all short strings of lower-case letters and spaces, the shortest first, as many as
+//! there is room for. Pure.
 //!
-//! English text takes about a token for three letters, where the vocabulary is as large as Vicuna's.
+//! English text takes about a token for three letters, where the vocabulary is as large as
+//! Vicuna's.
 
 use crate::llama::Meta;
 
@@ -72,7 +74,10 @@ mod tests {
     fn tokens_are_all_different_and_come_in_order_of_length() {
         let words: Vec<String> = (0..25_000).map(word).collect();
         assert_eq!([&words[0], &words[26], &words[27], &words[28]], ["▁", "z", "▁▁", "▁a"]);
-        assert_eq!((words[27 + 729].as_str(), words[27 + 729 + 27 * 729].as_str()), ("▁▁▁", "▁▁▁▁"));
+        assert_eq!(
+            (words[27 + 729].as_str(), words[27 + 729 + 27 * 729].as_str()),
+            ("▁▁▁", "▁▁▁▁")
+        );
         let mut once = words.clone();
         once.sort_unstable();
         once.dedup();

@@ -1,8 +1,9 @@
 //! A model's tensors and how their values are distributed. Pure.
 //!
-//! Matrices are normal with a deviation of `1 / sqrt(inputs)`, so a normalised state stays as large as it is; what is added to
-//! the residual stream is smaller by `sqrt(layers)`, so all layers together add about as much as one. The output matrix makes
-//! logits with a deviation of [`LOGIT_DEVIATION`], which leaves many tokens a chance and makes a few of them likely.
+//! Matrices are normal with a deviation of `1 / sqrt(inputs)`, so a normalised state stays as large
+//! as it is; what is added to the residual stream is smaller by `sqrt(layers)`, so all layers
+//! together add about as much as one. The output matrix makes logits with a deviation of
+//! [`LOGIT_DEVIATION`], which leaves many tokens a chance and makes a few of them likely.
 
 use super::Shape;
 use super::vocab::N_SPECIAL;
@@ -36,11 +37,16 @@ pub(super) enum Fill {
 impl Weights {
     /// A matrix that leaves a normalised state as large as it is.
     pub fn matrix(name: String, n_in: usize, n_out: usize) -> Self {
-        Self { name, n_in, n_out, fill: Fill::Normal { deviation: (n_in as f32).sqrt().recip(), n_faint: 0 } }
+        Self {
+            name,
+            n_in,
+            n_out,
+            fill: Fill::Normal { deviation: (n_in as f32).sqrt().recip(), n_faint: 0 },
+        }
     }
 
-    /// A matrix that makes logits of a normalised state: smaller ones for the tokens that are no text, so that greedy text
-    /// has none of them and never ends.
+    /// A matrix that makes logits of a normalised state: smaller ones for the tokens that are no
+    /// text, so that greedy text has none of them and never ends.
     pub fn output(name: String, n_in: usize, n_vocab: usize) -> Self {
         let deviation = LOGIT_DEVIATION / (n_in as f32).sqrt();
         Self { name, n_in, n_out: n_vocab, fill: Fill::Normal { deviation, n_faint: N_SPECIAL } }

@@ -1,5 +1,6 @@
-//! The model's own answers, from the batched engine, and what it thought at each of their tokens: what its heads learn to
-//! foretell. Answers go to shards as they end, so a killed run loses a shard at most and goes on with the next answer.
+//! The model's own answers, from the batched engine, and what it thought at each of their tokens:
+//! what its heads learn to foretell. Answers go to shards as they end, so a killed run loses a
+//! shard at most and goes on with the next answer.
 
 use tokio::sync::mpsc::Receiver;
 use tokio::task::JoinSet;
@@ -33,8 +34,8 @@ struct Asked {
     answers: Vec<(usize, Trace)>,
 }
 
-/// Asks until the shards hold as many tokens as are wanted, or their disk space is full. `progress` gets the number of
-/// tokens there are.
+/// Asks until the shards hold as many tokens as are wanted, or their disk space is full. `progress`
+/// gets the number of tokens there are.
 ///
 /// # Errors
 /// When a shard cannot be written, no prompt fits, or the engine fails. What is in shards stays.
@@ -47,14 +48,18 @@ pub async fn collect(
 ) -> Result<(), TrainError> {
     let order = shuffled(prompts.len(), wanted.seed);
     let rounds = (0..).step_by(TOGETHER).map(|first| first..first + TOGETHER);
-    let mut open = rounds.flat_map(|rounds| order.iter().enumerate().map(move |(k, &id)| (rounds.clone(), k, id)));
+    let mut open = rounds
+        .flat_map(|rounds| order.iter().enumerate().map(move |(k, &id)| (rounds.clone(), k, id)));
     let most_prompt = handle.limits().n_ctx.saturating_sub(wanted.max_answer);
     let most_running = (handle.limits().n_slots + 4).div_ceil(TOGETHER);
     let mut running: JoinSet<Result<Asked, TrainError>> = JoinSet::new();
     let mut n_refused = 0;
     progress(shards.n_tokens());
     loop {
-        while shards.n_tokens() < wanted.n_tokens && shards.has_room() && running.len() < most_running {
+        while shards.n_tokens() < wanted.n_tokens
+            && shards.has_room()
+            && running.len() < most_running
+        {
             let (rounds, k, prompt) = open.next().expect("rounds have no end");
             let rounds: Vec<usize> = rounds.filter(|&round| !shards.has(prompt, round)).collect();
             if rounds.is_empty() {
@@ -73,7 +78,9 @@ pub async fn collect(
                 let mut started = vec![];
                 for round in rounds {
                     let temperature = TEMPERATURES[(k + round) % TEMPERATURES.len()];
-                    let seed = wanted.seed ^ ((round as u64) << 32 | prompt as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+                    let seed = wanted.seed
+                        ^ ((round as u64) << 32 | prompt as u64)
+                            .wrapping_mul(0x9E37_79B9_7F4A_7C15);
                     let request = request(text.clone(), temperature, wanted.max_answer, seed);
                     started.push((round, Started::new(&handle, request).await?));
                 }
@@ -95,7 +102,12 @@ pub async fn collect(
 
 fn request(prompt: String, temperature: f32, max_tokens: usize, seed: u64) -> Request {
     let sampling = SamplingParams { temperature, seed, ..SamplingParams::default() };
-    Request { sampling, speculation: Speculation::Off, share_text: false, ..Request::new(prompt, max_tokens) }
+    Request {
+        sampling,
+        speculation: Speculation::Off,
+        share_text: false,
+        ..Request::new(prompt, max_tokens)
+    }
 }
 
 /// A request whose prompt is computed.
@@ -106,7 +118,8 @@ struct Started {
 
 impl Started {
     async fn new(handle: &Handle, request: Request) -> Result<Self, TrainError> {
-        let mut events = handle.submit(request).await.map_err(|e| TrainError::Engine(e.to_string()))?;
+        let mut events =
+            handle.submit(request).await.map_err(|e| TrainError::Engine(e.to_string()))?;
         Ok(Self { first: events.recv().await, events })
     }
 
@@ -117,8 +130,12 @@ impl Started {
         while let Some(event) = next {
             match event {
                 Event::Piece(_) => {}
-                Event::Done(done) => return done.trace.ok_or_else(|| fail("it does not trace answers".into())),
-                Event::Failed { id } => return Err(fail(format!("the log names the cause under {id}"))),
+                Event::Done(done) => {
+                    return done.trace.ok_or_else(|| fail("it does not trace answers".into()));
+                }
+                Event::Failed { id } => {
+                    return Err(fail(format!("the log names the cause under {id}")));
+                }
             }
             next = self.events.recv().await;
         }

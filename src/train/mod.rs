@@ -1,7 +1,8 @@
 //! Training of heads, from a GGUF and a file of prompts and nothing else.
 //!
 //! 1. [`answers`]: the model answers the prompts, in the batched engine.
-//! 2. [`features`]: what it thought at each token, hidden states and distributions, goes to the disk.
+//! 2. [`features`]: what it thought at each token, hidden states and distributions, goes to the
+//!    disk.
 //! 3. [`fit`]: heads learn from them; [`save`] writes them down.
 //!
 //! A killed run goes on where it was, in the same work folder.
@@ -64,7 +65,11 @@ fn mix(x: u64) -> u64 {
 type Raw<'a> = (&'a str, Dtype, Vec<usize>, Vec<u8>);
 
 /// Writes a safetensors file, which appears under its name when it is whole.
-fn write_tensors(path: &Path, tensors: &[Raw<'_>], meta: Option<HashMap<String, String>>) -> Result<(), TrainError> {
+fn write_tensors(
+    path: &Path,
+    tensors: &[Raw<'_>],
+    meta: Option<HashMap<String, String>>,
+) -> Result<(), TrainError> {
     let fail = |e: &dyn Display| TrainError::file(path, e);
     let mut views = vec![];
     for (name, dtype, shape, bytes) in tensors {

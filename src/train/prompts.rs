@@ -22,8 +22,9 @@ pub struct PromptsError {
 }
 
 impl Prompts {
-    /// Reads a file with one JSON object a line, whose `prompt` (or first of `turns`) is what a user asks. `raw` leaves the
-    /// text as it is; otherwise it becomes a user's message behind `system`, in the model's chat format.
+    /// Reads a file with one JSON object a line, whose `prompt` (or first of `turns`) is what a
+    /// user asks. `raw` leaves the text as it is; otherwise it becomes a user's message behind
+    /// `system`, in the model's chat format.
     ///
     /// # Errors
     /// [`PromptsError`] names the line.
@@ -32,9 +33,13 @@ impl Prompts {
         let file = std::fs::read_to_string(path).map_err(|e| fail(e.to_string()))?;
         let (mut texts, mut categories) = (vec![], vec![]);
         for (i, line) in file.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-            let value: serde_json::Value = serde_json::from_str(line).map_err(|e| fail(format!("line {}: {e}", i + 1)))?;
+            let value: serde_json::Value =
+                serde_json::from_str(line).map_err(|e| fail(format!("line {}: {e}", i + 1)))?;
             let text = value["prompt"].as_str().or_else(|| value["turns"][0].as_str());
-            texts.push(text.ok_or_else(|| fail(format!("line {}: has no string \"prompt\"", i + 1)))?.to_owned());
+            texts.push(
+                text.ok_or_else(|| fail(format!("line {}: has no string \"prompt\"", i + 1)))?
+                    .to_owned(),
+            );
             categories.push(value["category"].as_str().map(str::to_owned));
         }
         if texts.is_empty() {

@@ -13,11 +13,19 @@ use super::{TrainError, write_tensors};
 /// A tensor of a file: name, type, shape, bytes.
 type Named = (String, Dtype, Vec<usize>, Vec<u8>);
 
-/// Writes the weights, of heads that know the tokens of `vocab`, met so many times, the most frequent one first. Conditioned heads are in 8 bits, a scale for each row; plain ones in F16, as others read them.
+/// Writes the weights, of heads that know the tokens of `vocab`, met so many times, the most
+/// frequent one first. Conditioned heads are in 8 bits, a scale for each row; plain ones in F16, as
+/// others read them.
 ///
 /// # Errors
 /// When the file cannot be written.
-pub fn weights(folder: &Path, kind: Kind, net: &Net, params: &[f32], vocab: &[(u32, f64)]) -> Result<(), TrainError> {
+pub fn weights(
+    folder: &Path,
+    kind: Kind,
+    net: &Net,
+    params: &[f32],
+    vocab: &[(u32, f64)],
+) -> Result<(), TrainError> {
     let mut tensors: Vec<Named> = vec![];
     for tensor in net.tensors() {
         let values = &params[tensor.range.clone()];
@@ -35,8 +43,13 @@ pub fn weights(folder: &Path, kind: Kind, net: &Net, params: &[f32], vocab: &[(u
         let counts: Vec<f32> = vocab.iter().map(|&(_, n)| n as f32).collect();
         tensors.push(("token_counts".into(), Dtype::F32, vec![vocab.len()], le_bytes(&counts)));
     }
-    let named: Vec<_> = tensors.iter().map(|(n, d, s, b)| (n.as_str(), *d, s.clone(), b.clone())).collect();
-    let name = if kind == Kind::Medusa { "medusa_lm_head.safetensors" } else { "conditioned_heads.safetensors" };
+    let named: Vec<_> =
+        tensors.iter().map(|(n, d, s, b)| (n.as_str(), *d, s.clone(), b.clone())).collect();
+    let name = if kind == Kind::Medusa {
+        "medusa_lm_head.safetensors"
+    } else {
+        "conditioned_heads.safetensors"
+    };
     write_tensors(&folder.join(name), &named, None)
 }
 
@@ -52,8 +65,12 @@ fn plain(tensor: &Tensor, values: &[f32]) -> Named {
 /// A matrix as whole numbers from -127 to 127, and what each row is multiplied by.
 fn eight_bit(tensor: &Tensor, values: &[f32]) -> [Named; 2] {
     let n_in = tensor.shape[1];
-    let scales: Vec<f32> = values.chunks(n_in).map(|row| row.iter().fold(0.0f32, |m, v| m.max(v.abs())) / 127.0).collect();
-    let whole = |(i, v): (usize, &f32)| (v / scales[i / n_in].max(f32::MIN_POSITIVE)).round() as i8 as u8;
+    let scales: Vec<f32> = values
+        .chunks(n_in)
+        .map(|row| row.iter().fold(0.0f32, |m, v| m.max(v.abs())) / 127.0)
+        .collect();
+    let whole =
+        |(i, v): (usize, &f32)| (v / scales[i / n_in].max(f32::MIN_POSITIVE)).round() as i8 as u8;
     let bytes = values.iter().enumerate().map(whole).collect();
     [
         (tensor.name.clone(), Dtype::I8, tensor.shape.clone(), bytes),
@@ -102,7 +119,11 @@ pub fn card(folder: &Path, origin: &Origin, fitted: &Fitted) -> Result<(), Train
 
     let mut text = format!("# Heads for {}\n\n", origin.model);
     let Origin { n_heads, width, n_draft_vocab, answer_tokens, collect_s, fit_s, .. } = origin;
-    let kind = if origin.heads == Kind::Medusa { "Medusa heads" } else { "Heads conditioned on the drafted path" };
+    let kind = if origin.heads == Kind::Medusa {
+        "Medusa heads"
+    } else {
+        "Heads conditioned on the drafted path"
+    };
     let _ = writeln!(
         text,
         "{kind}: {n_heads}, blocks of {width}, a draft vocabulary of {n_draft_vocab} tokens. Trained on {answer_tokens} tokens of \
@@ -116,7 +137,12 @@ pub fn card(folder: &Path, origin: &Origin, fitted: &Fitted) -> Result<(), Train
         for (h, score) in epoch.held.iter().enumerate() {
             let HeadScore { n: 1.., .. } = score else { continue };
             let (one, five) = (score.top(1), score.top(5));
-            let _ = writeln!(text, "| {}{kept} | {h} | {one:.3} | {five:.3} | {:.3} |", i + 1, score.mean_loss());
+            let _ = writeln!(
+                text,
+                "| {}{kept} | {h} | {one:.3} | {five:.3} | {:.3} |",
+                i + 1,
+                score.mean_loss()
+            );
         }
     }
     text += "\n![training loss](loss.svg)\n";
@@ -129,11 +155,19 @@ mod tests {
     use crate::speculate::heads::{HeadNets, Heads, Shape};
     use crate::train::fit::net;
 
-    /// Heads of both kinds come back from their files as they went in, to the precision of the file.
+    /// Heads of both kinds come back from their files as they went in, to the precision of the
+    /// file.
     #[test]
     fn what_is_saved_can_be_loaded() {
         for kind in [Kind::Medusa, Kind::Conditioned] {
-            let shape = net::Shape { kind, n_embd: 4, width: 6, n_heads: 2, n_blocks: vec![1], previous: false };
+            let shape = net::Shape {
+                kind,
+                n_embd: 4,
+                width: 6,
+                n_heads: 2,
+                n_blocks: vec![1],
+                previous: false,
+            };
             let net = Net::new(&shape);
             let params: Vec<f32> = (0..net.n_params()).map(|i| (i as f32 * 0.7).sin()).collect();
             let folder = tempfile::tempdir().unwrap();
@@ -144,7 +178,9 @@ mod tests {
                 let tensor = net.tensors().into_iter().find(|t| t.name == name).unwrap();
                 params[tensor.range].to_vec()
             };
-            let close = |a: &[f32], b: &[f32]| a.len() == b.len() && a.iter().zip(b).all(|(a, b)| (a - b).abs() < 5e-3);
+            let close = |a: &[f32], b: &[f32]| {
+                a.len() == b.len() && a.iter().zip(b).all(|(a, b)| (a - b).abs() < 5e-3)
+            };
             match heads.nets {
                 HeadNets::Plain(w) => {
                     assert!(close(&w.blocks[1][0].weight.values, &of("1.w")));
@@ -153,7 +189,9 @@ mod tests {
                 HeadNets::Conditioned(w) => {
                     assert_eq!(w.steps.len(), 2);
                     assert_eq!(heads.token_counts, Some(vec![9.5, 3.0, 0.0]));
-                    for (got, name) in [(&w.steps[1].w, "1.w"), (&w.steps[1].u, "1.u"), (&w.steps[1].v, "1.v")] {
+                    for (got, name) in
+                        [(&w.steps[1].w, "1.w"), (&w.steps[1].u, "1.u"), (&w.steps[1].v, "1.v")]
+                    {
                         assert!(close(&got.values, &of(name)), "{name}");
                     }
                     assert!(close(&w.steps[1].b, &of("1.b")));

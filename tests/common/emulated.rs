@@ -1,4 +1,5 @@
-//! A device on the CPU: the kernels of `cuda/` compiled by a C++ compiler behind `tests/emulation/emulation.h`.
+//! A device on the CPU: the kernels of `cuda/` compiled by a C++ compiler behind
+//! `tests/emulation/emulation.h`.
 #![allow(unsafe_code)]
 
 use std::cell::RefCell;
@@ -35,9 +36,11 @@ impl Emulated {
 
 fn compile() -> Library {
     let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
-    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("the target folder is writable");
+    let folder =
+        tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("the target folder is writable");
     let (source, library) = (folder.path().join("kernels.cpp"), folder.path().join("kernels.so"));
-    let mut files: Vec<_> = std::fs::read_dir(root.join("cuda")).unwrap().map(|e| e.unwrap().path()).collect();
+    let mut files: Vec<_> =
+        std::fs::read_dir(root.join("cuda")).unwrap().map(|e| e.unwrap().path()).collect();
     files.sort();
     let includes = files.iter().filter(|f| f.extension() == Some("cu".as_ref()));
     let text: String = includes.map(|f| format!("#include \"{}\"\n", f.display())).collect();
@@ -76,7 +79,10 @@ impl Device for Emulated {
         let offset = address as usize - block.as_ptr() as usize;
         let guards = block[..offset].iter().chain(&block[offset + n_bytes..]);
         if !std::thread::panicking() {
-            assert!(guards.into_iter().all(|&b| b == GUARD_BYTE), "a kernel wrote beyond {n_bytes} bytes");
+            assert!(
+                guards.into_iter().all(|&b| b == GUARD_BYTE),
+                "a kernel wrote beyond {n_bytes} bytes"
+            );
         }
     }
 
@@ -88,7 +94,9 @@ impl Device for Emulated {
 
     unsafe fn download(&self, from: Address, bytes: &mut [u8]) -> Result<(), GpuError> {
         // SAFETY: by contract; the host's own memory.
-        unsafe { std::ptr::copy_nonoverlapping(from as *const u8, bytes.as_mut_ptr(), bytes.len()) };
+        unsafe {
+            std::ptr::copy_nonoverlapping(from as *const u8, bytes.as_mut_ptr(), bytes.len())
+        };
         Ok(())
     }
 
@@ -96,8 +104,9 @@ impl Device for Emulated {
         type Entry = unsafe extern "C" fn(u32, u32, u32, u32, *mut *mut c_void);
         let [x, y, z] = launch.grid;
         // SAFETY: EMULATED in emulation.h declares it so.
-        let entry: Symbol<'_, Entry> = unsafe { self.library.get(format!("launch_{}", launch.kernel).as_bytes()) }
-            .unwrap_or_else(|e| panic!("{}: {e}", launch.kernel));
+        let entry: Symbol<'_, Entry> =
+            unsafe { self.library.get(format!("launch_{}", launch.kernel).as_bytes()) }
+                .unwrap_or_else(|e| panic!("{}: {e}", launch.kernel));
         assert!(launch.shared <= 48 << 10, "more shared memory than a kernel gets without asking");
         // SAFETY: by contract.
         unsafe { entry(x, y, z, launch.block, args.as_mut_ptr()) };

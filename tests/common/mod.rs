@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use proptest::prelude::*;
 use serde_json::Value;
 
-/// The default model, which `make model` fetches; these tests need it. Cargo runs them in the package's folder, and on
-/// another host they run in one that has models and heads too.
+/// The default model, which `make model` fetches; these tests need it. Cargo runs them in the
+/// package's folder, and on another host they run in one that has models and heads too.
 pub fn model_path() -> PathBuf {
     let path = PathBuf::from(medusa_llama::config::DEFAULT_MODEL);
     assert!(path.is_file(), "the default model is missing: run `make model`");
@@ -23,7 +23,11 @@ pub fn model_path() -> PathBuf {
 
 /// Runs the binary to its end.
 pub fn run(args: &[&str], env: &[(&str, &str)]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_medusa-llama")).args(args).envs(env.iter().copied()).output().unwrap()
+    Command::new(env!("CARGO_BIN_EXE_medusa-llama"))
+        .args(args)
+        .envs(env.iter().copied())
+        .output()
+        .unwrap()
 }
 
 /// A running `medusa-llama serve`, killed when dropped.
@@ -34,8 +38,9 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts one and waits until it listens; the model may still be loading. A pass gets one thread: those of several
-    /// servers on the same cores would spend their time waiting for each other.
+    /// Starts one and waits until it listens; the model may still be loading. A pass gets one
+    /// thread: those of several servers on the same cores would spend their time waiting for each
+    /// other.
     pub fn start_loading(args: &[&str]) -> Self {
         let mut child = Command::new(env!("CARGO_BIN_EXE_medusa-llama"))
             .args(["serve", "--host", "127.0.0.1", "--port", "0", "--model"])
@@ -48,11 +53,17 @@ impl Server {
         let mut stderr = BufReader::new(child.stderr.take().unwrap());
         let mut line = String::new();
         stderr.read_line(&mut line).unwrap();
-        let addr = line.split("://").nth(1).and_then(|l| l.split(',').next()).unwrap_or_else(|| panic!("{line}"));
+        let addr = line
+            .split("://")
+            .nth(1)
+            .and_then(|l| l.split(',').next())
+            .unwrap_or_else(|| panic!("{line}"));
         let addr = addr.parse().unwrap();
         let log = Arc::new(Mutex::new(line));
         let sink = Arc::clone(&log);
-        std::thread::spawn(move || stderr.lines().map_while(Result::ok).for_each(|l| *sink.lock().unwrap() += &(l + "\n")));
+        std::thread::spawn(move || {
+            stderr.lines().map_while(Result::ok).for_each(|l| *sink.lock().unwrap() += &(l + "\n"))
+        });
         Self { child, addr, log }
     }
 
@@ -67,7 +78,11 @@ impl Server {
     pub fn wait(&self, mut done: impl FnMut() -> bool) {
         let start = Instant::now();
         while !done() {
-            assert!(start.elapsed() < Duration::from_secs(300), "waited in vain; the log:\n{}", self.log());
+            assert!(
+                start.elapsed() < Duration::from_secs(300),
+                "waited in vain; the log:\n{}",
+                self.log()
+            );
             std::thread::sleep(Duration::from_millis(20));
         }
     }
@@ -81,7 +96,13 @@ impl Server {
     }
 
     pub fn terminate(&self) {
-        assert!(Command::new("kill").args(["-TERM", &self.pid().to_string()]).status().unwrap().success());
+        assert!(
+            Command::new("kill")
+                .args(["-TERM", &self.pid().to_string()])
+                .status()
+                .unwrap()
+                .success()
+        );
     }
 
     pub fn wait_for_exit(mut self) -> ExitStatus {
@@ -115,15 +136,23 @@ impl Server {
     /// Posts JSON to any path.
     pub fn post_to(&self, path: &str, body: &Value) -> Answer {
         let body = body.to_string();
-        let head = format!("POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", body.len());
+        let head = format!(
+            "POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
+            body.len()
+        );
         exchange(self.addr, (head + &body).as_bytes())
     }
 
     /// The sum of a metric's series with all of these labels, each like `status="200"`.
     pub fn metric(&self, name: &str, labels: &[&str]) -> f64 {
         let answer = self.get("/metrics");
-        let series = answer.text().lines().filter_map(|line| line.strip_prefix("medusa_llama:")?.strip_prefix(name));
-        let series = series.filter(|rest| rest.starts_with('{') && labels.iter().all(|label| rest.contains(label)));
+        let series = answer
+            .text()
+            .lines()
+            .filter_map(|line| line.strip_prefix("medusa_llama:")?.strip_prefix(name));
+        let series = series.filter(|rest| {
+            rest.starts_with('{') && labels.iter().all(|label| rest.contains(label))
+        });
         series.map(|rest| rest.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum()
     }
 
@@ -166,7 +195,8 @@ pub fn post_bytes(body: &[u8]) -> Vec<u8> {
 /// `what` is method and path; `headers` are lines.
 pub fn request_bytes(what: &str, headers: &[&str], body: &[u8]) -> Vec<u8> {
     let more: String = headers.iter().map(|line| format!("{line}\r\n")).collect();
-    let length = if body.is_empty() { String::new() } else { format!("Content-Length: {}\r\n", body.len()) };
+    let length =
+        if body.is_empty() { String::new() } else { format!("Content-Length: {}\r\n", body.len()) };
     let head = format!("{what} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{more}{length}\r\n");
     [head.as_bytes(), body].concat()
 }
@@ -194,11 +224,15 @@ pub struct Answer {
 
 impl Answer {
     fn parse(bytes: &[u8]) -> Self {
-        let end = bytes.windows(4).position(|w| w == b"\r\n\r\n").unwrap_or_else(|| panic!("no head in {bytes:?}"));
+        let end = bytes
+            .windows(4)
+            .position(|w| w == b"\r\n\r\n")
+            .unwrap_or_else(|| panic!("no head in {bytes:?}"));
         let head = String::from_utf8(bytes[..end].to_vec()).unwrap().to_lowercase();
         let status = head.split(' ').nth(1).unwrap().parse().unwrap();
         let body = &bytes[end + 4..];
-        let body = if head.contains("transfer-encoding: chunked") { unchunk(body) } else { body.to_vec() };
+        let body =
+            if head.contains("transfer-encoding: chunked") { unchunk(body) } else { body.to_vec() };
         Self { status, head, body }
     }
 
@@ -212,7 +246,8 @@ impl Answer {
     }
 
     pub fn json(&self) -> Value {
-        serde_json::from_slice(&self.body).unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&self.body)))
+        serde_json::from_slice(&self.body)
+            .unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&self.body)))
     }
 
     /// The data of each server-sent event.
@@ -230,7 +265,8 @@ impl Answer {
 fn unchunk(mut body: &[u8]) -> Vec<u8> {
     let mut out = Vec::new();
     while let Some(end) = body.windows(2).position(|w| w == b"\r\n") {
-        let n = usize::from_str_radix(std::str::from_utf8(&body[..end]).unwrap().trim(), 16).unwrap();
+        let n =
+            usize::from_str_radix(std::str::from_utf8(&body[..end]).unwrap().trim(), 16).unwrap();
         if n == 0 {
             break;
         }
@@ -254,7 +290,8 @@ pub fn any_json() -> impl Strategy<Value = Value> {
     leaf.prop_recursive(3, 16, 4, |inner| {
         prop_oneof![
             prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
-            prop::collection::hash_map(".{0,6}", inner, 0..4).prop_map(|m| Value::Object(m.into_iter().collect())),
+            prop::collection::hash_map(".{0,6}", inner, 0..4)
+                .prop_map(|m| Value::Object(m.into_iter().collect())),
         ]
     })
 }

@@ -8,7 +8,8 @@ use medusa_llama::llama::{LlamaError, SeqId, Token};
 use medusa_llama::speculate::calibration::Calibration;
 use medusa_llama::speculate::{Draft, Origin, Tree, Worth};
 
-/// The next token is a function of all tokens before it, so any mix-up of cells shows in the text. Token 0 ends a text.
+/// The next token is a function of all tokens before it, so any mix-up of cells shows in the text.
+/// Token 0 ends a text.
 pub struct Stub {
     pub n_vocab: usize,
     cache: HashMap<SeqId, Vec<Token>>,
@@ -22,14 +23,22 @@ pub struct Stub {
 
 impl Stub {
     pub fn new(n_vocab: usize) -> Self {
-        Self { n_vocab, cache: HashMap::new(), logits: vec![], hidden: vec![], fail_at: None, n_passes: 0 }
+        Self {
+            n_vocab,
+            cache: HashMap::new(),
+            logits: vec![],
+            hidden: vec![],
+            fail_at: None,
+            n_passes: 0,
+        }
     }
 
     /// The logits after these tokens.
     pub fn logits_of(n_vocab: usize, seen: &[Token]) -> Vec<f32> {
         let h = hash(seen);
-        let mut logits: Vec<f32> =
-            (0..n_vocab as u64).map(|i| ((h.rotate_left(i as u32 % 64) ^ i) % 97) as f32 / 97.0).collect();
+        let mut logits: Vec<f32> = (0..n_vocab as u64)
+            .map(|i| ((h.rotate_left(i as u32 % 64) ^ i) % 97) as f32 / 97.0)
+            .collect();
         logits[favourite(n_vocab, seen).0 as usize] = 2.0;
         logits
     }
@@ -48,7 +57,8 @@ impl Stub {
     }
 }
 
-/// Heads that know the stub: their levels hold its favourites more often than not, among other tokens.
+/// Heads that know the stub: their levels hold its favourites more often than not, among other
+/// tokens.
 pub struct Guess {
     pub n_vocab: usize,
     pub n_levels: usize,
@@ -60,7 +70,13 @@ impl Draft for Guess {
         self.n_levels
     }
 
-    fn draft(&mut self, origins: &[Origin<'_>], worth: Worth, calibration: &Calibration, trees: &mut [Tree]) {
+    fn draft(
+        &mut self,
+        origins: &[Origin<'_>],
+        worth: Worth,
+        calibration: &Calibration,
+        trees: &mut [Tree],
+    ) {
         for (origin, tree) in origins.iter().zip(trees) {
             let mut tokens: Vec<Token> = origin.hidden.iter().map(|&t| Token(t as i32)).collect();
             tokens.push(origin.root);
@@ -68,8 +84,9 @@ impl Draft for Guess {
             let mut level = |_| {
                 let (right, h) = (favourite(self.n_vocab, &tokens), hash(&tokens));
                 tokens.push(right);
-                let mut offered: Vec<Token> =
-                    (0..self.width as u64).map(|i| Token(((h >> 7) + i) as i32 & 0xff).min_mod(self.n_vocab)).collect();
+                let mut offered: Vec<Token> = (0..self.width as u64)
+                    .map(|i| Token(((h >> 7) + i) as i32 & 0xff).min_mod(self.n_vocab))
+                    .collect();
                 if h % 4 != 0 && !offered.contains(&right) {
                     offered[h as usize % self.width] = right;
                 }
@@ -117,7 +134,10 @@ impl Forward for Stub {
                 cached.push(row.token);
             }
             let seen = &self.cache[&row.seqs[0]];
-            assert!(row.seqs.iter().all(|s| self.cache[s] == *seen), "ids of a row have the same past");
+            assert!(
+                row.seqs.iter().all(|s| self.cache[s] == *seen),
+                "ids of a row have the same past"
+            );
             let mut logits = vec![];
             if row.output {
                 logits = Self::logits_of(self.n_vocab, seen);
@@ -133,7 +153,9 @@ impl Forward for Stub {
 
     fn logits(&self, row: usize) -> Result<&[f32], LlamaError> {
         let logits = self.logits.get(row).filter(|l| !l.is_empty());
-        logits.map(Vec::as_slice).ok_or_else(|| LlamaError::Misuse(format!("row {row} has no logits")))
+        logits
+            .map(Vec::as_slice)
+            .ok_or_else(|| LlamaError::Misuse(format!("row {row} has no logits")))
     }
 
     fn hidden(&self, row: usize) -> Result<&[f32], LlamaError> {

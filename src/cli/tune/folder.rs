@@ -1,4 +1,5 @@
-//! Where the quantized files are made: a folder to keep, or one that goes with the command, however it ends.
+//! Where the quantized files are made: a folder to keep, or one that goes with the command, however
+//! it ends.
 
 use std::path::{Path, PathBuf};
 
@@ -15,7 +16,8 @@ impl Folder {
     /// `keep`, made if it is not there; or a temporary one.
     pub(super) fn new(keep: Option<&Path>) -> anyhow::Result<Self> {
         if let Some(path) = keep {
-            std::fs::create_dir_all(path).with_context(|| format!("cannot make {}", path.display()))?;
+            std::fs::create_dir_all(path)
+                .with_context(|| format!("cannot make {}", path.display()))?;
             return Ok(Self { path: path.to_owned(), keep: true });
         }
         let path = std::env::temp_dir().join(format!("medusa-llama-tune-{}", std::process::id()));

@@ -71,7 +71,8 @@ impl Report {
         // By way of its digits: 0.05 is 0.05 then, not the nearest f32.
         let max_loss: f64 = self.max_perplexity_loss.to_string().parse()?;
         for load in Load::ALL {
-            let choice = tune::choose(&self.candidates, max_loss, load).context("no candidate has a perplexity")?;
+            let choice = tune::choose(&self.candidates, max_loss, load)
+                .context("no candidate has a perplexity")?;
             let chosen = &self.candidates[choice.candidate];
             let measured = &chosen.by_threads[choice.threads];
             self.recommendations.push(Recommendation {
@@ -90,28 +91,62 @@ impl Report {
     pub(super) fn print(&self) -> anyhow::Result<()> {
         let mut out = std::io::stdout().lock();
         let Self { model, quantization, text, rounds, max_tokens, .. } = self;
-        writeln!(out, "{model} ({quantization}), {max_tokens} tokens a sequence, perplexity on {text}")?;
+        writeln!(
+            out,
+            "{model} ({quantization}), {max_tokens} tokens a sequence, perplexity on {text}"
+        )?;
         writeln!(out, "medians of the rounds, of which there are {rounds} (lowest to highest)\n")?;
         let best = self.candidates.iter().map(|c| c.perplexity).fold(f64::INFINITY, f64::min);
-        let width = self.candidates.iter().map(|c| c.name.len()).max().unwrap_or(0).max("candidate".len());
-        let mut line = |name: &str, mib: &str, perplexity: &str, threads: &str, speeds: [&str; 2], steps: &str| {
+        let width =
+            self.candidates.iter().map(|c| c.name.len()).max().unwrap_or(0).max("candidate".len());
+        let mut line = |name: &str,
+                        mib: &str,
+                        perplexity: &str,
+                        threads: &str,
+                        speeds: [&str; 2],
+                        steps: &str| {
             let [alone, together] = speeds;
-            writeln!(out, "{name:width$}  {mib:>8}  {perplexity:>26}  {threads:>7}  {alone:>26}  {together:>26}  {steps}")
+            writeln!(
+                out,
+                "{name:width$}  {mib:>8}  {perplexity:>26}  {threads:>7}  {alone:>26}  {together:>26}  {steps}"
+            )
         };
         line("", "", "", "", ["", ""], "  ms of a step of so many rows")?;
         let rows: String = super::ROWS.iter().map(|rows| format!("{rows:>8}")).collect();
         let together = format!("{TOGETHER} sequences, tokens/s");
-        line("candidate", "MiB", "perplexity", "threads", ["1 sequence, tokens/s", &together], &rows)?;
+        line(
+            "candidate",
+            "MiB",
+            "perplexity",
+            "threads",
+            ["1 sequence, tokens/s", &together],
+            &rows,
+        )?;
         for candidate in &self.candidates {
             for (i, measured) in candidate.by_threads.iter().enumerate() {
                 let above = format!("{:+.1}%", 100.0 * (candidate.perplexity / best - 1.0));
-                let perplexity = format!("{:.3} +- {:.3} {above:>7}", candidate.perplexity, candidate.perplexity_error);
+                let perplexity = format!(
+                    "{:.3} +- {:.3} {above:>7}",
+                    candidate.perplexity, candidate.perplexity_error
+                );
                 let mib = format!("{:.1}", candidate.bytes as f64 / f64::from(1 << 20));
                 // What holds for all numbers of threads is said once.
-                let (name, mib, perplexity) = if i == 0 { (&*candidate.name, &*mib, &*perplexity) } else { ("", "", "") };
-                let steps: String = measured.steps.iter().map(|s| format!("{:8.2}", s.seconds.median * 1e3)).collect();
+                let (name, mib, perplexity) =
+                    if i == 0 { (&*candidate.name, &*mib, &*perplexity) } else { ("", "", "") };
+                let steps: String = measured
+                    .steps
+                    .iter()
+                    .map(|s| format!("{:8.2}", s.seconds.median * 1e3))
+                    .collect();
                 let (alone, together) = (spread(&measured.alone), spread(&measured.together));
-                line(name, mib, perplexity, &measured.threads.to_string(), [&alone, &together], &steps)?;
+                line(
+                    name,
+                    mib,
+                    perplexity,
+                    &measured.threads.to_string(),
+                    [&alone, &together],
+                    &steps,
+                )?;
             }
         }
         writeln!(out)?;
@@ -119,10 +154,14 @@ impl Report {
             writeln!(out, "{QUANTIZED_TWICE}")?;
         }
         if self.rounds == 1 {
-            writeln!(out, "one round shows no spread: with --rounds 3 noise can be told from a difference")?;
+            writeln!(
+                out,
+                "one round shows no spread: with --rounds 3 noise can be told from a difference"
+            )?;
         }
         for recommendation in &self.recommendations {
-            let sequences = if recommendation.parallel == 1 { "one sequence" } else { "parallel sequences" };
+            let sequences =
+                if recommendation.parallel == 1 { "one sequence" } else { "parallel sequences" };
             let [what, why @ ..] = &recommendation.reasons[..] else { continue };
             writeln!(out, "for {sequences} use {what}")?;
             for reason in why {
@@ -137,7 +176,8 @@ impl Report {
 
     pub(super) fn write_json(&self, path: &Path) -> anyhow::Result<()> {
         let text = serde_json::to_string_pretty(self)?;
-        std::fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))
+        std::fs::write(path, text + "\n")
+            .with_context(|| format!("cannot write {}", path.display()))
     }
 
     /// A line a candidate, with the threads recommended for one sequence.
@@ -145,7 +185,11 @@ impl Report {
         let Some(t) = self.recommendations.first().map(|r| r.choice.threads) else { return Ok(()) };
         let line = |candidate: &Candidate| Line {
             name: candidate.name.clone(),
-            points: candidate.by_threads[t].steps.iter().map(|s| (s.rows as f64, s.seconds.median * 1e3)).collect(),
+            points: candidate.by_threads[t]
+                .steps
+                .iter()
+                .map(|s| (s.rows as f64, s.seconds.median * 1e3))
+                .collect(),
         };
         let lines: Vec<Line> = self.candidates.iter().map(line).collect();
         let title = format!("{}, threads: {}", self.model, self.recommendations[0].threads);

@@ -1,8 +1,9 @@
 //! OpenAI's dialect: `/v1/completions` and `/v1/chat/completions`, to checked requests and back.
 //!
-//! Field names, defaults, object names and the order of chunks are those of OpenAI's API reference. Fields of its that change an
-//! answer in a way that is not built here are refused by name; those that do not change it (`user`, `metadata`) are ignored. What
-//! `/generate` has beyond them is an extension: `top_k`, `min_p`, `repetition_penalty`, `repeat_last_n`, `ignore_eos`,
+//! Field names, defaults, object names and the order of chunks are those of OpenAI's API reference.
+//! Fields of its that change an answer in a way that is not built here are refused by name; those
+//! that do not change it (`user`, `metadata`) are ignored. What `/generate` has beyond them is an
+//! extension: `top_k`, `min_p`, `repetition_penalty`, `repeat_last_n`, `ignore_eos`,
 //! `cache_prompt`, `speculation`, `share_text`, `grammar`, `details`, `timeout_s`.
 
 //!

@@ -36,10 +36,12 @@ pub struct Asked {
     pub include_usage: bool,
 }
 
-/// Reads a body. `n_ctx` bounds `max_tokens`; `random_seed` is used where none is given; `template` renders messages.
+/// Reads a body. `n_ctx` bounds `max_tokens`; `random_seed` is used where none is given; `template`
+/// renders messages.
 ///
 /// # Errors
-/// [`Invalid`] names the first field that is unknown, of the wrong type, out of range or not supported.
+/// [`Invalid`] names the first field that is unknown, of the wrong type, out of range or not
+/// supported.
 pub fn read(
     endpoint: Endpoint,
     body: Value,
@@ -64,17 +66,26 @@ pub fn read(
         }
     };
     // OpenAI's penalties look at the whole text.
-    let defaults = SamplingParams { temperature: 1.0, top_p: 1.0, repeat_last_n: n_ctx, seed, ..SamplingParams::default() };
+    let defaults = SamplingParams {
+        temperature: 1.0,
+        top_p: 1.0,
+        repeat_last_n: n_ctx,
+        seed,
+        ..SamplingParams::default()
+    };
     let sampling = fields.sampling(defaults, 2.0, 2.0, n_ctx)?;
     let most = n_ctx as u64;
     let max_tokens = fields.count("max_tokens", 1, most)?;
     let max_tokens = match endpoint {
         Endpoint::Text => max_tokens.unwrap_or(16.min(most)),
-        Endpoint::Chat => fields.count("max_completion_tokens", 1, most)?.or(max_tokens).unwrap_or(most),
+        Endpoint::Chat => {
+            fields.count("max_completion_tokens", 1, most)?.or(max_tokens).unwrap_or(most)
+        }
     } as usize;
     let n = fields.count("n", 1, MAX_CHOICES)?.unwrap_or(1) as usize;
     if n * prompts.len() > MAX_CHOICES as usize {
-        let message = format!("{} prompts with n {n} ask for more than {MAX_CHOICES} answers", prompts.len());
+        let message =
+            format!("{} prompts with n {n} ask for more than {MAX_CHOICES} answers", prompts.len());
         return Err(Invalid::new("n", message));
     }
     let n_top = n_top(&mut fields, endpoint)?;
@@ -86,14 +97,16 @@ pub fn read(
     fields.refuse_the_rest()?;
 
     let request = |prompt: &String, i: usize| {
-        let sampling = SamplingParams { seed: seed.wrapping_add(i as u64), ..of_all.sampling.clone() };
+        let sampling =
+            SamplingParams { seed: seed.wrapping_add(i as u64), ..of_all.sampling.clone() };
         Request { prompt: prompt.clone(), sampling, ..of_all.clone() }
     };
     let requests = prompts.iter().flat_map(|prompt| (0..n).map(move |i| request(prompt, i)));
     Ok(Asked { requests: requests.collect(), n, stream, include_usage })
 }
 
-/// How many of the likeliest tokens are told with each token's log probability; `None`: neither is told.
+/// How many of the likeliest tokens are told with each token's log probability; `None`: neither is
+/// told.
 fn n_top(fields: &mut Fields, endpoint: Endpoint) -> Result<Option<u64>, Invalid> {
     if endpoint == Endpoint::Text {
         return fields.count("logprobs", 0, MAX_LOGPROBS);
@@ -102,7 +115,9 @@ fn n_top(fields: &mut Fields, endpoint: Endpoint) -> Result<Option<u64>, Invalid
     match (fields.boolean("logprobs")?.unwrap_or(false), top) {
         (true, top) => Ok(top.or(Some(0))),
         (false, None | Some(0)) => Ok(None),
-        (false, Some(_)) => Err(Invalid::new("top_logprobs", "top_logprobs is for logprobs; set logprobs to true")),
+        (false, Some(_)) => {
+            Err(Invalid::new("top_logprobs", "top_logprobs is for logprobs; set logprobs to true"))
+        }
     }
 }
 
@@ -112,17 +127,26 @@ fn prompts(fields: &mut Fields) -> Result<Vec<String>, Invalid> {
     match fields.take("prompt") {
         None => Err(Invalid::new("prompt", format!("prompt is missing: it must be {wanted}"))),
         Some(Value::String(text)) => Ok(vec![text]),
-        Some(Value::Array(list)) if (1..=MAX_CHOICES as usize).contains(&list.len()) => {
-            list.iter().map(|v| v.as_str().map(str::to_owned).ok_or_else(|| wrong("prompt", v, &wanted))).collect()
-        }
+        Some(Value::Array(list)) if (1..=MAX_CHOICES as usize).contains(&list.len()) => list
+            .iter()
+            .map(|v| v.as_str().map(str::to_owned).ok_or_else(|| wrong("prompt", v, &wanted)))
+            .collect(),
         Some(other) => Err(wrong("prompt", &other, &wanted)),
     }
 }
 
-fn chat_prompt(fields: &mut Fields, template: &Result<ChatTemplate, String>) -> Result<String, Invalid> {
+fn chat_prompt(
+    fields: &mut Fields,
+    template: &Result<ChatTemplate, String>,
+) -> Result<String, Invalid> {
     let wanted = "a list of messages, each an object with role and content";
     let mut messages = match fields.take("messages") {
-        None => return Err(Invalid::new("messages", format!("messages is missing: it must be {wanted}"))),
+        None => {
+            return Err(Invalid::new(
+                "messages",
+                format!("messages is missing: it must be {wanted}"),
+            ));
+        }
         Some(Value::Array(list)) if !list.is_empty() => list,
         Some(other) => return Err(wrong("messages", &other, wanted)),
     };
@@ -136,7 +160,9 @@ fn chat_prompt(fields: &mut Fields, template: &Result<ChatTemplate, String>) -> 
 /// A role, and a content that is or becomes a string.
 fn check_message(i: usize, message: &mut Value) -> Result<(), Invalid> {
     let name = format!("messages[{i}]");
-    let Some(map) = message.as_object_mut() else { return Err(wrong(&name, message, "an object with role and content")) };
+    let Some(map) = message.as_object_mut() else {
+        return Err(wrong(&name, message, "an object with role and content"));
+    };
     let role = map.get("role").unwrap_or(&Value::Null);
     if !role.is_string() {
         return Err(wrong(&format!("{name}.role"), role, "a string: system, user or assistant"));
@@ -145,7 +171,10 @@ fn check_message(i: usize, message: &mut Value) -> Result<(), Invalid> {
     let content = map.get("content").unwrap_or(&Value::Null);
     let text: Option<String> = match content {
         Value::String(_) => return Ok(()),
-        Value::Array(parts) => parts.iter().map(|part| part["text"].as_str().filter(|_| part["type"] == "text")).collect(),
+        Value::Array(parts) => parts
+            .iter()
+            .map(|part| part["text"].as_str().filter(|_| part["type"] == "text"))
+            .collect(),
         _ => None,
     };
     let text = text.ok_or_else(|| wrong(&format!("{name}.content"), content, wanted))?;
@@ -156,9 +185,13 @@ fn check_message(i: usize, message: &mut Value) -> Result<(), Invalid> {
 fn stream_options(fields: &mut Fields, stream: bool) -> Result<bool, Invalid> {
     let Some(options) = fields.take("stream_options") else { return Ok(false) };
     if !stream {
-        return Err(Invalid::new("stream_options", "stream_options is for streams; set stream to true"));
+        return Err(Invalid::new(
+            "stream_options",
+            "stream_options is for streams; set stream to true",
+        ));
     }
-    let mut options = Fields::of(options).map_err(|_| Invalid::new("stream_options", "stream_options must be an object"))?;
+    let mut options = Fields::of(options)
+        .map_err(|_| Invalid::new("stream_options", "stream_options must be an object"))?;
     let include_usage = options.boolean("include_usage")?.unwrap_or(false);
     options.boolean("include_obfuscation")?;
     options.refuse_the_rest()?;
@@ -181,7 +214,10 @@ fn refuse_what_is_not_built(fields: &mut Fields) -> Result<(), Invalid> {
         if let Some(value) = fields.take(name).filter(|value| *value != neutral) {
             let text = value.to_string();
             let shown: String = text.chars().take(60).collect();
-            return Err(Invalid::new(name, format!("{name} is not supported by this server (got {shown})")));
+            return Err(Invalid::new(
+                name,
+                format!("{name} is not supported by this server (got {shown})"),
+            ));
         }
     }
     Ok(())
@@ -197,7 +233,9 @@ mod tests {
 
     #[test]
     fn openai_defaults_hold() {
-        let asked = read_text(json!({ "model": "any", "prompt": "x", "user": "me", "logprobs": null })).unwrap();
+        let asked =
+            read_text(json!({ "model": "any", "prompt": "x", "user": "me", "logprobs": null }))
+                .unwrap();
         let request = &asked.requests[0];
         assert_eq!((asked.requests.len(), request.max_tokens, request.sampling.seed), (1, 16, 7));
         assert_eq!((request.sampling.temperature, request.sampling.top_p), (1.0, 1.0));
@@ -207,21 +245,41 @@ mod tests {
     #[test]
     fn choices_have_seeds_of_their_own_and_prompts_their_order() {
         let asked = read_text(json!({ "prompt": ["a", "b"], "n": 2, "seed": -1 })).unwrap();
-        let of: Vec<(&str, u64)> = asked.requests.iter().map(|r| (r.prompt.as_str(), r.sampling.seed)).collect();
+        let of: Vec<(&str, u64)> =
+            asked.requests.iter().map(|r| (r.prompt.as_str(), r.sampling.seed)).collect();
         assert_eq!(of, [("a", u64::MAX), ("a", 0), ("b", u64::MAX), ("b", 0)]);
     }
 
     #[test]
     fn what_is_not_built_is_refused_by_name() {
-        for (name, value) in [("suffix", json!("s")), ("best_of", json!(2)), ("echo", json!(true)), ("max_token", json!(1))]
-        {
+        for (name, value) in [
+            ("suffix", json!("s")),
+            ("best_of", json!(2)),
+            ("echo", json!(true)),
+            ("max_token", json!(1)),
+        ] {
             let error = read_text(json!({ "prompt": "x", name: value })).unwrap_err();
             assert_eq!(error.param.as_deref(), Some(name), "{error}");
         }
-        assert!(read_text(json!({ "prompt": "x", "stream_options": { "include_usage": true } })).is_err(), "no stream");
-        let chat = |messages: Value| read(Endpoint::Chat, json!({ "messages": messages }), 64, 0, &Err("none".into()));
-        for messages in [json!([]), json!([{ "role": "user" }]), json!([{ "content": "x" }]), json!("hi"), json!([1])] {
-            assert!(chat(messages.clone()).unwrap_err().param.unwrap().starts_with("messages"), "{messages}");
+        assert!(
+            read_text(json!({ "prompt": "x", "stream_options": { "include_usage": true } }))
+                .is_err(),
+            "no stream"
+        );
+        let chat = |messages: Value| {
+            read(Endpoint::Chat, json!({ "messages": messages }), 64, 0, &Err("none".into()))
+        };
+        for messages in [
+            json!([]),
+            json!([{ "role": "user" }]),
+            json!([{ "content": "x" }]),
+            json!("hi"),
+            json!([1]),
+        ] {
+            assert!(
+                chat(messages.clone()).unwrap_err().param.unwrap().starts_with("messages"),
+                "{messages}"
+            );
         }
         assert_eq!(chat(json!([{ "role": "user", "content": "x" }])).unwrap_err().message, "none");
     }

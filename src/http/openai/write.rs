@@ -30,7 +30,8 @@ impl Envelope {
     pub fn new(endpoint: Endpoint, model: String, n: usize, telling: Telling) -> Self {
         let prefix = if endpoint == Endpoint::Chat { "chatcmpl" } else { "cmpl" };
         let id = format!("{prefix}-{:016x}", random());
-        let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let created =
+            SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         Self { endpoint, id, created, model, n, telling }
     }
 
@@ -50,7 +51,9 @@ impl Envelope {
             let text = whole.text.as_str();
             let (name, text) = match self.endpoint {
                 Endpoint::Text => ("text", text.into()),
-                Endpoint::Chat => ("message", json!({ "role": "assistant", "content": text, "refusal": null })),
+                Endpoint::Chat => {
+                    ("message", json!({ "role": "assistant", "content": text, "refusal": null }))
+                }
             };
             let mut choice = self.choice(index, name, text);
             self.tell(whole, &mut 0, &mut choice);
@@ -67,7 +70,8 @@ impl Envelope {
         json!({ "index": index, name: text, "logprobs": null, "finish_reason": null })
     }
 
-    /// Adds what is told of a part's tokens; it begins at `offset` of the text, in characters, which is moved to its end.
+    /// Adds what is told of a part's tokens; it begins at `offset` of the text, in characters,
+    /// which is moved to its end.
     fn tell(&self, piece: &Piece, offset: &mut usize, choice: &mut Value) {
         let Telling { logprobs, details, spell } = &self.telling;
         if *logprobs {
@@ -116,8 +120,8 @@ fn end(done: &Completion, choice: &mut Value) {
     choice["speculation"] = speculation(done);
 }
 
-/// Writes chunks: for each choice of a chat first the role, then pieces, then the reason of the end; behind all of them, if asked for,
-/// the counts; and `[DONE]`.
+/// Writes chunks: for each choice of a chat first the role, then pieces, then the reason of the
+/// end; behind all of them, if asked for, the counts; and `[DONE]`.
 pub struct Chunks {
     envelope: Envelope,
     /// By choice: whether its role was sent.
@@ -153,7 +157,10 @@ impl Chunks {
 impl Dialect for Chunks {
     fn write(&mut self, index: usize, what: &Event, out: &mut BytesMut) {
         let is_chat = self.envelope.endpoint == Endpoint::Chat;
-        if is_chat && !std::mem::replace(&mut self.has_begun[index], true) && !matches!(what, Event::Failed { .. }) {
+        if is_chat
+            && !std::mem::replace(&mut self.has_begun[index], true)
+            && !matches!(what, Event::Failed { .. })
+        {
             let delta = json!({ "role": "assistant", "content": "", "refusal": null });
             self.chunk(self.envelope.choice(index, "delta", delta), out);
         }
@@ -163,7 +170,8 @@ impl Dialect for Chunks {
                 if !done.tail.text.is_empty() || !done.tail.tokens.is_empty() {
                     self.piece(index, &done.tail, out);
                 }
-                let (name, nothing) = if is_chat { ("delta", json!({})) } else { ("text", json!("")) };
+                let (name, nothing) =
+                    if is_chat { ("delta", json!({})) } else { ("text", json!("")) };
                 let mut choice = self.envelope.choice(index, name, nothing);
                 end(done, &mut choice);
                 self.chunk(choice, out);
@@ -201,16 +209,19 @@ mod tests {
 
     #[test]
     fn a_stream_has_role_pieces_reason_counts_and_done_in_this_order() {
-        let mut chunks = Envelope::new(Endpoint::Chat, "m".into(), 2, Telling::default()).chunks(2, true);
+        let mut chunks =
+            Envelope::new(Endpoint::Chat, "m".into(), 2, Telling::default()).chunks(2, true);
         let mut out = BytesMut::new();
         chunks.write(0, &Event::Piece(Piece { text: "Hi".into(), tokens: vec![] }), &mut out);
         chunks.write(1, &Event::Done(done("you", 5, 2)), &mut out);
         chunks.write(0, &Event::Done(done("", 5, 3)), &mut out);
         chunks.end(&mut out);
         let text = String::from_utf8(out.to_vec()).unwrap();
-        let mut events: Vec<&str> = text.split("\n\n").filter(|e| !e.is_empty()).map(|e| &e[6..]).collect();
+        let mut events: Vec<&str> =
+            text.split("\n\n").filter(|e| !e.is_empty()).map(|e| &e[6..]).collect();
         assert_eq!(events.pop(), Some("[DONE]"));
-        let events: Vec<Value> = events.into_iter().map(|e| serde_json::from_str(e).unwrap()).collect();
+        let events: Vec<Value> =
+            events.into_iter().map(|e| serde_json::from_str(e).unwrap()).collect();
         let seen: Vec<(Option<u64>, Value, Option<&str>)> = events
             .iter()
             .map(|e| {
@@ -235,7 +246,11 @@ mod tests {
             ]
         );
         let usage = &events.last().unwrap()["usage"];
-        assert_eq!((&usage["prompt_tokens"], &usage["completion_tokens"]), (&json!(5), &json!(5)), "the prompt counts once");
+        assert_eq!(
+            (&usage["prompt_tokens"], &usage["completion_tokens"]),
+            (&json!(5), &json!(5)),
+            "the prompt counts once"
+        );
         assert!(events[0]["usage"].is_null() && events[0]["object"] == "chat.completion.chunk");
     }
 }

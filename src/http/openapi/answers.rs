@@ -1,4 +1,5 @@
-//! The bodies of answers, as documented. They describe only; `tests/openapi.rs` holds them against what the server sends.
+//! The bodies of answers, as documented. They describe only; `tests/openapi.rs` holds them against
+//! what the server sends.
 
 use std::collections::BTreeMap;
 
@@ -61,7 +62,8 @@ pub struct TokenDetails {
     pub step: u64,
     /// Rows of that step, those of other requests included.
     pub rows: u64,
-    /// With `logprobs`: the natural logarithm of its probability, before bias, penalties, temperature and grammar.
+    /// With `logprobs`: the natural logarithm of its probability, before bias, penalties,
+    /// temperature and grammar.
     #[schema(required = false)]
     pub logprob: f64,
     /// With `logprobs`: the likeliest tokens.

@@ -1,7 +1,8 @@
 //! `/openapi.json`: what each path takes and answers, as one document that is derived from types.
 //!
-//! [`requests`] and [`answers`] describe bodies, `paths` the paths, `REFUSALS` the errors of all of them. Nothing of it is
-//! used to read or write: tests keep both sides the same, here for requests and in `tests/openapi.rs` for answers.
+//! [`requests`] and [`answers`] describe bodies, `paths` the paths, `REFUSALS` the errors of all of
+//! them. Nothing of it is used to read or write: tests keep both sides the same, here for requests
+//! and in `tests/openapi.rs` for answers.
 
 pub mod answers;
 mod paths;
@@ -28,9 +29,13 @@ const BOUNDED: [&str; 3] = ["max_tokens", "max_completion_tokens", "repeat_last_
 
 /// Writes the context's size down as the maximum of what it bounds.
 fn limit(document: &mut OpenApi, n_ctx: usize) {
-    for schema in document.components.iter_mut().flat_map(|components| components.schemas.values_mut()) {
+    for schema in
+        document.components.iter_mut().flat_map(|components| components.schemas.values_mut())
+    {
         let RefOr::T(Schema::Object(body)) = schema else { continue };
-        for (_, field) in body.properties.iter_mut().filter(|(name, _)| BOUNDED.contains(&name.as_str())) {
+        for (_, field) in
+            body.properties.iter_mut().filter(|(name, _)| BOUNDED.contains(&name.as_str()))
+        {
             let RefOr::T(Schema::Object(field)) = field else { continue };
             field.maximum = Some(n_ctx.into());
             for shown in [&mut field.default, &mut field.example].into_iter().flatten() {
@@ -78,13 +83,25 @@ const REFUSALS: [(u16, Of, &str); 12] = [
     (401, Of::Engine, "The server asks for a key, and there is none or a wrong one"),
     (403, Of::Engine, "The key does not allow this"),
     (405, Of::All, "The path takes other methods, which `Allow` names"),
-    (408, Of::Posts, "The body took too long to arrive, or the request's time was over before its first token"),
+    (
+        408,
+        Of::Posts,
+        "The body took too long to arrive, or the request's time was over before its first token",
+    ),
     (413, Of::Posts, "The body is too large"),
     (414, Of::All, "The path is too long"),
     (422, Of::Own, "A field or prompt cannot be served; `param` names it"),
-    (429, Of::Posts, "As many requests as may run or wait do so already; `Retry-After` says when to try again"),
+    (
+        429,
+        Of::Posts,
+        "As many requests as may run or wait do so already; `Retry-After` says when to try again",
+    ),
     (431, Of::All, "The request's head is too large"),
-    (500, Of::Posts, "The engine failed on this request; the log has the cause under the id in the message"),
+    (
+        500,
+        Of::Posts,
+        "The engine failed on this request; the log has the cause under the id in the message",
+    ),
     (503, Of::Engine, "The model still loads, or the server shuts down"),
 ];
 
@@ -106,7 +123,9 @@ impl Modify for Refusals {
                     };
                     if applies {
                         let known = &mut operation.responses.responses;
-                        known.entry(status.to_string()).or_insert_with(|| refusal(status, why, is_openai).into());
+                        known
+                            .entry(status.to_string())
+                            .or_insert_with(|| refusal(status, why, is_openai).into());
                     }
                 }
             }
@@ -133,11 +152,14 @@ struct Keys;
 
 impl Modify for Keys {
     fn modify(&self, document: &mut OpenApi) {
-        let scheme = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).description(Some("Where the server asks for keys"));
+        let scheme = HttpBuilder::new()
+            .scheme(HttpAuthScheme::Bearer)
+            .description(Some("Where the server asks for keys"));
         let components = document.components.get_or_insert_default();
         components.add_security_scheme("key", SecurityScheme::Http(scheme.build()));
         let nothing: [&str; 0] = [];
-        document.security = Some(vec![SecurityRequirement::default(), SecurityRequirement::new("key", nothing)]);
+        document.security =
+            Some(vec![SecurityRequirement::default(), SecurityRequirement::new("key", nothing)]);
     }
 }
 
@@ -152,7 +174,8 @@ mod tests {
     use crate::http::template::ChatTemplate;
     use crate::http::{generate, openai};
 
-    /// A documented body, a request with the fields that must be there, and what reads it: to something that tells requests apart.
+    /// A documented body, a request with the fields that must be there, and what reads it: to
+    /// something that tells requests apart.
     struct Dialect {
         schema: &'static str,
         base: Value,
@@ -162,7 +185,8 @@ mod tests {
     const N_CTX: usize = 2048;
 
     fn read_openai(endpoint: Endpoint, body: Value) -> Result<String, Invalid> {
-        let template = ChatTemplate::new("{{ messages }}".into(), String::new(), String::new(), false);
+        let template =
+            ChatTemplate::new("{{ messages }}".into(), String::new(), String::new(), false);
         openai::read::read(endpoint, body, N_CTX, 1, &template).map(|asked| format!("{asked:?}"))
     }
 
@@ -185,7 +209,8 @@ mod tests {
     }
 
     fn schema(name: &str) -> Value {
-        serde_json::from_slice::<Value>(&super::json(N_CTX)).unwrap()["components"]["schemas"][name].clone()
+        serde_json::from_slice::<Value>(&super::json(N_CTX)).unwrap()["components"]["schemas"][name]
+            .clone()
     }
 
     fn with(base: &Value, name: &str, value: &Value) -> Value {
@@ -197,7 +222,10 @@ mod tests {
     /// A field's example, or its type's.
     fn example(about: &Map<String, Value>) -> Option<Value> {
         let own = about.get("$ref").or_else(|| about.get("oneOf")?.get(0)?.get("$ref"));
-        let of_type = || Some(schema(own?.as_str()?.rsplit('/').next()?)["example"].clone()).filter(|v| !v.is_null());
+        let of_type = || {
+            Some(schema(own?.as_str()?.rsplit('/').next()?)["example"].clone())
+                .filter(|v| !v.is_null())
+        };
         about.get("example").or_else(|| about.get("examples")?.get(0)).cloned().or_else(of_type)
     }
 
@@ -206,9 +234,11 @@ mod tests {
     fn the_readers_know_the_documented_fields_and_no_others() {
         for Dialect { schema: name, base, read } in dialects() {
             let error = read(with(&base, "surely_unknown", &json!(1))).unwrap_err().message;
-            let known: BTreeSet<&str> = error.split_once("known are ").unwrap().1.split(", ").collect();
+            let known: BTreeSet<&str> =
+                error.split_once("known are ").unwrap().1.split(", ").collect();
             let schema = schema(name);
-            let documented: BTreeSet<&str> = schema["properties"].as_object().unwrap().keys().map(String::as_str).collect();
+            let documented: BTreeSet<&str> =
+                schema["properties"].as_object().unwrap().keys().map(String::as_str).collect();
             assert_eq!(documented, known, "{name}");
             assert_eq!(schema["additionalProperties"], false, "{name}");
         }
@@ -218,10 +248,12 @@ mod tests {
     fn documented_defaults_examples_and_ranges_are_the_readers() {
         for Dialect { schema: name, base, read } in dialects() {
             let schema = schema(name);
-            let required: Vec<&str> = schema["required"].as_array().unwrap().iter().filter_map(Value::as_str).collect();
+            let required: Vec<&str> =
+                schema["required"].as_array().unwrap().iter().filter_map(Value::as_str).collect();
             for (field, about) in schema["properties"].as_object().unwrap() {
                 let about: &Map<String, Value> = about.as_object().unwrap();
-                let read_one = |value: &Value| read(with(&with(&base, "stream", &json!(true)), field, value));
+                let read_one =
+                    |value: &Value| read(with(&with(&base, "stream", &json!(true)), field, value));
                 if required.contains(&field.as_str()) {
                     read(with(&base, field, &Value::Null)).expect_err(field);
                 } else {
@@ -233,16 +265,28 @@ mod tests {
                 }
                 match (about.get("default"), example(about)) {
                     (Some(default), _) => {
-                        assert_eq!(read(with(&base, field, default)).unwrap(), read(base.clone()).unwrap(), "{name}.{field}")
+                        assert_eq!(
+                            read(with(&base, field, default)).unwrap(),
+                            read(base.clone()).unwrap(),
+                            "{name}.{field}"
+                        )
                     }
                     (None, Some(example)) => assert!(read_one(&example).is_ok(), "{name}.{field}"),
                     (None, None) => panic!("{name}.{field} has neither default nor example"),
                 }
                 if about.get("type").is_some_and(|kinds| !kinds.to_string().contains("object")) {
-                    assert!(read_one(&json!({})).is_err(), "{name}.{field} takes more than its type");
+                    assert!(
+                        read_one(&json!({})).is_err(),
+                        "{name}.{field} takes more than its type"
+                    );
                 }
-                if about.get("format").is_some_and(|format| format == "int64") && !about.contains_key("maximum") {
-                    assert!(read_one(&json!(u64::MAX)).is_err(), "{name}.{field} takes more than its format");
+                if about.get("format").is_some_and(|format| format == "int64")
+                    && !about.contains_key("maximum")
+                {
+                    assert!(
+                        read_one(&json!(u64::MAX)).is_err(),
+                        "{name}.{field} takes more than its format"
+                    );
                 }
                 for (end, beyond) in [("minimum", -1.0), ("maximum", 1.0)] {
                     let Some(at) = about.get(end) else {
@@ -251,7 +295,10 @@ mod tests {
                     // What else these ask of the body no range says.
                     let is_free = !["n", "top_logprobs"].contains(&field.as_str());
                     assert!(read_one(at).is_ok() || !is_free, "{name}.{field} {end}");
-                    assert!(read_one(&json!(at.as_f64().unwrap() + beyond)).is_err(), "{name}.{field} beyond {end}");
+                    assert!(
+                        read_one(&json!(at.as_f64().unwrap() + beyond)).is_err(),
+                        "{name}.{field} beyond {end}"
+                    );
                 }
             }
         }

@@ -1,7 +1,10 @@
-//! The paths, as documented: each function stands for one, and nobody calls it. [`routes`](crate::http::routes) does the work.
+//! The paths, as documented: each function stands for one, and nobody calls it.
+//! [`routes`](crate::http::routes) does the work.
 #![allow(dead_code)]
 
-use super::answers::{ChatCompletion, Completion, GenerateAnswer, Health, Information, Models, Problem, StreamEvent};
+use super::answers::{
+    ChatCompletion, Completion, GenerateAnswer, Health, Information, Models, Problem, StreamEvent,
+};
 use super::requests::{ChatRequest, CompletionRequest, GenerateRequest};
 
 /// What is served

@@ -1,17 +1,22 @@
-//! The bodies of requests, as documented. They describe only: [`generate`](crate::http::generate) and [`openai`](crate::http::openai)
-//! read, and a test in the folder's root holds the two against each other.
+//! The bodies of requests, as documented. They describe only: [`generate`](crate::http::generate)
+//! and [`openai`](crate::http::openai) read, and a test in the folder's root holds the two against
+//! each other.
 //!
-//! A new field is one line with its doc comment: in `request_body!` if all dialects have it, else in its body. Its default, or an
-//! example where it has none (on its type, if that is one of these), is tried by the test.
+//! A new field is one line with its doc comment: in `request_body!` if all dialects have it, else
+//! in its body. Its default, or an example where it has none (on its type, if that is one of
+//! these), is tried by the test.
 
 use std::collections::BTreeMap;
 
 use serde::Deserialize;
 use serde_json::{Value, json};
 use utoipa::ToSchema;
-use utoipa::openapi::schema::{ArrayBuilder, Object, ObjectBuilder, OneOfBuilder, Schema, SchemaType, Type};
+use utoipa::openapi::schema::{
+    ArrayBuilder, Object, ObjectBuilder, OneOfBuilder, Schema, SchemaType, Type,
+};
 
-/// A body: its own fields, and those that all dialects share. Null is a field's default, and a field that is not there is refused.
+/// A body: its own fields, and those that all dialects share. Null is a field's default, and a
+/// field that is not there is refused.
 macro_rules! request_body {
     ($(#[$about:meta])* $name:ident { $($own:tt)* }) => {
         $(#[$about])*
@@ -40,7 +45,8 @@ macro_rules! request_body {
             /// Start from what the cache still holds of the prompt's beginning.
             #[schema(default = true)]
             pub cache_prompt: Option<bool>,
-            /// Where drafts come from. They change the pace of a text and, but for `typical`, not the text.
+            /// Where drafts come from. They change the pace of a text and, but for `typical`, not
+            /// the text.
             #[schema(default = "auto")]
             pub speculation: Option<Speculation>,
             /// false: draft no other answer from this one, and this one from no other.
@@ -48,14 +54,15 @@ macro_rules! request_body {
             pub share_text: Option<bool>,
             /// What the answer must be.
             pub response_format: Option<ResponseFormat>,
-            /// What the answer must be, in llguidance's dialect of Lark; not beside `response_format`.
+            /// What the answer must be, in llguidance's dialect of Lark; not beside
+            /// `response_format`.
             #[schema(example = "start: \"yes\" | \"no\"")]
             pub grammar: Option<String>,
             /// Tell of each token who drafted it, and which step decided it.
             #[schema(default = false)]
             pub details: Option<bool>,
-            /// Seconds from acceptance, after which the answer ends where it stands; without a token until then: 408. The server may
-            /// have a limit of its own.
+            /// Seconds from acceptance, after which the answer ends where it stands; without a
+            /// token until then: 408. The server may have a limit of its own.
             #[schema(example = 60.0, minimum = 0.0, maximum = 86400.0)]
             pub timeout_s: Option<f64>,
             /// Send pieces as server-sent events.
@@ -86,13 +93,15 @@ request_body! {
         /// Subtracted once from the logit of a token that stands in the window.
         #[schema(default = 0.0, minimum = -100.0, maximum = 100.0)]
         pub presence_penalty: Option<f64>,
-        /// The penalties' window: so many last tokens, the prompt's included; up to the context's size.
+        /// The penalties' window: so many last tokens, the prompt's included; up to the context's
+        /// size.
         #[schema(default = 64)]
         pub repeat_last_n: Option<u64>,
         /// The same request and seed give the same text; random by default.
         #[schema(example = 7, format = "uint64")]
         pub seed: Option<u64>,
-        /// Tell of each token its log probability, as the model gives it, and those of so many likeliest.
+        /// Tell of each token its log probability, as the model gives it, and those of so many
+        /// likeliest.
         #[schema(example = 3, maximum = 20)]
         pub logprobs: Option<u64>,
     }
@@ -123,10 +132,12 @@ macro_rules! openai_body {
                 /// Subtracted once from the logit of a token that stands in the text.
                 #[schema(default = 0.0, minimum = -2.0, maximum = 2.0)]
                 pub presence_penalty: Option<f64>,
-                /// The penalties' window: so many last tokens, the prompt's included; the context's size by default.
+                /// The penalties' window: so many last tokens, the prompt's included; the context's
+                /// size by default.
                 #[schema(example = 64)]
                 pub repeat_last_n: Option<u64>,
-                /// The same request and seed give the same text; choice i has the seed plus i. Random by default.
+                /// The same request and seed give the same text; choice i has the seed plus i.
+                /// Random by default.
                 #[schema(example = 7, format = "int64-or-uint64")]
                 pub seed: Option<i64>,
                 /// Of streams only.
@@ -194,14 +205,16 @@ openai_body! {
         /// Most tokens to generate, up to the context's size.
         #[schema(default = 16, minimum = 1)]
         pub max_tokens: Option<u64>,
-        /// Tell of each token its log probability, as the model gives it, and those of so many likeliest.
+        /// Tell of each token its log probability, as the model gives it, and those of so many
+        /// likeliest.
         #[schema(example = 3, maximum = 20)]
         pub logprobs: Option<u64>,
     }
 }
 
 openai_body! {
-    /// Messages to answer, as OpenAI's clients ask. The model's own template makes a prompt of them.
+    /// Messages to answer, as OpenAI's clients ask. The model's own template makes a prompt of
+    /// them.
     ChatRequest {
         /// The conversation so far.
         #[schema(min_items = 1, example = json!([{ "role": "user", "content": "Why is the sky blue?" }]))]
@@ -223,7 +236,11 @@ openai_body! {
 
 /// A field that changes nothing is not looked at.
 fn anything() -> Object {
-    ObjectBuilder::new().schema_type(SchemaType::AnyValue).description(Some("Changes nothing")).examples([json!({})]).build()
+    ObjectBuilder::new()
+        .schema_type(SchemaType::AnyValue)
+        .description(Some("Changes nothing"))
+        .examples([json!({})])
+        .build()
 }
 
 fn text(longest: Option<usize>) -> Object {
@@ -249,19 +266,35 @@ fn stop() -> Schema {
     let list = ArrayBuilder::new().items(text(Some(1024))).max_items(Some(16));
     let about = "The text ends before this string, of 1 to 1024 bytes, or before the first of up to 16 to appear";
     let examples = [json!(["\n\n", "END"])];
-    OneOfBuilder::new().item(text(Some(1024))).item(list).item(null()).description(Some(about)).examples(examples).into()
+    OneOfBuilder::new()
+        .item(text(Some(1024)))
+        .item(list)
+        .item(null())
+        .description(Some(about))
+        .examples(examples)
+        .into()
 }
 
 fn logit_bias() -> Schema {
-    let bias = ObjectBuilder::new().schema_type(Type::Number).minimum(Some(-100.0)).maximum(Some(100.0));
+    let bias =
+        ObjectBuilder::new().schema_type(Type::Number).minimum(Some(-100.0)).maximum(Some(100.0));
     let id = ObjectBuilder::new().schema_type(Type::String).pattern(Some("^[0-9]{1,9}$"));
-    let biases = ObjectBuilder::new().property_names(Some(id)).additional_properties(Some(bias)).max_properties(Some(1024));
+    let biases = ObjectBuilder::new()
+        .property_names(Some(id))
+        .additional_properties(Some(bias))
+        .max_properties(Some(1024));
     let about = "Added to the logits of single tokens, by token id";
-    OneOfBuilder::new().item(biases).item(null()).description(Some(about)).examples([json!({ "5": -100 })]).into()
+    OneOfBuilder::new()
+        .item(biases)
+        .item(null())
+        .description(Some(about))
+        .examples([json!({ "5": -100 })])
+        .into()
 }
 
-/// Where drafts come from: `heads`, `text`, both (`auto`) or neither (`off`); `typical`: both, with Medusa's lossy acceptance, where a
-/// drafted token need only be typical of what the model would sample.
+/// Where drafts come from: `heads`, `text`, both (`auto`) or neither (`off`); `typical`: both, with
+/// Medusa's lossy acceptance, where a drafted token need only be typical of what the model would
+/// sample.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 #[allow(missing_docs)]

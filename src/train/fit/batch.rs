@@ -8,9 +8,11 @@ use crate::train::fit::shards::{Matrices, Shard};
 /// How labels are made of what the model thought.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Teaching {
-    /// The part of the label that is the token which did follow; the rest is the model's distribution.
+    /// The part of the label that is the token which did follow; the rest is the model's
+    /// distribution.
     pub hard: f32,
-    /// Scale the likely tokens' probabilities to a sum of one, instead of leaving out what the others have.
+    /// Scale the likely tokens' probabilities to a sum of one, instead of leaving out what the
+    /// others have.
     pub renormalise: bool,
     /// Likely tokens that are used.
     pub n_likely: usize,
@@ -48,10 +50,15 @@ impl<'a> Lookup<'a> {
         self.rows.get(token as usize).filter(|row| **row != NONE).map(|row| *row as usize)
     }
 
-    /// Hidden states and the embeddings of the paths' tokens, a matrix per column (columns 0 to `n_heads`); tokens that do
-    /// not exist have embedding zero.
+    /// Hidden states and the embeddings of the paths' tokens, a matrix per column (columns 0 to
+    /// `n_heads`); tokens that do not exist have embedding zero.
     #[must_use]
-    pub fn inputs(&self, shard: &Shard, rows: &[u32], n_heads: usize) -> (Array2<f32>, Vec<Array2<f32>>) {
+    pub fn inputs(
+        &self,
+        shard: &Shard,
+        rows: &[u32],
+        n_heads: usize,
+    ) -> (Array2<f32>, Vec<Array2<f32>>) {
         let (n, d) = (rows.len(), shard.n_embd());
         let mut x = Array2::zeros((n, d));
         let mut e = vec![Array2::zeros((n, d)); 1 + n_heads];
@@ -69,7 +76,13 @@ impl<'a> Lookup<'a> {
 
     /// The labels of head 0 for all rows, then those of head 1, and so on.
     #[must_use]
-    pub fn labels(&self, shard: &Shard, rows: &[u32], n_heads: usize, teaching: Teaching) -> Labels {
+    pub fn labels(
+        &self,
+        shard: &Shard,
+        rows: &[u32],
+        n_heads: usize,
+        teaching: Teaching,
+    ) -> Labels {
         let mut labels = Labels::default();
         let mut list: Vec<(u32, f32)> = Vec::new();
         for head in 0..n_heads {
@@ -77,7 +90,10 @@ impl<'a> Lookup<'a> {
                 list.clear();
                 if shard.n_targets(row as usize) > head {
                     let at = row as usize + 1 + head;
-                    let likely = shard.likely(at).take(teaching.n_likely).filter(|(_, p)| *p >= teaching.min_p);
+                    let likely = shard
+                        .likely(at)
+                        .take(teaching.n_likely)
+                        .filter(|(_, p)| *p >= teaching.min_p);
                     list.extend(likely.filter_map(|(token, p)| Some((self.row(token)? as u32, p))));
                     let mass: f32 = list.iter().map(|(_, p)| p).sum();
                     let scale = if teaching.renormalise && mass > 0.0 { 1.0 / mass } else { 1.0 };

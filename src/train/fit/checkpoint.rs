@@ -51,14 +51,29 @@ impl State {
 
     /// Writes the file; it appears under its name when it is whole.
     pub fn save(&self, path: &Path, identity: &str) -> Result<(), FitError> {
-        let fail = |e: &dyn std::fmt::Display| FitError::Checkpoint { path: path.to_owned(), reason: e.to_string() };
-        let position = Position { step: self.step, losses: self.losses.clone(), history: self.history.clone() };
+        let fail = |e: &dyn std::fmt::Display| FitError::Checkpoint {
+            path: path.to_owned(),
+            reason: e.to_string(),
+        };
+        let position = Position {
+            step: self.step,
+            losses: self.losses.clone(),
+            history: self.history.clone(),
+        };
         let position = serde_json::to_string(&position).expect("numbers have a JSON form");
-        let metadata = [("identity".to_owned(), identity.to_owned()), ("position".to_owned(), position)].into();
-        let named = [("params", &self.params), ("m", &self.m), ("v", &self.v), ("best", &self.best)];
-        let bytes = named.map(|(name, values)| (name, values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>()));
-        let view = |bytes| TensorView::new(Dtype::F32, vec![self.params.len()], bytes).map_err(|e| fail(&e));
-        let tensors: Result<Vec<_>, FitError> = bytes.iter().map(|(name, bytes)| Ok((*name, view(bytes)?))).collect();
+        let metadata =
+            [("identity".to_owned(), identity.to_owned()), ("position".to_owned(), position)]
+                .into();
+        let named =
+            [("params", &self.params), ("m", &self.m), ("v", &self.v), ("best", &self.best)];
+        let bytes = named.map(|(name, values)| {
+            (name, values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>())
+        });
+        let view = |bytes| {
+            TensorView::new(Dtype::F32, vec![self.params.len()], bytes).map_err(|e| fail(&e))
+        };
+        let tensors: Result<Vec<_>, FitError> =
+            bytes.iter().map(|(name, bytes)| Ok((*name, view(bytes)?))).collect();
         let part = path.with_extension("part");
         safetensors::serialize_to_file(tensors?, Some(metadata), &part).map_err(|e| fail(&e))?;
         std::fs::rename(&part, path).map_err(|e| fail(&e))
@@ -70,11 +85,16 @@ impl State {
         let bytes = std::fs::read(path).map_err(|e| fail(e.to_string()))?;
         let file = SafeTensors::deserialize(&bytes).map_err(|e| fail(e.to_string()))?;
         let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(|e| fail(e.to_string()))?;
-        let text = |key: &str| metadata.metadata().as_ref().and_then(|map| map.get(key)).cloned().unwrap_or_default();
+        let text = |key: &str| {
+            metadata.metadata().as_ref().and_then(|map| map.get(key)).cloned().unwrap_or_default()
+        };
         if text("identity") != identity {
-            return Err(fail("was written with other parameters or other data; remove it to begin anew".into()));
+            return Err(fail(
+                "was written with other parameters or other data; remove it to begin anew".into(),
+            ));
         }
-        let position: Position = serde_json::from_str(&text("position")).map_err(|e| fail(e.to_string()))?;
+        let position: Position =
+            serde_json::from_str(&text("position")).map_err(|e| fail(e.to_string()))?;
         let tensor = |name: &str| {
             let view = file.tensor(name).map_err(|e| fail(e.to_string()))?;
             if view.dtype() != Dtype::F32 || view.shape() != [n_params] {

@@ -1,5 +1,5 @@
-//! How well heads draft text they have not seen: by rank of the token that did follow, among all draft tokens, given the
-//! true path before it.
+//! How well heads draft text they have not seen: by rank of the token that did follow, among all
+//! draft tokens, given the true path before it.
 
 use ndarray::Axis;
 use serde::{Deserialize, Serialize};
@@ -67,14 +67,20 @@ pub fn evaluate(
     let mut left = max_rows;
     for i in 0..shards.len() {
         let shard = shards.load(i)?;
-        let rows: Vec<u32> = (0..shard.n_rows() as u32).filter(|r| shard.n_targets(*r as usize) > 0).take(left).collect();
+        let rows: Vec<u32> = (0..shard.n_rows() as u32)
+            .filter(|r| shard.n_targets(*r as usize) > 0)
+            .take(left)
+            .collect();
         left -= rows.len();
         let parts = std::thread::scope(|scope| {
             let workers: Vec<_> = rows
                 .chunks(rows.len().div_ceil(n_threads).max(1))
                 .map(|rows| scope.spawn(|| part(net, params, &shard, lookup, rows)))
                 .collect();
-            workers.into_iter().map(|w| w.join().expect("a worker does not panic")).collect::<Vec<_>>()
+            workers
+                .into_iter()
+                .map(|w| w.join().expect("a worker does not panic"))
+                .collect::<Vec<_>>()
         });
         for part in parts {
             for (sum, score) in scores.iter_mut().zip(&part) {
@@ -86,7 +92,13 @@ pub fn evaluate(
 }
 
 /// Scores some rows of a shard.
-fn part(net: &Net, params: &[f32], shard: &Shard, lookup: &Lookup<'_>, rows: &[u32]) -> Vec<HeadScore> {
+fn part(
+    net: &Net,
+    params: &[f32],
+    shard: &Shard,
+    lookup: &Lookup<'_>,
+    rows: &[u32],
+) -> Vec<HeadScore> {
     let mut scores = vec![HeadScore::default(); net.n_heads()];
     for rows in rows.chunks(ROWS) {
         let (x, e) = lookup.inputs(shard, rows, net.n_heads());
@@ -113,8 +125,9 @@ fn part(net: &Net, params: &[f32], shard: &Shard, lookup: &Lookup<'_>, rows: &[u
     scores
 }
 
-/// Tokens per step that a fixed tree of `n_nodes` would give, root included: the tree takes the ranks that are right most
-/// often, as if each depth's ranks were right independently of the others. A tree chosen per step does better.
+/// Tokens per step that a fixed tree of `n_nodes` would give, root included: the tree takes the
+/// ranks that are right most often, as if each depth's ranks were right independently of the
+/// others. A tree chosen per step does better.
 #[must_use]
 pub fn tokens_per_step(scores: &[HeadScore], n_nodes: usize) -> f64 {
     let p = |depth: usize, rank: usize| -> f64 {
@@ -125,7 +138,9 @@ pub fn tokens_per_step(scores: &[HeadScore], n_nodes: usize) -> f64 {
     let mut tokens = 1.0;
     for _ in 1..n_nodes {
         let best = (0..open.len()).max_by(|&a, &b| open[a].0.total_cmp(&open[b].0));
-        let Some((chance, parent, depth, rank)) = best.map(|best| open.swap_remove(best)) else { break };
+        let Some((chance, parent, depth, rank)) = best.map(|best| open.swap_remove(best)) else {
+            break;
+        };
         tokens += chance;
         open.push((chance * p(depth + 1, 0), chance, depth + 1, 0));
         if rank + 1 < N_RANKS {

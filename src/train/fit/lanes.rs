@@ -68,8 +68,15 @@ pub struct AdamStep {
     pub decay: f32,
 }
 
-/// One AdamW step with betas 0.9 and 0.98 on a slice of everything; the gradients are summed and cleared.
-pub fn adam(step: AdamStep, params: &mut [f32], m: &mut [f32], v: &mut [f32], grads: &mut [&mut [f32]]) {
+/// One AdamW step with betas 0.9 and 0.98 on a slice of everything; the gradients are summed and
+/// cleared.
+pub fn adam(
+    step: AdamStep,
+    params: &mut [f32],
+    m: &mut [f32],
+    v: &mut [f32],
+    grads: &mut [&mut [f32]],
+) {
     let Some((first, others)) = grads.split_first_mut() else { return };
     Arch::new().dispatch(|| {
         for other in &mut *others {
@@ -78,7 +85,9 @@ pub fn adam(step: AdamStep, params: &mut [f32], m: &mut [f32], v: &mut [f32], gr
                 *o = 0.0;
             }
         }
-        for (((p, m), v), g) in params.iter_mut().zip(m.iter_mut()).zip(v.iter_mut()).zip(first.iter_mut()) {
+        for (((p, m), v), g) in
+            params.iter_mut().zip(m.iter_mut()).zip(v.iter_mut()).zip(first.iter_mut())
+        {
             *m = 0.9 * *m + 0.1 * *g;
             *v = 0.98 * *v + 0.02 * *g * *g;
             *p -= step.rate * *m / ((*v * step.second).sqrt() + 1e-8) + step.decay * *p;

@@ -1,9 +1,11 @@
-//! Cross entropy of head states against the model's own distribution, over all draft tokens or a sample of them.
+//! Cross entropy of head states against the model's own distribution, over all draft tokens or a
+//! sample of them.
 //!
-//! The product with all draft rows is three quarters of a training step. A minibatch therefore compares its states with
-//! fewer classes: every token that some row of the minibatch has as a label, and a uniform sample of the others. A sampled
-//! class stands for `1 / p` others, p its chance to be drawn: adding `-ln p` to its logit makes the sum of exponentials,
-//! and so the gradient up to the logarithm's curvature, right on average.
+//! The product with all draft rows is three quarters of a training step. A minibatch therefore
+//! compares its states with fewer classes: every token that some row of the minibatch has as a
+//! label, and a uniform sample of the others. A sampled class stands for `1 / p` others, p its
+//! chance to be drawn: adding `-ln p` to its logit makes the sum of exponentials, and so the
+//! gradient up to the logarithm's curvature, right on average.
 
 use ndarray::linalg::general_mat_mul;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
@@ -16,7 +18,8 @@ const CHUNK: usize = 256;
 /// No draft token.
 pub const NONE: u32 = u32::MAX;
 
-/// The labels of a minibatch: for each pair of head and example a list of draft rows and probabilities, perhaps empty.
+/// The labels of a minibatch: for each pair of head and example a list of draft rows and
+/// probabilities, perhaps empty.
 #[derive(Clone, Debug, Default)]
 pub struct Labels {
     ends: Vec<usize>,
@@ -56,9 +59,14 @@ impl<'a> Classes<'a> {
         Self { n_certain: output.nrows(), output: output.into(), correction: 0.0 }
     }
 
-    /// All labels and so many others that there are `n` in all, but at least a quarter of `n`. The labels' rows become
-    /// places among the classes.
-    pub fn sample(output: ArrayView2<'a, f32>, labels: &mut Labels, n: usize, rng: &mut fastrand::Rng) -> Self {
+    /// All labels and so many others that there are `n` in all, but at least a quarter of `n`. The
+    /// labels' rows become places among the classes.
+    pub fn sample(
+        output: ArrayView2<'a, f32>,
+        labels: &mut Labels,
+        n: usize,
+        rng: &mut fastrand::Rng,
+    ) -> Self {
         let mut place = vec![NONE; output.nrows()];
         let mut rows: Vec<u32> = Vec::with_capacity(n);
         for row in &mut labels.rows {
@@ -70,7 +78,8 @@ impl<'a> Classes<'a> {
             *row = *place;
         }
         let n_certain = rows.len();
-        let mut others: Vec<u32> = (0..output.nrows() as u32).filter(|&row| place[row as usize] == NONE).collect();
+        let mut others: Vec<u32> =
+            (0..output.nrows() as u32).filter(|&row| place[row as usize] == NONE).collect();
         let n_drawn = n.saturating_sub(n_certain).max(n / 4).min(others.len());
         for i in 0..n_drawn {
             let j = rng.usize(i..others.len());
@@ -91,8 +100,8 @@ impl<'a> Classes<'a> {
         (self.output.nrows(), self.n_certain)
     }
 
-    /// The loss of states [n, d] against the labels of the pairs from `first` on, summed over examples and times `weight`;
-    /// its gradient replaces `dz`.
+    /// The loss of states [n, d] against the labels of the pairs from `first` on, summed over
+    /// examples and times `weight`; its gradient replaces `dz`.
     pub fn cross_entropy(
         &self,
         z: &Array2<f32>,
@@ -103,7 +112,9 @@ impl<'a> Classes<'a> {
     ) -> f64 {
         let mut loss = 0.0;
         let mut pair = first;
-        for (z, mut dz) in z.axis_chunks_iter(Axis(0), CHUNK).zip(dz.axis_chunks_iter_mut(Axis(0), CHUNK)) {
+        for (z, mut dz) in
+            z.axis_chunks_iter(Axis(0), CHUNK).zip(dz.axis_chunks_iter_mut(Axis(0), CHUNK))
+        {
             let mut logits = z.dot(&self.output.t());
             for mut row in logits.outer_iter_mut() {
                 let row = row.as_slice_mut().expect("rows follow one another");
@@ -171,7 +182,8 @@ mod tests {
     fn a_sample_of_classes_gives_the_full_gradient_on_average() {
         let (output, z, labels) = setting();
         let mut full = Array2::zeros(z.dim());
-        let full_loss = Classes::all(output.view()).cross_entropy(&z, &labels, 0, 1.0, full.view_mut());
+        let full_loss =
+            Classes::all(output.view()).cross_entropy(&z, &labels, 0, 1.0, full.view_mut());
         let mut rng = fastrand::Rng::with_seed(9);
         let (mut mean, mut mean_loss) = (Array2::<f32>::zeros(z.dim()), 0.0);
         let n = 2000;
@@ -185,6 +197,10 @@ mod tests {
         }
         assert!((mean_loss - full_loss).abs() < 0.02, "{mean_loss}, not {full_loss}");
         let off = (&mean - &full).iter().fold(0.0f32, |m, v| m.max(v.abs()));
-        assert!(off < 0.02, "{off} off, gradients up to {:?}", full.iter().fold(0.0f32, |m, v| m.max(v.abs())));
+        assert!(
+            off < 0.02,
+            "{off} off, gradients up to {:?}",
+            full.iter().fold(0.0f32, |m, v| m.max(v.abs()))
+        );
     }
 }

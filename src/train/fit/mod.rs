@@ -1,5 +1,5 @@
-//! Fits draft heads: the loop over minibatches, the optimizer, and what is kept of it. Deterministic by seed for a given
-//! number of threads, across interruptions too.
+//! Fits draft heads: the loop over minibatches, the optimizer, and what is kept of it.
+//! Deterministic by seed for a given number of threads, across interruptions too.
 
 pub mod batch;
 mod checkpoint;
@@ -76,7 +76,11 @@ pub struct Epoch {
 impl Epoch {
     /// The heads' mean losses, weighted as in training.
     fn held_loss(&self, decay: f32) -> f64 {
-        self.held.iter().enumerate().map(|(h, score)| f64::from(decay).powi(h as i32) * score.mean_loss()).sum()
+        self.held
+            .iter()
+            .enumerate()
+            .map(|(h, score)| f64::from(decay).powi(h as i32) * score.mean_loss())
+            .sum()
     }
 }
 
@@ -98,7 +102,9 @@ pub enum FitError {
     #[error(transparent)]
     Data(#[from] DataError),
     /// There is nothing to learn from, or nothing to measure with.
-    #[error("no rows to {0} on: every twentieth prompt is held out, so it takes a few dozen prompts and their answers")]
+    #[error(
+        "no rows to {0} on: every twentieth prompt is held out, so it takes a few dozen prompts and their answers"
+    )]
     Empty(&'static str),
     /// The checkpoint cannot be written, or cannot be used.
     #[error("{}: {reason}", path.display())]
@@ -119,8 +125,9 @@ pub enum FitError {
 /// Time between checkpoints.
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(120);
 
-/// Fits heads to `train`, measures them on `held` after each epoch, and keeps the best epoch's. With a `checkpoint` file
-/// the work survives a kill: it is written every two minutes and at each epoch's end, and continued from if it is there.
+/// Fits heads to `train`, measures them on `held` after each epoch, and keeps the best epoch's.
+/// With a `checkpoint` file the work survives a kill: it is written every two minutes and at each
+/// epoch's end, and continued from if it is there.
 ///
 /// # Errors
 /// [`FitError`]; a checkpoint of other parameters or other data is refused, not overwritten.
@@ -164,7 +171,9 @@ pub fn fit(
                 n_rows += rows.len();
                 let now = Progress { step: state.step, n_steps: plan.n_steps(), n_rows, loss };
                 let stop = progress(now).is_break();
-                if let Some(path) = checkpoint.filter(|_| stop || saved.elapsed() >= CHECKPOINT_EVERY) {
+                if let Some(path) =
+                    checkpoint.filter(|_| stop || saved.elapsed() >= CHECKPOINT_EVERY)
+                {
                     state.save(path, &identity)?;
                     saved = Instant::now();
                 }
@@ -173,7 +182,14 @@ pub fn fit(
                 }
             }
         }
-        let held = evaluate(&net, &state.params, held, &trainer.lookup, params.max_held_rows, params.n_threads)?;
+        let held = evaluate(
+            &net,
+            &state.params,
+            held,
+            &trainer.lookup,
+            params.max_held_rows,
+            params.n_threads,
+        )?;
         state.end_epoch(held, params.decay);
         if let Some(path) = checkpoint {
             state.save(path, &identity)?;
@@ -188,7 +204,8 @@ impl State {
     fn end_epoch(&mut self, held: Vec<HeadScore>, decay: f32) {
         let losses = std::mem::take(&mut self.losses);
         let tenth = losses.len().div_ceil(10).max(1);
-        let train_loss = losses.chunks(tenth).map(|part| part.iter().sum::<f32>() / part.len() as f32).collect();
+        let train_loss =
+            losses.chunks(tenth).map(|part| part.iter().sum::<f32>() / part.len() as f32).collect();
         self.history.push(Epoch { train_loss, held });
         if self.best_epoch(decay) + 1 == self.history.len() {
             self.best.clone_from(&self.params);
@@ -211,9 +228,16 @@ struct Plan {
 
 impl Plan {
     fn new(shards: &Shards, params: &FitParams) -> Self {
-        // A shard's rows make minibatches of nearly equal size, none of which crosses into the next shard.
-        let batches = |i: usize| if shards.n_rows_of(i) == 0 { 0 } else { (shards.n_rows_of(i) / params.batch).max(1) };
-        Self { batches: (0..shards.len()).map(batches).collect(), epochs: params.epochs, seed: params.seed }
+        // A shard's rows make minibatches of nearly equal size, none of which crosses into the next
+        // shard.
+        let batches = |i: usize| {
+            if shards.n_rows_of(i) == 0 { 0 } else { (shards.n_rows_of(i) / params.batch).max(1) }
+        };
+        Self {
+            batches: (0..shards.len()).map(batches).collect(),
+            epochs: params.epochs,
+            seed: params.seed,
+        }
     }
 
     fn n_steps(&self) -> usize {
@@ -235,7 +259,8 @@ impl Plan {
 
 /// Rows that have something to predict, in random order.
 fn shuffled_rows(shard: &Shard, seed: u64) -> Vec<u32> {
-    let mut rows: Vec<u32> = (0..shard.n_rows() as u32).filter(|row| shard.n_targets(*row as usize) > 0).collect();
+    let mut rows: Vec<u32> =
+        (0..shard.n_rows() as u32).filter(|row| shard.n_targets(*row as usize) > 0).collect();
     fastrand::Rng::with_seed(seed).shuffle(&mut rows);
     rows
 }
@@ -262,7 +287,9 @@ impl<'a> Trainer<'a> {
         let classes = if params.n_classes == 0 {
             Classes::all(self.lookup.output())
         } else {
-            let mut rng = fastrand::Rng::with_seed(params.seed.wrapping_mul(31).wrapping_add(state.step as u64));
+            let mut rng = fastrand::Rng::with_seed(
+                params.seed.wrapping_mul(31).wrapping_add(state.step as u64),
+            );
             Classes::sample(self.lookup.output(), &mut labels, params.n_classes, &mut rng)
         };
         let (net, lookup, n_threads) = (self.net, &self.lookup, self.grads.len());
@@ -273,7 +300,12 @@ impl<'a> Trainer<'a> {
                 let part = Part { shard, rows, range, labels, classes };
                 part.gradient(net, lookup, weights, params.decay, grad)
             };
-            let workers: Vec<_> = self.grads.iter_mut().enumerate().map(|job| scope.spawn(move || work(job))).collect();
+            let workers: Vec<_> = self
+                .grads
+                .iter_mut()
+                .enumerate()
+                .map(|job| scope.spawn(move || work(job)))
+                .collect();
             workers.into_iter().map(|w| w.join().expect("a worker does not panic")).sum()
         });
         state.step += 1;
@@ -299,7 +331,8 @@ impl<'a> Trainer<'a> {
         std::thread::scope(|scope| {
             let moments = state.m.chunks_mut(n).zip(state.v.chunks_mut(n));
             for (weights, (m, v)) in state.params.chunks_mut(n).zip(moments) {
-                let mut grads: Vec<&mut [f32]> = grads.iter_mut().filter_map(Iterator::next).collect();
+                let mut grads: Vec<&mut [f32]> =
+                    grads.iter_mut().filter_map(Iterator::next).collect();
                 scope.spawn(move || lanes::adam(adam, weights, m, v, &mut grads));
             }
         });
@@ -317,8 +350,16 @@ struct Part<'a> {
 }
 
 impl Part<'_> {
-    /// Adds the gradient of the loss per row of the minibatch; returns this part's share of that loss.
-    fn gradient(&self, net: &Net, lookup: &Lookup<'_>, params: &[f32], decay: f32, grad: &mut [f32]) -> f64 {
+    /// Adds the gradient of the loss per row of the minibatch; returns this part's share of that
+    /// loss.
+    fn gradient(
+        &self,
+        net: &Net,
+        lookup: &Lookup<'_>,
+        params: &[f32],
+        decay: f32,
+        grad: &mut [f32],
+    ) -> f64 {
         let rows = &self.rows[self.range.clone()];
         let (x, e) = lookup.inputs(self.shard, rows, net.n_heads());
         let trace = net.forward(params, &x, &e);
@@ -328,7 +369,8 @@ impl Part<'_> {
             let weight = decay.powi(head as i32) / self.rows.len() as f32;
             let first = head * self.rows.len() + self.range.start;
             let z = net.state(&trace, head);
-            loss += self.classes.cross_entropy(z, self.labels, first, weight, dz.slice_mut(s![.., ..]));
+            loss +=
+                self.classes.cross_entropy(z, self.labels, first, weight, dz.slice_mut(s![.., ..]));
         }
         net.backward(params, &x, &e, &trace, dz, grad);
         loss

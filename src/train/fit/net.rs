@@ -1,8 +1,10 @@
-//! The draft heads' network, forward and backward. Knows neither tokens nor losses: it turns hidden states and embeddings
-//! into one state per head, and gradients of those states into gradients of its parameters.
+//! The draft heads' network, forward and backward. Knows neither tokens nor losses: it turns hidden
+//! states and embeddings into one state per head, and gradients of those states into gradients of
+//! its parameters.
 //!
-//! A network is a list of residual blocks `z' = z + V SiLU(W z + sum_j U_j e_j + b)`. What differs between kinds is only
-//! where a block's `z` comes from, which tokens it sees, and whether it has a `V`:
+//! A network is a list of residual blocks `z' = z + V SiLU(W z + sum_j U_j e_j + b)`. What differs
+//! between kinds is only where a block's `z` comes from, which tokens it sees, and whether it has a
+//! `V`:
 //!
 //! | kind | block of head h reads | tokens | V |
 //! |---|---|---|---|
@@ -135,10 +137,15 @@ impl Net {
         let mut tensors = Vec::new();
         for (i, block) in self.blocks.iter().enumerate() {
             let nth = i - self.blocks.iter().position(|b| b.head == block.head).unwrap_or(i);
-            let stem = if nth == 0 { block.head.to_string() } else { format!("{}.{nth}", block.head) };
+            let stem =
+                if nth == 0 { block.head.to_string() } else { format!("{}.{nth}", block.head) };
             let (m, d) = (block.width, self.n_embd);
             let mut push = |name: String, shape: Vec<usize>, range: &Range<usize>| {
-                tensors.push(Tensor { name: format!("{stem}.{name}"), shape, range: range.clone() });
+                tensors.push(Tensor {
+                    name: format!("{stem}.{name}"),
+                    shape,
+                    range: range.clone(),
+                });
             };
             push("w".into(), vec![m, d], &block.w);
             push("b".into(), vec![m], &block.b);
@@ -153,8 +160,9 @@ impl Net {
         tensors
     }
 
-    /// Parameters to begin with: W and U uniform with deviation `1/sqrt(d)`, what follows SiLU zero, so that every head
-    /// begins as the model's own prediction of the next token. (`Medusa` has no V: there W is zero.)
+    /// Parameters to begin with: W and U uniform with deviation `1/sqrt(d)`, what follows SiLU
+    /// zero, so that every head begins as the model's own prediction of the next token. (`Medusa`
+    /// has no V: there W is zero.)
     #[must_use]
     pub fn init(&self, rng: &mut fastrand::Rng) -> Vec<f32> {
         let mut params = vec![0.0; self.n_params];
@@ -167,33 +175,58 @@ impl Net {
         params
     }
 
-    fn matrix<'a>(&self, params: &'a [f32], range: &Range<usize>, rows: usize) -> ArrayView2<'a, f32> {
-        ArrayView2::from_shape((rows, range.len() / rows), &params[range.clone()]).expect("ranges are whole matrices")
+    fn matrix<'a>(
+        &self,
+        params: &'a [f32],
+        range: &Range<usize>,
+        rows: usize,
+    ) -> ArrayView2<'a, f32> {
+        ArrayView2::from_shape((rows, range.len() / rows), &params[range.clone()])
+            .expect("ranges are whole matrices")
     }
 
-    fn matrix_mut<'a>(&self, params: &'a mut [f32], range: &Range<usize>, rows: usize) -> ArrayViewMut2<'a, f32> {
+    fn matrix_mut<'a>(
+        &self,
+        params: &'a mut [f32],
+        range: &Range<usize>,
+        rows: usize,
+    ) -> ArrayViewMut2<'a, f32> {
         let n = range.len() / rows;
-        ArrayViewMut2::from_shape((rows, n), &mut params[range.clone()]).expect("ranges are whole matrices")
+        ArrayViewMut2::from_shape((rows, n), &mut params[range.clone()])
+            .expect("ranges are whole matrices")
     }
 
-    /// The states of all heads for hidden states `x` [b, d] and the path's embeddings `e`, one [b, d] per column: the token
-    /// at the hidden state's position, c_0, c_1, ...
+    /// The states of all heads for hidden states `x` [b, d] and the path's embeddings `e`, one [b,
+    /// d] per column: the token at the hidden state's position, c_0, c_1, ...
     #[must_use]
     pub fn forward(&self, params: &[f32], x: &Array2<f32>, e: &[Array2<f32>]) -> Trace {
         let mut trace = Trace { steps: Vec::with_capacity(self.blocks.len()) };
         for block in &self.blocks {
             let z = block.from.map_or(x, |i| &trace.steps[i].2);
             let mut a = Array2::zeros((x.nrows(), block.width));
-            a += &ArrayView2::from_shape((1, block.width), &params[block.b.clone()]).expect("a bias is one row");
+            a += &ArrayView2::from_shape((1, block.width), &params[block.b.clone()])
+                .expect("a bias is one row");
             general_mat_mul(1.0, z, &self.matrix(params, &block.w, block.width).t(), 1.0, &mut a);
             for (token, u) in block.tokens.iter().zip(&block.u) {
-                general_mat_mul(1.0, &e[*token], &self.matrix(params, u, block.width).t(), 1.0, &mut a);
+                general_mat_mul(
+                    1.0,
+                    &e[*token],
+                    &self.matrix(params, u, block.width).t(),
+                    1.0,
+                    &mut a,
+                );
             }
             let mut s = a.clone();
             lanes::silu(s.as_slice_mut().expect("rows follow one another"));
             let mut out = z.clone();
             match &block.v {
-                Some(v) => general_mat_mul(1.0, &s, &self.matrix(params, v, self.n_embd).t(), 1.0, &mut out),
+                Some(v) => general_mat_mul(
+                    1.0,
+                    &s,
+                    &self.matrix(params, v, self.n_embd).t(),
+                    1.0,
+                    &mut out,
+                ),
                 None => out += &s,
             }
             trace.steps.push((a, s, out));
@@ -221,22 +254,49 @@ impl Net {
             let z = block.from.map_or(x, |i| &trace.steps[i].2);
             let mut da = match &block.v {
                 Some(v) => {
-                    general_mat_mul(1.0, &dout.t(), s, 1.0, &mut self.matrix_mut(grad, v, self.n_embd));
+                    general_mat_mul(
+                        1.0,
+                        &dout.t(),
+                        s,
+                        1.0,
+                        &mut self.matrix_mut(grad, v, self.n_embd),
+                    );
                     dout.dot(&self.matrix(params, v, self.n_embd))
                 }
                 None => dout.clone(),
             };
-            lanes::silu_backward(a.as_slice().expect("as made"), da.as_slice_mut().expect("as made"));
-            general_mat_mul(1.0, &da.t(), z, 1.0, &mut self.matrix_mut(grad, &block.w, block.width));
+            lanes::silu_backward(
+                a.as_slice().expect("as made"),
+                da.as_slice_mut().expect("as made"),
+            );
+            general_mat_mul(
+                1.0,
+                &da.t(),
+                z,
+                1.0,
+                &mut self.matrix_mut(grad, &block.w, block.width),
+            );
             for (token, u) in block.tokens.iter().zip(&block.u) {
-                general_mat_mul(1.0, &da.t(), &e[*token], 1.0, &mut self.matrix_mut(grad, u, block.width));
+                general_mat_mul(
+                    1.0,
+                    &da.t(),
+                    &e[*token],
+                    1.0,
+                    &mut self.matrix_mut(grad, u, block.width),
+                );
             }
             for (g, d) in grad[block.b.clone()].iter_mut().zip(da.sum_axis(Axis(0))) {
                 *g += d;
             }
             if let Some(from) = block.from {
                 let mut dz = dout; // the residual path
-                general_mat_mul(1.0, &da, &self.matrix(params, &block.w, block.width), 1.0, &mut dz);
+                general_mat_mul(
+                    1.0,
+                    &da,
+                    &self.matrix(params, &block.w, block.width),
+                    1.0,
+                    &mut dz,
+                );
                 pending[from] = Some(match pending[from].take() {
                     Some(own) => own + dz,
                     None => dz,
@@ -266,7 +326,8 @@ mod tests {
         Array2::from_shape_simple_fn((rows, columns), || rng.f32() * 2.0 - 1.0)
     }
 
-    /// The gradient along random directions against the loss's slope there, for `sum_h <z_h, r_h>` with random r.
+    /// The gradient along random directions against the loss's slope there, for `sum_h <z_h, r_h>`
+    /// with random r.
     #[test]
     fn gradients_are_the_slopes_of_the_loss() {
         for (kind, n_blocks, previous) in [
@@ -284,26 +345,41 @@ mod tests {
             let r: Vec<_> = (0..3).map(|_| random(5, 6, &mut rng)).collect();
             let loss = |params: &[f32]| {
                 let trace = net.forward(params, &x, &e);
-                r.iter().enumerate().map(|(h, r)| f64::from((r * net.state(&trace, h)).sum())).sum::<f64>()
+                r.iter()
+                    .enumerate()
+                    .map(|(h, r)| f64::from((r * net.state(&trace, h)).sum()))
+                    .sum::<f64>()
             };
             let mut grad = vec![0.0; net.n_params()];
             net.backward(&params, &x, &e, &net.forward(&params, &x, &e), r.clone(), &mut grad);
             for tensor in net.tensors() {
                 let mut direction = vec![0.0; params.len()];
                 direction[tensor.range.clone()].fill_with(|| rng.f32() - 0.5);
-                let at = |t: f32| loss(&params.iter().zip(&direction).map(|(p, d)| p + t * d).collect::<Vec<_>>());
+                let at = |t: f32| {
+                    loss(&params.iter().zip(&direction).map(|(p, d)| p + t * d).collect::<Vec<_>>())
+                };
                 let slope = (at(5e-3) - at(-5e-3)) / 1e-2;
                 let along: f64 = grad.iter().zip(&direction).map(|(g, d)| f64::from(g * d)).sum();
                 let tolerance = 2e-3 * (1.0 + slope.abs());
-                assert!((slope - along).abs() < tolerance, "{kind:?} {}: {slope} and {along}", tensor.name);
+                assert!(
+                    (slope - along).abs() < tolerance,
+                    "{kind:?} {}: {slope} and {along}",
+                    tensor.name
+                );
             }
         }
     }
 
     #[test]
     fn heads_begin_as_the_models_own_prediction() {
-        let shape =
-            Shape { kind: Kind::Conditioned, n_embd: 4, width: 8, n_heads: 2, n_blocks: vec![1, 1], previous: false };
+        let shape = Shape {
+            kind: Kind::Conditioned,
+            n_embd: 4,
+            width: 8,
+            n_heads: 2,
+            n_blocks: vec![1, 1],
+            previous: false,
+        };
         let (net, mut rng) = (Net::new(&shape), fastrand::Rng::with_seed(1));
         let (x, e) = (random(3, 4, &mut rng), vec![random(3, 4, &mut rng); 3]);
         let trace = net.forward(&net.init(&mut rng), &x, &e);

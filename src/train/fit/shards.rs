@@ -1,9 +1,10 @@
-//! Training data as files: what a model thought at each position of its own answers. Reads safetensors shards, one at a
-//! time; knows nothing of networks.
+//! Training data as files: what a model thought at each position of its own answers. Reads
+//! safetensors shards, one at a time; knows nothing of networks.
 //!
-//! A shard's rows are positions, answers one after the other. Row i has the post-norm hidden state (`hidden` F16, n x d),
-//! the token that follows (`next` U32, n), how many rows of the same answer follow (`remaining` U32, n), and the model's
-//! most likely tokens after this row with their probabilities (`top` U32, n x k, `top_p` F16, n x k).
+//! A shard's rows are positions, answers one after the other. Row i has the post-norm hidden state
+//! (`hidden` F16, n x d), the token that follows (`next` U32, n), how many rows of the same answer
+//! follow (`remaining` U32, n), and the model's most likely tokens after this row with their
+//! probabilities (`top` U32, n x k, `top_p` F16, n x k).
 
 use std::fs::File;
 use std::io::Read;
@@ -59,7 +60,8 @@ pub struct Matrices {
 }
 
 impl Shards {
-    /// Finds the shards named `{prefix}*.safetensors`, in order of their names, and reads how many rows each has.
+    /// Finds the shards named `{prefix}*.safetensors`, in order of their names, and reads how many
+    /// rows each has.
     ///
     /// # Errors
     /// When the folder or a shard's header cannot be read.
@@ -92,7 +94,9 @@ impl Shards {
 
     /// The name of each file and its rows: what tells one set of data from another.
     pub fn files(&self) -> impl Iterator<Item = (String, usize)> {
-        self.files.iter().map(|(path, n)| (path.file_name().unwrap_or_default().to_string_lossy().into_owned(), *n))
+        self.files.iter().map(|(path, n)| {
+            (path.file_name().unwrap_or_default().to_string_lossy().into_owned(), *n)
+        })
     }
 
     /// Rows of all shards.
@@ -115,9 +119,9 @@ impl Shards {
         Shard::read(&self.files[shard].0)
     }
 
-    /// The `n` tokens that come most often in the answers, the most frequent first: a vocabulary to draft from. Tokens the
-    /// model thought of as likely count by their probability, so that a small sample of text tells more. Each comes with its
-    /// count.
+    /// The `n` tokens that come most often in the answers, the most frequent first: a vocabulary to
+    /// draft from. Tokens the model thought of as likely count by their probability, so that a
+    /// small sample of text tells more. Each comes with its count.
     ///
     /// # Errors
     /// When a shard cannot be read.
@@ -125,7 +129,8 @@ impl Shards {
         let mut counts = vec![0.0f64; n_vocab];
         for i in 0..self.len() {
             let shard = self.load(i)?;
-            let likely = shard.top.iter().zip(&shard.top_p).map(|(t, p)| (*t, f64::from(p.to_f32())));
+            let likely =
+                shard.top.iter().zip(&shard.top_p).map(|(t, p)| (*t, f64::from(p.to_f32())));
             for (token, count) in likely.chain(shard.next.iter().map(|t| (*t, 1.0))) {
                 if let Some(sum) = counts.get_mut(token as usize) {
                     *sum += count;
@@ -146,7 +151,8 @@ fn n_rows(path: &Path) -> Result<usize, DataError> {
     let mut length = [0; 8];
     file.read_exact(&mut length).map_err(|e| fail(&e))?;
     let header: serde_json::Value =
-        serde_json::from_reader(file.take(u64::from_le_bytes(length).min(1 << 20))).map_err(|e| fail(&e))?;
+        serde_json::from_reader(file.take(u64::from_le_bytes(length).min(1 << 20)))
+            .map_err(|e| fail(&e))?;
     let n = header["next"]["shape"][0].as_u64().and_then(|n| usize::try_from(n).ok());
     n.ok_or_else(|| fail(&"has no list `next`"))
 }
@@ -156,31 +162,57 @@ impl Shard {
         let bytes = std::fs::read(path).map_err(|e| DataError::new(path, e))?;
         let file = SafeTensors::deserialize(&bytes).map_err(|e| DataError::new(path, e))?;
         let tensor = |name: &str, dtype: Dtype| {
-            let view = file.tensor(name).map_err(|e| DataError::new(path, format!("{name}: {e}")))?;
+            let view =
+                file.tensor(name).map_err(|e| DataError::new(path, format!("{name}: {e}")))?;
             if view.dtype() != dtype {
-                return Err(DataError::new(path, format!("{name} is {:?}, not {dtype:?}", view.dtype())));
+                return Err(DataError::new(
+                    path,
+                    format!("{name} is {:?}, not {dtype:?}", view.dtype()),
+                ));
             }
             Ok((view.shape().to_vec(), view.data().to_vec()))
         };
-        let u32s = |data: &[u8]| data.as_chunks().0.iter().map(|b| u32::from_le_bytes(*b)).collect::<Vec<_>>();
-        let f16s = |data: &[u8]| data.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b)).collect::<Vec<_>>();
+        let u32s = |data: &[u8]| {
+            data.as_chunks().0.iter().map(|b| u32::from_le_bytes(*b)).collect::<Vec<_>>()
+        };
+        let f16s = |data: &[u8]| {
+            data.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b)).collect::<Vec<_>>()
+        };
         let (hidden_shape, hidden) = tensor("hidden", Dtype::F16)?;
         let (next_shape, next) = tensor("next", Dtype::U32)?;
         let (remaining_shape, remaining) = tensor("remaining", Dtype::U32)?;
         let (top_shape, top) = tensor("top", Dtype::U32)?;
         let (top_p_shape, top_p) = tensor("top_p", Dtype::F16)?;
         let (&[n, n_embd], &[n_top, k]) = (&hidden_shape[..], &top_shape[..]) else {
-            return Err(DataError::new(path, format!("hidden is {hidden_shape:?} and top {top_shape:?}: not matrices")));
+            return Err(DataError::new(
+                path,
+                format!("hidden is {hidden_shape:?} and top {top_shape:?}: not matrices"),
+            ));
         };
         if next_shape != [n] || remaining_shape != [n] || n_top != n || top_p_shape != top_shape {
-            let all = format!("{next_shape:?}, {remaining_shape:?}, {top_shape:?}, {top_p_shape:?}");
-            return Err(DataError::new(path, format!("next, remaining, top, top_p are {all} for {n} rows")));
+            let all =
+                format!("{next_shape:?}, {remaining_shape:?}, {top_shape:?}, {top_p_shape:?}");
+            return Err(DataError::new(
+                path,
+                format!("next, remaining, top, top_p are {all} for {n} rows"),
+            ));
         }
         let (next, remaining) = (u32s(&next), u32s(&remaining));
         if let Some(row) = (0..n).find(|&i| remaining[i] as usize >= n - i) {
-            return Err(DataError::new(path, format!("row {row} of {n} says that {} follow", remaining[row])));
+            return Err(DataError::new(
+                path,
+                format!("row {row} of {n} says that {} follow", remaining[row]),
+            ));
         }
-        Ok(Self { n_embd, k, hidden: f16s(&hidden), next, remaining, top: u32s(&top), top_p: f16s(&top_p) })
+        Ok(Self {
+            n_embd,
+            k,
+            hidden: f16s(&hidden),
+            next,
+            remaining,
+            top: u32s(&top),
+            top_p: f16s(&top_p),
+        })
     }
 
     /// Rows.
@@ -206,8 +238,9 @@ impl Shard {
         self.remaining[row] as usize
     }
 
-    /// The path's token in column `column` of this row: 0 is the token at the row's own position (the first row of an
-    /// answer does not know it), 1 the one that follows, and so on; `None` past the answer's end.
+    /// The path's token in column `column` of this row: 0 is the token at the row's own position
+    /// (the first row of an answer does not know it), 1 the one that follows, and so on; `None`
+    /// past the answer's end.
     #[must_use]
     pub fn path(&self, row: usize, column: usize) -> Option<u32> {
         if column == 0 {
@@ -234,7 +267,8 @@ impl Matrices {
         let rows = model.output_rows()?;
         let mut values = Vec::with_capacity(token_map.len() * rows.n_in());
         token_map.iter().try_for_each(|&t| rows.read(t as usize, 1, &mut values))?;
-        let shaped = |n, d, values| Array2::from_shape_vec((n, d), values).expect("rows of d values");
+        let shaped =
+            |n, d, values| Array2::from_shape_vec((n, d), values).expect("rows of d values");
         Ok(Self {
             embedding: shaped(whole.n_out, whole.n_in, whole.values),
             output: shaped(token_map.len(), rows.n_in(), values),
@@ -251,13 +285,17 @@ pub(crate) mod tests {
     pub(crate) fn write(path: &Path, d: usize, sequences: &[Vec<(Vec<f32>, u32, u32)>]) {
         let rows: Vec<_> = sequences.iter().flatten().collect();
         let n = rows.len();
-        let bytes = |values: &[u32]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
-        let halves = |v: &[f32]| v.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect::<Vec<u8>>();
+        let bytes =
+            |values: &[u32]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+        let halves =
+            |v: &[f32]| v.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect::<Vec<u8>>();
         let hidden: Vec<f32> = rows.iter().flat_map(|r| r.0.clone()).collect();
-        let remaining: Vec<u32> = sequences.iter().flat_map(|s| (0..s.len() as u32).rev()).collect();
+        let remaining: Vec<u32> =
+            sequences.iter().flat_map(|s| (0..s.len() as u32).rev()).collect();
         let next = bytes(&rows.iter().map(|r| r.1).collect::<Vec<_>>());
         let top = bytes(&rows.iter().map(|r| r.2).collect::<Vec<_>>());
-        let (hidden, remaining, top_p) = (halves(&hidden), bytes(&remaining), halves(&vec![1.0; n]));
+        let (hidden, remaining, top_p) =
+            (halves(&hidden), bytes(&remaining), halves(&vec![1.0; n]));
         let view = |dtype, shape: &[usize], data| {
             safetensors::tensor::TensorView::new(dtype, shape.to_vec(), data).expect("shape fits")
         };
@@ -275,7 +313,11 @@ pub(crate) mod tests {
     fn paths_end_with_the_answer() {
         let folder = tempfile::tempdir().expect("a folder");
         let row = |t: u32| (vec![t as f32, 0.5], t, t + 10);
-        write(&folder.path().join("train-0.safetensors"), 2, &[vec![row(1), row(2), row(3)], vec![row(4)]]);
+        write(
+            &folder.path().join("train-0.safetensors"),
+            2,
+            &[vec![row(1), row(2), row(3)], vec![row(4)]],
+        );
         let shards = Shards::open(folder.path(), "train-").expect("opens");
         assert_eq!((shards.len(), shards.n_rows()), (1, 4));
         let shard = shards.load(0).expect("loads");
