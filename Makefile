@@ -1,15 +1,17 @@
 # make serve   sets up what is missing, builds, serves the default model on :8000
-# make test    the same set-up, CUDA's compiler, OpenAI's client and a browser, then runs every test
+# make test    the same set-up, CUDA's compiler, OpenAI's client and a browser, then runs every test,
+#              and every bench in its short form
 # make check   formatting, lints, documentation
 # make docs    the book in target/book/html, with all links checked
-# make bench   benchmarks the engine's host cost per step
+# make bench   measures the engine's host cost per step and the cache's bookkeeping
+# make bench-short   runs every bench once, in its short form
 # make compare PROMPTS=FILE.jsonl   measures llama-server and this server in turn, for an hour or more; ARGS=... goes to benches/compare
 # make schemathesis   tests with thousands of requests generated from /openapi.json, for ten minutes at most; ARGS=... goes to scripts/schemathesis
 # make deny    checks licences and duplicate dependencies; installs cargo-deny once
 # make gpu     packs a CUDA build with its tests and benches for a host with a GPU
 # Steps of the set-up, each idempotent: make tools, make vendor, make model, make clients, make browser (for tests); for CUDA make nvcc, make cuda.
 
-.PHONY: serve test check docs bench compare schemathesis build gpu setup tools vendor model clients browser nvcc cuda deny help
+.PHONY: serve test check docs bench bench-short compare schemathesis build gpu setup tools vendor model clients browser nvcc cuda deny help
 .DEFAULT_GOAL := help
 
 help:
@@ -29,6 +31,7 @@ serve: build
 
 test: setup clients browser check
 	cargo test --release --locked
+	$(MAKE) bench-short
 
 check: tools vendor nvcc docs
 	cargo fmt --check
@@ -43,6 +46,15 @@ docs:
 
 bench: setup
 	cargo bench --locked
+
+# Each bench once, to see that it runs (benches/kernels.rs needs a GPU: `make check` compiles it).
+bench-short: build
+	cargo bench --locked -- --test
+	benches/compare --help >/dev/null
+	benches/soak.py --requests 40 --parallel 4 >/dev/null
+	benches/stall.py --streams 2 --prompt-tokens 200 --runs 1
+	benches/structured.py --rounds 1 --seeds 1
+	benches/same-text.py --seeds 2 -n 16
 
 compare: build
 	@test -n "$(PROMPTS)" || { echo 'make compare needs PROMPTS=FILE.jsonl: a line is like {"prompt": "...", "category": "..."}' >&2; exit 1; }

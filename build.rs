@@ -3,12 +3,14 @@
 //! 1. Find the source: `LLAMA_CPP_DIR`, or what `make vendor` laid into `vendor/crates/`.
 //! 2. Check the tools: CMake, Ninja, a C++ compiler, libclang. What is missing is named with the
 //!    command that mends it.
-//! 3. Copy the source into the target folder and apply `vendor/patches/` to the copy.
+//! 3. Copy the source into the target folder, apply `vendor/patches/` to the copy, and add our
+//!    kernels from `vendor/ggml/`.
 //! 4. Compile `llama` and `ggml` as static libraries.
-//! 5. Generate bindings for the names that start with `llama_`, `ggml_`, `gguf_`, without the
+//! 5. Compile our kernels once more, as `tests/cpu_kernels.rs` calls them.
+//! 6. Generate bindings for the names that start with `llama_`, `ggml_`, `gguf_`, without the
 //!    `llama_`.
-//! 6. Tell cargo what to link.
-//! 7. With feature `cuda-kernels`: compile `cuda/` to `OUT_DIR/kernels.fatbin`.
+//! 7. Tell cargo what to link.
+//! 8. With feature `cuda-kernels`: compile `cuda/` to `OUT_DIR/kernels.fatbin`.
 //!
 //! Environment: `LLAMA_CPP_DIR` another source tree; `CMAKE`, `CXX` the tools; `LLAMA_NATIVE=0` for
 //! a binary that must run on other CPUs of the same family. With the CUDA features:
@@ -30,6 +32,7 @@ fn main() {
     let native = native_dir(tools.cuda);
     let source = patched(&tree, &native);
     let lib = compile(&source, &native, &tools);
+    compile_for_tests(&source, &tools);
     generate_bindings(&source, &tools);
     link(&lib, &tools);
 }
@@ -72,6 +75,11 @@ fn native_cpu() -> bool {
     var("LLAMA_NATIVE").as_deref() != Some("0")
 }
 
+/// Whether the source is one that our patches were not made for.
+fn is_own_checkout() -> bool {
+    var("LLAMA_CPP_DIR").is_some()
+}
+
 fn source_tree() -> PathBuf {
     let tree = var("LLAMA_CPP_DIR")
         .map_or_else(|| root().join("vendor/crates/llama-cpp-sys-2/llama.cpp"), PathBuf::from);
@@ -88,9 +96,29 @@ fn source_tree() -> PathBuf {
     tree
 }
 
-/// A copy of `tree` with our patches. It is laid anew when a patch or the tree changed, and else
-/// left alone, so that CMake finds its objects up to date.
+/// A copy of `tree` with our patches and kernels. It is made anew when a patch or the tree changed,
+/// and a file of our kernels is written when it changed, so that CMake finds the other objects up
+/// to date.
 fn patched(tree: &Path, native: &Path) -> PathBuf {
+    let copy = copy_with_patches(tree, native);
+    println!("cargo::rerun-if-changed=vendor/ggml");
+    for name in OUR_KERNELS {
+        let (ours, there) =
+            (root().join("vendor/ggml").join(name), copy.join("ggml/src/ggml-cpu").join(name));
+        let text = fs::read(&ours).unwrap_or_else(|e| stop(&format!("{}: {e}", ours.display())));
+        if fs::read(&there).is_ok_and(|old| old == text) {
+            continue;
+        }
+        fs::write(&there, text).unwrap_or_else(|e| stop(&format!("{}: {e}", there.display())));
+    }
+    copy
+}
+
+/// What the patches call. A checkout that they do not apply to has the files and does not compile
+/// them.
+const OUR_KERNELS: [&str; 4] = ["attention.cpp", "attention.h", "few-rows.cpp", "few-rows.h"];
+
+fn copy_with_patches(tree: &Path, native: &Path) -> PathBuf {
     println!("cargo::rerun-if-changed=vendor/patches");
     let mut patches: Vec<PathBuf> = fs::read_dir(root().join("vendor/patches"))
         .map(|entries| {
@@ -109,7 +137,7 @@ fn patched(tree: &Path, native: &Path) -> PathBuf {
         format!("{} {:?}\n{}", tree.display(), laid("vendor/crates/.locked"), texts.concat());
 
     let (copy, stamp) = (native.join("source"), native.join("source.state"));
-    let own_checkout = env::var_os("LLAMA_CPP_DIR").is_some();
+    let own_checkout = is_own_checkout();
     if !own_checkout && fs::read_to_string(&stamp).is_ok_and(|old| old == state) {
         return copy;
     }
@@ -288,6 +316,58 @@ fn compile(source: &Path, native: &Path, tools: &Tools) -> PathBuf {
         }
     }
     config.build().join("lib")
+}
+
+/// Compiles `vendor/ggml/testing.cpp` for `tests/cpu_kernels.rs`: with the kernels for each set of
+/// instructions that this CPU has, and without them for graphs that reach them through ggml. The
+/// server links none of it.
+fn compile_for_tests(source: &Path, tools: &Tools) {
+    println!(
+        "cargo::rustc-check-cfg=cfg(cpu_kernels, values(\"graph\", \"avx2\", \"avx512\", \"neon\"))"
+    );
+    if is_own_checkout() {
+        return; // whose headers may differ
+    }
+    let sets = if env::var("HOST") == env::var("TARGET") { instruction_sets() } else { vec![] };
+    let graph = (!sets.is_empty()).then_some(("graph", ""));
+    for (name, flags) in sets.into_iter().chain(graph) {
+        let mut build = cc::Build::new();
+        build.compiler(&tools.cxx).cpp(true).cpp_link_stdlib(None).std("c++17").opt_level(3);
+        build.warnings(true).extra_warnings(true).warnings_into_errors(true);
+        // GCC's own header, for vectors that are undefined on purpose.
+        build.flag_if_supported("-Wno-maybe-uninitialized");
+        for folder in ["ggml/include", "ggml/src", "ggml/src/ggml-cpu"] {
+            build.flag("-isystem").flag(source.join(folder));
+        }
+        build.flags(flags.split_whitespace());
+        if name != "graph" {
+            build.define("KERNELS", name);
+        }
+        build.file("vendor/ggml/testing.cpp").compile(&format!("kernels-{name}"));
+        println!("cargo::rustc-cfg=cpu_kernels=\"{name}\"");
+    }
+}
+
+/// Sets of instructions that the kernels are written for and this CPU has, with the compiler's
+/// flags.
+fn instruction_sets() -> Vec<(&'static str, &'static str)> {
+    let mut sets = vec![];
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::is_x86_feature_detected as has;
+        if has!("avx2") && has!("fma") && has!("f16c") {
+            sets.push(("avx2", "-mavx2 -mfma -mf16c"));
+            if has!("avx512vnni") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl") {
+                sets.push((
+                    "avx512",
+                    "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni",
+                ));
+            }
+        }
+    }
+    #[cfg(target_arch = "aarch64")]
+    sets.push(("neon", ""));
+    sets
 }
 
 /// Whether nvcc's own query finds a card; a toolkit without the query is trusted.

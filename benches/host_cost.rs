@@ -16,7 +16,8 @@ use medusa_llama::request::{Event, Request, SamplingParams};
 use tokio::sync::mpsc::{self, Receiver};
 
 const N_VOCAB: usize = 49_152;
-const N_CTX: usize = 1 << 20;
+/// Tokens of a sequence. Sequences that come to their end are replaced by new ones.
+const N_CTX: usize = 1 << 16;
 
 /// Logits that stay as they are: a heap for each row, as llama.cpp's output buffer has.
 struct Still(Vec<Vec<f32>>);
@@ -62,54 +63,87 @@ impl Forward for Still {
     }
 }
 
-fn engine(n: usize, temperature: f32) -> (Engine<Still>, Vec<Receiver<Event>>) {
-    let limits = Limits {
-        n_slots: n,
-        n_ctx: N_CTX,
-        n_batch: 512,
-        n_prefill: None,
-        layout: Layout::Streams { n_cells: N_CTX },
-    };
-    let mut engine = Engine::new(Still::new(n), limits, Default::default());
-    let receivers = (0..n).map(|i| {
-        let (events, receiver) = mpsc::channel(N_CTX);
-        let sampling = SamplingParams { temperature, seed: i as u64, ..SamplingParams::default() };
-        let stop = vec!["\n\n###".to_owned()];
-        let request = Request { sampling, stop, ..Request::new("", N_CTX) };
-        engine.enqueue(Job::new(vec![Token(1)], request, events));
-        receiver
-    });
-    let receivers = receivers.collect();
-    engine.step();
-    (engine, receivers)
+/// An engine whose sequences all decode, and the readers of their events.
+struct Decoding {
+    engine: Engine<Still>,
+    receivers: Vec<Receiver<Event>>,
+    temperature: f32,
+    /// Steps until the sequences end.
+    n_left: usize,
 }
 
-/// Only the steps are timed; events are read in between, as the network's thread would.
-fn steps(engine: &mut Engine<Still>, receivers: &mut [Receiver<Event>], n: u64) -> Duration {
-    let mut spent = Duration::ZERO;
-    for _ in 0..n {
-        let start = Instant::now();
-        engine.step();
-        spent += start.elapsed();
-        receivers.iter_mut().for_each(|r| while r.try_recv().is_ok() {});
+impl Decoding {
+    fn new(n: usize, temperature: f32) -> Self {
+        let limits = Limits {
+            n_slots: n,
+            n_ctx: N_CTX,
+            n_batch: 512,
+            n_prefill: None,
+            layout: Layout::Streams { n_cells: N_CTX },
+        };
+        let engine = Engine::new(Still::new(n), limits, Default::default());
+        let mut decoding = Self { engine, receivers: vec![], temperature, n_left: 0 };
+        decoding.start(n);
+        decoding
     }
-    assert!(!engine.is_idle(), "the sequences ran out");
-    spent
+
+    /// Starts `n` sequences, and takes the step that reads their prompts.
+    fn start(&mut self, n: usize) {
+        self.receivers.extend((0..n).map(|i| {
+            let (events, receiver) = mpsc::channel(N_CTX);
+            let sampling = SamplingParams {
+                temperature: self.temperature,
+                seed: i as u64,
+                ..SamplingParams::default()
+            };
+            let stop = vec!["\n\n###".to_owned()];
+            let request = Request { sampling, stop, ..Request::new("", N_CTX) };
+            self.engine.enqueue(Job::new(vec![Token(1)], request, events));
+            receiver
+        }));
+        self.engine.step();
+        self.n_left = N_CTX - 8; // none ends by itself
+    }
+
+    /// Cancels all sequences, as clients that hang up do, and starts as many new ones.
+    fn replace(&mut self) {
+        let n = self.receivers.len();
+        self.receivers.clear();
+        while !self.engine.is_idle() {
+            self.engine.step();
+        }
+        self.start(n);
+    }
+
+    /// Only the steps are timed; events are read in between, as the network's thread would.
+    fn steps(&mut self, n: u64) -> Duration {
+        let mut spent = Duration::ZERO;
+        for _ in 0..n {
+            if self.n_left == 0 {
+                self.replace();
+            }
+            let start = Instant::now();
+            self.engine.step();
+            spent += start.elapsed();
+            self.n_left -= 1;
+            self.receivers.iter_mut().for_each(|r| while r.try_recv().is_ok() {});
+        }
+        assert!(!self.engine.is_idle(), "a sequence ended");
+        spent
+    }
 }
 
 fn host_cost(c: &mut Criterion) {
     for (name, temperature) in [("greedy", 0.0), ("sampled", 0.8)] {
         let mut group = c.benchmark_group(name);
-        // A sequence has a million tokens: enough for this many steps.
         group
             .sample_size(20)
             .warm_up_time(Duration::from_millis(500))
             .measurement_time(Duration::from_secs(3));
         for n in [1, 8, 32] {
-            let (mut engine, mut receivers) = engine(n, temperature);
-            group.bench_function(format!("{n} sequences"), |b| {
-                b.iter_custom(|n| steps(&mut engine, &mut receivers, n))
-            });
+            let mut decoding = Decoding::new(n, temperature);
+            group
+                .bench_function(format!("{n} sequences"), |b| b.iter_custom(|n| decoding.steps(n)));
         }
     }
 }

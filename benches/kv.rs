@@ -2,7 +2,7 @@
 //! several leaves.
 //!
 //! `cargo bench --bench kv` (needs the default model; some minutes on two cores, most of them to
-//! fill the cache). Prints, for trees of 1, 2 and 7 leaves, the microseconds of llama.cpp's
+//! fill the cache; with `-- --test` a small cache and one step, to see that it runs). Prints, for trees of 1, 2 and 7 leaves, the microseconds of llama.cpp's
 //! sequence operations before and after a step, by the operations that the engine makes of them,
 //! and the milliseconds of the step between.
 #![allow(missing_docs)]
@@ -21,12 +21,12 @@ use medusa_llama::llama::{
 
 const N_SLOTS: usize = 32;
 const N_CELLS: usize = 16_384;
-/// Tokens of a sequence before anything is timed: the cache is nearly full.
-const N_TOKENS: usize = 420;
 const N_BATCH: usize = 512;
-const N_STEPS: usize = 12;
 
 fn main() -> Result<(), LlamaError> {
+    let short = std::env::args().any(|arg| arg == "--test");
+    // Tokens of a sequence before anything is timed (the cache is nearly full), and steps.
+    let (n_tokens, n_steps) = if short { (4, 1) } else { (420, 12) };
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(DEFAULT_MODEL);
     let model = Arc::new(Model::load(&path, &ModelParams { n_gpu_layers: 0 }, |_| true)?);
     let n_ids = max_sequences();
@@ -44,21 +44,21 @@ fn main() -> Result<(), LlamaError> {
     let mut rows = Rows::default();
     for slot in 0..N_SLOTS {
         rows.clear();
-        (0..N_TOKENS).for_each(|pos| rows.push(token(slot, pos), pos, [SeqId(slot as u32)], false));
+        (0..n_tokens).for_each(|pos| rows.push(token(slot, pos), pos, [SeqId(slot as u32)], false));
         forward.forward(&rows)?;
     }
-    println!("{N_SLOTS} sequences of {N_TOKENS} tokens in {N_CELLS} cells, {n_ids} ids");
+    println!("{N_SLOTS} sequences of {n_tokens} tokens in {N_CELLS} cells, {n_ids} ids");
     println!("leaves   ops before   us before   step ms   ops after   us after");
-    let mut n_cached = N_TOKENS;
+    let mut n_cached = n_tokens;
     for n_leaves in [1, 2, 7] {
         let mut leaves = Leaves::new(N_SLOTS, n_ids, N_SLOTS);
         let mut sums = [0.0; 5];
-        for step in 0..=N_STEPS {
+        for step in 0..=n_steps {
             let one = timed_step(&mut forward, &mut leaves, n_leaves, n_cached)?;
             n_cached += 2;
             if step > 0 {
                 // The first one puts the ids on all that is cached.
-                sums.iter_mut().zip(one).for_each(|(sum, x)| *sum += x / N_STEPS as f64);
+                sums.iter_mut().zip(one).for_each(|(sum, x)| *sum += x / n_steps as f64);
             }
         }
         let [before, before_us, step_ms, after, after_us] = sums;
@@ -72,7 +72,7 @@ fn main() -> Result<(), LlamaError> {
     Ok(())
 }
 
-/// A step in which each sequence verifies a tree of `n_leaves` nodes behind its root and takes the
+/// A step in which each sequence verifies a tree of `n_leaves` nodes below its root and takes the
 /// last of them.
 fn timed_step(
     forward: &mut LlamaForward,

@@ -10,9 +10,11 @@ end nothing may run, wait or hold a cell. Then SIGTERM in the middle of traffic 
 and SIGKILL in the middle of traffic and a new start, until it takes work. Prints a table; exits with 1 if anything was not as
 promised.
 """
-import argparse, collections, json, os, random, signal, socket, subprocess, sys, threading, time
+import argparse, collections, json, random, signal, socket, sys, threading, time
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.dont_write_bytecode = True
+from comparing.process import Process
+
 KEY = "soak-key"
 MAX_BODY = 1 << 20
 SCHEMA = {"type": "object", "properties": {"sky": {"enum": ["clear", "cloudy"]}, "degrees": {"type": "integer", "minimum": -9, "maximum": 39}},
@@ -26,12 +28,6 @@ class Broken(Exception):
 def must(condition, *what):
     if not condition:
         raise Broken(" ".join(map(str, what)))
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 class Reply:
@@ -69,26 +65,10 @@ def unchunk(data):
     return body, False
 
 
-class Server:
-    def __init__(self, args):
-        self.port = free_port()
-        command = [os.path.join(ROOT, "target/release/medusa-llama"), "serve", "--host", "127.0.0.1", "--port", str(self.port),
-                   "--api-key", KEY, "--max-body-bytes", str(MAX_BODY), "--write-timeout", "5", *args]
-        self.started = time.monotonic()
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-        self.log = []
-        threading.Thread(target=lambda: self.log.extend(self.process.stderr), daemon=True).start()
-
-    def wait_ready(self):
-        """Seconds from the start until it takes work."""
-        while True:
-            try:
-                if self.exchange(request("GET", "/ready", key=None)).status == 200:
-                    return time.monotonic() - self.started
-            except OSError:
-                pass
-            must(self.process.poll() is None, "the server ended:", *self.log[-5:])
-            time.sleep(0.005)
+class Server(Process):
+    @classmethod
+    def with_key(cls, args):
+        return cls.ours("--api-key", KEY, "--max-body-bytes", MAX_BODY, "--write-timeout", 5, *args, log=[])
 
     def connect(self):
         s = socket.create_connection(("127.0.0.1", self.port), timeout=120)
@@ -109,11 +89,7 @@ class Server:
         return self.exchange(request("GET", "/")).json()["load"]
 
     def resident(self):
-        with open(f"/proc/{self.process.pid}/status") as f:
-            return next(int(line.split()[1]) for line in f if line.startswith("VmRSS")) / 1024
-
-    def count(self, what):
-        return len(os.listdir(f"/proc/{self.process.pid}/{what}"))
+        return self.status("VmRSS") / 1024
 
 
 def request(method, path, body=b"", key=KEY, more=""):
@@ -316,8 +292,8 @@ def settle(server):
 
 
 def soak(a, result):
-    server = Server(a.serve)
-    result["ready_s"] = server.wait_ready()
+    server = Server.with_key(a.serve)
+    result["ready_s"] = server.start(poll_s=0.005)
     counts, broken = traffic(server, a.parallel * 20, a.parallel, a.seed + 1)  # warm-up
     must(not broken, *broken[:3])
     must(settle(server) is None, "not idle after the warm-up")
@@ -343,8 +319,8 @@ def soak(a, result):
 
 def drain(a, result):
     """SIGTERM in the middle: what was accepted is answered whole."""
-    server = Server(a.serve)
-    server.wait_ready()
+    server = Server.with_key(a.serve)
+    server.start(poll_s=0.005)
     outcomes, lock = collections.Counter(), threading.Lock()
 
     def work(i):
@@ -381,8 +357,8 @@ def restart(a, result):
     """SIGKILL in the middle, and a new start."""
     result["ready_s"] = []
     for i in range(3):
-        server = Server(a.serve)
-        server.wait_ready()
+        server = Server.with_key(a.serve)
+        server.start(poll_s=0.005)
         killed = threading.Event()
         thread = threading.Thread(target=traffic, args=(server, 10**6, a.parallel, a.seed + i), kwargs={"stop": killed.is_set})
         thread.start()
@@ -391,8 +367,8 @@ def restart(a, result):
         server.process.kill()
         server.process.wait()
         thread.join()
-        server = Server(a.serve)
-        result["ready_s"].append(round(server.wait_ready(), 2))
+        server = Server.with_key(a.serve)
+        result["ready_s"].append(round(server.start(poll_s=0.005), 2))
         whole(server, random.Random(0))
         server.process.kill()
         server.process.wait()

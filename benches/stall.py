@@ -7,12 +7,11 @@ Starts `target/release/medusa-llama serve` with room for one more sequence than 
 prompt of some 1,500 tokens, five times over. Prints, per run: the ordinary gap between two pieces (median before the
 newcomer), the largest gap of any stream while the newcomer's prompt is read, and their ratio, which must stay under 4.
 """
-import argparse, json, os, socket, statistics, subprocess, threading, time, urllib.request
+import argparse, json, statistics, sys, threading, time, urllib.request
+from pathlib import Path
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+sys.dont_write_bytecode = True
+from comparing.process import Process
 
 def post(url, body):
     request = urllib.request.Request(url + "/generate", json.dumps(body).encode(), {"Content-Type": "application/json"})
@@ -50,25 +49,13 @@ def run(url, n_streams, n_prompt, seed):
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--model", default="models/smollm2-135m-instruct-q4_1.gguf"); ap.add_argument("--streams", type=int, default=8)
+    ap.add_argument("--model"); ap.add_argument("--streams", type=int, default=8)
     ap.add_argument("--prompt-tokens", type=int, default=1500); ap.add_argument("--runs", type=int, default=5)
     ap.add_argument("--serve-arg", action="append", default=[])
     a = ap.parse_args()
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    command = [f"{root}/target/release/medusa-llama", "serve", "--host", "127.0.0.1", "--port", str(port), "-m", a.model,
-               "-b", str(a.streams + 1), "--log-level", "warn", *a.serve_arg]
-    server = subprocess.Popen(command)
-    try:
-        while True:
-            if server.poll() is not None: raise SystemExit("the server ended")
-            try: urllib.request.urlopen(url + "/ready"); break
-            except OSError: time.sleep(0.1)
+    args = ["-b", a.streams + 1, "--log-level", "warn", *(["-m", Path(a.model).resolve()] if a.model else []), *a.serve_arg]
+    with Process.ours(*args) as server:
         for seed in range(1, a.runs + 1):
-            print(json.dumps(run(url, a.streams, a.prompt_tokens, seed)), flush=True)
-    finally:
-        server.terminate()
-        server.wait()
+            print(json.dumps(run(server.url, a.streams, a.prompt_tokens, seed)), flush=True)
 
 main()

@@ -6,9 +6,11 @@
 Starts `target/release/medusa-llama serve`, warms it up, and asks for the same answers in turn: under a schema with drafts and without,
 and free text of as many tokens without drafts. Prints tokens per second of decoding, and ratios by round.
 """
-import argparse, json, os, socket, statistics, subprocess, time, urllib.error, urllib.request
+import argparse, json, statistics, sys, urllib.request
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.dont_write_bytecode = True
+from comparing.process import Process
+
 TOPICS = ["a person", "a town", "a recipe", "a film", "a ship"]
 SCHEMA = {"type": "object", "additionalProperties": False, "required": ["name", "description", "year", "tags"], "properties": {
     "name": {"type": "string", "maxLength": 30}, "description": {"type": "string", "maxLength": 120},
@@ -34,19 +36,8 @@ def main():
     ap.add_argument("--rounds", type=int, default=3); ap.add_argument("--seeds", type=int, default=20); ap.add_argument("--output")
     ap.add_argument("--serve-arg", action="append", default=[])
     a = ap.parse_args()
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [f"{ROOT}/target/release/medusa-llama", "serve", "--host", "127.0.0.1", "--port", str(port), *a.serve_arg]
-    server = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        while True:
-            try:
-                urllib.request.urlopen(url + "/ready")
-                break
-            except (urllib.error.URLError, ConnectionError):
-                time.sleep(0.1)
+    with Process.ours(*a.serve_arg) as server:
+        url = server.url
         lengths = [ask(url, seed, 300, True, "auto")[0] for seed in range(a.seeds)]  # and a warm-up
         rounds = []
         for i in range(a.rounds):
@@ -61,9 +52,6 @@ def main():
                 assert texts["schema"] == texts["schema, drafts"], "drafts change no text"
             rounds.append({name: n / s for name, (n, s) in totals.items()})
             print(f"round {i + 1}: " + ", ".join(f"{name} {speed:.1f} tokens/s" for name, speed in rounds[-1].items()), flush=True)
-    finally:
-        server.terminate()
-        server.wait(60)
     for what, over in [("schema, drafts", "schema"), ("schema", "free")]:
         ratios = [r[what] / r[over] for r in rounds]
         print(f"{what} over {over}: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")

@@ -1,12 +1,12 @@
-//! The fence, with the default model: what crosses is checked, and the tap sees what llama.cpp
-//! computes.
+//! The FFI layer, with the default model: arguments are checked before each call, and the tap sees
+//! what llama.cpp computes.
 #![allow(missing_docs)]
 
 mod common;
 
 use std::sync::Arc;
 
-use common::context::{MODEL, context, feed, params};
+use common::context::{MODEL, context, feed, params, rows_are_independent};
 use medusa_llama::llama::{Context, ContextParams, LlamaError, SeqId, Token};
 
 #[test]
@@ -113,7 +113,8 @@ fn a_shared_prefix_gives_the_logits_of_a_computed_one() {
     feed(&mut context, &[*last], prefix.len(), 2);
     let computed = context.logits(0).unwrap();
     let far = shared.iter().zip(computed).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-    assert!(far < 1e-3, "{far}");
+    let most = if rows_are_independent() { 0.0 } else { 1e-3 };
+    assert!(far <= most, "{far}");
 }
 
 /// The tap's rows are what llama.cpp calls embeddings, in the batch's order, also over several
@@ -141,7 +142,8 @@ fn the_tap_sees_the_hidden_state_of_output_rows() {
         let (a, b) = (tapped.hidden(row).unwrap(), reference.embedding(row).unwrap());
         let norm = b.iter().map(|v| v * v).sum::<f32>().sqrt();
         let far = a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum::<f32>().sqrt();
-        assert!(norm > 1.0 && far < norm * 0.02, "row {row}: {far} of {norm}");
+        let most = if rows_are_independent() { 0.0 } else { norm * 0.02 };
+        assert!(norm > 1.0 && far <= most, "row {row}: {far} of {norm}");
     }
     assert!(context(&params()).hidden(0).is_err(), "a context without the tap");
 }

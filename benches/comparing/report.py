@@ -1,7 +1,6 @@
 """From the raw lines of runs to ratios with their spread: a table, a JSON file, a plot."""
 import json
 import statistics
-import subprocess
 from pathlib import Path
 
 from . import servers
@@ -92,26 +91,6 @@ def markdown(entries):
     return "\n".join(rows) + "\n"
 
 
-PLOT = """
-import json, sys
-import matplotlib
-matplotlib.use("svg")
-matplotlib.rcParams["svg.hashsalt"] = "compare"
-import matplotlib.pyplot as plt
-entries = json.load(open(sys.argv[1]))
-figure, axes = plt.subplots(figsize=(8, 4.4))
-for mode in sorted({m for e in entries for m in e["modes"]}):
-    points = [(e["parallel"], e["modes"][mode]["tok_per_s"]) for e in entries if mode in e["modes"]]
-    axes.plot(*zip(*points), marker="o", linestyle="--" if mode.startswith("peer") else "-", label=mode if mode.startswith("peer") else "ours, " + mode)
-axes.set(xscale="log", xlabel="parallel requests", ylabel="tokens/s", ylim=(0, None), title="Same GGUF, prompts and threads; greedy")
-axes.set_xticks([e["parallel"] for e in entries], [str(e["parallel"]) for e in entries])
-axes.minorticks_off()
-axes.legend(frameon=False)
-axes.grid(alpha=0.3)
-figure.savefig(sys.argv[2], metadata={"Date": None}, bbox_inches="tight")
-"""
-
-
 def report(folder):
     """Writes compare.json, compare.md and compare.svg beside compare.jsonl; returns the table."""
     folder = Path(folder)
@@ -120,6 +99,5 @@ def report(folder):
     (folder / "compare.json").write_text(json.dumps(entries, indent=1) + "\n")
     table = markdown(entries)
     (folder / "compare.md").write_text(table)
-    python = servers.venv("matplotlib")
-    subprocess.run([python, "-c", PLOT, folder / "compare.json", folder / "compare.svg"], check=True)
+    servers.plot("compare", folder / "compare.json", folder / "compare.svg")
     return table

