@@ -79,6 +79,7 @@ pub mod eval;
 pub mod gpu;
 pub mod http;
 pub mod llama;
+pub mod matrix;
 pub mod metrics;
 pub mod plot;
 pub mod request;

@@ -3,12 +3,12 @@
 //! what the head said, and old counts fade.
 
 use super::simulated::Acceptance;
+use crate::gpu::kernels::N_BINS;
 
 /// Heads that are told apart; deeper ones share the last one's counts.
 const N_HEADS: usize = 8;
-/// Ranges of the head's probability, equally wide on a logarithmic scale from [`LOWEST`] to 1.
-pub const N_BINS: usize = 12;
-/// The lower end of the first of them.
+/// Lower end of the first of [`N_BINS`] ranges of a head's probability, equally wide on a logarithmic
+/// scale from here to 1.
 pub const LOWEST: f32 = 1e-3;
 /// Before anything is known, this share of what a head says is believed ...
 const BELIEF: f64 = 0.8;

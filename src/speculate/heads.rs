@@ -8,7 +8,7 @@
 //! | v2 | the same without output matrices: the model's serves all heads |
 //! | full model | v1 or v2 under `medusa_head.`, among the model's own tensors, in shards |
 //! | vLLM | `blocks.{h}.layers.{l}.weight`, perhaps `.bias`; `lm_heads.{h}.weight` |
-//! | conditioned | `{h}.w`, `{h}.u`, `{h}.v`, `{h}.b`: ours, see [`PathWeights`]; the model's output matrix serves all heads |
+//! | conditioned | `{h}.w`, `{h}.u`, `{h}.v`, `{h}.b`: ours, see [`ConditionedWeights`]; the model's output matrix serves all heads |
 //!
 //! Files are safetensors, or for v1 and v2 PyTorch's own (see `pickle`). In ours a matrix may be I8
 //! with `{key}.scale`, what each row is multiplied by. Each layout may carry `token_map`, the
@@ -20,8 +20,11 @@ use std::path::{Path, PathBuf};
 
 use safetensors::{Dtype, SafeTensors};
 
+pub use super::error::HeadsError;
+use super::nets::{ConditionedHead, ConditionedWeights, MedusaWeights, ResidualBlock};
 use super::pickle;
-use crate::llama::{Block, Matrix, PathStep, PathWeights, Token, Weights};
+use crate::llama::Token;
+use crate::matrix::Matrix;
 
 /// What the model needs of heads.
 #[derive(Clone, Copy, Debug)]
@@ -47,35 +50,9 @@ pub struct Heads {
 #[derive(Debug, PartialEq)]
 pub enum HeadNets {
     /// Each sees the hidden state only.
-    Plain(Weights),
+    Plain(MedusaWeights),
     /// Each sees the path it goes on from, too.
-    Conditioned(PathWeights),
-}
-
-/// Why heads were refused.
-#[derive(Debug, thiserror::Error)]
-pub enum HeadsError {
-    /// The folder holds no file that could be heads.
-    #[error("{}: no heads here; looked for {}", .0.display(), FILES.join(", "))]
-    NotFound(PathBuf),
-    /// A file could not be read.
-    #[error("{}: {reason}", path.display())]
-    File {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        reason: String,
-    },
-    /// A tensor is missing, unknown or does not fit.
-    #[error("{}: {key}: {reason}", path.display())]
-    Tensor {
-        /// The file.
-        path: PathBuf,
-        /// The tensor's name.
-        key: String,
-        /// What is wrong, with what was expected.
-        reason: String,
-    },
+    Conditioned(ConditionedWeights),
 }
 
 /// The names heads go by, in the order they are looked for.
@@ -98,7 +75,8 @@ impl Heads {
     /// [`HeadsError`] names the file, and the tensor if one is to blame.
     pub fn load(folder: &Path, shape: Shape, n_heads: usize) -> Result<Self, HeadsError> {
         let file = FILES.iter().map(|name| folder.join(name)).find(|path| path.is_file());
-        let file = file.ok_or_else(|| HeadsError::NotFound(folder.to_owned()))?;
+        let file =
+            file.ok_or_else(|| HeadsError::NotFound { folder: folder.to_owned(), names: &FILES })?;
         let shards = if file.extension() == Some("json".as_ref()) {
             shards(&file)?
         } else {
@@ -279,7 +257,7 @@ impl Tensors {
                 let bias = biases
                     .then(|| self.vector(&format!("{}.bias", name(h, l)), shape.n_embd))
                     .transpose()?;
-                of_head.push(Block { weight, bias });
+                of_head.push(ResidualBlock { weight, bias });
             }
             blocks.push(of_head);
             if own_outputs {
@@ -291,11 +269,15 @@ impl Tensors {
         }
         blocks.truncate(n_heads);
         outputs.truncate(n_heads);
-        let nets = HeadNets::Plain(Weights { n_embd: shape.n_embd, blocks, outputs });
+        let nets = HeadNets::Plain(MedusaWeights { n_embd: shape.n_embd, blocks, outputs });
         Ok(Heads { nets, token_map, token_counts: None })
     }
 
-    fn conditioned(&mut self, shape: Shape, n_heads: usize) -> Result<PathWeights, HeadsError> {
+    fn conditioned(
+        &mut self,
+        shape: Shape,
+        n_heads: usize,
+    ) -> Result<ConditionedWeights, HeadsError> {
         self.apply_scales()?;
         let d = shape.n_embd;
         let n_found = (0..MAX_HEADS).take_while(|&h| self.has(&format!("{h}.w"))).count();
@@ -303,7 +285,7 @@ impl Tensors {
         for h in 0..n_found {
             let w = self.matrix(&format!("{h}.w"), None, d)?;
             let width = w.n_out;
-            steps.push(PathStep {
+            steps.push(ConditionedHead {
                 u: self.matrix(&format!("{h}.u"), Some(width), d)?,
                 v: self.matrix(&format!("{h}.v"), Some(d), width)?,
                 b: self.vector(&format!("{h}.b"), width)?,
@@ -317,7 +299,7 @@ impl Tensors {
             return Err(self.error(&format!("{h}.w"), "is not as wide as the first head's"));
         }
         steps.truncate(n_heads);
-        Ok(PathWeights { n_embd: d, steps, output: None })
+        Ok(ConditionedWeights { n_embd: d, steps, output: None })
     }
 
     /// Multiplies the rows of matrices by their scales.

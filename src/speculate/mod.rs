@@ -13,8 +13,10 @@ pub mod calibration;
 pub mod conditioned;
 pub mod cost;
 pub mod device;
+mod error;
 pub mod heads;
 pub mod medusa;
+pub mod nets;
 mod pickle;
 pub mod policy;
 pub mod reliability;
@@ -26,13 +28,13 @@ pub mod tree;
 
 use calibration::Calibration;
 use conditioned::Conditioned;
-use heads::{HeadNets, Heads};
+use heads::{HeadNets, Heads, HeadsError};
 use medusa::Medusa;
 pub use speculator::Speculator;
 use text::TextOrigin;
 pub use tree::{Node, Tree};
 
-use crate::llama::{LlamaError, Model, SeqId, Token};
+use crate::llama::{Model, SeqId, Token};
 
 /// Where a sequence stands.
 #[derive(Clone, Copy, Debug)]
@@ -75,7 +77,7 @@ pub fn drafter(
     heads: Heads,
     model: &Model,
     n_threads: usize,
-) -> Result<Box<dyn Draft>, LlamaError> {
+) -> Result<Box<dyn Draft>, HeadsError> {
     let output = model.output_rows()?;
     Ok(match heads.nets {
         HeadNets::Plain(weights) => {
