@@ -48,21 +48,21 @@
 //! | [`request`], [`error`] | what `http` and `engine` share | both |
 //! | [`engine`] | the loop, with a step's end in `commit`; `thread` starts and runs it, `handle` is its outside, `stats` what it counts, `forward` its way to a model, `grammar` its way to llguidance | sockets, JSON |
 //! | [`metrics`] | what `/metrics` shows: names for what the engine and HTTP count | sockets, cells |
-//! | [`speculate`] | `heads` and `pickle` (files), `medusa` and `conditioned` (drafting by heads), `suffix` and `text` (from text), `tree`, `calibration`, `reliability`, `cost`, `policy`; `device` (heads and verification on a GPU); `simulated` for `bench` | requests, cells |
+//! | [`speculate`] | `heads` and `pickle` (files), `medusa` and `conditioned` (drafting by heads), `nets` (their networks), `suffix` and `text` (from text), `tree`, `calibration`, `reliability`, `cost`, `policy`; `device` (heads and verification on a GPU); `simulated` for `bench` | requests, cells |
 //! | [`train`] | heads from a model's own answers: answers, features, fit | HTTP |
 //! | [`synth`] | models and heads of random weights in known shapes, to measure with | requests |
 //! | [`eval`], [`plot`] | perplexity; SVG plots | requests |
 //! | [`tune`] | which form of a model to use, from what was measured | files, models |
-//! | [`vector`] | loops over logits as vector code | what they are for |
-//! | [`gpu`], `cuda/` | the fence around CUDA, and the kernels behind it, which know nothing of Rust | tokens, trees |
-//! | [`llama`] | the fence around C: model, context, samplers, and small networks on ggml's kernels | requests, slots |
+//! | [`vector`], [`matrix`] | loops over logits as vector code; a matrix of floats | their use |
+//! | [`gpu`], `cuda/` | the fence around CUDA, and the kernels; `cuda/args.h` declares what both share | tokens, trees |
+//! | [`llama`] | the fence around C: model, context, samplers, and graphs on ggml's kernels | requests, slots, heads |
 //!
 //! # Invariants
 //!
 //! - `unsafe` stands in [`llama`] and [`gpu`] only.
 //! - `scheduler`, `slots`, `leaves`, `sampler`'s draw, `text`, `pace`, `company`, and of
-//!   `speculate` all but `heads`, `pickle`, `medusa`, `conditioned` and `device` do no I/O and read
-//!   no clock.
+//!   `speculate` all but `heads`, `pickle`, `medusa`, `conditioned`, `nets` and `device` do no I/O
+//!   and read no clock.
 //! - One thread owns the llama context, and builds it there.
 //! - Nothing grows after the start without a limit in [`config`]: queue, body, connections, cells,
 //!   text to draft from, events per request.

@@ -105,7 +105,7 @@ impl MatrixRows {
         self.n_in
     }
 
-    /// Appends `n` rows from `first` on.
+    /// Appends `n` rows, from row `first` on, to `out`.
     ///
     /// # Errors
     /// [`LlamaError::Misuse`] for rows out of range, or a file that became unreadable.

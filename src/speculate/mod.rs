@@ -13,6 +13,7 @@ pub mod calibration;
 pub mod conditioned;
 pub mod cost;
 pub mod device;
+mod drafter;
 mod error;
 pub mod heads;
 pub mod medusa;
@@ -27,14 +28,12 @@ pub mod text;
 pub mod tree;
 
 use calibration::Calibration;
-use conditioned::Conditioned;
-use heads::{HeadNets, Heads, HeadsError};
-use medusa::Medusa;
+pub use drafter::drafter;
 pub use speculator::Speculator;
 use text::TextOrigin;
 pub use tree::{Node, Tree};
 
-use crate::llama::{Model, SeqId, Token};
+use crate::llama::{SeqId, Token};
 
 /// Where a sequence stands.
 #[derive(Clone, Copy, Debug)]
@@ -67,34 +66,6 @@ pub trait Draft {
         calibration: &Calibration,
         trees: &mut [Tree],
     );
-}
-
-/// Makes ready what heads need of their model to draft.
-///
-/// # Errors
-/// When the model's matrices cannot be read, or there is no memory.
-pub fn drafter(
-    heads: Heads,
-    model: &Model,
-    n_threads: usize,
-) -> Result<Box<dyn Draft>, HeadsError> {
-    let output = model.output_rows()?;
-    Ok(match heads.nets {
-        HeadNets::Plain(weights) => {
-            Box::new(Medusa::new(weights, heads.token_map, &output, n_threads)?)
-        }
-        HeadNets::Conditioned(weights) => {
-            let embeddings = model.embedding_rows()?;
-            Box::new(Conditioned::new(
-                &weights,
-                heads.token_map,
-                heads.token_counts,
-                &output,
-                embeddings,
-                n_threads,
-            )?)
-        }
-    })
 }
 
 /// What candidates are worth in the step they are drafted for.

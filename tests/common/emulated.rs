@@ -1,4 +1,4 @@
-//! A device on the CPU: the kernels of `cuda/` compiled by a C++ compiler behind
+//! A device on the CPU: the kernels of `cuda/`, compiled by a C++ compiler with
 //! `tests/emulation/emulation.h`.
 #![allow(unsafe_code)]
 
