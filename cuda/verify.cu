@@ -19,7 +19,6 @@ struct RowRule {
     int32_t parent;            // row above it in its tree; -1: none
     int32_t token;             // drafted there
     int32_t on_host;           // not 0: the host chooses
-    int32_t forced;            // not 0: this token + 1 is taken in place of the choice, which is made all the same
 };
 
 // Rows that follow one another.
@@ -310,7 +309,7 @@ KERNEL __launch_bounds__(SELECT_THREADS, 2) verify(Verify v) {
         }
     }
     if (threadIdx.x == 0) {
-        v.chosen[blockIdx.x] = rule.forced > 0 && !rule.on_host ? rule.forced - 1 : token;
+        v.chosen[blockIdx.x] = token;
         __threadfence();
         is_last = atomicAdd(&v.n_done[rule.sequence], 1u) + 1 == static_cast<uint32_t>(v.spans[rule.sequence].n);
         __threadfence();

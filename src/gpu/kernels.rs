@@ -368,11 +368,8 @@ pub struct RowRule {
     pub token: i32,
     /// Not 0: the host chooses.
     pub on_host: i32,
-    /// Not 0: this token + 1 is taken in place of the choice, which is made all the same, for
-    /// simulations.
-    pub forced: i32,
 }
-// SAFETY: fourteen numbers of four bytes.
+// SAFETY: thirteen numbers of four bytes.
 unsafe impl Plain for RowRule {}
 
 /// A sequence's rows, which follow one another, the root first.

@@ -9,6 +9,7 @@ use std::time::Instant;
 use super::calibration::Calibration;
 use super::cost::Cost;
 use super::medusa::{likeliest, pick};
+use super::paths::{Candidate, plant};
 use super::{Draft, Origin, Tree, Worth};
 use crate::llama::{LlamaError, MatrixRows, PathNet, PathWeights, Token};
 
@@ -66,19 +67,6 @@ struct Path {
     /// Of its sequence.
     trust: f32,
     open: f32,
-}
-
-/// A node that could be.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Candidate {
-    pub(super) origin: usize,
-    /// Index of the candidate before it.
-    pub(super) parent: Option<usize>,
-    pub(super) token: Token,
-    pub(super) p: f32,
-    pub(super) q: f32,
-    /// Its parent's state, in `states`, computed with the parent's token.
-    pub(super) state: usize,
 }
 
 impl Conditioned {
@@ -142,7 +130,7 @@ impl Conditioned {
         let Cut { n_tokens: n_out, cost, .. } = &mut self.cuts[level.cut];
         let n_out = *n_out;
         let n = level.paths.len();
-        cost.note(n, n, started.elapsed().as_secs_f64());
+        cost.record(n, n, started.elapsed().as_secs_f64());
         let first_state = self.states.len() / d;
         self.states.extend_from_slice(states);
         for (i, path) in level.paths.iter().enumerate() {
@@ -286,22 +274,5 @@ impl Draft for Conditioned {
             return;
         }
         plant(&self.nodes, worth.n_nodes, trees);
-    }
-}
-
-/// Fills trees with candidates, best first: a parent comes before its children, as its `q` is
-/// higher and among equals it is older.
-pub(super) fn plant(nodes: &[Candidate], n_nodes: usize, trees: &mut [Tree]) {
-    let mut order: Vec<usize> = (0..nodes.len()).collect();
-    order.sort_by(|&a, &b| nodes[b].q.total_cmp(&nodes[a].q));
-    let mut place: Vec<Option<usize>> = vec![None; nodes.len()];
-    for i in order {
-        let n = nodes[i];
-        let tree = &mut trees[n.origin];
-        let parent = n.parent.map(|p| place[p]);
-        if tree.len() == n_nodes || parent == Some(None) {
-            continue;
-        }
-        place[i] = Some(tree.push(parent.flatten(), n.token, n.p, n.q));
     }
 }

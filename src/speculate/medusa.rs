@@ -6,6 +6,7 @@
 //! Heads" (2024).
 
 use super::calibration::Calibration;
+use super::paths::fill;
 use super::{Draft, Origin, Tree, Worth};
 use crate::llama::{LlamaError, Matrix, MatrixRows, Net, Token, Weights};
 use crate::vector::{largest_k, log_sum_exp};
@@ -81,7 +82,7 @@ impl Draft for Medusa {
                     level.iter_mut().for_each(|(token, _)| *token = map[token.0 as usize]);
                 }
             }
-            trees[i].fill(&self.levels, calibration, origins[i].trust, worth.n_nodes);
+            fill(&mut trees[i], &self.levels, calibration, origins[i].trust, worth.n_nodes);
         }
     }
 }
