@@ -44,7 +44,7 @@ use std::sync::Once;
 pub struct Token(pub i32);
 
 /// Names one sequence of the KV cache: below the context's `n_seq_max`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SeqId(pub u32);
 
 /// Starts llama.cpp once per process and sends its log to `tracing`. Called by [`Model::load`].
