@@ -14,9 +14,9 @@ use std::time::Instant;
 use medusa_llama::config::DEFAULT_MODEL;
 use medusa_llama::engine::leaves::Leaves;
 use medusa_llama::engine::slots::KvOp;
-use medusa_llama::engine::{Forward, LlamaForward, Rows};
+use medusa_llama::engine::{Forward, LlamaForward, Rows, StepError};
 use medusa_llama::llama::{
-    Context, ContextParams, LlamaError, Model, ModelParams, SeqId, Token, max_sequences,
+    Context, ContextParams, Model, ModelParams, SeqId, Token, max_sequences,
 };
 
 const N_SLOTS: usize = 32;
@@ -26,7 +26,7 @@ const N_TOKENS: usize = 420;
 const N_BATCH: usize = 512;
 const N_STEPS: usize = 12;
 
-fn main() -> Result<(), LlamaError> {
+fn main() -> Result<(), StepError> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(DEFAULT_MODEL);
     let model = Arc::new(Model::load(&path, &ModelParams { n_gpu_layers: 0 }, |_| true)?);
     let n_ids = max_sequences();
@@ -79,7 +79,7 @@ fn timed_step(
     leaves: &mut Leaves,
     n_leaves: usize,
     n_cached: usize,
-) -> Result<[f64; 5], LlamaError> {
+) -> Result<[f64; 5], StepError> {
     let (mut ops, mut rows) = (vec![], Rows::default());
     let mut ids = vec![vec![]; N_SLOTS];
     for (slot, ids) in ids.iter_mut().enumerate() {
@@ -100,7 +100,7 @@ fn timed_step(
 }
 
 /// Microseconds that they take.
-fn apply(forward: &mut LlamaForward, ops: &[KvOp]) -> Result<f64, LlamaError> {
+fn apply(forward: &mut LlamaForward, ops: &[KvOp]) -> Result<f64, StepError> {
     let started = Instant::now();
     ops.iter().try_for_each(|&op| forward.apply(op))?;
     Ok(started.elapsed().as_secs_f64() * 1e6)

@@ -94,7 +94,6 @@ struct RowRule {
     int32_t parent;            ///< Index of its parent's row; -1 for a root.
     int32_t token;             ///< The token drafted there.
     int32_t on_host;           ///< Not 0: the host chooses.
-    int32_t forced;            ///< Not 0: this token + 1 replaces the choice, which is still computed, for simulations.
 };
 
 /// The consecutive rows of one sequence, its root first.
@@ -120,6 +119,6 @@ static_assert(offsetof(ProductArgs, x_net) == 80 && offsetof(ProductArgs, finish
               "layout of ProductArgs");
 static_assert(offsetof(TopKArgs, n) == 32 && sizeof(TopKArgs) == 40, "layout of TopKArgs");
 static_assert(offsetof(ChoosePathsArgs, lowest) == 80 && sizeof(ChoosePathsArgs) == 104, "layout of ChoosePathsArgs");
-static_assert(offsetof(RowRule, logits_row) == 32 && sizeof(RowRule) == 56, "RowRule has no padding: it is copied as bytes");
+static_assert(offsetof(RowRule, logits_row) == 32 && sizeof(RowRule) == 52, "RowRule has no padding: it is copied as bytes");
 static_assert(sizeof(Span) == 8, "Span has no padding: it is copied as bytes");
 static_assert(offsetof(VerifyArgs, n_vocab) == 56 && sizeof(VerifyArgs) == 64, "layout of VerifyArgs");

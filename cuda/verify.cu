@@ -289,7 +289,7 @@ KERNEL __launch_bounds__(SELECT_THREADS, 2) verify(VerifyArgs v) {
         }
     }
     if (threadIdx.x == 0) {
-        v.chosen[blockIdx.x] = rule.forced > 0 && !rule.on_host ? rule.forced - 1 : token;
+        v.chosen[blockIdx.x] = token;
         __threadfence(); // publishes `chosen` before the counter ...
         is_last = atomicAdd(&v.n_done[rule.sequence], 1u) + 1 == static_cast<uint32_t>(v.spans[rule.sequence].n);
         __threadfence(); // ... and no read of other rows' `chosen` moves before it

@@ -46,9 +46,9 @@
 //! | [`http`] | accept loop, routes; `access`, what is logged of a request; `auth` and `cors`, who may ask; `tls`; `generate` and `openai`, the two dialects; chat templates; server-sent events; `page`, for browsers; `openapi` and `docs` document it all | cells, batches |
 //! | [`telemetry`] | spans of requests, to OpenTelemetry's collector | bodies, engine |
 //! | [`request`], [`error`] | what `http` and `engine` share | both |
-//! | [`engine`] | the loop, with a step's end in `commit`; `thread` starts and runs it, `handle` is its outside, `stats` what it counts, `forward` its way to a model, `grammar` its way to llguidance | sockets, JSON |
+//! | [`engine`] | the loop; `turn`, a sequence's part in a step; `commit` and `walk`, a step's end; `thread` starts and runs it, `handle` is its outside, `stats` what it counts, `forward` its way to a model, `grammar` its way to llguidance | sockets, JSON |
 //! | [`metrics`] | what `/metrics` shows: names for what the engine and HTTP count | sockets, cells |
-//! | [`speculate`] | `heads` and `pickle` (files), `medusa` and `conditioned` (drafting by heads), `nets` (their networks), `suffix` and `text` (from text), `tree`, `calibration`, `reliability`, `cost`, `policy`; `device` (heads and verification on a GPU); `simulated` for `bench` | requests, cells |
+//! | [`speculate`] | `heads` and `pickle` (files), `medusa` and `conditioned` (drafting by heads), `nets` (their networks), `suffix` and `text` (from text), `tree`, `calibration`, `reliability`, `cost`, `policy`; `device` (heads and verification on a GPU); `simulated`, which `bench` wraps around a model | requests, cells |
 //! | [`train`] | heads from a model's own answers: answers, features, fit | HTTP |
 //! | [`synth`] | models and heads of random weights in known shapes, to measure with | requests |
 //! | [`eval`], [`plot`] | perplexity; SVG plots | requests |
@@ -60,7 +60,7 @@
 //! # Invariants
 //!
 //! - `unsafe` stands in [`llama`] and [`gpu`] only.
-//! - `scheduler`, `slots`, `leaves`, `sampler`'s draw, `text`, `pace`, `company`, and of
+//! - `scheduler`, `slots`, `leaves`, `sampler`'s draw, `text`, `pace`, `bursts`, `turn`, and of
 //!   `speculate` all but `heads`, `pickle`, `medusa`, `conditioned`, `nets` and `device` do no I/O
 //!   and read no clock.
 //! - One thread owns the llama context, and builds it there.

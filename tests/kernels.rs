@@ -608,15 +608,12 @@ fn trees_are_walked_by_what_was_chosen() {
                     let free: Vec<i32> = (0..n_vocab as i32).filter(|&t| !taken(t)).collect();
                     let Some(&token) = rng.choice(&free) else { break };
                     let on_host = i32::from(sequence == 3 && row > first);
-                    let forced =
-                        if rng.usize(0..6) == 0 { 1 + rng.i32(0..n_vocab as i32) } else { 0 };
                     let sequence = sequence as i32;
                     rules.push(RowRule {
                         sequence,
                         parent,
                         token,
                         on_host,
-                        forced,
                         ..rule(&greedy, 0, row)
                     });
                 }
@@ -657,11 +654,7 @@ fn trees_are_walked_by_what_was_chosen() {
                         1,
                         &mut best,
                     );
-                    match (rules[row].on_host, rules[row].forced) {
-                        (0, 0) => best[0].0.0,
-                        (0, forced) => forced - 1,
-                        _ => -1,
-                    }
+                    if rules[row].on_host == 0 { best[0].0.0 } else { -1 }
                 };
                 for row in rows.clone() {
                     assert_eq!(chosen[row], choice(row));

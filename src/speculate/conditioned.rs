@@ -11,6 +11,7 @@ use super::cost::Cost;
 use super::error::HeadsError;
 use super::medusa::{pick, top_candidates};
 use super::nets::{ConditionedNet, ConditionedWeights};
+use super::paths::{Candidate, plant};
 use super::{Draft, Origin, Tree, Worth};
 use crate::llama::{MatrixRows, Token};
 
@@ -68,19 +69,6 @@ struct Path {
     /// The sequence's factor.
     trust: f32,
     open: f32,
-}
-
-/// A possible node.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Candidate {
-    pub(super) origin: usize,
-    /// Index of its parent among the candidates.
-    pub(super) parent: Option<usize>,
-    pub(super) token: Token,
-    pub(super) p: f32,
-    pub(super) q: f32,
-    /// Index of the state that predicted it.
-    pub(super) state: usize,
 }
 
 impl Conditioned {
@@ -143,7 +131,7 @@ impl Conditioned {
         let Cut { n_tokens: n_out, cost, .. } = &mut self.cuts[level.cut];
         let n_out = *n_out;
         let n = level.paths.len();
-        cost.note(n, n, started.elapsed().as_secs_f64());
+        cost.record(n, n, started.elapsed().as_secs_f64());
         let first_state = self.states.len() / d;
         self.states.extend_from_slice(states);
         for (i, path) in level.paths.iter().enumerate() {
@@ -289,22 +277,5 @@ impl Draft for Conditioned {
             return;
         }
         plant(&self.nodes, worth.n_nodes, trees);
-    }
-}
-
-/// Fills trees with candidates, best first: a parent comes before its children, as its `q` is
-/// higher and among equals it is older.
-pub(super) fn plant(nodes: &[Candidate], n_nodes: usize, trees: &mut [Tree]) {
-    let mut order: Vec<usize> = (0..nodes.len()).collect();
-    order.sort_by(|&a, &b| nodes[b].q.total_cmp(&nodes[a].q));
-    let mut place: Vec<Option<usize>> = vec![None; nodes.len()];
-    for i in order {
-        let n = nodes[i];
-        let tree = &mut trees[n.origin];
-        let parent = n.parent.map(|p| place[p]);
-        if tree.len() == n_nodes || parent == Some(None) {
-            continue;
-        }
-        place[i] = Some(tree.push(parent.flatten(), n.token, n.p, n.q));
     }
 }

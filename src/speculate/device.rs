@@ -10,13 +10,15 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 use super::calibration::Calibration;
-use super::conditioned::{Candidate, plant};
 use super::error::HeadsError;
 use super::heads::{HeadNets, Heads};
 use super::medusa::{WIDTH, pick};
 pub use super::nets::device::MOST_SEQUENCES;
 use super::nets::device::{DeviceNets, DeviceWeights, Drafted, Offered, PathOffer, Roots, Scratch};
+use super::paths::{Candidate, fill, plant};
 use super::{Draft, Origin, Tree, Worth};
+use crate::engine::filter::Filter;
+use crate::engine::sampler::Rule;
 use crate::gpu::kernels::{self, RowRule, Rows, Span, Verification};
 use crate::gpu::weights::Precision;
 use crate::gpu::{Buffer, Device, GpuError, Slice};
@@ -30,6 +32,9 @@ pub struct DeviceHeads {
     device: Rc<dyn Device>,
     nets: DeviceNets,
     verification: Verification,
+    /// What the kernel is asked.
+    rules: Vec<RowRule>,
+    spans: Vec<Span>,
     scratch: Scratch,
     /// All that comes back to the host.
     mail: Buffer<i32>,
@@ -40,18 +45,35 @@ pub struct DeviceHeads {
     n_verified: u64,
 }
 
-/// The rows of a forward pass, for verification.
+/// An output row of a forward pass, for verification.
+#[derive(Clone, Copy, Debug)]
+pub struct OutputRow {
+    /// How its token is chosen; `None`: by the host.
+    pub rule: Option<Rule>,
+    /// The row before it in its tree, counted from the sequence's first; `None` for the root.
+    pub parent: Option<usize>,
+    /// The token drafted there.
+    pub token: Token,
+}
+
+/// A sequence whose rows are verified.
+#[derive(Clone, Copy, Debug)]
+pub struct Verified {
+    /// Which.
+    pub seq: SeqId,
+    /// Its rows, the root's first.
+    pub n_rows: usize,
+    /// [`Trust::factor`](super::calibration::Trust::factor) of its heads.
+    pub trust: f32,
+}
+
+/// What a device is asked after a forward pass.
 #[derive(Clone, Copy)]
 pub struct Ask<'a> {
-    /// How each row's token is chosen, the index of its logits among the pass's outputs, and its
-    /// place in its tree.
-    pub rules: &'a [RowRule],
-    /// The rows of each sequence.
-    pub spans: &'a [Span],
-    /// Their ids.
-    pub seqs: &'a [SeqId],
-    /// [`Trust::factor`](super::calibration::Trust::factor) of each.
-    pub trust: &'a [f32],
+    /// All output rows, in order.
+    pub rows: &'a [OutputRow],
+    /// Whose they are, in order.
+    pub sequences: &'a [Verified],
     /// Measured acceptance of heads; `None`: do not draft for the next step.
     pub draft: Option<&'a Calibration>,
 }
@@ -87,6 +109,8 @@ impl DeviceHeads {
         let mail = Buffer::zeros(&device, MOST_ROWS + nets.most_words())?;
         Ok(Self {
             verification: Verification::new(&device, MOST_ROWS, MOST_SEQUENCES)?,
+            rules: vec![],
+            spans: vec![],
             scratch: Scratch::new(&device, &nets)?,
             words: vec![0; mail.len()],
             mail,
@@ -124,25 +148,27 @@ impl DeviceHeads {
         ask: Ask<'_>,
     ) -> Result<&[i32], GpuError> {
         self.ready.clear();
-        let (n_rows, n) = (ask.rules.len(), ask.spans.len());
+        let (n_rows, n) = (ask.rows.len(), ask.sequences.len());
         if n_rows > MOST_ROWS || n > MOST_SEQUENCES {
             let reason = format!("{n_rows} rows of {n} sequences");
             return Err(GpuError::Shape { kernel: "verify", reason });
         }
+        fill_rules(ask, &mut self.rules, &mut self.spans);
         let device = &*self.device;
         let (chosen, offers) = self.mail.slice_mut().split_at(n_rows);
         kernels::verify(
             device,
             logits,
             n_vocab,
-            ask.rules,
-            ask.spans,
+            &self.rules,
+            &self.spans,
             &mut self.verification,
             chosen,
         )?;
         let mut n_words = n_rows;
         if let Some(calibration) = ask.draft {
-            self.scratch.upload(&self.nets, calibration, ask.trust)?;
+            let trust: Vec<f32> = ask.sequences.iter().map(|s| s.trust).collect();
+            self.scratch.upload(&self.nets, calibration, &trust)?;
             let hidden = Rows {
                 values: hidden,
                 index: Some(self.verification.last.slice().first(n)),
@@ -157,9 +183,9 @@ impl DeviceHeads {
         self.n_verified += chosen.iter().filter(|&&token| token >= 0).count() as u64;
         if ask.draft.is_some() {
             let roots: Vec<Token> =
-                ask.spans.iter().map(|&span| next_root(ask.rules, span, chosen)).collect();
+                self.spans.iter().map(|&span| next_root(&self.rules, span, chosen)).collect();
             self.drafted = self.nets.read(offers, &roots);
-            self.ready.extend(ask.seqs.iter().copied().zip(roots));
+            self.ready.extend(ask.sequences.iter().map(|s| s.seq).zip(roots));
         }
         Ok(&self.words[..n_rows])
     }
@@ -183,6 +209,40 @@ impl DeviceHeads {
             self.nets.queue(&*self.device, start, &mut self.scratch, self.mail.slice_mut())?;
         self.mail.download(&mut self.words[..n_words])?;
         Ok(self.nets.read(&self.words[..n_words], &roots))
+    }
+}
+
+/// Fills what the kernel is asked: every output row has a rule, in order.
+fn fill_rules(ask: Ask<'_>, rules: &mut Vec<RowRule>, spans: &mut Vec<Span>) {
+    rules.clear();
+    spans.clear();
+    for (sequence, &Verified { n_rows, .. }) in (0..).zip(ask.sequences) {
+        let first = rules.len();
+        for row in ask.rows.iter().skip(first).take(n_rows) {
+            rules.push(RowRule {
+                logits_row: rules.len() as i32,
+                sequence,
+                parent: row.parent.map_or(-1, |parent| (first + parent) as i32),
+                token: row.token.0,
+                on_host: i32::from(row.rule.is_none()),
+                ..row.rule.map_or_else(RowRule::default, row_rule)
+            });
+        }
+        spans.push(Span { first: first as i32, n: (rules.len() - first) as i32 });
+    }
+}
+
+fn row_rule(Rule { filter, seed, position }: Rule) -> RowRule {
+    let halves = |n: u64| [n as u32, (n >> 32) as u32];
+    let rule =
+        RowRule { seed: halves(seed), position: halves(position as u64), ..RowRule::default() };
+    let Some(Filter { top_k, top_p, min_p, temperature }) = filter else { return rule };
+    RowRule {
+        inverse_temperature: 1.0 / temperature,
+        top_p,
+        min_logit: if min_p > 0.0 { min_p.ln() } else { f32::NEG_INFINITY },
+        top_k: i32::try_from(top_k).unwrap_or(i32::MAX),
+        ..rule
     }
 }
 
@@ -215,7 +275,7 @@ impl Drafted {
                     let o = &origins[origin];
                     let own: Vec<Vec<Offered>> =
                         levels.iter().take(o.max_depth).map(|l| l[place].clone()).collect();
-                    trees[origin].fill(&own, calibration, o.trust, n_nodes);
+                    fill(&mut trees[origin], &own, calibration, o.trust, n_nodes);
                 }
             }
             Self::Paths(depths) => {

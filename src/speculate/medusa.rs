@@ -7,6 +7,7 @@
 use super::calibration::Calibration;
 use super::error::HeadsError;
 use super::nets::{MedusaNet, MedusaWeights};
+use super::paths::fill;
 use super::{Draft, Origin, Tree, Worth};
 use crate::llama::{LlamaError, MatrixRows, Token};
 use crate::matrix::Matrix;
@@ -84,7 +85,7 @@ impl Draft for Medusa {
                     level.iter_mut().for_each(|(token, _)| *token = map[token.0 as usize]);
                 }
             }
-            trees[i].fill(&self.levels, calibration, origins[i].trust, worth.n_nodes);
+            fill(&mut trees[i], &self.levels, calibration, origins[i].trust, worth.n_nodes);
         }
     }
 }
