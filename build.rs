@@ -8,7 +8,7 @@
 //! 4. Compile `llama` and `ggml` as static libraries.
 //! 5. Compile our kernels once more, as `tests/cpu_kernels.rs` calls them.
 //! 6. Generate bindings for the names that start with `llama_`, `ggml_`, `gguf_`, without the
-//!    `llama_`.
+//!    `llama_`; and for `cuda/args.h`, which our kernels and `src/gpu` share.
 //! 7. Tell cargo what to link.
 //! 8. With feature `cuda-kernels`: compile `cuda/` to `OUT_DIR/kernels.fatbin`.
 //!
@@ -34,6 +34,7 @@ fn main() {
     let lib = compile(&source, &native, &tools);
     compile_for_tests(&source, &tools);
     generate_bindings(&source, &tools);
+    generate_kernel_args(&tools);
     link(&lib, &tools);
 }
 
@@ -383,19 +384,22 @@ fn set_cmake(path: &Path) {
     unsafe { env::set_var("CMAKE", path) }
 }
 
-fn generate_bindings(source: &Path, tools: &Tools) {
-    // The libclang wheel has no builtin headers (stddef.h ...); the compiler's own serve, behind
-    // clang's if it has any.
+/// A builder that finds the compiler's builtin headers (stddef.h ...): the libclang wheel has none.
+/// They come after clang's own if it has any.
+fn bindings(tools: &Tools) -> bindgen::Builder {
     let builtin = Command::new(&tools.cxx)
         .arg("-print-file-name=include")
         .output()
         .expect("the compiler ran before");
     let builtin = String::from_utf8_lossy(&builtin.stdout).trim().to_owned();
-    bindgen::Builder::default()
+    bindgen::Builder::default().clang_args(["-idirafter", &builtin])
+}
+
+fn generate_bindings(source: &Path, tools: &Tools) {
+    bindings(tools)
         .header(source.join("include/llama.h").to_string_lossy())
         .clang_arg(format!("-I{}", source.join("include").display()))
         .clang_arg(format!("-I{}", source.join("ggml/include").display()))
-        .clang_args(["-idirafter", &builtin])
         .allowlist_item("(llama|ggml|gguf|LLAMA|GGML)_.*")
         .blocklist_function("ggml_(v?fprintf|.*print.*)")
         .prepend_enum_name(false)
@@ -418,6 +422,39 @@ impl bindgen::callbacks::ParseCallbacks for WithoutPrefix {
             .strip_prefix("llama_")
             .filter(|rest| *rest != "model" && *rest != "context")
             .map(str::to_owned)
+    }
+}
+
+/// The kernels' argument structs and constants. bindgen asserts their layout in Rust as the header
+/// does in C++.
+fn generate_kernel_args(tools: &Tools) {
+    println!("cargo::rerun-if-changed=cuda/args.h");
+    bindings(tools)
+        .header(root().join("cuda/args.h").to_string_lossy())
+        .clang_args(["-x", "c++", "-std=c++17"])
+        .allowlist_file(".*/cuda/args\\.h")
+        .rustified_enum("Finish")
+        .parse_callbacks(Box::new(KernelArgs))
+        .generate()
+        .unwrap_or_else(|e| stop(&format!("bindgen could not read cuda/args.h: {e}")))
+        .write_to_file(out_dir().join("kernel_args.rs"))
+        .expect("OUT_DIR is writable");
+}
+
+/// Structs that the host fills in and copies as bytes get bytemuck's derives, which check that they
+/// have no padding; comments lose the `<` of `///<`.
+#[derive(Debug)]
+struct KernelArgs;
+
+impl bindgen::callbacks::ParseCallbacks for KernelArgs {
+    fn add_derives(&self, info: &bindgen::callbacks::DeriveInfo<'_>) -> Vec<String> {
+        let copied = ["RowRule", "Span"].contains(&info.name);
+        let derives = ["Default", "PartialEq", "bytemuck::Pod", "bytemuck::Zeroable"];
+        derives.iter().filter(|_| copied).map(ToString::to_string).collect()
+    }
+
+    fn process_comment(&self, comment: &str) -> Option<String> {
+        Some(comment.replace("< ", ""))
     }
 }
 

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use medusa_llama::engine::slots::KvOp;
-use medusa_llama::engine::{Engine, Forward, Job, Layout, Limits, Rows};
-use medusa_llama::llama::{LlamaError, Token};
+use medusa_llama::engine::{Engine, Forward, Job, Layout, Limits, Rows, StepError};
+use medusa_llama::llama::Token;
 use medusa_llama::request::{Event, Request, SamplingParams};
 use tokio::sync::mpsc::{self, Receiver};
 
@@ -42,17 +42,17 @@ impl Forward for Still {
     fn n_vocab(&self) -> usize {
         N_VOCAB
     }
-    fn forward(&mut self, rows: &Rows) -> Result<(), LlamaError> {
+    fn forward(&mut self, rows: &Rows) -> Result<(), StepError> {
         black_box(rows);
         Ok(())
     }
-    fn logits(&self, row: usize) -> Result<&[f32], LlamaError> {
+    fn logits(&self, row: usize) -> Result<&[f32], StepError> {
         Ok(&self.0[row])
     }
-    fn hidden(&self, row: usize) -> Result<&[f32], LlamaError> {
-        Err(LlamaError::Misuse(format!("row {row} has no hidden state")))
+    fn hidden(&self, row: usize) -> Result<&[f32], StepError> {
+        Err(StepError::NoLogits(row))
     }
-    fn apply(&mut self, _: KvOp) -> Result<(), LlamaError> {
+    fn apply(&mut self, _: KvOp) -> Result<(), StepError> {
         Ok(())
     }
     fn piece(&self, _: Token, out: &mut Vec<u8>) {

@@ -1,28 +1,30 @@
 //! What each kernel takes on this machine's GPU: `cargo bench --features cuda-kernels --bench
 //! kernels`.
 //!
-//! First the bandwidth of a copy within the device, which is what there is to reach; then each
-//! kernel, checked against plain Rust and timed with CUDA events: the median of many launches, each
-//! on other copies of its inputs, more of them than the L2 cache holds. GB/s count what has to be
-//! read and written once.
+//! First the bandwidth of a copy within the device, the upper bound; then each kernel, checked
+//! against plain Rust and timed with CUDA events: the median of many launches, which rotate through
+//! more copies of the inputs than the L2 cache holds. GB/s count each byte that must be read or
+//! written once.
 #![allow(missing_docs)]
 
 use std::error::Error;
 use std::rc::Rc;
 
+use cudarc::driver::sys;
 use medusa_llama::gpu::cuda::Cuda;
 use medusa_llama::gpu::kernels::{
     Finish, Input, RowRule, Rows, Span, Verification, product, top_k, verify,
 };
 use medusa_llama::gpu::weights::{Matrices, Precision};
-use medusa_llama::gpu::{Buffer, Device, GpuError};
-use medusa_llama::llama::{Matrix, Token};
+use medusa_llama::gpu::{Buffer, Device};
+use medusa_llama::llama::Token;
+use medusa_llama::matrix::Matrix;
 use medusa_llama::vector::largest_k;
 
-/// Launches of each case, of which the median counts.
+/// Launches per case; the median is reported.
 const N_LAUNCHES: usize = 101;
 const N_SEQUENCES: [usize; 4] = [1, 4, 8, 32];
-/// Candidates of each head.
+/// Candidates per head.
 const K: usize = 10;
 /// Rows of a sequence's tree, the root among them.
 const N_NODES: usize = 8;
@@ -68,7 +70,9 @@ const SHAPES: [Shape; 3] = [
 struct Bench {
     cuda: Rc<Cuda>,
     device: Rc<dyn Device>,
-    /// Bytes per second of a copy, what is read and what is written.
+    /// Of the second-level cache.
+    cache_bytes: usize,
+    /// Bytes per second of a copy, both read and written.
     bandwidth: f64,
 }
 
@@ -76,7 +80,7 @@ type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 fn main() -> Result<()> {
     if std::env::args().any(|arg| arg == "--test") {
-        return Ok(()); // `cargo test --benches` asks whether it starts
+        return Ok(()); // `cargo test --benches`: it starts
     }
     let cuda = match Cuda::new(0) {
         Ok(cuda) => Rc::new(cuda),
@@ -86,12 +90,14 @@ fn main() -> Result<()> {
         }
     };
     let device: Rc<dyn Device> = Rc::clone(&cuda) as _;
-    let mut bench = Bench { cuda, device, bandwidth: 0.0 };
+    let l2 = sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE;
+    let cache_bytes = usize::try_from(cuda.stream().context().attribute(l2)?)?;
+    let mut bench = Bench { cuda, device, cache_bytes, bandwidth: 0.0 };
     bench.bandwidth = bench.copy_bandwidth()?;
     println!(
         "{}, L2 {} MiB, copy {:.0} GB/s",
-        bench.cuda.name(),
-        bench.cuda.cache_bytes() >> 20,
+        bench.cuda.stream().context().name()?,
+        bench.cache_bytes >> 20,
         bench.bandwidth / 1e9
     );
     println!(
@@ -110,31 +116,33 @@ fn main() -> Result<()> {
 }
 
 impl Bench {
+    /// Seconds on the device for what `queue` queues.
+    fn time<E: Error + 'static>(
+        &self,
+        queue: impl FnOnce() -> std::result::Result<(), E>,
+    ) -> Result<f64> {
+        // Both events exist before the launch, so that no call delays the second one's record.
+        let stream = self.cuda.stream();
+        let event = || stream.context().new_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT));
+        let (start, end) = (event()?, event()?);
+        start.record(stream)?;
+        queue()?;
+        end.record(stream)?;
+        Ok(f64::from(start.elapsed_ms(&end)?) / 1e3)
+    }
+
     fn copy_bandwidth(&self) -> Result<f64> {
-        let n_bytes = 1 << 30;
-        let [from, to] = [self.device.alloc(n_bytes)?, self.device.alloc(n_bytes)?];
-        #[allow(unsafe_code)]
-        // SAFETY: both hold as much.
-        let copy = || unsafe { self.cuda.copy(from, to, n_bytes) };
-        let seconds = self.median((0..21).map(|_| self.cuda.time(copy)))?;
-        for address in [from, to] {
-            #[allow(unsafe_code)]
-            // SAFETY: allocated above; the copies are done, since their times are known.
-            unsafe {
-                self.device.free(address);
-            }
-        }
-        Ok(2.0 * n_bytes as f64 / seconds)
+        let (n_bytes, stream) = (1 << 30, self.cuda.stream());
+        let (from, mut to) = (stream.alloc_zeros::<u8>(n_bytes)?, stream.alloc_zeros(n_bytes)?);
+        let copy = |_| self.time(|| stream.memcpy_dtod(&from, &mut to));
+        Ok(2.0 * n_bytes as f64 / self.median((0..21).map(copy))?)
     }
 
     /// The median in seconds.
-    fn median(
-        &self,
-        times: impl Iterator<Item = std::result::Result<f32, GpuError>>,
-    ) -> Result<f64> {
-        let mut ms = times.collect::<std::result::Result<Vec<f32>, GpuError>>()?;
-        ms.sort_by(f32::total_cmp);
-        Ok(f64::from(ms[ms.len() / 2]) / 1e3)
+    fn median(&self, times: impl Iterator<Item = Result<f64>>) -> Result<f64> {
+        let mut seconds = times.collect::<Result<Vec<f64>>>()?;
+        seconds.sort_by(f64::total_cmp);
+        Ok(seconds[seconds.len() / 2])
     }
 
     fn report(&self, shape: &Shape, kernel: &str, n: usize, seconds: f64, n_bytes: usize) {
@@ -143,9 +151,9 @@ impl Bench {
         println!("{:14} {kernel:28} {n:4} {us:10.1} {:9.0} {share:6.1}%", shape.name, rate / 1e9);
     }
 
-    /// Copies of something of that size that no cache holds at once.
+    /// Number of copies of this size that exceeds the L2 cache.
     fn n_copies(&self, n_bytes: usize) -> usize {
-        2 + 2 * self.cuda.cache_bytes() / n_bytes.max(1)
+        2 + 2 * self.cache_bytes / n_bytes.max(1)
     }
 
     fn copies(&self, values: &[f32]) -> Result<Vec<Buffer<f32>>> {
@@ -185,7 +193,7 @@ impl Bench {
                 let input = Input { x: rows, table: None, n_rows, bias: None, residual, finish };
                 let mut launch = |i: usize| {
                     let weights = &copies[i % copies.len()];
-                    self.cuda.time(|| product(&*self.device, weights, input, y.slice_mut()))
+                    self.time(|| product(&*self.device, weights, input, y.slice_mut()))
                 };
                 launch(0)?;
                 let seconds = self.median((0..N_LAUNCHES).map(&mut launch))?;
@@ -220,7 +228,7 @@ impl Bench {
         let copies = self.copies(&values)?;
         let spans: Vec<Span> =
             (0..n).map(|s| Span { first: (s * N_NODES) as i32, n: N_NODES as i32 }).collect();
-        let mut room = Verification::new(&self.device, n_rows, n)?;
+        let mut memory = Verification::new(&self.device, n_rows, n)?;
         let mut chosen = Buffer::zeros(&self.device, n_rows)?;
         let sampled = RowRule {
             inverse_temperature: 1.0 / 0.8,
@@ -245,14 +253,14 @@ impl Bench {
                 .collect();
             let mut launch = |i: usize| {
                 let logits = copies[i % copies.len()].slice();
-                self.cuda.time(|| {
+                self.time(|| {
                     verify(
                         &*self.device,
                         logits,
                         n_vocab,
                         &rules,
                         &spans,
-                        &mut room,
+                        &mut memory,
                         chosen.slice_mut(),
                     )
                 })
@@ -280,7 +288,7 @@ impl Bench {
         let mut p = Buffer::zeros(&self.device, n_rows * K)?;
         let mut launch = |i: usize| {
             let logits = copies[i % copies.len()].slice();
-            self.cuda.time(|| {
+            self.time(|| {
                 top_k(&*self.device, logits, n_out, None, K, tokens.slice_mut(), p.slice_mut())
             })
         };

@@ -14,16 +14,16 @@ use std::time::Instant;
 use medusa_llama::config::DEFAULT_MODEL;
 use medusa_llama::engine::leaves::Leaves;
 use medusa_llama::engine::slots::KvOp;
-use medusa_llama::engine::{Forward, LlamaForward, Rows};
+use medusa_llama::engine::{Forward, LlamaForward, Rows, StepError};
 use medusa_llama::llama::{
-    Context, ContextParams, LlamaError, Model, ModelParams, SeqId, Token, max_sequences,
+    Context, ContextParams, Model, ModelParams, SeqId, Token, max_sequences,
 };
 
 const N_SLOTS: usize = 32;
 const N_CELLS: usize = 16_384;
 const N_BATCH: usize = 512;
 
-fn main() -> Result<(), LlamaError> {
+fn main() -> Result<(), StepError> {
     let short = std::env::args().any(|arg| arg == "--test");
     // Tokens of a sequence before anything is timed (the cache is nearly full), and steps.
     let (n_tokens, n_steps) = if short { (4, 1) } else { (420, 12) };
@@ -79,7 +79,7 @@ fn timed_step(
     leaves: &mut Leaves,
     n_leaves: usize,
     n_cached: usize,
-) -> Result<[f64; 5], LlamaError> {
+) -> Result<[f64; 5], StepError> {
     let (mut ops, mut rows) = (vec![], Rows::default());
     let mut ids = vec![vec![]; N_SLOTS];
     for (slot, ids) in ids.iter_mut().enumerate() {
@@ -100,7 +100,7 @@ fn timed_step(
 }
 
 /// Microseconds that they take.
-fn apply(forward: &mut LlamaForward, ops: &[KvOp]) -> Result<f64, LlamaError> {
+fn apply(forward: &mut LlamaForward, ops: &[KvOp]) -> Result<f64, StepError> {
     let started = Instant::now();
     ops.iter().try_for_each(|&op| forward.apply(op))?;
     Ok(started.elapsed().as_secs_f64() * 1e6)

@@ -1,13 +1,13 @@
-// What the kernels share: reductions over a block, order-preserving keys of floats, conversions.
+// Shared by all kernels: reductions over a block, order-preserving keys of floats, conversions.
 //
-// The same files are compiled for a GPU by nvcc and, with MEDUSA_EMULATION, for the CPU by a C++ compiler behind
-// tests/emulation/emulation.h, which gives the names used here their meaning with one fiber per thread.
+// nvcc compiles these files for a GPU. With MEDUSA_EMULATION a C++ compiler compiles them for the CPU:
+// tests/emulation/emulation.h then defines CUDA's names, with one fiber per thread, so that tests need no GPU.
 #pragma once
 
+#include "args.h"
 #ifdef MEDUSA_EMULATION
 #include "emulation.h"
 #else
-#include <cstdint>
 #include <cuda_fp16.h>
 #define KERNEL extern "C" __global__ void
 #define EMULATED(kernel)
@@ -22,7 +22,7 @@ constexpr unsigned ALL_LANES = 0xffffffffu;
 __device__ inline int lane_id() { return threadIdx.x % WARP; }
 __device__ inline int warp_id() { return threadIdx.x / WARP; }
 
-// A half-precision number from its bits.
+// F16 from its bits. Buffers hold uint16_t, which the emulation has too, not __half.
 __device__ inline float half_bits_to_float(uint16_t bits) {
 #ifdef MEDUSA_EMULATION
     return emulated_half_to_float(bits);
@@ -31,7 +31,8 @@ __device__ inline float half_bits_to_float(uint16_t bits) {
 #endif
 }
 
-// What two values become; all of them associative and commutative, so that the order of threads does not matter.
+// Combining functions of the reductions. Both commute; on integers they are also exact, so that the order in which threads
+// combine never changes a result.
 struct Sum {
     template <class T> __device__ T operator()(T a, T b) const { return a + b; }
 };
@@ -39,7 +40,7 @@ struct Largest {
     template <class T> __device__ T operator()(T a, T b) const { return a > b ? a : b; }
 };
 
-// All lanes get the warp's result.
+// Returns the warp's result to all lanes: five exchanges between registers, no shared memory and no barrier.
 template <class T, class Combine> __device__ inline T warp_reduce(T value, Combine combine) {
     for (int distance = WARP / 2; distance > 0; distance /= 2) {
         value = combine(value, __shfl_xor_sync(ALL_LANES, value, distance));
@@ -47,7 +48,8 @@ template <class T, class Combine> __device__ inline T warp_reduce(T value, Combi
     return value;
 }
 
-// All threads of the block get its result. Every thread must call it, in blocks of whole warps.
+// Returns the block's result to all threads. Every thread of the block must call it, and blocks are whole warps.
+// `partial` takes WARP values, so a block has at most 32 warps: CUDA's limit of 1024 threads.
 template <class T, class Combine> __device__ inline T block_reduce(T value, T identity, Combine combine) {
     __shared__ T partial[WARP];
     value = warp_reduce(value, combine);
@@ -57,11 +59,12 @@ template <class T, class Combine> __device__ inline T block_reduce(T value, T id
     __syncthreads();
     const int n_warps = blockDim.x / WARP;
     value = warp_reduce(lane_id() < n_warps ? partial[lane_id()] : identity, combine);
-    __syncthreads(); // `partial` is free again
+    __syncthreads(); // the next call overwrites `partial`, so all warps must have read it
     return value;
 }
 
-// Each thread gets the sum of the values of the threads before it, and all of them the sum of all.
+// Exclusive prefix sum: returns the sum over the threads before this one, and the block's sum in `total`. Called like
+// `block_reduce`.
 __device__ inline unsigned long long block_sum_before(unsigned long long value, unsigned long long *total) {
     __shared__ unsigned long long partial[WARP];
     unsigned long long inclusive = value;
@@ -78,12 +81,13 @@ __device__ inline unsigned long long block_sum_before(unsigned long long value, 
         before += warp < warp_id() ? partial[warp] : 0;
         all += partial[warp];
     }
-    __syncthreads();
+    __syncthreads(); // as in block_reduce
     *total = all;
     return before + inclusive - value;
 }
 
-// A number that orders floats: larger for larger values, equal for 0 and -0, smallest of all for NaN.
+// A key that orders like the floats: equal for 0 and -0 (adding 0 turns -0 into 0), and 0, the smallest, for NaN.
+// Positive floats order as their bits do, negative ones in reverse.
 __device__ inline uint32_t order_key(float value) {
     if (value != value) {
         return 0;
@@ -92,14 +96,16 @@ __device__ inline uint32_t order_key(float value) {
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-// Orders (value, place): the larger value, and of equal ones the first place.
-__device__ inline unsigned long long ranked(float value, int place) {
-    return static_cast<unsigned long long>(order_key(value)) << 32 | static_cast<uint32_t>(~place);
+// A rank orders (value, index): the larger value first, and of equal values the lower index. With the index in it all ranks of
+// a row differ, so that any number of threads agree on one order. 8 bytes: the largest of a row is one reduction.
+__device__ inline unsigned long long ranked(float value, int index) {
+    return static_cast<unsigned long long>(order_key(value)) << 32 | static_cast<uint32_t>(~index);
 }
 
-__device__ inline int place_of(unsigned long long rank) { return static_cast<int>(~static_cast<uint32_t>(rank)); }
+__device__ inline int index_of(unsigned long long rank) { return static_cast<int>(~static_cast<uint32_t>(rank)); }
 
-// Weights as whole numbers, so that their sum is the same in any order: 2^40 is 1.
+// Weights as integers, 2^40 for 1: their sum is the same in any order, where a sum of floats would depend on which thread
+// adds first. 2^23 weights of 1 still fit 64 bits.
 constexpr float FIXED_ONE = 1099511627776.0f;
 
 __device__ inline unsigned long long fixed(float weight) {

@@ -1,59 +1,33 @@
-// Products of head matrices with a few rows: y = finish(W x + b).
+// Products of head matrices with few rows: y = finish(W x + b), for one or several matrices of the same shape.
 //
-// Time is what it takes to read W once, so a block reads each of its matrix rows once for up to COLUMNS rows of x, which wait
-// in shared memory. A warp owns MATRIX_ROWS rows of W; its lanes divide each row among them in vectors of 16 bytes.
-// More rows of x than COLUMNS take another column of blocks, whose reads of W come from the L2 cache.
+// Shapes are in args.h, ProductArgs. Launch: blocks (ceil(n_rows / COLUMNS), ceil(n_out / PRODUCT_ROWS), n_nets) of
+// PRODUCT_THREADS threads, PRODUCT_SHARED_BYTES of dynamic shared memory. F16 rows of W are padded to 8 values, 8-bit rows to
+// 32: a lane reads 16 aligned bytes.
+//
+// With few rows the time is that of reading W from memory once, so a block reads each of its rows of W once for up to COLUMNS
+// rows of x, which it keeps in shared memory. A warp owns MATRIX_ROWS rows of W, and its lanes divide each row among them.
+// More rows of x than COLUMNS take further blocks along x, whose reads of W hit the L2 cache.
+//
+// Never stored: the dequantized W, the concatenation [x, table row], and the sums before `finish`. They live in registers and
+// shared memory only.
 
 #include "common.cuh"
 
-// What becomes of a sum. The same numbers stand in src/gpu/kernels.rs.
-enum Finish : int32_t {
-    PLAIN = 0,         // y = s
-    SILU = 1,          // y = silu(s)
-    SILU_RESIDUAL = 2, // y = r + silu(s)
-    RESIDUAL = 3,      // y = r + s
-};
-
-// A product of `n_nets` matrices. Mirrored by `ProductArgs` in src/gpu/kernels.rs.
-struct Product {
-    const void *weights;      // [n_nets, n_out, stride]: F16, or 8-bit whole numbers
-    const uint16_t *scales;   // of 8 bits, F16: [n_nets, n_out, stride / 32]
-    const float *bias;        // [n_nets, n_out], or null
-    const float *x;           // rows of n_x values
-    const int32_t *x_rows;    // which of them each row is; null: its own number
-    const uint16_t *table;    // F16 rows of n_table values that stand behind x's, or null
-    const int32_t *tokens;    // which of them
-    const float *residual;    // rows of n_out values, where `finish` asks for it
-    const int32_t *residual_rows;
-    float *y;                 // [n_nets, n_rows, n_out]
-    int64_t x_net;            // values from one net's x to the next; 0: all read the same
-    int64_t residual_net;
-    int32_t n_rows;
-    int32_t n_out;
-    int32_t n_x;
-    int32_t n_table;
-    int32_t stride;           // values from one row of W to the next, zeros behind n_x + n_table
-    int32_t finish;
-    int32_t n_x_rows;         // rows that the indices may name; others are brought into range
-    int32_t n_table_rows;
-    int32_t n_residual_rows;
-    int32_t padding;
-};
-
-// An index brought into range: a wrong one gives a wrong value, never a wrong address.
+// A clamped index: a wrong one reads a wrong value, never a wrong address.
 __device__ inline int64_t within(int32_t index, int32_t n) { return max(0, min(index, n - 1)); }
 
-constexpr int PRODUCT_THREADS = 256;
+// Rows of W per warp: each value of x read from shared memory is used for this many products.
 constexpr int MATRIX_ROWS = 4;
-// Values of x in shared memory: 32 KiB.
-constexpr int STAGED = 8192;
+// Values of x in shared memory.
+constexpr int STAGED = PRODUCT_SHARED_BYTES / sizeof(float);
+static_assert(PRODUCT_ROWS == PRODUCT_THREADS / WARP * MATRIX_ROWS, "the host sizes the grid by PRODUCT_ROWS");
 
-// Eight F16 numbers a lane.
+// Eight F16 values per lane: one read of 16 bytes.
 struct HalfWeights {
     static constexpr int PER_LANE = 8;
     uint4 bits;
 
-    __device__ void load(const Product &p, int64_t row, int k) {
+    __device__ void load(const ProductArgs &p, int64_t row, int k) {
         bits = *reinterpret_cast<const uint4 *>(static_cast<const uint16_t *>(p.weights) + row * p.stride + k);
     }
     __device__ void four(int quarter, float out[4]) const {
@@ -66,13 +40,13 @@ struct HalfWeights {
     }
 };
 
-// Sixteen whole numbers of 8 bits a lane, half a block of 32 that shares a scale.
+// Sixteen 8-bit integers per lane: one read of 16 bytes, half of a block of 32 that shares a scale.
 struct ByteWeights {
     static constexpr int PER_LANE = 16;
     uint4 bits;
     float scale;
 
-    __device__ void load(const Product &p, int64_t row, int k) {
+    __device__ void load(const ProductArgs &p, int64_t row, int k) {
         bits = *reinterpret_cast<const uint4 *>(static_cast<const int8_t *>(p.weights) + row * p.stride + k);
         scale = half_bits_to_float(p.scales[row * (p.stride / 32) + k / 32]);
     }
@@ -85,15 +59,16 @@ struct ByteWeights {
     }
 };
 
-// Where value k of a row waits in shared memory: lanes that read their next four values read one run of 512 bytes.
+// Index in shared memory of value k of a row. Lanes read four values at a time; this order makes those of a warp 512
+// consecutive bytes, without bank conflicts, although each lane multiplies PER_LANE consecutive values of W.
 template <int PER_LANE> __device__ inline int staged_at(int k) {
     const int group = k / (WARP * PER_LANE), in_group = k % (WARP * PER_LANE);
     const int lane = in_group / PER_LANE, i = in_group % PER_LANE;
     return group * WARP * PER_LANE + i / 4 * (4 * WARP) + lane * 4 + i % 4;
 }
 
-// Value k of a row of x, or of what stands behind it.
-__device__ inline float input_value(const Product &p, const float *x, int row, int k) {
+// Value k of the row [x, table row, zeros].
+__device__ inline float input_value(const ProductArgs &p, const float *x, int row, int k) {
     if (k < p.n_x) {
         return x[within(p.x_rows ? p.x_rows[row] : row, p.n_x_rows) * p.n_x + k];
     }
@@ -103,25 +78,27 @@ __device__ inline float input_value(const Product &p, const float *x, int row, i
     return 0.0f;
 }
 
-__device__ inline float finished(const Product &p, float sum, int net, int row, int out) {
+// The result for one element of y, from its sum.
+__device__ inline float finished(const ProductArgs &p, float sum, int net, int row, int out) {
     if (p.bias) {
         sum += p.bias[static_cast<int64_t>(net) * p.n_out + out];
     }
-    if (p.finish == SILU || p.finish == SILU_RESIDUAL) {
+    if (p.finish == Finish::Silu || p.finish == Finish::SiluResidual) {
         sum = sum / (1.0f + expf(-sum));
     }
-    if (p.finish == RESIDUAL || p.finish == SILU_RESIDUAL) {
+    if (p.finish == Finish::Residual || p.finish == Finish::SiluResidual) {
         const int64_t from = within(p.residual_rows ? p.residual_rows[row] : row, p.n_residual_rows);
         sum += p.residual[net * p.residual_net + from * p.n_out + out];
     }
     return sum;
 }
 
-// Blocks: (rows of x / COLUMNS, rows of W / 32, nets).
-template <class Weights, int COLUMNS> __device__ inline void product(const Product &p) {
+// One block: COLUMNS rows of x, PRODUCT_ROWS rows of W, one net. The loop with the barriers runs equally often in
+// all threads; a warp without rows of W only helps to load x.
+template <class Weights, int COLUMNS> __device__ inline void product(const ProductArgs &p) {
     constexpr int PER_LANE = Weights::PER_LANE, PER_WARP = WARP * PER_LANE, CHUNK = STAGED / COLUMNS;
     static_assert(CHUNK % PER_WARP == 0, "a chunk is whole reads of a warp");
-    static_assert(MATRIX_ROWS * COLUMNS <= WARP, "each lane writes at most one value");
+    static_assert(MATRIX_ROWS * COLUMNS <= WARP, "a lane writes at most one value of y");
     DYNAMIC_SHARED(float, staged); // [COLUMNS, CHUNK]
 
     const int net = blockIdx.z, first_row = blockIdx.x * COLUMNS;
@@ -131,7 +108,7 @@ template <class Weights, int COLUMNS> __device__ inline void product(const Produ
     float sums[MATRIX_ROWS][COLUMNS] = {};
     for (int base = 0; base < p.stride; base += CHUNK) {
         const int n = min(CHUNK, (p.stride - base + PER_WARP - 1) / PER_WARP * PER_WARP);
-        __syncthreads(); // nobody reads the chunk before any more
+        __syncthreads(); // all warps have read the previous chunk
         for (int column = 0; column < COLUMNS; ++column) {
             const int row = first_row + column;
             for (int k = threadIdx.x; k < n; k += PRODUCT_THREADS) {
@@ -139,18 +116,18 @@ template <class Weights, int COLUMNS> __device__ inline void product(const Produ
                 staged[column * CHUNK + staged_at<PER_LANE>(k)] = value;
             }
         }
-        __syncthreads();
+        __syncthreads(); // the chunk is complete
         if (first_out < p.n_out) {
 #pragma unroll 2
             for (int at = 0; at < n; at += PER_WARP) {
                 const int k = base + at + lane_id() * PER_LANE;
                 if (k >= p.stride) {
-                    continue; // the row's last read has nothing for this lane
+                    continue; // past the end of the row: the last read of a warp may be partial
                 }
                 Weights weights[MATRIX_ROWS];
 #pragma unroll
                 for (int r = 0; r < MATRIX_ROWS; ++r) {
-                    // Rows beyond the last one are read as the last one, and not written.
+                    // Past the last row of W the last one is read again, without a branch, and never written.
                     const int out = min(first_out + r, p.n_out - 1);
                     weights[r].load(p, static_cast<int64_t>(net) * p.n_out + out, k);
                 }
@@ -175,6 +152,7 @@ template <class Weights, int COLUMNS> __device__ inline void product(const Produ
         }
     }
 
+    // Lane r * COLUMNS + column keeps the sum of row r and that column, so that the warp writes y in one go.
     float mine = 0.0f;
 #pragma unroll
     for (int r = 0; r < MATRIX_ROWS; ++r) {
@@ -190,9 +168,10 @@ template <class Weights, int COLUMNS> __device__ inline void product(const Produ
     }
 }
 
-// With 8 columns the sums alone take 32 registers of a thread, so only one block of it must fit a multiprocessor.
+// One kernel for each type of W and each number of columns. With 8 columns the sums alone take 32 registers per thread, so one
+// block per multiprocessor must do; with fewer, two blocks hide each other's barriers.
 #define PRODUCT_KERNEL(name, weights, columns)                                                                           \
-    KERNEL __launch_bounds__(PRODUCT_THREADS, columns == 8 ? 1 : 2) name(Product p) { product<weights, columns>(p); } \
+    KERNEL __launch_bounds__(PRODUCT_THREADS, columns == 8 ? 1 : 2) name(ProductArgs p) { product<weights, columns>(p); } \
     EMULATED(name)
 
 PRODUCT_KERNEL(product_f16_1, HalfWeights, 1)

@@ -1,18 +1,16 @@
-// The likeliest tokens of each row of logits, with their probabilities; and which paths to go on from.
+// The most probable tokens of each row of logits with their probabilities, and the paths that the next head continues.
+//
+// Shapes are in args.h. Launch: `top_k` one block of SELECT_THREADS per row, `choose_paths` a single one; no dynamic shared
+// memory. Both return the same bytes for the same input, whatever the order of threads: ranks differ, so no tie is left to a
+// race. Only `p` depends on how a warp adds floats, which is fixed.
+//
+// Never stored: the softmax of a row. `top_k` reads a row three times (largest value, sum, candidates) and writes k tokens and
+// k probabilities.
 
 #include "select.cuh"
 
-// Mirrored by `TopKArgs` in src/gpu/kernels.rs.
-struct TopK {
-    const float *logits;      // [n_rows, n]
-    const int32_t *token_map; // the token of each of n places; null: the place itself
-    int32_t *tokens;          // [n_rows, k], best first; of equal ones the first places
-    float *p;                 // [n_rows, k]
-    int32_t n;
-    int32_t k;                // at most n, and 64
-};
-
-// The k-th of the threads' own best ranks, best first: at least k ranks of the row are as good.
+// The k-th best of the threads' own best ranks: at least k ranks of the row reach it. So what reaches it contains the row's
+// k best, and on most rows hardly more. k is at most SELECT_THREADS.
 __device__ inline unsigned long long least_of_best(unsigned long long own, int k) {
     __shared__ unsigned long long bests[SELECT_THREADS];
     __shared__ unsigned long long least;
@@ -29,10 +27,10 @@ __device__ inline unsigned long long least_of_best(unsigned long long own, int k
     return least;
 }
 
-// Blocks: (rows).
-KERNEL __launch_bounds__(SELECT_THREADS) top_k(TopK t) {
+// One block: one row.
+KERNEL __launch_bounds__(SELECT_THREADS) top_k(TopKArgs t) {
     __shared__ List list;
-    __shared__ unsigned long long sorted[LIST];
+    __shared__ unsigned long long sorted[MAX_CANDIDATES];
     const float *row = t.logits + static_cast<int64_t>(blockIdx.x) * t.n;
 
     unsigned long long own = 0;
@@ -48,10 +46,10 @@ KERNEL __launch_bounds__(SELECT_THREADS) top_k(TopK t) {
     }
     sum = block_reduce(sum, 0.0f, Sum());
 
-    if (collect(row, t.n, least_of_best(own, t.k), list) <= LIST) {
+    if (collect(row, t.n, least_of_best(own, t.k), list) <= MAX_CANDIDATES) {
         sort(list, list.n, sorted);
     } else {
-        // A few threads met nearly all large values: find them one after the other.
+        // Few threads own nearly all large values, as with a period of SELECT_THREADS: find them one by one, in k passes.
         unsigned long long above = ~0ull;
         for (int i = 0; i < t.k; ++i) {
             unsigned long long next = 0;
@@ -67,55 +65,33 @@ KERNEL __launch_bounds__(SELECT_THREADS) top_k(TopK t) {
         __syncthreads();
     }
     for (int i = threadIdx.x; i < t.k; i += SELECT_THREADS) {
-        const int place = place_of(sorted[i]);
+        const int column = index_of(sorted[i]);
         const int64_t at = static_cast<int64_t>(blockIdx.x) * t.k + i;
-        t.tokens[at] = t.token_map ? t.token_map[place] : place;
+        t.tokens[at] = t.token_map ? t.token_map[column] : column;
         t.p[at] = expf(value_of(sorted[i]) - max) / sum;
     }
 }
 EMULATED(top_k)
 
-// Ranges of a head's probability that are calibrated apart; as in src/speculate/calibration.rs.
-constexpr int N_BINS = 12;
-
-// Mirrored by `ChoosePathsArgs` in src/gpu/kernels.rs.
-struct ChoosePaths {
-    const float *p;            // [n_paths, k]: what the head said of each candidate, best first
-    const int32_t *candidates; // [n_paths, k]: the tokens
-    const float *path_q;       // [n_paths]
-    const int32_t *origins;    // [n_paths]: whose path it is
-    const float *trust;        // by origin
-    const float *ratios;       // [N_BINS]: how often candidates are right, against what the head says
-    float *next_q;             // [n_next]
-    int32_t *next_origins;
-    int32_t *next_parents;     // the path that each goes on from
-    int32_t *next_tokens;      // and with which token
-    float lowest;              // the lower end of the first range
-    float highest;             // no candidate is surer
-    int32_t n_paths;
-    int32_t k;
-    int32_t n_next;            // at most n_paths * k, and that at most LIST
-    int32_t n_origins;
-};
-
-// Probability that a candidate is accepted if its parent is.
-__device__ inline float calibrated(const ChoosePaths &c, float p, float trust) {
+// Probability that a candidate is accepted if its parent is. Twin: Calibration::estimate in src/speculate/calibration.rs.
+__device__ inline float calibrated(const ChoosePathsArgs &c, float p, float trust) {
     const float at = logf(fmaxf(p, c.lowest) / c.lowest) / logf(1.0f / c.lowest) * N_BINS;
     const int bin = min(static_cast<int>(at), N_BINS - 1);
     return fminf(fmaxf(p * c.ratios[bin] * trust, 0.0f), c.highest);
 }
 
-// The candidates that are likeliest to be reached, over all sequences: the next head goes on from them. One block.
-KERNEL __launch_bounds__(SELECT_THREADS) choose_paths(ChoosePaths c) {
+// Chooses the candidates most likely to be accepted, over all sequences: the next head continues them. One block, since the
+// choice is global and at most MAX_CANDIDATES are sorted.
+KERNEL __launch_bounds__(SELECT_THREADS) choose_paths(ChoosePathsArgs c) {
     __shared__ List list;
-    __shared__ unsigned long long sorted[LIST];
-    __shared__ float q[LIST];
+    __shared__ unsigned long long sorted[MAX_CANDIDATES];
+    __shared__ float q[MAX_CANDIDATES];
     const int n = c.n_paths * c.k;
     for (int path = threadIdx.x; path < c.n_paths; path += SELECT_THREADS) {
         const float trust = c.trust[max(0, min(c.origins[path], c.n_origins - 1))];
         float above = c.path_q[path];
         for (int i = 0; i < c.k; ++i) {
-            // A calibrated sibling may come out above a better one; the order must hold all the same.
+            // Calibration may put a sibling above a better one. The minimum keeps the head's order.
             const int at = path * c.k + i;
             above = fminf(c.path_q[path] * calibrated(c, c.p[at], trust), above);
             q[at] = above;
@@ -125,7 +101,7 @@ KERNEL __launch_bounds__(SELECT_THREADS) choose_paths(ChoosePaths c) {
     __syncthreads();
     sort(list, n, sorted);
     for (int i = threadIdx.x; i < c.n_next; i += SELECT_THREADS) {
-        const int at = place_of(sorted[i]), path = at / c.k;
+        const int at = index_of(sorted[i]), path = at / c.k;
         c.next_q[i] = q[at];
         c.next_origins[i] = c.origins[path];
         c.next_parents[i] = path;

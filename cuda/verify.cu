@@ -1,47 +1,18 @@
-// What each row's sequence goes on with, and how far down its tree that leads.
+// Chooses each row's next token, and walks down each sequence's tree along the choices.
 //
-// A row's token is chosen as src/engine/sampler.rs chooses it: the largest logit, or one drawn from what top-k, top-p, min-p
-// and temperature leave, by the same number from the same generator. Weights are added up as whole numbers, so the choice does
-// not depend on the order in which threads come.
+// Shapes are in args.h, VerifyArgs. Launch: one block of SELECT_THREADS per row, no dynamic shared memory; `n_done` is zero
+// before the launch and after it.
+//
+// A token is chosen as src/engine/sampler.rs chooses it: the largest logit, or a draw from what top-k, top-p, min-p and
+// temperature leave, with the same Philox number. Weights are added as integers (see `fixed`), so the choice does not depend
+// on the order of threads. Where CPU and GPU round an exponential differently, a draw at the edge of two tokens may differ.
+//
+// Never stored: probabilities and sorted rows; four bytes per row are written. A row is read once where the choice is greedy,
+// three times where its candidates fit shared memory, and up to 64 times more per filter where they do not (`draw_from_row`).
 
 #include "select.cuh"
 
-// How a row's token is chosen. Mirrored by `RowRule` in src/gpu/kernels.rs.
-struct RowRule {
-    uint32_t seed[2];          // low and high half
-    uint32_t position[2];
-    float inverse_temperature; // 0: the largest logit
-    float top_p;               // 1: all
-    float min_logit;           // ln(min_p): how far below the largest; -inf: all
-    int32_t top_k;             // 0: all
-    int32_t logits_row;        // where its logits are
-    int32_t sequence;          // whose it is
-    int32_t parent;            // row above it in its tree; -1: none
-    int32_t token;             // drafted there
-    int32_t on_host;           // not 0: the host chooses
-    int32_t forced;            // not 0: this token + 1 is taken in place of the choice, which is made all the same
-};
-
-// Rows that follow one another.
-struct Span {
-    int32_t first;
-    int32_t n;
-};
-
-// Mirrored by `VerifyArgs` in src/gpu/kernels.rs.
-struct Verify {
-    const float *logits;  // [.., n_vocab]
-    const RowRule *rules; // [n_rows]
-    const Span *spans;    // each sequence's rows, its root first
-    int32_t *chosen;      // [n_rows]; -1 where the host chooses
-    int32_t *last;        // by sequence: logits row of the last accepted row; of the root where the host chooses
-    int32_t *roots;       // by sequence: the token chosen there; 0 where the host chooses
-    uint32_t *n_done;     // by sequence: rows that are done; zeros, before and after
-    int32_t n_vocab;
-    int32_t padding;
-};
-
-// Philox4x32-10: see src/engine/sampler.rs.
+// A number in [0, 1) from Philox4x32-10, keyed by seed and position: see src/engine/sampler.rs for source and test vectors.
 __device__ inline double uniform(const RowRule &rule) {
     uint32_t counter[4] = {rule.position[0], rule.position[1], 0, 0};
     uint32_t key[2] = {rule.seed[0], rule.seed[1]};
@@ -59,37 +30,41 @@ __device__ inline double uniform(const RowRule &rule) {
     return static_cast<double>(bits) / 9007199254740992.0;
 }
 
-// Behind this distance from the largest logit, tokens weigh nothing in top-p: as in src/vector.rs.
+// Beyond this distance from the largest logit tokens weigh nothing in top-p: e^-32 of a whole vocabulary is below rounding.
+// As in src/vector.rs.
 constexpr float NEGLIGIBLE = 32.0f;
 
+// A token's weight for top-p, which looks at probabilities before temperature ...
 __device__ inline unsigned long long mass(float below_max) {
     return below_max > -NEGLIGIBLE ? fixed(expf(below_max)) : 0;
 }
 
+// ... and for the draw.
 __device__ inline unsigned long long tempered(const RowRule &rule, float below_max) {
     return fixed(expf(below_max * rule.inverse_temperature));
 }
 
-// The share of a sum, and at least the smallest number.
+// A share of a sum, at least 1: top-p keeps at least one token.
 __device__ inline unsigned long long share_of(double share, unsigned long long sum) {
     const unsigned long long part = static_cast<unsigned long long>(share * static_cast<double>(sum));
     return part > 0 ? part : 1;
 }
 
-// Where a uniform number points to in a sum.
+// The point of a sum that the row's uniform number selects; below the sum.
 __device__ inline unsigned long long target_in(const RowRule &rule, unsigned long long sum) {
     const unsigned long long target = static_cast<unsigned long long>(uniform(rule) * static_cast<double>(sum));
     return target < sum ? target : sum - 1;
 }
 
-// Distances from the largest logit within which tokens are collected.
+// Distances from the largest logit that `collect_enough` tries.
 constexpr int N_REACHES = 6;
 
-// Chooses a distance and collects what is within it, if that fits the list and holds all that the filters may keep; returns
-// whether it does. `all` gets the mass of the row, where top-p is of that.
+// Collects the tokens within the widest distance of which the list holds all. Returns whether the list contains all tokens
+// that the filters may keep. `all` gets the mass of the row, which top-p is a share of. One pass counts all distances at once,
+// a second one collects.
 __device__ inline bool collect_enough(const RowRule &rule, const float *row, int n, float max, List &list,
                                       unsigned long long *all) {
-    // The last one is min-p's own; none that is wider holds more that counts.
+    // The last one is min-p's: beyond it no token counts.
     const float reaches[N_REACHES] = {2.0f, 4.0f, 7.0f, 11.0f, 16.0f, -rule.min_logit};
     unsigned long long counts[N_REACHES / 2] = {}; // two in each: a row has fewer than 2^32 values
     unsigned long long row_mass = 0;
@@ -109,7 +84,7 @@ __device__ inline bool collect_enough(const RowRule &rule, const float *row, int
         const unsigned long long both = r % 2 == 0 ? block_reduce(counts[r / 2], 0ull, Sum()) : counts[r / 2];
         counts[r / 2] = both;
         const int count = static_cast<int>(both >> (r % 2 * 32));
-        if (count <= LIST && count > n_within) {
+        if (count <= MAX_CANDIDATES && count > n_within) {
             n_within = count;
             reach = reaches[r];
         }
@@ -119,7 +94,7 @@ __device__ inline bool collect_enough(const RowRule &rule, const float *row, int
     }
     collect(row, n, ranked(max - reach, n) & ~0xffffffffull, list);
     if (n_within != list.n) {
-        return false; // rounding put a value on the other side of the edge
+        return false; // `max - reach` was rounded across a value
     }
     if (n_within == n || (rule.top_k > 0 && n_within >= rule.top_k) || reach >= -rule.min_logit) {
         return true;
@@ -134,12 +109,13 @@ __device__ inline bool collect_enough(const RowRule &rule, const float *row, int
     return block_reduce(within, 0ull, Sum()) >= share_of(rule.top_p, *all);
 }
 
-// Draws from a list that holds all that the filters may keep. `sorted` has room for LIST ranks.
+// Draws from a list that contains all that the filters may keep. `sorted` holds MAX_CANDIDATES ranks. Exactly one thread
+// writes `n_kept` and one writes `drawn`: the intervals of the cumulative weights do not overlap.
 __device__ inline int draw_from_list(const RowRule &rule, const List &list, float max, unsigned long long all,
                                      unsigned long long *sorted) {
-    __shared__ unsigned long long weights[LIST];
+    __shared__ unsigned long long weights[MAX_CANDIDATES];
     __shared__ int n_kept, drawn;
-    constexpr int EACH = LIST / SELECT_THREADS;
+    constexpr int EACH = MAX_CANDIDATES / SELECT_THREADS;
     sort(list, list.n, sorted);
     int n = rule.top_k > 0 ? min(rule.top_k, list.n) : list.n;
 
@@ -182,22 +158,23 @@ __device__ inline int draw_from_list(const RowRule &rule, const List &list, floa
     for (int i = threadIdx.x; i < n; i += SELECT_THREADS) {
         unsigned long long before = 0;
         for (int j = 0; j < n; ++j) {
-            before += place_of(sorted[j]) < place_of(sorted[i]) ? weights[j] : 0;
+            before += index_of(sorted[j]) < index_of(sorted[i]) ? weights[j] : 0;
         }
         if (before <= target && target - before < weights[i]) {
-            drawn = place_of(sorted[i]);
+            drawn = index_of(sorted[i]);
         }
     }
     __syncthreads();
     return drawn;
 }
 
-// The lowest rank of the smallest set of best values, of rank `floor` at least, that weigh `enough` together; `floor` if all
-// of them weigh less.
+// The lowest rank of the smallest set of best values that weigh `enough` together, among ranks of at least `floor`; `floor` if
+// all together weigh less. Bisection over the 64 bits of a rank: one pass over the row per step, until at most one value
+// lies between the bounds.
 template <class Weight>
 __device__ inline unsigned long long threshold(const float *row, int n, unsigned long long floor, unsigned long long best,
                                                unsigned long long enough, Weight weight) {
-    unsigned long long low = floor, high = best + 1; // those from `low` on weigh enough, those from `high` on do not
+    unsigned long long low = floor, high = best + 1; // invariant: ranks >= low weigh enough, ranks >= high do not
     while (high - low > 1) {
         const unsigned long long middle = low + (high - low) / 2;
         unsigned long long sum = 0, n_between = 0;
@@ -208,7 +185,7 @@ __device__ inline unsigned long long threshold(const float *row, int n, unsigned
         }
         sum = block_reduce(sum, 0ull, Sum());
         if (block_reduce(n_between, 0ull, Sum()) <= 1) {
-            break; // whatever is between, it is one value
+            break; // at most one value lies between, so `low` separates the same sets
         }
         if (sum >= enough) {
             low = middle;
@@ -219,11 +196,11 @@ __device__ inline unsigned long long threshold(const float *row, int n, unsigned
     return low;
 }
 
-// Draws from a whole row: where the filters leave more than a list holds.
+// Draws from a whole row, where the filters leave more than a list holds: high temperatures without top-k or min-p.
 __device__ inline int draw_from_row(const RowRule &rule, const float *row, int n, unsigned long long best) {
     __shared__ int drawn;
     const float max = value_of(best);
-    unsigned long long least = 1ull << 32; // no NaN
+    unsigned long long least = 1ull << 32; // the key of NaN is 0
     if (rule.top_k > 0 && rule.top_k < n) {
         least = threshold(row, n, least, best, rule.top_k, [](float) { return 1ull; });
     }
@@ -239,7 +216,7 @@ __device__ inline int draw_from_row(const RowRule &rule, const float *row, int n
         const bool kept = ranked(row[i], i) >= least && row[i] - max >= rule.min_logit;
         return kept ? tempered(rule, row[i] - max) : 0ull;
     };
-    // Each thread adds up a run of tokens; the one whose run the number points into looks for the token.
+    // Each thread sums a run of consecutive tokens. The one whose run contains the target finds the token in it.
     const int run = (n + SELECT_THREADS - 1) / SELECT_THREADS;
     const int first = min(n, static_cast<int>(threadIdx.x) * run), end = min(n, first + run);
     unsigned long long own = 0, sum;
@@ -259,9 +236,10 @@ __device__ inline int draw_from_row(const RowRule &rule, const float *row, int n
     return drawn;
 }
 
-// Walks down a sequence's tree by what was chosen at each row. For one warp.
-__device__ inline void walk(const Verify &v, int sequence) {
-    const volatile int32_t *chosen = v.chosen; // other blocks wrote it
+// Walks down a sequence's tree along the chosen tokens, and resets its counter. Called by one warp, which looks at 32 rows of
+// the tree per step; all lanes take the same branch, since `__ballot_sync` gives all the same value.
+__device__ inline void walk(const VerifyArgs &v, int sequence) {
+    const volatile int32_t *chosen = v.chosen; // other blocks wrote it: no cached or hoisted loads
     const Span span = v.spans[sequence];
     int at = span.first;
     for (bool down = true; down;) {
@@ -284,10 +262,11 @@ __device__ inline void walk(const Verify &v, int sequence) {
     }
 }
 
-// Blocks: (rows). The last block of a sequence to be done walks down its tree.
-KERNEL __launch_bounds__(SELECT_THREADS, 2) verify(Verify v) {
+// One block: one row. The last block of a sequence to finish walks down its tree, so that no second launch is needed: at most
+// one block per sequence sees the counter reach the number of rows.
+KERNEL __launch_bounds__(SELECT_THREADS, 2) verify(VerifyArgs v) {
     __shared__ List list;
-    __shared__ unsigned long long sorted[LIST];
+    __shared__ unsigned long long sorted[MAX_CANDIDATES];
     __shared__ bool is_last;
     const RowRule rule = v.rules[blockIdx.x];
     const float *row = v.logits + static_cast<int64_t>(rule.logits_row) * v.n_vocab;
@@ -300,9 +279,9 @@ KERNEL __launch_bounds__(SELECT_THREADS, 2) verify(Verify v) {
             best = rank > best ? rank : best;
         }
         best = block_reduce(best, 0ull, Largest());
-        token = place_of(best);
+        token = index_of(best);
         const float max = value_of(best);
-        if (rule.inverse_temperature > 0.0f && max - max == 0.0f) { // finite
+        if (rule.inverse_temperature > 0.0f && max - max == 0.0f) { // drawn; greedy where the largest is not finite
             unsigned long long all;
             token = collect_enough(rule, row, v.n_vocab, max, list, &all)
                         ? draw_from_list(rule, list, max, all, sorted)
@@ -310,10 +289,10 @@ KERNEL __launch_bounds__(SELECT_THREADS, 2) verify(Verify v) {
         }
     }
     if (threadIdx.x == 0) {
-        v.chosen[blockIdx.x] = rule.forced > 0 && !rule.on_host ? rule.forced - 1 : token;
-        __threadfence();
+        v.chosen[blockIdx.x] = token;
+        __threadfence(); // publishes `chosen` before the counter ...
         is_last = atomicAdd(&v.n_done[rule.sequence], 1u) + 1 == static_cast<uint32_t>(v.spans[rule.sequence].n);
-        __threadfence();
+        __threadfence(); // ... and no read of other rows' `chosen` moves before it
     }
     __syncthreads();
     if (is_last && warp_id() == 0) {

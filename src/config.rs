@@ -292,6 +292,15 @@ impl ModelArgs {
         }
     }
 
+    /// An engine of `n_slots` sequences for a command; nothing is drafted.
+    ///
+    /// # Errors
+    /// As [`path`](Self::path).
+    pub fn engine(&self, n_slots: usize) -> Result<EngineParams, String> {
+        let params = EngineParams::new(self.path()?, self.threads(), n_slots, self.context_size);
+        Ok(EngineParams { n_gpu_layers: self.n_gpu_layers, ..params })
+    }
+
     /// Threads to use on this machine.
     #[must_use]
     pub fn threads(&self) -> usize {
@@ -362,7 +371,7 @@ impl ServeArgs {
         }
         let auth = self.network.auth()?;
         let drafts = self.drafts.params(&self.model).filter(|_| !streams);
-        let drafts = drafts.map(|drafts| DraftParams { n_owners: auth.keys.len(), ..drafts });
+        let drafts = drafts.map(|drafts| DraftParams { n_tenants: auth.keys.len(), ..drafts });
         let limits = Limits {
             n_slots: self.batch_size,
             n_ctx,

@@ -46,23 +46,23 @@
 //! | [`http`] | accept loop, routes; `access`, the access log; `auth` and `cors`; `tls`; `generate` and `openai`, the two dialects; chat templates; server-sent events; `page` for browsers; `openapi` and `docs` | cells, batches |
 //! | [`telemetry`] | request spans for an OpenTelemetry collector | bodies, engine |
 //! | [`request`], [`error`] | what `http` and `engine` share | both |
-//! | [`engine`] | the step, which ends in `commit`; `thread` runs it, `handle` is its public side, `stats` its counters, `forward` its interface to a model, `grammar` its interface to llguidance | sockets, JSON |
+//! | [`engine`] | the step; `turn`, a sequence's part in it; `commit` and `walk`, its end; `thread` runs it, `handle` is its public side, `stats` its counters, `forward` its interface to a model, `grammar` its interface to llguidance | sockets, JSON |
 //! | [`metrics`] | `/metrics`: names for the counters of engine and HTTP | sockets, cells |
-//! | [`speculate`] | `heads` and `pickle` (files), `medusa` and `conditioned` (heads), `suffix` and `text` (text drafts), `tree`, `calibration`, `reliability`, `cost`, `policy`; `device` (heads and verification on a GPU); `simulated` for `bench` | requests, cells |
+//! | [`speculate`] | `heads` and `pickle` (files), `medusa` and `conditioned` (heads), `nets` (their networks), `suffix` and `text` (text drafts), `tree`, `calibration`, `reliability`, `cost`, `policy`; `device` (heads and verification on a GPU); `simulated`, which `bench` wraps around a model | requests, cells |
 //! | [`train`] | training of heads: answers, features, fit | HTTP |
 //! | [`synth`] | models and heads with random weights in known shapes, for benchmarks | requests |
 //! | [`eval`], [`plot`] | perplexity; SVG plots | requests |
 //! | [`tune`] | recommends a quantization from measurements | files, models |
-//! | [`vector`] | vectorized loops over logits | their purpose |
-//! | [`gpu`], `cuda/` | the fence around CUDA, and its kernels | tokens, trees |
-//! | [`llama`] | the fence around C: model, context, samplers, and small networks on ggml's kernels | requests, slots |
+//! | [`vector`], [`matrix`] | vectorized loops over logits; a matrix of floats | their purpose |
+//! | [`gpu`], `cuda/` | the fence around CUDA, and its kernels; `cuda/args.h` declares what both share | tokens, trees |
+//! | [`llama`] | the fence around C: model, context, samplers, and graphs on ggml's kernels | requests, slots, heads |
 //!
 //! # Invariants
 //!
 //! - `unsafe` occurs only in [`llama`] and [`gpu`].
-//! - `scheduler`, `slots`, `leaves`, `sampler`'s draw, `text`, `pace`, `company`, and of
-//!   `speculate` all but `heads`, `pickle`, `medusa`, `conditioned` and `device` do no I/O and read
-//!   no clock.
+//! - `scheduler`, `slots`, `leaves`, `sampler`'s draw, `text`, `pace`, `bursts`, `turn`, and of
+//!   `speculate` all but `heads`, `pickle`, `medusa`, `conditioned`, `nets` and `device` do no I/O
+//!   and read no clock.
 //! - One thread creates and owns the llama context.
 //! - Whatever grows after the start has a limit in [`config`]: queue, body, connections, cells,
 //!   text to draft from, events per request.
@@ -79,6 +79,7 @@ pub mod eval;
 pub mod gpu;
 pub mod http;
 pub mod llama;
+pub mod matrix;
 pub mod metrics;
 pub mod plot;
 pub mod request;

@@ -93,7 +93,7 @@ pub fn exp_below(x: f32) -> f32 {
 #[inline(always)]
 #[must_use]
 pub fn exp(x: f32) -> f32 {
-    // 2^n e^f with |f| at most ln(2)/2; adding this number rounds to an integer, which then stands
+    // 2^n e^f with |f| at most ln(2)/2; adding this number rounds to an integer, which then is
     // in the low bits.
     const ROUND: f32 = 12_582_912.0;
     let clamped = x.clamp(-87.0, 87.0);

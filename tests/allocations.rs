@@ -6,8 +6,8 @@ use std::alloc::{GlobalAlloc, Layout as MemoryLayout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use medusa_llama::engine::slots::KvOp;
-use medusa_llama::engine::{Engine, Forward, Job, Layout, Limits, Rows};
-use medusa_llama::llama::{LlamaError, Token};
+use medusa_llama::engine::{Engine, Forward, Job, Layout, Limits, Rows, StepError};
+use medusa_llama::llama::Token;
 use medusa_llama::request::{Event, Request, SamplingParams};
 use medusa_llama::speculate::calibration::Calibration;
 use medusa_llama::speculate::cost::Cost;
@@ -59,7 +59,7 @@ impl Forward for Circles {
         N_VOCAB
     }
 
-    fn forward(&mut self, rows: &Rows) -> Result<(), LlamaError> {
+    fn forward(&mut self, rows: &Rows) -> Result<(), StepError> {
         self.n_rows = rows.len();
         self.logits.resize_with(rows.len().max(self.logits.len()), || vec![0.0; N_VOCAB]);
         for (logits, row) in self.logits.iter_mut().zip(rows.iter()) {
@@ -69,15 +69,15 @@ impl Forward for Circles {
         Ok(())
     }
 
-    fn logits(&self, row: usize) -> Result<&[f32], LlamaError> {
+    fn logits(&self, row: usize) -> Result<&[f32], StepError> {
         Ok(&self.logits[..self.n_rows][row])
     }
 
-    fn hidden(&self, _: usize) -> Result<&[f32], LlamaError> {
+    fn hidden(&self, _: usize) -> Result<&[f32], StepError> {
         Ok(&[0.5; 4])
     }
 
-    fn apply(&mut self, _: KvOp) -> Result<(), LlamaError> {
+    fn apply(&mut self, _: KvOp) -> Result<(), StepError> {
         Ok(())
     }
 

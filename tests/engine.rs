@@ -9,12 +9,13 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use medusa_llama::engine::stats::Stats;
-use medusa_llama::engine::{Engine, Job, Layout, Limits};
+use medusa_llama::engine::{Engine, Forward, Job, Layout, Limits};
 use medusa_llama::llama::Token;
 use medusa_llama::request::{Event, FinishReason, Request, SamplingParams, Speculation, Trace};
 use medusa_llama::speculate::calibration::Calibration;
 use medusa_llama::speculate::cost::Cost;
-use medusa_llama::speculate::simulated::Acceptance;
+use medusa_llama::speculate::paths::fill;
+use medusa_llama::speculate::simulated::{Acceptance, Simulated};
 use medusa_llama::speculate::text::TextDrafts;
 use medusa_llama::speculate::{Draft, Origin, Speculator, Tree, Worth};
 use proptest::prelude::*;
@@ -57,7 +58,7 @@ fn expected_of(n_vocab: usize, prompt: &[i32], n: usize) -> String {
     tokens.iter().filter(|t| t.0 != 0).map(|t| format!("{} ", t.0)).collect()
 }
 
-fn run_to_end(engine: &mut Engine<Stub>) {
+fn run_to_end<F: Forward>(engine: &mut Engine<F>) {
     for _ in 0..100_000 {
         if engine.is_idle() {
             return;
@@ -308,7 +309,8 @@ impl Draft for Two {
     ) {
         let level = vec![(Token(41), 0.01), (Token(42), 0.005)];
         for (origin, tree) in origins.iter().zip(trees) {
-            tree.fill(
+            fill(
+                tree,
                 &vec![level.clone(); origin.max_depth.min(3)],
                 calibration,
                 origin.trust,
@@ -324,10 +326,12 @@ impl Draft for Two {
 fn simulated(rates: &[f32], fixed: Option<usize>, row: f64) -> [f64; 3] {
     const LONG: usize = 2000;
     let layout = Layout::Unified { n_cells: 2200, n_retained: 0, n_seqs: 1 };
-    let mut engine = Engine::new(Stub::new(2048), limits(layout, 1, 2100, 64), Arc::default());
+    let acceptance = Acceptance::new(rates.to_vec()).unwrap();
     let cost = Cost::from_points(&[(1, 1.0), (64, 1.0 + 63.0 * row)]);
-    let mut speculator = Speculator::new(Box::new(Two), 4, cost)
-        .with_acceptance(Acceptance::new(rates.to_vec()).unwrap());
+    let mut speculator =
+        Speculator::new(Box::new(Two), 4, cost).with_calibration(acceptance.calibration());
+    let model = Simulated::new(Stub::new(2048), acceptance);
+    let mut engine = Engine::new(model, limits(layout, 1, 2100, 64), Arc::default());
     if let Some(n) = fixed {
         speculator = speculator.with_fixed_nodes(n);
     }
@@ -393,9 +397,12 @@ fn simulated_heads_are_worth_what_arithmetic_says() {
 #[test]
 fn a_request_without_drafts_is_not_simulated() {
     let layout = Layout::Unified { n_cells: 200, n_retained: 60, n_seqs: 8 };
-    let mut engine = Engine::new(Stub::new(N_VOCAB), limits(layout, 4, 60, 64), Arc::default());
-    let speculator = Speculator::new(Box::new(Two), 4, Cost::from_points(&[(1, 1.0), (64, 1.1)]));
-    engine.speculate(speculator.with_acceptance(Acceptance::new(vec![0.9]).unwrap()), 30);
+    let acceptance = Acceptance::new(vec![0.9]).unwrap();
+    let speculator = Speculator::new(Box::new(Two), 4, Cost::from_points(&[(1, 1.0), (64, 1.1)]))
+        .with_calibration(acceptance.calibration());
+    let model = Simulated::new(Stub::new(N_VOCAB), acceptance);
+    let mut engine = Engine::new(model, limits(layout, 4, 60, 64), Arc::default());
+    engine.speculate(speculator, 30);
     let (mut plain, mut events) = job(&[1, 2, 3], 40, 0.0);
     plain.request.speculation = Speculation::Off;
     let (drafting, mut others) = job(&[1, 2, 3], 40, 0.0);
@@ -475,7 +482,7 @@ fn an_answer_given_before_is_drafted_from_unless_that_is_not_wanted() {
     let layout = Layout::Unified { n_cells: 400, n_retained: 60, n_seqs: 8 };
     let mut engine = Engine::new(Stub::new(1 << 20), limits(layout, 4, 120, 64), Arc::default());
     let speculator = Speculator::without_heads(20, Cost::from_points(&[(1, 1.0), (64, 1.5)]));
-    engine.speculate(speculator.with_text(TextDrafts::for_owners(2, 2000)), 40);
+    engine.speculate(speculator.with_text(TextDrafts::for_tenants(2, 2000)), 40);
     let mut steps_of = |owner, speculation, share_text| {
         let (mut job, mut events) = job(&[1, 2, 3], 100, 0.0);
         (job.request.speculation, job.request.share_text, job.request.owner) =

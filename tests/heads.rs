@@ -8,8 +8,8 @@ use std::path::Path;
 
 use files::{Tensor, Tensors, write, write_archive, write_pt};
 use medusa_llama::llama::Token;
-use medusa_llama::llama::Weights;
 use medusa_llama::speculate::heads::{HeadNets, Heads, HeadsError, Shape};
+use medusa_llama::speculate::nets::MedusaWeights;
 use proptest::prelude::*;
 use safetensors::Dtype;
 
@@ -59,7 +59,7 @@ fn load(folder: &Path) -> Result<Heads, HeadsError> {
 }
 
 /// The networks of a layout whose heads see the hidden state only.
-fn plain(heads: &Heads) -> &Weights {
+fn plain(heads: &Heads) -> &MedusaWeights {
     match &heads.nets {
         HeadNets::Plain(weights) => weights,
         HeadNets::Conditioned(_) => panic!("these are conditioned"),

@@ -1,5 +1,6 @@
-//! Each kernel against a twin in plain Rust, on the CPU by emulation and, built with
-//! `cuda-kernels`, on a GPU if there is one. MEDUSA_TEST_DEVICE=cuda asks for the GPU alone.
+//! Each kernel against a twin in plain Rust: on the CPU by emulation and, if built with
+//! `cuda-kernels`, on a GPU, which must then be there. MEDUSA_TEST_DEVICE=emulation or =cuda chooses
+//! one of the two.
 
 #[path = "common/emulated.rs"]
 mod emulated;
@@ -16,24 +17,26 @@ use medusa_llama::gpu::kernels::{
 };
 use medusa_llama::gpu::weights::{Matrices, Precision, Table};
 use medusa_llama::gpu::{Buffer, Device, GpuError};
-use medusa_llama::llama::{Matrix, Token};
+use medusa_llama::llama::Token;
+use medusa_llama::matrix::Matrix;
 use medusa_llama::request::SamplingParams;
 use medusa_llama::vector::{largest_k, log_sum_exp};
 
-/// Runs a check on every device there is.
+/// Runs a check on every device that MEDUSA_TEST_DEVICE and the build allow.
 fn on_devices(check: impl Fn(&Rc<dyn Device>)) {
-    let only_cuda = std::env::var("MEDUSA_TEST_DEVICE").is_ok_and(|v| v == "cuda");
-    if !only_cuda {
+    let chosen = std::env::var("MEDUSA_TEST_DEVICE").unwrap_or_default();
+    assert!(["", "emulation", "cuda"].contains(&chosen.as_str()), "MEDUSA_TEST_DEVICE={chosen}");
+    if chosen != "cuda" {
         check(&Emulated::device());
     }
     #[cfg(feature = "cuda-kernels")]
-    match medusa_llama::gpu::cuda::Cuda::new(0) {
-        Ok(cuda) => check(&(Rc::new(cuda) as Rc<dyn Device>)),
-        Err(error) if only_cuda => panic!("{error}"),
-        Err(error) => eprintln!("not on a GPU: {error}"),
+    if chosen != "emulation" {
+        let cuda = medusa_llama::gpu::cuda::Cuda::new(0)
+            .unwrap_or_else(|e| panic!("{e}; MEDUSA_TEST_DEVICE=emulation tests without a GPU"));
+        check(&(Rc::new(cuda) as Rc<dyn Device>));
     }
     #[cfg(not(feature = "cuda-kernels"))]
-    assert!(!only_cuda, "built without cuda-kernels");
+    assert!(chosen != "cuda", "built without cuda-kernels");
 }
 
 fn random(n: usize, rng: &mut fastrand::Rng) -> Vec<f32> {
@@ -44,7 +47,7 @@ fn matrix(n_out: usize, n_in: usize, rng: &mut fastrand::Rng) -> Matrix {
     Matrix { n_out, n_in, values: random(n_out * n_in, rng) }
 }
 
-/// A row of weights as a precision keeps it.
+/// A row of weights as a precision stores it.
 fn rounded(row: &[f32], precision: Precision) -> Vec<f64> {
     let half = |v: f32| f16::from_f32(v);
     match precision {
@@ -246,7 +249,7 @@ fn arguments_that_do_not_fit_are_refused() {
                 "{n} {k}"
             );
         }
-        let mut room = Verification::new(device, 4, 2).unwrap();
+        let mut memory = Verification::new(device, 4, 2).unwrap();
         let mut chosen = Buffer::zeros(device, 4).unwrap();
         let rule = RowRule { parent: -1, ..RowRule::default() };
         let span = |first, n| Span { first, n };
@@ -265,7 +268,7 @@ fn arguments_that_do_not_fit_are_refused() {
                     6,
                     &rules,
                     &spans,
-                    &mut room,
+                    &mut memory,
                     chosen.slice_mut()
                 )
                 .is_err(),
@@ -275,7 +278,7 @@ fn arguments_that_do_not_fit_are_refused() {
     });
 }
 
-/// Rows that are hard on a selection.
+/// Difficult rows for a selection.
 fn hard_rows(n: usize, rng: &mut fastrand::Rng) -> Vec<Vec<f32>> {
     let stride = |i: usize| if i % 512 == 3 { 50.0 } else { 0.0 };
     let some = |keep: &dyn Fn(usize) -> bool, rng: &mut fastrand::Rng| -> Vec<f32> {
@@ -287,7 +290,7 @@ fn hard_rows(n: usize, rng: &mut fastrand::Rng) -> Vec<Vec<f32>> {
         vec![1.5; n],
         (0..n).map(|i| i as f32 * 1e-3).collect(),
         (0..n).map(|i| -(i as f32) * 1e-3).collect(),
-        // One thread meets all that is large.
+        // One thread owns all large values.
         (0..n).map(|i| rng.f32() + stride(i)).collect(),
         some(&|i| i == n - 1, rng),
         some(&|i| i % 7 == 0, rng),
@@ -458,8 +461,8 @@ fn rule(params: &SamplingParams, position: u64, logits_row: usize) -> RowRule {
     }
 }
 
-/// How far rounding may move a draw: to a neighbour on an edge; and where top-p falls on an edge,
-/// by a token more or less.
+/// How far rounding may move a draw: to a neighbour at an edge; and if top-p falls on an edge, by one
+/// token more or less.
 fn tolerance(params: &SamplingParams, logits: &[f32]) -> f64 {
     let mut best: Vec<f64> = logits.iter().filter(|l| !l.is_nan()).map(|&l| f64::from(l)).collect();
     best.sort_by(|a, b| b.total_cmp(a));
@@ -475,8 +478,8 @@ fn tolerance(params: &SamplingParams, logits: &[f32]) -> f64 {
     1e-4
 }
 
-/// How far a token is from being the one that is drawn, in shares of the sum: 0 for that one. In
-/// double precision.
+/// Distance of a token from the drawn one, as a share of the sum, in double precision; 0 for the drawn
+/// one.
 fn distance(params: &SamplingParams, logits: &[f32], position: usize, token: usize) -> f64 {
     let mut kept = vec![];
     let f = Filter {
@@ -486,7 +489,7 @@ fn distance(params: &SamplingParams, logits: &[f32], position: usize, token: usi
         temperature: params.temperature,
     };
     f.apply(logits, &mut kept);
-    // Where the draw points to, told by a row of which each token is one of 2^20 shares.
+    // The draw's uniform number, from a row in which each token is one of 2^20 equal shares.
     let fine = vec![0.0; 1 << 20];
     let open =
         SamplingParams { temperature: 1.0, top_p: 1.0, top_k: 0, min_p: 0.0, ..params.clone() };
@@ -550,7 +553,7 @@ fn verified_rows_get_the_samplers_tokens() {
                     .collect();
                 let spans: Vec<Span> =
                     (0..rows.len()).map(|i| Span { first: i as i32, n: 1 }).collect();
-                let mut room = Verification::new(device, rows.len(), rows.len()).unwrap();
+                let mut memory = Verification::new(device, rows.len(), rows.len()).unwrap();
                 let mut out = Buffer::zeros(device, rows.len()).unwrap();
                 kernels::verify(
                     &**device,
@@ -558,7 +561,7 @@ fn verified_rows_get_the_samplers_tokens() {
                     n,
                     &rules,
                     &spans,
-                    &mut room,
+                    &mut memory,
                     out.slice_mut(),
                 )
                 .unwrap();
@@ -605,15 +608,12 @@ fn trees_are_walked_by_what_was_chosen() {
                     let free: Vec<i32> = (0..n_vocab as i32).filter(|&t| !taken(t)).collect();
                     let Some(&token) = rng.choice(&free) else { break };
                     let on_host = i32::from(sequence == 3 && row > first);
-                    let forced =
-                        if rng.usize(0..6) == 0 { 1 + rng.i32(0..n_vocab as i32) } else { 0 };
                     let sequence = sequence as i32;
                     rules.push(RowRule {
                         sequence,
                         parent,
                         token,
                         on_host,
-                        forced,
                         ..rule(&greedy, 0, row)
                     });
                 }
@@ -624,17 +624,17 @@ fn trees_are_walked_by_what_was_chosen() {
             rules.iter_mut().for_each(|r| r.logits_row = n_rows as i32 - 1 - r.logits_row);
             let values = random(n_rows * n_vocab, &mut rng);
             let logits = Buffer::from_host(device, &values).unwrap();
-            let mut room = Verification::new(device, 400, 8).unwrap();
+            let mut memory = Verification::new(device, 400, 8).unwrap();
             let mut out = Buffer::zeros(device, n_rows).unwrap();
             for _ in 0..2 {
-                // The second finds the counters as the first left them.
+                // The second starts from the counters that the first left.
                 kernels::verify(
                     &**device,
                     logits.slice(),
                     n_vocab,
                     &rules,
                     &spans,
-                    &mut room,
+                    &mut memory,
                     out.slice_mut(),
                 )
                 .unwrap();
@@ -642,8 +642,8 @@ fn trees_are_walked_by_what_was_chosen() {
             let (mut chosen, mut last, mut roots) =
                 (vec![0; n_rows], vec![0; n_sequences], vec![0; n_sequences]);
             out.download(&mut chosen).unwrap();
-            room.last.download(&mut last).unwrap();
-            room.roots.download(&mut roots).unwrap();
+            memory.last.download(&mut last).unwrap();
+            memory.roots.download(&mut roots).unwrap();
             for (sequence, span) in spans.iter().enumerate() {
                 let rows = span.first as usize..(span.first + span.n) as usize;
                 let mut at = rows.start;
@@ -654,11 +654,7 @@ fn trees_are_walked_by_what_was_chosen() {
                         1,
                         &mut best,
                     );
-                    match (rules[row].on_host, rules[row].forced) {
-                        (0, 0) => best[0].0.0,
-                        (0, forced) => forced - 1,
-                        _ => -1,
-                    }
+                    if rules[row].on_host == 0 { best[0].0.0 } else { -1 }
                 };
                 for row in rows.clone() {
                     assert_eq!(chosen[row], choice(row));

@@ -1,9 +1,9 @@
 //! `medusa-llama bench`: what drafts are worth on this machine. Each prompt is answered in each
-//! mode in turn, by the same engine, so that a machine that changes its pace changes all.
+//! mode in turn, by the same engine, so that a change of the machine's speed affects all modes.
 
 use std::collections::BTreeMap;
 use std::io::Write as _;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context as _, anyhow, bail};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -11,14 +11,13 @@ use serde::Serialize;
 use tokio::task::JoinSet;
 
 use crate::config::BenchArgs;
+use crate::engine;
 use crate::engine::handle::Handle;
-use crate::engine::thread::EngineParams;
-use crate::engine::{self, Layout, Limits};
-use crate::llama::max_sequences;
+use crate::engine::thread::{DraftParams, EngineParams, spawn_with};
 use crate::plot::{self, Labels, Line};
 use crate::request::{Completion, Event, Request, SamplingParams, Speculation};
 use crate::speculate::reliability::{Count, N_DEPTHS, Reliability, Source, calibration_error};
-use crate::speculate::simulated::Acceptance;
+use crate::speculate::simulated::{Acceptance, Simulated};
 use crate::train::prompts::Prompts;
 
 /// One mode at one number of parallel requests.
@@ -46,7 +45,7 @@ impl Figures {
         self.accepted += other.accepted;
     }
 
-    fn note(&mut self, done: &Completion) {
+    fn record(&mut self, done: &Completion) {
         self.tokens += done.usage.completion_tokens;
         self.decode_s += done.timings.decode_s;
         self.steps += done.speculation.steps;
@@ -102,14 +101,14 @@ struct Report {
     calibration: Vec<Calibrated>,
 }
 
-/// How well the acceptance of candidates was foreseen.
+/// How well the acceptance of candidates was predicted.
 #[derive(Debug, Serialize)]
 struct Calibrated {
     sources: Vec<Source>,
     /// `None`: all of them.
     depth: Option<usize>,
     verified: u64,
-    foreseen: f64,
+    predicted: f64,
     accepted: u64,
     error: f64,
     ranges: Vec<Count>,
@@ -121,7 +120,14 @@ struct Calibrated {
 /// When model, heads or prompts cannot be read, a result cannot be written, or the engine fails.
 pub fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     let prompts = Prompts::read(&args.prompts.file, args.prompts.system.clone(), args.prompts.raw)?;
-    let engine = engine::spawn(params(args)?);
+    let mut params = params(args)?;
+    let engine = match args.acceptance.clone() {
+        None => engine::spawn(params),
+        Some(rates) => {
+            let acceptance = simulate(&mut params, rates)?;
+            spawn_with(params, |model| Simulated::new(model, acceptance))
+        }
+    };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let report = runtime.block_on(async {
         let handle = engine.ready().await.map_err(|e| anyhow!(e))?;
@@ -155,47 +161,31 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<()> {
 
 fn params(args: &BenchArgs) -> anyhow::Result<EngineParams> {
     let n_slots = args.parallel.iter().copied().max().unwrap_or(1);
-    let n_ctx = args.model.context_size;
-    let n_cells = n_slots * n_ctx;
     let mut drafts = args
         .drafts
         .params(&args.model)
         .context("there is nothing to draft with: neither heads nor text")?;
     drafts.fixed_nodes = args.tree_nodes;
-    if let Some(rates) = &args.acceptance {
-        let heads = drafts
-            .heads
-            .as_mut()
-            .context("--acceptance: there are no heads; name a folder with --heads")?;
-        heads.n_heads = heads.n_heads.min(rates.len()); // others would never be right
-        drafts.acceptance =
-            Some(Acceptance::new(rates.clone()).context("--acceptance: no rates from 0 to 1")?);
-        drafts.n_shared_text = None; // only heads have rates
-    }
     let by_heads = |mode: &Speculation| mode.by_heads() && !mode.by_text();
     if drafts.heads.is_none() && modes(args).iter().any(by_heads) {
         bail!("--modes names heads, but there are none; name a folder with --heads");
     }
-    Ok(EngineParams {
-        model_path: args.model.path().map_err(|e| anyhow!(e))?,
-        n_gpu_layers: args.model.n_gpu_layers,
-        n_threads: args.model.threads(),
-        limits: Limits {
-            n_slots,
-            n_ctx,
-            n_batch: 512,
-            n_prefill: None,
-            layout: Layout::Unified {
-                n_cells,
-                n_retained: 0,
-                n_seqs: n_slots.min(max_sequences()),
-            },
-        },
-        drafts: Some(drafts),
-        traces: false,
-        n_queue: n_slots + 1,
-        max_wait: Duration::ZERO,
-    })
+    let params = args.model.engine(n_slots).map_err(|e| anyhow!(e))?;
+    Ok(EngineParams { drafts: Some(drafts), ..params })
+}
+
+/// Prepares the engine for heads that are right at these rates.
+fn simulate(params: &mut EngineParams, rates: Vec<f32>) -> anyhow::Result<Acceptance> {
+    let Some(DraftParams { heads: Some(heads), n_shared_text, calibration, .. }) =
+        &mut params.drafts
+    else {
+        bail!("--acceptance: there are no heads; name a folder with --heads")
+    };
+    heads.n_heads = heads.n_heads.min(rates.len()); // others would never be right
+    *n_shared_text = None; // only heads have rates
+    let acceptance = Acceptance::new(rates).context("--acceptance: no rates from 0 to 1")?;
+    *calibration = acceptance.calibration();
+    Ok(acceptance)
 }
 
 /// What is compared; the first is what the others are compared with.
@@ -210,6 +200,10 @@ fn modes(args: &BenchArgs) -> Vec<Speculation> {
 }
 
 async fn measure(args: &BenchArgs, handle: &Handle, prompts: &Prompts) -> anyhow::Result<Report> {
+    let (n_rates, n_heads) = (args.acceptance.as_ref().map_or(0, Vec::len), handle.n_heads());
+    if n_rates > n_heads {
+        bail!("acceptance is given for {n_rates} heads, but there are {n_heads}");
+    }
     // Every n-th of the file, so that all its parts are there.
     let n = args.n_prompts.min(prompts.len());
     let chosen: Vec<usize> = (0..n).map(|i| i * prompts.len() / n).collect();
@@ -217,7 +211,7 @@ async fn measure(args: &BenchArgs, handle: &Handle, prompts: &Prompts) -> anyhow
     let mut report = Report {
         model: handle.model().name().unwrap_or_else(|| "unnamed model".into()),
         quantization: handle.model().quantization(),
-        n_heads: handle.n_heads(),
+        n_heads,
         text_drafts: handle.drafts_from_text(),
         simulated: args.acceptance.is_some(),
         acceptance: args.acceptance.clone(),
@@ -236,12 +230,12 @@ async fn measure(args: &BenchArgs, handle: &Handle, prompts: &Prompts) -> anyhow
         ProgressStyle::with_template("{bar:40} {pos}/{len} prompts {elapsed}, {eta} left")
             .expect("a valid template"),
     );
-    ask(handle, &request(args, "Say hi.".into(), 0, Speculation::Auto)).await?;
+    ask(handle, &request(args, "Say hi.".into(), Speculation::Auto)).await?;
     for &parallel in &args.parallel {
         let all = report.by_parallel.entry(parallel).or_default();
         for round in 0..args.rounds {
             let mut of_round = Modes::new();
-            // Together as many as run in parallel, so that all modes see the same company.
+            // Together as many as run in parallel, so that all modes see the same concurrent requests.
             for (i, group) in chosen.chunks(parallel.max(1)).enumerate() {
                 let category = prompts.category(group[0]).unwrap_or("all").to_owned();
                 // Which mode goes first changes, since the next one finds a warmer machine.
@@ -276,7 +270,7 @@ fn calibrated(reliability: &Reliability) -> Vec<Calibrated> {
             sources: sources.to_vec(),
             depth,
             verified: ranges.iter().map(|c| c.n).sum(),
-            foreseen: ranges.iter().map(|c| c.foreseen).sum(),
+            predicted: ranges.iter().map(|c| c.predicted).sum(),
             accepted: ranges.iter().map(|c| c.accepted).sum(),
             error: calibration_error(&ranges),
             ranges: ranges.to_vec(),
@@ -298,24 +292,20 @@ async fn run(
     let mut running = JoinSet::new();
     for &i in group {
         let (handle, request) =
-            (handle.clone(), request(args, prompts.text(handle.model(), i), i, mode));
+            (handle.clone(), request(args, prompts.text(handle.model(), i), mode));
         running.spawn(async move { ask(&handle, &request).await });
     }
     let mut figures = Figures::default();
     while let Some(done) = running.join_next().await {
-        figures.note(&done??);
+        figures.record(&done??);
     }
     figures.wall_s = started.elapsed().as_secs_f64();
     Ok(figures)
 }
 
-/// `i` is the prompt's number.
-fn request(args: &BenchArgs, prompt: String, i: usize, speculation: Speculation) -> Request {
-    // Simulated acceptance follows the seed: the same for all prompts, they would be lucky at the
-    // same positions.
-    let seed = if args.acceptance.is_some() { i as u64 } else { 1 };
-    let sampling =
-        SamplingParams { temperature: args.temperature as f32, seed, ..SamplingParams::default() };
+fn request(args: &BenchArgs, prompt: String, speculation: Speculation) -> Request {
+    let temperature = args.temperature as f32;
+    let sampling = SamplingParams { temperature, seed: 1, ..SamplingParams::default() };
     Request {
         sampling,
         cache_prompt: false,
@@ -406,7 +396,7 @@ fn print(report: &Report) -> anyhow::Result<()> {
     }
     writeln!(
         out,
-        "\ncandidates by source and depth   verified   foreseen   accepted   expected calibration error"
+        "\ncandidates by source and depth   verified  predicted   accepted   expected calibration error"
     )?;
     for c in &report.calibration {
         let sources = if c.sources.len() == 1 {
@@ -420,10 +410,10 @@ fn print(report: &Report) -> anyhow::Result<()> {
             Some(depth) => depth.to_string(),
         };
         let share = |x: f64| x / c.verified as f64;
-        let (foreseen, accepted) = (share(c.foreseen), share(c.accepted as f64));
+        let (predicted, accepted) = (share(c.predicted), share(c.accepted as f64));
         writeln!(
             out,
-            "{sources:6} {depth:24} {:10} {foreseen:10.3} {accepted:10.3} {:28.3}",
+            "{sources:6} {depth:24} {:10} {predicted:10.3} {accepted:10.3} {:28.3}",
             c.verified, c.error
         )?;
     }

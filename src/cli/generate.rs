@@ -1,15 +1,14 @@
 //! `medusa-llama generate`: one prompt through the same engine, streamed to the terminal.
 
 use std::io::{Read, Write};
-use std::time::Duration;
 
 use anyhow::{anyhow, bail};
 use serde_json::json;
 
 use super::show_loading;
 use crate::config::GenerateArgs;
+use crate::engine;
 use crate::engine::thread::EngineParams;
-use crate::engine::{self, Layout, Limits};
 use crate::http::generate as body;
 use crate::request::Event;
 
@@ -18,19 +17,9 @@ use crate::request::Event;
 /// # Errors
 /// When the model cannot be loaded, a parameter is out of range, or the engine fails.
 pub fn generate(args: &GenerateArgs) -> anyhow::Result<()> {
-    let n_ctx = args.model.context_size;
     let request = request(args)?;
-    let layout = Layout::Unified { n_cells: n_ctx, n_retained: 0, n_seqs: 1 };
-    let params = EngineParams {
-        model_path: args.model.path().map_err(|e| anyhow!(e))?,
-        n_gpu_layers: args.model.n_gpu_layers,
-        n_threads: args.model.threads(),
-        limits: Limits { n_slots: 1, n_ctx, n_batch: 512, n_prefill: None, layout },
-        drafts: args.drafts.params(&args.model),
-        traces: false,
-        n_queue: 1,
-        max_wait: Duration::ZERO,
-    };
+    let params = args.model.engine(1).map_err(|e| anyhow!(e))?;
+    let params = EngineParams { drafts: args.drafts.params(&args.model), ..params };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let engine = engine::spawn(params);
     let done = runtime.block_on(async {

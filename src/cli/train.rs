@@ -3,7 +3,7 @@
 
 use std::ops::ControlFlow;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::anyhow;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -46,25 +46,17 @@ pub fn train(args: &TrainArgs) -> anyhow::Result<()> {
 fn collect(args: &TrainArgs, prompts: &Prompts, folder: &Path) -> anyhow::Result<(usize, u64)> {
     let n_ctx = args.model.context_size;
     let n_cells = args.batch_size * n_ctx.min(2 * args.max_answer + 256);
+    let params = args.model.engine(args.batch_size).map_err(|e| anyhow!(e))?;
+    let layout = Layout::Unified {
+        n_cells: n_cells.max(n_ctx),
+        n_retained: n_ctx,
+        n_seqs: (args.batch_size + 1).min(max_sequences()),
+    };
     let params = EngineParams {
-        model_path: args.model.path().map_err(|e| anyhow!(e))?,
-        n_gpu_layers: args.model.n_gpu_layers,
-        n_threads: args.model.threads(),
-        limits: Limits {
-            n_slots: args.batch_size,
-            n_ctx,
-            n_batch: 512,
-            n_prefill: None,
-            layout: Layout::Unified {
-                n_cells: n_cells.max(n_ctx),
-                n_retained: n_ctx,
-                n_seqs: (args.batch_size + 1).min(max_sequences()),
-            },
-        },
-        drafts: None,
+        limits: Limits { layout, ..params.limits },
         traces: true,
         n_queue: args.batch_size + 8,
-        max_wait: Duration::ZERO,
+        ..params
     };
     let wanted = Wanted { n_tokens: args.tokens, max_answer: args.max_answer, seed: args.seed };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

@@ -17,9 +17,9 @@ use self::folder::Folder;
 use self::report::Report;
 use super::{bench::ask, quantize::write};
 use crate::config::TuneArgs;
+use crate::engine;
 use crate::engine::forward::LlamaForward;
 use crate::engine::thread::EngineParams;
-use crate::engine::{self, Layout, Limits};
 use crate::eval;
 use crate::llama::{Context, ContextParams, Model, ModelParams, Quantization, Token};
 use crate::request::{Request, SamplingParams, Speculation};
@@ -262,22 +262,8 @@ fn time_decoding(
     runtime: &Runtime,
 ) -> anyhow::Result<()> {
     let n_ctx = 4 * PROMPT + 16 + args.max_tokens; // a character may be four tokens
-    let engine = engine::spawn(EngineParams {
-        model_path: path.to_owned(),
-        n_gpu_layers: args.model.n_gpu_layers,
-        n_threads: own.threads,
-        limits: Limits {
-            n_slots: TOGETHER,
-            n_ctx,
-            n_batch: N_BATCH,
-            n_prefill: None,
-            layout: Layout::Unified { n_cells: TOGETHER * n_ctx, n_retained: 0, n_seqs: TOGETHER },
-        },
-        drafts: None,
-        traces: false,
-        n_queue: TOGETHER + 1,
-        max_wait: Duration::ZERO,
-    });
+    let params = EngineParams::new(path.to_owned(), own.threads, TOGETHER, n_ctx);
+    let engine = engine::spawn(EngineParams { n_gpu_layers: args.model.n_gpu_layers, ..params });
     let measured = runtime.block_on(async {
         let handle = engine.ready().await.map_err(|e| anyhow!(e))?;
         ask(&handle, &request(&prompts[0], 2)).await?; // the first touches memory that later ones find touched

@@ -1,5 +1,5 @@
-//! What the engine needs of a model and its cache. llama.cpp stands behind it in the server, a stub
-//! in tests and benches.
+//! What the engine needs of a model and its cache: llama.cpp in the server, a stub in tests and
+//! benches.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -7,8 +7,10 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::grammar::GrammarError;
 use super::slots::KvOp;
 use crate::llama::{Batch, Context, LlamaError, Model, SeqId, Tapped, Token};
+use crate::speculate::cost;
 use crate::speculate::device::{self, Ask, DeviceHeads};
 
 /// One token to compute.
@@ -94,6 +96,20 @@ impl Rows {
     }
 }
 
+/// Why a step, or one sequence's part in it, failed.
+#[derive(Debug, thiserror::Error)]
+pub enum StepError {
+    /// llama.cpp failed, or refused.
+    #[error(transparent)]
+    Llama(#[from] LlamaError),
+    /// The sequence's grammar cannot be followed.
+    #[error(transparent)]
+    Grammar(#[from] GrammarError),
+    /// A row whose logits were asked for has none.
+    #[error("row {0} has no logits")]
+    NoLogits(usize),
+}
+
 /// A model with its KV cache.
 pub trait Forward {
     /// Values in a row of logits.
@@ -102,23 +118,23 @@ pub trait Forward {
     ///
     /// # Errors
     /// When the pass failed; what the cache then holds of these sequences is unknown.
-    fn forward(&mut self, rows: &Rows) -> Result<(), LlamaError>;
+    fn forward(&mut self, rows: &Rows) -> Result<(), StepError>;
     /// Logits of a row of the last pass that wanted them.
     ///
     /// # Errors
     /// For any other row.
-    fn logits(&self, row: usize) -> Result<&[f32], LlamaError>;
+    fn logits(&self, row: usize) -> Result<&[f32], StepError>;
     /// Hidden state, after the final norm, of a row of the last pass that wanted logits: what heads
     /// draft from.
     ///
     /// # Errors
     /// For any other row, or a model that does not keep it.
-    fn hidden(&self, row: usize) -> Result<&[f32], LlamaError>;
+    fn hidden(&self, row: usize) -> Result<&[f32], StepError>;
     /// `true` if [`verify`](Self::verify) is worth a call.
     fn verifies(&self) -> bool {
         false
     }
-    /// Chooses the tokens behind the last pass's output rows, and drafts behind them, where the
+    /// Chooses the tokens after the last pass's output rows, and drafts after them, where the
     /// logits are: by row the token, -1 for the rows of sequences that the host is to choose for.
     /// `None` where the host is to choose for all.
     fn verify(&mut self, _ask: Ask<'_>) -> Option<&[i32]> {
@@ -128,16 +144,12 @@ pub trait Forward {
     ///
     /// # Errors
     /// When the cache cannot do that.
-    fn apply(&mut self, op: KvOp) -> Result<(), LlamaError>;
+    fn apply(&mut self, op: KvOp) -> Result<(), StepError>;
     /// Appends a token's bytes.
     fn piece(&self, token: Token, out: &mut Vec<u8>);
     /// `true` for tokens that end a text.
     fn is_end(&self, token: Token) -> bool;
 }
-
-/// Rounds of measuring, fewer where there would be more than so many rows of one number.
-const ROUNDS: usize = 10;
-const MOST_ROWS: usize = 96;
 
 /// llama.cpp as the engine's model.
 ///
@@ -198,45 +210,18 @@ impl LlamaForward {
         self.context.tapped()
     }
 
-    /// What steps take, measured: seconds of a pass of each number of rows, ascending, behind one
-    /// of as many, and the seconds more that one takes behind another number. The best of a few
-    /// rounds, so that a moment's disturbance does not hit one number alone. When `patience` is
-    /// over only what is missing for a curve at all is measured: a slow model's has few numbers.
+    /// What steps take, as [`cost::measure`] has it, in about `limit` beside the first pass, which
+    /// reads the model's weights into memory.
     ///
     /// # Errors
     /// When a pass fails.
     pub fn measure(
         &mut self,
         numbers: &[usize],
-        patience: Duration,
+        limit: Duration,
     ) -> Result<(Vec<(usize, f64)>, f64), LlamaError> {
-        let started = Instant::now();
-        let is_late = || started.elapsed() > patience;
-        let mut points: Vec<(usize, f64)> = numbers.iter().map(|&n| (n, f64::INFINITY)).collect();
-        for round in 0..ROUNDS {
-            for (i, (n, best)) in
-                points.iter_mut().enumerate().filter(|(_, (n, _))| n * round <= MOST_ROWS)
-            {
-                if is_late() && (round > 0 || i > 1) {
-                    break;
-                }
-                self.time_pass(*n)?;
-                *best = best.min(self.time_pass(*n)?);
-            }
-        }
-        points.retain(|(_, seconds)| seconds.is_finite());
-        let mut changed = [f64::INFINITY; 2];
-        for (k, i) in (0..2).cycle().take(2 * ROUNDS).enumerate() {
-            if is_late() && k > 1 {
-                break;
-            }
-            changed[i] = changed[i].min(self.time_pass(i + 1)?);
-        }
-        let more = |i: usize| {
-            points.iter().find(|(n, _)| *n == i + 1).map_or(0.0, |(_, same)| changed[i] - same)
-        };
-        let change_s = f64::midpoint(more(0), more(1)).max(0.0);
-        Ok((points, change_s))
+        self.time_pass(1)?;
+        cost::measure(numbers, limit.as_secs_f64(), |n| self.time_pass(n))
     }
 
     /// Seconds of a pass of `n` rows with logits on an empty cache, which is empty again
@@ -295,30 +280,28 @@ impl Forward for LlamaForward {
         self.model.n_vocab()
     }
 
-    fn forward(&mut self, rows: &Rows) -> Result<(), LlamaError> {
+    fn forward(&mut self, rows: &Rows) -> Result<(), StepError> {
         self.places.clear();
         self.places.resize(rows.len(), Place::Nowhere);
         self.kept.clear();
         if self.streams {
-            return self.forward_streams(rows);
+            return Ok(self.forward_streams(rows)?);
         }
         self.batch.clear();
         rows.iter().enumerate().try_for_each(|(i, row)| self.add(i, row))?;
-        self.context.forward(&self.batch)
+        Ok(self.context.forward(&self.batch)?)
     }
 
-    fn logits(&self, row: usize) -> Result<&[f32], LlamaError> {
+    fn logits(&self, row: usize) -> Result<&[f32], StepError> {
         match self.places.get(row) {
-            Some(&Place::Context(at)) => self.context.logits(at),
+            Some(&Place::Context(at)) => Ok(self.context.logits(at)?),
             Some(&Place::Kept(from)) => Ok(&self.kept[from..from + self.model.n_vocab()]),
-            Some(Place::Nowhere) | None => {
-                Err(LlamaError::Misuse(format!("row {row} wanted no logits")))
-            }
+            Some(Place::Nowhere) | None => Err(StepError::NoLogits(row)),
         }
     }
 
-    fn hidden(&self, row: usize) -> Result<&[f32], LlamaError> {
-        self.context.hidden(row)
+    fn hidden(&self, row: usize) -> Result<&[f32], StepError> {
+        Ok(self.context.hidden(row)?)
     }
 
     fn verifies(&self) -> bool {
@@ -327,14 +310,14 @@ impl Forward for LlamaForward {
 
     fn verify(&mut self, ask: Ask<'_>) -> Option<&[i32]> {
         let heads = Rc::clone(self.device.as_ref()?);
-        if ask.spans.len() > device::MOST_SEQUENCES || ask.rules.len() > device::MOST_ROWS {
+        if ask.sequences.len() > device::MOST_SEQUENCES || ask.rows.len() > device::MOST_ROWS {
             return None;
         }
         let n_outputs = self.places.iter().filter(|p| matches!(p, Place::Context(_))).count();
         let tapped = self
             .context
             .tapped()
-            .filter(|t| t.n_rows() == n_outputs && ask.rules.len() <= n_outputs)?;
+            .filter(|t| t.n_rows() == n_outputs && ask.rows.len() <= n_outputs)?;
         self.chosen.clear();
         match heads.borrow_mut().verify(tapped.logits(), tapped.hidden(), self.model.n_vocab(), ask)
         {
@@ -348,11 +331,12 @@ impl Forward for LlamaForward {
         Some(&self.chosen)
     }
 
-    fn apply(&mut self, op: KvOp) -> Result<(), LlamaError> {
+    fn apply(&mut self, op: KvOp) -> Result<(), StepError> {
         match op {
-            KvOp::Remove { seq, from } => self.context.remove_from(seq, from),
-            KvOp::Share { from, to, start, end } => self.context.share(from, to, start..end),
+            KvOp::Remove { seq, from } => self.context.remove_from(seq, from)?,
+            KvOp::Share { from, to, start, end } => self.context.share(from, to, start..end)?,
         }
+        Ok(())
     }
 
     fn piece(&self, token: Token, out: &mut Vec<u8>) {

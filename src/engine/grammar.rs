@@ -1,6 +1,6 @@
 //! Grammars: which tokens may come next, by llguidance. No other file knows that library.
 //!
-//! A [`Grammar`] stands behind the tokens chosen so far. It masks the row of logits that the next
+//! A [`Grammar`] has consumed the tokens chosen so far. It masks the row of logits that the next
 //! one is chosen from, and cuts the candidates that it forbids out of a tree before they are
 //! computed. So what is verified is what the model would choose under the grammar without drafts:
 //! the text is the same with them and without.
@@ -58,7 +58,7 @@ impl Grammars {
     /// A grammar at its beginning. A large one takes milliseconds.
     ///
     /// # Errors
-    /// [`Invalid`] for one that is none, that no text follows, or that is beyond llguidance's
+    /// [`Invalid`] for one that is malformed, that no text follows, or that is beyond llguidance's
     /// limits.
     pub fn compile(&self, source: &GrammarSource) -> Result<Grammar, Invalid> {
         let (param, grammar) = match source {
@@ -126,7 +126,7 @@ impl Grammar {
         tree.retain(&keeps);
     }
 
-    /// Marks the candidates behind node `at` that may stand there, and goes on behind each.
+    /// Marks the candidates after node `at` that may follow there, and goes on after each.
     fn walk(&mut self, tree: &Tree, at: Option<usize>, keeps: &mut [bool]) {
         let children = tree.nodes().iter().enumerate().filter(|(_, n)| n.parent == at);
         for (i, node) in children {
@@ -136,7 +136,7 @@ impl Grammar {
             if at.is_none() && !self.allowed.is_allowed(token) {
                 continue;
             }
-            // A grammar that fails here fails when it masks, too, and there it is told.
+            // A grammar that fails here fails when it masks, too, and is reported there.
             if self.matcher.try_consume_tokens(&[token]).is_ok_and(|n| n == 1) {
                 keeps[i] = true;
                 if !self.matcher.is_stopped() {
@@ -147,7 +147,7 @@ impl Grammar {
         }
     }
 
-    /// Goes on behind the token that was chosen. Returns `true` if the text is complete: nothing
+    /// Consumes the token that was chosen. Returns `true` if the text is complete: nothing
     /// may follow, or only its end.
     ///
     /// # Errors

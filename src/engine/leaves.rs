@@ -3,11 +3,11 @@
 //! A row of the batch sees the cells that carry its first id. So a tree of `n` leaves needs `n`
 //! ids: the sequence's own for its first leaf, and others for the rest, on everything the sequence
 //! has cached. A node carries the ids of the leaves below it. Afterwards the sequence takes over
-//! the cells of the accepted path, and the others come off the cells behind the root, which frees
+//! the cells of the accepted path, and the others come off the cells after the root, which frees
 //! the paths that were not taken. No keys or values move.
 //!
 //! Each running sequence that drafts has a block of ids of its own, and they stay on its cells from
-//! step to step: to put an id on a cell, or to take it off, is the dear part of llama.cpp's
+//! step to step: to put an id on a cell, or to take it off, is the expensive part of llama.cpp's
 //! bookkeeping, so only what is new is touched.
 
 use super::slots::KvOp;
@@ -24,7 +24,7 @@ pub struct Leaves {
     held: Vec<Option<Block>>,
 }
 
-/// Ids, each with how many of the sequence's first tokens it stands on.
+/// Ids, each with how many of the sequence's first tokens it is on.
 #[derive(Debug)]
 struct Block(Vec<(SeqId, usize)>);
 
@@ -50,7 +50,7 @@ impl Leaves {
         self.n_leaves
     }
 
-    /// Appends the ids of `n` leaves behind the `n_cached` tokens of `seq` to `ids`, and what to do
+    /// Appends the ids of `n` leaves after the `n_cached` tokens of `seq` to `ids`, and what to do
     /// before the step to `ops`.
     ///
     /// # Panics

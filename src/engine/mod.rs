@@ -1,13 +1,14 @@
 //! The engine: one thread, one context, one loop. Requests join and leave at every step.
 //!
-//! A step is: admit, plan, draft, forward, commit (in `commit`). [`slots`] knows who holds which
-//! cells, [`leaves`] lends ids to trees, [`scheduler`] says which rows come next, [`sampler`] which
-//! token follows, [`text`] what of it may be shown, [`pace`] and [`company`] how long things may
-//! take; [`speculate`](crate::speculate) drafts. They are pure; this file and `commit` alone read
-//! the clock, and [`forward`] alone talks to llama.cpp. What happens is counted in [`stats`].
+//! A step is: admit, plan, draft, forward, commit (in `commit`). Each sequence that takes part has a
+//! [`Turn`](turn::Turn). [`slots`] knows who holds which cells, [`leaves`] lends ids to trees,
+//! [`scheduler`] says which rows come next, [`sampler`] which token follows, [`text`] what of it may
+//! be shown, [`pace`] and [`bursts`] how long things may take; [`speculate`](crate::speculate)
+//! drafts. They are pure; this file and `commit` alone read the clock, and [`forward`] alone talks
+//! to llama.cpp. What happens is counted in [`stats`].
 
+pub mod bursts;
 mod commit;
-pub mod company;
 pub mod filter;
 pub mod forward;
 pub mod grammar;
@@ -21,30 +22,36 @@ pub mod slots;
 pub mod stats;
 pub mod text;
 pub mod thread;
+pub mod turn;
+mod walk;
 
 use std::collections::VecDeque;
+use std::ops::{Index, IndexMut};
 use std::sync::Arc;
 use std::time::Instant;
 
-pub use forward::{Forward, LlamaForward, Row, Rows};
+pub use forward::{Forward, LlamaForward, Row, Rows, StepError};
 pub use handle::{Handle, SubmitError};
 pub use sequence::Job;
 pub use slots::Layout;
 pub use thread::{Stage, spawn};
 
 use crate::error::IncidentId;
-use crate::gpu::kernels::{RowRule, Span};
-use crate::llama::{LlamaError, SeqId, Token};
+use crate::llama::{SeqId, Token};
 use crate::request::{Trace, span};
+use crate::speculate::device::{OutputRow, Verified};
+use crate::speculate::speculator::Verifying;
 use crate::speculate::tree::Below;
-use crate::speculate::{MAX_NODES, Origin, Speculator, Tree};
+use crate::speculate::{MAX_NODES, Origin, Speculator};
 use leaves::Leaves;
 use pace::{Load, Pace};
-use sampler::{Sampler, Scratch};
+use sampler::Sampler;
 use scheduler::{Budget, Demand, Share};
 use sequence::Sequence;
 use slots::{KvOp, Slots};
 use stats::{Ended, Stats};
+use turn::{RowRange, Turn};
+use walk::Choosing;
 
 /// The sizes an engine works within.
 #[derive(Clone, Copy, Debug)]
@@ -78,19 +85,51 @@ pub struct Engine<F> {
     limits: Limits,
     ledger: Slots,
     waiting: VecDeque<Job>,
-    /// Indexed by sequence id.
-    running: Vec<Option<Sequence>>,
+    running: Running,
     n_admitted: u64,
     pace: Pace,
     /// `None`: nothing is drafted.
     speculator: Option<Speculator>,
     leaves: Leaves,
-    /// Answers come with what the model thought.
+    /// Answers come with hidden states and logits.
     traces: bool,
     /// End-of-text tokens, for requests that ignore them.
     end_tokens: Vec<Token>,
     stats: Arc<Stats>,
+    turns: Vec<Turn>,
     work: Work,
+}
+
+/// The sequences that run, by id.
+struct Running(Vec<Option<Sequence>>);
+
+impl Running {
+    fn iter(&self) -> impl Iterator<Item = &Sequence> {
+        self.0.iter().flatten()
+    }
+
+    fn put(&mut self, sequence: Sequence) {
+        let place = sequence.seq.0 as usize;
+        self.0[place] = Some(sequence);
+    }
+
+    fn take(&mut self, seq: SeqId) -> Option<Sequence> {
+        self.0[seq.0 as usize].take()
+    }
+}
+
+impl Index<SeqId> for Running {
+    type Output = Sequence;
+
+    fn index(&self, seq: SeqId) -> &Sequence {
+        self.0[seq.0 as usize].as_ref().expect("a sequence runs until its turn is over")
+    }
+}
+
+impl IndexMut<SeqId> for Running {
+    fn index_mut(&mut self, seq: SeqId) -> &mut Sequence {
+        self.0[seq.0 as usize].as_mut().expect("a sequence runs until its turn is over")
+    }
 }
 
 /// Buffers that keep their memory from step to step.
@@ -100,31 +139,15 @@ struct Work {
     load: Load,
     by_age: Vec<Demand>,
     shares: Vec<Share>,
-    /// For each share its candidates, and the ids of their leaves: the sequence's own first.
-    trees: Vec<Tree>,
-    leaf_ids: Vec<Vec<SeqId>>,
     below: Below,
     rows: Rows,
-    accepted: Vec<usize>,
-    /// The tokens drafted for one place.
-    offered: Vec<Token>,
     /// Before the pass, and after it.
     ops: Vec<KvOp>,
-    settling: Vec<KvOp>,
-    sampling: Scratch,
-    likeliest: Vec<(Token, f32)>,
-    /// Logits under a grammar.
-    masked: Vec<f32>,
-    piece: Vec<u8>,
-    /// What the device is asked: for each output row its rule, for each sequence its rows, its id
-    /// and how far it is trusted.
-    rules: Vec<RowRule>,
-    spans: Vec<Span>,
-    asked: Vec<SeqId>,
-    trust: Vec<f32>,
-    /// What it chose, and where each share's rows begin there. Empty if it chose nothing.
+    /// What the device is asked, and by output row the tokens it chose; none if it chose none.
+    outputs: Vec<OutputRow>,
+    verified: Vec<Verified>,
     chosen: Vec<i32>,
-    first_choice: Vec<usize>,
+    choosing: Choosing,
 }
 
 impl<F: Forward> Engine<F> {
@@ -139,7 +162,7 @@ impl<F: Forward> Engine<F> {
         Self {
             ledger: Slots::new(limits.layout, limits.n_slots),
             waiting: VecDeque::new(),
-            running: (0..n_seqs).map(|_| None).collect(),
+            running: Running((0..n_seqs).map(|_| None).collect()),
             n_admitted: 0,
             pace: limits
                 .n_prefill
@@ -149,13 +172,14 @@ impl<F: Forward> Engine<F> {
             traces: false,
             end_tokens,
             stats,
+            turns: Vec::new(),
             work: Work::default(),
             forward,
             limits,
         }
     }
 
-    /// Lets trees be drafted and verified, with the sequence ids behind the layout's own up to
+    /// Lets trees be drafted and verified, with the sequence ids after the layout's own up to
     /// `n_ids` for their leaves.
     ///
     /// # Panics
@@ -169,8 +193,8 @@ impl<F: Forward> Engine<F> {
         self.speculator = Some(speculator);
     }
 
-    /// Lets answers come with what the model thought at each token. Its [`Forward`] must keep
-    /// hidden states.
+    /// Records hidden states and logits for each token, to come with the answer. The [`Forward`]
+    /// must keep hidden states.
     pub fn trace_answers(&mut self) {
         self.traces = true;
     }
@@ -183,7 +207,7 @@ impl<F: Forward> Engine<F> {
     /// `true` without a request to work on.
     #[must_use]
     pub fn is_idle(&self) -> bool {
-        self.waiting.is_empty() && self.running.iter().all(Option::is_none)
+        self.waiting.is_empty() && self.running.iter().next().is_none()
     }
 
     /// `true` if more requests wait than could start.
@@ -192,21 +216,22 @@ impl<F: Forward> Engine<F> {
         self.waiting.len() + self.ledger.n_active() >= self.limits.n_slots
     }
 
-    /// Admits what fits, computes one batch of rows, and hands out what came of it.
+    /// Admits what fits, computes one batch of rows, and hands out the results.
     pub fn step(&mut self) {
         self.admit();
-        self.plan();
-        self.draft();
-        self.fill_rows();
+        let mut turns = std::mem::take(&mut self.turns); // back below, for the next step
+        self.plan(&mut turns);
+        let round = self.draft(&mut turns);
+        self.fill_rows(&mut turns);
         if !self.work.rows.is_empty() {
             let started = Instant::now();
-            let ops = std::mem::take(&mut self.work.ops);
-            match self.apply(&ops).and_then(|()| self.forward.forward(&self.work.rows)) {
-                Ok(()) => self.commit(started),
-                Err(error) => self.fail(&error),
+            match self.forward() {
+                Ok(()) => self.commit(&mut turns, round, started),
+                // What the cache holds of these sequences is not known, so they end.
+                Err(error) => turns.iter().for_each(|turn| self.fail(turn.share.seq, &error)),
             }
-            self.work.ops = ops;
         }
+        self.turns = turns;
         self.publish();
     }
 
@@ -232,7 +257,7 @@ impl<F: Forward> Engine<F> {
             let banned: &[Token] = if job.request.ignore_eos { &self.end_tokens } else { &[] };
             let sampler =
                 Sampler::new(&job.request.sampling, banned, &job.prompt, self.forward.n_vocab());
-            let ready = self.apply(&place.ops).and(sampler);
+            let ready = apply(&mut self.forward, &place.ops).and(sampler.map_err(StepError::from));
             let _of_request = span(&job.request.id).entered();
             match ready {
                 Ok(sampler) => {
@@ -251,7 +276,7 @@ impl<F: Forward> Engine<F> {
                     {
                         sequence.index_text();
                     }
-                    self.running[seq.0 as usize] = Some(sequence);
+                    self.running.put(sequence);
                     self.n_admitted += 1;
                 }
                 Err(error) => {
@@ -281,127 +306,97 @@ impl<F: Forward> Engine<F> {
         }
     }
 
-    /// Fills the shares of the next step.
-    fn plan(&mut self) {
+    /// Begins the turns of the next step.
+    fn plan(&mut self, turns: &mut Vec<Turn>) {
         let work = &mut self.work;
         work.demands.clear();
         let demand = |s: &Sequence| Demand { seq: s.seq, n_pending: s.n_pending(), order: s.order };
-        work.demands.extend(self.running.iter().flatten().map(demand));
-        let n_decode = work.demands.iter().filter(|d| d.n_pending == 1).count();
+        work.demands.extend(self.running.iter().map(demand));
+        let n_decode = work.demands.iter().filter(|d| d.decodes()).count();
         work.load = Load { n_decode, n_prompts: work.demands.len() - n_decode };
         let budget =
             Budget { n_batch: self.limits.n_batch, n_prefill: self.pace.n_prefill(work.load) };
         scheduler::plan(&work.demands, budget, &mut work.by_age, &mut work.shares);
+        turns.resize_with(work.shares.len(), Turn::default);
+        turns.iter_mut().zip(&work.shares).for_each(|(turn, share)| turn.begin(*share));
     }
 
     /// Fills the trees of the next step, and what to do to the cache for them.
-    fn draft(&mut self) {
-        let work = &mut self.work;
+    fn draft(&mut self, turns: &mut [Turn]) -> Option<Verifying> {
+        let Self { running, work, leaves, .. } = self;
         work.ops.clear();
-        work.trees.iter_mut().for_each(Tree::clear);
-        work.trees.resize_with(work.shares.len().max(work.trees.len()), Tree::default);
-        work.leaf_ids.iter_mut().for_each(Vec::clear);
-        work.leaf_ids.resize_with(work.trees.len(), Vec::new);
-        let Some(speculator) = &mut self.speculator else { return };
-
-        let sequence = |share: &Share| {
-            self.running[share.seq.0 as usize].as_ref().expect("planned from the running ones")
-        };
+        let speculator = self.speculator.as_mut()?;
         let deepest = speculator.max_tokens_per_step() - 1;
-        let origin = |share: &Share| {
-            let s = sequence(share);
-            let n_draftable =
-                if share.to_end && share.n_rows == 1 { s.n_draftable().min(deepest) } else { 0 };
-            Origin {
-                seq: s.seq,
-                hidden: s.hidden(),
-                root: s.tokens[s.n_computed],
-                max_depth: if s.hidden().is_empty() { 0 } else { n_draftable },
-                trust: s.trust.heads.factor(),
-                open: 1.0,
-                text: s.text_origin(n_draftable).filter(|_| n_draftable > 0),
-            }
+        let n_rows: usize = turns.iter().map(|turn| turn.share.n_rows).sum();
+        let drafting = speculator.begin(n_rows, n_decode(turns));
+        let origin = |Turn { share, .. }: &Turn| {
+            running[share.seq].origin(if share.decodes() { deepest } else { 0 })
         };
-        let mut origins: Vec<Origin<'_>> = work.shares.iter().map(origin).collect();
-        let n_rows: usize = work.shares.iter().map(|s| s.n_rows).sum();
-        let n_decode = work.shares.iter().filter(|s| s.to_end && s.n_rows == 1).count();
-        if !speculator.is_due(n_rows, n_decode)
-            || origins.iter().all(|o| o.max_depth == 0 && o.text.is_none())
-        {
-            return;
+        let mut origins: Vec<Origin<'_>> = turns.iter().map(origin).collect();
+        if !drafting.is_due() || origins.iter().all(|o| o.max_depth == 0 && o.text.is_none()) {
+            return Some(drafting.skip());
         }
-        let trees = &mut work.trees[..origins.len()];
         let started = Instant::now();
-        speculator.draft(&mut origins, n_rows, n_decode, trees);
-        for (share, tree) in work.shares.iter().zip(trees.iter_mut()) {
-            let s = self.running[share.seq.0 as usize].as_mut();
-            if let Some(grammar) = s.and_then(|s| s.grammar.as_mut()) {
-                grammar.prune(tree);
+        let drafted = drafting.draft(&mut origins, turns);
+        for turn in turns.iter_mut() {
+            if let Some(grammar) = &mut running[turn.share.seq].grammar {
+                grammar.prune(&mut turn.tree);
             }
         }
         let seconds = started.elapsed().as_secs_f64();
-        let n_offered = trees.iter().map(Tree::len).sum::<usize>();
-        let n_free = self.ledger.make_room(n_rows + n_offered.min(MAX_NODES), &mut work.ops);
+        let n_proposed: usize = turns.iter().map(|turn| turn.tree.len()).sum();
+        let n_free = self.ledger.make_room(n_rows + n_proposed.min(MAX_NODES), &mut work.ops);
         let room = (self.limits.n_batch - n_rows).min(n_free.saturating_sub(n_rows));
-        speculator.choose(trees, n_rows, n_decode, room, seconds);
-
-        for ((share, tree), ids) in work.shares.iter().zip(trees).zip(&mut work.leaf_ids) {
-            while tree.leaves_below(&mut work.below) > self.leaves.n_leaves() {
-                tree.truncate(tree.len() - 1);
+        let round = drafted.choose(turns, room, seconds);
+        for Turn { share, tree, leaves: ids, .. } in turns.iter_mut() {
+            while tree.leaves_below(&mut work.below) > leaves.n_leaves() {
+                tree.cut(tree.len() - 1);
             }
             if !tree.is_empty() {
                 let n_leaves = tree.leaves_below(&mut work.below);
-                let n_computed =
-                    self.running[share.seq.0 as usize].as_ref().map_or(0, |s| s.n_computed);
-                self.leaves.lend(share.seq, n_leaves, n_computed, ids, &mut work.ops);
+                leaves.lend(share.seq, n_leaves, running[share.seq].n_computed, ids, &mut work.ops);
             }
         }
-        let n_chosen = work.trees.iter().take(work.shares.len()).map(Tree::len).sum();
-        self.stats.count_candidates(n_offered, n_chosen);
+        self.stats.count_candidates(n_proposed, turns.iter().map(|turn| turn.tree.len()).sum());
+        Some(round)
     }
 
-    /// Fills the rows of the next step: each share's, and behind a decoding one's its tree's.
-    fn fill_rows(&mut self) {
-        let work = &mut self.work;
-        work.rows.clear();
-        for ((share, tree), ids) in work.shares.iter().zip(&work.trees).zip(&work.leaf_ids) {
-            let s =
-                self.running[share.seq.0 as usize].as_ref().expect("planned from the running ones");
+    /// Fills the rows of the next step: each share's, and after a decoding one's its tree's.
+    fn fill_rows(&mut self, turns: &mut [Turn]) {
+        let Work { rows, below, .. } = &mut self.work;
+        rows.clear();
+        let mut n_outputs = 0;
+        for turn in turns {
+            let Turn { share, tree, leaves, .. } = turn;
+            let s = &self.running[share.seq];
+            let end = s.n_computed + share.n_rows;
+            turn.rows = RowRange(rows.len() + share.n_rows - 1);
+            turn.outputs = RowRange(n_outputs);
+            n_outputs += if share.to_end { 1 + tree.len() } else { 0 };
             if tree.is_empty() {
-                let last = s.n_computed + share.n_rows - 1;
-                for pos in s.n_computed..=last {
-                    work.rows.push(s.tokens[pos], pos, [s.seq], share.to_end && pos == last);
+                for pos in s.n_computed..end {
+                    rows.push(s.tokens[pos], pos, [s.seq], share.to_end && pos + 1 == end);
                 }
                 continue;
             }
-            tree.leaves_below(&mut work.below);
-            work.rows.push(s.tokens[s.n_computed], s.n_computed, ids.iter().copied(), true);
-            for (node, below) in tree.nodes().iter().zip(work.below.lists()) {
-                work.rows.push(
-                    node.token,
-                    s.n_computed + node.depth,
-                    below.iter().map(|&leaf| ids[leaf]),
-                    true,
-                );
+            tree.leaves_below(below);
+            rows.push(s.tokens[s.n_computed], s.n_computed, leaves.iter().copied(), true);
+            for (node, below) in tree.nodes().iter().zip(below.lists()) {
+                let ids = below.iter().map(|&leaf| leaves[leaf]);
+                rows.push(node.token, s.n_computed + node.depth, ids, true);
             }
         }
     }
 
-    fn apply(&mut self, ops: &[KvOp]) -> Result<(), LlamaError> {
-        ops.iter().try_for_each(|&op| self.forward.apply(op))
+    fn forward(&mut self) -> Result<(), StepError> {
+        apply(&mut self.forward, &self.work.ops)?;
+        self.forward.forward(&self.work.rows)
     }
 
-    /// A step failed: what the cache holds of its sequences is not known, so they end. The others
-    /// go on.
-    fn fail(&mut self, error: &LlamaError) {
-        let shares = std::mem::take(&mut self.work.shares);
-        shares.iter().for_each(|share| self.fail_one(share.seq, error));
-        self.work.shares = shares;
-    }
-
-    fn fail_one(&mut self, seq: SeqId, error: &dyn std::error::Error) {
+    /// Ends a sequence that cannot go on. The others do.
+    fn fail(&mut self, seq: SeqId, error: &StepError) {
         let id = IncidentId::new();
-        let failed = self.running[seq.0 as usize].take();
+        let failed = self.running.take(seq);
         let _of_request = failed.as_ref().map(|s| span(&s.id).entered());
         tracing::error!(%id, %error, "a request failed in the engine");
         if let Some(mut s) = failed {
@@ -415,7 +410,7 @@ impl<F: Forward> Engine<F> {
     fn forget(&mut self, seq: SeqId) {
         let mut ops = self.ledger.discard(seq);
         self.leaves.end(seq, &mut ops);
-        if let Err(error) = self.apply(&ops) {
+        if let Err(error) = apply(&mut self.forward, &ops) {
             tracing::error!(%error, "the cache refused to drop a sequence");
         }
     }
@@ -439,7 +434,7 @@ impl<F: Forward> Engine<F> {
     /// When it does not.
     pub fn check_integrity(&self) {
         self.ledger.check_integrity();
-        assert_eq!(self.running.iter().flatten().count(), self.ledger.n_active());
+        assert_eq!(self.running.iter().count(), self.ledger.n_active());
     }
 
     /// Checks that an idle engine holds no sequence, no cell but retained ones, and no lent id. For
@@ -451,4 +446,13 @@ impl<F: Forward> Engine<F> {
         assert!(self.is_idle() && self.ledger.n_cells_active() == 0);
         assert!(self.leaves.is_whole(), "every block of ids came back");
     }
+}
+
+fn apply<F: Forward>(forward: &mut F, ops: &[KvOp]) -> Result<(), StepError> {
+    ops.iter().try_for_each(|&op| forward.apply(op))
+}
+
+/// How many of the turns are decoding sequences'.
+fn n_decode(turns: &[Turn]) -> usize {
+    turns.iter().filter(|turn| turn.share.decodes()).count()
 }

@@ -1,7 +1,7 @@
 //! How much of prompts one step may carry while other sequences decode. Pure: durations come from
 //! outside.
 //!
-//! A running stream notices a newcomer's prompt as a longer step. The chunk is steered by what
+//! To a running stream, a newcomer's prompt is a longer step. The chunk is steered by what
 //! steps really take: after each step that carried a full chunk it is scaled by the ratio of the
 //! time such a step may take to the time it took. A step may take [`STALL`] times as long as a step
 //! of as many streams without a prompt, and at least [`MIN_STALL_S`], which few notice. For a cost
@@ -9,9 +9,9 @@
 //! and `b` are; where even the fixed part is too long it stays at [`MIN_CHUNK`], below which
 //! prompts would never be done.
 //!
-//! Where more prompts wait than streams run, the few that run would hold up the many: a step may
-//! then take as many times as long as there are prompts to a stream. So the prompts of a burst are
-//! read together, and a lone newcomer takes its time.
+//! Where more prompts wait than streams run, a step may take as many times as long as there are
+//! prompts per stream: else the few would hold up the many. So the prompts of a burst are read
+//! together, and a single new request is read in small chunks.
 
 /// A step with a chunk may last this many times a step without one.
 pub const STALL: f64 = 2.5;
@@ -60,13 +60,13 @@ impl Pace {
         Self { decode_s: Vec::new(), chunk: FIRST_CHUNK, n_batch, is_fixed: false }
     }
 
-    /// Always `n` rows of prompts, whatever steps take and whoever waits.
+    /// Always `n` rows of prompts, whatever steps take and however many wait.
     #[must_use]
     pub fn fixed(n: usize, n_batch: usize) -> Self {
         Self { chunk: n as f64, is_fixed: true, ..Self::new(n_batch) }
     }
 
-    /// Notes what a step took under this load, where `n_prompt` rows were prompts'.
+    /// Records what a step took under this load, where `n_prompt` rows were prompts'.
     pub fn record(&mut self, load: Load, n_prompt: usize, seconds: f64) {
         if n_prompt == 0 {
             if self.decode_s.len() <= load.n_decode {

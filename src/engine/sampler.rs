@@ -6,7 +6,6 @@
 //! with the same seed gives the same text alone, in a crowd, and with speculation.
 
 use super::filter::Filter;
-use crate::gpu::kernels::RowRule;
 use crate::llama::{Candidates, LlamaError, SamplerChain, Token};
 use crate::request::SamplingParams;
 use crate::vector::largest;
@@ -19,6 +18,17 @@ pub struct Sampler {
     filter: Option<Filter>,
     penalties: bool,
     seed: u64,
+}
+
+/// All that a draw from unchanged logits depends on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rule {
+    /// What to draw from; `None`: greedy.
+    pub filter: Option<Filter>,
+    /// With the position it keys the random number.
+    pub seed: u64,
+    /// The token's place in the sequence.
+    pub position: usize,
 }
 
 /// Working memory for one row, reused from row to row.
@@ -99,7 +109,7 @@ impl Sampler {
         if let Some(token) = typical(kept, sum, drafted) {
             return token;
         }
-        let mut left = uniform(self.seed, position as u64, 0) * sum;
+        let mut left = uniform(self.seed, position as u64) * sum;
         for &(token, weight) in kept.iter() {
             left -= f64::from(weight);
             if left < 0.0 {
@@ -109,38 +119,15 @@ impl Sampler {
         argmax(logits) // rounding left a crumb beyond the last token, or there is none
     }
 
-    /// How a device can choose the token at `position` as [`draw`](Self::draw) does; `None` where
-    /// bias or penalties change the logits first. Where the row is, is for the caller to say.
+    /// How the token at `position` is chosen; `None` where bias or penalties change the logits
+    /// first.
     #[must_use]
-    pub fn rule(&self, position: usize) -> Option<RowRule> {
-        if self.chain.is_some() {
-            return None;
-        }
-        let halves = |n: u64| [n as u32, (n >> 32) as u32];
-        let rule = RowRule {
-            seed: halves(self.seed),
-            position: halves(position as u64),
-            ..RowRule::default()
-        };
-        Some(match self.filter {
-            None => rule,
-            Some(Filter { top_k, top_p, min_p, temperature }) => RowRule {
-                inverse_temperature: 1.0 / temperature,
-                top_p,
-                min_logit: if min_p > 0.0 { min_p.ln() } else { f32::NEG_INFINITY },
-                top_k: i32::try_from(top_k).unwrap_or(i32::MAX),
-                ..rule
-            },
-        })
+    pub fn rule(&self, position: usize) -> Option<Rule> {
+        let Self { filter, seed, .. } = *self;
+        self.chain.is_none().then_some(Rule { filter, seed, position })
     }
 
-    /// A number in [0, 1) for a position, which has nothing to do with its draw.
-    #[must_use]
-    pub fn chance(&self, position: usize) -> f64 {
-        uniform(self.seed, position as u64, 1)
-    }
-
-    /// Notes the token that was chosen.
+    /// Records the token that was chosen.
     pub fn accept(&mut self, token: Token) {
         if self.penalties
             && let Some(chain) = &mut self.chain
@@ -183,10 +170,10 @@ pub fn argmax(logits: &[f32]) -> Token {
     Token((best.1 + at) as i32)
 }
 
-/// A number in [0, 1) for a position and a purpose: 53 bits of Philox.
-fn uniform(seed: u64, position: u64, purpose: u32) -> f64 {
+/// A number in [0, 1) for a position: 53 bits of Philox.
+fn uniform(seed: u64, position: u64) -> f64 {
     let [a, b, ..] = philox(
-        [position as u32, (position >> 32) as u32, purpose, 0],
+        [position as u32, (position >> 32) as u32, 0, 0],
         [seed as u32, (seed >> 32) as u32],
     );
     let bits = (u64::from(a) << 32 | u64::from(b)) >> 11;

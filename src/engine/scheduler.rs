@@ -18,6 +18,14 @@ pub struct Demand {
     pub order: u64,
 }
 
+impl Demand {
+    /// `true` if one row decides its next token.
+    #[must_use]
+    pub fn decodes(&self) -> bool {
+        self.n_pending == 1
+    }
+}
+
 /// How many rows a step may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Budget {
@@ -28,7 +36,7 @@ pub struct Budget {
 }
 
 /// The first `n_rows` pending tokens of `seq` go into the step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Share {
     /// Whose rows.
     pub seq: SeqId,
@@ -38,24 +46,28 @@ pub struct Share {
     pub to_end: bool,
 }
 
+impl Share {
+    /// `true` if its one row decides the next token.
+    #[must_use]
+    pub fn decodes(&self) -> bool {
+        self.n_rows == 1 && self.to_end
+    }
+}
+
 /// Fills `plan` with the shares of the next step in ascending order of sequence id: streams of a
 /// divided cache are only computed together when their ids follow on one another. `scratch` is
 /// working memory.
 pub fn plan(demands: &[Demand], budget: Budget, scratch: &mut Vec<Demand>, plan: &mut Vec<Share>) {
     plan.clear();
-    let one_left = |d: &&Demand| d.n_pending == 1;
-    plan.extend(demands.iter().filter(one_left).take(budget.n_batch).map(|d| Share {
-        seq: d.seq,
-        n_rows: 1,
-        to_end: true,
-    }));
+    let row = |d: &Demand| Share { seq: d.seq, n_rows: 1, to_end: true };
+    plan.extend(demands.iter().filter(|d| d.decodes()).take(budget.n_batch).map(row));
 
     let mut left = budget.n_batch - plan.len();
     if !plan.is_empty() {
         left = left.min(budget.n_prefill);
     }
     scratch.clear();
-    scratch.extend(demands.iter().filter(|d| d.n_pending > 1));
+    scratch.extend(demands.iter().filter(|d| !d.decodes()));
     scratch.sort_unstable_by_key(|d| d.order);
     for demand in scratch.iter() {
         let n_rows = demand.n_pending.min(left);

@@ -14,6 +14,7 @@ use crate::request::{
     Completion, Event, FinishReason, Piece, Report, Request, Speculation, SpeculationUsage,
     Timings, TokenReport, Trace, Usage,
 };
+use crate::speculate::Origin;
 use crate::speculate::calibration::Trusts;
 use crate::speculate::suffix::Suffixes;
 use crate::speculate::text::TextOrigin;
@@ -24,8 +25,8 @@ pub struct Job {
     pub prompt: Vec<Token>,
     /// The rest of it.
     pub request: Request,
-    /// Where its events go; room for all that can ever come. A dropped receiver cancels the
-    /// request.
+    /// Where its events go, with capacity for all that can ever come. A dropped receiver cancels
+    /// the request.
     pub events: mpsc::Sender<Event>,
     /// Its place in the queue, free again when this is dropped.
     pub permit: Option<OwnedSemaphorePermit>,
@@ -36,7 +37,7 @@ pub struct Job {
 }
 
 impl Job {
-    /// One that is accepted now, whose place in the queue nobody counts, and without a grammar.
+    /// One that is accepted now, outside the queue's count and without a grammar.
     #[must_use]
     pub fn new(prompt: Vec<Token>, request: Request, events: mpsc::Sender<Event>) -> Self {
         Self { prompt, request, events, permit: None, accepted: Instant::now(), grammar: None }
@@ -62,7 +63,7 @@ impl Job {
             speculation: SpeculationUsage::default(),
             trace: None,
         };
-        let _ = self.events.try_send(Event::Done(done)); // nobody may listen any more
+        let _ = self.events.try_send(Event::Done(done)); // the client may have left
     }
 
     /// Most tokens this request can generate in a context of `n_ctx` tokens.
@@ -94,14 +95,14 @@ pub struct Sequence {
     hidden: Vec<f32>,
     /// Index of `tokens`, to draft from.
     suffixes: Option<Suffixes>,
-    /// Whose other answers are drafted from this one, and this one from them.
-    shares_text_of: Option<u32>,
+    /// The tenant whose other answers are drafted from this one, and this one from them.
+    shares_text_with: Option<u32>,
     drafts: SpeculationUsage,
     /// Which tokens may follow; `None`: all.
     pub grammar: Option<Grammar>,
-    /// What to tell of each token.
+    /// What to report of each token.
     pub report: Option<Report>,
-    /// Told with the next piece: reports, and where their tokens' text begins, in bytes of the
+    /// Sent with the next piece: reports, and where their tokens' text begins, in bytes of the
     /// answer.
     reports: Vec<(usize, TokenReport)>,
     /// Bytes of all tokens so far, and of those that were shown.
@@ -110,7 +111,7 @@ pub struct Sequence {
     deadline: Option<Instant>,
     /// How far its drafts are to be trusted.
     pub trust: Trusts,
-    /// What the model thought so far, where that is wanted.
+    /// Its hidden states and logits so far, where they are recorded.
     pub trace: Option<Trace>,
     text: TextAssembler,
     events: mpsc::Sender<Event>,
@@ -129,7 +130,7 @@ struct Clock {
 }
 
 impl Sequence {
-    /// Starts a job on `seq`, where the first `n_cached` tokens of its prompt stand already.
+    /// Starts a job on `seq`, which holds the first `n_cached` tokens of its prompt already.
     pub fn new(
         job: Job,
         sampler: Sampler,
@@ -156,7 +157,7 @@ impl Sequence {
             speculation: job.request.speculation,
             hidden: Vec::new(),
             suffixes: None,
-            shares_text_of: job.request.share_text.then_some(job.request.owner),
+            shares_text_with: job.request.share_text.then_some(job.request.owner),
             drafts: SpeculationUsage::default(),
             grammar: job.grammar,
             report: job.request.report,
@@ -188,29 +189,35 @@ impl Sequence {
         self.suffixes = Some(suffixes);
     }
 
-    /// The text to draft from, at most `max_depth` tokens behind the last one.
-    pub fn text_origin(&self, max_depth: usize) -> Option<TextOrigin<'_>> {
-        let index = self.suffixes.as_ref()?;
-        let (trust, shared) = (self.trust.text.factor(), self.shares_text_of);
-        Some(TextOrigin { index, tokens: &self.tokens, max_depth, trust, shared })
-    }
-
-    /// The answer so far and whose it is, if others of theirs may be drafted from it.
-    pub fn shared_answer(&self) -> Option<(u32, &[Token])> {
-        let owner = self.shares_text_of.filter(|_| self.suffixes.is_some())?;
-        Some((owner, &self.tokens[self.n_prompt..]))
-    }
-
-    /// Tokens behind the next one that it makes sense to draft: the answer may end before, but not
-    /// after.
-    pub fn n_draftable(&self) -> usize {
+    /// What to draft from: at most `deepest` tokens after the last one.
+    pub fn origin(&self, deepest: usize) -> Origin<'_> {
+        // The answer may end before what is drafted, but not after.
         let left = self.n_generate - (self.tokens.len() - self.n_prompt);
-        if self.speculation == Speculation::Off { 0 } else { left.saturating_sub(1) }
+        let n = if self.speculation == Speculation::Off { 0 } else { left.saturating_sub(1) };
+        let max_depth = n.min(deepest);
+        let (trust, shared) = (self.trust.text.factor(), self.shares_text_with);
+        let index = self.suffixes.as_ref().filter(|_| max_depth > 0);
+        Origin {
+            seq: self.seq,
+            hidden: &self.hidden,
+            root: self.tokens[self.n_computed],
+            max_depth: if self.hidden.is_empty() { 0 } else { max_depth },
+            trust: self.trust.heads.factor(),
+            open: 1.0,
+            text: index.map(|index| TextOrigin {
+                index,
+                tokens: &self.tokens,
+                max_depth,
+                trust,
+                shared,
+            }),
+        }
     }
 
-    /// The hidden state to draft from, as far as one was kept.
-    pub fn hidden(&self) -> &[f32] {
-        &self.hidden
+    /// The answer so far and its tenant, if the tenant's others may be drafted from it.
+    pub fn shared_answer(&self) -> Option<(u32, &[Token])> {
+        let tenant = self.shares_text_with.filter(|_| self.suffixes.is_some())?;
+        Some((tenant, &self.tokens[self.n_prompt..]))
     }
 
     /// Keeps the hidden state of the row that decided the last token.
@@ -226,29 +233,29 @@ impl Sequence {
         self.drafts.steps
     }
 
-    /// Notes a step that decides a token of this sequence, and how many candidates were computed
+    /// Records a step that decides a token of this sequence, and how many candidates were computed
     /// with it.
-    pub fn note_drafted(&mut self, n: usize) {
+    pub fn record_drafted(&mut self, n: usize) {
         self.drafts.steps += 1;
         self.drafts.drafted += n;
     }
 
-    /// Notes that a candidate is the token chosen.
-    pub fn note_accepted(&mut self) {
+    /// Records that a candidate is the token chosen.
+    pub fn record_accepted(&mut self) {
         self.drafts.accepted += 1;
     }
 
-    /// `true` once nobody waits for the answer.
+    /// `true` once the client has left.
     pub fn is_cancelled(&self) -> bool {
         self.events.is_closed()
     }
 
-    /// Notes that rows of this sequence are computed in a step that began at `now`.
-    pub fn note_step(&mut self, now: Instant) {
+    /// Records that rows of this sequence are computed in a step that began at `now`.
+    pub fn record_step(&mut self, now: Instant) {
         self.clock.started.get_or_insert(now);
     }
 
-    /// Ends the answer where it stands if its time is over. Returns `true` if it did.
+    /// Ends the answer as it is if its time is over. Returns `true` if it did.
     pub fn expire(&mut self, now: Instant) -> bool {
         let is_over = self.deadline.is_some_and(|deadline| deadline <= now);
         if is_over {
@@ -258,8 +265,8 @@ impl Sequence {
         is_over
     }
 
-    /// Notes what is to be told of the next token.
-    pub fn tell(&mut self, report: TokenReport) {
+    /// Records the report of the next token.
+    pub fn push_report(&mut self, report: TokenReport) {
         self.reports.push((self.n_bytes, report));
     }
 
@@ -319,7 +326,7 @@ impl Sequence {
         Ok(is_whole || is_full)
     }
 
-    /// Text to show, with what is told of its tokens.
+    /// Text to show, with its tokens' reports.
     fn piece(&mut self, text: String) -> Piece {
         self.n_shown += text.len();
         Piece { text, tokens: self.reports.drain(..).map(|(_, report)| report).collect() }
@@ -333,8 +340,8 @@ impl Sequence {
         }
     }
 
-    /// Notes that it ended: with its answer, or because nobody waits for that any more.
-    pub fn note_end(&self, stats: &Stats) {
+    /// Records that it ended: with its answer, or because the client left.
+    pub fn record_end(&self, stats: &Stats) {
         match self.ended {
             Some(Ended::Deadline) => stats.count_end(Ended::Deadline),
             Some(ended) => {
@@ -386,7 +393,7 @@ impl Sequence {
         self.send(Event::Failed { id: id.to_owned() });
     }
 
-    /// The channel has room for every event a request can cause; a closed one is seen at the next
+    /// The channel has capacity for every event a request can cause; a closed one is seen at the next
     /// commit.
     fn send(&self, event: Event) {
         let _ = self.events.try_send(event);

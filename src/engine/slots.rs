@@ -8,7 +8,7 @@
 //!
 //! - [`Layout::Unified`]: one pool of cells, and a cell may belong to several sequences. A prompt
 //!   that begins like any other sequence, running or retained, shares its cells; nothing is copied.
-//! - [`Layout::Streams`]: each id owns its cells. A prompt reuses only what stands on the id it is
+//! - [`Layout::Streams`]: each id owns its cells. A prompt reuses only what is on the id it is
 //!   given.
 
 use crate::llama::{SeqId, Token};
@@ -151,7 +151,7 @@ impl Slots {
     }
 
     /// Frees retained sequences until `n` cells are free, as far as that goes. Returns how many
-    /// are: 0 in streams, where nobody may borrow any.
+    /// are: 0 in streams, where none can be borrowed.
     pub fn make_room(&mut self, n: usize, ops: &mut Vec<KvOp>) -> usize {
         match self.layout {
             Layout::Unified { .. } => {
@@ -500,7 +500,7 @@ impl Pool {
         free.sort_unstable();
         let unheld: Vec<u32> =
             (0..).zip(&counted).filter(|(_, h)| **h == [0, 0]).map(|(i, _)| i).collect();
-        assert_eq!(free, unheld, "free cells are those that nobody holds");
+        assert_eq!(free, unheld, "free cells are those without a holder");
     }
 }
 
@@ -592,7 +592,7 @@ mod tests {
         ]
     }
 
-    /// A cache that does what the ops say, cell by cell: which token stands at which position of
+    /// A cache that does what the ops say, cell by cell: which token is at which position of
     /// which sequence.
     #[derive(Default)]
     struct Cache(HashMap<u32, Vec<Token>>);

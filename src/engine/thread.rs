@@ -1,5 +1,5 @@
-//! The engine's thread: it loads the model, measures the machine, and runs the loop until nobody
-//! needs it any more.
+//! The engine's thread: it loads the model, measures the machine, and runs the loop until no
+//! handle is left.
 
 use std::cell::RefCell;
 use std::path::PathBuf;
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{Semaphore, watch};
 
-use super::company::Company;
+use super::bursts::Bursts;
 use super::forward::LlamaForward;
 use super::handle::{Handle, Side};
 use super::stats::Stats;
@@ -20,10 +20,10 @@ use super::{Engine, Forward, Job, Layout, Limits};
 use crate::gpu::Device;
 use crate::gpu::weights::Precision;
 use crate::llama::{Context, ContextParams, LlamaError, Model, ModelParams, max_sequences};
+use crate::speculate::calibration::Calibration;
 use crate::speculate::cost::{self, Cost};
 use crate::speculate::device::{DeviceDraft, DeviceHeads};
 use crate::speculate::heads::{Heads, HeadsError, Shape};
-use crate::speculate::simulated::Acceptance;
 use crate::speculate::text::TextDrafts;
 use crate::speculate::{self, Draft, MAX_NODES, Speculator};
 
@@ -40,12 +40,31 @@ pub struct EngineParams {
     pub limits: Limits,
     /// What to draft with; `None`: nothing is drafted.
     pub drafts: Option<DraftParams>,
-    /// Answers come with what the model thought at each token.
+    /// Answers come with hidden states and logits for each token.
     pub traces: bool,
     /// Requests that may run or wait.
     pub n_queue: usize,
-    /// The longest an idle engine may wait for company.
+    /// The longest an idle engine may wait for more requests.
     pub max_wait: Duration,
+}
+
+impl EngineParams {
+    /// `n_slots` sequences of up to `n_ctx` tokens each, on the CPU alone. Nothing is drafted.
+    #[must_use]
+    pub fn new(model_path: PathBuf, n_threads: usize, n_slots: usize, n_ctx: usize) -> Self {
+        let n_seqs = n_slots.min(max_sequences());
+        let layout = Layout::Unified { n_cells: n_slots * n_ctx, n_retained: 0, n_seqs };
+        Self {
+            model_path,
+            n_gpu_layers: 0,
+            n_threads,
+            limits: Limits { n_slots, n_ctx, n_batch: 512, n_prefill: None, layout },
+            drafts: None,
+            traces: false,
+            n_queue: n_slots + 1,
+            max_wait: Duration::ZERO,
+        }
+    }
 }
 
 /// What drafts are made of, and how much of them is verified.
@@ -53,23 +72,22 @@ pub struct EngineParams {
 pub struct DraftParams {
     /// Heads.
     pub heads: Option<HeadsParams>,
-    /// Each sequence's own text, and so many tokens of recent answers; `None`: no text.
+    /// Each sequence's own text, and this many tokens of recent answers; `None`: no text.
     pub n_shared_text: Option<usize>,
-    /// Among so many owners of requests: what one is answered is not drafted for another. 0 counts
-    /// as one.
-    pub n_owners: usize,
+    /// Tenants: an answer to one is not drafted for another. 0 counts as one.
+    pub n_tenants: usize,
     /// Most tokens a step may give one sequence; `None`: what the sources can give.
     pub max_tokens_per_step: Option<usize>,
     /// Verify this many candidates for each sequence in every step, to measure; `None` to serve.
     pub fixed_nodes: Option<usize>,
-    /// Simulate that heads' candidates are accepted at these rates, to measure; `None` to serve.
-    pub acceptance: Option<Acceptance>,
+    /// How often heads' candidates are right, as far as that is known at the start.
+    pub calibration: Calibration,
 }
 
 /// Which heads.
 #[derive(Clone, Debug)]
 pub struct HeadsParams {
-    /// The folder they stand in.
+    /// Their folder.
     pub folder: PathBuf,
     /// Use at most this many.
     pub n_heads: usize,
@@ -82,8 +100,6 @@ enum StartError {
     Llama(#[from] LlamaError),
     #[error("{0}")]
     Heads(#[from] HeadsError),
-    #[error("acceptance is given for {rates} heads, but there are {heads}")]
-    Acceptance { rates: usize, heads: usize },
 }
 
 /// How far the engine is.
@@ -145,12 +161,24 @@ impl EngineThread {
 /// When the operating system gives no thread.
 #[must_use]
 pub fn spawn(params: EngineParams) -> EngineThread {
+    spawn_with(params, |model| model)
+}
+
+/// As [`spawn`], with something wrapped around the model.
+///
+/// # Panics
+/// When the operating system gives no thread.
+#[must_use]
+pub fn spawn_with<F: Forward>(
+    params: EngineParams,
+    wrap: impl FnOnce(LlamaForward) -> F + Send + 'static,
+) -> EngineThread {
     let (tx, stage) = watch::channel(Stage::Loading(0.0));
     let stop = Arc::new(AtomicBool::new(false));
     let stopped = Arc::clone(&stop);
     let body = move || {
         let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            serve(&params, &tx, &stopped)
+            serve(&params, wrap, &tx, &stopped)
         }));
         let why = match ended {
             Ok(Ok(())) => "the engine was stopped".to_owned(),
@@ -166,8 +194,9 @@ pub fn spawn(params: EngineParams) -> EngineThread {
     EngineThread { stage, stop, thread: Some(thread) }
 }
 
-fn serve(
+fn serve<F: Forward>(
     params: &EngineParams,
+    wrap: impl FnOnce(LlamaForward) -> F,
     stage: &watch::Sender<Stage>,
     stop: &AtomicBool,
 ) -> Result<(), StartError> {
@@ -196,7 +225,7 @@ fn serve(
     };
     let (n_heads, side) = drafts.as_ref().map_or((0, Side::Cpu), |d| (d.n_heads, d.side));
     let text_drafts = drafts.as_ref().is_some_and(|d| d.speculator.has_text());
-    let mut engine = Engine::new(forward, limits, Arc::clone(&stats));
+    let mut engine = Engine::new(wrap(forward), limits, Arc::clone(&stats));
     if let Some(drafts) = drafts {
         engine.speculate(drafts.speculator, n_ids(params));
     }
@@ -223,15 +252,15 @@ fn serve(
     Ok(())
 }
 
-/// Rows are measured up to two for each slot and so many more.
+/// Rows are measured up to two for each slot and this many more.
 const MEASURED_BEYOND: usize = 24;
-/// A slow model is not measured for longer, at its start.
+/// What rows cost is measured for no longer at the start.
 const MEASURING: Duration = Duration::from_millis(1500);
 
-/// Tokens behind a sequence's last one that its text may draft.
+/// Tokens after a sequence's last one that its text may draft.
 const TEXT_DEPTH: usize = 32;
 
-/// What drafts, ready.
+/// What drafts.
 struct Drafts {
     speculator: Speculator,
     n_heads: usize,
@@ -267,11 +296,6 @@ fn load_drafts(
         heads = Some(drafter);
         tracing::info!(n_heads, side = side.name(), "heads loaded");
     }
-    if let Some(rates) =
-        params.acceptance.as_ref().map(|a| a.rates().len()).filter(|&n| n > n_heads)
-    {
-        return Err(StartError::Acceptance { rates, heads: n_heads });
-    }
     if params.n_shared_text.is_some() {
         depth = depth.max(TEXT_DEPTH);
     }
@@ -281,14 +305,13 @@ fn load_drafts(
         None => Speculator::without_heads(max_tokens, cost),
     };
     if let Some(n_shared) = params.n_shared_text {
-        speculator = speculator.with_text(TextDrafts::for_owners(params.n_owners.max(1), n_shared));
+        speculator =
+            speculator.with_text(TextDrafts::for_tenants(params.n_tenants.max(1), n_shared));
     }
     if let Some(n) = params.fixed_nodes {
         speculator = speculator.with_fixed_nodes(n);
     }
-    if let Some(acceptance) = &params.acceptance {
-        speculator = speculator.with_acceptance(acceptance.clone());
-    }
+    speculator = speculator.with_calibration(params.calibration.clone());
     Ok(Drafts { speculator, n_heads, side })
 }
 
@@ -322,11 +345,11 @@ fn logits_device(forward: &LlamaForward) -> Option<Rc<dyn Device>> {
     None
 }
 
-/// Leaves of a sequence's tree, if there are ids for as many. For every id llama.cpp keeps room for
-/// a row of logits.
+/// Leaves of a sequence's tree, if there are ids for as many. For every id llama.cpp keeps a row of
+/// logits.
 const MAX_LEAVES: usize = 16;
 
-/// Sequence ids of a unified cache: the layout's, and behind them those for the leaves of trees.
+/// Sequence ids of a unified cache: the layout's, and after them those for the leaves of trees.
 fn n_ids(params: &EngineParams) -> usize {
     let Layout::Unified { n_seqs, .. } = params.limits.layout else { return params.limits.n_slots };
     let n_leaves = match &params.drafts {
@@ -361,7 +384,7 @@ fn context_params(params: &EngineParams) -> ContextParams {
 /// Seconds between two looks at the stop flag while idle.
 const IDLE_LOOK: Duration = Duration::from_millis(100);
 
-/// The loop: new requests in, a step, until nobody can send any more and all is done, or `stop` is
+/// The loop: new requests in, a step, until no sender is left and all is done, or `stop` is
 /// set.
 fn run<F: Forward>(
     mut engine: Engine<F>,
@@ -369,37 +392,37 @@ fn run<F: Forward>(
     max_wait: Duration,
     stop: &AtomicBool,
 ) {
-    let mut company = Company::new(max_wait.as_secs_f64());
+    let mut bursts = Bursts::new(max_wait.as_secs_f64());
     while !stop.load(Ordering::Relaxed) {
         if engine.is_idle() {
             match jobs.recv_timeout(IDLE_LOOK) {
-                Ok(job) => await_company(&mut engine, job, jobs, &mut company),
+                Ok(job) => await_burst(&mut engine, job, jobs, &mut bursts),
                 Err(RecvTimeoutError::Timeout) => continue,
                 Err(RecvTimeoutError::Disconnected) => return,
             }
         }
         while let Ok(job) = jobs.try_recv() {
-            company.arrival(seconds(job.accepted), false);
+            bursts.arrival(seconds(job.accepted), false);
             engine.enqueue(job);
         }
         engine.step();
     }
 }
 
-/// Starts from idle: perhaps waits a moment for more requests (see [`Company`]).
-fn await_company<F: Forward>(
+/// Starts from idle: perhaps waits a moment for more requests (see [`Bursts`]).
+fn await_burst<F: Forward>(
     engine: &mut Engine<F>,
     first: Job,
     jobs: &Receiver<Job>,
-    company: &mut Company,
+    bursts: &mut Bursts,
 ) {
-    let wait = Duration::from_secs_f64(company.arrival(seconds(first.accepted), true));
+    let wait = Duration::from_secs_f64(bursts.arrival(seconds(first.accepted), true));
     let until = first.accepted + wait;
     engine.enqueue(first);
     while !engine.is_full() {
         let left = until.saturating_duration_since(Instant::now());
         let Ok(job) = jobs.recv_timeout(left) else { return };
-        company.arrival(seconds(job.accepted), false);
+        bursts.arrival(seconds(job.accepted), false);
         engine.enqueue(job);
     }
 }

@@ -1,6 +1,5 @@
-//! A CUDA device, through cudarc: the kernels that are built in, loaded once, and a stream of our
-//! own in the primary context, which is the one that ggml works in, so that its addresses are ours
-//! too.
+//! A CUDA device, through cudarc: the compiled kernels, loaded once, and a stream of our own in the
+//! primary context. ggml works in the same context, so its addresses are valid here.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -9,18 +8,20 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
-use super::{Address, Device, GpuError, Launch, Plain, Slice};
+use super::device::{Address, Device, GpuError, Launch};
+use super::memory::Slice;
 
-/// What nvcc made of `cuda/`: machine code for the architectures of the build, and a portable form
-/// for later ones.
+/// `cuda/` as nvcc compiled it: machine code for the architectures of the build, and PTX for later
+/// ones.
 static KERNELS: &Aligned<[u8]> =
     &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin")));
 
-/// The driver reads numbers in it.
+/// The driver reads the fatbin's header in place, as 8-byte numbers.
 #[repr(align(16))]
 struct Aligned<T: ?Sized>(T);
 
-/// A device and a stream on it. Belongs to one thread.
+/// A device and a stream on it. Belongs to one thread. Drop waits for the stream and unloads the
+/// kernels.
 pub struct Cuda {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
@@ -29,92 +30,55 @@ pub struct Cuda {
 }
 
 impl Cuda {
-    /// The device of that number, as CUDA_VISIBLE_DEVICES lets count.
+    /// Opens the device with this ordinal among CUDA_VISIBLE_DEVICES.
     ///
     /// # Errors
-    /// [`GpuError::NoDevice`] without a driver, without such a device, or for one that is older
-    /// than the kernels.
+    /// [`GpuError::NoDevice`] without a driver or such a device, or for one older than the kernels.
     pub fn new(ordinal: usize) -> Result<Self, GpuError> {
-        // SAFETY: looks for the library, and runs its initialisers if it is there.
+        // SAFETY: loads the driver's library, which runs its initialisers.
         if !unsafe { sys::is_culib_present() } {
             return Err(GpuError::NoDevice(
-                "the driver's library, libcuda.so.1, is not installed".into(),
+                "the driver library libcuda.so.1 is not installed".into(),
             ));
         }
         let no_device = |e: DriverError| GpuError::NoDevice(e.to_string());
         let context = CudaContext::new(ordinal).map_err(no_device)?;
         let stream = context.new_stream().map_err(no_device)?;
-        // SAFETY: a whole fatbin; the context is current on this thread since it was made.
+        // SAFETY: a complete fatbin; creating the context made it current on this thread.
         let module =
             unsafe { result::module::load_data(KERNELS.0.as_ptr().cast()) }.map_err(no_device)?;
         Ok(Self { context, stream, module, functions: RefCell::default() })
     }
 
-    /// The device that holds these values: with several, the one that the model's last layer is on.
+    /// Opens the device that holds these logits: with several devices, that of the model's last
+    /// layer.
     ///
     /// # Errors
-    /// [`GpuError::NoDevice`], also for values of the host's.
-    pub fn holding<T: Plain>(values: Slice<'_, T>) -> Result<Self, GpuError> {
+    /// [`GpuError::NoDevice`], also if the logits are in host memory.
+    pub fn holding(logits: Slice<'_, f32>) -> Result<Self, GpuError> {
         let first = Self::new(0)?;
         let mut ordinal: c_int = -1;
         let attribute = sys::CUpointer_attribute_enum::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL;
-        // SAFETY: the driver is there, and writes one number.
-        unsafe {
-            sys::cuPointerGetAttribute((&raw mut ordinal).cast(), attribute, values.address())
-        }
-        .result()
-        .map_err(|e| GpuError::NoDevice(format!("the logits are on none: {e}")))?;
+        let address = logits.as_ptr() as Address;
+        // SAFETY: the driver is loaded; for this attribute it writes one `int`.
+        unsafe { sys::cuPointerGetAttribute((&raw mut ordinal).cast(), attribute, address) }
+            .result()
+            .map_err(|e| GpuError::NoDevice(format!("the logits are on no device: {e}")))?;
         match usize::try_from(ordinal) {
             Ok(0) => Ok(first),
             Ok(other) => Self::new(other),
-            Err(_) => Err(GpuError::NoDevice("the logits are on none".into())),
+            Err(_) => Err(GpuError::NoDevice("the logits are on no device".into())),
         }
     }
 
-    /// The device's name, for example `NVIDIA H100 80GB HBM3`.
+    /// The stream that kernels are queued on; for benchmarks, which time it with events.
     #[must_use]
-    pub fn name(&self) -> String {
-        self.context.name().unwrap_or_else(|_| "a CUDA device".into())
+    pub fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
     }
 
-    /// Bytes of the second-level cache.
-    #[must_use]
-    pub fn cache_bytes(&self) -> usize {
-        let bytes =
-            self.context.attribute(sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE);
-        bytes.ok().and_then(|n| usize::try_from(n).ok()).unwrap_or(0)
-    }
-
-    /// Copies within the device.
-    ///
-    /// # Errors
-    /// [`GpuError::Memory`].
-    ///
-    /// # Safety
-    /// As many bytes are at both addresses, and they do not overlap.
-    pub unsafe fn copy(&self, from: Address, to: Address, n_bytes: usize) -> Result<(), GpuError> {
-        // SAFETY: by contract.
-        unsafe { result::memcpy_dtod_async(to, from, n_bytes, self.stream.cu_stream()) }
-            .map_err(|e| GpuError::Memory { n_bytes, reason: e.to_string() })
-    }
-
-    /// Milliseconds on the device for what `queue` queues.
-    ///
-    /// # Errors
-    /// What `queue` gives, or [`GpuError::Queue`].
-    pub fn time(&self, queue: impl FnOnce() -> Result<(), GpuError>) -> Result<f32, GpuError> {
-        let failed = |e: DriverError| GpuError::Queue(e.to_string());
-        let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
-        let [start, end] = [(); 2].map(|()| self.context.new_event(flags).map_err(failed));
-        let (start, end) = (start?, end?);
-        start.record(&self.stream).map_err(failed)?;
-        queue()?;
-        end.record(&self.stream).map_err(failed)?;
-        start.elapsed_ms(&end).map_err(failed)
-    }
-
-    /// Makes this device's context the thread's: ggml, which works on the same thread, may have
-    /// left another one's.
+    /// Makes this device's context current: ggml, which works on the same thread, may have switched
+    /// to another device.
     fn bind(&self) -> Result<(), DriverError> {
         self.context.bind_to_thread()
     }
@@ -124,7 +88,7 @@ impl Cuda {
             return Ok(function);
         }
         let name = CString::new(kernel).expect("a C name");
-        // SAFETY: the module is loaded as long as this value lives.
+        // SAFETY: the module stays loaded while this value lives.
         let function = unsafe { result::module::get_function(self.module, name) }?;
         self.functions.borrow_mut().insert(kernel, function);
         Ok(function)
@@ -133,8 +97,8 @@ impl Cuda {
 
 impl Drop for Cuda {
     fn drop(&mut self) {
-        let _ = self.stream.synchronize(); // makes the context the thread's, too
-        // SAFETY: nothing of it runs any more.
+        let _ = self.stream.synchronize(); // also makes the context current
+        // SAFETY: the stream is idle, so no kernel of the module runs.
         let _ = unsafe { result::module::unload(self.module) };
     }
 }
@@ -143,13 +107,13 @@ impl Device for Cuda {
     fn alloc(&self, n_bytes: usize) -> Result<Address, GpuError> {
         let fail = |e: DriverError| GpuError::Memory { n_bytes, reason: e.to_string() };
         self.bind().map_err(fail)?;
-        // SAFETY: what it holds is written before it is read.
+        // SAFETY: `Device` declares the content undefined; callers write before they read.
         unsafe { result::malloc_sync(n_bytes) }.map_err(fail)
     }
 
     unsafe fn free(&self, address: Address) {
         let _ = self.bind();
-        // SAFETY: by contract; it waits for the device.
+        // SAFETY: by contract; the call waits for the device.
         let _ = unsafe { result::free_sync(address) };
     }
 
@@ -157,7 +121,7 @@ impl Device for Cuda {
         let fail =
             |e: DriverError| GpuError::Memory { n_bytes: bytes.len(), reason: e.to_string() };
         self.bind().map_err(fail)?;
-        // SAFETY: by contract. Memory that is not pinned is read before the call returns.
+        // SAFETY: by contract. The driver copies pageable memory before the call returns.
         unsafe { result::memcpy_htod_async(to, bytes, self.stream.cu_stream()) }.map_err(fail)
     }
 
@@ -165,27 +129,20 @@ impl Device for Cuda {
         let n_bytes = bytes.len();
         let fail = |e: DriverError| GpuError::Memory { n_bytes, reason: e.to_string() };
         self.bind().map_err(fail)?;
-        // SAFETY: by contract; `bytes` is borrowed until the queue has been waited for.
+        // SAFETY: by contract; `bytes` stays borrowed until `synchronize` returns.
         unsafe { result::memcpy_dtoh_async(bytes, from, self.stream.cu_stream()) }.map_err(fail)?;
         self.synchronize()
     }
 
-    unsafe fn launch(&self, launch: Launch, args: &mut [*mut c_void]) -> Result<(), GpuError> {
-        let Launch { kernel, grid, block, shared } = launch;
-        let fail = |e: DriverError| GpuError::Launch { kernel, grid, reason: e.to_string() };
+    unsafe fn launch(&self, launch: Launch, args: *mut c_void) -> Result<(), GpuError> {
+        let Launch { kernel, grid: [x, y, z], block, shared } = launch;
+        let fail =
+            |e: DriverError| GpuError::Launch { kernel, grid: [x, y, z], reason: e.to_string() };
         self.bind().map_err(fail)?;
-        let function = self.function(kernel).map_err(fail)?;
-        let (grid_dim, block_dim) = ((grid[0], grid[1], grid[2]), (block, 1, 1));
+        let (function, stream) = (self.function(kernel).map_err(fail)?, self.stream.cu_stream());
         // SAFETY: by contract.
         unsafe {
-            result::launch_kernel(
-                function,
-                grid_dim,
-                block_dim,
-                shared,
-                self.stream.cu_stream(),
-                args,
-            )
+            result::launch_kernel(function, (x, y, z), (block, 1, 1), shared, stream, &mut [args])
         }
         .map_err(fail)
     }

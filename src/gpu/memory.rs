@@ -1,27 +1,13 @@
-//! Values in a device's memory.
+//! Typed values in a device's memory.
 
 use std::marker::PhantomData;
 use std::rc::Rc;
 
-use super::{Address, Device, GpuError};
+use bytemuck::Pod;
 
-/// Types whose values are their bytes, on both sides.
-///
-/// # Safety
-/// Without padding, and any bytes are a value.
-pub unsafe trait Plain: Copy + Default + 'static {}
-// SAFETY: numbers.
-unsafe impl Plain for f32 {}
-// SAFETY: as above.
-unsafe impl Plain for i32 {}
-// SAFETY: as above.
-unsafe impl Plain for u32 {}
-// SAFETY: as above.
-unsafe impl Plain for u16 {}
-// SAFETY: as above.
-unsafe impl Plain for u8 {}
+use super::device::{Address, Device, GpuError};
 
-/// Some values on the device, which live as long as what they were borrowed of.
+/// Values on the device, borrowed from their owner.
 #[derive(Clone, Copy, Debug)]
 pub struct Slice<'a, T> {
     address: Address,
@@ -29,12 +15,12 @@ pub struct Slice<'a, T> {
     of: PhantomData<&'a [T]>,
 }
 
-impl<'a, T: Plain> Slice<'a, T> {
-    /// Values that somebody else put there, as a tensor of llama.cpp's.
+impl<'a, T: Pod> Slice<'a, T> {
+    /// Values that another library allocated, such as a tensor of llama.cpp's.
     ///
     /// # Safety
-    /// `len` values are at `address` on the device it is used with, for as long as `'a`, and nobody
-    /// writes to them meanwhile.
+    /// For `'a`, `len` values are at `address` of the device it is used with, and nothing writes to
+    /// them.
     #[must_use]
     pub unsafe fn from_raw(address: Address, len: usize) -> Self {
         Self { address, len, of: PhantomData }
@@ -46,88 +32,87 @@ impl<'a, T: Plain> Slice<'a, T> {
         self.len
     }
 
-    /// `true` without a value.
+    /// `true` without values.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    pub(super) fn address(&self) -> Address {
-        self.address
+    /// The device's pointer to the first value; not to be read on the host.
+    pub(super) fn as_ptr(&self) -> *const T {
+        self.address as *const T
     }
 
-    /// The first `n`.
+    /// The first `n` values.
     ///
     /// # Panics
     /// With fewer.
     #[must_use]
-    pub fn first(self, n: usize) -> Slice<'a, T> {
+    pub fn first(self, n: usize) -> Self {
         self.part(0, n)
     }
 
-    /// `n` of them from place `from` on.
+    /// `n` values from index `from` on.
     ///
     /// # Panics
     /// With fewer.
     #[must_use]
-    pub fn part(self, from: usize, n: usize) -> Slice<'a, T> {
-        assert!(from + n <= self.len, "{n} from {from} on of {}", self.len);
-        Slice {
-            address: self.address + (from * size_of::<T>()) as Address,
-            len: n,
-            of: PhantomData,
-        }
+    pub fn part(self, from: usize, n: usize) -> Self {
+        assert!(from + n <= self.len, "{n} values from {from} on, of {}", self.len);
+        let address = self.address + (from * size_of::<T>()) as Address;
+        Self { address, len: n, of: PhantomData }
     }
 
     /// The same bytes as values of another type.
     ///
     /// # Panics
-    /// If they have another size.
+    /// If the types differ in size.
     #[must_use]
-    pub fn cast<U: Plain>(self) -> Slice<'a, U> {
+    pub fn cast<U: Pod>(self) -> Slice<'a, U> {
         assert_eq!(size_of::<T>(), size_of::<U>());
         Slice { address: self.address, len: self.len, of: PhantomData }
     }
 }
 
-/// Room on the device for values that a kernel is to write.
+/// Memory on the device for values that a kernel writes.
 #[derive(Debug)]
 pub struct SliceMut<'a, T> {
-    room: Slice<'a, T>,
+    all: Slice<'a, T>,
     of: PhantomData<&'a mut [T]>,
 }
 
-impl<'a, T: Plain> SliceMut<'a, T> {
-    fn over(room: Slice<'a, T>) -> Self {
-        Self { room, of: PhantomData }
+impl<'a, T: Pod> SliceMut<'a, T> {
+    fn over(all: Slice<'a, T>) -> Self {
+        Self { all, of: PhantomData }
     }
 
     /// Number of values.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.room.len()
+        self.all.len
     }
 
-    /// `true` without a value.
+    /// `true` without values.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.room.is_empty()
+        self.all.is_empty()
     }
 
-    pub(super) fn address(&self) -> Address {
-        self.room.address()
+    /// The device's pointer to the first value; not to be used on the host.
+    pub(super) fn as_mut_ptr(&self) -> *mut T {
+        self.all.address as *mut T
     }
 
-    /// For reading what is written there: by a kernel that is queued later.
+    /// For kernels queued later, which read what was written.
     #[must_use]
     pub fn slice(&self) -> Slice<'_, T> {
-        self.room
+        self.all
     }
 
-    /// The same room under a shorter loan.
+    /// A shorter borrow of the same memory.
     #[must_use]
-    pub fn again(&mut self) -> SliceMut<'_, T> {
-        SliceMut::over(self.room)
+    pub fn reborrow(&mut self) -> SliceMut<'_, T> {
+        SliceMut::over(self.all)
     }
 
     /// The first `n` values, and the rest.
@@ -136,21 +121,21 @@ impl<'a, T: Plain> SliceMut<'a, T> {
     /// With fewer.
     #[must_use]
     pub fn split_at(self, n: usize) -> (Self, Self) {
-        let first = self.room.first(n);
-        (Self::over(first), Self::over(self.room.part(n, self.len() - n)))
+        let first = self.all.first(n);
+        (Self::over(first), Self::over(self.all.part(n, self.len() - n)))
     }
 
-    /// The same room for values of another type.
+    /// The same memory for values of another type.
     ///
     /// # Panics
-    /// If they have another size.
+    /// If the types differ in size.
     #[must_use]
-    pub fn cast<U: Plain>(self) -> SliceMut<'a, U> {
-        SliceMut::over(self.room.cast())
+    pub fn cast<U: Pod>(self) -> SliceMut<'a, U> {
+        SliceMut::over(self.all.cast())
     }
 }
 
-/// Owned values on a device.
+/// Owned values on a device; freed when dropped.
 pub struct Buffer<T> {
     device: Rc<dyn Device>,
     address: Address,
@@ -158,13 +143,13 @@ pub struct Buffer<T> {
     of: PhantomData<T>,
 }
 
-impl<T: Plain> Buffer<T> {
-    /// Room for `len` values, all zero.
+impl<T: Pod> Buffer<T> {
+    /// `len` zeros.
     ///
     /// # Errors
     /// [`GpuError::Memory`].
     pub fn zeros(device: &Rc<dyn Device>, len: usize) -> Result<Self, GpuError> {
-        Self::from_host(device, &vec![T::default(); len])
+        Self::from_host(device, &vec![T::zeroed(); len])
     }
 
     /// A copy of the host's values.
@@ -185,67 +170,55 @@ impl<T: Plain> Buffer<T> {
         self.len
     }
 
-    /// `true` without a value.
+    /// `true` without values.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// All of it.
+    /// All values.
     #[must_use]
     pub fn slice(&self) -> Slice<'_, T> {
         Slice { address: self.address, len: self.len, of: PhantomData }
     }
 
-    /// All of it, to be written to.
+    /// All values, to be written.
     #[must_use]
     pub fn slice_mut(&mut self) -> SliceMut<'_, T> {
         SliceMut::over(self.slice())
     }
 
-    /// Overwrites values from place `from` on.
+    /// Overwrites the values from index `from` on.
     ///
     /// # Errors
     /// [`GpuError::Memory`].
     ///
     /// # Panics
-    /// Where there is no room for them.
+    /// If the buffer is too short.
     pub fn upload(&mut self, from: usize, values: &[T]) -> Result<(), GpuError> {
-        assert!(
-            from + values.len() <= self.len,
-            "{} values at {from} of {}",
-            values.len(),
-            self.len
-        );
-        // SAFETY: `Plain` values are their bytes.
-        let bytes = unsafe {
-            std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values))
-        };
-        // SAFETY: there is room, as checked.
-        unsafe { self.device.upload(self.address + (from * size_of::<T>()) as Address, bytes) }
+        let to = self.slice().part(from, values.len()).address;
+        // SAFETY: `part` checked that the buffer holds as many values there.
+        unsafe { self.device.upload(to, bytemuck::cast_slice(values)) }
     }
 
-    /// Waits for the queue and copies the first values out, as many as `values` has room for.
+    /// Waits for the queue and copies the first values into all of `values`.
     ///
     /// # Errors
     /// [`GpuError::Memory`], or [`GpuError::Queue`].
     ///
     /// # Panics
-    /// With fewer.
+    /// If the buffer is too short.
     pub fn download(&self, values: &mut [T]) -> Result<(), GpuError> {
-        assert!(values.len() <= self.len, "{} of {}", values.len(), self.len);
-        let n_bytes = size_of_val(values);
-        // SAFETY: any bytes are `Plain` values.
-        let bytes =
-            unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast::<u8>(), n_bytes) };
-        // SAFETY: that much is there, as checked.
-        unsafe { self.device.download(self.address, bytes) }
+        let from = self.slice().first(values.len()).address;
+        // SAFETY: `first` checked that the buffer holds as many values.
+        unsafe { self.device.download(from, bytemuck::cast_slice_mut(values)) }
     }
 }
 
 impl<T> Drop for Buffer<T> {
     fn drop(&mut self) {
-        // SAFETY: it came from `alloc`, and slices that kernels were given borrow it no more.
+        // SAFETY: the address came from `alloc` and is freed once; kernels get it by slices, whose
+        // borrows have ended.
         unsafe { self.device.free(self.address) };
     }
 }

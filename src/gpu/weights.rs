@@ -1,19 +1,20 @@
-//! Head matrices as the kernels read them: rows padded with zeros to whole reads of 16 bytes, in
-//! F16 or in 8 bits with a scale for each 32 values.
+//! Matrices of head networks as the kernels read them: rows padded with zeros to a multiple of 16
+//! bytes, in F16 or in 8 bits with a scale per 32 values.
 
 use std::rc::Rc;
 
 use half::f16;
 
-use super::{Buffer, Device, GpuError};
-use crate::llama::Matrix;
+use super::device::{Device, GpuError};
+use super::memory::Buffer;
+use crate::matrix::Matrix;
 
-/// How finely weights are kept.
+/// Type of weights on a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Precision {
     /// Half precision.
     F16,
-    /// Whole numbers of 8 bits, and a scale in half precision for each 32 of them.
+    /// 8-bit integers, with a scale in half precision per 32 of them.
     Q8,
 }
 
@@ -21,7 +22,7 @@ pub enum Precision {
 const BLOCK: usize = 32;
 
 impl Precision {
-    /// Values that rows are padded to a multiple of.
+    /// Rows are padded to a multiple of this many values: a lane's read of 16 bytes, or a block.
     fn padding(self) -> usize {
         match self {
             Self::F16 => 8,
@@ -29,7 +30,7 @@ impl Precision {
         }
     }
 
-    /// Bytes that a matrix of this shape takes: what has to be read to multiply with it.
+    /// Bytes of a matrix of this shape: what a product has to read.
     #[must_use]
     pub fn bytes(self, n_out: usize, n_in: usize) -> usize {
         let stride = n_in.next_multiple_of(self.padding());
@@ -66,12 +67,11 @@ impl Matrices {
         self.n_out
     }
 
-    /// Copies matrices to the device; each is given as parts that stand beside each other: rows of
-    /// `[W | U]` for a product with `[x, e]`. Weights beyond what F16 holds are cut to it.
+    /// Copies matrices to the device. Each is given as parts that are concatenated along their
+    /// columns: `[W | U]` for a product with `[x, e]`. Weights are clamped to the range of F16.
     ///
     /// # Errors
-    /// [`GpuError::Shape`] for shapes that differ or do not hold what they say,
-    /// [`GpuError::Memory`].
+    /// [`GpuError::Shape`] for empty matrices or differing shapes, [`GpuError::Memory`].
     pub fn new(
         device: &Rc<dyn Device>,
         nets: &[Vec<&Matrix>],
@@ -83,10 +83,10 @@ impl Matrices {
         let (n_out, n_in) = (first.n_out, nets[0].iter().map(|m| m.n_in).sum::<usize>());
         let fits = |parts: &Vec<&Matrix>| {
             parts.iter().map(|m| m.n_in).sum::<usize>() == n_in
-                && parts.iter().all(|m| m.n_out == n_out && m.values.len() == n_out * m.n_in)
+                && parts.iter().all(|m| m.is(n_out, m.n_in))
         };
-        if n_out == 0 || n_in == 0 || !nets.iter().all(fits) {
-            return Err(misfit("matrices of several shapes, or empty ones"));
+        if !nets.iter().all(fits) {
+            return Err(misfit("matrices are empty or differ in shape"));
         }
         let stride = n_in.next_multiple_of(precision.padding());
         let (mut values, mut scales) = (Vec::new(), Vec::new());
@@ -114,7 +114,7 @@ impl Matrices {
     }
 }
 
-/// Rows in F16 that kernels look up by token.
+/// Rows in F16 that kernels look up by token: embeddings.
 pub struct Table {
     pub(super) values: Buffer<u16>,
     pub(super) n_rows: usize,
@@ -127,7 +127,7 @@ impl Table {
     /// # Errors
     /// [`GpuError::Shape`] for an empty one, [`GpuError::Memory`].
     pub fn new(device: &Rc<dyn Device>, matrix: &Matrix) -> Result<Self, GpuError> {
-        if matrix.n_out == 0 || matrix.values.len() != matrix.n_out * matrix.n_in {
+        if !matrix.is(matrix.n_out, matrix.n_in) {
             return Err(GpuError::Shape { kernel: "product", reason: "an empty table".into() });
         }
         let bits: Vec<u16> = matrix.values.iter().map(|&v| half_bits(v)).collect();
@@ -139,7 +139,7 @@ fn half_bits(v: f32) -> u16 {
     f16::from_f32(v.clamp(-65504.0, 65504.0)).to_bits()
 }
 
-/// Appends a block's whole numbers and its scale.
+/// Appends a block's 8-bit integers and its scale.
 fn quantize(block: &[f32], values: &mut Vec<u8>, scales: &mut Vec<u16>) {
     let largest = block.iter().fold(0.0f32, |m, v| m.max(v.abs()));
     let scale = f16::from_f32((largest / 127.0).min(65504.0));

@@ -1,23 +1,25 @@
 //! The rows of one forward pass, checked as they are added.
 
-use super::{LlamaError, SeqId, Token, sys};
+use super::error::LlamaError;
+use super::ids::{SeqId, Token};
+use super::sys;
 
 /// Rows for one [`Context::forward`](super::Context::forward): a token, its position, the sequences
-/// it belongs to, and whether its logits are wanted. Made by
-/// [`Context::batch`](super::Context::batch), for that context's limits.
+/// it belongs to, and whether it outputs logits. [`Context::batch`](super::Context::batch) makes one
+/// for that context's limits.
 pub struct Batch {
     c: sys::batch,
     limits: Limits,
     outputs: Vec<bool>,
 }
 
-/// What a context takes; kept beside the batch so that nothing unchecked is written.
+/// What a context accepts; kept with the batch so that every row is checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Limits {
     pub n_rows: usize,
     pub n_seq_max: usize,
     pub n_vocab: usize,
-    /// Several ids on one row need a cache that all sequences share.
+    /// A row may have several ids: the cache is unified.
     pub shared_rows: bool,
 }
 
@@ -26,7 +28,7 @@ impl Batch {
         let n_rows = i32::try_from(limits.n_rows).expect("Context::new bounds n_batch");
         let n_seq = i32::try_from(limits.n_seq_max).expect("Context::new bounds n_seq_max");
         // SAFETY: allocates arrays for `n_rows` tokens with `n_seq` ids each; C aborts the process
-        // without memory.
+        // if it has no memory.
         let c = unsafe { sys::batch_init(n_rows, 0, n_seq) };
         Self { c, limits, outputs: Vec::with_capacity(limits.n_rows) }
     }
@@ -35,8 +37,8 @@ impl Batch {
     ///
     /// # Errors
     /// [`LlamaError::Batch`] when the batch is full, the token is not in the vocabulary, the
-    /// position does not fit, or an id is missing, out of range or one too many. The batch is as it
-    /// was.
+    /// position does not fit 31 bits, or there are no ids, too many, or one out of range. The batch is
+    /// unchanged.
     pub fn add(
         &mut self,
         token: Token,
@@ -47,7 +49,7 @@ impl Batch {
         let row = self.outputs.len();
         let refuse = |what: String| Err(LlamaError::Batch(what));
         if row == self.limits.n_rows {
-            return refuse(format!("the batch holds {row} rows at most"));
+            return refuse(format!("the batch is full: {row} rows"));
         }
         if !usize::try_from(token.0).is_ok_and(|t| t < self.limits.n_vocab) {
             return refuse(format!(
@@ -104,7 +106,7 @@ impl Batch {
         self.limits
     }
 
-    /// Which rows asked for logits.
+    /// By row: whether it outputs logits.
     pub(super) fn outputs(&self) -> &[bool] {
         &self.outputs
     }
@@ -117,8 +119,8 @@ impl Batch {
 
 impl Drop for Batch {
     fn drop(&mut self) {
-        // SAFETY: the arrays came from `batch_init` and are freed once; C finds their number by the
-        // null at the end.
+        // SAFETY: the arrays came from `batch_init` and are freed once; C counts them by the null at
+        // the end.
         unsafe { sys::batch_free(self.c) };
     }
 }

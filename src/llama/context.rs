@@ -5,24 +5,28 @@ use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use super::batch::Limits;
+use super::backend::max_sequences;
+use super::batch::{Batch, Limits};
+use super::error::LlamaError;
+use super::ids::SeqId;
+use super::model::Model;
 use super::tap::{HiddenTap, Tapped, on_tensor};
-use super::{Batch, LlamaError, Model, SeqId, log, max_sequences, sys};
+use super::{log, sys};
 
-/// How to make a context.
+/// Parameters of a context.
 #[derive(Clone, Debug)]
 pub struct ContextParams {
     /// Cells of the whole cache, in tokens. llama.cpp rounds up to a multiple of 256.
     pub n_cells: usize,
     /// Most rows of one forward pass.
     pub n_batch: usize,
-    /// Most rows of one pass over the weights; a larger batch takes several.
+    /// Most rows of one pass over the weights; a larger batch takes several micro-batches.
     pub n_ubatch: usize,
     /// Sequence ids; without `unified`, each owns `n_cells / n_seq_max` cells.
     pub n_seq_max: usize,
     /// Threads of a forward pass.
     pub n_threads: usize,
-    /// One cache for all sequences, where a row may belong to several; otherwise a stream per
+    /// One cache for all sequences, in which a row may belong to several; otherwise one stream per
     /// sequence.
     pub unified: bool,
     /// Keep the post-norm hidden state of output rows, for [`Context::hidden`]. Needs `unified`.
@@ -35,21 +39,21 @@ pub struct ContextParams {
 pub struct Context {
     ptr: NonNull<sys::llama_context>,
     memory: sys::memory_t,
-    /// C holds its address as `cb_eval`'s user data, so it goes after the context (see `Drop`).
+    /// C holds its address as `cb_eval`'s user data, so it is dropped after the context (see `Drop`).
     tap: Option<Box<HiddenTap>>,
     limits: Limits,
     unified: bool,
     embeddings: bool,
-    /// For each row of the last batch, whether it has logits.
+    /// By row of the last batch: whether it has logits.
     outputs: Vec<bool>,
-    /// Weights that the C context points into.
+    /// The C context points to its weights.
     model: Arc<Model>,
 }
 
 impl Drop for Context {
     fn drop(&mut self) {
-        // SAFETY: freed once, before the model and the tap that it points to: fields drop after
-        // this.
+        // SAFETY: freed once, before the model and the tap that it points to: fields are dropped
+        // after this.
         unsafe { sys::free(self.ptr.as_ptr()) };
     }
 }
@@ -58,12 +62,12 @@ impl Context {
     /// Allocates the cache and the compute buffers.
     ///
     /// # Errors
-    /// [`LlamaError::Context`] for sizes that llama.cpp does not take or has no memory for.
+    /// [`LlamaError::Context`] for sizes that are out of range or do not fit memory.
     pub fn new(model: Arc<Model>, params: &ContextParams) -> Result<Self, LlamaError> {
         let fail = |what: &str| LlamaError::Context(what.to_owned());
         if params.n_seq_max == 0 || params.n_seq_max > max_sequences() {
             return Err(fail(&format!(
-                "{} sequences, of {} at most",
+                "{} sequences; the limit is {}",
                 params.n_seq_max,
                 max_sequences()
             )));
@@ -85,7 +89,7 @@ impl Context {
         c.n_batch = c_count(params.n_batch, "n_batch")?;
         c.n_ubatch = c_count(params.n_ubatch.min(params.n_batch), "n_ubatch")?;
         c.n_seq_max = c_count(params.n_seq_max, "n_seq_max")?;
-        c.n_outputs_max = c.n_batch.max(c.n_seq_max); // it keeps room for an output of each sequence, and aborts without
+        c.n_outputs_max = c.n_batch.max(c.n_seq_max); // C reserves an output per sequence, and aborts below that
         c.n_threads = c_count(params.n_threads, "n_threads")? as i32;
         c.n_threads_batch = c.n_threads;
         c.flash_attn_type = sys::LLAMA_FLASH_ATTN_TYPE_AUTO;
@@ -122,7 +126,7 @@ impl Context {
             model,
         };
         if context.memory.is_null() {
-            return Err(fail("the model keeps no cache"));
+            return Err(fail("the model has no KV cache"));
         }
         Ok(context)
     }
@@ -163,8 +167,8 @@ impl Context {
     ///
     /// # Errors
     /// [`LlamaError::Batch`] for an empty batch, one made for another context, or positions that do
-    /// not follow on what is cached. [`LlamaError::NoRoom`] leaves the cache as it was.
-    /// [`LlamaError::Decode`] may leave part of the batch.
+    /// not continue the cached ones. [`LlamaError::NoRoom`] leaves the cache unchanged.
+    /// [`LlamaError::Decode`] may leave part of the batch in it.
     pub fn forward(&mut self, batch: &Batch) -> Result<(), LlamaError> {
         if batch.is_empty() {
             return Err(LlamaError::Batch("no rows".into()));
@@ -202,12 +206,11 @@ impl Context {
     /// The logits of a row of the last batch: one per token of the vocabulary.
     ///
     /// # Errors
-    /// [`LlamaError::Misuse`] for a row that asked for none.
+    /// [`LlamaError::Misuse`] for a row without output.
     pub fn logits(&self, row: usize) -> Result<&[f32], LlamaError> {
         let c_row = self.check_output(row)?;
         // SAFETY: the row has an output. The call waits for the device; the first one after a
-        // forward pass also puts the output buffer into the batch's order, before any slice of it
-        // was handed out.
+        // forward pass also reorders the output buffer, before any slice of it was handed out.
         let ptr = unsafe { sys::get_logits_ith(self.ptr.as_ptr(), c_row) };
         if ptr.is_null() {
             return Err(LlamaError::Misuse(format!("llama.cpp has no logits for row {row}")));
@@ -219,19 +222,18 @@ impl Context {
     /// The post-norm hidden state of an output row of the last batch: `n_embd` values.
     ///
     /// # Errors
-    /// [`LlamaError::Misuse`] for a row that asked for no output, or a context made without
-    /// `tap_hidden`.
+    /// [`LlamaError::Misuse`] for a row without output, or a context without `tap_hidden`.
     pub fn hidden(&self, row: usize) -> Result<&[f32], LlamaError> {
         self.check_output(row)?;
-        // A unified cache computes rows in the batch's order, so the row's place among the outputs
-        // is its place here.
-        let place = self.outputs[..row].iter().filter(|&&o| o).count();
-        let tapped = self.tap.as_ref().and_then(|t| t.row(place));
-        tapped.ok_or_else(|| LlamaError::Misuse(format!("no hidden state was kept for row {row}")))
+        // A unified cache computes rows in the batch's order, so a row's index among the outputs is
+        // its index in the tap.
+        let index = self.outputs[..row].iter().filter(|&&o| o).count();
+        let tapped = self.tap.as_ref().and_then(|t| t.row(index));
+        tapped.ok_or_else(|| LlamaError::Misuse(format!("row {row} has no hidden state")))
     }
 
-    /// Where the last pass left logits and hidden states, if one micro-batch gave them all; only
-    /// with `tap_hidden`.
+    /// Logits and hidden states of the last pass in place, if it was one micro-batch; only with
+    /// `tap_hidden`.
     #[must_use]
     pub fn tapped(&self) -> Option<Tapped<'_>> {
         self.tap.as_ref()?.tapped()
@@ -262,8 +264,7 @@ impl Context {
         Err(LlamaError::Misuse(format!("sequence id {} of {}", seq.0, self.limits.n_seq_max)))
     }
 
-    /// Takes a sequence's id off its cells from position `from` on. Cells without an id left are
-    /// free.
+    /// Removes a sequence's id from its cells from position `from` on. Cells without ids are free.
     ///
     /// # Errors
     /// [`LlamaError::Misuse`] for an id out of range, or a cache that cannot drop a suffix.
@@ -277,8 +278,7 @@ impl Context {
         })
     }
 
-    /// Puts `to`'s id on the cells of `from` at these positions: both then share them, and no data
-    /// moves.
+    /// Adds `to`'s id to the cells of `from` at these positions: both share them, and no data moves.
     ///
     /// # Errors
     /// [`LlamaError::Misuse`] for an id out of range, or without a unified cache.
@@ -301,8 +301,7 @@ impl Context {
 
     /// Forgets everything cached.
     pub fn clear(&mut self) {
-        // SAFETY: a live memory; `false` leaves the buffers' contents, which no cell refers to any
-        // more.
+        // SAFETY: a live memory; `false` keeps the buffers' contents, which no cell refers to.
         unsafe { sys::memory_clear(self.memory, false) };
     }
 

@@ -1,24 +1,24 @@
-//! What can go wrong behind the fence, with C's own codes kept.
+//! Errors of llama.cpp and ggml, with C's own codes kept.
 
 use std::path::PathBuf;
 
 /// An error from llama.cpp, or an argument that the fence refused before it reached llama.cpp.
 #[derive(Debug, thiserror::Error)]
 pub enum LlamaError {
-    /// The GGUF file could not be loaded.
+    /// A GGUF file could not be loaded.
     #[error("could not load {}: {reason}", path.display())]
     Load {
         /// The file.
         path: PathBuf,
-        /// What llama.cpp logged last, or what the fence found.
+        /// llama.cpp's last log line, or what was checked here.
         reason: String,
     },
-    /// The GGUF file could not be quantized.
+    /// A GGUF file could not be quantized.
     #[error("could not quantize {}: {reason}", path.display())]
     Quantize {
         /// The file.
         path: PathBuf,
-        /// What llama.cpp logged last, or what the fence found.
+        /// llama.cpp's last log line, or what was checked here.
         reason: String,
     },
     /// A GGUF file could not be written.
@@ -26,10 +26,10 @@ pub enum LlamaError {
     Write {
         /// The file.
         path: PathBuf,
-        /// What ggml logged last, or what the fence found.
+        /// ggml's last log line, or what was checked here.
         reason: String,
     },
-    /// No context could be made for the model, usually for want of memory.
+    /// A context could not be created, usually for lack of memory.
     #[error("could not create a context: {0}")]
     Context(String),
     /// The text could not be tokenised.
@@ -38,10 +38,10 @@ pub enum LlamaError {
         /// Length of the text.
         bytes: usize,
     },
-    /// A batch row that the context could not take.
+    /// A batch row is invalid for the context.
     #[error("invalid batch row: {0}")]
     Batch(String),
-    /// The KV cache has no room for the batch; the context is as it was before the call.
+    /// The batch does not fit the KV cache; the context is unchanged.
     #[error("the KV cache has no room for {rows} rows")]
     NoRoom {
         /// Rows in the batch.
@@ -52,14 +52,20 @@ pub enum LlamaError {
     Decode {
         /// What `llama_decode` returned.
         code: i32,
-        /// What llama.cpp logged last.
+        /// llama.cpp's last log line.
         reason: String,
     },
-    /// A row that has no output, a sequence id out of range, or a KV operation this cache cannot
-    /// do.
-    #[error("invalid use of the context: {0}")]
+    /// ggml could not compute a graph.
+    #[error("a graph was not computed: ggml's status is {code}")]
+    Compute {
+        /// What `ggml_graph_compute` returned.
+        code: i32,
+    },
+    /// An argument that C would not check: a row without output, a sequence id out of range, shapes
+    /// that do not match.
+    #[error("invalid use of llama.cpp: {0}")]
     Misuse(String),
-    /// A sampler parameter that llama.cpp refuses.
+    /// llama.cpp refused a sampler's parameters.
     #[error("llama.cpp refused the sampler {0}")]
     Sampler(&'static str),
 }

@@ -1,4 +1,4 @@
-//! Single matrices of a GGUF file, as floats: whole, or row by row.
+//! Matrices of a GGUF file, as floats: whole, or row by row.
 
 use std::ffi::CString;
 use std::fs::File;
@@ -6,7 +6,9 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::ptr::NonNull;
 
-use super::{LlamaError, Matrix, sys};
+use super::error::LlamaError;
+use super::sys;
+use crate::matrix::Matrix;
 
 /// A file's header.
 pub(super) struct Gguf(pub(super) NonNull<sys::gguf_context>);
@@ -19,7 +21,7 @@ impl Drop for Gguf {
 }
 
 impl Gguf {
-    /// Reads a file's header; its tensors' values must be there, but are not looked at.
+    /// Reads a file's header. The file must be complete; tensors' values are not read.
     pub(super) fn open(path: &Path) -> Result<Self, LlamaError> {
         let fail = |reason: String| LlamaError::Load { path: path.to_owned(), reason };
         let c_path =
@@ -31,12 +33,12 @@ impl Gguf {
     }
 }
 
-/// The rows of a matrix where they stand in the file. A row costs a read from the page cache, and
-/// no memory.
+/// Rows of a matrix, read from the file when needed: a row costs a read from the page cache, and no
+/// memory.
 #[derive(Debug)]
 pub struct MatrixRows {
     file: File,
-    /// Where the first one is.
+    /// Of the first row in the file.
     offset: u64,
     row_bytes: usize,
     /// `None` for F32.
@@ -46,10 +48,10 @@ pub struct MatrixRows {
 }
 
 impl MatrixRows {
-    /// The first tensor of these names that the file has.
+    /// Opens the first of these tensors that the file has.
     ///
     /// # Errors
-    /// [`LlamaError::Load`] when the file is no GGUF, has none of them, or it is no matrix.
+    /// [`LlamaError::Load`] when the file is not a GGUF or has none of them, or it is not a matrix.
     pub(super) fn open(path: &Path, names: &[&str]) -> Result<Self, LlamaError> {
         let fail = |reason: String| LlamaError::Load { path: path.to_owned(), reason };
         let header = Gguf::open(path)?;
@@ -60,7 +62,7 @@ impl MatrixRows {
             // SAFETY: a live header and a zero-terminated name; -1 for none.
             usize::try_from(unsafe { sys::gguf_find_tensor(gguf, c_name.as_ptr()) }).ok()
         };
-        let none = || fail(format!("has none of the tensors {}", names.join(", ")));
+        let none = || fail(format!("it has no tensor {}", names.join(" or ")));
         let id = names.iter().find_map(find).ok_or_else(none)? as i64;
         // SAFETY: a live header and the id of one of its tensors; the shape is an array of four.
         let (kind, offset, n_bytes, ne) = unsafe {
@@ -75,7 +77,7 @@ impl MatrixRows {
         if n_in == 0 || n_rows == 0 || ne[2..] != [1, 1] {
             return Err(fail(format!("{}: its shape is {ne:?}, not a matrix", names[0])));
         }
-        // SAFETY: a type that the header named, which the reader has checked.
+        // SAFETY: a type from the header, which ggml's reader has checked.
         let to_float = unsafe { (*sys::ggml_get_type_traits(kind)).to_float };
         if to_float.is_none() && kind != sys::GGML_TYPE_F32 {
             return Err(fail(format!("values of type {kind} cannot be read")));
@@ -103,10 +105,10 @@ impl MatrixRows {
         self.n_in
     }
 
-    /// Appends `n` rows from `first` on.
+    /// Appends `n` rows, from row `first` on, to `out`.
     ///
     /// # Errors
-    /// [`LlamaError::Misuse`] for rows that are not there, or a file that cannot be read any more.
+    /// [`LlamaError::Misuse`] for rows out of range, or a file that became unreadable.
     pub fn read(&self, first: usize, n: usize, out: &mut Vec<f32>) -> Result<(), LlamaError> {
         if first.checked_add(n).is_none_or(|end| end > self.n_rows) {
             return Err(LlamaError::Misuse(format!(
@@ -118,15 +120,15 @@ impl MatrixRows {
         let at = self.offset + (first * self.row_bytes) as u64;
         self.file
             .read_exact_at(&mut bytes, at)
-            .map_err(|e| LlamaError::Misuse(format!("cannot read the model: {e}")))?;
+            .map_err(|e| LlamaError::Misuse(format!("the model cannot be read: {e}")))?;
         let Some(to_float) = self.to_float else {
             out.extend(bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)));
             return Ok(());
         };
         let from = out.len();
         out.resize(from + n * self.n_in, 0.0);
-        // SAFETY: `bytes` holds `n` rows of the type that `to_float` reads, the target has room for
-        // as many floats.
+        // SAFETY: `bytes` holds `n` rows of the type that `to_float` reads, and the target as many
+        // floats.
         unsafe {
             to_float(bytes.as_ptr().cast(), out[from..].as_mut_ptr(), (n * self.n_in) as i64)
         };

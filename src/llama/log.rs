@@ -1,7 +1,7 @@
 //! llama.cpp's log, line by line into `tracing` under the target `llama.cpp`.
 //!
 //! Lines arrive in parts (`GGML_LOG_LEVEL_CONT`) and from any thread. The last error line is kept,
-//! because C functions that fail return null and say why only here.
+//! because C functions that fail return null and report the reason only here.
 
 use std::ffi::{CStr, c_char, c_void};
 
@@ -18,7 +18,7 @@ struct State {
 static STATE: Mutex<State> =
     Mutex::new(State { level: sys::GGML_LOG_LEVEL_INFO, line: String::new(), last_error: None });
 
-/// Longest line kept: a model that prints its whole vocabulary must not fill memory.
+/// Longer lines are cut: a model that prints its whole vocabulary must not fill memory.
 const MAX_LINE: usize = 4096;
 
 pub(super) fn install() {
@@ -27,7 +27,7 @@ pub(super) fn install() {
     unsafe { sys::log_set(Some(receive), std::ptr::null_mut()) };
 }
 
-/// The last error that llama.cpp logged, which is then forgotten.
+/// Returns the last error that llama.cpp logged, and clears it.
 pub(super) fn take_last_error() -> Option<String> {
     STATE.lock().last_error.take()
 }
@@ -56,7 +56,7 @@ unsafe extern "C" fn receive(level: sys::ggml_log_level, text: *const c_char, _:
     }
 }
 
-/// llama.cpp's information is detail here: a server's own log line says what was loaded.
+/// llama.cpp's info lines become debug lines: the server itself logs what it loaded.
 fn emit(level: sys::ggml_log_level, line: &str) {
     let line = line.trim_end();
     // Progress dots and blank lines.

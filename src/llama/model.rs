@@ -5,12 +5,16 @@ use std::ffi::{CString, c_char, c_void};
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 
-use super::{LlamaError, MatrixRows, Token, log, start_backend, sys, text};
+use super::backend::{start_backend, text};
+use super::error::LlamaError;
+use super::gguf::MatrixRows;
+use super::ids::Token;
+use super::{log, sys};
 
-/// How to load a model.
+/// Parameters of loading.
 #[derive(Clone, Debug, Default)]
 pub struct ModelParams {
-    /// Layers to hold on the GPU; ignored where llama.cpp was built without one.
+    /// Layers to hold on the GPU; ignored if llama.cpp was built without GPU support.
     pub n_gpu_layers: u32,
 }
 
@@ -36,12 +40,11 @@ impl Drop for Model {
 }
 
 impl Model {
-    /// Loads a GGUF file. `progress` gets values from 0 to 1 and may stop the load by returning
-    /// `false`.
+    /// Loads a GGUF file. `progress` gets values from 0 to 1 and stops the load by returning `false`.
     ///
     /// # Errors
     /// [`LlamaError::Load`] with llama.cpp's reason: no such file, not a GGUF, an unknown
-    /// architecture, no memory, or a kind of model that does not generate text from a prompt alone.
+    /// architecture, no memory, or a model that is no plain decoder.
     pub fn load(
         path: &Path,
         params: &ModelParams,
@@ -60,8 +63,7 @@ impl Model {
         c.progress_callback = Some(on_progress);
         c.progress_callback_user_data = (&raw mut callback).cast::<c_void>();
         log::take_last_error();
-        // SAFETY: the path is zero-terminated; `callback` outlives the call, which is the only time
-        // C uses it.
+        // SAFETY: the path is zero-terminated; C uses `callback` during the call only.
         let ptr = unsafe { sys::model_load_from_file(c_path.as_ptr(), c) };
         let ptr = NonNull::new(ptr).ok_or_else(|| {
             fail(log::take_last_error().unwrap_or_else(|| "no reason given".into()))
@@ -78,9 +80,9 @@ impl Model {
     /// The output matrix in the file, `n_vocab` rows of `n_embd` values.
     ///
     /// # Errors
-    /// [`LlamaError::Load`] when the file cannot be read any more, or is one of several.
+    /// [`LlamaError::Load`] when the file became unreadable, or is one of several shards.
     pub fn output_rows(&self) -> Result<MatrixRows, LlamaError> {
-        // Without one of its own a model uses its input embeddings.
+        // Tied models use their input embeddings.
         MatrixRows::open(&self.path, &["output.weight", "token_embd.weight"])
     }
 
@@ -92,8 +94,7 @@ impl Model {
         MatrixRows::open(&self.path, &["token_embd.weight"])
     }
 
-    /// Only decoder models whose cache can drop a suffix serve here: prefix reuse and speculation
-    /// stand on it.
+    /// Accepts decoders whose cache can drop a suffix: prefix reuse and speculation need that.
     fn check_kind(&self) -> Result<(), String> {
         let m = self.ptr.as_ptr();
         // SAFETY: `m` is a loaded model; these read flags.

@@ -1,19 +1,21 @@
-//! A GGUF file in another quantization, by llama.cpp's own quantizer.
+//! Quantizes GGUF files with llama.cpp's own quantizer.
 
 use std::ffi::CString;
 use std::path::Path;
 
-use super::{LlamaError, log, start_backend, sys};
+use super::backend::start_backend;
+use super::error::LlamaError;
+use super::{log, sys};
 
-/// What most of a file's tensors are turned into. Others are finer, as llama.cpp chooses; rows
-/// whose length a type's blocks do not divide get a similar type that fits.
+/// The type that most of a file's tensors get. llama.cpp keeps some tensors finer, and rows that are
+/// not a multiple of a block get a similar type that fits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Quantization {
     name: &'static str,
     ftype: sys::ftype,
 }
 
-/// All types that need no importance matrix, from the smallest values to the largest.
+/// All types that need no importance matrix, from the fewest bits per value to the most.
 const TYPES: [Quantization; 15] = [
     Quantization { name: "Q2_K", ftype: sys::LLAMA_FTYPE_MOSTLY_Q2_K },
     Quantization { name: "Q3_K_S", ftype: sys::LLAMA_FTYPE_MOSTLY_Q3_K_S },
@@ -33,7 +35,7 @@ const TYPES: [Quantization; 15] = [
 ];
 
 impl Quantization {
-    /// By the name that llama.cpp gives it, in any case.
+    /// The type with this name of llama.cpp's, in any case.
     #[must_use]
     pub fn by_name(name: &str) -> Option<Self> {
         TYPES.into_iter().find(|t| t.name.eq_ignore_ascii_case(name))
@@ -57,11 +59,11 @@ impl Quantization {
     }
 }
 
-/// Writes `from` to `to` in another quantization. A file that is quantized already is quantized
-/// again, which loses more than starting from F16 would.
+/// Writes `from` to `to` in another quantization. A quantized file can be quantized again, which
+/// loses more than starting from F16.
 ///
 /// # Errors
-/// [`LlamaError::Quantize`] with llama.cpp's reason; `to` then may hold part of a file.
+/// [`LlamaError::Quantize`] with llama.cpp's reason; `to` may then hold part of a file.
 pub fn quantize(
     from: &Path,
     to: &Path,

@@ -1,10 +1,12 @@
-//! llama.cpp's samplers that change logits: bias and penalties. What to keep of them and the draw
-//! are made elsewhere (`engine::filter`, `engine::sampler`): the draw must be keyed by position for
-//! speculation to change nothing.
+//! llama.cpp's samplers that change logits: bias and penalties. `engine::filter` and
+//! `engine::sampler` filter and draw: speculation changes no text only if draws are keyed by
+//! position.
 
 use std::ptr::NonNull;
 
-use super::{LlamaError, Token, sys};
+use super::error::LlamaError;
+use super::ids::Token;
+use super::sys;
 
 /// A chain of filters, applied in the order they were added.
 pub struct SamplerChain {
@@ -12,13 +14,12 @@ pub struct SamplerChain {
     n_vocab: i32,
 }
 
-// SAFETY: a chain owns its samplers and they share nothing with other chains; it may move to the
-// engine's thread.
+// SAFETY: a chain owns its samplers, which share nothing with other chains.
 unsafe impl Send for SamplerChain {}
 
 impl Drop for SamplerChain {
     fn drop(&mut self) {
-        // SAFETY: the chain is freed once and frees the samplers it took over.
+        // SAFETY: the chain is freed once, and frees its samplers.
         unsafe { sys::sampler_free(self.ptr.as_ptr()) };
     }
 }
@@ -43,7 +44,7 @@ impl SamplerChain {
         if sampler.is_null() {
             return Err(LlamaError::Sampler(name));
         }
-        // SAFETY: both are live; the chain takes the sampler over.
+        // SAFETY: both are live; the chain takes ownership of the sampler.
         unsafe { sys::sampler_chain_add(self.ptr.as_ptr(), sampler) };
         Ok(self)
     }
@@ -92,7 +93,7 @@ impl SamplerChain {
         self.push("penalties", sampler)
     }
 
-    /// Tells the chain which token came next, for the penalties.
+    /// Adds a token to the history that penalties look at.
     pub fn accept(&mut self, token: Token) {
         if (0..self.n_vocab).contains(&token.0) {
             // SAFETY: a live chain, and a token of its vocabulary.
@@ -101,16 +102,16 @@ impl SamplerChain {
     }
 }
 
-/// Working memory for one row of candidates, reused from row to row.
+/// Working memory for one row of candidates, reused for each row.
 #[derive(Default)]
 pub struct Candidates {
     data: Vec<sys::token_data>,
 }
 
 impl Candidates {
-    /// Runs a row of logits through the chain. Returns the tokens that are left with their logits,
-    /// in ascending order of token id: that order does not depend on rounding, so neither does what
-    /// a given random number selects.
+    /// Runs a row of logits through the chain. Returns the remaining tokens with their logits, in
+    /// ascending order of token id: that order does not depend on rounding, so neither does the token
+    /// that a given random number selects.
     ///
     /// # Panics
     /// When the row is not as long as the chain's vocabulary.
@@ -132,13 +133,13 @@ impl Candidates {
             selected: -1,
             sorted: false,
         };
-        // SAFETY: `array` describes our buffer; samplers permute it, shorten it, or point `data` at
-        // memory of the chain's.
+        // SAFETY: `array` describes our buffer; samplers permute it, shorten it, or point `data` to
+        // memory of the chain.
         unsafe { sys::sampler_apply(chain.ptr.as_ptr(), &raw mut array) };
         let kept = array.size.min(self.data.len());
         if array.data != self.data.as_mut_ptr() {
-            // SAFETY: `size` entries in memory that the chain owns and leaves alone until it is
-            // applied again; it is not our buffer, so the two do not overlap.
+            // SAFETY: `size` entries in memory of the chain, unchanged until it is applied again; it
+            // does not overlap our buffer.
             unsafe { std::ptr::copy_nonoverlapping(array.data, self.data.as_mut_ptr(), kept) };
         }
         self.data.truncate(kept);

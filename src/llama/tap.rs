@@ -1,10 +1,10 @@
-//! The hidden state beside the logits, without asking llama.cpp for embeddings.
+//! The hidden states of the output rows, without enabling llama.cpp's embeddings.
 //!
-//! ggml's scheduler asks a callback, for each tensor of the graph, whether it wants to see it.
-//! Answering `true` for `result_output` only is free: it is the graph's last node, so nothing is
-//! split. When it has been computed, its first source is the output matrix and its second the
-//! post-norm hidden state, one row per output row: what Medusa heads read. `embeddings = true`
-//! would turn every prompt token into an output row instead.
+//! ggml's scheduler asks a callback, for each tensor of the graph, whether to report it when it is
+//! computed. Reporting `result_output` only is free: it is the graph's last node, so the graph is
+//! not split. Its first source is the output matrix, its second the post-norm hidden state, one row
+//! per output row: the input of Medusa heads. With `embeddings = true` every prompt token would be
+//! an output row.
 
 use std::ffi::{CStr, c_void};
 use std::marker::PhantomData;
@@ -17,11 +17,11 @@ pub(super) struct HiddenTap {
     rows: Vec<f32>,
     n_embd: usize,
     n_micro_batches: usize,
-    /// Where the last micro-batch left its results.
+    /// The results of the last micro-batch.
     results: Option<Results>,
 }
 
-/// Where a forward pass left its results.
+/// Addresses of a forward pass's results.
 #[derive(Clone, Copy)]
 struct Results {
     logits: Address,
@@ -32,7 +32,7 @@ struct Results {
     on_host: bool,
 }
 
-/// The results of a forward pass where they are, as long as the context is not used for another.
+/// The results of a forward pass in place, until the context computes another.
 #[derive(Clone, Copy)]
 pub struct Tapped<'a> {
     results: Results,
@@ -46,7 +46,7 @@ impl<'a> Tapped<'a> {
         self.results.n_rows
     }
 
-    /// `false`: on a device.
+    /// `true` in host memory, `false` on a device.
     #[must_use]
     pub fn on_host(&self) -> bool {
         self.results.on_host
@@ -56,7 +56,7 @@ impl<'a> Tapped<'a> {
     #[must_use]
     pub fn logits(&self) -> Slice<'a, f32> {
         let Results { logits, n_rows, n_vocab, .. } = self.results;
-        // SAFETY: contiguous values of a tensor that was computed, untouched while the context is
+        // SAFETY: contiguous values of a computed tensor, not written to while the context is
         // borrowed.
         unsafe { Slice::from_raw(logits, n_rows * n_vocab) }
     }
@@ -82,8 +82,7 @@ impl HiddenTap {
         self.results = None;
     }
 
-    /// Where the results are, if one micro-batch gave them all: of several, the last one's are
-    /// left.
+    /// The results, if the pass was one micro-batch: of several, only the last one's remain.
     pub(super) fn tapped(&self) -> Option<Tapped<'_>> {
         let results = self.results.filter(|_| self.n_micro_batches == 1)?;
         Some(Tapped { results, of: PhantomData })
@@ -95,10 +94,10 @@ impl HiddenTap {
     }
 }
 
-/// What a context's `cb_eval` is set to, with the tap as user data.
+/// The context's `cb_eval`, with the tap as user data.
 ///
 /// # Safety
-/// `user_data` points to the [`HiddenTap`] of the context that computes; nobody else uses it during
+/// `user_data` points to the [`HiddenTap`] of the computing context, which is not borrowed during
 /// the forward pass.
 pub(super) unsafe extern "C" fn on_tensor(
     tensor: *mut sys::ggml_tensor,
@@ -108,7 +107,7 @@ pub(super) unsafe extern "C" fn on_tensor(
     // SAFETY: ggml passes a tensor of the graph; its name is an array with a terminator.
     let (name, hidden) = unsafe { (CStr::from_ptr((*tensor).name.as_ptr()), (*tensor).src[1]) };
     if name != c"result_output" {
-        return !ask; // not wanted; and never stop the computation
+        return !ask; // `false` when asked: not wanted; `true` when reported: continue
     }
     if ask || hidden.is_null() {
         return true;
@@ -118,7 +117,7 @@ pub(super) unsafe extern "C" fn on_tensor(
     // SAFETY: a live tensor of the graph.
     let (kind, ne) = unsafe { ((*hidden).type_, (*hidden).ne) };
     if kind != sys::GGML_TYPE_F32 || usize::try_from(ne[0]) != Ok(tap.n_embd) {
-        return true; // a graph of another shape; `Context::hidden` then finds no row
+        return true; // another kind of graph; `Context::hidden` then returns an error
     }
     tap.n_micro_batches += 1;
     // SAFETY: both tensors are live; computed ones have memory.
@@ -139,7 +138,7 @@ pub(super) unsafe extern "C" fn on_tensor(
     true
 }
 
-/// Where logits and hidden states are, if both stand row by row on the same side.
+/// Addresses of logits and hidden states, if both are contiguous floats on the same side.
 ///
 /// # Safety
 /// Both are live and computed.

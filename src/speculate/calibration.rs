@@ -1,14 +1,13 @@
-//! How often a candidate is right, against how likely its head called it. Heads are overconfident,
-//! each in its own way, and it depends on the text; so what was accepted is counted, by head and by
-//! what the head said, and old counts fade.
+//! How often a candidate is right, against the probability that its head gave it. Heads are
+//! overconfident, each in its own way, and it depends on the text; so accepted candidates are
+//! counted by head and by that probability, and old counts fade.
 
-use super::simulated::Acceptance;
+use crate::gpu::kernels::N_BINS;
 
-/// Heads that are told apart; deeper ones share the last one's counts.
+/// Heads that are counted apart; deeper ones share the last one's counts.
 const N_HEADS: usize = 8;
-/// Ranges of the head's probability, equally wide on a logarithmic scale from [`LOWEST`] to 1.
-pub const N_BINS: usize = 12;
-/// The lower end of the first of them.
+/// Lower end of the first of [`N_BINS`] ranges of a head's probability, equally wide on a logarithmic
+/// scale from here to 1.
 pub const LOWEST: f32 = 1e-3;
 /// Before anything is known, this share of what a head says is believed ...
 const BELIEF: f64 = 0.8;
@@ -22,9 +21,9 @@ const N_RANGES: usize = 20;
 const PLACES: f64 = 128.0;
 /// Before anything is known, a head is taken to be sure and right at this share of places ...
 const SURE: f64 = 0.4;
-/// ... as firmly as after so many of them.
+/// ... as firmly as after this many of them.
 const SURE_FIRMNESS: f64 = 4.0;
-/// What a step without candidates leaves of what is known of places, so that they are tried again.
+/// Decay per step without candidates, so that places not tried lately are tried again.
 const PLACES_FADE: f64 = 0.99;
 /// Places of a sequence that count for how far its text is to be trusted: older ones fade.
 const TRUST_MEMORY: f64 = 32.0;
@@ -32,14 +31,14 @@ const TRUST_MEMORY: f64 = 32.0;
 const TRUST_FIRMNESS: f64 = 4.0;
 /// What a place without candidates leaves of them.
 const TRUST_FADE: f64 = 0.98;
-/// Nothing is certain.
+/// Upper limit of predicted probabilities.
 pub const HIGHEST: f32 = 0.99;
 
 /// Counts for each head and range.
 #[derive(Clone, Debug, Default)]
 pub struct Calibration {
     bins: [[Bin; N_BINS]; N_HEADS],
-    offers: [Offers; N_HEADS],
+    proposals: [Proposals; N_HEADS],
     belief: Belief,
 }
 
@@ -51,8 +50,8 @@ enum Belief {
     Learnt,
     /// The heads as they are.
     Exact,
-    /// Rates from outside.
-    Given(Acceptance),
+    /// Rates of the best candidate by depth; others are never right.
+    Given(Vec<f32>),
 }
 
 /// How often candidates of one kind are right, against how often they were said to be.
@@ -70,8 +69,8 @@ impl Bin {
         ((self.hits + FIRMNESS * belief) / (self.expected + FIRMNESS)) as f32
     }
 
-    /// Notes a candidate.
-    pub(super) fn note(&mut self, p: f32, accepted: bool) {
+    /// Records a candidate.
+    pub(super) fn record(&mut self, p: f32, accepted: bool) {
         self.expected += f64::from(p);
         self.hits += f64::from(u8::from(accepted));
         if self.expected >= MEMORY {
@@ -82,7 +81,7 @@ impl Bin {
 
 /// What a head's candidates turned out to be worth at the places it was asked at.
 #[derive(Clone, Copy, Debug, Default)]
-struct Offers {
+struct Proposals {
     places: f64,
     /// For each range the candidates in it, and the sum of their probabilities.
     ranges: [(f64, f64); N_RANGES],
@@ -95,13 +94,14 @@ impl Calibration {
         Self { belief: Belief::Exact, ..Self::default() }
     }
 
-    /// One that knows how often candidates are accepted, where that is simulated.
+    /// One that learns nothing: at depth `h + 1` the best candidate is right at `rates[h]`, and no
+    /// other is.
     #[must_use]
-    pub fn given(acceptance: Acceptance) -> Self {
-        Self { belief: Belief::Given(acceptance), ..Self::default() }
+    pub fn given(rates: Vec<f32>) -> Self {
+        Self { belief: Belief::Given(rates), ..Self::default() }
     }
 
-    /// Probability that a candidate at `depth` (1: behind the root) is accepted if its parent is,
+    /// Probability that a candidate at `depth` (1: after the root) is accepted if its parent is,
     /// where `rank` of its siblings are better, its head says `p`, and the sequence's heads are to
     /// be trusted so far.
     #[must_use]
@@ -109,7 +109,7 @@ impl Calibration {
         match &self.belief {
             Belief::Learnt => {}
             Belief::Exact => return p,
-            Belief::Given(acceptance) => return acceptance.rate(depth, rank),
+            Belief::Given(rates) => return if rank == 0 { rate(rates, depth) } else { 0.0 },
         }
         (p * self.bins[head(depth)][bin(p)].ratio(BELIEF) * trust).clamp(0.0, HIGHEST)
     }
@@ -128,69 +128,69 @@ impl Calibration {
     /// sum of `q - row` over those whose probability `q` is above `row`, what verifying one costs.
     #[must_use]
     pub fn expect(&self, depth: usize, row: f64, trust: f32) -> f64 {
-        if let Belief::Given(acceptance) = &self.belief {
-            return (f64::from(acceptance.rate(depth, 0)) - row).max(0.0);
+        if let Belief::Given(rates) = &self.belief {
+            return (f64::from(rate(rates, depth)) - row).max(0.0);
         }
-        let Offers { places, ranges } = &self.offers[head(depth)];
+        let Proposals { places, ranges } = &self.proposals[head(depth)];
         let trust = f64::from(trust);
         let seen: f64 = ranges.iter().map(|&(n, q)| (q * trust - n * row).max(0.0)).sum();
         let sure = SURE * (f64::from(HIGHEST) * trust.min(1.0) - row).max(0.0);
         (seen + SURE_FIRMNESS * sure) / (places + SURE_FIRMNESS)
     }
 
-    /// Notes the candidates' probabilities at one place where a head was asked.
-    pub fn note_offer(&mut self, depth: usize, offered: impl Iterator<Item = f32>) {
-        let Offers { places, ranges } = &mut self.offers[head(depth)];
+    /// Records the candidates' probabilities at one place where a head was asked.
+    pub fn record_proposals(&mut self, depth: usize, proposed: impl Iterator<Item = f32>) {
+        let Proposals { places, ranges } = &mut self.proposals[head(depth)];
         let keep = 1.0 - 1.0 / PLACES;
         *places = *places * keep + 1.0;
         ranges.iter_mut().for_each(|(n, q)| (*n, *q) = (*n * keep, *q * keep));
-        for q in offered {
+        for q in proposed {
             let (n, sum) = &mut ranges[((q * N_RANGES as f32) as usize).min(N_RANGES - 1)];
             *n += 1.0;
             *sum += f64::from(q);
         }
     }
 
-    /// Notes a step in which no head was asked.
+    /// Records a step in which no head was asked.
     pub fn fade(&mut self) {
-        for Offers { places, ranges } in &mut self.offers {
+        for Proposals { places, ranges } in &mut self.proposals {
             *places *= PLACES_FADE;
             ranges.iter_mut().for_each(|(n, q)| (*n, *q) = (*n * PLACES_FADE, *q * PLACES_FADE));
         }
     }
 
-    /// Notes what became of a candidate whose parent was accepted.
-    pub fn note(&mut self, depth: usize, p: f32, accepted: bool) {
-        self.bins[head(depth)][bin(p)].note(p, accepted);
+    /// Records what became of a candidate whose parent was accepted.
+    pub fn record(&mut self, depth: usize, p: f32, accepted: bool) {
+        self.bins[head(depth)][bin(p)].record(p, accepted);
     }
 }
 
-/// How much better or worse a source of drafts is at one sequence's text than at all texts of late.
+/// How much better or worse a source of drafts is at one sequence's text than at recent texts.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Trust {
-    /// Hits that its calibration alone foresaw.
-    foreseen: f64,
+    /// Hits that its calibration alone predicted.
+    predicted: f64,
     hits: f64,
 }
 
 impl Trust {
-    /// By what to multiply what is foreseen.
+    /// By what to multiply predictions.
     #[must_use]
     pub fn factor(&self) -> f32 {
-        ((self.hits + TRUST_FIRMNESS) / (self.foreseen + TRUST_FIRMNESS)) as f32
+        ((self.hits + TRUST_FIRMNESS) / (self.predicted + TRUST_FIRMNESS)) as f32
     }
 
-    /// Notes a place without candidates: what was noted before is a little older.
+    /// Records a place without candidates: what was recorded before is a little older.
     pub fn fade(&mut self) {
-        self.foreseen *= TRUST_FADE;
+        self.predicted *= TRUST_FADE;
         self.hits *= TRUST_FADE;
     }
 
-    /// Notes a place: the probability that one of its candidates is right, as calibration alone
-    /// foresees it, and whether one was.
-    pub fn note(&mut self, foreseen: f32, hit: bool) {
+    /// Records a place: the probability that one of its candidates is right, as calibration alone
+    /// predicts it, and whether one was.
+    pub fn record(&mut self, predicted: f32, hit: bool) {
         let keep = 1.0 - 1.0 / TRUST_MEMORY;
-        self.foreseen = keep * self.foreseen + f64::from(foreseen.min(1.0));
+        self.predicted = keep * self.predicted + f64::from(predicted.min(1.0));
         self.hits = keep * self.hits + f64::from(u8::from(hit));
     }
 }
@@ -205,11 +205,15 @@ pub struct Trusts {
 }
 
 impl Trusts {
-    /// Notes a place without candidates.
+    /// Records a place without candidates.
     pub fn fade(&mut self) {
         self.heads.fade();
         self.text.fade();
     }
+}
+
+fn rate(rates: &[f32], depth: usize) -> f32 {
+    rates.get(depth - 1).copied().unwrap_or(0.0)
 }
 
 fn head(depth: usize) -> usize {
@@ -230,9 +234,9 @@ mod tests {
         let mut c = Calibration::default();
         assert!((c.estimate(1, 0, 0.5, 1.0) - 0.4).abs() < 1e-6);
         for i in 0..4000 {
-            c.note(1, 0.9, i % 10 < 6);
-            c.note(2, 0.9, i % 10 < 3);
-            c.note(1, 0.01, i % 50 == 0);
+            c.record(1, 0.9, i % 10 < 6);
+            c.record(2, 0.9, i % 10 < 3);
+            c.record(1, 0.01, i % 50 == 0);
         }
         for (depth, p, happens) in [(1, 0.9, 0.6), (2, 0.9, 0.3), (1, 0.01, 0.02)] {
             assert!(
@@ -247,17 +251,17 @@ mod tests {
     #[test]
     fn it_follows_a_change_of_text() {
         let mut c = Calibration::default();
-        (0..10_000).for_each(|_| c.note(1, 0.5, true));
-        (0..2000).for_each(|_| c.note(1, 0.5, false));
+        (0..10_000).for_each(|_| c.record(1, 0.5, true));
+        (0..2000).for_each(|_| c.record(1, 0.5, false));
         assert!(c.estimate(1, 0, 0.5, 1.0) < 0.1);
     }
 
     #[test]
-    fn what_heads_offered_is_expected_again() {
+    fn what_heads_proposed_is_expected_again() {
         let mut c = Calibration::default();
         let before = c.expect(1, 0.5, 1.0);
         for i in 0..1000 {
-            c.note_offer(1, [if i % 2 == 0 { 0.9 } else { 0.3 }, 0.1].into_iter());
+            c.record_proposals(1, [if i % 2 == 0 { 0.9 } else { 0.3 }, 0.1].into_iter());
         }
         for (row, expected) in [(0.95, 0.0), (0.5, 0.2), (0.2, 0.4), (0.0, 0.7)] {
             assert!(
@@ -279,11 +283,11 @@ mod tests {
     fn a_text_is_trusted_by_its_own_hits() {
         let mut trust = Trust::default();
         assert_eq!(trust.factor(), 1.0);
-        (0..200).for_each(|i| trust.note(0.5, i % 4 == 0));
+        (0..200).for_each(|i| trust.record(0.5, i % 4 == 0));
         assert!((0.5..0.65).contains(&trust.factor()), "{trust:?}");
         (0..200).for_each(|_| trust.fade());
         assert!(trust.factor() > 0.95, "{trust:?}");
-        (0..200).for_each(|_| trust.note(0.5, true));
+        (0..200).for_each(|_| trust.record(0.5, true));
         assert!((1.7..2.0).contains(&trust.factor()), "{trust:?}");
     }
 

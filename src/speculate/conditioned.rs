@@ -1,6 +1,6 @@
-//! Conditioned heads: head `h` foretells the token behind a path of `h + 1` tokens (the root being
-//! the first), and sees them. So each head is computed for every path that it goes on from, and
-//! only for paths where that promises to pay.
+//! Conditioned heads: head `h` predicts the token after a path of `h + 1` tokens (the root being the
+//! first), and sees them. So each head is computed once per path that it continues, and only for
+//! paths where that is expected to pay.
 //!
 //! After Z. Ankner et al., "Hydra: Sequentially-Dependent Draft Heads for Medusa Decoding" (2024).
 
@@ -8,99 +8,89 @@ use std::time::Instant;
 
 use super::calibration::Calibration;
 use super::cost::Cost;
-use super::medusa::{likeliest, pick};
+use super::error::HeadsError;
+use super::medusa::{pick, top_candidates};
+use super::nets::{ConditionedNet, ConditionedWeights};
+use super::paths::{Candidate, plant};
 use super::{Draft, Origin, Tree, Worth};
-use crate::llama::{LlamaError, MatrixRows, PathNet, PathWeights, Token};
+use crate::llama::{MatrixRows, Token};
 
-/// Most paths that one head goes on from, of all sequences together.
+/// Most paths that one head continues, of all sequences together.
 const MAX_PATHS: usize = 64;
 /// Numbers of paths for which a head is timed at start.
 const POINTS: [usize; 5] = [1, 2, 4, 8, 16];
-/// A head may be asked for this many of the most frequent draft tokens only.
+/// A head may be limited to this many of the most frequent draft tokens.
 const CUTS: [usize; 4] = [1024, 2048, 4096, 8192];
 
 /// Heads ready to draft.
 pub struct Conditioned {
-    net: PathNet,
+    net: ConditionedNet,
     embeddings: MatrixRows,
     token_map: Option<Vec<Token>>,
-    /// By how many draft tokens it looks at, ascending.
+    /// Ascending by number of tokens.
     cuts: Vec<Cut>,
     nodes: Vec<Candidate>,
-    /// States behind nodes, `n_embd` values each.
+    /// States of nodes, `n_embd` values each.
     states: Vec<f32>,
     level: Level,
     best: Vec<(Token, f32)>,
 }
 
-/// The first draft tokens, which are the most frequent ones.
+/// A limit to the first draft tokens, which are the most frequent ones.
 struct Cut {
     n_tokens: usize,
-    /// Share of a text's draft tokens that are among them.
+    /// Their share of a text's draft tokens.
     share: f64,
-    /// Seconds of a head, by paths.
+    /// Seconds of a head by number of paths.
     cost: Cost,
 }
 
-/// What one head is computed for.
+/// Input of one head.
 #[derive(Default)]
 struct Level {
     paths: Vec<Path>,
-    /// Index of the draft tokens it looks at.
+    /// Index of the cut.
     cut: usize,
     states: Vec<f32>,
     embeddings: Vec<f32>,
 }
 
-/// A path that a head goes on from.
+/// A path that a head continues.
 #[derive(Clone, Copy, Debug)]
 struct Path {
     /// Index of the origin.
     origin: usize,
     /// Its last node; `None` for the root.
     node: Option<usize>,
-    /// Where its state is.
+    /// Index of its state.
     state: usize,
     q: f32,
     token: Token,
-    /// Of its sequence.
+    /// The sequence's factor.
     trust: f32,
     open: f32,
 }
 
-/// A node that could be.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Candidate {
-    pub(super) origin: usize,
-    /// Index of the candidate before it.
-    pub(super) parent: Option<usize>,
-    pub(super) token: Token,
-    pub(super) p: f32,
-    pub(super) q: f32,
-    /// Its parent's state, in `states`, computed with the parent's token.
-    pub(super) state: usize,
-}
-
 impl Conditioned {
-    /// From heads; `output` and `embeddings` are the model's. Without counts of the draft tokens,
-    /// all of them are always looked at.
+    /// Makes heads ready to compute; `output` and `embeddings` are the model's. Without counts of the
+    /// draft tokens there are no cuts.
     ///
     /// # Errors
     /// When the model's matrices cannot be read or there is no memory.
     pub fn new(
-        weights: &PathWeights,
+        weights: &ConditionedWeights,
         token_map: Option<Vec<Token>>,
         token_counts: Option<Vec<f64>>,
         output: &MatrixRows,
         embeddings: MatrixRows,
         n_threads: usize,
-    ) -> Result<Self, LlamaError> {
+    ) -> Result<Self, HeadsError> {
         let output = match &weights.output {
             Some(own) => own.clone(),
             None => pick(output, token_map.as_deref())?,
         };
         let cuts: &[usize] = if token_counts.is_some() { &CUTS } else { &[] };
-        let mut net = PathNet::new(weights, &output, cuts, n_threads)?;
+        let mut net = ConditionedNet::new(weights, &output, cuts, n_threads)?;
         let counts = token_counts.unwrap_or_else(|| vec![1.0; output.n_out]);
         let share = |n: usize| counts[..n].iter().sum::<f64>() / counts.iter().sum::<f64>();
         let mut cuts = vec![];
@@ -127,9 +117,8 @@ impl Conditioned {
         })
     }
 
-    /// Computes head `depth` for the paths of `level`, all of them, and adds what it offers behind
-    /// each to `nodes`.
-    fn go_on(&mut self, depth: usize, calibration: &Calibration) -> Result<(), LlamaError> {
+    /// Computes head `depth` for all paths of `level`, and appends its candidates to `nodes`.
+    fn extend(&mut self, depth: usize, calibration: &Calibration) -> Result<(), HeadsError> {
         let level = &mut self.level;
         level.embeddings.clear();
         for path in &level.paths {
@@ -142,16 +131,16 @@ impl Conditioned {
         let Cut { n_tokens: n_out, cost, .. } = &mut self.cuts[level.cut];
         let n_out = *n_out;
         let n = level.paths.len();
-        cost.note(n, n, started.elapsed().as_secs_f64());
+        cost.record(n, n, started.elapsed().as_secs_f64());
         let first_state = self.states.len() / d;
         self.states.extend_from_slice(states);
         for (i, path) in level.paths.iter().enumerate() {
-            likeliest(&logits[i * n_out..][..n_out], &mut self.best);
+            top_candidates(&logits[i * n_out..][..n_out], &mut self.best);
             let mut above = path.q;
             for (rank, &(token, p)) in self.best.iter().enumerate() {
                 let token = self.token_map.as_ref().map_or(token, |map| map[token.0 as usize]);
-                // A calibrated sibling may come out above a better one; the order must hold all the
-                // same.
+                // Calibration may put a sibling above a better one. The minimum keeps the head's
+                // order.
                 let q = (path.q * calibration.estimate(depth + 1, rank, p, path.trust)).min(above);
                 above = q;
                 self.nodes.push(Candidate {
@@ -167,13 +156,13 @@ impl Conditioned {
         Ok(())
     }
 
-    /// Keeps the paths of `level` behind which the candidates at `depth` promise to pay, and
-    /// fetches their states.
+    /// Keeps the paths of `level` after which candidates at `depth` are expected to pay, and gathers
+    /// their states.
     fn choose_paths(&mut self, depth: usize, worth: Worth, calibration: &Calibration) {
         let d = self.net.n_embd();
         let level = &mut self.level;
-        let promise = |path: &Path| path.q * path.trust * path.open;
-        level.paths.sort_by(|a, b| promise(b).total_cmp(&promise(a)));
+        let expected = |path: &Path| path.q * path.trust * path.open;
+        level.paths.sort_by(|a, b| expected(b).total_cmp(&expected(a)));
         level.paths.truncate(MAX_PATHS);
         let value = |path: &Path| {
             let token_s = f64::from(path.q) * worth.token_s;
@@ -195,10 +184,10 @@ impl Conditioned {
         origins: &[Origin<'_>],
         worth: Worth,
         calibration: &Calibration,
-    ) -> Result<(), LlamaError> {
+    ) -> Result<(), HeadsError> {
         self.nodes.clear();
         self.states.clear();
-        // The roots stand where a head before the first one would have left their states.
+        // The hidden states of the roots are the states before the first head.
         let paths = &mut self.level.paths;
         paths.clear();
         for (origin, o) in origins.iter().enumerate().filter(|(_, o)| o.max_depth > 0) {
@@ -220,8 +209,8 @@ impl Conditioned {
                 break;
             }
             let first = self.nodes.len();
-            self.go_on(depth, calibration)?;
-            let goes_on = |(i, n): (usize, &Candidate)| {
+            self.extend(depth, calibration)?;
+            let continued = |(i, n): (usize, &Candidate)| {
                 let o = &origins[n.origin];
                 let &Candidate { origin, state, q, token, .. } = n;
                 let path =
@@ -229,15 +218,17 @@ impl Conditioned {
                 (o.max_depth > depth + 1).then_some(path)
             };
             self.level.paths.clear();
-            self.level.paths.extend(self.nodes.iter().enumerate().skip(first).filter_map(goes_on));
+            self.level
+                .paths
+                .extend(self.nodes.iter().enumerate().skip(first).filter_map(continued));
             self.choose_paths(depth + 2, worth, calibration);
         }
         Ok(())
     }
 }
 
-/// How many of the paths a head should go on from, and with which cut, to gain most; `seconds` is
-/// what its candidates save behind each of them, best first.
+/// The number of paths that a head should continue, and the cut, that gain most; `seconds` is what
+/// its candidates after each path save, best first.
 fn most_gain(cuts: &[Cut], seconds: impl Iterator<Item = f64> + Clone) -> (usize, usize) {
     let (mut best, mut choice) = (0.0, (0, 0));
     for (i, cut) in cuts.iter().enumerate() {
@@ -253,8 +244,8 @@ fn most_gain(cuts: &[Cut], seconds: impl Iterator<Item = f64> + Clone) -> (usize
     choice
 }
 
-/// Seconds of the first head by paths, with a cut: the best of a few.
-fn measure(net: &mut PathNet, cut: usize) -> Result<Vec<(usize, f64)>, LlamaError> {
+/// Seconds of the first head by number of paths, with a cut: the best of eight runs.
+fn measure(net: &mut ConditionedNet, cut: usize) -> Result<Vec<(usize, f64)>, HeadsError> {
     let time = |&n: &usize| {
         let rows = vec![0.5; n * net.n_embd()];
         let mut best = f64::INFINITY;
@@ -270,7 +261,7 @@ fn measure(net: &mut PathNet, cut: usize) -> Result<Vec<(usize, f64)>, LlamaErro
 
 impl Draft for Conditioned {
     fn n_heads(&self) -> usize {
-        self.net.n_steps()
+        self.net.n_heads()
     }
 
     fn draft(
@@ -282,26 +273,9 @@ impl Draft for Conditioned {
     ) {
         trees.iter_mut().for_each(Tree::clear);
         if let Err(error) = self.candidates(origins, worth, calibration) {
-            tracing::error!(%error, "heads could not be computed; this step goes without drafts");
+            tracing::error!(%error, "heads failed; this step has no drafts from them");
             return;
         }
         plant(&self.nodes, worth.n_nodes, trees);
-    }
-}
-
-/// Fills trees with candidates, best first: a parent comes before its children, as its `q` is
-/// higher and among equals it is older.
-pub(super) fn plant(nodes: &[Candidate], n_nodes: usize, trees: &mut [Tree]) {
-    let mut order: Vec<usize> = (0..nodes.len()).collect();
-    order.sort_by(|&a, &b| nodes[b].q.total_cmp(&nodes[a].q));
-    let mut place: Vec<Option<usize>> = vec![None; nodes.len()];
-    for i in order {
-        let n = nodes[i];
-        let tree = &mut trees[n.origin];
-        let parent = n.parent.map(|p| place[p]);
-        if tree.len() == n_nodes || parent == Some(None) {
-            continue;
-        }
-        place[i] = Some(tree.push(parent.flatten(), n.token, n.p, n.q));
     }
 }

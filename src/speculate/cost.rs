@@ -3,6 +3,15 @@
 
 /// Numbers of rows that are measured; in between it is a straight line.
 pub const POINTS: [usize; 12] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64];
+/// Rounds of measuring; fewer for a number of rows that they would sum up to more than
+/// [`MOST_ROWS`] of.
+const ROUNDS: usize = 10;
+const MOST_ROWS: usize = 96;
+/// Share of the time for the curve; the rest is for what a change of the number of rows costs.
+const CURVE: f64 = 0.8;
+/// Where time is up before two rows are measured, the second is taken to cost this share of the
+/// first.
+const SECOND_ROW: f64 = 0.5;
 /// Weight of a step for the speed of the whole machine: others share it, it heats up, contexts
 /// grow.
 const SPEED: f64 = 0.1;
@@ -10,8 +19,63 @@ const SPEED: f64 = 0.1;
 const CHANGE: f64 = 0.05;
 /// Weight of a step for the shape of the curve near its number of rows.
 const SHAPE: f64 = 0.02;
-/// A step this many times slower or faster than foreseen says nothing: the machine was elsewhere.
+/// A step this many times slower or faster than predicted says nothing: the machine was elsewhere.
 const OUTLIER: f64 = 4.0;
+
+/// Measures what steps take by `time`, the seconds of a pass of `n` rows: seconds for each number
+/// of rows, ascending, after a pass of as many, and the seconds more after one of another number.
+/// The best of a few rounds, so that a moment's disturbance does not hit one number alone.
+///
+/// A pass is begun only if it is predicted to end within `limit_s` of passes: one that was measured
+/// takes as long as then, and a larger one at most in proportion to its rows. One row is measured
+/// in any case.
+///
+/// # Errors
+/// Those of `time`.
+pub fn measure<E>(
+    numbers: &[usize],
+    limit_s: f64,
+    mut time: impl FnMut(usize) -> Result<f64, E>,
+) -> Result<(Vec<(usize, f64)>, f64), E> {
+    let mut spent = 0.0;
+    let mut timed = |n: usize, predicted: f64, limit_s: f64| -> Result<Option<f64>, E> {
+        if spent + predicted > limit_s {
+            return Ok(None);
+        }
+        let seconds = time(n)?;
+        spent += seconds;
+        Ok(Some(seconds))
+    };
+    let mut points: Vec<(usize, f64)> = vec![];
+    for round in 0..ROUNDS {
+        for (i, &n) in numbers.iter().enumerate().take_while(|(_, n)| **n * round <= MOST_ROWS) {
+            let limit_s = if points.is_empty() { f64::INFINITY } else { CURVE * limit_s };
+            let predicted = points.get(i).or(points.last());
+            let predicted = predicted.map_or(0.0, |(known, s)| s * n as f64 / *known as f64);
+            // The first pass of another number builds a graph.
+            let Some(first) = timed(n, predicted, limit_s)? else { break };
+            let Some(seconds) = timed(n, first, limit_s)? else { break };
+            match points.get_mut(i) {
+                Some((_, best)) => *best = best.min(seconds),
+                None => points.push((n, seconds)),
+            }
+        }
+    }
+    let mut change_s = 0.0;
+    if let [(1, one), (2, two), ..] = points[..] {
+        let mut changed = [f64::INFINITY; 2];
+        for i in (0..2).cycle().take(2 * ROUNDS) {
+            let Some(seconds) = timed(i + 1, [one, two][i], limit_s)? else { break };
+            changed[i] = changed[i].min(seconds);
+        }
+        if changed[1].is_finite() {
+            change_s = f64::midpoint(changed[0] - one, changed[1] - two).max(0.0);
+        }
+    } else if let [(n, seconds)] = points[..] {
+        points.push((n + 1, seconds * (1.0 + SECOND_ROW / n as f64)));
+    }
+    Ok((points, change_s))
+}
 
 /// Seconds by number of rows.
 #[derive(Clone, Debug)]
@@ -39,20 +103,20 @@ impl Cost {
         cost
     }
 
-    /// The same, where a step takes so many seconds more if it has another number of rows than the
-    /// one before.
+    /// The same, where a step takes `change_s` seconds more if it has another number of rows than
+    /// the one before.
     #[must_use]
     pub fn with_change(self, change_s: f64) -> Self {
         Self { change_s: change_s.max(0.0), ..self }
     }
 
-    /// Seconds of a step of `n` rows behind one of `before`.
+    /// Seconds of a step of `n` rows after one of `before`.
     #[must_use]
-    pub fn seconds_behind(&self, before: usize, n: usize) -> f64 {
+    pub fn seconds_after(&self, before: usize, n: usize) -> f64 {
         self.seconds(n) + if n == before { 0.0 } else { self.change_s * self.speed }
     }
 
-    /// Seconds of a step of `n` rows behind one of as many. Beyond the last point it goes on as
+    /// Seconds of a step of `n` rows after one of as many. Beyond the last point it goes on as
     /// between the last two.
     #[must_use]
     pub fn seconds(&self, n: usize) -> f64 {
@@ -64,15 +128,15 @@ impl Cost {
         (s0 + slope * (n as f64 - n0 as f64)).max(0.5 * points[0].1) * self.speed
     }
 
-    /// Notes that a step of `n` rows behind one of `before` took `seconds`.
-    pub fn note(&mut self, before: usize, n: usize, seconds: f64) {
-        let foreseen = self.seconds_behind(before, n);
-        let ratio = seconds / foreseen;
+    /// Records that a step of `n` rows after one of `before` took `seconds`.
+    pub fn record(&mut self, before: usize, n: usize, seconds: f64) {
+        let predicted = self.seconds_after(before, n);
+        let ratio = seconds / predicted;
         if !(1.0 / OUTLIER..OUTLIER).contains(&ratio) {
             return;
         }
         if n != before {
-            self.change_s = (self.change_s + CHANGE * (seconds - foreseen) / self.speed).max(0.0);
+            self.change_s = (self.change_s + CHANGE * (seconds - predicted) / self.speed).max(0.0);
             return;
         }
         self.speed *= 1.0 + SPEED * (ratio - 1.0);
@@ -98,6 +162,35 @@ impl Cost {
 mod tests {
     use super::*;
 
+    /// Measures a machine whose passes take `pass_s` and `row_s` for each row, and `first_s` more
+    /// where their number changed. Returns the points, the change, and the seconds of all passes.
+    fn measured(pass_s: f64, row_s: f64, first_s: f64) -> (Vec<(usize, f64)>, f64, f64) {
+        let (mut spent, mut before) = (0.0, 0);
+        let time = |n: usize| -> Result<f64, ()> {
+            let seconds = pass_s + row_s * n as f64 + if n == before { 0.0 } else { first_s };
+            before = n;
+            spent += seconds;
+            Ok(seconds)
+        };
+        let (points, change_s) = measure(&POINTS, 1.5, time).unwrap();
+        (points, change_s, spent)
+    }
+
+    #[test]
+    fn a_fast_machine_is_measured_whole_and_a_slow_one_within_the_time() {
+        let (points, change_s, spent) = measured(0.001, 0.0001, 0.0005);
+        assert!(points.iter().map(|p| p.0).eq(POINTS) && spent < 1.5, "{points:?} {spent}");
+        let exact = |&(n, s): &(usize, f64)| (s - 0.001 - 0.0001 * n as f64).abs() < 1e-9;
+        assert!(points.iter().all(exact) && (change_s - 0.0005).abs() < 1e-9, "{points:?}");
+        for pass_s in [0.02, 0.1, 0.2, 0.3] {
+            let (points, _, spent) = measured(pass_s, pass_s / 5.0, pass_s / 10.0);
+            assert!(spent < 1.5, "{pass_s}: {spent} s for {points:?}");
+            assert!(points.len() >= 2 && points[0].0 == 1, "{pass_s}: {points:?}");
+        }
+        let (points, _, spent) = measured(2.0, 0.5, 1.0);
+        assert_eq!((points, spent), (vec![(1, 2.5), (2, 3.75)], 6.0), "one row, twice");
+    }
+
     #[test]
     fn it_is_a_line_between_points_and_goes_on_beyond() {
         let cost = Cost::from_points(&[(1, 1.0), (3, 2.0), (5, 6.0)]);
@@ -115,23 +208,24 @@ mod tests {
     #[test]
     fn it_follows_the_machine_and_ignores_a_hiccup() {
         let mut cost = Cost::from_points(&[(1, 1.0), (2, 1.2), (8, 2.0)]);
-        cost.note(1, 1, 50.0);
+        cost.record(1, 1, 50.0);
         assert_eq!(cost.seconds(1), 1.0);
-        (0..200).for_each(|_| cost.note(1, 1, 2.0));
+        (0..200).for_each(|_| cost.record(1, 1, 2.0));
         assert!(
             (cost.seconds(1) - 2.0).abs() < 0.05 && (cost.seconds(8) - 4.0).abs() < 1.0,
             "{cost:?}"
         );
-        (0..400).for_each(|i| if i % 2 == 0 { cost.note(1, 1, 2.0) } else { cost.note(2, 2, 3.8) });
+        (0..400)
+            .for_each(|i| if i % 2 == 0 { cost.record(1, 1, 2.0) } else { cost.record(2, 2, 3.8) });
         assert!((cost.seconds(2) - 3.8).abs() < 0.3, "the shape follows too: {cost:?}");
     }
     #[test]
     fn a_change_of_rows_costs_what_it_was_seen_to_cost() {
         let mut cost = Cost::from_points(&[(1, 1.0), (2, 1.2)]).with_change(0.5);
-        assert_eq!((cost.seconds_behind(2, 2), cost.seconds_behind(1, 2)), (1.2, 1.7));
-        (0..200).for_each(|_| cost.note(1, 2, 1.3));
+        assert_eq!((cost.seconds_after(2, 2), cost.seconds_after(1, 2)), (1.2, 1.7));
+        (0..200).for_each(|_| cost.record(1, 2, 1.3));
         assert!(
-            (cost.seconds_behind(1, 2) - 1.3).abs() < 0.01 && cost.seconds(2) == 1.2,
+            (cost.seconds_after(1, 2) - 1.3).abs() < 0.01 && cost.seconds(2) == 1.2,
             "{cost:?}"
         );
     }

@@ -1,29 +1,32 @@
-//! Head files: which layout a folder holds, and that its tensors fit the model. Nothing in a file
-//! is trusted: heads are counted from the keys, since published configurations are often wrong, and
+//! Head files: detects a folder's layout and checks its tensors against the model. No file is
+//! trusted: heads are counted from the keys, since published configurations are often wrong, and
 //! every shape is checked.
 //!
 //! | layout | keys |
 //! |---|---|
 //! | v1 | `{h}.{l}.linear.weight`, `.bias`; the head's own output matrix `{h}.{L}.weight` |
-//! | v2 | the same without output matrices: the model's serves all heads |
+//! | v2 | the same without output matrices: all heads share the model's |
 //! | full model | v1 or v2 under `medusa_head.`, among the model's own tensors, in shards |
-//! | vLLM | `blocks.{h}.layers.{l}.weight`, perhaps `.bias`; `lm_heads.{h}.weight` |
-//! | conditioned | `{h}.w`, `{h}.u`, `{h}.v`, `{h}.b`: ours, see [`PathWeights`]; the model's output matrix serves all heads |
+//! | vLLM | `blocks.{h}.layers.{l}.weight`, optional `.bias`; `lm_heads.{h}.weight` |
+//! | conditioned | `{h}.w`, `{h}.u`, `{h}.v`, `{h}.b`: ours, see [`ConditionedWeights`]; all heads share the model's output matrix |
 //!
 //! Files are safetensors, or for v1 and v2 PyTorch's own (see `pickle`). In ours a matrix may be I8
-//! with `{key}.scale`, what each row is multiplied by. Each layout may carry `token_map`, the
-//! vocabulary ids of the output rows, where heads know only the most frequent tokens, and ours
-//! `token_counts` beside it: how often each was met, never more often than the one before.
+//! with `{key}.scale`, a factor per row. Each layout may have `token_map`, the vocabulary ids of the
+//! output rows, if heads know only the most frequent tokens; ours may have `token_counts` too, how
+//! often each occurred in training, descending.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use safetensors::{Dtype, SafeTensors};
 
+pub use super::error::HeadsError;
+use super::nets::{ConditionedHead, ConditionedWeights, MedusaWeights, ResidualBlock};
 use super::pickle;
-use crate::llama::{Block, Matrix, PathStep, PathWeights, Token, Weights};
+use crate::llama::Token;
+use crate::matrix::Matrix;
 
-/// What the model needs of heads.
+/// The model's sizes, which heads must fit.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
     /// Width of the hidden state.
@@ -32,53 +35,27 @@ pub struct Shape {
     pub n_vocab: usize,
 }
 
-/// Heads as they stand in a folder, checked.
+/// The heads of a folder, checked.
 #[derive(Debug, PartialEq)]
 pub struct Heads {
     /// One network for each head.
     pub nets: HeadNets,
     /// The token of each output row; `None`: the vocabulary itself.
     pub token_map: Option<Vec<Token>>,
-    /// How often each of them was met in training, descending.
+    /// How often each of them occurred in training, descending.
     pub token_counts: Option<Vec<f64>>,
 }
 
-/// The networks of heads. Without output matrices the model's own is meant.
+/// The networks of heads. Those without output matrices use the model's own.
 #[derive(Debug, PartialEq)]
 pub enum HeadNets {
-    /// Each sees the hidden state only.
-    Plain(Weights),
-    /// Each sees the path it goes on from, too.
-    Conditioned(PathWeights),
+    /// Each head sees the hidden state only.
+    Plain(MedusaWeights),
+    /// Each head sees the path that it continues, too.
+    Conditioned(ConditionedWeights),
 }
 
-/// Why heads were refused.
-#[derive(Debug, thiserror::Error)]
-pub enum HeadsError {
-    /// The folder holds no file that could be heads.
-    #[error("{}: no heads here; looked for {}", .0.display(), FILES.join(", "))]
-    NotFound(PathBuf),
-    /// A file could not be read.
-    #[error("{}: {reason}", path.display())]
-    File {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        reason: String,
-    },
-    /// A tensor is missing, unknown or does not fit.
-    #[error("{}: {key}: {reason}", path.display())]
-    Tensor {
-        /// The file.
-        path: PathBuf,
-        /// The tensor's name.
-        key: String,
-        /// What is wrong, with what was expected.
-        reason: String,
-    },
-}
-
-/// The names heads go by, in the order they are looked for.
+/// File names of heads, in the order they are looked for.
 const FILES: [&str; 5] = [
     "medusa_lm_head.safetensors",
     "medusa_lm_head.pt",
@@ -95,10 +72,11 @@ impl Heads {
     /// Reads the first `n_heads` heads of a folder.
     ///
     /// # Errors
-    /// [`HeadsError`] names the file, and the tensor if one is to blame.
+    /// [`HeadsError`] names the file, and the tensor if one is invalid.
     pub fn load(folder: &Path, shape: Shape, n_heads: usize) -> Result<Self, HeadsError> {
         let file = FILES.iter().map(|name| folder.join(name)).find(|path| path.is_file());
-        let file = file.ok_or_else(|| HeadsError::NotFound(folder.to_owned()))?;
+        let file =
+            file.ok_or_else(|| HeadsError::NotFound { folder: folder.to_owned(), names: &FILES })?;
         let shards = if file.extension() == Some("json".as_ref()) {
             shards(&file)?
         } else {
@@ -112,7 +90,7 @@ impl Heads {
     }
 }
 
-/// The shards that hold heads, as an index names them.
+/// The shards that contain heads, by the index.
 fn shards(index: &Path) -> Result<Vec<PathBuf>, HeadsError> {
     let fail = |reason: String| HeadsError::File { path: index.to_owned(), reason };
     let text = std::fs::read_to_string(index).map_err(|e| fail(e.to_string()))?;
@@ -138,7 +116,7 @@ fn shards(index: &Path) -> Result<Vec<PathBuf>, HeadsError> {
 /// A tensor's shape and values.
 type Tensor = (Vec<usize>, Vec<f32>);
 
-/// What the files hold, by key.
+/// Tensors of all files, by key.
 struct Tensors {
     /// Named in errors.
     file: PathBuf,
@@ -146,7 +124,7 @@ struct Tensors {
 }
 
 impl Tensors {
-    /// Reads the tensors of one file: of a full model those of the heads.
+    /// Reads the tensors of one file; of a full model, those of the heads.
     fn read(&mut self, path: &Path) -> Result<(), HeadsError> {
         let fail = |reason: String| HeadsError::File { path: path.to_owned(), reason };
         if path.extension() == Some("pt".as_ref()) {
@@ -181,7 +159,7 @@ impl Tensors {
             .try_for_each(|(name, shape, values)| self.insert(path, &name, &name, shape, values))
     }
 
-    /// Takes a tensor in that a file calls `name`.
+    /// Adds a tensor, which has the name `name` in the file.
     fn insert(
         &mut self,
         path: &Path,
@@ -209,7 +187,7 @@ impl Tensors {
         self.map.contains_key(key)
     }
 
-    /// Takes a matrix out; `n_out` of `None` may be any.
+    /// Removes and returns a matrix; `n_out` of `None` accepts any.
     fn matrix(
         &mut self,
         key: &str,
@@ -279,7 +257,7 @@ impl Tensors {
                 let bias = biases
                     .then(|| self.vector(&format!("{}.bias", name(h, l)), shape.n_embd))
                     .transpose()?;
-                of_head.push(Block { weight, bias });
+                of_head.push(ResidualBlock { weight, bias });
             }
             blocks.push(of_head);
             if own_outputs {
@@ -291,11 +269,15 @@ impl Tensors {
         }
         blocks.truncate(n_heads);
         outputs.truncate(n_heads);
-        let nets = HeadNets::Plain(Weights { n_embd: shape.n_embd, blocks, outputs });
+        let nets = HeadNets::Plain(MedusaWeights { n_embd: shape.n_embd, blocks, outputs });
         Ok(Heads { nets, token_map, token_counts: None })
     }
 
-    fn conditioned(&mut self, shape: Shape, n_heads: usize) -> Result<PathWeights, HeadsError> {
+    fn conditioned(
+        &mut self,
+        shape: Shape,
+        n_heads: usize,
+    ) -> Result<ConditionedWeights, HeadsError> {
         self.apply_scales()?;
         let d = shape.n_embd;
         let n_found = (0..MAX_HEADS).take_while(|&h| self.has(&format!("{h}.w"))).count();
@@ -303,7 +285,7 @@ impl Tensors {
         for h in 0..n_found {
             let w = self.matrix(&format!("{h}.w"), None, d)?;
             let width = w.n_out;
-            steps.push(PathStep {
+            steps.push(ConditionedHead {
                 u: self.matrix(&format!("{h}.u"), Some(width), d)?,
                 v: self.matrix(&format!("{h}.v"), Some(d), width)?,
                 b: self.vector(&format!("{h}.b"), width)?,
@@ -317,7 +299,7 @@ impl Tensors {
             return Err(self.error(&format!("{h}.w"), "is not as wide as the first head's"));
         }
         steps.truncate(n_heads);
-        Ok(PathWeights { n_embd: d, steps, output: None })
+        Ok(ConditionedWeights { n_embd: d, steps, output: None })
     }
 
     /// Multiplies the rows of matrices by their scales.
@@ -381,7 +363,7 @@ impl Tensors {
     }
 }
 
-/// A tensor's bytes as floats. Token ids fit exactly: vocabularies are far below 2^24.
+/// A tensor's bytes as floats. Token ids are exact: vocabularies are far below 2^24.
 fn floats(dtype: Dtype, bytes: &[u8]) -> Result<Vec<f32>, String> {
     Ok(match dtype {
         Dtype::F32 => bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),

@@ -1,45 +1,49 @@
-//! Medusa heads: head `h` foretells the token `h + 2` places behind the hidden state, whatever
-//! stands between. Since the token right behind it, the root, is known, head 0 is about the root's
-//! children.
+//! Medusa heads: head `h` predicts the token `h + 2` positions after the hidden state, whatever is
+//! between. The token right after it, the root, is known, so head 0 predicts the root's children.
 //!
 //! T. Cai et al., "Medusa: Simple LLM Inference Acceleration Framework with Multiple Decoding
 //! Heads" (2024).
 
 use super::calibration::Calibration;
+use super::error::HeadsError;
+use super::nets::{MedusaNet, MedusaWeights};
+use super::paths::fill;
 use super::{Draft, Origin, Tree, Worth};
-use crate::llama::{LlamaError, Matrix, MatrixRows, Net, Token, Weights};
+use crate::llama::{LlamaError, MatrixRows, Token};
+use crate::matrix::Matrix;
 use crate::vector::{largest_k, log_sum_exp};
 
-/// Tokens that each head offers.
+/// Candidates per head.
 pub(super) const WIDTH: usize = 10;
 
 /// Heads ready to draft.
 pub struct Medusa {
-    net: Net,
+    net: MedusaNet,
     token_map: Option<Vec<Token>>,
     input: Vec<f32>,
     levels: Vec<Vec<(Token, f32)>>,
 }
 
 impl Medusa {
-    /// From heads; `output` is the model's output matrix, for those that have none.
+    /// Makes heads ready to compute; those without output matrices share the model's, `output`.
     ///
     /// # Errors
     /// When the matrix cannot be read, or there is no memory.
     pub fn new(
-        mut weights: Weights,
+        mut weights: MedusaWeights,
         token_map: Option<Vec<Token>>,
         output: &MatrixRows,
         n_threads: usize,
-    ) -> Result<Self, LlamaError> {
+    ) -> Result<Self, HeadsError> {
         if weights.outputs.is_empty() {
             weights.outputs.push(pick(output, token_map.as_deref())?);
         }
-        Ok(Self { net: Net::new(&weights, n_threads)?, token_map, input: vec![], levels: vec![] })
+        let net = MedusaNet::new(&weights, n_threads)?;
+        Ok(Self { net, token_map, input: vec![], levels: vec![] })
     }
 }
 
-/// The rows of these tokens; of all without a map.
+/// The rows of these tokens; all rows without a map.
 pub(super) fn pick(rows: &MatrixRows, tokens: Option<&[Token]>) -> Result<Matrix, LlamaError> {
     let Some(tokens) = tokens else { return rows.matrix() };
     let mut values = Vec::with_capacity(tokens.len() * rows.n_in());
@@ -49,7 +53,7 @@ pub(super) fn pick(rows: &MatrixRows, tokens: Option<&[Token]>) -> Result<Matrix
 
 impl Draft for Medusa {
     fn n_heads(&self) -> usize {
-        self.net.n_nets()
+        self.net.n_heads()
     }
 
     fn draft(
@@ -63,11 +67,11 @@ impl Draft for Medusa {
         self.input.clear();
         let wanted: Vec<usize> = (0..origins.len()).filter(|&i| origins[i].max_depth > 0).collect();
         wanted.iter().for_each(|&i| self.input.extend_from_slice(origins[i].hidden));
-        let (n_heads, n_out) = (self.net.n_nets(), self.net.n_out());
+        let (n_heads, n_out) = (self.net.n_heads(), self.net.n_out());
         let logits = match self.net.forward(&self.input) {
             Ok(logits) => logits,
             Err(error) => {
-                tracing::error!(%error, "heads could not be computed; this step goes without drafts");
+                tracing::error!(%error, "heads failed; this step has no drafts from them");
                 return;
             }
         };
@@ -76,18 +80,18 @@ impl Draft for Medusa {
             self.levels.resize_with(n_levels, Vec::new);
             for (h, level) in self.levels.iter_mut().enumerate() {
                 let at = (h * wanted.len() + row) * n_out;
-                likeliest(&logits[at..at + n_out], level);
+                top_candidates(&logits[at..at + n_out], level);
                 if let Some(map) = &self.token_map {
                     level.iter_mut().for_each(|(token, _)| *token = map[token.0 as usize]);
                 }
             }
-            trees[i].fill(&self.levels, calibration, origins[i].trust, worth.n_nodes);
+            fill(&mut trees[i], &self.levels, calibration, origins[i].trust, worth.n_nodes);
         }
     }
 }
 
 /// The [`WIDTH`] most likely entries, best first, with their probabilities.
-pub(super) fn likeliest(logits: &[f32], out: &mut Vec<(Token, f32)>) {
+pub(super) fn top_candidates(logits: &[f32], out: &mut Vec<(Token, f32)>) {
     largest_k(logits, WIDTH, out);
     let norm = log_sum_exp(logits);
     out.iter_mut().for_each(|(_, p)| *p = (*p - norm).exp());
@@ -100,9 +104,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_likeliest_are_the_first_of_all_sorted(logits in prop::collection::vec(-9.0f32..9.0, 1..200)) {
+        fn top_candidates_are_the_first_of_all_sorted(logits in prop::collection::vec(-9.0f32..9.0, 1..200)) {
             let mut got = vec![];
-            likeliest(&logits, &mut got);
+            top_candidates(&logits, &mut got);
             let mut all: Vec<usize> = (0..logits.len()).collect();
             all.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
             let sum: f64 = logits.iter().map(|l| f64::from(*l).exp()).sum();

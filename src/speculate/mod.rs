@@ -2,7 +2,7 @@
 //!
 //! Each step, every decoding sequence has a root (its last token, chosen but not computed) and the
 //! hidden state of the token before it. Heads, as a [`Draft`], make a [`Tree`] of candidates of
-//! that; [`text`] adds what followed where the last tokens stood before. [`policy`] cuts the trees
+//! that; [`text`] adds what followed the last tokens' earlier occurrences. [`policy`] cuts the trees
 //! of all sequences to the nodes that pay, by the measured [`cost`] of rows and by how often
 //! candidates of their kind are right, which is counted ([`calibration`] for heads, [`text`] for
 //! its own). The engine computes root and nodes in one pass and walks down each tree by the model's
@@ -13,28 +13,30 @@ pub mod calibration;
 pub mod conditioned;
 pub mod cost;
 pub mod device;
+mod drafter;
+mod error;
 pub mod heads;
 pub mod medusa;
+pub mod nets;
+pub mod paths;
 mod pickle;
 pub mod policy;
 pub mod reliability;
 pub mod simulated;
-mod speculator;
+pub mod speculator;
 pub mod suffix;
 pub mod text;
 pub mod tree;
 
 use calibration::Calibration;
-use conditioned::Conditioned;
-use heads::{HeadNets, Heads};
-use medusa::Medusa;
+pub use drafter::drafter;
 pub use speculator::Speculator;
 use text::TextOrigin;
 pub use tree::{Node, Tree};
 
-use crate::llama::{LlamaError, Model, SeqId, Token};
+use crate::llama::{SeqId, Token};
 
-/// Where a sequence stands.
+/// A sequence to draft for.
 #[derive(Clone, Copy, Debug)]
 pub struct Origin<'a> {
     /// Which it is.
@@ -43,11 +45,11 @@ pub struct Origin<'a> {
     pub hidden: &'a [f32],
     /// The sequence's last token.
     pub root: Token,
-    /// Tokens behind the root that heads may draft; 0 for none.
+    /// Tokens after the root that heads may draft; 0 for none.
     pub max_depth: usize,
     /// [`Trust::factor`](calibration::Trust::factor) of the sequence's heads.
     pub trust: f32,
-    /// Probability that nothing but heads knows what follows the root.
+    /// Probability that only heads propose the right next token.
     pub open: f32,
     /// Its text, if that may be drafted from.
     pub text: Option<TextOrigin<'a>>,
@@ -55,9 +57,9 @@ pub struct Origin<'a> {
 
 /// Something that proposes continuations.
 pub trait Draft {
-    /// Most tokens that a path behind the root can have.
+    /// Most tokens that a path after the root can have.
     fn n_heads(&self) -> usize;
-    /// Fills `trees[i]` with candidates behind `origins[i]`, best first, within `worth`.
+    /// Fills `trees[i]` with candidates after `origins[i]`, best first, within `worth`.
     fn draft(
         &mut self,
         origins: &[Origin<'_>],
@@ -65,34 +67,6 @@ pub trait Draft {
         calibration: &Calibration,
         trees: &mut [Tree],
     );
-}
-
-/// Makes ready what heads need of their model to draft.
-///
-/// # Errors
-/// When the model's matrices cannot be read, or there is no memory.
-pub fn drafter(
-    heads: Heads,
-    model: &Model,
-    n_threads: usize,
-) -> Result<Box<dyn Draft>, LlamaError> {
-    let output = model.output_rows()?;
-    Ok(match heads.nets {
-        HeadNets::Plain(weights) => {
-            Box::new(Medusa::new(weights, heads.token_map, &output, n_threads)?)
-        }
-        HeadNets::Conditioned(weights) => {
-            let embeddings = model.embedding_rows()?;
-            Box::new(Conditioned::new(
-                &weights,
-                heads.token_map,
-                heads.token_counts,
-                &output,
-                embeddings,
-                n_threads,
-            )?)
-        }
-    })
 }
 
 /// What candidates are worth in the step they are drafted for.
@@ -106,5 +80,5 @@ pub struct Worth {
     pub row_s: f64,
 }
 
-/// Most nodes offered for one sequence.
+/// Most nodes proposed for one sequence.
 pub const MAX_NODES: usize = 64;

@@ -1,6 +1,6 @@
-//! PyTorch's own files: a zip archive with a pickle, which is a program, and the tensors' bytes.
-//! candle reads the pickle and runs nothing of it; what is no tensor is refused by its name. What a
-//! file claims is checked against its size before it is read.
+//! PyTorch's own files: a zip archive with the tensors' bytes and a pickle, which is a program.
+//! candle reads the pickle without running it; entries that are not tensors are refused by name.
+//! Sizes are checked against the file's before anything is allocated.
 
 use std::fs::File;
 use std::io::BufReader;
@@ -14,10 +14,10 @@ use zip::ZipArchive;
 /// A tensor: name, shape, values.
 pub type Named = (String, Vec<usize>, Vec<f32>);
 
-/// All tensors of the dictionary that a file holds.
+/// Reads all tensors of a file's dictionary.
 ///
 /// # Errors
-/// What is wrong with the file, and of a tensor with its name in front.
+/// What is wrong with the file, with the name of the tensor if one is invalid.
 pub fn read(path: &Path) -> Result<Vec<Named>, (Option<String>, String)> {
     let whole = |reason: String| (None, reason);
     let n_bytes = std::fs::metadata(path).map_err(|e| whole(e.to_string()))?.len();
@@ -57,7 +57,7 @@ pub fn read(path: &Path) -> Result<Vec<Named>, (Option<String>, String)> {
     Ok(tensors)
 }
 
-/// The names in the dictionary that a file holds, whatever they stand for.
+/// All names in a file's dictionary, also of entries that are not tensors.
 fn entries(path: &Path) -> Result<Vec<String>, Error> {
     let mut archive = ZipArchive::new(BufReader::new(File::open(path)?))?;
     let name = archive
@@ -76,7 +76,7 @@ fn entries(path: &Path) -> Result<Vec<String>, Error> {
     Ok(entries.into_iter().map(text).collect())
 }
 
-/// Runs candle's reader, which panics at some files that PyTorch never wrote.
+/// Runs candle's reader, which panics on some malformed files.
 fn guarded<T>(read: impl FnOnce() -> Result<T, Error>) -> Result<T, String> {
     match catch_unwind(AssertUnwindSafe(read)) {
         Ok(result) => result.map_err(|e| e.to_string()),

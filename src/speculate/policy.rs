@@ -2,10 +2,12 @@
 //!
 //! With `S` sequences, `c(n)` the seconds of a step of `n` rows and `d` those that drafting took, a
 //! step that verifies a set of candidates gives `S + sum of their q` tokens in `c(rows +
-//! candidates) + d` seconds, and a little more if the step before had another number of rows. For
+//! candidates) + d` seconds, and slightly more if the step before had another number of rows. For
 //! each number of candidates the best set is the one with the highest `q`, over all sequences
 //! together, and because a parent's `q` is never below its child's, that set consists of whole
 //! trees. So one sort and one scan find the best step there is.
+
+use std::borrow::BorrowMut;
 
 use super::cost::Cost;
 use super::tree::Tree;
@@ -33,7 +35,7 @@ impl Step {
     pub fn seconds(&self, cost: &Cost, n: usize) -> f64 {
         let n_rows = self.n_rows + n;
         if self.n_rows == self.n_decode {
-            return cost.seconds_behind(self.n_before, n_rows) + self.draft_s;
+            return cost.seconds_after(self.n_before, n_rows) + self.draft_s;
         }
         cost.seconds(self.n_decode) + cost.seconds(n_rows) - cost.seconds(self.n_rows)
             + self.draft_s
@@ -75,21 +77,23 @@ fn best(
 }
 
 /// Cuts every tree to the nodes that pay. Returns how many are left in all.
-pub fn choose(trees: &mut [Tree], step: Step, cost: &Cost, scratch: &mut Vec<f32>) -> usize {
-    let all = trees.iter().flat_map(|t| t.nodes().iter().map(|n| n.q));
+pub fn choose<T: BorrowMut<Tree>>(
+    trees: &mut [T],
+    step: Step,
+    cost: &Cost,
+    scratch: &mut Vec<f32>,
+) -> usize {
+    let all = trees.iter().flat_map(|t| t.borrow().nodes().iter().map(|n| n.q));
     let (best_n, _) = best(all, step, cost, scratch);
-    if best_n == 0 {
-        trees.iter_mut().for_each(Tree::clear);
-        return 0;
-    }
     // Nodes above the last one's q are in; of those that equal it, as many as there is room for.
-    let last = scratch[best_n - 1];
+    let last = best_n.checked_sub(1).map_or(f32::INFINITY, |i| scratch[i]);
     let mut equal = best_n - scratch.partition_point(|&q| q > last);
-    for tree in trees.iter_mut() {
+    for tree in trees {
+        let tree: &mut Tree = tree.borrow_mut();
         let above = tree.nodes().partition_point(|n| n.q > last);
         let ties = tree.nodes()[above..].iter().take_while(|n| n.q == last).count().min(equal);
         equal -= ties;
-        tree.truncate(above + ties);
+        tree.cut(above + ties);
     }
     best_n
 }
@@ -99,13 +103,14 @@ mod tests {
     use super::*;
     use crate::llama::Token;
     use crate::speculate::calibration::Calibration;
+    use crate::speculate::paths::fill;
     use proptest::prelude::*;
 
     fn tree(probabilities: &[f32], n: usize) -> Tree {
         let level: Vec<(Token, f32)> =
             (0..).zip(probabilities).map(|(t, &p)| (Token(t), p)).collect();
         let mut tree = Tree::default();
-        tree.fill(&[level.clone(), level], &Calibration::exact(), 1.0, n);
+        fill(&mut tree, &[level.clone(), level], &Calibration::exact(), 1.0, n);
         tree
     }
 
@@ -116,10 +121,10 @@ mod tests {
     #[test]
     fn where_rows_are_free_all_are_taken_and_where_they_cost_as_much_as_a_step_none() {
         let free = Cost::from_points(&[(1, 1.0), (64, 1.0)]);
-        let dear = Cost::from_points(&[(1, 1.0), (2, 2.0), (64, 64.0)]);
+        let expensive = Cost::from_points(&[(1, 1.0), (2, 2.0), (64, 64.0)]);
         let mut trees = [tree(&[0.6, 0.3], 4), tree(&[0.2, 0.1], 4)];
         assert_eq!(choose(&mut trees, step(2), &free, &mut vec![]), 8);
-        assert_eq!(choose(&mut trees, step(2), &dear, &mut vec![]), 0);
+        assert_eq!(choose(&mut trees, step(2), &expensive, &mut vec![]), 0);
         assert!(trees.iter().all(Tree::is_empty));
     }
 
@@ -133,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn a_prompts_rows_make_no_token_dearer() {
+    fn a_prompts_rows_make_no_token_more_expensive() {
         let cost = Cost::from_points(&[(1, 1.0), (64, 1.0 + 63.0 * 0.2)]);
         for (p, n) in [(0.15, 0), (0.25, 1)] {
             for n_prompt in [0, 40] {
@@ -185,8 +190,8 @@ mod tests {
                 for j in 0..=full[1].len().min(room.saturating_sub(i)) {
                     if i + j <= room {
                         let mut other = full.clone();
-                        other[0].truncate(i);
-                        other[1].truncate(j);
+                        other[0].cut(i);
+                        other[1].cut(j);
                         prop_assert!(rate(&other) <= rate(&chosen) + 1e-6);
                     }
                 }

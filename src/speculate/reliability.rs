@@ -1,5 +1,4 @@
-//! Whether candidates are right as often as was said: what was foreseen of those that were
-//! verified, against what became of them. Pure.
+//! Whether candidates are right as often as predicted, of those that were verified. Pure.
 
 use serde::Serialize;
 
@@ -30,12 +29,12 @@ impl Source {
     }
 }
 
-/// Depths that are told apart; deeper ones share the last one's counts.
+/// Depths that are counted apart; deeper ones share the last one's counts.
 pub const N_DEPTHS: usize = 8;
-/// Ranges of the foreseen probability, equally wide.
+/// Ranges of the predicted probability, equally wide.
 pub const N_RANGES: usize = 10;
 
-/// Candidates by source, depth and foreseen probability.
+/// Candidates by source, depth and predicted probability.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Reliability {
     counts: [[[Count; N_RANGES]; N_DEPTHS]; Source::ALL.len()],
@@ -46,8 +45,8 @@ pub struct Reliability {
 pub struct Count {
     /// How many.
     pub n: u64,
-    /// Sum of the probabilities that they were foreseen to be accepted with.
-    pub foreseen: f64,
+    /// Sum of their predicted probabilities.
+    pub predicted: f64,
     /// Those that were.
     pub accepted: u64,
 }
@@ -55,22 +54,22 @@ pub struct Count {
 impl Count {
     fn add(&mut self, other: &Self) {
         self.n += other.n;
-        self.foreseen += other.foreseen;
+        self.predicted += other.predicted;
         self.accepted += other.accepted;
     }
 }
 
 impl Reliability {
-    /// Notes a verified candidate at `depth` (1: behind the root), which was foreseen to be
-    /// accepted with probability `q`.
-    pub fn note(&mut self, source: Source, depth: usize, q: f32, accepted: bool) {
+    /// Records a verified candidate at `depth` (1: after the root), whose predicted probability was
+    /// `q`.
+    pub fn record(&mut self, source: Source, depth: usize, q: f32, accepted: bool) {
         let range = ((q * N_RANGES as f32) as usize).min(N_RANGES - 1);
-        let one = Count { n: 1, foreseen: f64::from(q), accepted: u64::from(accepted) };
+        let one = Count { n: 1, predicted: f64::from(q), accepted: u64::from(accepted) };
         self.counts[source as usize][depth.clamp(1, N_DEPTHS) - 1][range].add(&one);
     }
 
     /// Candidates of these sources and at this depth (all of them for `None`), by range of the
-    /// foreseen probability.
+    /// predicted probability.
     #[must_use]
     pub fn ranges(&self, sources: &[Source], depth: Option<usize>) -> [Count; N_RANGES] {
         let mut sum = [Count::default(); N_RANGES];
@@ -85,13 +84,13 @@ impl Reliability {
     }
 }
 
-/// Expected calibration error: the mean distance between what was foreseen and what came, over
+/// Expected calibration error: the mean distance between what was predicted and what was accepted, over
 /// ranges, weighted by how many candidates they have. C. Guo et al., "On Calibration of Modern
 /// Neural Networks" (2017).
 #[must_use]
 pub fn calibration_error(ranges: &[Count]) -> f64 {
     let n: u64 = ranges.iter().map(|c| c.n).sum();
-    let off: f64 = ranges.iter().map(|c| (c.foreseen - c.accepted as f64).abs()).sum();
+    let off: f64 = ranges.iter().map(|c| (c.predicted - c.accepted as f64).abs()).sum();
     off / n.max(1) as f64
 }
 
@@ -103,8 +102,8 @@ mod tests {
     fn the_error_is_the_mean_distance_over_ranges() {
         let mut reliability = Reliability::default();
         for i in 0..100 {
-            reliability.note(Source::Heads, 1, 0.85, i < 80);
-            reliability.note(Source::Text, 9, 0.35, i < 20);
+            reliability.record(Source::Heads, 1, 0.85, i < 80);
+            reliability.record(Source::Text, 9, 0.35, i < 20);
         }
         let error =
             |sources: &[Source], depth| calibration_error(&reliability.ranges(sources, depth));

@@ -1,19 +1,24 @@
-//! Drafts of a step: asks the sources, makes one tree of what they offer, cuts the trees to what
-//! pays, and learns from what became of them. Pure: the engine tells what things took.
+//! Drafts of a step: asks the sources, makes one tree of what they propose, cuts the trees to what
+//! pays, and learns from what became of them. Pure: durations come from outside.
+//!
+//! A step's drafts go through [`Drafting`], [`Drafted`] and [`Verifying`], each of which is made of
+//! the one before. What they propose is in the trees, which the caller keeps.
+
+use std::borrow::BorrowMut;
 
 use super::calibration::{self, Calibration, Trusts};
 use super::cost::Cost;
 use super::policy::{self, Step};
 use super::reliability::Reliability;
-use super::simulated::Acceptance;
 use super::text::TextDrafts;
+use super::tree::child;
 use super::{Draft, MAX_NODES, Node, Origin, Tree, Worth};
 use crate::llama::Token;
 
 /// Weight of a draft in the mean of what drafts gained.
 const GAIN: f64 = 0.1;
-/// While drafts lose in the mean, so many steps go by between them that they lose this share of the
-/// time.
+/// While drafts lose in the mean, as many steps go by between them as limit the loss to this share
+/// of the time.
 const LOSS: f64 = 0.01;
 /// But never more than this.
 const LONGEST_REST: f64 = 64.0;
@@ -26,27 +31,39 @@ pub struct Speculator {
     max_tokens_per_step: usize,
     /// Verify this many candidates whatever they cost, for comparison.
     fixed_nodes: Option<usize>,
-    /// What becomes of drafts is simulated.
-    acceptance: Option<Acceptance>,
     cost: Cost,
     /// Rows of the last step.
     n_before: usize,
     calibration: Calibration,
     reliability: Reliability,
-    /// Heads are asked in this step.
-    asks_heads: bool,
-    /// What heads offered for each origin of this step.
+    /// Working memory: what heads propose for each origin, and probabilities.
     by_heads: Vec<Tree>,
-    /// What was offered in all, for so many of the origins; what was verified is the first part of
-    /// it.
-    offered: Vec<Tree>,
-    n_offered: usize,
-    foreseen: Vec<f32>,
-    rest: Rest,
+    predicted: Vec<f32>,
     scratch: Vec<f32>,
+    rest: Rest,
 }
 
-/// Steps go by in which heads are not asked while what they offer does not pay.
+/// A step that may draft.
+#[must_use = "a step that drafts nothing is skipped"]
+pub struct Drafting<'s> {
+    speculator: &'s mut Speculator,
+    step: Step,
+    is_due: bool,
+    asks_heads: bool,
+}
+
+/// A step with all candidates, of which some may be taken out before the rest is chosen from.
+#[must_use = "candidates are chosen before they are verified"]
+pub struct Drafted<'s>(Drafting<'s>);
+
+/// A step whose rows are known: to be computed, and finished.
+#[must_use = "a step that was computed is finished"]
+pub struct Verifying {
+    /// No row is a prompt's, so what the step takes says what rows cost.
+    is_decode_only: bool,
+}
+
+/// Steps go by in which heads are not asked while what they propose does not pay.
 #[derive(Clone, Copy, Debug, Default)]
 struct Rest {
     /// Mean of what they gained, in shares of a step's time.
@@ -69,18 +86,14 @@ impl Speculator {
             text: None,
             max_tokens_per_step: max_tokens_per_step.max(1),
             fixed_nodes: None,
-            acceptance: None,
             cost,
             n_before: 0,
             calibration: Calibration::default(),
             reliability: Reliability::default(),
-            asks_heads: false,
             by_heads: Vec::new(),
-            offered: Vec::new(),
-            n_offered: 0,
-            foreseen: Vec::new(),
-            rest: Rest::default(),
+            predicted: Vec::new(),
             scratch: Vec::new(),
+            rest: Rest::default(),
         }
     }
 
@@ -99,47 +112,11 @@ impl Speculator {
         self
     }
 
-    /// Takes candidates to be right at these rates, whatever the model chooses: not to serve with,
-    /// but to measure.
+    /// Starts from these estimates of how often candidates are right.
     #[must_use]
-    pub fn with_acceptance(mut self, acceptance: Acceptance) -> Self {
-        self.calibration = Calibration::given(acceptance.clone());
-        self.acceptance = Some(acceptance);
+    pub fn with_calibration(mut self, calibration: Calibration) -> Self {
+        self.calibration = calibration;
         self
-    }
-
-    /// The token that is taken to be right behind node `at` of the `origin`-th origin's tree, where
-    /// acceptance is simulated and `chance`, from 0 to 1, has it so.
-    #[must_use]
-    pub fn forced(
-        &self,
-        origin: usize,
-        at: Option<usize>,
-        chance: impl Fn() -> f64,
-    ) -> Option<Token> {
-        self.acceptance.as_ref()?.right(self.offered(origin)?, at, chance())
-    }
-
-    /// The token behind node `at` of the `origin`-th origin's tree, where the model chose `own` by
-    /// `logits`: that, unless acceptance is simulated, where `chance`, from 0 to 1, decides.
-    #[must_use]
-    pub fn choice(
-        &self,
-        origin: usize,
-        at: Option<usize>,
-        own: Token,
-        logits: &[f32],
-        chance: impl Fn() -> f64,
-    ) -> Token {
-        match (&self.acceptance, self.offered(origin)) {
-            (Some(acceptance), Some(tree)) => acceptance.choose(tree, at, own, logits, chance()),
-            _ => own,
-        }
-    }
-
-    /// What was offered for an origin of this step.
-    fn offered(&self, origin: usize) -> Option<&Tree> {
-        self.offered[..self.n_offered].get(origin)
     }
 
     /// Most tokens a step may give one sequence.
@@ -160,31 +137,28 @@ impl Speculator {
         self.text.is_some()
     }
 
-    /// Whether candidates were right as often as was said.
+    /// Whether candidates were right as often as predicted.
     #[must_use]
     pub fn reliability(&self) -> &Reliability {
         &self.reliability
     }
 
-    /// `true` if a step of `n_rows` rows, of which `n_decode` decode, should draft. To be asked
-    /// once a step.
-    pub fn is_due(&mut self, n_rows: usize, n_decode: usize) -> bool {
-        self.n_offered = 0;
-        self.asks_heads = self.heads.is_some();
-        if self.fixed_nodes.is_some() {
-            return true;
-        }
+    /// Begins a step of `n_rows` rows, of which `n_decode` decode.
+    pub fn begin(&mut self, n_rows: usize, n_decode: usize) -> Drafting<'_> {
         let worth = self.worth(n_rows, n_decode);
-        if worth.row_s >= worth.token_s {
-            return false; // it cannot pay, however sure
+        let is_fixed = self.fixed_nodes.is_some();
+        let can_pay = worth.row_s < worth.token_s; // else nothing pays, however certain
+        let asks_heads = self.heads.is_some() && (is_fixed || (can_pay && self.rest.left == 0));
+        if can_pay && !is_fixed {
+            self.rest.left = self.rest.left.saturating_sub(1);
         }
-        self.asks_heads &= self.rest.left == 0;
-        self.rest.left = self.rest.left.saturating_sub(1);
-        self.asks_heads || self.text.is_some()
+        let is_due = is_fixed || (can_pay && (asks_heads || self.text.is_some()));
+        let step = Step { n_rows, n_before: self.n_before, n_decode, draft_s: 0.0, room: 0 };
+        Drafting { speculator: self, step, is_due, asks_heads }
     }
 
-    /// How far heads are right, if they will be asked in the step after this one, of so many rows
-    /// that decode, as things stand.
+    /// How far heads are right, if they will probably be asked in the next step, of `n_decode`
+    /// decoding rows.
     #[must_use]
     pub fn will_draft(&self, n_decode: usize) -> Option<&Calibration> {
         let worth = self.worth(n_decode, n_decode);
@@ -201,172 +175,175 @@ impl Speculator {
         }
     }
 
-    /// Fills `trees` with all candidates for `origins`, in a step of `n_rows` rows of which
-    /// `n_decode` decode.
-    pub fn draft(
-        &mut self,
-        origins: &mut [Origin<'_>],
-        n_rows: usize,
-        n_decode: usize,
-        trees: &mut [Tree],
-    ) {
-        let worth = match self.fixed_nodes {
-            Some(n_nodes) => Worth { n_nodes, token_s: f64::MAX.sqrt(), row_s: 0.0 },
-            None => self.worth(n_rows, n_decode),
-        };
-        self.asks_heads &= origins.iter().any(|o| o.max_depth > 0);
-        if let Some(text) = self.text.as_mut().filter(|_| self.asks_heads) {
-            for origin in origins.iter_mut() {
-                origin.open = 1.0 - origin.text.map_or(0.0, |o| text.foresee(&o));
-            }
-        }
-        self.by_heads.resize_with(origins.len().max(self.by_heads.len()), Tree::default);
-        let by_heads = &mut self.by_heads[..origins.len()];
-        by_heads.iter_mut().for_each(Tree::clear);
-        if let Some(heads) = self.heads.as_mut().filter(|_| self.asks_heads) {
-            heads.draft(origins, worth, &self.calibration, by_heads);
-            if by_heads.iter().all(Tree::is_empty) {
-                self.calibration.fade();
-            }
-        }
-        let pays = (worth.row_s / worth.token_s) as f32;
-        for ((origin, by_heads), tree) in origins.iter().zip(by_heads).zip(trees.iter_mut()) {
-            match (&mut self.text, &origin.text) {
-                (Some(text), Some(o)) => text.grow(o, by_heads, pays, worth.n_nodes, tree),
-                _ => std::mem::swap(by_heads, tree),
-            }
-        }
-    }
-
-    /// Cuts the trees to what pays in a step of `n_rows` rows of which `n_decode` decode, with
-    /// `room` for more. They are what [`draft`](Self::draft) made of them, or a part of it.
-    /// `seconds` is what drafting took.
-    pub fn choose(
-        &mut self,
-        trees: &mut [Tree],
-        n_rows: usize,
-        n_decode: usize,
-        room: usize,
-        seconds: f64,
-    ) -> usize {
-        self.offered.resize_with(trees.len().max(self.offered.len()), Tree::default);
-        self.offered
-            .iter_mut()
-            .zip(trees.iter())
-            .for_each(|(offered, tree)| offered.copy_from(tree));
-        self.n_offered = trees.len();
-        if self.fixed_nodes.is_some() {
-            let each = room / trees.len().max(1);
-            trees.iter_mut().for_each(|t| t.truncate(each));
-            return trees.iter().map(Tree::len).sum();
-        }
-        let step = Step { n_rows, n_before: self.n_before, n_decode, draft_s: seconds, room };
-        // Heads are judged by what they add: against steps of as many rows as before, with what
-        // text alone offers.
-        let without = Step { draft_s: 0.0, n_before: n_rows, ..step };
-        let by_text = trees.iter().flat_map(Tree::nodes).filter(|n| n.text.is_some()).map(|n| n.q);
-        let without = policy::best_rate(by_text, without, &self.cost, &mut self.scratch);
-        let n = policy::choose(trees, step, &self.cost, &mut self.scratch);
-        if self.asks_heads {
-            let hoped: f64 = trees.iter().flat_map(Tree::nodes).map(|n| f64::from(n.q)).sum();
-            self.rest.note((n_decode as f64 + hoped) / step.seconds(&self.cost, n) / without - 1.0);
-        }
-        n
-    }
-
-    /// Notes a step of `n_rows` rows, and what it took if that says what rows cost: if none was a
-    /// prompt's.
-    pub fn note_step(&mut self, n_rows: usize, seconds: Option<f64>) {
-        if let Some(seconds) = seconds {
-            self.cost.note(self.n_before, n_rows, seconds);
-        }
-        self.n_before = n_rows;
-    }
-
-    /// Notes an answer that is complete, for its owner's others to be drafted from.
-    pub fn remember(&mut self, owner: u32, answer: &[Token]) {
+    /// Records a complete answer, for others of the same tenant to be drafted from.
+    pub fn remember(&mut self, tenant: u32, answer: &[Token]) {
         if let Some(text) = &mut self.text {
-            text.remember(owner, answer);
+            text.remember(tenant, answer);
         }
     }
 
-    /// Notes the walk down the tree of the `origin`-th origin, of which `n_verified` nodes were
-    /// computed: the accepted nodes, and the `last` token that the model chose behind them. A
-    /// verified node holds it only if the request ended with it; there is none if nobody waited for
-    /// it any more. `trust` is the sequence's.
-    pub fn note_walk(
+    /// Learns from the walk down a sequence's tree: the accepted nodes, and the `last` token that
+    /// the model chose after them. A verified node holds it only if the request ended with it;
+    /// there is none if no client waited for it. `trust` is the sequence's.
+    pub fn learn(
         &mut self,
-        origin: usize,
-        n_verified: usize,
+        tree: &Tree,
         accepted: &[usize],
         last: Option<Token>,
         trust: &mut Trusts,
     ) {
         // Candidates that were not worth verifying teach as much as those that were.
-        if self.offered(origin).is_none_or(Tree::is_empty) {
+        let nodes = tree.proposed();
+        if nodes.is_empty() {
             return trust.fade();
         }
-        self.note_verified(origin, n_verified, accepted, last);
-        let tree = &self.offered[origin];
+        self.record_verified(tree, accepted, last);
         let factor = trust.heads.factor();
-        if tree.nodes().iter().all(|n| n.p == 0.0) {
+        if nodes.iter().all(|n| n.p == 0.0) {
             trust.heads.fade();
         }
         let mut parent = None;
-        for token in accepted.iter().map(|&i| tree.nodes()[i].token).chain(last) {
-            let children = || tree.nodes().iter().filter(|n| n.parent == parent);
+        for token in accepted.iter().map(|&i| nodes[i].token).chain(last) {
+            let children = || nodes.iter().filter(|n| n.parent == parent);
             let by_heads = || children().filter(|n| n.p > 0.0);
             let estimate =
                 |(rank, n): (usize, &Node)| self.calibration.estimate(n.depth, rank, n.p, 1.0);
-            let foreseen = &mut self.foreseen;
-            foreseen.clear();
-            foreseen.extend(by_heads().enumerate().map(estimate));
+            let predicted = &mut self.predicted;
+            predicted.clear();
+            predicted.extend(by_heads().enumerate().map(estimate));
             if let Some(text) = &mut self.text {
-                let mut of_heads = foreseen.iter().map(|h| (h * factor).min(calibration::HIGHEST));
+                let mut of_heads = predicted.iter().map(|h| (h * factor).min(calibration::HIGHEST));
                 let each = children().map(|n| (n, (n.p > 0.0).then(|| of_heads.next()).flatten()));
-                text.note(each, !foreseen.is_empty(), token, &mut trust.text);
+                text.record(each, !predicted.is_empty(), token, &mut trust.text);
             }
-            if !foreseen.is_empty() {
-                trust.heads.note(foreseen.iter().sum(), by_heads().any(|n| n.token == token));
-                let depth = parent.map_or(0, |i| tree.nodes()[i].depth) + 1;
-                self.calibration.note_offer(depth, foreseen.iter().copied());
+            if !predicted.is_empty() {
+                trust.heads.record(predicted.iter().sum(), by_heads().any(|n| n.token == token));
+                let depth = parent.map_or(0, |i: usize| nodes[i].depth) + 1;
+                self.calibration.record_proposals(depth, predicted.iter().copied());
             }
-            by_heads().for_each(|n| self.calibration.note(n.depth, n.p, n.token == token));
-            parent = tree.child(parent, token);
+            by_heads().for_each(|n| self.calibration.record(n.depth, n.p, n.token == token));
+            parent = child(nodes, parent, token);
         }
     }
 
-    /// Notes whether each verified candidate was accepted, as far as that is known: behind a
+    /// Records whether each verified candidate was accepted, as far as that is known: after a
     /// request's last token it is not.
-    fn note_verified(
-        &mut self,
-        origin: usize,
-        n_verified: usize,
-        accepted: &[usize],
-        last: Option<Token>,
-    ) {
+    fn record_verified(&mut self, tree: &Tree, accepted: &[usize], last: Option<Token>) {
         let Some(last) = last else { return };
-        let tree = &self.offered[origin];
-        let end = tree.child(accepted.last().copied(), last).filter(|&node| node < n_verified);
-        let is_behind_end = |mut at: Option<usize>| loop {
+        let end = tree.child(accepted.last().copied(), last);
+        let is_after_end = |mut at: Option<usize>| loop {
             match at {
                 Some(i) if Some(i) == end => return true,
                 Some(i) => at = tree.nodes()[i].parent,
                 None => return false,
             }
         };
-        for (i, node) in tree.nodes()[..n_verified].iter().enumerate() {
-            if end.is_none() || !is_behind_end(node.parent) {
+        for (i, node) in tree.nodes().iter().enumerate() {
+            if end.is_none() || !is_after_end(node.parent) {
                 let is_right = accepted.contains(&i) || Some(i) == end;
-                self.reliability.note(node.source(), node.depth, node.q, is_right);
+                self.reliability.record(node.source(), node.depth, node.q, is_right);
             }
         }
     }
 }
 
+impl<'s> Drafting<'s> {
+    /// `true` if candidates may pay.
+    #[must_use]
+    pub fn is_due(&self) -> bool {
+        self.is_due
+    }
+
+    /// Drafts nothing.
+    pub fn skip(self) -> Verifying {
+        Verifying { is_decode_only: self.step.n_rows == self.step.n_decode }
+    }
+
+    /// Fills `trees` with all candidates for `origins`.
+    pub fn draft<T: BorrowMut<Tree>>(
+        mut self,
+        origins: &mut [Origin<'_>],
+        trees: &mut [T],
+    ) -> Drafted<'s> {
+        let Step { n_rows, n_decode, .. } = self.step;
+        let s = &mut *self.speculator;
+        let worth = match s.fixed_nodes {
+            Some(n_nodes) => Worth { n_nodes, token_s: f64::MAX.sqrt(), row_s: 0.0 },
+            None => s.worth(n_rows, n_decode),
+        };
+        self.asks_heads &= origins.iter().any(|o| o.max_depth > 0);
+        if let Some(text) = s.text.as_mut().filter(|_| self.asks_heads) {
+            for origin in origins.iter_mut() {
+                origin.open = 1.0 - origin.text.map_or(0.0, |o| text.predict(&o));
+            }
+        }
+        s.by_heads.resize_with(origins.len().max(s.by_heads.len()), Tree::default);
+        let by_heads = &mut s.by_heads[..origins.len()];
+        by_heads.iter_mut().for_each(Tree::clear);
+        if let Some(heads) = s.heads.as_mut().filter(|_| self.asks_heads) {
+            heads.draft(origins, worth, &s.calibration, by_heads);
+            if by_heads.iter().all(Tree::is_empty) {
+                s.calibration.fade();
+            }
+        }
+        let pays = (worth.row_s / worth.token_s) as f32;
+        for ((origin, by_heads), tree) in origins.iter().zip(by_heads).zip(trees) {
+            let tree = tree.borrow_mut();
+            match (&mut s.text, &origin.text) {
+                (Some(text), Some(o)) => text.grow(o, by_heads, pays, worth.n_nodes, tree),
+                _ => std::mem::swap(by_heads, tree),
+            }
+        }
+        Drafted(self)
+    }
+}
+
+impl Drafted<'_> {
+    /// Cuts the trees to what pays, with `room` for candidates; drafting took `seconds`.
+    pub fn choose<T: BorrowMut<Tree>>(
+        self,
+        trees: &mut [T],
+        room: usize,
+        seconds: f64,
+    ) -> Verifying {
+        let Drafting { speculator: s, step, asks_heads, .. } = self.0;
+        let verifying = Verifying { is_decode_only: step.n_rows == step.n_decode };
+        if s.fixed_nodes.is_some() {
+            let each = room / trees.len().max(1);
+            trees.iter_mut().for_each(|tree| tree.borrow_mut().cut(each));
+            return verifying;
+        }
+        let step = Step { draft_s: seconds, room, ..step };
+        // Heads are judged by what they add: against steps of as many rows as before, with what
+        // text alone proposes.
+        let without = Step { draft_s: 0.0, n_before: step.n_rows, ..step };
+        let by_text = trees.iter().flat_map(|tree| tree.borrow().nodes());
+        let by_text = by_text.filter(|n| n.text.is_some()).map(|n| n.q);
+        let without = policy::best_rate(by_text, without, &s.cost, &mut s.scratch);
+        let n = policy::choose(trees, step, &s.cost, &mut s.scratch);
+        if asks_heads {
+            let nodes = trees.iter().flat_map(|tree| tree.borrow().nodes());
+            let hoped: f64 = nodes.map(|n| f64::from(n.q)).sum();
+            let rate = (step.n_decode as f64 + hoped) / step.seconds(&s.cost, n);
+            s.rest.record(rate / without - 1.0);
+        }
+        verifying
+    }
+}
+
+impl Verifying {
+    /// Records what the step took, of `n_rows` rows with its candidates.
+    pub fn finish(self, speculator: &mut Speculator, n_rows: usize, seconds: f64) {
+        if self.is_decode_only {
+            speculator.cost.record(speculator.n_before, n_rows, seconds);
+        }
+        speculator.n_before = n_rows;
+    }
+}
+
 impl Rest {
-    /// Notes what a draft gained; sets how many steps go by without one.
-    fn note(&mut self, gain: f64) {
+    /// Records what a draft gained; sets how many steps go by without one.
+    fn record(&mut self, gain: f64) {
         self.gain += GAIN * (gain - self.gain);
         self.left = (-self.gain / LOSS).clamp(0.0, LONGEST_REST) as u32;
     }
@@ -376,8 +353,9 @@ impl Rest {
 mod tests {
     use super::*;
     use crate::llama::SeqId;
+    use crate::speculate::paths::fill;
 
-    /// Offers `p` of token 1, and half of that of token 2.
+    /// Proposes `p` of token 1, and half of that of token 2.
     struct Sure(f32);
 
     impl Draft for Sure {
@@ -393,44 +371,35 @@ mod tests {
             trees: &mut [Tree],
         ) {
             let level = vec![(Token(1), self.0), (Token(2), self.0 / 2.0)];
-            origins
-                .iter()
-                .zip(trees)
-                .for_each(|(_, tree)| tree.fill(std::slice::from_ref(&level), calibration, 1.0, 2));
+            origins.iter().zip(trees).for_each(|(_, tree)| {
+                fill(tree, std::slice::from_ref(&level), calibration, 1.0, 2)
+            });
         }
     }
 
     /// One step of one sequence; returns how many candidates were verified, or `None` without a
     /// draft.
     fn step(speculator: &mut Speculator, model: Token) -> Option<usize> {
-        if !speculator.is_due(1, 1) {
+        let drafting = speculator.begin(1, 1);
+        if !drafting.is_due() {
+            let _ = drafting.skip();
             return None;
         }
-        let mut trees = vec![Tree::default()];
-        speculator.draft(
-            &mut [Origin {
-                seq: SeqId(0),
-                hidden: &[],
-                root: Token(0),
-                max_depth: 1,
-                trust: 1.0,
-                open: 1.0,
-                text: None,
-            }],
-            1,
-            1,
-            &mut trees,
-        );
-        let n = speculator.choose(&mut trees, 1, 1, 64, 0.05);
+        let mut trees = [Tree::default()];
+        let origin = Origin {
+            seq: SeqId(0),
+            hidden: &[],
+            root: Token(0),
+            max_depth: 1,
+            trust: 1.0,
+            open: 1.0,
+            text: None,
+        };
+        let _ = drafting.draft(&mut [origin], &mut trees).choose(&mut trees, 64, 0.05);
         let accepted = trees[0].child(None, model);
-        speculator.note_walk(
-            0,
-            n,
-            accepted.as_slice(),
-            accepted.is_none().then_some(model),
-            &mut Trusts::default(),
-        );
-        Some(n)
+        let last = accepted.is_none().then_some(model);
+        speculator.learn(&trees[0], accepted.as_slice(), last, &mut Trusts::default());
+        Some(trees[0].len())
     }
 
     #[test]
@@ -456,7 +425,7 @@ mod tests {
     }
 
     #[test]
-    fn a_row_as_dear_as_a_token_is_never_drafted_for() {
+    fn a_row_as_expensive_as_a_token_is_never_drafted_for() {
         let mut speculator =
             Speculator::new(Box::new(Sure(0.99)), 2, Cost::from_points(&[(1, 1.0), (64, 64.0)]));
         assert!((0..100).all(|_| step(&mut speculator, Token(1)).is_none()));

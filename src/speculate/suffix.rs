@@ -8,7 +8,7 @@
 
 use crate::llama::Token;
 
-/// Longest match that is told apart.
+/// Longest match that is counted.
 pub const MAX_MATCH: usize = 32;
 /// Places that one chain is followed through.
 pub const MAX_PLACES: usize = 8;
@@ -17,10 +17,10 @@ const ORDERS: [usize; 2] = [3, 1];
 /// The end of one text and the beginning of another: no token.
 const BREAK: Token = Token(-1);
 
-/// The index of one text, or of several behind one another.
+/// The index of one text, or of several after one another.
 #[derive(Clone, Debug)]
 pub struct Suffixes {
-    /// The token at place `p` stands at `p % len`; the length is a power of two.
+    /// The token at place `p` is at `p % len`; the length is a power of two.
     ring: Vec<Token>,
     /// Places so far, forgotten ones included. Wraps around: what a place holds is compared before
     /// it is believed.
@@ -30,7 +30,7 @@ pub struct Suffixes {
 
 #[derive(Clone, Debug)]
 struct Chain {
-    /// By hash of the last tokens, the newest place behind them and one; 0 for none.
+    /// By hash of the last tokens, the newest place after them plus one; 0 for none.
     newest: Vec<u32>,
     /// By place, as the ring: the one before with the same hash.
     before: Vec<u32>,
@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn the_longest_match_comes_first_and_what_follows_is_told() {
+    fn the_longest_match_comes_first_and_what_follows_is_found() {
         let index = index(256, "the cat sat. the cow sat on a mat. the c");
         assert_eq!(found(&index, "the cat sat. the cow sat on a mat. the c"), [('o', 9), ('a', 5)]);
         assert_eq!(found(&index, "xx the cow"), [(' ', 8)]);
@@ -178,7 +178,7 @@ mod tests {
         let mut index = Suffixes::new(64);
         index.push_text(&tokens("abcabc"));
         index.push_text(&tokens("defg"));
-        assert_eq!(found(&index, "abc"), [('a', 3)], "and nothing behind the second one");
+        assert_eq!(found(&index, "abc"), [('a', 3)], "and nothing after the second one");
         assert_eq!(found(&index, "de"), [('f', 2)]);
     }
 

@@ -7,10 +7,10 @@ use std::collections::BinaryHeap;
 
 use super::calibration::{Bin, HIGHEST, Trust};
 use super::suffix::{Match, Suffixes};
-use super::tree::{Node, Tree};
+use super::tree::{Evidence, Node, Tree};
 use crate::llama::Token;
 
-/// Different tokens that one text offers behind a path.
+/// Different tokens that one text proposes after a path.
 const N_GUESSES: usize = 3;
 /// The shortest match of each class of lengths.
 const LENGTHS: [usize; 8] = [1, 2, 3, 4, 6, 9, 14, 24];
@@ -23,16 +23,11 @@ const N_SUPPORTS: usize = 4;
 const N_EVIDENCE: usize = 2 * LENGTHS.len() * N_SUPPORTS;
 /// Classes of probabilities, equally wide, for what heads and text say of the same token.
 const N_CLASSES: usize = 5;
-/// What a head that was asked and did not offer a token leaves of what text says, before anything
-/// is known.
+/// Factor for what text says of a token that a head was asked for and did not propose, before
+/// anything is known.
 const NOT_OFFERED: f32 = 0.6;
 /// Candidates below this share of what pays are not gone on from.
 const WORTH_A_LOOK: f32 = 0.5;
-
-/// What speaks for a token in the text before: which text, how many tokens match, and how far
-/// matches agree.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Evidence(u8);
 
 /// Matches about as long as the longest one that speaks for a token.
 enum Support {
@@ -46,18 +41,18 @@ enum Support {
     Split,
 }
 
-/// Where a sequence's text stands.
+/// A sequence's text, to draft from.
 #[derive(Clone, Copy, Debug)]
 pub struct TextOrigin<'a> {
     /// Its index.
     pub index: &'a Suffixes,
     /// Its tokens; the last one is the root.
     pub tokens: &'a [Token],
-    /// Tokens behind the root that may be drafted; 0 for none.
+    /// Tokens after the root that may be drafted; 0 for none.
     pub max_depth: usize,
     /// [`Trust::factor`] of the sequence's text.
     pub trust: f32,
-    /// Whose answers to others may be drafted from, too; `None`: nobody's.
+    /// The tenant whose other answers may be drafted from, too; `None`: only its own text.
     pub shared: Option<u32>,
 }
 
@@ -66,18 +61,18 @@ pub struct TextOrigin<'a> {
 struct Guess {
     token: Token,
     evidence: Evidence,
-    /// Its probability, as far as text tells.
+    /// Its probability by text alone.
     t: f32,
 }
 
 /// Text as a source of drafts.
 #[derive(Debug)]
 pub struct TextDrafts {
-    /// By owner: recent answers. Empty if none are kept.
+    /// By tenant: recent answers. Empty if none are kept.
     shared: Vec<Suffixes>,
     /// By evidence.
     rates: [Bin; N_EVIDENCE],
-    /// Where heads were asked too: by class of the head's probability (0: not offered) and of the
+    /// Where heads were asked too: by class of the head's probability (0: not proposed) and of the
     /// text's.
     both: [[Bin; N_CLASSES]; N_CLASSES + 1],
     found: Vec<Match>,
@@ -103,16 +98,16 @@ impl TextDrafts {
     /// for none of them.
     #[must_use]
     pub fn new(n_shared: usize) -> Self {
-        Self::for_owners(1, n_shared)
+        Self::for_tenants(1, n_shared)
     }
 
-    /// As [`new`](Self::new), but what one owner is answered is never drafted for another: each has
+    /// As [`new`](Self::new), but one tenant's answers are never drafted for another: each has
     /// a part of the tokens.
     #[must_use]
-    pub fn for_owners(n_owners: usize, n_shared: usize) -> Self {
-        let shared = if n_shared > 0 { n_owners } else { 0 };
+    pub fn for_tenants(n_tenants: usize, n_shared: usize) -> Self {
+        let shared = if n_shared > 0 { n_tenants } else { 0 };
         Self {
-            shared: (0..shared).map(|_| Suffixes::new(n_shared / n_owners)).collect(),
+            shared: (0..shared).map(|_| Suffixes::new(n_shared / n_tenants)).collect(),
             rates: [Bin::default(); N_EVIDENCE],
             both: [[Bin::default(); N_CLASSES]; N_CLASSES + 1],
             found: vec![],
@@ -122,15 +117,15 @@ impl TextDrafts {
         }
     }
 
-    /// Notes an answer, for its owner's others to be drafted from.
-    pub fn remember(&mut self, owner: u32, answer: &[Token]) {
-        if let Some(shared) = self.shared.get_mut(owner as usize) {
+    /// Records an answer, for others of the same tenant to be drafted from.
+    pub fn remember(&mut self, tenant: u32, answer: &[Token]) {
+        if let Some(shared) = self.shared.get_mut(tenant as usize) {
             shared.push_text(answer);
         }
     }
 
     /// Probability that text knows what follows the root.
-    pub fn foresee(&mut self, origin: &TextOrigin<'_>) -> f32 {
+    pub fn predict(&mut self, origin: &TextOrigin<'_>) -> f32 {
         if origin.max_depth == 0 {
             return 0.0;
         }
@@ -166,7 +161,7 @@ impl TextDrafts {
     }
 
     /// Opens the children of node `at` of `tree` (`None`: of the root), which is `head` in the
-    /// heads' tree if it stands there.
+    /// heads' tree if it is there.
     fn offer(
         &mut self,
         origin: &TextOrigin<'_>,
@@ -184,17 +179,17 @@ impl TextDrafts {
         }
         let above = at.map_or(1.0, |i| tree.nodes()[i].q);
         let head_above = head.flatten().map_or(1.0, |i| heads.nodes()[i].q);
-        let offered = || {
+        let proposed = || {
             let children = heads.nodes().iter().enumerate().filter(|(_, n)| head == Some(n.parent));
             children.map(|(i, n)| (i, n, n.q / head_above.max(f32::MIN_POSITIVE)))
         };
-        let asked = offered().next().is_some();
+        let asked = proposed().next().is_some();
 
         // What text says of its tokens moves what is left for the others.
         let (mut by_text, mut by_heads) = (0.0, 0.0);
         for i in 0..self.guesses.len() {
             let Guess { token, evidence, t } = self.guesses[i];
-            let same = offered().find(|(_, n, _)| n.token == token);
+            let same = proposed().find(|(_, n, _)| n.token == token);
             let h = same.map(|(_, _, h)| h);
             let q = if asked { self.join(h, t) } else { t };
             by_text += q;
@@ -205,7 +200,7 @@ impl TextDrafts {
         }
         let rest = ((1.0 - by_text) / (1.0 - by_heads).max(f32::EPSILON)).clamp(0.0, 1.0);
         for (i, n, h) in
-            offered().filter(|(_, n, _)| self.guesses.iter().all(|g| g.token != n.token))
+            proposed().filter(|(_, n, _)| self.guesses.iter().all(|g| g.token != n.token))
         {
             self.open.push(Open {
                 q: above * h * rest,
@@ -221,7 +216,7 @@ impl TextDrafts {
     /// Fills `guesses` with what may follow `text`.
     fn guess(&mut self, origin: &TextOrigin<'_>, text: &[Token]) {
         self.guesses.clear();
-        let shared = origin.shared.and_then(|owner| self.shared.get(owner as usize));
+        let shared = origin.shared.and_then(|tenant| self.shared.get(tenant as usize));
         for (index, is_shared) in [(Some(origin.index), false), (shared, true)] {
             let Some(index) = index else { continue };
             self.found.clear();
@@ -248,15 +243,15 @@ impl TextDrafts {
         evidence.prior() * self.rates[usize::from(evidence.0)].ratio(1.0)
     }
 
-    /// Probability of a token of which heads say `h`, if they offer it, and text says `t`.
+    /// Probability of a token of which heads say `h`, if they propose it, and text says `t`.
     fn join(&self, h: Option<f32>, t: f32) -> f32 {
         let (bin, prior) = both(h, t);
         (prior * self.both[bin.0][bin.1].ratio(1.0)).clamp(0.0, HIGHEST)
     }
 
-    /// Notes what became of a place whose candidates were `children`: `token` stands there. `h`
-    /// tells for each what heads say, if they offer it; they were `asked`.
-    pub fn note<'a>(
+    /// Records what became of a place whose candidates were `children`: `token` was chosen. `h` is
+    /// for each what heads say, if they propose it; they were `asked`.
+    pub fn record<'a>(
         &mut self,
         children: impl Iterator<Item = (&'a Node, Option<f32>)>,
         asked: bool,
@@ -264,21 +259,21 @@ impl TextDrafts {
         trust: &mut Trust,
     ) {
         let factor = trust.factor();
-        let (mut foreseen, mut hit) = (0.0, false);
+        let (mut predicted, mut hit) = (0.0, false);
         for (node, h) in children {
             let Some(evidence) = node.text else { continue };
             let t = self.rate(evidence);
-            foreseen += t;
+            predicted += t;
             let is_right = node.token == token;
             hit |= is_right;
-            self.rates[usize::from(evidence.0)].note(evidence.prior(), is_right);
+            self.rates[usize::from(evidence.0)].record(evidence.prior(), is_right);
             if asked {
                 let (bin, prior) = both(h, trusted(t, factor));
-                self.both[bin.0][bin.1].note(prior, is_right);
+                self.both[bin.0][bin.1].record(prior, is_right);
             }
         }
-        if foreseen > 0.0 {
-            trust.note(foreseen, hit);
+        if predicted > 0.0 {
+            trust.record(predicted, hit);
         } else {
             trust.fade();
         }
@@ -292,7 +287,7 @@ fn trusted(t: f32, trust: f32) -> f32 {
     (odds / (1.0 + odds)).min(HIGHEST)
 }
 
-/// Where what heads say (if they offer the token) and what text says is counted, and what to think
+/// Where what heads say (if they propose the token) and what text says is counted, and what to think
 /// before it was.
 fn both(h: Option<f32>, t: f32) -> ((usize, usize), f32) {
     let class = |p: f32| ((p * N_CLASSES as f32) as usize).min(N_CLASSES - 1);
@@ -419,7 +414,7 @@ mod tests {
     }
 
     #[test]
-    fn what_followed_before_is_offered_as_a_path() {
+    fn what_followed_before_is_proposed_as_a_path() {
         let text = Text::new("abcdefghi, abcdef");
         let tree = grown(&mut TextDrafts::new(0), &text.origin(5), &Tree::default());
         let found = paths(&tree);
@@ -469,7 +464,7 @@ mod tests {
         for (right, token) in [(false, Token(1)), (true, Token(i32::from(b'o')))] {
             for _ in 0..400 {
                 let node = first(&mut drafts);
-                drafts.note([(&node, None)].into_iter(), false, token, &mut Trust::default());
+                drafts.record([(&node, None)].into_iter(), false, token, &mut Trust::default());
             }
             let after = first(&mut drafts).q;
             assert!(if right { after > 0.95 } else { after < 0.05 }, "{before} became {after}");

@@ -1,4 +1,4 @@
-//! A device on the CPU: the kernels of `cuda/` compiled by a C++ compiler behind
+//! A device on the CPU: the kernels of `cuda/`, compiled by a C++ compiler with
 //! `tests/emulation/emulation.h`.
 #![allow(unsafe_code)]
 
@@ -13,16 +13,16 @@ use std::sync::OnceLock;
 use libloading::{Library, Symbol};
 use medusa_llama::gpu::{Address, Device, GpuError, Launch};
 
-/// Bytes around each allocation that nobody may write to.
+/// Bytes around each allocation that kernels must not write to.
 const GUARD: usize = 256;
 const GUARD_BYTE: u8 = 0xA5;
-/// What fresh memory holds: not a number.
+/// Content of fresh memory: as floats NaN.
 const FRESH_BYTE: u8 = 0xFF;
 
 /// Memory of the host, and kernels that run when they are launched.
 pub struct Emulated {
     library: &'static Library,
-    /// By address: the allocation with its guards, and how many bytes were asked for.
+    /// By address: the allocation with its guards, and the requested size.
     memory: RefCell<HashMap<Address, (Vec<u8>, usize)>>,
 }
 
@@ -64,7 +64,7 @@ fn compile() -> Library {
 
 impl Device for Emulated {
     fn alloc(&self, n_bytes: usize) -> Result<Address, GpuError> {
-        // Aligned by hand, as a device does.
+        // Aligned as a device aligns.
         let mut block = vec![GUARD_BYTE; n_bytes + 3 * GUARD];
         let start = block.as_ptr() as usize;
         let offset = (start + GUARD).next_multiple_of(GUARD) - start;
@@ -100,8 +100,8 @@ impl Device for Emulated {
         Ok(())
     }
 
-    unsafe fn launch(&self, launch: Launch, args: &mut [*mut c_void]) -> Result<(), GpuError> {
-        type Entry = unsafe extern "C" fn(u32, u32, u32, u32, *mut *mut c_void);
+    unsafe fn launch(&self, launch: Launch, args: *mut c_void) -> Result<(), GpuError> {
+        type Entry = unsafe extern "C" fn(u32, u32, u32, u32, *const *mut c_void);
         let [x, y, z] = launch.grid;
         // SAFETY: EMULATED in emulation.h declares it so.
         let entry: Symbol<'_, Entry> =
@@ -109,7 +109,7 @@ impl Device for Emulated {
                 .unwrap_or_else(|e| panic!("{}: {e}", launch.kernel));
         assert!(launch.shared <= 48 << 10, "more shared memory than a kernel gets without asking");
         // SAFETY: by contract.
-        unsafe { entry(x, y, z, launch.block, args.as_mut_ptr()) };
+        unsafe { entry(x, y, z, launch.block, &raw const args) };
         Ok(())
     }
 

@@ -3,9 +3,10 @@
 use std::collections::HashMap;
 
 use medusa_llama::engine::slots::KvOp;
-use medusa_llama::engine::{Forward, Rows};
+use medusa_llama::engine::{Forward, Rows, StepError};
 use medusa_llama::llama::{LlamaError, SeqId, Token};
 use medusa_llama::speculate::calibration::Calibration;
+use medusa_llama::speculate::paths::fill;
 use medusa_llama::speculate::{Draft, Origin, Tree, Worth};
 
 /// The next token is a function of all tokens before it, so any mix-up of cells shows in the text.
@@ -93,7 +94,7 @@ impl Draft for Guess {
                 offered.into_iter().zip((1..).map(|rank| 0.6 / rank as f32)).collect()
             };
             let levels: Vec<Vec<(Token, f32)>> = (0..n_levels).map(&mut level).collect();
-            tree.fill(&levels, calibration, origin.trust, worth.n_nodes);
+            fill(tree, &levels, calibration, origin.trust, worth.n_nodes);
         }
     }
 }
@@ -122,7 +123,7 @@ impl Forward for Stub {
         self.n_vocab
     }
 
-    fn forward(&mut self, rows: &Rows) -> Result<(), LlamaError> {
+    fn forward(&mut self, rows: &Rows) -> Result<(), StepError> {
         assert!(!rows.is_empty());
         self.n_passes += 1;
         self.logits.clear();
@@ -146,24 +147,24 @@ impl Forward for Stub {
             self.hidden.push(seen.iter().map(|t| t.0 as f32).collect());
         }
         if self.fail_at == Some(self.n_passes - 1) {
-            return Err(LlamaError::Decode { code: -3, reason: "the stub was told to".into() });
+            return Err(
+                LlamaError::Decode { code: -3, reason: "the stub was told to".into() }.into()
+            );
         }
         Ok(())
     }
 
-    fn logits(&self, row: usize) -> Result<&[f32], LlamaError> {
+    fn logits(&self, row: usize) -> Result<&[f32], StepError> {
         let logits = self.logits.get(row).filter(|l| !l.is_empty());
-        logits
-            .map(Vec::as_slice)
-            .ok_or_else(|| LlamaError::Misuse(format!("row {row} has no logits")))
+        logits.map(Vec::as_slice).ok_or(StepError::NoLogits(row))
     }
 
-    fn hidden(&self, row: usize) -> Result<&[f32], LlamaError> {
+    fn hidden(&self, row: usize) -> Result<&[f32], StepError> {
         self.logits(row)?;
         Ok(&self.hidden[row])
     }
 
-    fn apply(&mut self, op: KvOp) -> Result<(), LlamaError> {
+    fn apply(&mut self, op: KvOp) -> Result<(), StepError> {
         match op {
             KvOp::Remove { seq, from } => self.cache.entry(seq).or_default().truncate(from),
             KvOp::Share { from, to, start, end } => {

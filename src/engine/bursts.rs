@@ -3,23 +3,23 @@
 //!
 //! Continuous batching makes waiting mostly needless: a newcomer joins at the next step. What a
 //! short wait can save is a burst's prompts entering one by one. So the engine waits only where
-//! bursts are the habit, and a lone request never pays:
+//! bursts are usual, and a lone request never pays:
 //!
-//! - Each time the engine starts from idle, it later learns whether company came within
-//!   `MAX_WAIT_TIME`, and how soon.
+//! - Each time the engine starts from idle, it later learns whether a concurrent request came
+//!   within `MAX_WAIT_TIME`, and how soon.
 //! - It waits only if that happened more often than not over the last starts, and then for twice
-//!   the mean time until company came, at most `MAX_WAIT_TIME`. A client that sends one request
+//!   the mean time until one came, at most `MAX_WAIT_TIME`. A client that sends one request
 //!   after another is always alone, so it never waits.
 //! - The wait ends as soon as every slot has a request.
 
 /// Weight of a new observation; some ten starts are remembered.
 const ALPHA: f64 = 0.2;
 
-/// What earlier starts from idle taught.
+/// What earlier starts from idle taught about bursts.
 #[derive(Debug)]
-pub struct Company {
+pub struct Bursts {
     max_wait_s: f64,
-    /// Running share of starts that got company in time.
+    /// Running share of starts that were followed by another request in time.
     share: f64,
     /// Running mean of the seconds until it came.
     delay_s: f64,
@@ -27,7 +27,7 @@ pub struct Company {
     started_at: Option<f64>,
 }
 
-impl Company {
+impl Bursts {
     /// Nothing is known yet, so the first starts do not wait.
     #[must_use]
     pub fn new(max_wait_s: f64) -> Self {
@@ -63,33 +63,33 @@ mod tests {
 
     #[test]
     fn a_client_that_sends_one_request_after_another_never_waits() {
-        let mut company = Company::new(0.1);
+        let mut bursts = Bursts::new(0.1);
         for i in 0..100 {
-            assert_eq!(company.arrival(f64::from(i) * 0.02, true), 0.0);
+            assert_eq!(bursts.arrival(f64::from(i) * 0.02, true), 0.0);
         }
     }
 
     #[test]
     fn requests_that_overtake_each_other_ask_for_no_wait_below_zero() {
         for max_wait_s in [0.0, 0.1] {
-            let mut company = Company::new(max_wait_s);
+            let mut bursts = Bursts::new(max_wait_s);
             for burst in 1..20 {
-                assert!(company.arrival(f64::from(burst), true) >= 0.0);
-                company.arrival(f64::from(burst) - 1e-6, false);
+                assert!(bursts.arrival(f64::from(burst), true) >= 0.0);
+                bursts.arrival(f64::from(burst) - 1e-6, false);
             }
         }
     }
 
     #[test]
-    fn where_bursts_are_the_habit_the_first_of_one_waits_briefly() {
-        let mut company = Company::new(0.1);
+    fn where_bursts_are_usual_the_first_of_one_waits_briefly() {
+        let mut bursts = Bursts::new(0.1);
         let waits: Vec<f64> = (0..20)
             .map(|burst| {
                 let start = f64::from(burst) * 10.0;
-                let wait = company.arrival(start, true);
-                assert_eq!(company.arrival(start + 0.004, false), 0.0);
+                let wait = bursts.arrival(start, true);
+                assert_eq!(bursts.arrival(start + 0.004, false), 0.0);
                 assert_eq!(
-                    company.arrival(start + 0.008, false),
+                    bursts.arrival(start + 0.008, false),
                     0.0,
                     "only the first of a burst teaches"
                 );
@@ -98,19 +98,19 @@ mod tests {
             .collect();
         assert_eq!(waits[0], 0.0);
         assert!((0.003..=0.01).contains(&waits[19]), "{waits:?}");
-        // The habit ends: after some lone requests nobody waits any more.
+        // Bursts end: after some lone requests there is no wait any more.
         let after: Vec<f64> =
-            (0..10).map(|i| company.arrival(1000.0 + f64::from(i), true)).collect();
+            (0..10).map(|i| bursts.arrival(1000.0 + f64::from(i), true)).collect();
         assert_eq!(after[9], 0.0, "{after:?}");
     }
 
     #[test]
     fn the_wait_is_never_longer_than_allowed() {
-        let mut company = Company::new(0.05);
+        let mut bursts = Bursts::new(0.05);
         for burst in 0..50 {
             let start = f64::from(burst);
-            assert!(company.arrival(start, true) <= 0.05);
-            company.arrival(start + 0.049, false);
+            assert!(bursts.arrival(start, true) <= 0.05);
+            bursts.arrival(start + 0.049, false);
         }
     }
 }

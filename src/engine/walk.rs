@@ -1,0 +1,134 @@
+//! How a sequence walks down its tree after a pass: a token is chosen from each row, and the node
+//! that holds it is next.
+
+use std::time::Instant;
+
+use super::forward::{Forward, StepError};
+use super::sampler::Scratch;
+use super::sequence::Sequence;
+use super::stats::Stats;
+use super::turn::Turn;
+use crate::llama::Token;
+use crate::request::{Logprobs, Speculation, TokenReport};
+
+/// Buffers to choose tokens with.
+#[derive(Default)]
+pub struct Choosing {
+    /// The tokens drafted for one place.
+    drafted: Vec<Token>,
+    sampling: Scratch,
+    /// Logits under a grammar.
+    masked: Vec<f32>,
+    most_likely: Vec<(Token, f32)>,
+    piece: Vec<u8>,
+}
+
+/// Lets a sequence choose its tokens after a pass.
+pub struct Walker<'a, F> {
+    /// The model after the pass.
+    pub forward: &'a F,
+    /// The engine's counters.
+    pub stats: &'a Stats,
+    /// Rows of the step.
+    pub n_rows: usize,
+    /// By output row the tokens that the device chose; none if it chose none.
+    pub chosen: &'a [i32],
+    /// Heads draft from hidden states.
+    pub keeps_hidden: bool,
+    /// Working memory.
+    pub buffers: &'a mut Choosing,
+}
+
+impl<F: Forward> Walker<'_, F> {
+    /// Chooses tokens: after the sequence's last one, and on as long as its tree holds them.
+    ///
+    /// # Errors
+    /// When the model has no logits for a row, or the sequence's grammar fails.
+    pub fn walk(
+        mut self,
+        turn: &mut Turn,
+        s: &mut Sequence,
+        now: Instant,
+    ) -> Result<(), StepError> {
+        s.record_drafted(turn.tree.len());
+        self.stats.count_draft(turn.tree.len());
+        self.stats.note_wait(s.waited(now));
+        let mut at = None;
+        loop {
+            let token = self.choose(turn, at, s)?;
+            self.stats.count_token();
+            let next = turn.tree.child(at, token);
+            self.report(turn, at, token, s)?;
+            let piece = &mut self.buffers.piece;
+            piece.clear();
+            let is_end = self.forward.is_end(token);
+            if !is_end {
+                self.forward.piece(token, piece);
+            }
+            turn.walk.last = Some(token);
+            turn.walk.done = s.accept(token, piece, is_end, now)?;
+            if turn.walk.done {
+                return Ok(());
+            }
+            let Some(node) = next else {
+                if self.keeps_hidden {
+                    s.keep_hidden(self.forward.hidden(turn.rows.of(at))?);
+                }
+                return Ok(());
+            };
+            turn.walk.accepted.push(node);
+            s.record_accepted();
+            self.stats.count_accepted(turn.tree.nodes()[node].depth);
+            at = next;
+        }
+    }
+
+    /// The token after node `at` of a sequence's tree.
+    fn choose(
+        &mut self,
+        turn: &Turn,
+        at: Option<usize>,
+        s: &mut Sequence,
+    ) -> Result<Token, StepError> {
+        if let Some(&token) = self.chosen.get(turn.outputs.of(at)).filter(|&&token| token >= 0) {
+            return Ok(Token(token));
+        }
+        let Choosing { drafted, masked, sampling, .. } = &mut *self.buffers;
+        drafted.clear();
+        if s.speculation == Speculation::Typical {
+            let children = turn.tree.nodes().iter().filter(|n| n.parent == at);
+            drafted.extend(children.map(|n| n.token));
+        }
+        let mut logits = self.forward.logits(turn.rows.of(at))?;
+        if let Some(grammar) = &s.grammar {
+            grammar.mask(logits, masked);
+            logits = masked;
+        }
+        Ok(s.sampler.draw_typical(logits, s.tokens.len(), drafted, sampling))
+    }
+
+    /// Records of the `token` chosen after node `at` what its client or a trace
+    /// asked for.
+    fn report(
+        &mut self,
+        turn: &Turn,
+        at: Option<usize>,
+        token: Token,
+        s: &mut Sequence,
+    ) -> Result<(), StepError> {
+        let (forward, row) = (self.forward, turn.rows.of(at));
+        if let Some(trace) = &mut s.trace {
+            let most_likely = &mut self.buffers.most_likely;
+            trace.push(token, forward.hidden(row)?, forward.logits(row)?, most_likely);
+        }
+        let Some(report) = s.report else { return Ok(()) };
+        let logprobs = match report.n_top {
+            Some(n_top) => Some(Logprobs::new(token, forward.logits(row)?, n_top)),
+            None => None,
+        };
+        let source = turn.tree.child(at, token).map(|node| turn.tree.nodes()[node].source());
+        let step = s.step();
+        s.push_report(TokenReport { token, source, step, n_rows: self.n_rows, logprobs });
+        Ok(())
+    }
+}

@@ -1,0 +1,60 @@
+//! What llama.cpp is as a library: its start, its build, its strings.
+
+use std::ffi::{CStr, c_char};
+use std::sync::Once;
+
+use super::{log, sys};
+
+/// Starts llama.cpp once per process and sends its log to `tracing`.
+pub(super) fn start_backend() {
+    static STARTED: Once = Once::new();
+    STARTED.call_once(|| {
+        log::install();
+        // SAFETY: no arguments; llama.cpp asks for one call before any other, which `Once` gives.
+        unsafe { sys::backend_init() };
+    });
+}
+
+/// `true` if llama.cpp was built with a backend that can hold layers on a GPU and finds one.
+#[must_use]
+pub fn supports_gpu_offload() -> bool {
+    start_backend();
+    // SAFETY: no arguments; reads a registry that `start_backend` has filled.
+    unsafe { sys::supports_gpu_offload() }
+}
+
+/// Most sequence ids of one context.
+#[must_use]
+pub fn max_sequences() -> usize {
+    // SAFETY: no arguments; returns a constant.
+    unsafe { sys::max_parallel_sequences() }
+}
+
+/// The instruction sets that the CPU kernels were compiled for, as llama.cpp prints them ("CPU :
+/// SSE3 = 1 | AVX2 = 1 ...").
+#[must_use]
+pub fn system_info() -> String {
+    start_backend();
+    // SAFETY: returns a pointer to a static buffer that the next call overwrites; it is copied at
+    // once.
+    unsafe { text(sys::print_system_info()) }
+}
+
+/// The release of the linked llama.cpp.
+#[must_use]
+pub fn version() -> String {
+    // SAFETY: returns a pointer to a constant.
+    unsafe { text(sys::version()) }
+}
+
+/// Copies a C string; empty for null.
+///
+/// # Safety
+/// `c` is null or points to a zero-terminated string that is not written to during the call.
+pub(super) unsafe fn text(c: *const c_char) -> String {
+    if c.is_null() {
+        return String::new();
+    }
+    // SAFETY: not null; the rest by contract.
+    unsafe { CStr::from_ptr(c) }.to_string_lossy().into_owned()
+}
