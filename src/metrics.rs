@@ -21,7 +21,8 @@ use tokio::sync::watch;
 use crate::engine::stats::{Ended, Histogram, Snapshot};
 use crate::engine::{Handle, Stage};
 use crate::llama;
-use crate::speculate::reliability::{Reliability, Source, calibration_error};
+use crate::request::Source;
+use crate::speculate::reliability::{Reliability, calibration_error};
 
 /// The format of [`Metrics::text`].
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";

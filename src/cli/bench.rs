@@ -16,8 +16,8 @@ use crate::engine::thread::EngineParams;
 use crate::engine::{self, Layout, Limits};
 use crate::llama::max_sequences;
 use crate::plot::{self, Labels, Line};
-use crate::request::{Completion, Event, Request, SamplingParams, Speculation};
-use crate::speculate::reliability::{Count, N_DEPTHS, Reliability, Source, calibration_error};
+use crate::request::{Caller, Completion, Request, SamplingParams, Source, Speculation};
+use crate::speculate::reliability::{Count, N_DEPTHS, Reliability, calibration_error};
 use crate::speculate::simulated::Acceptance;
 use crate::train::prompts::Prompts;
 
@@ -328,15 +328,8 @@ fn request(args: &BenchArgs, prompt: String, i: usize, speculation: Speculation)
 }
 
 pub(super) async fn ask(handle: &Handle, request: &Request) -> anyhow::Result<Completion> {
-    let mut events = handle.submit(request.clone()).await?;
-    while let Some(event) = events.recv().await {
-        match event {
-            Event::Piece(_) => {}
-            Event::Done(done) => return Ok(done),
-            Event::Failed { id } => bail!("the engine failed; the log names the cause under {id}"),
-        }
-    }
-    bail!("the engine stopped")
+    let answer = handle.submit(request.clone(), Caller::default()).await?;
+    Ok(answer.collect().await?.1)
 }
 
 fn print(report: &Report) -> anyhow::Result<()> {

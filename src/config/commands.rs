@@ -2,7 +2,10 @@
 
 use std::path::PathBuf;
 
+use clap::builder::NonEmptyStringValueParser;
 use clap::{Args as ClapArgs, ValueEnum};
+use serde::Deserialize as _;
+use serde::de::IntoDeserializer as _;
 
 use super::{DraftArgs, ModelArgs, between};
 use crate::llama::Quantization;
@@ -22,25 +25,25 @@ pub struct GenerateArgs {
     #[arg(short = 'p', long)]
     pub prompt: String,
     /// Most tokens to generate
-    #[arg(short = 'n', long, default_value_t = 128)]
-    pub max_tokens: u64,
+    #[arg(short = 'n', long, default_value_t = 128, value_parser = between(1, 1 << 20))]
+    pub max_tokens: usize,
     /// 0 is greedy
-    #[arg(long, default_value_t = 0.8)]
-    pub temperature: f64,
+    #[arg(long, default_value_t = 0.8, value_parser = temperature)]
+    pub temperature: f32,
     /// Keep the most likely tokens up to this probability together
-    #[arg(long, default_value_t = 0.95)]
-    pub top_p: f64,
+    #[arg(long, default_value_t = 0.95, value_parser = rate)]
+    pub top_p: f32,
     /// Keep this many most likely tokens; 0 keeps all
     #[arg(long, default_value_t = 0)]
-    pub top_k: u64,
+    pub top_k: usize,
     /// Keep tokens at least this fraction as likely as the most likely one
-    #[arg(long, default_value_t = 0.0)]
-    pub min_p: f64,
+    #[arg(long, default_value_t = 0.0, value_parser = rate)]
+    pub min_p: f32,
     /// The same seed gives the same text [default: a new one each time]
     #[arg(long)]
     pub seed: Option<u64>,
     /// End the text before this string; may be given several times
-    #[arg(long)]
+    #[arg(long, value_parser = NonEmptyStringValueParser::new())]
     pub stop: Vec<String>,
 }
 
@@ -255,8 +258,8 @@ pub enum HeadKind {
 }
 
 fn speculation(name: &str) -> Result<Speculation, String> {
-    let names = || Speculation::NAMES.map(|(name, _)| name).join(", ");
-    Speculation::by_name(name).ok_or_else(|| format!("must be one of {}", names()))
+    Speculation::deserialize(name.into_deserializer())
+        .map_err(|error: serde::de::value::Error| error.to_string())
 }
 
 /// A probability.
@@ -264,6 +267,13 @@ fn rate(text: &str) -> Result<f32, String> {
     match text.parse::<f32>() {
         Ok(rate) if (0.0..=1.0).contains(&rate) => Ok(rate),
         _ => Err("must be a number from 0 to 1".into()),
+    }
+}
+
+fn temperature(text: &str) -> Result<f32, String> {
+    match text.parse::<f32>() {
+        Ok(temperature) if (0.0..=100.0).contains(&temperature) => Ok(temperature),
+        _ => Err("must be a number from 0 to 100".into()),
     }
 }
 

@@ -4,12 +4,13 @@
 use std::time::Instant;
 
 use super::grammar::GrammarError;
+use super::report;
 use super::scheduler::Share;
 use super::sequence::Sequence;
 use super::{Engine, Forward, Work};
 use crate::gpu::kernels::{RowRule, Span};
 use crate::llama::{LlamaError, Token};
-use crate::request::{Logprobs, Speculation, TokenReport, span};
+use crate::request::{Speculation, TokenReport, span};
 use crate::speculate::device::Ask;
 use crate::speculate::{Speculator, Tree};
 
@@ -263,7 +264,8 @@ impl<F: Forward> Engine<F> {
     ) -> Result<(), LlamaError> {
         let work = &mut self.work;
         if let Some(trace) = &mut s.trace {
-            trace.push(
+            report::push(
+                trace,
                 token,
                 self.forward.hidden(row)?,
                 self.forward.logits(row)?,
@@ -272,7 +274,7 @@ impl<F: Forward> Engine<F> {
         }
         let Some(report) = s.report else { return Ok(()) };
         let logprobs = match report.n_top {
-            Some(n_top) => Some(Logprobs::new(token, self.forward.logits(row)?, n_top)),
+            Some(n_top) => Some(report::logprobs(token, self.forward.logits(row)?, n_top)),
             None => None,
         };
         let source = next.map(|node| work.trees[i].nodes()[node].source());

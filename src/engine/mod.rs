@@ -14,6 +14,7 @@ pub mod grammar;
 pub mod handle;
 pub mod leaves;
 pub mod pace;
+pub mod report;
 pub mod sampler;
 pub mod scheduler;
 pub mod sequence;
@@ -27,7 +28,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 pub use forward::{Forward, LlamaForward, Row, Rows};
-pub use handle::{Handle, SubmitError};
+pub use handle::{Answer, Failed, Handle, SubmitError};
 pub use sequence::Job;
 pub use slots::Layout;
 pub use thread::{Stage, spawn};
@@ -233,7 +234,7 @@ impl<F: Forward> Engine<F> {
             let sampler =
                 Sampler::new(&job.request.sampling, banned, &job.prompt, self.forward.n_vocab());
             let ready = self.apply(&place.ops).and(sampler);
-            let _of_request = span(&job.request.id).entered();
+            let _of_request = span(&job.caller.id).entered();
             match ready {
                 Ok(sampler) => {
                     let (seq, n_ctx) = (place.seq, self.limits.n_ctx);

@@ -8,20 +8,19 @@ use hyper::body::Incoming;
 use hyper::header::{CONNECTION, RETRY_AFTER};
 use hyper::{Request, StatusCode};
 use serde_json::Value;
-use tokio::sync::mpsc;
 
-use super::generate::{self, Generate, Pieces};
-use super::openai::read::Asked;
-use super::openai::write::Envelope;
-use super::openai::{self, Endpoint};
+use super::api::answers::GenerateAnswer;
+use super::api::generate::{GenerateRequest, Pieces};
+use super::api::openai::{ChatRequest, Choices, CompletionRequest};
+use super::openai::{Endpoint, Envelope};
 use super::reply::{self, Problem, Reply};
 use super::routes::{Call, engine};
 use super::template::ChatTemplate;
-use super::tokens::{Spell, Telling};
-use super::{App, random};
-use crate::engine::{Handle, SubmitError};
+use super::tokens::{Detokenize, TokenOptions};
+use super::{App, api, random};
+use crate::engine::{Answer, Handle, SubmitError};
 use crate::error::Invalid;
-use crate::request::{self, Completion, Event, FinishReason, Piece};
+use crate::request::{self, Caller, Completion, Event, FinishReason, Piece};
 
 /// `POST /generate`.
 pub async fn generate(
@@ -31,24 +30,22 @@ pub async fn generate(
 ) -> Result<Reply, Problem> {
     let handle = engine(app)?;
     let body = read_json(app, request).await?;
-    let asked = generate::read(body, handle.limits().n_ctx, random()).map_err(invalid)?;
-    let Generate { request, stream } = asked;
-    let spell = request.report.map(|_| spell(&handle));
-    let mut events = submit(&handle, request, call).await.map_err(refused)?;
+    let body: GenerateRequest = api::read(body, handle.limits().n_ctx).map_err(invalid)?;
+    let stream = body.stream;
+    let request = body.into_request(random()).map_err(invalid)?;
+    let detokenize = request.report.map(|_| detokenize(&handle));
+    let mut answer = submit(&handle, request, call).await.map_err(refused)?;
     if stream {
-        let first = first_event(&mut events).await?;
-        return Ok(reply::stream(
-            first,
-            vec![events],
-            Box::new(Pieces(spell)),
-            Arc::clone(call.tally),
-        ));
+        check_first(&mut answer).await?;
+        let dialect = Box::new(Pieces(detokenize));
+        return Ok(reply::stream(vec![answer], dialect, Arc::clone(call.tally)));
     }
-    let (whole, done) = collect(events, 0, call).await?;
+    let (whole, done) = collect(answer, 0, call).await?;
     if is_too_late(&done) {
         return Err(too_late());
     }
-    Ok(reply::json(StatusCode::OK, &generate::completion(&done, &whole, spell.as_ref())))
+    let body = GenerateAnswer::new(&done, &whole, detokenize.as_ref());
+    Ok(reply::json(StatusCode::OK, &body))
 }
 
 /// `POST /v1/completions` and `POST /v1/chat/completions`.
@@ -61,49 +58,65 @@ pub async fn complete(
     let bad_request = |error| Problem { status: StatusCode::BAD_REQUEST, ..invalid(error) };
     let handle = engine(app)?;
     let body = read_json(app, request).await?;
-    let template = app.template.get_or_init(|| ChatTemplate::of(handle.model()));
-    let asked = openai::read::read(endpoint, body, handle.limits().n_ctx, random(), template);
-    let Asked { requests, n, stream, include_usage } = asked.map_err(bad_request)?;
-    let (asked_for, most) = (requests.len(), handle.most_in_flight());
-    if asked_for > most {
-        // Not a full queue: waiting would not help.
-        let message = format!(
-            "n and the prompts ask for {asked_for} answers, but the server takes {most} at once"
-        );
-        return Err(bad_request(Invalid::new("n", message)));
-    }
+    let Choices { requests, n, stream, include_usage } =
+        choices(app, &handle, body, endpoint).map_err(bad_request)?;
     let report = requests.first().and_then(|r| r.report).unwrap_or_default();
-    let telling = Telling {
+    let options = TokenOptions {
         logprobs: report.n_top.is_some(),
         details: report.details,
-        spell: spell(&handle),
+        detokenize: detokenize(&handle),
     };
-    let mut choices = Vec::with_capacity(requests.len());
+    let mut answers = Vec::with_capacity(requests.len());
     for request in requests {
         // Those that were taken are cancelled if one is refused.
-        choices.push(submit(&handle, request, call).await.map_err(|error| match error {
+        answers.push(submit(&handle, request, call).await.map_err(|error| match error {
             SubmitError::Invalid(error) => bad_request(error),
             other => refused(other),
         })?);
     }
-    let envelope = Envelope::new(endpoint, app.model_id.clone(), n, telling);
+    let envelope = Envelope::new(endpoint, app.model_id.clone(), n, options);
     if stream {
-        let first = first_event(&mut choices[0]).await?;
-        let chunks = envelope.chunks(choices.len(), include_usage);
-        return Ok(reply::stream(first, choices, Box::new(chunks), Arc::clone(call.tally)));
+        check_first(&mut answers[0]).await?;
+        let chunks = envelope.chunks(answers.len(), include_usage);
+        return Ok(reply::stream(answers, Box::new(chunks), Arc::clone(call.tally)));
     }
-    let mut done = Vec::with_capacity(choices.len());
-    for (choice, events) in choices.into_iter().enumerate() {
-        done.push(collect(events, choice, call).await?);
+    let mut done = Vec::with_capacity(answers.len());
+    for (choice, answer) in answers.into_iter().enumerate() {
+        done.push(collect(answer, choice, call).await?);
     }
     if done.iter().all(|(_, done)| is_too_late(done)) {
         return Err(too_late());
     }
-    Ok(reply::json(StatusCode::OK, &envelope.answer(&done)))
+    Ok(envelope.answer(&done))
 }
 
-/// How this model's tokens are written.
-fn spell(handle: &Handle) -> Spell {
+/// What a body of OpenAI's asks for: as many answers as the server takes at once, at most.
+fn choices(
+    app: &App,
+    handle: &Handle,
+    body: Value,
+    endpoint: Endpoint,
+) -> Result<Choices, Invalid> {
+    let (n_ctx, seed) = (handle.limits().n_ctx, random());
+    let choices = match endpoint {
+        Endpoint::Text => api::read::<CompletionRequest>(body, n_ctx)?.into_choices(n_ctx, seed)?,
+        Endpoint::Chat => {
+            let template = app.template.get_or_init(|| ChatTemplate::of(handle.model()));
+            api::read::<ChatRequest>(body, n_ctx)?.into_choices(n_ctx, seed, template)?
+        }
+    };
+    let (n, most) = (choices.requests.len(), handle.most_in_flight());
+    if n > most {
+        // Not a full queue: waiting would not help.
+        let message =
+            format!("n and the prompts ask for {n} answers, but the server takes {most} at once");
+        return Err(Invalid::new("n", message));
+    }
+    Ok(choices)
+}
+
+/// How this model's tokens become text.
+fn detokenize(handle: &Handle) -> Detokenize {
     let handle = handle.clone();
     Arc::new(move |token| {
         let mut bytes = Vec::new();
@@ -125,46 +138,32 @@ fn too_late() -> Problem {
 /// Hands over what a body asks for, in the name of who sent it.
 async fn submit(
     handle: &Handle,
-    asked: request::Request,
+    request: request::Request,
     call: &Call<'_>,
-) -> Result<mpsc::Receiver<Event>, SubmitError> {
+) -> Result<Answer, SubmitError> {
     call.tally.submit();
-    // A request may give itself less time than the server gives any, but not more.
-    let timeout = asked.timeout.into_iter().chain(call.timeout).min();
-    handle
-        .submit(request::Request { id: Arc::clone(call.id), owner: call.owner, timeout, ..asked })
-        .await
+    let caller = Caller { id: Arc::clone(call.id), tenant: call.owner, timeout: call.timeout };
+    handle.submit(request, caller).await
 }
 
 /// An error before the first piece is still a plain one.
-async fn first_event(events: &mut mpsc::Receiver<Event>) -> Result<Event, Problem> {
-    match events.recv().await {
-        Some(Event::Failed { id }) => Err(Problem::incident(&id)),
-        Some(Event::Done(done)) if is_too_late(&done) => Err(too_late()),
-        Some(first) => Ok(first),
-        None => Err(Problem::incident("engine-stopped")),
+async fn check_first(answer: &mut Answer) -> Result<(), Problem> {
+    match answer.peek().await {
+        Event::Failed { id } => Err(Problem::incident(id)),
+        Event::Done(done) if is_too_late(done) => Err(too_late()),
+        Event::Piece(_) | Event::Done(_) => Ok(()),
     }
 }
 
 /// A whole answer.
 async fn collect(
-    mut events: mpsc::Receiver<Event>,
+    answer: Answer,
     choice: usize,
     call: &Call<'_>,
 ) -> Result<(Piece, Completion), Problem> {
-    let mut whole = Piece::default();
-    while let Some(event) = events.recv().await {
-        match event {
-            Event::Piece(piece) => whole.append(piece),
-            Event::Done(mut done) => {
-                whole.append(std::mem::take(&mut done.tail));
-                call.tally.note(choice, &done);
-                return Ok((whole, done));
-            }
-            Event::Failed { id } => return Err(Problem::incident(&id)),
-        }
-    }
-    Err(Problem::incident("engine-stopped"))
+    let (whole, done) = answer.collect().await.map_err(|failed| Problem::incident(&failed.id))?;
+    call.tally.note(choice, &done);
+    Ok((whole, done))
 }
 
 async fn read_json(app: &App, request: Request<Incoming>) -> Result<Value, Problem> {

@@ -1,21 +1,20 @@
 //! The network side: bytes on a socket to a checked [`Request`](crate::request::Request), events
 //! back to bytes.
 //!
-//! [`routes`] knows what each path does, [`generate`] and [`openai`] the JSON of either dialect,
-//! [`fields`] how a body's fields are read, [`template`] how messages become a prompt, [`reply`]
-//! how an answer is written, [`tokens`] what is told of its tokens, [`access`] what is logged of
-//! it, [`auth`] who may ask, [`cors`] which pages, [`tls`] in what secrecy; [`page`] is what
-//! browsers get, [`openapi`] and [`docs`] document it all. None of them sees a KV cell, a batch or
+//! [`routes`] knows what each path does, [`api`] the bodies of requests and answers,
+//! [`completions`] and [`information`] handle them, [`template`] turns messages into a prompt,
+//! [`reply`] and [`openai`] write answers, [`tokens`] is what is reported of their tokens,
+//! [`access`] what is logged of a request, [`auth`] who may ask, [`cors`] which pages, [`tls`] in
+//! what secrecy; [`page`] is what browsers get, [`openapi`] and [`docs`] document it all. None of them sees a KV cell, a batch or
 //! llama.cpp; they know the engine's [`Handle`](crate::engine::Handle) only, and the model's
 //! template.
 
 pub mod access;
+pub mod api;
 pub mod auth;
 pub mod completions;
 pub mod cors;
 pub mod docs;
-pub mod fields;
-pub mod generate;
 pub mod information;
 pub mod openai;
 pub mod openapi;

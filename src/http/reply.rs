@@ -11,9 +11,10 @@ use hyper::body::{Body, Frame};
 use hyper::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderName, HeaderValue};
 use hyper::{Response, StatusCode};
 use serde::Serialize;
-use tokio::sync::mpsc;
 
 use super::access::Tally;
+use super::api::answers;
+use crate::engine::Answer;
 use crate::request::Event;
 
 /// Any answer's body: whole, or a stream.
@@ -61,39 +62,44 @@ impl Problem {
     }
 
     /// The body.
-    pub fn body(&self) -> serde_json::Value {
-        let mut error = serde_json::json!({ "type": self.kind, "message": self.message });
-        if let Some(param) = &self.param {
-            error["param"] = param.as_str().into();
+    pub fn body(&self) -> answers::Problem<'_> {
+        let Self { kind, message, param, .. } = self;
+        answers::Problem {
+            error: answers::ProblemDetails { r#type: kind, message, param: param.as_deref() },
         }
-        serde_json::json!({ "error": error })
     }
 
     /// The body as OpenAI's clients expect it.
-    pub fn openai_body(&self) -> serde_json::Value {
-        let kind = match self.status {
+    pub fn openai_body(&self) -> answers::OpenAiProblem<'_> {
+        let r#type = match self.status {
             StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
             status if status.is_server_error() => "server_error",
             _ => "invalid_request_error",
         };
-        serde_json::json!({ "error": { "message": self.message, "type": kind, "param": self.param, "code": self.kind } })
+        let Self { kind, message, param, .. } = self;
+        answers::OpenAiProblem {
+            error: answers::OpenAiProblemDetails {
+                message,
+                r#type,
+                param: param.as_deref(),
+                code: kind,
+            },
+        }
     }
 
     /// The answer.
     pub fn reply(self) -> Reply {
-        let body = self.body();
-        self.reply_with(&body)
+        self.reply_with(&self.body())
     }
 
     /// The answer to an OpenAI client.
     pub fn openai_reply(self) -> Reply {
-        let body = self.openai_body();
-        self.reply_with(&body)
+        self.reply_with(&self.openai_body())
     }
 
-    fn reply_with(self, body: &serde_json::Value) -> Reply {
+    fn reply_with(&self, body: &impl Serialize) -> Reply {
         let mut reply = json(self.status, body);
-        if let Some((name, value)) = self.header {
+        if let Some((name, value)) = &self.header {
             reply.headers_mut().insert(name, HeaderValue::from_static(value));
         }
         reply
@@ -116,7 +122,7 @@ pub trait Dialect: Send {
     /// Appends what the client of choice number `choice` is told.
     fn write(&mut self, choice: usize, event: &Event, out: &mut BytesMut);
 
-    /// Appends what comes behind all choices.
+    /// Appends what comes after all choices.
     fn end(&mut self, _out: &mut BytesMut) {}
 }
 
@@ -130,26 +136,20 @@ pub fn event(data: &impl Serialize, out: &mut BytesMut) {
     out.extend_from_slice(b"\n\n");
 }
 
-/// The events of one or several choices as server-sent events. Dropping it drops the receivers,
-/// which cancels what they wait for.
+/// The events of one or several choices as server-sent events. Dropping it drops their answers,
+/// which cancels the requests.
 pub struct EventStream {
-    first: Option<Event>,
     /// By choice; `None` for those that ended.
-    choices: Vec<Option<mpsc::Receiver<Event>>>,
+    choices: Vec<Option<Answer>>,
     dialect: Box<dyn Dialect>,
     tally: Arc<Tally>,
     ended: bool,
 }
 
-/// An answer that streams: `first` of the first choice has arrived already, the rest is to come.
-pub fn stream(
-    first: Event,
-    choices: Vec<mpsc::Receiver<Event>>,
-    dialect: Box<dyn Dialect>,
-    tally: Arc<Tally>,
-) -> Reply {
+/// An answer that streams.
+pub fn stream(choices: Vec<Answer>, dialect: Box<dyn Dialect>, tally: Arc<Tally>) -> Reply {
     let choices = choices.into_iter().map(Some).collect();
-    let body = EventStream { first: Some(first), choices, dialect, tally, ended: false };
+    let body = EventStream { choices, dialect, tally, ended: false };
     let mut reply = Response::new(Either::Right(body));
     let headers = reply.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
@@ -166,16 +166,8 @@ impl std::fmt::Debug for EventStream {
 impl EventStream {
     /// Writes what has arrived for a choice.
     fn drain(&mut self, choice: usize, cx: &mut Context<'_>, out: &mut BytesMut) {
-        while let Some(events) = &mut self.choices[choice] {
-            let event = match self.first.take() {
-                Some(first) => first, // the first choice's, which is drained first
-                None => match events.poll_recv(cx) {
-                    Poll::Ready(Some(event)) => event,
-                    // The engine's thread went away without a last word.
-                    Poll::Ready(None) => Event::Failed { id: "engine-stopped".into() },
-                    Poll::Pending => return,
-                },
-            };
+        while let Some(answer) = &mut self.choices[choice] {
+            let Poll::Ready(event) = answer.poll_next(cx) else { return };
             self.dialect.write(choice, &event, out);
             match event {
                 Event::Piece(_) => {}

@@ -7,9 +7,9 @@ use std::time::Duration;
 use hyper::body::Incoming;
 use hyper::header::{ALLOW, HeaderValue, RETRY_AFTER};
 use hyper::{Request, StatusCode};
-use serde_json::json;
 
 use super::access::Tally;
+use super::api::answers::{Health, HealthStatus};
 use super::completions::{complete, generate};
 use super::information::{information, models};
 use super::openai::Endpoint;
@@ -135,27 +135,28 @@ fn docs(file: &str) -> Option<Reply> {
 /// Whether the process is to be left alone: only one whose engine has failed is worth a restart.
 fn health(app: &App) -> Reply {
     let status = status(app);
-    let code = if status == "failed" { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::OK };
-    reply::json(code, &json!({ "status": status }))
+    let is_failed = status == HealthStatus::Failed;
+    let code = if is_failed { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::OK };
+    reply::json(code, &Health { status })
 }
 
 /// Whether work may be sent here now.
 fn ready(app: &App) -> Reply {
     let status = status(app);
-    if status == "ok" {
-        return reply::json(StatusCode::OK, &json!({ "status": status }));
+    if status == HealthStatus::Ok {
+        return reply::json(StatusCode::OK, &Health { status });
     }
-    let mut reply = reply::json(StatusCode::SERVICE_UNAVAILABLE, &json!({ "status": status }));
+    let mut reply = reply::json(StatusCode::SERVICE_UNAVAILABLE, &Health { status });
     reply.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
     reply
 }
 
-fn status(app: &App) -> &'static str {
+fn status(app: &App) -> HealthStatus {
     match &*app.stage.borrow() {
-        Stage::Failed(_) => "failed",
-        _ if app.draining.load(Ordering::Relaxed) => "draining",
-        Stage::Loading(_) => "loading",
-        Stage::Ready(_) => "ok",
+        Stage::Failed(_) => HealthStatus::Failed,
+        _ if app.draining.load(Ordering::Relaxed) => HealthStatus::Draining,
+        Stage::Loading(_) => HealthStatus::Loading,
+        Stage::Ready(_) => HealthStatus::Ok,
     }
 }
 

@@ -7,9 +7,9 @@
 use std::collections::BinaryHeap;
 
 use super::calibration::Calibration;
-use super::reliability::Source;
 use super::text::Evidence;
 use crate::llama::Token;
+use crate::request::Source;
 
 /// A token that may stand at its place.
 #[derive(Clone, Copy, Debug, PartialEq)]

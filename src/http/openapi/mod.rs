@@ -1,14 +1,9 @@
 //! `/openapi.json`: what each path takes and answers, as one document that is derived from types.
 //!
-//! [`requests`] and [`answers`] describe bodies, `paths` the paths, `REFUSALS` the errors of all of
-//! them. Nothing of it is used to read or write: tests keep both sides the same, here for requests
-//! and in `tests/openapi.rs` for answers.
+//! [`api`] has the bodies, `paths` the paths, `REFUSALS` the errors of all of them.
 
-pub mod answers;
 mod paths;
-pub mod requests;
 
-use answers::{OpenAiProblem, Problem};
 use bytes::Bytes;
 use utoipa::openapi::path::{Operation, PathItem};
 use utoipa::openapi::response::{Response, ResponseBuilder};
@@ -16,35 +11,25 @@ use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityRequirement
 use utoipa::openapi::{ContentBuilder, OpenApi, Ref, RefOr, Schema};
 use utoipa::{Modify, OpenApi as _};
 
+use super::api::answers::{OpenAiProblem, Problem};
+use super::api::generate::GenerateRequest;
+use super::api::openai::{ChatRequest, CompletionRequest};
+use super::api::{self, Body};
+
 /// The document of a server with contexts of `n_ctx` tokens, as JSON.
 #[must_use]
 pub fn json(n_ctx: usize) -> Bytes {
     let mut document = Document::openapi();
-    limit(&mut document, n_ctx);
+    publish::<GenerateRequest>(&mut document, n_ctx);
+    publish::<CompletionRequest>(&mut document, n_ctx);
+    publish::<ChatRequest>(&mut document, n_ctx);
     document.to_json().expect("utoipa's types have string keys and no failing parts").into()
 }
 
-/// Fields of requests that the context's size bounds.
-const BOUNDED: [&str; 3] = ["max_tokens", "max_completion_tokens", "repeat_last_n"];
-
-/// Writes the context's size down as the maximum of what it bounds.
-fn limit(document: &mut OpenApi, n_ctx: usize) {
-    for schema in
-        document.components.iter_mut().flat_map(|components| components.schemas.values_mut())
-    {
-        let RefOr::T(Schema::Object(body)) = schema else { continue };
-        for (_, field) in
-            body.properties.iter_mut().filter(|(name, _)| BOUNDED.contains(&name.as_str()))
-        {
-            let RefOr::T(Schema::Object(field)) = field else { continue };
-            field.maximum = Some(n_ctx.into());
-            for shown in [&mut field.default, &mut field.example].into_iter().flatten() {
-                if shown.as_u64().is_some_and(|n| n > n_ctx as u64) {
-                    *shown = n_ctx.into();
-                }
-            }
-        }
-    }
+/// Documents a body as it is read.
+fn publish<B: Body>(document: &mut OpenApi, n_ctx: usize) {
+    let body = RefOr::T(Schema::Object(api::published::<B>(n_ctx)));
+    document.components.get_or_insert_default().schemas.insert(B::name().into_owned(), body);
 }
 
 #[derive(utoipa::OpenApi)]
@@ -165,148 +150,83 @@ impl Modify for Keys {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
-    use serde_json::{Map, Value, json};
+    use serde_json::{Value, json};
 
     use crate::error::Invalid;
-    use crate::http::openai::Endpoint;
+    use crate::http::api::generate::GenerateRequest;
+    use crate::http::api::openai::{ChatRequest, CompletionRequest};
+    use crate::http::api::read;
     use crate::http::template::ChatTemplate;
-    use crate::http::{generate, openai};
-
-    /// A documented body, a request with the fields that must be there, and what reads it: to
-    /// something that tells requests apart.
-    struct Dialect {
-        schema: &'static str,
-        base: Value,
-        read: fn(Value) -> Result<String, Invalid>,
-    }
 
     const N_CTX: usize = 2048;
 
-    fn read_openai(endpoint: Endpoint, body: Value) -> Result<String, Invalid> {
-        let template =
-            ChatTemplate::new("{{ messages }}".into(), String::new(), String::new(), false);
-        openai::read::read(endpoint, body, N_CTX, 1, &template).map(|asked| format!("{asked:?}"))
-    }
-
-    fn dialects() -> [Dialect; 3] {
-        let read = |body| generate::read(body, N_CTX, 1).map(|read| format!("{read:?}"));
-        let message = json!({ "role": "user", "content": "x" });
-        [
-            Dialect { schema: "GenerateRequest", base: json!({ "prompt": "x" }), read },
-            Dialect {
-                schema: "CompletionRequest",
-                base: json!({ "prompt": "x" }),
-                read: |b| read_openai(Endpoint::Text, b),
-            },
-            Dialect {
-                schema: "ChatRequest",
-                base: json!({ "messages": [message] }),
-                read: |b| read_openai(Endpoint::Chat, b),
-            },
-        ]
-    }
-
-    fn schema(name: &str) -> Value {
-        serde_json::from_slice::<Value>(&super::json(N_CTX)).unwrap()["components"]["schemas"][name]
-            .clone()
-    }
-
-    fn with(base: &Value, name: &str, value: &Value) -> Value {
-        let mut body = base.clone();
-        body[name] = value.clone();
-        body
-    }
-
-    /// A field's example, or its type's.
-    fn example(about: &Map<String, Value>) -> Option<Value> {
-        let own = about.get("$ref").or_else(|| about.get("oneOf")?.get(0)?.get("$ref"));
-        let of_type = || {
-            Some(schema(own?.as_str()?.rsplit('/').next()?)["example"].clone())
-                .filter(|v| !v.is_null())
+    fn read_one(schema: &str, body: Value) -> Result<String, Invalid> {
+        let choices = match schema {
+            "GenerateRequest" => {
+                let request = read::<GenerateRequest>(body, N_CTX)?.into_request(1)?;
+                return Ok(format!("{request:?}"));
+            }
+            "CompletionRequest" => {
+                read::<CompletionRequest>(body, N_CTX)?.into_choices(N_CTX, 1)?
+            }
+            _ => {
+                let (none, template) = (String::new(), "{{ messages }}".into());
+                let template = ChatTemplate::new(template, none.clone(), none, false);
+                read::<ChatRequest>(body, N_CTX)?.into_choices(N_CTX, 1, &template)?
+            }
         };
-        about.get("example").or_else(|| about.get("examples")?.get(0)).cloned().or_else(of_type)
+        Ok(format!("{choices:?}"))
     }
 
-    /// The error about an unknown field names those that were asked for.
+    /// Each field's example and default can be sent, its null is its absence, and what is beyond
+    /// its range or no field is refused by name.
     #[test]
-    fn the_readers_know_the_documented_fields_and_no_others() {
-        for Dialect { schema: name, base, read } in dialects() {
-            let error = read(with(&base, "surely_unknown", &json!(1))).unwrap_err().message;
-            let known: BTreeSet<&str> =
-                error.split_once("known are ").unwrap().1.split(", ").collect();
-            let schema = schema(name);
-            let documented: BTreeSet<&str> =
-                schema["properties"].as_object().unwrap().keys().map(String::as_str).collect();
-            assert_eq!(documented, known, "{name}");
+    fn bodies_are_read_as_documented() {
+        let document: Value = serde_json::from_slice(&super::json(N_CTX)).unwrap();
+        let schemas = &document["components"]["schemas"];
+        let message = json!({ "role": "user", "content": "x" });
+        for (name, base) in [
+            ("GenerateRequest", json!({ "prompt": "x" })),
+            ("CompletionRequest", json!({ "prompt": "x" })),
+            ("ChatRequest", json!({ "messages": [message] })),
+        ] {
+            let with = |field: &str, value: &Value| {
+                let mut body = base.clone();
+                body[field] = value.clone();
+                read_one(name, body)
+            };
+            let plain = read_one(name, base.clone()).unwrap();
+            let schema = &schemas[name];
             assert_eq!(schema["additionalProperties"], false, "{name}");
-        }
-    }
-
-    #[test]
-    fn documented_defaults_examples_and_ranges_are_the_readers() {
-        for Dialect { schema: name, base, read } in dialects() {
-            let schema = schema(name);
-            let required: Vec<&str> =
-                schema["required"].as_array().unwrap().iter().filter_map(Value::as_str).collect();
+            assert_eq!(with("zzz", &json!(1)).unwrap_err().param.as_deref(), Some("zzz"));
+            let required = schema["required"].as_array().unwrap();
+            assert_eq!(required.len(), 1, "{name}: {required:?}");
             for (field, about) in schema["properties"].as_object().unwrap() {
-                let about: &Map<String, Value> = about.as_object().unwrap();
-                let read_one =
-                    |value: &Value| read(with(&with(&base, "stream", &json!(true)), field, value));
-                if required.contains(&field.as_str()) {
-                    read(with(&base, field, &Value::Null)).expect_err(field);
-                } else {
+                let at = format!("{name}.{field}");
+                assert!(about["description"].is_string() || about.get("oneOf").is_some(), "{at}");
+                if required.contains(&json!(field)) {
                     assert_eq!(
-                        read(with(&base, field, &Value::Null)).unwrap(),
-                        read(base.clone()).unwrap(),
-                        "{name}.{field}"
+                        with(field, &Value::Null).unwrap_err().param.as_deref(),
+                        Some(field.as_str())
                     );
+                } else {
+                    assert_eq!(with(field, &Value::Null).unwrap(), plain, "{at}");
                 }
-                match (about.get("default"), example(about)) {
-                    (Some(default), _) => {
-                        assert_eq!(
-                            read(with(&base, field, default)).unwrap(),
-                            read(base.clone()).unwrap(),
-                            "{name}.{field}"
-                        )
-                    }
-                    (None, Some(example)) => assert!(read_one(&example).is_ok(), "{name}.{field}"),
-                    (None, None) => panic!("{name}.{field} has neither default nor example"),
+                if let Some(default) = about.get("default") {
+                    assert_eq!(with(field, default).unwrap(), plain, "{at}");
                 }
-                if about.get("type").is_some_and(|kinds| !kinds.to_string().contains("object")) {
-                    assert!(
-                        read_one(&json!({})).is_err(),
-                        "{name}.{field} takes more than its type"
-                    );
-                }
-                if about.get("format").is_some_and(|format| format == "int64")
-                    && !about.contains_key("maximum")
-                {
-                    assert!(
-                        read_one(&json!(u64::MAX)).is_err(),
-                        "{name}.{field} takes more than its format"
-                    );
+                if let Some(example) = about.get("example").or(about["examples"].get(0)) {
+                    assert!(with(field, example).is_ok(), "{at}: {example}");
                 }
                 for (end, beyond) in [("minimum", -1.0), ("maximum", 1.0)] {
-                    let Some(at) = about.get(end) else {
-                        continue;
-                    };
+                    let Some(at_end) = about[end].as_f64() else { continue };
                     // What else these ask of the body no range says.
                     let is_free = !["n", "top_logprobs"].contains(&field.as_str());
-                    assert!(read_one(at).is_ok() || !is_free, "{name}.{field} {end}");
-                    assert!(
-                        read_one(&json!(at.as_f64().unwrap() + beyond)).is_err(),
-                        "{name}.{field} beyond {end}"
-                    );
+                    assert!(with(field, &about[end]).is_ok() || !is_free, "{at} {end}");
+                    let error = with(field, &json!(at_end + beyond)).unwrap_err();
+                    assert_eq!(error.param.as_deref(), Some(field.as_str()), "{at} {end}");
                 }
             }
         }
-    }
-
-    #[test]
-    fn drafts_have_their_documented_names() {
-        let documented = schema("Speculation")["enum"].clone();
-        assert_eq!(documented, json!(crate::request::Speculation::NAMES.map(|(name, _)| name)));
     }
 }

@@ -2,10 +2,12 @@
 //! [`routes`](crate::http::routes) does the work.
 #![allow(dead_code)]
 
-use super::answers::{
-    ChatCompletion, Completion, GenerateAnswer, Health, Information, Models, Problem, StreamEvent,
+use crate::http::api::answers::{
+    ChatCompletion, GenerateAnswer, Health, Information, Models, Problem, StreamEvent,
+    TextCompletion,
 };
-use super::requests::{ChatRequest, CompletionRequest, GenerateRequest};
+use crate::http::api::generate::GenerateRequest;
+use crate::http::api::openai::{ChatRequest, CompletionRequest};
 
 /// What is served
 ///
@@ -57,7 +59,7 @@ pub fn models() {}
 /// Text from prompts, as OpenAI has it
 #[utoipa::path(post, path = "/v1/completions", tag = "openai", request_body = CompletionRequest, responses(
     (status = 200, description = "The texts, or a stream of chunks that ends with `data: [DONE]`", content(
-        (Completion = "application/json"),
+        (TextCompletion = "application/json"),
         (StreamEvent = "text/event-stream"),
     )),
 ))]

@@ -1,0 +1,310 @@
+//! OpenAI's dialect: completions to its objects, whole or in chunks.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use bytes::BytesMut;
+use hyper::StatusCode;
+
+use super::api::answers::{
+    AnswerMessage, ChatChoice, ChatCompletion, ChatLogprobs, Delta, PromptTokensDetails,
+    TextChoice, TextCompletion, TextLogprobs, TokenDetails, Usage, details, stop_reason,
+};
+use super::random;
+use super::reply::{self, Dialect, Problem, Reply, event};
+use super::tokens::TokenOptions;
+use crate::request::{self, Completion, Event, Piece};
+
+/// Which of the two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Endpoint {
+    /// `/v1/completions`.
+    Text,
+    /// `/v1/chat/completions`.
+    Chat,
+}
+
+/// What stays the same in all objects of one answer.
+#[derive(Clone)]
+pub struct Envelope {
+    endpoint: Endpoint,
+    id: String,
+    created: u64,
+    model: String,
+    /// Choices of each prompt.
+    n: usize,
+    options: TokenOptions,
+}
+
+impl Envelope {
+    /// Of an answer that begins now, with `n` choices of each prompt.
+    #[must_use]
+    pub fn new(endpoint: Endpoint, model: String, n: usize, options: TokenOptions) -> Self {
+        let prefix = if endpoint == Endpoint::Chat { "chatcmpl" } else { "cmpl" };
+        let id = format!("{prefix}-{:016x}", random());
+        let created =
+            SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        Self { endpoint, id, created, model, n, options }
+    }
+    /// The whole answer: for each choice its text and how it ended.
+    #[must_use]
+    pub fn answer(&self, done: &[(Piece, Completion)]) -> Reply {
+        let usage = Some(Some(self.usage(done.iter().map(|(_, done)| done.usage).enumerate())));
+        let choices = done.iter().enumerate();
+        match self.endpoint {
+            Endpoint::Text => {
+                let choices = choices.map(|(index, (whole, done))| {
+                    self.text_choice(index, Some(whole), &mut 0, Some(done))
+                });
+                reply::json(StatusCode::OK, &self.text(choices.collect(), usage))
+            }
+            Endpoint::Chat => {
+                let choices = choices.map(|(index, (whole, done))| {
+                    let content = whole.text.as_str();
+                    let message = AnswerMessage { role: "assistant", content, refusal: None };
+                    let choice = self.chat_choice(index, Some(whole), Some(done));
+                    ChatChoice { message: Some(message), ..choice }
+                });
+                let answer = self.chat("chat.completion", choices.collect(), usage);
+                reply::json(StatusCode::OK, &answer)
+            }
+        }
+    }
+
+    fn text<'a>(
+        &'a self,
+        choices: Vec<TextChoice<'a>>,
+        usage: Option<Option<Usage>>,
+    ) -> TextCompletion<'a> {
+        let Self { id, created, model, .. } = self;
+        TextCompletion { id, object: "text_completion", created: *created, model, choices, usage }
+    }
+
+    fn chat<'a>(
+        &'a self,
+        object: &'static str,
+        choices: Vec<ChatChoice<'a>>,
+        usage: Option<Option<Usage>>,
+    ) -> ChatCompletion<'a> {
+        let Self { id, created, model, .. } = self;
+        ChatCompletion { id, object, created: *created, model, choices, usage }
+    }
+
+    /// A choice, or a part of it, with how it ended if it did. The part begins at `offset` of the
+    /// text, in characters, which is moved to its end.
+    fn text_choice<'a>(
+        &self,
+        index: usize,
+        piece: Option<&'a Piece>,
+        offset: &mut usize,
+        done: Option<&'a Completion>,
+    ) -> TextChoice<'a> {
+        let TokenOptions { logprobs, detokenize, .. } = &self.options;
+        let logprobs = piece.filter(|_| *logprobs);
+        TextChoice {
+            index,
+            text: piece.map_or("", |piece| &piece.text),
+            logprobs: logprobs
+                .and_then(|piece| TextLogprobs::new(&piece.tokens, detokenize, offset)),
+            finish_reason: done.map(|done| (&done.finish_reason).into()),
+            stop_reason: done.and_then(stop_reason),
+            tokens: self.details(piece),
+            speculation: done.map(Into::into),
+        }
+    }
+
+    /// The same of a chat; its text is the caller's.
+    fn chat_choice<'a>(
+        &self,
+        index: usize,
+        piece: Option<&Piece>,
+        done: Option<&'a Completion>,
+    ) -> ChatChoice<'a> {
+        let TokenOptions { logprobs, detokenize, .. } = &self.options;
+        let logprobs = piece.filter(|_| *logprobs);
+        ChatChoice {
+            index,
+            message: None,
+            delta: None,
+            logprobs: logprobs.and_then(|piece| ChatLogprobs::new(&piece.tokens, detokenize)),
+            finish_reason: done.map(|done| (&done.finish_reason).into()),
+            stop_reason: done.and_then(stop_reason),
+            tokens: self.details(piece),
+            speculation: done.map(Into::into),
+        }
+    }
+
+    fn details(&self, piece: Option<&Piece>) -> Option<Vec<TokenDetails>> {
+        let TokenOptions { details: reported, detokenize, .. } = &self.options;
+        piece.filter(|_| *reported).map(|piece| details(&piece.tokens, detokenize))
+    }
+
+    /// A prompt counts once for all choices that have it.
+    fn usage(&self, by_choice: impl Iterator<Item = (usize, request::Usage)>) -> Usage {
+        let (mut prompt_tokens, mut cached_tokens, mut completion_tokens) = (0, 0, 0);
+        for (index, usage) in by_choice {
+            if index % self.n == 0 {
+                prompt_tokens += usage.prompt_tokens;
+                cached_tokens += usage.cached_tokens;
+            }
+            completion_tokens += usage.completion_tokens;
+        }
+        Usage {
+            prompt_tokens,
+            completion_tokens,
+            total_tokens: prompt_tokens + completion_tokens,
+            prompt_tokens_details: PromptTokensDetails { cached_tokens },
+        }
+    }
+
+    /// What writes the answer as a stream of `n_choices` in all.
+    #[must_use]
+    pub fn chunks(self, n_choices: usize, include_usage: bool) -> Chunks {
+        let (has_begun, offsets) = (vec![false; n_choices], vec![0; n_choices]);
+        Chunks { envelope: self, has_begun, offsets, include_usage, usages: Vec::new() }
+    }
+}
+
+/// Writes chunks: for each choice of a chat first the role, then pieces, then the reason of the
+/// end; after all of them, if asked for, the counts; and `[DONE]`.
+pub struct Chunks {
+    envelope: Envelope,
+    /// By choice: whether its role was sent.
+    has_begun: Vec<bool>,
+    /// By choice: characters of its tokens so far.
+    offsets: Vec<usize>,
+    include_usage: bool,
+    /// Of the choices that ended, with their numbers.
+    usages: Vec<(usize, request::Usage)>,
+}
+
+impl Chunks {
+    fn chunk(
+        &mut self,
+        index: usize,
+        delta: Delta<'_>,
+        piece: Option<&Piece>,
+        done: Option<&Completion>,
+        out: &mut BytesMut,
+    ) {
+        let (envelope, usage) = (&self.envelope, self.include_usage.then_some(None));
+        match envelope.endpoint {
+            Endpoint::Text => {
+                let choice = envelope.text_choice(index, piece, &mut self.offsets[index], done);
+                event(&envelope.text(vec![choice], usage), out);
+            }
+            Endpoint::Chat => {
+                let choice = envelope.chat_choice(index, piece, done);
+                let choice = ChatChoice { delta: Some(delta), ..choice };
+                event(&envelope.chat(CHUNK, vec![choice], usage), out);
+            }
+        }
+    }
+
+    fn piece(&mut self, index: usize, piece: &Piece, out: &mut BytesMut) {
+        let delta = Delta { content: Some(&piece.text), ..Delta::default() };
+        self.chunk(index, delta, Some(piece), None, out);
+    }
+}
+
+/// The object that a chat's chunk is.
+const CHUNK: &str = "chat.completion.chunk";
+
+impl Dialect for Chunks {
+    fn write(&mut self, index: usize, what: &Event, out: &mut BytesMut) {
+        if let Event::Failed { id } = what {
+            return event(&Problem::incident(id).openai_body(), out);
+        }
+        let is_chat = self.envelope.endpoint == Endpoint::Chat;
+        if is_chat && !std::mem::replace(&mut self.has_begun[index], true) {
+            let begin = Delta { role: Some("assistant"), content: Some(""), refusal: Some(None) };
+            self.chunk(index, begin, None, None, out);
+        }
+        match what {
+            Event::Piece(piece) => self.piece(index, piece, out),
+            Event::Done(done) => {
+                if !done.tail.text.is_empty() || !done.tail.tokens.is_empty() {
+                    self.piece(index, &done.tail, out);
+                }
+                self.chunk(index, Delta::default(), None, Some(done), out);
+                self.usages.push((index, done.usage));
+            }
+            Event::Failed { .. } => {} // written above
+        }
+    }
+
+    fn end(&mut self, out: &mut BytesMut) {
+        if self.include_usage {
+            let usage = Some(Some(self.envelope.usage(self.usages.iter().copied())));
+            match self.envelope.endpoint {
+                Endpoint::Text => event(&self.envelope.text(vec![], usage), out),
+                Endpoint::Chat => event(&self.envelope.chat(CHUNK, vec![], usage), out),
+            }
+        }
+        out.extend_from_slice(b"data: [DONE]\n\n");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::request::{FinishReason, SpeculationUsage, Timings, Usage};
+    use serde_json::{Value, json};
+
+    fn done(tail: &str, prompt_tokens: usize, completion_tokens: usize) -> Completion {
+        Completion {
+            tail: Piece { text: tail.into(), tokens: vec![] },
+            finish_reason: FinishReason::EndOfText,
+            usage: Usage { prompt_tokens, cached_tokens: 0, completion_tokens },
+            timings: Timings::default(),
+            speculation: SpeculationUsage::default(),
+            trace: None,
+        }
+    }
+
+    #[test]
+    fn a_stream_has_role_pieces_reason_counts_and_done_in_this_order() {
+        let mut chunks =
+            Envelope::new(Endpoint::Chat, "m".into(), 2, TokenOptions::default()).chunks(2, true);
+        let mut out = BytesMut::new();
+        chunks.write(0, &Event::Piece(Piece { text: "Hi".into(), tokens: vec![] }), &mut out);
+        chunks.write(1, &Event::Done(done("you", 5, 2)), &mut out);
+        chunks.write(0, &Event::Done(done("", 5, 3)), &mut out);
+        chunks.end(&mut out);
+        let text = String::from_utf8(out.to_vec()).unwrap();
+        let mut events: Vec<&str> =
+            text.split("\n\n").filter(|e| !e.is_empty()).map(|e| &e[6..]).collect();
+        assert_eq!(events.pop(), Some("[DONE]"));
+        let events: Vec<Value> =
+            events.into_iter().map(|e| serde_json::from_str(e).unwrap()).collect();
+        let seen: Vec<(Option<u64>, Value, Option<&str>)> = events
+            .iter()
+            .map(|e| {
+                (
+                    e["choices"][0]["index"].as_u64(),
+                    e["choices"][0]["delta"]["content"].clone(),
+                    e["choices"][0]["finish_reason"].as_str(),
+                )
+            })
+            .collect();
+        let null = Value::Null;
+        assert_eq!(
+            seen,
+            [
+                (Some(0), json!(""), None),
+                (Some(0), json!("Hi"), None),
+                (Some(1), json!(""), None),
+                (Some(1), json!("you"), None),
+                (Some(1), null.clone(), Some("stop")),
+                (Some(0), null.clone(), Some("stop")),
+                (None, null, None),
+            ]
+        );
+        let usage = &events.last().unwrap()["usage"];
+        assert_eq!(
+            (&usage["prompt_tokens"], &usage["completion_tokens"]),
+            (&json!(5), &json!(5)),
+            "the prompt counts once"
+        );
+        assert!(events[0]["usage"].is_null() && events[0]["object"] == "chat.completion.chunk");
+    }
+}
