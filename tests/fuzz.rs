@@ -15,10 +15,8 @@ use common::{Server, any_json, exchange, model_path};
 use hyper::body::Body;
 use medusa_llama::engine::Answer;
 use medusa_llama::engine::grammar::Grammars;
-use medusa_llama::error::Invalid;
-use medusa_llama::http::api::generate::{GenerateRequest, Pieces};
-use medusa_llama::http::api::openai::{ChatRequest, Choices, CompletionRequest};
-use medusa_llama::http::api::read;
+use medusa_llama::http::api::Readers;
+use medusa_llama::http::api::generate::Pieces;
 use medusa_llama::http::openai::{Endpoint, Envelope};
 use medusa_llama::http::reply::{self, Dialect};
 use medusa_llama::http::template::ChatTemplate;
@@ -158,15 +156,13 @@ proptest! {
     #[test]
     fn a_body_is_read_or_refused(body in prop_oneof![9 => body().boxed(), 1 => any_json().boxed()]) {
         static TEMPLATE: LazyLock<Result<ChatTemplate, String>> = LazyLock::new(|| ChatTemplate::of(&MODEL));
-        let generate: Result<Request, Invalid> =
-            read::<GenerateRequest>(body.clone(), N_CTX).and_then(|body| body.into_request(1));
-        match generate {
+        static READERS: LazyLock<Readers> = LazyLock::new(|| Readers::new(N_CTX));
+        match READERS.generate.read(body.clone()).and_then(|body| body.into_request(1)) {
             Ok(request) => check(&request),
             Err(error) => prop_assert!(error.message.len() > 8 && error.message.len() < 2000, "{}", error),
         }
-        let text: Result<Choices, Invalid> =
-            read::<CompletionRequest>(body.clone(), N_CTX).and_then(|body| body.into_choices(N_CTX, 1));
-        let chat = read::<ChatRequest>(body, N_CTX).and_then(|body| body.into_choices(N_CTX, 1, &TEMPLATE));
+        let text = READERS.completion.read(body.clone()).and_then(|body| body.into_choices(N_CTX, 1));
+        let chat = READERS.chat.read(body).and_then(|body| body.into_choices(N_CTX, 1, &TEMPLATE));
         for choices in [text, chat] {
             match choices {
                 Ok(choices) => {

@@ -52,7 +52,8 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let telemetry =
         config.otlp_endpoint.map(|collector| Telemetry::start(&collector, &model_id)).transpose();
     let telemetry = telemetry.map_err(|error| anyhow!(error))?;
-    let openapi = http::openapi::json(config.engine.limits.n_ctx);
+    let readers = http::api::Readers::new(config.engine.limits.n_ctx);
+    let openapi = http::openapi::json(&readers);
     let engine = engine::spawn(config.engine);
     let app = Arc::new(App {
         stage: engine.stage(),
@@ -64,6 +65,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
         metrics: Metrics::new(&model_id, engine.stage()),
         telemetry,
         model_id,
+        readers,
         openapi,
         template: OnceLock::new(),
     });

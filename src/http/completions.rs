@@ -10,14 +10,14 @@ use hyper::{Request, StatusCode};
 use serde_json::Value;
 
 use super::api::answers::GenerateAnswer;
-use super::api::generate::{GenerateRequest, Pieces};
-use super::api::openai::{ChatRequest, Choices, CompletionRequest};
+use super::api::generate::Pieces;
+use super::api::openai::Choices;
 use super::openai::{Endpoint, Envelope};
 use super::reply::{self, Problem, Reply};
 use super::routes::{Call, engine};
 use super::template::ChatTemplate;
 use super::tokens::{Detokenize, TokenOptions};
-use super::{App, api, random};
+use super::{App, random};
 use crate::engine::{Answer, Handle, SubmitError};
 use crate::error::Invalid;
 use crate::request::{self, Caller, Completion, Event, FinishReason, Piece};
@@ -30,7 +30,7 @@ pub async fn generate(
 ) -> Result<Reply, Problem> {
     let handle = engine(app)?;
     let body = read_json(app, request).await?;
-    let body: GenerateRequest = api::read(body, handle.limits().n_ctx).map_err(invalid)?;
+    let body = app.readers.generate.read(body).map_err(invalid)?;
     let stream = body.stream;
     let request = body.into_request(random()).map_err(invalid)?;
     let detokenize = request.report.map(|_| detokenize(&handle));
@@ -99,10 +99,10 @@ fn choices(
 ) -> Result<Choices, Invalid> {
     let (n_ctx, seed) = (handle.limits().n_ctx, random());
     let choices = match endpoint {
-        Endpoint::Text => api::read::<CompletionRequest>(body, n_ctx)?.into_choices(n_ctx, seed)?,
+        Endpoint::Text => app.readers.completion.read(body)?.into_choices(n_ctx, seed)?,
         Endpoint::Chat => {
             let template = app.template.get_or_init(|| ChatTemplate::of(handle.model()));
-            api::read::<ChatRequest>(body, n_ctx)?.into_choices(n_ctx, seed, template)?
+            app.readers.chat.read(body)?.into_choices(n_ctx, seed, template)?
         }
     };
     let (n, most) = (choices.requests.len(), handle.most_in_flight());

@@ -73,6 +73,8 @@ pub struct App {
     pub telemetry: Option<Telemetry>,
     /// How OpenAI's clients name the model.
     pub model_id: String,
+    /// What reads bodies.
+    pub readers: api::Readers,
     /// `/openapi.json`.
     pub openapi: Bytes,
     /// The model's chat template, read at the first chat; or why there is none.

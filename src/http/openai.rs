@@ -6,8 +6,8 @@ use bytes::BytesMut;
 use hyper::StatusCode;
 
 use super::api::answers::{
-    AnswerMessage, ChatChoice, ChatCompletion, ChatLogprobs, Delta, PromptTokensDetails,
-    TextChoice, TextCompletion, TextLogprobs, TokenDetails, Usage, details, stop_reason,
+    AnswerMessage, ChatLogprobs, Choice, ChoiceLogprobs, Delta, OpenAiAnswer, PromptTokensDetails,
+    TextLogprobs, Usage, details, stop_reason,
 };
 use super::random;
 use super::reply::{self, Dialect, Problem, Reply, event};
@@ -48,94 +48,65 @@ impl Envelope {
     /// The whole answer: for each choice its text and how it ended.
     #[must_use]
     pub fn answer(&self, done: &[(Piece, Completion)]) -> Reply {
-        let usage = Some(Some(self.usage(done.iter().map(|(_, done)| done.usage).enumerate())));
-        let choices = done.iter().enumerate();
-        match self.endpoint {
-            Endpoint::Text => {
-                let choices = choices.map(|(index, (whole, done))| {
-                    self.text_choice(index, Some(whole), &mut 0, Some(done))
-                });
-                reply::json(StatusCode::OK, &self.text(choices.collect(), usage))
+        let choices = done.iter().enumerate().map(|(index, (whole, done))| {
+            let mut choice = self.choice(index, Some(whole), &mut 0, Some(done));
+            let content = whole.text.as_str();
+            match self.endpoint {
+                Endpoint::Text => choice.text = Some(content),
+                Endpoint::Chat => {
+                    choice.message =
+                        Some(AnswerMessage { role: "assistant", content, refusal: None });
+                }
             }
-            Endpoint::Chat => {
-                let choices = choices.map(|(index, (whole, done))| {
-                    let content = whole.text.as_str();
-                    let message = AnswerMessage { role: "assistant", content, refusal: None };
-                    let choice = self.chat_choice(index, Some(whole), Some(done));
-                    ChatChoice { message: Some(message), ..choice }
-                });
-                let answer = self.chat("chat.completion", choices.collect(), usage);
-                reply::json(StatusCode::OK, &answer)
-            }
-        }
+            choice
+        });
+        let usage = self.usage(done.iter().map(|(_, done)| done.usage).enumerate());
+        reply::json(StatusCode::OK, &self.object(false, choices.collect(), Some(Some(usage))))
     }
 
-    fn text<'a>(
+    fn object<'a>(
         &'a self,
-        choices: Vec<TextChoice<'a>>,
+        is_chunk: bool,
+        choices: Vec<Choice<'a>>,
         usage: Option<Option<Usage>>,
-    ) -> TextCompletion<'a> {
+    ) -> OpenAiAnswer<'a> {
+        let object = match (self.endpoint, is_chunk) {
+            (Endpoint::Text, _) => "text_completion",
+            (Endpoint::Chat, false) => "chat.completion",
+            (Endpoint::Chat, true) => "chat.completion.chunk",
+        };
         let Self { id, created, model, .. } = self;
-        TextCompletion { id, object: "text_completion", created: *created, model, choices, usage }
+        OpenAiAnswer { id, object, created: *created, model, choices, usage }
     }
 
-    fn chat<'a>(
-        &'a self,
-        object: &'static str,
-        choices: Vec<ChatChoice<'a>>,
-        usage: Option<Option<Usage>>,
-    ) -> ChatCompletion<'a> {
-        let Self { id, created, model, .. } = self;
-        ChatCompletion { id, object, created: *created, model, choices, usage }
-    }
-
-    /// A choice, or a part of it, with how it ended if it did. The part begins at `offset` of the
-    /// text, in characters, which is moved to its end.
-    fn text_choice<'a>(
-        &self,
-        index: usize,
-        piece: Option<&'a Piece>,
-        offset: &mut usize,
-        done: Option<&'a Completion>,
-    ) -> TextChoice<'a> {
-        let TokenOptions { logprobs, detokenize, .. } = &self.options;
-        let logprobs = piece.filter(|_| *logprobs);
-        TextChoice {
-            index,
-            text: piece.map_or("", |piece| &piece.text),
-            logprobs: logprobs
-                .and_then(|piece| TextLogprobs::new(&piece.tokens, detokenize, offset)),
-            finish_reason: done.map(|done| (&done.finish_reason).into()),
-            stop_reason: done.and_then(stop_reason),
-            tokens: self.details(piece),
-            speculation: done.map(Into::into),
-        }
-    }
-
-    /// The same of a chat; its text is the caller's.
-    fn chat_choice<'a>(
+    /// What is reported of a choice, or of a part of it, beside its text; and how it ended, if it
+    /// did. The part begins at `offset` of the text, in characters, which is moved to its end.
+    fn choice<'a>(
         &self,
         index: usize,
         piece: Option<&Piece>,
+        offset: &mut usize,
         done: Option<&'a Completion>,
-    ) -> ChatChoice<'a> {
-        let TokenOptions { logprobs, detokenize, .. } = &self.options;
-        let logprobs = piece.filter(|_| *logprobs);
-        ChatChoice {
+    ) -> Choice<'a> {
+        let TokenOptions { logprobs, details: detailed, detokenize } = &self.options;
+        let tokens = piece.map(|piece| piece.tokens.as_slice());
+        let logprobs = tokens.filter(|_| *logprobs).and_then(|tokens| match self.endpoint {
+            Endpoint::Text => {
+                TextLogprobs::new(tokens, detokenize, offset).map(ChoiceLogprobs::Text)
+            }
+            Endpoint::Chat => ChatLogprobs::new(tokens, detokenize).map(ChoiceLogprobs::Chat),
+        });
+        Choice {
             index,
+            text: None,
             message: None,
             delta: None,
-            logprobs: logprobs.and_then(|piece| ChatLogprobs::new(&piece.tokens, detokenize)),
+            logprobs,
             finish_reason: done.map(|done| (&done.finish_reason).into()),
             stop_reason: done.and_then(stop_reason),
-            tokens: self.details(piece),
+            tokens: tokens.filter(|_| *detailed).map(|tokens| details(tokens, detokenize)),
             speculation: done.map(Into::into),
         }
-    }
-
-    fn details(&self, piece: Option<&Piece>) -> Option<Vec<TokenDetails>> {
-        let TokenOptions { details: reported, detokenize, .. } = &self.options;
-        piece.filter(|_| *reported).map(|piece| details(&piece.tokens, detokenize))
     }
 
     /// A prompt counts once for all choices that have it.
@@ -178,6 +149,7 @@ pub struct Chunks {
 }
 
 impl Chunks {
+    /// Writes a part of a choice: of a chat `delta`, else the piece's text.
     fn chunk(
         &mut self,
         index: usize,
@@ -186,18 +158,13 @@ impl Chunks {
         done: Option<&Completion>,
         out: &mut BytesMut,
     ) {
-        let (envelope, usage) = (&self.envelope, self.include_usage.then_some(None));
-        match envelope.endpoint {
-            Endpoint::Text => {
-                let choice = envelope.text_choice(index, piece, &mut self.offsets[index], done);
-                event(&envelope.text(vec![choice], usage), out);
-            }
-            Endpoint::Chat => {
-                let choice = envelope.chat_choice(index, piece, done);
-                let choice = ChatChoice { delta: Some(delta), ..choice };
-                event(&envelope.chat(CHUNK, vec![choice], usage), out);
-            }
+        let mut choice = self.envelope.choice(index, piece, &mut self.offsets[index], done);
+        match self.envelope.endpoint {
+            Endpoint::Text => choice.text = Some(delta.content.unwrap_or_default()),
+            Endpoint::Chat => choice.delta = Some(delta),
         }
+        let usage = self.include_usage.then_some(None);
+        event(&self.envelope.object(true, vec![choice], usage), out);
     }
 
     fn piece(&mut self, index: usize, piece: &Piece, out: &mut BytesMut) {
@@ -206,16 +173,11 @@ impl Chunks {
     }
 }
 
-/// The object that a chat's chunk is.
-const CHUNK: &str = "chat.completion.chunk";
-
 impl Dialect for Chunks {
     fn write(&mut self, index: usize, what: &Event, out: &mut BytesMut) {
-        if let Event::Failed { id } = what {
-            return event(&Problem::incident(id).openai_body(), out);
-        }
         let is_chat = self.envelope.endpoint == Endpoint::Chat;
-        if is_chat && !std::mem::replace(&mut self.has_begun[index], true) {
+        let is_failed = matches!(what, Event::Failed { .. });
+        if is_chat && !is_failed && !std::mem::replace(&mut self.has_begun[index], true) {
             let begin = Delta { role: Some("assistant"), content: Some(""), refusal: Some(None) };
             self.chunk(index, begin, None, None, out);
         }
@@ -228,17 +190,14 @@ impl Dialect for Chunks {
                 self.chunk(index, Delta::default(), None, Some(done), out);
                 self.usages.push((index, done.usage));
             }
-            Event::Failed { .. } => {} // written above
+            Event::Failed { id } => event(&Problem::incident(id).openai_body(), out),
         }
     }
 
     fn end(&mut self, out: &mut BytesMut) {
         if self.include_usage {
-            let usage = Some(Some(self.envelope.usage(self.usages.iter().copied())));
-            match self.envelope.endpoint {
-                Endpoint::Text => event(&self.envelope.text(vec![], usage), out),
-                Endpoint::Chat => event(&self.envelope.chat(CHUNK, vec![], usage), out),
-            }
+            let usage = self.envelope.usage(self.usages.iter().copied());
+            event(&self.envelope.object(true, vec![], Some(Some(usage))), out);
         }
         out.extend_from_slice(b"data: [DONE]\n\n");
     }

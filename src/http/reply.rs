@@ -64,27 +64,22 @@ impl Problem {
     /// The body.
     pub fn body(&self) -> answers::Problem<'_> {
         let Self { kind, message, param, .. } = self;
+        let param = param.as_deref().map(Some);
         answers::Problem {
-            error: answers::ProblemDetails { r#type: kind, message, param: param.as_deref() },
+            error: answers::ProblemDetails { r#type: kind, message, param, code: None },
         }
     }
 
     /// The body as OpenAI's clients expect it.
-    pub fn openai_body(&self) -> answers::OpenAiProblem<'_> {
+    pub fn openai_body(&self) -> answers::Problem<'_> {
         let r#type = match self.status {
             StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
             status if status.is_server_error() => "server_error",
             _ => "invalid_request_error",
         };
         let Self { kind, message, param, .. } = self;
-        answers::OpenAiProblem {
-            error: answers::OpenAiProblemDetails {
-                message,
-                r#type,
-                param: param.as_deref(),
-                code: kind,
-            },
-        }
+        let (param, code) = (Some(param.as_deref()), Some(*kind));
+        answers::Problem { error: answers::ProblemDetails { r#type, message, param, code } }
     }
 
     /// The answer.
@@ -97,7 +92,7 @@ impl Problem {
         self.reply_with(&self.openai_body())
     }
 
-    fn reply_with(&self, body: &impl Serialize) -> Reply {
+    fn reply_with(&self, body: &answers::Problem<'_>) -> Reply {
         let mut reply = json(self.status, body);
         if let Some((name, value)) = &self.header {
             reply.headers_mut().insert(name, HeaderValue::from_static(value));

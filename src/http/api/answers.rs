@@ -298,82 +298,42 @@ fn finite(logprob: f32) -> f32 {
     logprob.max(-9999.0)
 }
 
-/// An answer of `/v1/completions`, or a chunk of it.
+/// An answer of OpenAI's dialect, or a chunk of it.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct TextCompletion<'a> {
+pub struct OpenAiAnswer<'a> {
     /// Of this answer.
     pub id: &'a str,
-    /// `text_completion`.
+    /// `text_completion`, `chat.completion` or `chat.completion.chunk`.
     pub object: &'static str,
     /// Seconds since 1970.
     pub created: u64,
     /// The served model.
     pub model: &'a str,
     /// `n` for each prompt, in the prompts' order.
-    pub choices: Vec<TextChoice<'a>>,
+    pub choices: Vec<Choice<'a>>,
     /// Counts of tokens. In a stream with `include_usage`: of the last chunk, else null.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Usage>)]
     pub usage: Option<Option<Usage>>,
 }
 
-/// One of the texts.
+/// One of the texts or messages.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct TextChoice<'a> {
+pub struct Choice<'a> {
     /// Its place.
     pub index: usize,
-    /// The text, without the prompt.
-    pub text: &'a str,
-    /// Null if they were not asked for.
-    #[schema(required = true)]
-    pub logprobs: Option<TextLogprobs>,
-    /// Why it ended; null in a stream until it does.
-    #[schema(required = true)]
-    pub finish_reason: Option<FinishReason>,
-    /// The stop string that ended it, if one did; `deadline` if its time was over.
+    /// Of `/v1/completions`: the text, without the prompt.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub stop_reason: Option<&'a str>,
-    /// With `details`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub tokens: Option<Vec<TokenDetails>>,
-    /// What drafts did.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub speculation: Option<SpeculationReport>,
-}
-
-/// An answer of `/v1/chat/completions`, or a chunk of it.
-#[derive(Debug, Serialize, ToSchema)]
-pub struct ChatCompletion<'a> {
-    /// Of this answer.
-    pub id: &'a str,
-    /// `chat.completion` or `chat.completion.chunk`.
-    pub object: &'static str,
-    /// Seconds since 1970.
-    pub created: u64,
-    /// The served model.
-    pub model: &'a str,
-    /// `n` of them.
-    pub choices: Vec<ChatChoice<'a>>,
-    /// Counts of tokens. In a stream with `include_usage`: of the last chunk, else null.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<Usage>)]
-    pub usage: Option<Option<Usage>>,
-}
-
-/// One of the answers.
-#[derive(Debug, Serialize, ToSchema)]
-pub struct ChatChoice<'a> {
-    /// Its place.
-    pub index: usize,
-    /// The whole answer.
+    pub text: Option<&'a str>,
+    /// Of a chat: the whole answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub message: Option<AnswerMessage<'a>>,
-    /// A part of it, in a stream.
+    /// Of a chat's stream: a part of the answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub delta: Option<Delta<'a>>,
     /// Null if they were not asked for.
     #[schema(required = true)]
-    pub logprobs: Option<ChatLogprobs>,
+    pub logprobs: Option<ChoiceLogprobs>,
     /// Why it ended; null in a stream until it does.
     #[schema(required = true)]
     pub finish_reason: Option<FinishReason>,
@@ -386,6 +346,15 @@ pub struct ChatChoice<'a> {
     /// What drafts did.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub speculation: Option<SpeculationReport>,
+}
+
+/// Log probabilities of a text's or a message's tokens.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(untagged)]
+#[allow(missing_docs)]
+pub enum ChoiceLogprobs {
+    Text(TextLogprobs),
+    Chat(ChatLogprobs),
 }
 
 /// What the model says.
@@ -599,33 +568,16 @@ pub struct Problem<'a> {
 /// What went wrong.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct ProblemDetails<'a> {
-    /// For programs: `invalid_request`, `queue_full`, ...
+    /// For programs: `invalid_request`, `queue_full`, ... In OpenAI's dialect:
+    /// `invalid_request_error`, `rate_limit_error` or `server_error`.
     pub r#type: &'a str,
     /// For people.
     pub message: &'a str,
-    /// The field to blame, if one is.
+    /// The field to blame, if one is; in OpenAI's dialect null if none is.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub param: Option<&'a str>,
-}
-
-/// What went wrong, as OpenAI's clients expect it.
-#[derive(Debug, Serialize, ToSchema)]
-pub struct OpenAiProblem<'a> {
-    /// What went wrong.
-    #[schema(inline)]
-    pub error: OpenAiProblemDetails<'a>,
-}
-
-/// What went wrong.
-#[derive(Debug, Serialize, ToSchema)]
-pub struct OpenAiProblemDetails<'a> {
-    /// For people.
-    pub message: &'a str,
-    /// `invalid_request_error`, `rate_limit_error` or `server_error`.
-    pub r#type: &'static str,
-    /// The field to blame, if one is.
-    #[schema(required = true)]
-    pub param: Option<&'a str>,
-    /// For programs: `invalid_request`, `queue_full`, ...
-    pub code: &'a str,
+    #[schema(value_type = Option<String>)]
+    pub param: Option<Option<&'a str>>,
+    /// In OpenAI's dialect, for programs: `invalid_request`, `queue_full`, ...
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub code: Option<&'a str>,
 }

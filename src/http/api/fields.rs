@@ -68,13 +68,6 @@ macro_rules! request_body {
             pub stream: bool,
         }
 
-        impl Body for $name {
-            fn described() -> &'static Object {
-                static SCHEMA: LazyLock<Object> = LazyLock::new(super::describe::<$name>);
-                &SCHEMA
-            }
-        }
-
         impl $name {
             /// A request to the engine. `n_top` most likely tokens are reported with each token's
             /// log probability; `None`: neither.
@@ -159,20 +152,17 @@ impl<const MIN: usize, const MAX: usize, const BYTES: usize> PartialSchema
     for Texts<MIN, MAX, BYTES>
 {
     fn schema() -> RefOr<Schema> {
-        let longest = (BYTES < usize::MAX).then_some(BYTES);
         let text = ObjectBuilder::new()
             .schema_type(Type::String)
             .min_length(Some(1))
-            .max_length(longest)
+            .max_length((BYTES < usize::MAX).then_some(BYTES))
             .build();
-        let list = ArrayBuilder::new()
-            .items(text.clone())
-            .min_items(Some(MIN).filter(|&n| n > 0))
-            .max_items(Some(MAX));
-        let about = format!("A text, or a list of up to {MAX}.");
-        let either = OneOfBuilder::new().item(text).item(list).description(Some(about));
+        let list =
+            ArrayBuilder::new().items(text.clone()).min_items(Some(MIN)).max_items(Some(MAX));
+        let either = OneOfBuilder::new().item(text).item(list);
         let either = if MIN == 0 { either.item(null()) } else { either };
-        either.examples(["END"]).into()
+        let about = format!("A text, or a list of up to {MAX}");
+        either.description(Some(about)).examples(["END"]).into()
     }
 }
 

@@ -1,13 +1,10 @@
 //! `/generate`, this server's own dialect.
 
-use std::sync::LazyLock;
 use std::time::Duration;
 
 use bytes::BytesMut;
 use utoipa::PartialSchema;
-use utoipa::openapi::Object;
 
-use super::Body;
 use super::answers::{GenerateAnswer, GeneratePiece, details};
 use super::fields::{LogitBias, ResponseFormat, Stops, grammar, request_body};
 use crate::error::Invalid;
@@ -87,12 +84,12 @@ impl Dialect for Pieces {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::http::api;
+    use crate::http::api::Readers;
     use crate::llama::Token;
     use serde_json::{Value, json};
 
     fn read(body: Value) -> Result<(Request, bool), Invalid> {
-        let body: GenerateRequest = api::read(body, 2048)?;
+        let body = Readers::new(2048).generate.read(body)?;
         let stream = body.stream;
         Ok((body.into_request(99)?, stream))
     }

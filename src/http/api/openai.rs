@@ -5,15 +5,12 @@
 //! `metadata`) are ignored. The fields of all dialects are extensions.
 
 use std::collections::BTreeMap;
-use std::sync::LazyLock;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Number, Value, json};
-use utoipa::openapi::Object;
 use utoipa::{PartialSchema, ToSchema};
 
-use super::Body;
 use super::fields::{LogitBias, Prompts, ResponseFormat, Stops, grammar, request_body};
 use crate::error::Invalid;
 use crate::http::template::ChatTemplate;
@@ -322,10 +319,10 @@ pub enum PartKind {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::http::api::read;
+    use crate::http::api::Readers;
 
     fn read_text(body: Value) -> Result<Choices, Invalid> {
-        read::<CompletionRequest>(body, 2048)?.into_choices(2048, 7)
+        Readers::new(2048).completion.read(body)?.into_choices(2048, 7)
     }
 
     #[test]

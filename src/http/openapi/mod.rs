@@ -1,6 +1,6 @@
 //! `/openapi.json`: what each path takes and answers, as one document that is derived from types.
 //!
-//! [`api`] has the bodies, `paths` the paths, `REFUSALS` the errors of all of them.
+//! [`api`](super::api) has the bodies, `paths` the paths, `REFUSALS` the errors of all of them.
 
 mod paths;
 
@@ -11,25 +11,22 @@ use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityRequirement
 use utoipa::openapi::{ContentBuilder, OpenApi, Ref, RefOr, Schema};
 use utoipa::{Modify, OpenApi as _};
 
-use super::api::answers::{OpenAiProblem, Problem};
-use super::api::generate::GenerateRequest;
-use super::api::openai::{ChatRequest, CompletionRequest};
-use super::api::{self, Body};
+use super::api::Readers;
+use super::api::answers::Problem;
 
-/// The document of a server with contexts of `n_ctx` tokens, as JSON.
+/// The document of a server that reads bodies with `readers`, as JSON.
 #[must_use]
-pub fn json(n_ctx: usize) -> Bytes {
+pub fn json(readers: &Readers) -> Bytes {
     let mut document = Document::openapi();
-    publish::<GenerateRequest>(&mut document, n_ctx);
-    publish::<CompletionRequest>(&mut document, n_ctx);
-    publish::<ChatRequest>(&mut document, n_ctx);
+    let schemas = &mut document.components.get_or_insert_default().schemas;
+    for (name, schema) in [
+        ("GenerateRequest", &readers.generate.schema),
+        ("CompletionRequest", &readers.completion.schema),
+        ("ChatRequest", &readers.chat.schema),
+    ] {
+        schemas.insert(name.into(), RefOr::T(Schema::Object(schema.clone())));
+    }
     document.to_json().expect("utoipa's types have string keys and no failing parts").into()
-}
-
-/// Documents a body as it is read.
-fn publish<B: Body>(document: &mut OpenApi, n_ctx: usize) {
-    let body = RefOr::T(Schema::Object(api::published::<B>(n_ctx)));
-    document.components.get_or_insert_default().schemas.insert(B::name().into_owned(), body);
 }
 
 #[derive(utoipa::OpenApi)]
@@ -40,7 +37,7 @@ fn publish<B: Body>(document: &mut OpenApi, n_ctx: usize) {
                        documented is refused, null is a field's default."
     ),
     paths(paths::information, paths::health, paths::ready, paths::metrics, paths::generate, paths::models, paths::complete, paths::chat, paths::document_path, paths::docs, paths::docs_file, paths::page_file),
-    components(schemas(Problem, OpenAiProblem)),
+    components(schemas(Problem)),
     modifiers(&Refusals, &Keys)
 )]
 struct Document;
@@ -110,7 +107,7 @@ impl Modify for Refusals {
                         let known = &mut operation.responses.responses;
                         known
                             .entry(status.to_string())
-                            .or_insert_with(|| refusal(status, why, is_openai).into());
+                            .or_insert_with(|| refusal(status, why).into());
                     }
                 }
             }
@@ -123,12 +120,12 @@ fn operations(item: &mut PathItem) -> impl Iterator<Item = &mut Operation> {
 }
 
 /// What the network's library refuses by itself has no body.
-fn refusal(status: u16, why: &str, is_openai: bool) -> Response {
+fn refusal(status: u16, why: &str) -> Response {
     let response = ResponseBuilder::new().description(why);
     if matches!(status, 414 | 431) {
         return response.build();
     }
-    let schema = Ref::from_schema_name(if is_openai { "OpenAiProblem" } else { "Problem" });
+    let schema = Ref::from_schema_name("Problem");
     response.content("application/json", ContentBuilder::new().schema(Some(schema)).build()).build()
 }
 
@@ -153,9 +150,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use crate::error::Invalid;
-    use crate::http::api::generate::GenerateRequest;
-    use crate::http::api::openai::{ChatRequest, CompletionRequest};
-    use crate::http::api::read;
+    use crate::http::api::Readers;
     use crate::http::template::ChatTemplate;
 
     const N_CTX: usize = 2048;
@@ -182,7 +177,7 @@ mod tests {
     /// its range or no field is refused by name.
     #[test]
     fn bodies_are_read_as_documented() {
-        let document: Value = serde_json::from_slice(&super::json(N_CTX)).unwrap();
+        let document: Value = serde_json::from_slice(&super::json(&Readers::new(N_CTX))).unwrap();
         let schemas = &document["components"]["schemas"];
         let message = json!({ "role": "user", "content": "x" });
         for (name, base) in [

@@ -3,8 +3,7 @@
 #![allow(dead_code)]
 
 use crate::http::api::answers::{
-    ChatCompletion, GenerateAnswer, Health, Information, Models, Problem, StreamEvent,
-    TextCompletion,
+    GenerateAnswer, Health, Information, Models, OpenAiAnswer, Problem, StreamEvent,
 };
 use crate::http::api::generate::GenerateRequest;
 use crate::http::api::openai::{ChatRequest, CompletionRequest};
@@ -59,7 +58,7 @@ pub fn models() {}
 /// Text from prompts, as OpenAI has it
 #[utoipa::path(post, path = "/v1/completions", tag = "openai", request_body = CompletionRequest, responses(
     (status = 200, description = "The texts, or a stream of chunks that ends with `data: [DONE]`", content(
-        (TextCompletion = "application/json"),
+        (OpenAiAnswer = "application/json"),
         (StreamEvent = "text/event-stream"),
     )),
 ))]
@@ -68,7 +67,7 @@ pub fn complete() {}
 /// Answers to messages, as OpenAI has it
 #[utoipa::path(post, path = "/v1/chat/completions", tag = "openai", request_body = ChatRequest, responses(
     (status = 200, description = "The answers, or a stream of chunks that ends with `data: [DONE]`", content(
-        (ChatCompletion = "application/json"),
+        (OpenAiAnswer = "application/json"),
         (StreamEvent = "text/event-stream"),
     )),
 ))]
