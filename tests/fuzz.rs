@@ -20,11 +20,10 @@ use medusa_llama::http::api::generate::Pieces;
 use medusa_llama::http::openai::{Endpoint, Envelope};
 use medusa_llama::http::reply::{self, Dialect};
 use medusa_llama::http::template::ChatTemplate;
-use medusa_llama::http::tokens::TokenOptions;
 use medusa_llama::llama::{Model, ModelParams};
 use medusa_llama::request::{
-    Completion, Event, FinishReason, GrammarSource, Piece, Request, SpeculationUsage, Timings,
-    Usage,
+    Completion, Event, FinishReason, GrammarSource, Piece, Report, Request, SpeculationUsage,
+    Timings, Usage,
 };
 use proptest::prelude::*;
 use proptest::test_runner::Config;
@@ -328,7 +327,8 @@ proptest! {
         include_usage in any::<bool>(),
     ) {
         let endpoint = if is_chat { Endpoint::Chat } else { Endpoint::Text };
-        let envelope = Envelope::new(endpoint, "m".into(), choices.len(), TokenOptions::default());
+        let (report, detokenize) = (Report::default(), Arc::new(|_| Vec::new()));
+        let envelope = Envelope::new(endpoint, "m".into(), choices.len(), report, detokenize);
         let chunks = envelope.chunks(choices.len(), include_usage);
         let mut sent = stream(&choices, &turns, Box::new(chunks));
         let fails = choices.iter().any(|c| expected(c).1);

@@ -9,14 +9,13 @@ use hyper::header::{CONNECTION, RETRY_AFTER};
 use hyper::{Request, StatusCode};
 use serde_json::Value;
 
-use super::api::answers::GenerateAnswer;
+use super::api::answers::{Detokenize, GenerateAnswer};
 use super::api::generate::Pieces;
 use super::api::openai::Choices;
 use super::openai::{Endpoint, Envelope};
 use super::reply::{self, Problem, Reply};
 use super::routes::{Call, engine};
 use super::template::ChatTemplate;
-use super::tokens::{Detokenize, TokenOptions};
 use super::{App, random};
 use crate::engine::{Answer, Handle, SubmitError};
 use crate::error::Invalid;
@@ -61,11 +60,6 @@ pub async fn complete(
     let Choices { requests, n, stream, include_usage } =
         choices(app, &handle, body, endpoint).map_err(bad_request)?;
     let report = requests.first().and_then(|r| r.report).unwrap_or_default();
-    let options = TokenOptions {
-        logprobs: report.n_top.is_some(),
-        details: report.details,
-        detokenize: detokenize(&handle),
-    };
     let mut answers = Vec::with_capacity(requests.len());
     for request in requests {
         // Those that were taken are cancelled if one is refused.
@@ -74,7 +68,8 @@ pub async fn complete(
             other => refused(other),
         })?);
     }
-    let envelope = Envelope::new(endpoint, app.model_id.clone(), n, options);
+    let (model, detokenize) = (app.model_id.clone(), detokenize(&handle));
+    let envelope = Envelope::new(endpoint, model, n, report, detokenize);
     if stream {
         check_first(&mut answers[0]).await?;
         let chunks = envelope.chunks(answers.len(), include_usage);

@@ -3,9 +3,9 @@
 //!
 //! [`routes`] knows what each path does, [`api`] the bodies of requests and answers,
 //! [`completions`] and [`information`] handle them, [`template`] turns messages into a prompt,
-//! [`reply`] and [`openai`] write answers, [`tokens`] is what is reported of their tokens,
-//! [`access`] what is logged of a request, [`auth`] who may ask, [`cors`] which pages, [`tls`] in
-//! what secrecy; [`page`] is what browsers get, [`openapi`] and [`docs`] document it all. None of them sees a KV cell, a batch or
+//! [`reply`] and [`openai`] write answers, [`access`] logs requests, [`auth`] decides who may ask,
+//! [`cors`] which pages, [`tls`] encrypts; [`page`] is what browsers get, [`openapi`] and [`docs`]
+//! document it all. None of them sees a KV cell, a batch or
 //! llama.cpp; they know the engine's [`Handle`](crate::engine::Handle) only, and the model's
 //! template.
 
@@ -23,7 +23,6 @@ pub mod reply;
 pub mod routes;
 pub mod template;
 pub mod tls;
-pub mod tokens;
 
 use std::convert::Infallible;
 use std::error::Error;

@@ -6,13 +6,12 @@ use bytes::BytesMut;
 use hyper::StatusCode;
 
 use super::api::answers::{
-    AnswerMessage, ChatLogprobs, Choice, ChoiceLogprobs, Delta, OpenAiAnswer, PromptTokensDetails,
-    TextLogprobs, Usage, details, stop_reason,
+    AnswerMessage, ChatLogprobs, Choice, ChoiceLogprobs, Delta, Detokenize, OpenAiAnswer,
+    PromptTokensDetails, TextLogprobs, Usage, details, stop_reason,
 };
 use super::random;
 use super::reply::{self, Dialect, Problem, Reply, event};
-use super::tokens::TokenOptions;
-use crate::request::{self, Completion, Event, Piece};
+use crate::request::{self, Completion, Event, Piece, Report};
 
 /// Which of the two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,18 +31,26 @@ pub struct Envelope {
     model: String,
     /// Choices of each prompt.
     n: usize,
-    options: TokenOptions,
+    /// What is reported of tokens.
+    report: Report,
+    detokenize: Detokenize,
 }
 
 impl Envelope {
     /// Of an answer that begins now, with `n` choices of each prompt.
     #[must_use]
-    pub fn new(endpoint: Endpoint, model: String, n: usize, options: TokenOptions) -> Self {
+    pub fn new(
+        endpoint: Endpoint,
+        model: String,
+        n: usize,
+        report: Report,
+        detokenize: Detokenize,
+    ) -> Self {
         let prefix = if endpoint == Endpoint::Chat { "chatcmpl" } else { "cmpl" };
         let id = format!("{prefix}-{:016x}", random());
         let created =
             SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        Self { endpoint, id, created, model, n, options }
+        Self { endpoint, id, created, model, n, report, detokenize }
     }
     /// The whole answer: for each choice its text and how it ended.
     #[must_use]
@@ -88,14 +95,15 @@ impl Envelope {
         offset: &mut usize,
         done: Option<&'a Completion>,
     ) -> Choice<'a> {
-        let TokenOptions { logprobs, details: detailed, detokenize } = &self.options;
+        let (report, detokenize) = (self.report, &self.detokenize);
         let tokens = piece.map(|piece| piece.tokens.as_slice());
-        let logprobs = tokens.filter(|_| *logprobs).and_then(|tokens| match self.endpoint {
-            Endpoint::Text => {
-                TextLogprobs::new(tokens, detokenize, offset).map(ChoiceLogprobs::Text)
-            }
-            Endpoint::Chat => ChatLogprobs::new(tokens, detokenize).map(ChoiceLogprobs::Chat),
-        });
+        let logprobs =
+            tokens.filter(|_| report.n_top.is_some()).and_then(|tokens| match self.endpoint {
+                Endpoint::Text => {
+                    TextLogprobs::new(tokens, detokenize, offset).map(ChoiceLogprobs::Text)
+                }
+                Endpoint::Chat => ChatLogprobs::new(tokens, detokenize).map(ChoiceLogprobs::Chat),
+            });
         Choice {
             index,
             text: None,
@@ -104,7 +112,7 @@ impl Envelope {
             logprobs,
             finish_reason: done.map(|done| (&done.finish_reason).into()),
             stop_reason: done.and_then(stop_reason),
-            tokens: tokens.filter(|_| *detailed).map(|tokens| details(tokens, detokenize)),
+            tokens: tokens.filter(|_| report.details).map(|tokens| details(tokens, detokenize)),
             speculation: done.map(Into::into),
         }
     }
@@ -208,6 +216,7 @@ mod tests {
     use super::*;
     use crate::request::{FinishReason, SpeculationUsage, Timings, Usage};
     use serde_json::{Value, json};
+    use std::sync::Arc;
 
     fn done(tail: &str, prompt_tokens: usize, completion_tokens: usize) -> Completion {
         Completion {
@@ -222,8 +231,9 @@ mod tests {
 
     #[test]
     fn a_stream_has_role_pieces_reason_counts_and_done_in_this_order() {
-        let mut chunks =
-            Envelope::new(Endpoint::Chat, "m".into(), 2, TokenOptions::default()).chunks(2, true);
+        let (report, detokenize) = (Report::default(), Arc::new(|_| Vec::new()));
+        let envelope = Envelope::new(Endpoint::Chat, "m".into(), 2, report, detokenize);
+        let mut chunks = envelope.chunks(2, true);
         let mut out = BytesMut::new();
         chunks.write(0, &Event::Piece(Piece { text: "Hi".into(), tokens: vec![] }), &mut out);
         chunks.write(1, &Event::Done(done("you", 5, 2)), &mut out);

@@ -2,13 +2,16 @@
 //! answer whose choice holds a part of the text, and not yet a reason for its end.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use crate::http::tokens::Detokenize;
 use crate::llama::Token;
 use crate::request::{self, Completion, Logprobs, Piece, Source, TokenReport};
+
+/// A token's bytes; of a control token its name's.
+pub type Detokenize = Arc<dyn Fn(Token) -> Vec<u8> + Send + Sync>;
 
 /// Why an answer ended: by itself or at a stop string, or because it was long enough.
 #[derive(Clone, Copy, Debug, Serialize, ToSchema)]

@@ -5,11 +5,10 @@ use std::time::Duration;
 use bytes::BytesMut;
 use utoipa::PartialSchema;
 
-use super::answers::{GenerateAnswer, GeneratePiece, details};
+use super::answers::{Detokenize, GenerateAnswer, GeneratePiece, details};
 use super::fields::{LogitBias, ResponseFormat, Stops, grammar, request_body};
 use crate::error::Invalid;
 use crate::http::reply::{Dialect, Problem, event};
-use crate::http::tokens::Detokenize;
 use crate::request::{Event, Report, Request, SamplingParams, Speculation};
 
 request_body! {

@@ -359,11 +359,8 @@ mod tests {
             assert_eq!(error.param.as_deref(), Some(name), "{error}");
         }
         let chat = |messages: Value| {
-            read::<ChatRequest>(json!({ "messages": messages }), 64)?.into_choices(
-                64,
-                0,
-                &Err("none".into()),
-            )
+            let body = Readers::new(64).chat.read(json!({ "messages": messages }))?;
+            body.into_choices(64, 0, &Err("none".into()))
         };
         for messages in [
             json!([]),

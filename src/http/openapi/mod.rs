@@ -156,18 +156,16 @@ mod tests {
     const N_CTX: usize = 2048;
 
     fn read_one(schema: &str, body: Value) -> Result<String, Invalid> {
+        let readers = Readers::new(N_CTX);
         let choices = match schema {
             "GenerateRequest" => {
-                let request = read::<GenerateRequest>(body, N_CTX)?.into_request(1)?;
-                return Ok(format!("{request:?}"));
+                return Ok(format!("{:?}", readers.generate.read(body)?.into_request(1)?));
             }
-            "CompletionRequest" => {
-                read::<CompletionRequest>(body, N_CTX)?.into_choices(N_CTX, 1)?
-            }
+            "CompletionRequest" => readers.completion.read(body)?.into_choices(N_CTX, 1)?,
             _ => {
                 let (none, template) = (String::new(), "{{ messages }}".into());
                 let template = ChatTemplate::new(template, none.clone(), none, false);
-                read::<ChatRequest>(body, N_CTX)?.into_choices(N_CTX, 1, &template)?
+                readers.chat.read(body)?.into_choices(N_CTX, 1, &template)?
             }
         };
         Ok(format!("{choices:?}"))
