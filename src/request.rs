@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use half::f16;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
 use utoipa::ToSchema;
 
@@ -352,13 +352,21 @@ pub struct SpeculationUsage {
     pub accepted: usize,
 }
 
-/// Seconds a request spent in each stage.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+/// Seconds that a request spent in each stage.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, ToSchema)]
 pub struct Timings {
     /// From acceptance to the first step with a row of its own.
+    #[serde(serialize_with = "micros")]
     pub queue_s: f64,
     /// From there to the first token.
+    #[serde(serialize_with = "micros")]
     pub prefill_s: f64,
     /// From the first token to the last.
+    #[serde(serialize_with = "micros")]
     pub decode_s: f64,
+}
+
+/// Seconds to the microsecond: the rest is noise on the wire.
+fn micros<S: Serializer>(seconds: &f64, out: S) -> Result<S::Ok, S::Error> {
+    out.serialize_f64((seconds * 1e6).round() / 1e6)
 }

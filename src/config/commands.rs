@@ -28,16 +28,16 @@ pub struct GenerateArgs {
     #[arg(short = 'n', long, default_value_t = 128, value_parser = between(1, 1 << 20))]
     pub max_tokens: usize,
     /// 0 is greedy
-    #[arg(long, default_value_t = 0.8, value_parser = temperature)]
+    #[arg(long, default_value_t = 0.8, value_parser = number(0.0, 100.0))]
     pub temperature: f32,
     /// Keep the most likely tokens up to this probability together
-    #[arg(long, default_value_t = 0.95, value_parser = rate)]
+    #[arg(long, default_value_t = 0.95, value_parser = number(0.0, 1.0))]
     pub top_p: f32,
     /// Keep this many most likely tokens; 0 keeps all
     #[arg(long, default_value_t = 0)]
     pub top_k: usize,
     /// Keep tokens at least this fraction as likely as the most likely one
-    #[arg(long, default_value_t = 0.0, value_parser = rate)]
+    #[arg(long, default_value_t = 0.0, value_parser = number(0.0, 1.0))]
     pub min_p: f32,
     /// The same seed gives the same text [default: a new one each time]
     #[arg(long)]
@@ -138,7 +138,7 @@ pub struct BenchArgs {
     /// probability that a head's best candidate is right given that the path before it is. As many
     /// heads are used. Texts are meaningless then; what steps take is measured as ever, which tells
     /// what good heads would be worth where there are random ones only
-    #[arg(long, value_name = "RATE,...", value_delimiter = ',', value_parser = rate)]
+    #[arg(long, value_name = "RATE,...", value_delimiter = ',', value_parser = number(0.0, 1.0))]
     pub acceptance: Option<Vec<f32>>,
     /// System message before each prompt
     #[arg(long)]
@@ -202,7 +202,7 @@ pub struct TuneArgs {
     #[arg(long, value_name = "DIR")]
     pub keep: Option<PathBuf>,
     /// Most that perplexity may be above the best one's: 0.05 is 5%
-    #[arg(long, value_name = "SHARE", default_value_t = 0.05, value_parser = rate)]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.05, value_parser = number(0.0, 1.0))]
     pub max_perplexity_loss: f32,
     /// Tokens of each sequence whose speed is measured
     #[arg(short = 'n', long, default_value_t = 64, value_parser = between(2, 4096))]
@@ -262,18 +262,11 @@ fn speculation(name: &str) -> Result<Speculation, String> {
         .map_err(|error: serde::de::value::Error| error.to_string())
 }
 
-/// A probability.
-fn rate(text: &str) -> Result<f32, String> {
-    match text.parse::<f32>() {
-        Ok(rate) if (0.0..=1.0).contains(&rate) => Ok(rate),
-        _ => Err("must be a number from 0 to 1".into()),
-    }
-}
-
-fn temperature(text: &str) -> Result<f32, String> {
-    match text.parse::<f32>() {
-        Ok(temperature) if (0.0..=100.0).contains(&temperature) => Ok(temperature),
-        _ => Err("must be a number from 0 to 100".into()),
+/// A number in a range.
+fn number(min: f32, max: f32) -> impl Fn(&str) -> Result<f32, String> + Clone + Send + Sync {
+    move |text| match text.parse::<f32>() {
+        Ok(n) if (min..=max).contains(&n) => Ok(n),
+        _ => Err(format!("must be a number from {min} to {max}")),
     }
 }
 

@@ -8,7 +8,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::llama::Token;
-use crate::request::{self, Completion, Logprobs, Piece, Source, TokenReport};
+use crate::request::{self, Completion, Logprobs, Piece, Source, Timings, TokenReport};
 
 /// A token's bytes; of a control token its name's.
 pub type Detokenize = Arc<dyn Fn(Token) -> Vec<u8> + Send + Sync>;
@@ -102,7 +102,7 @@ impl<'a> GenerateAnswer<'a> {
     /// The answer with `piece`, which is all of its text or the rest.
     #[must_use]
     pub fn new(done: &'a Completion, piece: &'a Piece, detokenize: Option<&Detokenize>) -> Self {
-        let (usage, timings) = (done.usage, done.timings);
+        let usage = done.usage;
         Self {
             generated_text: &piece.text,
             finish_reason: (&done.finish_reason).into(),
@@ -113,20 +113,11 @@ impl<'a> GenerateAnswer<'a> {
                 completion_tokens: usage.completion_tokens,
                 total_tokens: usage.prompt_tokens + usage.completion_tokens,
             },
-            timings: Timings {
-                queue_s: micros(timings.queue_s),
-                prefill_s: micros(timings.prefill_s),
-                decode_s: micros(timings.decode_s),
-            },
+            timings: done.timings,
             speculation: done.into(),
             tokens: detokenize.map(|text| details(&piece.tokens, text)),
         }
     }
-}
-
-/// Seconds to the microsecond: the rest is noise on the wire.
-fn micros(seconds: f64) -> f64 {
-    (seconds * 1e6).round() / 1e6
 }
 
 /// Counts of tokens.
@@ -140,17 +131,6 @@ pub struct GenerateUsage {
     pub completion_tokens: usize,
     /// Prompt and completion.
     pub total_tokens: usize,
-}
-
-/// Seconds of each stage.
-#[derive(Debug, Serialize, ToSchema)]
-pub struct Timings {
-    /// From acceptance to the first step.
-    pub queue_s: f64,
-    /// From there to the first token.
-    pub prefill_s: f64,
-    /// From there to the last.
-    pub decode_s: f64,
 }
 
 /// A token of an answer. One that ends the text is not reported, nor those of a stop string.

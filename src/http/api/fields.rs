@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use utoipa::openapi::RefOr;
-use utoipa::openapi::schema::{ArrayBuilder, Object, ObjectBuilder, OneOfBuilder, Schema, Type};
+use utoipa::openapi::schema::Schema;
 use utoipa::{PartialSchema, ToSchema};
 
 use crate::error::Invalid;
@@ -152,22 +152,24 @@ impl<const MIN: usize, const MAX: usize, const BYTES: usize> PartialSchema
     for Texts<MIN, MAX, BYTES>
 {
     fn schema() -> RefOr<Schema> {
-        let text = ObjectBuilder::new()
-            .schema_type(Type::String)
-            .min_length(Some(1))
-            .max_length((BYTES < usize::MAX).then_some(BYTES))
-            .build();
-        let list =
-            ArrayBuilder::new().items(text.clone()).min_items(Some(MIN)).max_items(Some(MAX));
-        let either = OneOfBuilder::new().item(text).item(list);
-        let either = if MIN == 0 { either.item(null()) } else { either };
-        let about = format!("A text, or a list of up to {MAX}");
-        either.description(Some(about)).examples(["END"]).into()
+        let mut text = json!({ "type": "string", "minLength": 1 });
+        if BYTES < usize::MAX {
+            text["maxLength"] = BYTES.into();
+        }
+        let list = json!({ "type": "array", "items": text, "minItems": MIN, "maxItems": MAX });
+        let mut either = vec![text, list];
+        either.extend((MIN == 0).then(|| json!({ "type": "null" })));
+        schema_of(json!({
+            "description": format!("A text, or a list of up to {MAX}"),
+            "oneOf": either,
+            "examples": ["END"],
+        }))
     }
 }
 
-fn null() -> Object {
-    ObjectBuilder::new().schema_type(Type::Null).build()
+/// A schema that no type has.
+fn schema_of(json: Value) -> RefOr<Schema> {
+    RefOr::T(serde_json::from_value(json).expect("a schema that tests read"))
 }
 
 /// What is added to the logits of tokens.
@@ -200,21 +202,19 @@ impl TryFrom<BTreeMap<String, f32>> for LogitBias {
 
 impl PartialSchema for LogitBias {
     fn schema() -> RefOr<Schema> {
-        let bias = ObjectBuilder::new()
-            .schema_type(Type::Number)
-            .minimum(Some(-MAX_BIAS))
-            .maximum(Some(MAX_BIAS));
-        let id = ObjectBuilder::new().schema_type(Type::String).pattern(Some("^[0-9]{1,9}$"));
-        let biases = ObjectBuilder::new()
-            .property_names(Some(id))
-            .additional_properties(Some(bias))
-            .max_properties(Some(MAX_BIASES));
-        OneOfBuilder::new()
-            .item(biases)
-            .item(null())
-            .description(Some("Added to the logits of single tokens, by token id."))
-            .examples([json!({ "5": -100 })])
-            .into()
+        schema_of(json!({
+            "description": "Added to the logits of single tokens, by token id",
+            "oneOf": [
+                {
+                    "type": "object",
+                    "propertyNames": { "type": "string", "pattern": "^[0-9]{1,9}$" },
+                    "additionalProperties": { "type": "number", "minimum": -MAX_BIAS, "maximum": MAX_BIAS },
+                    "maxProperties": MAX_BIASES,
+                },
+                { "type": "null" },
+            ],
+            "examples": [{ "5": -100 }],
+        }))
     }
 }
 
