@@ -43,7 +43,7 @@
 //! | `build.rs`, `vendor/` | llama.cpp's source, patched and compiled; its bindings | |
 //! | [`config`] | arguments as typed, and checked; every limit and default in one table | |
 //! | [`cli`] | the commands: start, signals, drain, terminal | llama.cpp |
-//! | [`http`] | accept loop, routes; `access`, what is logged of a request; `auth` and `cors`, who may ask; `tls`; `generate` and `openai`, the two dialects; chat templates; server-sent events; `page`, for browsers; `openapi` and `docs` document it all | cells, batches |
+//! | [`http`] | accept loop, routes; `access`, what is logged of a request; `auth` and `cors`, who may ask; `tls`; `api`, the bodies of requests and answers; `completions` and `information`, their handlers; chat templates; server-sent events; `page`, for browsers; `openapi` and `docs` document it all | cells, batches |
 //! | [`telemetry`] | spans of requests, to OpenTelemetry's collector | bodies, engine |
 //! | [`request`], [`error`] | what `http` and `engine` share | both |
 //! | [`engine`] | the loop, with a step's end in `commit`; `thread` starts and runs it, `handle` is its outside, `stats` what it counts, `forward` its way to a model, `grammar` its way to llguidance | sockets, JSON |
