@@ -118,8 +118,11 @@ pub struct Texts<const MIN: usize, const MAX: usize, const BYTES: usize>(pub Vec
 /// Stop strings: each is looked for after every token.
 pub type Stops = Texts<0, 16, 1024>;
 
+/// Most answers to one request.
+pub const MAX_CHOICES: usize = 16;
+
 /// Prompts; whether they fit into the context, the engine knows.
-pub type Prompts = Texts<1, { super::openai::MAX_CHOICES }, { usize::MAX }>;
+pub type Prompts = Texts<1, MAX_CHOICES, { usize::MAX }>;
 
 #[derive(Deserialize)]
 #[serde(untagged, expecting = "it must be a string or a list of strings")]

@@ -11,13 +11,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Number, Value, json};
 use utoipa::{PartialSchema, ToSchema};
 
-use super::fields::{LogitBias, Prompts, ResponseFormat, Stops, grammar, request_body};
+use super::fields::{
+    LogitBias, MAX_CHOICES, Prompts, ResponseFormat, Stops, grammar, request_body,
+};
 use crate::error::Invalid;
 use crate::http::template::ChatTemplate;
 use crate::request::{Report, Request, SamplingParams, Speculation};
-
-/// Most answers to one request.
-pub const MAX_CHOICES: usize = 16;
 
 /// What a body asks for.
 #[derive(Debug)]
