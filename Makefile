@@ -1,13 +1,15 @@
-# make serve   set up what is missing, build, serve the default model on :8000
-# make test    the same set-up, CUDA's compiler, OpenAI's client and a browser, then every test
+# make serve   sets up what is missing, builds, serves the default model on :8000
+# make test    the same set-up, CUDA's compiler, OpenAI's client and a browser, then runs every test
 # make check   formatting, lints, documentation
-# make bench   the engine's host cost per step
-# make compare PROMPTS=FILE.jsonl   llama-server beside ours, for an hour or more; ARGS=... goes to benches/compare
-# make schemathesis   thousands of requests made up from /openapi.json, for ten minutes at most; ARGS=... goes to scripts/schemathesis
-# make gpu     a CUDA build with its checks and benches, packed for a host with a GPU
+# make docs    the book in target/book/html, with all links checked
+# make bench   benchmarks the engine's host cost per step
+# make compare PROMPTS=FILE.jsonl   measures llama-server and this server in turn, for an hour or more; ARGS=... goes to benches/compare
+# make schemathesis   tests with thousands of requests generated from /openapi.json, for ten minutes at most; ARGS=... goes to scripts/schemathesis
+# make deny    checks licences and duplicate dependencies; installs cargo-deny once
+# make gpu     packs a CUDA build with its tests and benches for a host with a GPU
 # Steps of the set-up, each idempotent: make tools, make vendor, make model, make clients, make browser (for tests); for CUDA make nvcc, make cuda.
 
-.PHONY: serve test check bench compare schemathesis build gpu setup tools vendor model clients browser nvcc cuda deny help
+.PHONY: serve test check docs bench compare schemathesis build gpu setup tools vendor model clients browser nvcc cuda deny help
 .DEFAULT_GOAL := help
 
 help:
@@ -28,12 +30,16 @@ serve: build
 test: setup clients browser check
 	cargo test --release --locked
 
-check: tools vendor nvcc
+check: tools vendor nvcc docs
 	cargo fmt --check
 	cargo clippy --release --locked --all-targets -- -D warnings
 	cargo clippy --release --locked --all-targets --features cuda-kernels -- -D warnings
 	scripts/check-kernels
 	RUSTDOCFLAGS="-D warnings" cargo doc --release --locked --no-deps
+
+docs:
+	@scripts/setup docs
+	scripts/book
 
 bench: setup
 	cargo bench --locked
@@ -49,7 +55,6 @@ schemathesis: build
 gpu: setup cuda
 	scripts/gpu-bundle
 
-# Licences and duplicate dependencies; installs cargo-deny once.
 deny:
 	@command -v cargo-deny >/dev/null || cargo install --locked cargo-deny
 	cargo deny --locked check licenses bans sources

@@ -1,5 +1,5 @@
-//! From what was typed ([`Args`]) to what is run ([`Config`]): every limit, with its default, is in
-//! the table of [`ServeArgs`].
+//! Command-line arguments ([`Args`]) and the checked configuration made from them ([`Config`]).
+//! [`ServeArgs`] declares every limit of the server with its default.
 
 mod commands;
 pub mod network;
@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use hyper::Uri;
+use tracing::Level;
 
 pub use commands::{
     BenchArgs, GenerateArgs, HeadKind, PerplexityArgs, QuantizeArgs, SynthArgs, TrainArgs, TuneArgs,
@@ -26,10 +27,10 @@ use crate::llama;
 /// Where `make model` puts the default model.
 pub const DEFAULT_MODEL: &str = "models/smollm2-135m-instruct-q4_1.gguf";
 
-/// Where heads for the default model are looked for.
+/// Heads that ship for the default model.
 pub const DEFAULT_HEADS: &str = "heads/smollm2-135m-instruct";
 
-/// What MEDUSA_HEADS says for none.
+/// Value of MEDUSA_HEADS that turns heads off.
 const NO_HEADS: &str = "none";
 
 /// The command line.
@@ -41,7 +42,7 @@ const NO_HEADS: &str = "none";
     max_term_width = 110
 )]
 pub struct Args {
-    /// What to do.
+    /// The command to run.
     #[command(subcommand)]
     pub command: Command,
 }
@@ -55,83 +56,88 @@ pub enum Command {
     Generate(GenerateArgs),
     /// Train heads for a model from its own answers to a file of prompts
     Train(TrainArgs),
-    /// Measure what drafts are worth: each prompt with and without them
+    /// Measure the speed with and without drafts on a file of prompts
     Bench(BenchArgs),
     /// Write a GGUF file in another quantization
     Quantize(QuantizeArgs),
-    /// Measure how well a model foretells a text
+    /// Measure the perplexity of a model on a text
     Perplexity(PerplexityArgs),
-    /// Try a model in several quantizations and with several numbers of threads, and say which to
-    /// use
+    /// Compare quantizations and thread counts of a model and recommend one
     Tune(TuneArgs),
-    /// Write a model of random weights in a known one's shape, to measure speed with
+    /// Write a model with random weights in the shape of a known one, for speed measurements
     Synth(SynthArgs),
 }
 
-/// Model and machine; the same for every command.
+impl Command {
+    /// The log level that was chosen. By default, commands that print their own output log only
+    /// problems.
+    #[must_use]
+    pub fn log_level(&self) -> Level {
+        let level = match self {
+            Self::Serve(args) => return args.model.log_level,
+            Self::Generate(args) => args.model.log_level,
+            Self::Train(args) => args.model.log_level,
+            Self::Bench(args) => args.model.log_level,
+            Self::Perplexity(args) => args.model.log_level,
+            Self::Tune(args) => args.model.log_level,
+            Self::Quantize(_) => Level::WARN,
+            Self::Synth(_) => Level::ERROR,
+        };
+        if level == Level::INFO { Level::WARN } else { level }
+    }
+}
+
+/// Model and machine; shared by all commands that load a model.
 #[derive(Clone, Debug, ClapArgs)]
 pub struct ModelArgs {
     /// GGUF file to load [default: models/smollm2-135m-instruct-q4_1.gguf]
-    #[arg(
-        short = 'm',
-        long = "model",
-        env = "MODEL_PATH",
-        value_name = "MODEL_PATH",
-        hide_env_values = true
-    )]
+    #[arg(short = 'm', long = "model", env = "MODEL_PATH", hide_env_values = true)]
     pub model_path: Option<PathBuf>,
-    /// Longest prompt plus answer of one request, in tokens
-    #[arg(short = 'c', long = "ctx", env = "MODEL_CONTEXT_SIZE", value_name = "MODEL_CONTEXT_SIZE", default_value_t = 2048,
-          value_parser = between(16, 1 << 20))]
+    /// Maximum length of prompt plus answer of one request, in tokens
+    #[arg(short = 'c', long = "ctx", env = "MODEL_CONTEXT_SIZE", value_name = "MODEL_CONTEXT_SIZE", default_value_t = 2048, value_parser = between(16, 1 << 20))]
     pub context_size: usize,
-    /// Layers held on the GPU (ignored by a build without one)
-    #[arg(long, env = "N_GPU_LAYERS", value_name = "N_GPU_LAYERS", default_value_t = 25)]
+    /// Layers to offload to the GPU; a CPU build ignores it
+    #[arg(long, env = "N_GPU_LAYERS", default_value_t = 25)]
     pub n_gpu_layers: u32,
-    /// Threads of a forward pass; at most the cores there are
-    #[arg(short = 't', long, env = "N_THREADS", value_name = "N_THREADS", default_value_t = 4, value_parser = between(1, 1024))]
+    /// Threads of a forward pass; capped at the number of cores
+    #[arg(short = 't', long, env = "N_THREADS", default_value_t = 4, value_parser = between(1, 1024))]
     pub n_threads: usize,
-    /// What to log: ERROR, WARN, INFO, DEBUG, TRACE
-    #[arg(
-        long,
-        env = "LOG_LEVEL",
-        value_name = "LOG_LEVEL",
-        default_value = "INFO",
-        ignore_case = true
-    )]
-    pub log_level: LogLevel,
+    /// Log level: ERROR, WARN, INFO, DEBUG or TRACE
+    #[arg(long, env = "LOG_LEVEL", default_value = "INFO", value_parser = level)]
+    pub log_level: Level,
 }
 
-/// What drafts; the same for every command that drafts.
+/// Draft sources; shared by all commands that draft.
 #[derive(Clone, Debug, ClapArgs)]
 pub struct DraftArgs {
-    /// Folder with heads for the model, or `none` [default: for the default model
-    /// heads/smollm2-135m-instruct, else none]
+    /// Folder with heads trained for the model, or `none` [default: heads/smollm2-135m-instruct for
+    /// the default model, else none]
     #[arg(long = "heads", env = "MEDUSA_HEADS", value_name = "MEDUSA_HEADS")]
     pub folder: Option<PathBuf>,
-    /// Use at most this many of the heads
+    /// Maximum number of heads to use
     #[arg(long = "medusa-k-heads", env = "MEDUSA_K_HEADS", value_name = "MEDUSA_K_HEADS", default_value_t = 5, value_parser = between(1, 16))]
     pub k_heads: usize,
-    /// Draft what followed in a text before: in the request's own, or in recent answers too (to the
-    /// same API key, if there are keys)
-    #[arg(long, env = "TEXT_DRAFTS", value_name = "TEXT_DRAFTS", default_value = "shared")]
+    /// Draft by copying what followed earlier occurrences of the last tokens: in the request's own
+    /// text, or also in recent answers (to the same API key, if keys are set)
+    #[arg(long, env = "TEXT_DRAFTS", default_value = "shared")]
     pub text_drafts: TextSource,
-    /// Tokens of recent answers that are kept to draft from; 20 bytes each
-    #[arg(long, env = "SHARED_TEXT", value_name = "SHARED_TEXT", default_value_t = 1 << 16, value_parser = between(64, 1 << 28))]
+    /// Tokens of recent answers to keep for text drafts; 20 bytes each
+    #[arg(long, env = "SHARED_TEXT", default_value_t = 1 << 16, value_parser = between(64, 1 << 28))]
     pub shared_text: usize,
-    /// Most tokens one step may give a sequence, its own choice included [default: 33 with text,
-    /// else heads + 1]
+    /// Maximum tokens a sequence can gain in one step, including the model's own choice
+    /// [default: 33 with text drafts, else heads + 1]
     #[arg(long = "medusa-max-tokens-per-step", env = "MEDUSA_MAX_TOKENS_PER_STEP", value_name = "MEDUSA_MAX_TOKENS_PER_STEP", value_parser = between(1, 64))]
     pub max_tokens_per_step: Option<usize>,
 }
 
-/// Which text drafts.
+/// Where text drafts come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum TextSource {
-    /// The request's own, and recent answers to others
+    /// The request's own text and recent answers
     Shared,
-    /// The request's own: its prompt and its answer so far
+    /// The request's own text: its prompt and its answer so far
     Own,
-    /// None
+    /// No text drafts
     Off,
 }
 
@@ -139,123 +145,87 @@ pub enum TextSource {
 #[derive(Clone, Debug, ClapArgs)]
 pub struct ServeArgs {
     #[command(flatten)]
-    #[allow(missing_docs)]
-    pub model: ModelArgs,
-    /// Form of the log, llama.cpp's lines included: text, or a JSON object a line
-    #[arg(
-        long,
-        env = "LOG_FORMAT",
-        value_name = "LOG_FORMAT",
-        default_value = "text",
-        ignore_case = true
-    )]
+    pub(crate) model: ModelArgs,
+    /// Log format, also of llama.cpp's messages: text, or one JSON object per line
+    #[arg(long, env = "LOG_FORMAT", default_value = "text", ignore_case = true)]
     pub log_format: LogFormat,
-    /// Sequences decoded together
-    #[arg(short = 'b', long, env = "BATCH_SIZE", value_name = "BATCH_SIZE", default_value_t = 4, value_parser = between(1, 256))]
+    /// Maximum number of sequences decoded together (slots)
+    #[arg(short = 'b', long, env = "BATCH_SIZE", default_value_t = 4, value_parser = between(1, 256))]
     pub batch_size: usize,
-    /// BATCH_SIZE times this many requests may run or wait before one is refused with 429
-    #[arg(long, env = "MAX_CONCURRENT_BATCHES", value_name = "MAX_CONCURRENT_BATCHES", default_value_t = 4,
-          value_parser = between(1, 4096))]
+    /// BATCH_SIZE times this many requests may run or wait; further ones get 429
+    #[arg(long, env = "MAX_CONCURRENT_BATCHES", default_value_t = 4, value_parser = between(1, 4096))]
     pub max_concurrent_batches: usize,
-    /// Longest time an idle engine may wait for company before a step, in seconds. Only bursts ever
-    /// pay it
-    #[arg(long, env = "MAX_WAIT_TIME", value_name = "MAX_WAIT_TIME", default_value = "0.1", value_parser = seconds)]
+    /// Longest time an idle engine waits for more requests before a step, in seconds; it waits only
+    /// if recent traffic came in bursts
+    #[arg(long, env = "MAX_WAIT_TIME", default_value = "0.1", value_parser = seconds(0.0))]
     pub max_wait_time: Duration,
-    /// How the KV cache is divided: one pool, one stream per sequence, or what is faster (the pool)
+    /// KV cache layout; auto is unified
     #[arg(long, env = "KV_LAYOUT", value_name = "KV_LAYOUT", default_value = "auto")]
     pub kv: KvLayout,
-    /// Cells of a unified KV cache, in tokens [default: BATCH_SIZE x MODEL_CONTEXT_SIZE]
-    #[arg(long, env = "KV_CELLS", value_name = "KV_CELLS", value_parser = between(16, 1 << 28))]
+    /// Size of a unified KV cache, in tokens [default: BATCH_SIZE x MODEL_CONTEXT_SIZE]
+    #[arg(long, env = "KV_CELLS", value_parser = between(16, 1 << 28))]
     pub kv_cells: Option<usize>,
-    /// Cells of a unified KV cache that may hold finished prompts for reuse [default: all]
-    #[arg(long, env = "PREFIX_CELLS", value_name = "PREFIX_CELLS", value_parser = between(0, 1 << 28))]
+    /// Part of a unified KV cache that may keep finished prompts for reuse, in tokens [default: all]
+    #[arg(long, env = "PREFIX_CELLS", value_parser = between(0, 1 << 28))]
     pub prefix_cells: Option<usize>,
-    /// Most rows (tokens) of one step; a longer prompt takes several
-    #[arg(long, env = "N_BATCH", value_name = "N_BATCH", default_value_t = 512, value_parser = between(1, 8192))]
+    /// Maximum rows (tokens) of one step; longer prompts take several steps
+    #[arg(long, env = "N_BATCH", default_value_t = 512, value_parser = between(1, 8192))]
     pub n_batch: usize,
-    /// Rows of prompts in a step beside streams that run [default: as many as leave the streams
+    /// Prompt rows in a step that also decodes [default: adaptive, so that running streams keep
     /// their pace]
-    #[arg(long, env = "PREFILL_CHUNK", value_name = "PREFILL_CHUNK", value_parser = between(1, 8192))]
+    #[arg(long, env = "PREFILL_CHUNK", value_parser = between(1, 8192))]
     pub prefill_chunk: Option<usize>,
     #[command(flatten)]
-    #[allow(missing_docs)]
-    pub drafts: DraftArgs,
+    pub(crate) drafts: DraftArgs,
     /// Address to listen on
-    #[arg(long, env = "HOST", value_name = "HOST", default_value = "0.0.0.0")]
+    #[arg(long, env = "HOST", default_value = "0.0.0.0")]
     pub host: IpAddr,
-    /// Port to listen on; 0 takes a free one
-    #[arg(short = 'p', long, env = "PORT", value_name = "PORT", default_value_t = 8000)]
+    /// Port to listen on; 0 picks a free one
+    #[arg(short = 'p', long, env = "PORT", default_value_t = 8000)]
     pub port: u16,
-    /// Threads for the network; the model has its own
-    #[arg(long, env = "WORKERS", value_name = "WORKERS", default_value_t = 1, value_parser = between(1, 256))]
+    /// Threads of the HTTP server; the model has its own
+    #[arg(long, env = "WORKERS", default_value_t = 1, value_parser = between(1, 256))]
     pub workers: usize,
-    /// After SIGTERM, how long running requests may take to finish, in seconds
-    #[arg(long, env = "DRAIN_TIMEOUT", value_name = "DRAIN_TIMEOUT", default_value = "30", value_parser = seconds)]
+    /// Time that running requests have to finish after SIGTERM, in seconds
+    #[arg(long, env = "DRAIN_TIMEOUT", default_value = "30", value_parser = seconds(0.0))]
     pub drain_timeout: Duration,
-    /// Largest request body, in bytes
-    #[arg(long, env = "MAX_BODY_BYTES", value_name = "MAX_BODY_BYTES", default_value_t = 1 << 20, value_parser = between(1, 1 << 30))]
+    /// Maximum size of a request body, in bytes
+    #[arg(long, env = "MAX_BODY_BYTES", default_value_t = 1 << 20, value_parser = between(1, 1 << 30))]
     pub max_body_bytes: usize,
-    /// Open connections; more wait to be accepted
-    #[arg(long, env = "MAX_CONNECTIONS", value_name = "MAX_CONNECTIONS", default_value_t = 1024, value_parser = between(1, 65_536))]
+    /// Maximum number of open connections; further ones wait to be accepted
+    #[arg(long, env = "MAX_CONNECTIONS", default_value_t = 1024, value_parser = between(1, 65_536))]
     pub max_connections: usize,
-    /// Largest head of a request, in bytes
-    #[arg(long, env = "MAX_HEADER_BYTES", value_name = "MAX_HEADER_BYTES", default_value_t = 1 << 15, value_parser = between(1024, 1 << 20))]
+    /// Maximum size of a request's head, in bytes
+    #[arg(long, env = "MAX_HEADER_BYTES", default_value_t = 1 << 15, value_parser = between(1024, 1 << 20))]
     pub max_header_bytes: usize,
-    /// How long a client may take to send a request's head, and then its body, in seconds; between
-    /// requests a connection may idle as long
-    #[arg(long, env = "READ_TIMEOUT", value_name = "READ_TIMEOUT", default_value = "30", value_parser = seconds)]
+    /// Time that a client has to send a request's head, and then its body, in seconds; also the
+    /// idle limit between requests
+    #[arg(long, env = "READ_TIMEOUT", default_value = "30", value_parser = seconds(0.0))]
     pub read_timeout: Duration,
-    /// Longest time for a request, in seconds: then its answer ends where it stands. A request's
-    /// own timeout_s may be shorter [default: no limit]
-    #[arg(long, env = "REQUEST_TIMEOUT", value_name = "REQUEST_TIMEOUT", value_parser = seconds)]
+    /// Maximum duration of a request, in seconds; generation stops then. A request's own timeout_s
+    /// may be shorter [default: no limit]
+    #[arg(long, env = "REQUEST_TIMEOUT", value_parser = seconds(0.0))]
     pub request_timeout: Option<Duration>,
-    /// How long a client may take no byte of its answer before it is let go and its request
+    /// Time without a byte read by the client after which its connection is closed and its request
     /// cancelled, in seconds
-    #[arg(long, env = "WRITE_TIMEOUT", value_name = "WRITE_TIMEOUT", default_value = "60", value_parser = some_seconds)]
+    #[arg(long, env = "WRITE_TIMEOUT", default_value = "60", value_parser = seconds(0.1))]
     pub write_timeout: Duration,
     #[command(flatten)]
-    #[allow(missing_docs)]
-    pub network: NetworkArgs,
+    pub(crate) network: NetworkArgs,
 }
 
-/// How the KV cache is divided.
+/// KV cache layout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum KvLayout {
-    /// What is faster: the pool
+    /// The faster layout, which is the pool
     Auto,
     /// One pool: prefixes are shared between sequences at no cost
     Unified,
-    /// One stream per sequence: a row looks at its own sequence's cells only
+    /// One stream of cells per sequence, without trees
     Streams,
 }
 
-/// How much to log.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-#[allow(missing_docs)]
-pub enum LogLevel {
-    Error,
-    #[value(alias = "warning")]
-    Warn,
-    Info,
-    Debug,
-    Trace,
-}
-
-impl LogLevel {
-    /// For `tracing`'s filter.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Error => "error",
-            Self::Warn => "warn",
-            Self::Info => "info",
-            Self::Debug => "debug",
-            Self::Trace => "trace",
-        }
-    }
-}
-
-/// In which form to log.
+/// Log format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
     /// For people
@@ -264,51 +234,51 @@ pub enum LogFormat {
     Json,
 }
 
-/// What `serve` runs with. Every value was checked.
+/// The checked configuration of `serve`.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Where to listen.
+    /// Address and port to listen on.
     pub listen: SocketAddr,
-    /// Threads for the network.
+    /// Threads of the HTTP server.
     pub workers: usize,
-    /// For the engine's thread.
+    /// Parameters of the engine.
     pub engine: EngineParams,
-    /// For the network side.
+    /// Limits of the HTTP server.
     pub http: HttpLimits,
-    /// Who may ask.
+    /// API keys.
     pub auth: Auth,
-    /// Which pages may read answers.
+    /// Origins whose pages may read answers.
     pub cors: Cors,
-    /// The certificate, where connections are to be encrypted.
+    /// Certificate and key; `None` serves plain HTTP.
     pub tls: Option<Tls>,
-    /// The collector of traces.
+    /// Collector of traces.
     pub otlp_endpoint: Option<Uri>,
-    /// How long running requests may take after SIGTERM.
+    /// Time for running requests after SIGTERM.
     pub drain_timeout: Duration,
 }
 
-/// What one client, or all of them, may take of the network side.
+/// Limits of the HTTP server, per client or in total.
 #[derive(Clone, Copy, Debug)]
 pub struct HttpLimits {
-    /// Bytes of a body.
+    /// Maximum bytes of a body.
     pub max_body_bytes: usize,
-    /// Open connections.
+    /// Maximum open connections.
     pub max_connections: usize,
-    /// Bytes of a request's head.
+    /// Maximum bytes of a request's head.
     pub max_header_bytes: usize,
-    /// For a request's head, and for its body.
+    /// Time to receive a request's head, and then its body.
     pub read_timeout: Duration,
-    /// For a request, from its acceptance to its answer's end.
+    /// Time from acceptance to the end of the answer.
     pub timeout: Option<Duration>,
-    /// For a client to take some bytes of its answer.
+    /// Time for a client to read some bytes of its answer.
     pub write_timeout: Duration,
 }
 
 impl ModelArgs {
-    /// The model file: what was given, or the default one.
+    /// The model file: the named one, or else the default one.
     ///
     /// # Errors
-    /// When no model was given and the default one is not there.
+    /// When no model was named and the default one is missing.
     pub fn path(&self) -> Result<PathBuf, String> {
         match &self.model_path {
             Some(path) if path.as_os_str().is_empty() => {
@@ -317,12 +287,12 @@ impl ModelArgs {
             Some(path) => Ok(path.clone()),
             None if Path::new(DEFAULT_MODEL).is_file() => Ok(DEFAULT_MODEL.into()),
             None => Err(format!(
-                "MODEL_PATH is not set and {DEFAULT_MODEL} is not there: run `make model`, or name a GGUF file with -m"
+                "MODEL_PATH is not set and {DEFAULT_MODEL} is missing: run `make model`, or name a GGUF file with -m"
             )),
         }
     }
 
-    /// Threads to use here.
+    /// Threads to use on this machine.
     #[must_use]
     pub fn threads(&self) -> usize {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -331,19 +301,23 @@ impl ModelArgs {
 }
 
 impl DraftArgs {
-    /// The heads to use: what was given, or for the default model those in its folder, if there are
-    /// any.
+    /// The folder that was named, unless it is `none`.
+    fn named_folder(&self) -> Option<&Path> {
+        self.folder.as_deref().filter(|folder| folder.as_os_str() != NO_HEADS)
+    }
+
+    /// The heads to use: the named ones, or those that ship for the default model.
     #[must_use]
     pub fn heads(&self, model: &ModelArgs) -> Option<HeadsParams> {
-        let folder = match &self.folder {
-            Some(folder) => (folder.as_os_str() != NO_HEADS).then(|| folder.clone()),
-            None => (model.model_path.is_none() && Path::new(DEFAULT_HEADS).is_dir())
-                .then(|| DEFAULT_HEADS.into()),
-        }?;
+        let shipped = || {
+            let default = self.folder.is_none() && model.model_path.is_none();
+            Some(Path::new(DEFAULT_HEADS)).filter(|folder| default && folder.is_dir())
+        };
+        let folder = self.named_folder().or_else(shipped)?.to_path_buf();
         Some(HeadsParams { folder, n_heads: self.k_heads })
     }
 
-    /// What to draft with, if anything.
+    /// Parameters of the draft sources; `None` without any.
     #[must_use]
     pub fn params(&self, model: &ModelArgs) -> Option<DraftParams> {
         let n_shared_text = match self.text_drafts {
@@ -363,7 +337,7 @@ impl DraftArgs {
 }
 
 impl ServeArgs {
-    /// Checks what one value means for another.
+    /// Checks values against each other.
     ///
     /// # Errors
     /// One line that names the variable, its value and the limit.
@@ -381,10 +355,10 @@ impl ServeArgs {
             ));
         }
         let streams = self.kv == KvLayout::Streams;
-        if self.drafts.folder.as_ref().is_some_and(|folder| folder.as_os_str() != NO_HEADS)
-            && streams
-        {
-            return Err("KV_LAYOUT is streams, which cannot hold the trees that MEDUSA_HEADS drafts: use unified".into());
+        if streams && self.drafts.named_folder().is_some() {
+            let message =
+                "KV_LAYOUT is streams, which cannot hold the trees of MEDUSA_HEADS: use unified";
+            return Err(message.into());
         }
         let auth = self.network.auth()?;
         let drafts = self.drafts.params(&self.model).filter(|_| !streams);
@@ -425,12 +399,11 @@ impl ServeArgs {
         })
     }
 
-    /// `auto` is the pool: it shares prefixes and holds trees, and with `vendor/patches/` a row
-    /// pays for the cells it sees and no others, so it is the faster layout on a CPU too.
-    /// `benches/results/` has the measurement.
+    /// `auto` is the pool: it shares prefixes and holds trees. With our attention kernel a row reads
+    /// only its own sequence's cells, so the pool is also the faster layout on a CPU
+    /// (`benches/results/`).
     fn layout(&self) -> Layout {
-        let unified = matches!(self.kv, KvLayout::Auto | KvLayout::Unified);
-        if !unified {
+        if self.kv == KvLayout::Streams {
             return Layout::Streams { n_cells: self.model.context_size };
         }
         let n_cells = self.kv_cells.unwrap_or(self.batch_size * self.model.context_size);
@@ -454,18 +427,18 @@ fn between(
     }
 }
 
-/// Seconds, with fractions; at most a day.
-fn seconds(text: &str) -> Result<Duration, String> {
-    match text.parse::<f64>() {
-        Ok(s) if (0.0..=86_400.0).contains(&s) => Ok(Duration::from_secs_f64(s)),
-        _ => Err("must be a number of seconds from 0 to 86400".into()),
+/// Seconds, with fractions, from `min` to a day.
+fn seconds(min: f64) -> impl Fn(&str) -> Result<Duration, String> + Clone + Send + Sync + 'static {
+    move |text| match text.parse() {
+        Ok(s) if (min..=86_400.0).contains(&s) => Ok(Duration::from_secs_f64(s)),
+        _ => Err(format!("must be a number of seconds from {min} to 86400")),
     }
 }
 
-/// The same, but long enough for something to happen in it.
-fn some_seconds(text: &str) -> Result<Duration, String> {
-    let long_enough = seconds(text).ok().filter(|time| *time >= Duration::from_millis(100));
-    long_enough.ok_or_else(|| "must be a number of seconds from 0.1 to 86400".into())
+/// A log level by its name; Python's `WARNING` is accepted too.
+fn level(name: &str) -> Result<Level, String> {
+    let name = if name.eq_ignore_ascii_case("warning") { "warn" } else { name };
+    name.parse().map_err(|_| "must be ERROR, WARN, INFO, DEBUG or TRACE".into())
 }
 
 #[cfg(test)]
@@ -481,7 +454,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_value_is_refused_with_its_variable() {
+    fn a_bad_value_is_rejected_with_its_variable() {
         let bad = [
             (["--batch-size", "0"], "BATCH_SIZE"),
             (["--port", "70000"], "PORT"),
@@ -515,7 +488,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_shape_is_refused_with_those_there_are() {
+    fn an_unknown_shape_is_rejected_with_the_known_ones() {
         let text = Args::try_parse_from(["x", "synth", "--like", "gpt-9", "-o", "f"])
             .unwrap_err()
             .to_string();
@@ -526,11 +499,11 @@ mod tests {
     }
 
     #[test]
-    fn values_that_contradict_each_other_are_refused() {
-        let refused = |args: &[&str]| serve(args).unwrap().check().unwrap_err();
-        assert!(refused(&["--n-batch", "2"]).contains("N_BATCH is 2"));
-        assert!(refused(&["--kv-cells", "100"]).contains("KV_CELLS is 100"));
-        assert!(refused(&["--kv", "streams", "--heads", "x"]).contains("MEDUSA_HEADS"));
+    fn values_that_contradict_each_other_are_rejected() {
+        let rejected = |args: &[&str]| serve(args).unwrap().check().unwrap_err();
+        assert!(rejected(&["--n-batch", "2"]).contains("N_BATCH is 2"));
+        assert!(rejected(&["--kv-cells", "100"]).contains("KV_CELLS is 100"));
+        assert!(rejected(&["--kv", "streams", "--heads", "x"]).contains("MEDUSA_HEADS"));
     }
 
     #[test]

@@ -1,75 +1,75 @@
 //! medusa-llama: a server that makes GGUF models answer faster.
 //!
 //! It links llama.cpp directly and serves many HTTP clients from one continuously batched engine.
-//! Medusa heads, and the text that was there before, draft trees of tokens that are verified in the
-//! same pass. On a CUDA device heads and verification run in kernels of our own.
+//! Medusa heads and earlier text draft token trees, which the same forward pass verifies. On a CUDA
+//! device our own kernels run the heads and the verification.
 //!
 //! # Architecture
 //!
-//! A request flows one way; answers return only as [`Event`](request::Event)s on the request's own
-//! channel.
+//! A request flows in one direction; answers return only as [`Event`](request::Event)s on the
+//! request's own channel.
 //!
 //! ```text
 //! http ──> request ──> engine ──> { scheduler, slots, speculate, grammar, sampler, text } ──> { llama ──> llama.cpp, gpu ──> cuda/ }
 //! ```
 //!
-//! 1. [`http`] reads a body and parses it, once, into a checked [`Request`](request::Request).
-//! 2. [`Handle::submit`](engine::Handle::submit) takes a place in the bounded queue, or refuses
-//!    (429), tokenises the prompt, and sends the job to the engine's thread.
-//! 3. The engine admits it: [`slots`](engine::slots) finds a sequence id and whatever of the prompt
-//!    is cached already.
-//! 4. [`scheduler::plan`](engine::scheduler::plan) picks the rows of the step: one for each running
-//!    stream, then chunks of prompts as large as [`pace`](engine::pace) allows.
-//! 5. [`speculate`] drafts a tree of candidates for each running stream, by heads and from text;
-//!    its [`grammar`](engine::grammar), if it has one, cuts out what it forbids; and the nodes that
-//!    pay are kept.
-//! 6. One [`forward`](engine::Forward::forward) over all rows, the trees' among them.
-//!    [`leaves`](engine::leaves) lends sequence ids, so that a node sees its own path.
-//! 7. Commit: [`sampler`](engine::sampler) (after [`filter`](engine::filter)) chooses a token from
-//!    each row that ends a sequence, of those that its grammar allows, and goes on from the child
-//!    that holds it, if there is one. [`text`](engine::text) turns bytes into whole characters and
-//!    looks for stop strings, and the piece leaves as an event. The cells of paths not taken are
-//!    free again. Where the logits are on a device, [`speculate::device`] has chosen there, and
-//!    drafted for the next step, before that.
+//! 1. [`http`] parses a body once into a checked [`Request`](request::Request).
+//! 2. [`Handle::submit`](engine::Handle::submit) takes a place in the bounded queue or fails (429),
+//!    tokenizes the prompt, and sends the job to the engine's thread.
+//! 3. The engine admits it: [`slots`](engine::slots) finds a sequence id and the part of the prompt
+//!    that is already cached.
+//! 4. [`scheduler::plan`](engine::scheduler::plan) picks the rows of the step: one for each
+//!    decoding sequence, then prompt chunks of the size that [`pace`](engine::pace) allows.
+//! 5. [`speculate`] drafts a tree of candidates for each decoding sequence, with heads and from
+//!    text; the [`grammar`](engine::grammar), if any, removes the forbidden ones; the policy keeps
+//!    those that pay.
+//! 6. One [`forward`](engine::Forward::forward) over all rows, including the trees.
+//!    [`leaves`](engine::leaves) assigns sequence ids so that each node attends to its own path.
+//! 7. Commit: at each row that ends a sequence, [`sampler`](engine::sampler) (after
+//!    [`filter`](engine::filter)) chooses a token among those the grammar allows, and continues
+//!    from the child that holds it, if there is one. [`text`](engine::text) turns bytes into whole
+//!    characters and finds stop strings, and the piece leaves as an event. Cells of rejected paths
+//!    are freed. If the logits are on a device, [`speculate::device`] has already chosen there and
+//!    drafted for the next step.
 //! 8. `http` turns events into JSON or server-sent events.
 //!
-//! To cancel is to drop the receiver; the engine sees it when it commits the next step. There is no
-//! abort message.
+//! Dropping the receiver cancels a request; the engine notices at the next commit. There is no
+//! abort message. `docs/architecture.md` follows one request through the modules.
 //!
 //! # Map
 //!
 //! | where | what | must not know |
 //! |---|---|---|
 //! | `build.rs`, `vendor/` | llama.cpp's source, patched and compiled; its bindings | |
-//! | [`config`] | arguments as typed, and checked; every limit and default in one table | |
-//! | [`cli`] | the commands: start, signals, drain, terminal | llama.cpp |
-//! | [`http`] | accept loop, routes; `access`, what is logged of a request; `auth` and `cors`, who may ask; `tls`; `api`, the bodies of requests and answers; `completions` and `information`, their handlers; chat templates; server-sent events; `page`, for browsers; `openapi` and `docs` document it all | cells, batches |
-//! | [`telemetry`] | spans of requests, to OpenTelemetry's collector | bodies, engine |
+//! | [`config`] | arguments, checked; one table of all limits and defaults | |
+//! | [`cli`] | the commands: start, signals, drain, terminal output | llama.cpp |
+//! | [`http`] | accept loop, routes; `access`, the access log; `auth` and `cors`; `tls`; `api`, the bodies of requests and answers; `completions` and `information`, their handlers; chat templates; server-sent events; `page` for browsers; `openapi` and `docs` | cells, batches |
+//! | [`telemetry`] | request spans for an OpenTelemetry collector | bodies, engine |
 //! | [`request`], [`error`] | what `http` and `engine` share | both |
-//! | [`engine`] | the loop, with a step's end in `commit`; `thread` starts and runs it, `handle` is its outside, `stats` what it counts, `forward` its way to a model, `grammar` its way to llguidance | sockets, JSON |
-//! | [`metrics`] | what `/metrics` shows: names for what the engine and HTTP count | sockets, cells |
-//! | [`speculate`] | `heads` and `pickle` (files), `medusa` and `conditioned` (drafting by heads), `suffix` and `text` (from text), `tree`, `calibration`, `reliability`, `cost`, `policy`; `device` (heads and verification on a GPU); `simulated` for `bench` | requests, cells |
-//! | [`train`] | heads from a model's own answers: answers, features, fit | HTTP |
-//! | [`synth`] | models and heads of random weights in known shapes, to measure with | requests |
+//! | [`engine`] | the step, which ends in `commit`; `thread` runs it, `handle` is its public side, `stats` its counters, `forward` its interface to a model, `grammar` its interface to llguidance | sockets, JSON |
+//! | [`metrics`] | `/metrics`: names for the counters of engine and HTTP | sockets, cells |
+//! | [`speculate`] | `heads` and `pickle` (files), `medusa` and `conditioned` (heads), `suffix` and `text` (text drafts), `tree`, `calibration`, `reliability`, `cost`, `policy`; `device` (heads and verification on a GPU); `simulated` for `bench` | requests, cells |
+//! | [`train`] | training of heads: answers, features, fit | HTTP |
+//! | [`synth`] | models and heads with random weights in known shapes, for benchmarks | requests |
 //! | [`eval`], [`plot`] | perplexity; SVG plots | requests |
-//! | [`tune`] | which form of a model to use, from what was measured | files, models |
-//! | [`vector`] | loops over logits as vector code | what they are for |
-//! | [`gpu`], `cuda/` | the fence around CUDA, and the kernels behind it, which know nothing of Rust | tokens, trees |
+//! | [`tune`] | recommends a quantization from measurements | files, models |
+//! | [`vector`] | vectorized loops over logits | their purpose |
+//! | [`gpu`], `cuda/` | the fence around CUDA, and its kernels | tokens, trees |
 //! | [`llama`] | the fence around C: model, context, samplers, and small networks on ggml's kernels | requests, slots |
 //!
 //! # Invariants
 //!
-//! - `unsafe` stands in [`llama`] and [`gpu`] only.
+//! - `unsafe` occurs only in [`llama`] and [`gpu`].
 //! - `scheduler`, `slots`, `leaves`, `sampler`'s draw, `text`, `pace`, `company`, and of
 //!   `speculate` all but `heads`, `pickle`, `medusa`, `conditioned` and `device` do no I/O and read
 //!   no clock.
-//! - One thread owns the llama context, and builds it there.
-//! - Nothing grows after the start without a limit in [`config`]: queue, body, connections, cells,
+//! - One thread creates and owns the llama context.
+//! - Whatever grows after the start has a limit in [`config`]: queue, body, connections, cells,
 //!   text to draft from, events per request.
-//! - A request is admitted only when the cache holds all it may come to need, so a running request
-//!   always can finish.
-//! - What a position's token is depends on the request, its seed and the position: not on who else
-//!   is in the batch, and not on what was drafted.
+//! - A request is admitted only when the cache has room for all it may need, so every running
+//!   request can finish.
+//! - A position's token depends on the request, its seed and the position: not on other requests
+//!   in the batch, and not on the drafts.
 
 pub mod cli;
 pub mod config;

@@ -120,7 +120,7 @@ struct Calibrated {
 /// # Errors
 /// When model, heads or prompts cannot be read, a result cannot be written, or the engine fails.
 pub fn bench(args: &BenchArgs) -> anyhow::Result<()> {
-    let prompts = Prompts::read(&args.prompts, args.system.clone(), args.raw)?;
+    let prompts = Prompts::read(&args.prompts.file, args.prompts.system.clone(), args.prompts.raw)?;
     let engine = engine::spawn(params(args)?);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let report = runtime.block_on(async {
@@ -130,12 +130,12 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     engine.stop();
     let report = report?;
     print(&report)?;
-    if let Some(path) = &args.json {
+    if let Some(path) = &args.report.json {
         let text = serde_json::to_string_pretty(&report)?;
         std::fs::write(path, text + "\n")
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
-    if let Some(path) = &args.svg {
+    if let Some(path) = &args.report.svg {
         let line = |&name: &&str| Line {
             name: name.to_owned(),
             points: report

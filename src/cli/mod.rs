@@ -1,4 +1,4 @@
-//! The commands: what `main` calls once the arguments are checked.
+//! The commands, which `main` calls with parsed arguments.
 
 mod bench;
 mod generate;
@@ -25,7 +25,7 @@ use tokio::sync::watch;
 
 use crate::engine::Stage;
 
-/// Shows how far the model is loaded, where someone watches; returns when it is, or cannot be.
+/// Shows a progress bar on a terminal until the model is loaded or has failed to load.
 async fn show_loading(mut stage: watch::Receiver<Stage>) {
     if !std::io::stderr().is_terminal() {
         return;
@@ -36,10 +36,8 @@ async fn show_loading(mut stage: watch::Receiver<Stage>) {
             .expect("a valid template"),
     );
     loop {
-        match &*stage.borrow_and_update() {
-            Stage::Loading(progress) => bar.set_position((progress * 100.0) as u64),
-            Stage::Ready(_) | Stage::Failed(_) => break,
-        }
+        let Stage::Loading(progress) = *stage.borrow_and_update() else { break };
+        bar.set_position((progress * 100.0) as u64);
         if stage.changed().await.is_err() {
             break;
         }

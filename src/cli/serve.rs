@@ -1,5 +1,4 @@
-//! `medusa-llama serve`: the port first, then the model, then requests until a signal, then what is
-//! left of them.
+//! `medusa-llama serve`: binds the port, loads the model, serves requests until a signal, drains.
 
 use std::future::Future;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,35 +17,35 @@ use crate::http::{self, App};
 use crate::metrics::Metrics;
 use crate::telemetry::Telemetry;
 
-/// Bytes that were written take this long at most to leave.
+/// Time to flush written bytes after the drain.
 const FLUSH: Duration = Duration::from_secs(2);
 
-/// Runs the server until a signal; then drains.
+/// Serves until a signal; then drains.
 ///
 /// # Errors
 /// When the port is taken, the model cannot be loaded, or the engine fails.
 pub fn serve(config: Config) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(config.workers)
-        .max_blocking_threads(config.workers.max(2)) // they tokenise prompts
+        .max_blocking_threads(config.workers.max(2)) // these tokenize prompts
         .thread_name("http")
         .enable_all()
         .build()
-        .context("could not start the network's threads")?;
+        .context("cannot start the HTTP server's threads")?;
     runtime.block_on(run(config))
 }
 
 async fn run(config: Config) -> anyhow::Result<()> {
     let listener = TcpListener::bind(config.listen)
         .await
-        .with_context(|| format!("could not listen on {}", config.listen))?;
+        .with_context(|| format!("cannot listen on {}", config.listen))?;
     let address = listener.local_addr()?;
     let scheme = if config.tls.is_some() { "https" } else { "http" };
     tracing::info!(
         "listening on {scheme}://{address}, loading {}",
         config.engine.model_path.display()
     );
-    // As llama-server and vLLM do: the file's name.
+    // The name of the file, as in llama-server and vLLM.
     let model_id =
         config.engine.model_path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     let telemetry =
@@ -97,7 +96,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
     }
 }
 
-/// Completes at the first SIGTERM or SIGINT. Another one while draining ends the process at once.
+/// Completes at the first SIGTERM or SIGINT. A second one ends the process immediately.
 fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
     let mut term = signal(SignalKind::terminate())?;
     let mut int = signal(SignalKind::interrupt())?;
@@ -106,13 +105,13 @@ fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
         tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
         let _ = tx.send(());
         tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
-        tracing::warn!("second signal: ending at once");
+        tracing::warn!("second signal: exiting immediately");
         std::process::exit(130);
     });
     Ok(async { drop(rx.await) })
 }
 
-/// Waits until no request is in flight, or `timeout` has passed.
+/// Waits until no request is in flight, at most for `timeout`.
 async fn drain(stage: watch::Receiver<Stage>, timeout: Duration) {
     let Stage::Ready(handle) = stage.borrow().clone() else { return };
     tracing::info!(in_flight = handle.n_in_flight(), "draining");
@@ -124,23 +123,20 @@ async fn drain(stage: watch::Receiver<Stage>, timeout: Duration) {
     if tokio::time::timeout(timeout, idle).await.is_err() {
         tracing::warn!(
             in_flight = handle.n_in_flight(),
-            "the drain time is over; what still runs is cut off"
+            "drain timeout reached; cancelling the remaining requests"
         );
     }
 }
 
+/// Waits until the engine has failed; returns the reason.
 async fn failed(mut stage: watch::Receiver<Stage>) -> String {
-    loop {
-        if let Stage::Failed(why) = &*stage.borrow_and_update() {
-            return why.clone();
-        }
-        if stage.changed().await.is_err() {
-            return "the engine's thread ended".into();
-        }
+    match stage.wait_for(|stage| matches!(stage, Stage::Failed(_))).await.as_deref() {
+        Ok(Stage::Failed(why)) => why.clone(),
+        _ => "the engine thread ended".into(),
     }
 }
 
-/// Logs what is served, once it is.
+/// Logs the model and its limits once it is loaded.
 async fn announce(mut stage: watch::Receiver<Stage>) {
     let ready = stage.wait_for(|s| !matches!(s, Stage::Loading(_))).await;
     if let Ok(Stage::Ready(handle)) = ready.as_deref() {
@@ -163,7 +159,7 @@ fn log_ready(handle: &Handle) {
     );
     if limits.n_ctx > model.n_ctx_train() {
         tracing::warn!(
-            "MODEL_CONTEXT_SIZE {} is beyond the {} the model was trained on",
+            "MODEL_CONTEXT_SIZE {} exceeds the {} tokens the model was trained with",
             limits.n_ctx,
             model.n_ctx_train()
         );

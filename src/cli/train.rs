@@ -31,7 +31,7 @@ use crate::train::save::{self, Origin};
 pub fn train(args: &TrainArgs) -> anyhow::Result<()> {
     std::fs::create_dir_all(&args.output)?;
     let work = args.work.clone().unwrap_or_else(|| args.output.join("work"));
-    let prompts = Prompts::read(&args.prompts, args.system.clone(), args.raw)?;
+    let prompts = Prompts::read(&args.prompts.file, args.prompts.system.clone(), args.prompts.raw)?;
     let folder = work.join("features");
     let (n_tokens, collect_s) = collect(args, &prompts, &folder)?;
     let model =

@@ -40,7 +40,7 @@ pub fn tune(args: &TuneArgs) -> anyhow::Result<()> {
     // First all that can be wrong with what was typed: measuring takes long.
     let input = args.model.path().map_err(|e| anyhow!(e))?;
     let threads = thread_counts(&args.threads)?;
-    for path in [&args.json, &args.svg].into_iter().flatten() {
+    for path in [&args.report.json, &args.report.svg].into_iter().flatten() {
         check_output(path)?;
     }
     let text = std::fs::read_to_string(&args.file)
@@ -117,10 +117,10 @@ pub fn tune(args: &TuneArgs) -> anyhow::Result<()> {
     drop(folder);
     report.conclude()?;
     report.print()?;
-    if let Some(path) = &args.json {
+    if let Some(path) = &args.report.json {
         report.write_json(path)?;
     }
-    if let Some(path) = &args.svg {
+    if let Some(path) = &args.report.svg {
         report.plot(path)?;
     }
     Ok(())

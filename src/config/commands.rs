@@ -1,4 +1,4 @@
-//! The arguments of the commands that do not serve.
+//! Arguments of all commands but `serve`.
 
 use std::path::PathBuf;
 
@@ -12,140 +12,24 @@ use crate::llama::Quantization;
 use crate::request::Speculation;
 use crate::synth::Shape;
 
-/// `medusa-llama generate`.
+/// Prompts to answer.
 #[derive(Clone, Debug, ClapArgs)]
-pub struct GenerateArgs {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub model: ModelArgs,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub drafts: DraftArgs,
-    /// Text to continue; `-` reads it from standard input
-    #[arg(short = 'p', long)]
-    pub prompt: String,
-    /// Most tokens to generate
-    #[arg(short = 'n', long, default_value_t = 128, value_parser = between(1, 1 << 20))]
-    pub max_tokens: usize,
-    /// 0 is greedy
-    #[arg(long, default_value_t = 0.8, value_parser = number(0.0, 100.0))]
-    pub temperature: f32,
-    /// Keep the most likely tokens up to this probability together
-    #[arg(long, default_value_t = 0.95, value_parser = number(0.0, 1.0))]
-    pub top_p: f32,
-    /// Keep this many most likely tokens; 0 keeps all
-    #[arg(long, default_value_t = 0)]
-    pub top_k: usize,
-    /// Keep tokens at least this fraction as likely as the most likely one
-    #[arg(long, default_value_t = 0.0, value_parser = number(0.0, 1.0))]
-    pub min_p: f32,
-    /// The same seed gives the same text [default: a new one each time]
-    #[arg(long)]
-    pub seed: Option<u64>,
-    /// End the text before this string; may be given several times
-    #[arg(long, value_parser = NonEmptyStringValueParser::new())]
-    pub stop: Vec<String>,
-}
-
-/// `medusa-llama train`.
-#[derive(Clone, Debug, ClapArgs)]
-pub struct TrainArgs {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub model: ModelArgs,
-    /// What to ask: one JSON object a line, with "prompt"
-    #[arg(long, value_name = "FILE.jsonl")]
-    pub prompts: PathBuf,
-    /// Folder for the heads
-    #[arg(short, long, value_name = "DIR")]
-    pub output: PathBuf,
-    /// What the heads see: the hidden state and the path they draft behind, or, as in Medusa, the
-    /// hidden state only
-    #[arg(long, default_value = "conditioned")]
-    pub kind: HeadKind,
-    /// Number of heads
-    #[arg(long, default_value_t = 4, value_parser = between(1, 16))]
-    pub heads: usize,
-    /// Width of a conditioned head's block [default: the model's]
-    #[arg(long, value_parser = between(1, 1 << 16))]
-    pub width: Option<usize>,
-    /// Tokens that heads can draft: the most frequent ones
-    #[arg(long, default_value_t = 16_384, value_parser = between(16, 1 << 24))]
-    pub draft_vocab: usize,
-    /// Times that everything is seen
-    #[arg(long, default_value_t = 3, value_parser = between(1, 1000))]
-    pub epochs: usize,
-    /// Folder for answers and features, to go on from after a kill [default: OUTPUT/work]
-    #[arg(long, value_name = "DIR")]
-    pub work: Option<PathBuf>,
-    /// Train on this many tokens of answers
-    #[arg(long, default_value_t = 200_000, value_parser = between(1000, 1 << 40))]
-    pub tokens: usize,
-    /// Most tokens of one answer
-    #[arg(long, default_value_t = 256, value_parser = between(8, 1 << 20))]
-    pub max_answer: usize,
+pub struct PromptArgs {
+    /// File of prompts: one JSON object per line, with "prompt" or "turns", and optionally
+    /// "category"
+    #[arg(long = "prompts", value_name = "FILE.jsonl")]
+    pub file: PathBuf,
     /// System message before each prompt
     #[arg(long)]
     pub system: Option<String>,
-    /// Take the prompts as they are, not as a user's messages in the model's chat format
+    /// Send the prompts as they are, without the model's chat format
     #[arg(long)]
     pub raw: bool,
-    /// Answers generated together
-    #[arg(short = 'b', long, default_value_t = 32, value_parser = between(1, 256))]
-    pub batch_size: usize,
-    /// Most disk space for features, in GiB; what does not fit is not trained on
-    #[arg(long, default_value_t = 8, value_parser = between(1, 1 << 20))]
-    pub max_disk_gib: usize,
-    /// Orders the prompts, seeds answers and weights
-    #[arg(long, default_value_t = 1)]
-    pub seed: u64,
 }
 
-/// `medusa-llama bench`.
+/// Files to write results to.
 #[derive(Clone, Debug, ClapArgs)]
-pub struct BenchArgs {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub model: ModelArgs,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub drafts: DraftArgs,
-    /// What to ask: one JSON object a line, with "prompt" or "turns", and perhaps "category"
-    #[arg(long, value_name = "FILE.jsonl")]
-    pub prompts: PathBuf,
-    /// Ask this many of them, spread over the file
-    #[arg(short = 'k', long, default_value_t = 24, value_parser = between(1, 1 << 20))]
-    pub n_prompts: usize,
-    /// Most tokens of an answer
-    #[arg(short = 'n', long, default_value_t = 128, value_parser = between(1, 1 << 20))]
-    pub max_tokens: usize,
-    /// Parallel requests
-    #[arg(long, default_value = "1,2,4,8", value_delimiter = ',', value_parser = between(1, 256))]
-    pub parallel: Vec<usize>,
-    /// How often everything is measured
-    #[arg(long, default_value_t = 3, value_parser = between(1, 1000))]
-    pub rounds: usize,
-    /// 0 is greedy
-    #[arg(long, default_value_t = 0.0)]
-    pub temperature: f64,
-    /// What to compare, the first with each other one: off, heads, text, auto (both), typical
-    #[arg(long, default_value = "off,auto", value_delimiter = ',', value_parser = speculation)]
-    pub modes: Vec<Speculation>,
-    /// Verify this many candidates in every step whatever they cost, instead of those that pay
-    #[arg(long, value_parser = between(1, 64))]
-    pub tree_nodes: Option<usize>,
-    /// Simulate that heads are right at these rates, the first head's first: each is the
-    /// probability that a head's best candidate is right given that the path before it is. As many
-    /// heads are used. Texts are meaningless then; what steps take is measured as ever, which tells
-    /// what good heads would be worth where there are random ones only
-    #[arg(long, value_name = "RATE,...", value_delimiter = ',', value_parser = number(0.0, 1.0))]
-    pub acceptance: Option<Vec<f32>>,
-    /// System message before each prompt
-    #[arg(long)]
-    pub system: Option<String>,
-    /// Take the prompts as they are, not as a user's messages in the model's chat format
-    #[arg(long)]
-    pub raw: bool,
+pub struct ReportArgs {
     /// Write all figures to this file
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
@@ -154,20 +38,137 @@ pub struct BenchArgs {
     pub svg: Option<PathBuf>,
 }
 
+/// `medusa-llama generate`.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct GenerateArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) drafts: DraftArgs,
+    /// Text to continue; `-` reads standard input
+    #[arg(short = 'p', long)]
+    pub prompt: String,
+    /// Maximum tokens to generate
+    #[arg(short = 'n', long, default_value_t = 128, value_parser = between(1, 1 << 20))]
+    pub max_tokens: usize,
+    /// Sampling temperature; 0 is greedy
+    #[arg(long, default_value_t = 0.8, value_parser = number(0.0, 100.0))]
+    pub temperature: f32,
+    /// Keep the most likely tokens up to this total probability
+    #[arg(long, default_value_t = 0.95, value_parser = number(0.0, 1.0))]
+    pub top_p: f32,
+    /// Keep this many most likely tokens; 0 keeps all
+    #[arg(long, default_value_t = 0)]
+    pub top_k: usize,
+    /// Keep tokens at least this fraction as likely as the top one
+    #[arg(long, default_value_t = 0.0, value_parser = number(0.0, 1.0))]
+    pub min_p: f32,
+    /// The same seed gives the same text [default: random]
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Stop before this string; repeatable
+    #[arg(long, value_parser = NonEmptyStringValueParser::new())]
+    pub stop: Vec<String>,
+}
+
+/// `medusa-llama train`.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct TrainArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) prompts: PromptArgs,
+    /// Folder to write the heads to
+    #[arg(short, long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// Input of the heads
+    #[arg(long, default_value = "conditioned")]
+    pub kind: HeadKind,
+    /// Number of heads
+    #[arg(long, default_value_t = 4, value_parser = between(1, 16))]
+    pub heads: usize,
+    /// Width of a conditioned head's block [default: the model's]
+    #[arg(long, value_parser = between(1, 1 << 16))]
+    pub width: Option<usize>,
+    /// Draft vocabulary: heads draft only this many of the most frequent tokens
+    #[arg(long, default_value_t = 16_384, value_parser = between(16, 1 << 24))]
+    pub draft_vocab: usize,
+    /// Passes over the training data
+    #[arg(long, default_value_t = 3, value_parser = between(1, 1000))]
+    pub epochs: usize,
+    /// Folder for answers and features; a killed run resumes from it [default: OUTPUT/work]
+    #[arg(long, value_name = "DIR")]
+    pub work: Option<PathBuf>,
+    /// Tokens of answers to train on
+    #[arg(long, default_value_t = 200_000, value_parser = between(1000, 1 << 40))]
+    pub tokens: usize,
+    /// Maximum tokens of one answer
+    #[arg(long, default_value_t = 256, value_parser = between(8, 1 << 20))]
+    pub max_answer: usize,
+    /// Answers to generate concurrently
+    #[arg(short = 'b', long, default_value_t = 32, value_parser = between(1, 256))]
+    pub batch_size: usize,
+    /// Maximum disk space for features, in GiB; features beyond it are not used
+    #[arg(long, default_value_t = 8, value_parser = between(1, 1 << 20))]
+    pub max_disk_gib: usize,
+    /// Seed for the order of prompts, the answers and the initial weights
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+}
+
+/// `medusa-llama bench`.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct BenchArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) drafts: DraftArgs,
+    #[command(flatten)]
+    pub(crate) prompts: PromptArgs,
+    /// Number of prompts to use, spread over the file
+    #[arg(short = 'k', long, default_value_t = 24, value_parser = between(1, 1 << 20))]
+    pub n_prompts: usize,
+    /// Maximum tokens of one answer
+    #[arg(short = 'n', long, default_value_t = 128, value_parser = between(1, 1 << 20))]
+    pub max_tokens: usize,
+    /// Numbers of parallel requests
+    #[arg(long, default_value = "1,2,4,8", value_delimiter = ',', value_parser = between(1, 256))]
+    pub parallel: Vec<usize>,
+    /// Number of measurements of each mode
+    #[arg(long, default_value_t = 3, value_parser = between(1, 1000))]
+    pub rounds: usize,
+    /// Sampling temperature; 0 is greedy
+    #[arg(long, default_value_t = 0.0)]
+    pub temperature: f64,
+    /// Modes to compare, the first with each other one: off, heads, text, auto (both), typical
+    #[arg(long, default_value = "off,auto", value_delimiter = ',', value_parser = speculation)]
+    pub modes: Vec<Speculation>,
+    /// Verify this many candidates in every step, whatever they cost
+    #[arg(long, value_parser = between(1, 64))]
+    pub tree_nodes: Option<usize>,
+    /// Simulate acceptance: for each head, the probability that its top candidate is right if the
+    /// path before it is. Texts are meaningless then, but step times are real, which shows what
+    /// trained heads would be worth where only random ones exist
+    #[arg(long, value_name = "RATE,...", value_delimiter = ',', value_parser = number(0.0, 1.0))]
+    pub acceptance: Option<Vec<f32>>,
+    #[command(flatten)]
+    pub(crate) report: ReportArgs,
+}
+
 /// `medusa-llama quantize`.
 #[derive(Clone, Debug, ClapArgs)]
 pub struct QuantizeArgs {
-    /// GGUF file to read; F16 or BF16 gives the best result
+    /// GGUF file to read, preferably F16 or BF16
     pub input: PathBuf,
     /// GGUF file to write
     pub output: PathBuf,
-    /// For example Q4_0, Q8_0, Q4_K_M
+    /// Quantization, such as Q4_0, Q8_0 or Q4_K_M
     #[arg(value_name = "TYPE", value_parser = quantization)]
     pub kind: Quantization,
-    /// Overwrite the output
+    /// Overwrite an existing output file
     #[arg(short, long)]
     pub force: bool,
-    /// Threads
+    /// Number of threads
     #[arg(short = 't', long, default_value_t = 4, value_parser = between(1, 1024))]
     pub n_threads: usize,
 }
@@ -176,9 +177,8 @@ pub struct QuantizeArgs {
 #[derive(Clone, Debug, ClapArgs)]
 pub struct PerplexityArgs {
     #[command(flatten)]
-    #[allow(missing_docs)]
-    pub model: ModelArgs,
-    /// Text to read
+    pub(crate) model: ModelArgs,
+    /// Text file to measure on
     #[arg(short, long)]
     pub file: PathBuf,
 }
@@ -187,73 +187,67 @@ pub struct PerplexityArgs {
 #[derive(Clone, Debug, ClapArgs)]
 pub struct TuneArgs {
     #[command(flatten)]
-    #[allow(missing_docs)]
-    pub model: ModelArgs,
-    /// Text to measure perplexity on, and to continue
+    pub(crate) model: ModelArgs,
+    /// Text file to measure perplexity on and to take prompts from
     #[arg(short, long)]
     pub file: PathBuf,
-    /// Quantizations to try beside the model as it is
+    /// Quantizations to try, besides the model as it is
     #[arg(long, value_name = "TYPE,...", default_value = "Q4_0,Q4_1,Q8_0", value_delimiter = ',', value_parser = quantization)]
     pub types: Vec<Quantization>,
-    /// Numbers of threads to try [default: 1, 2, 4, 8 and so on, and as many as there are cores]
+    /// Thread counts to try [default: powers of two up to the number of cores, and that number]
     #[arg(long, value_name = "N,...", value_delimiter = ',', value_parser = between(1, 1024))]
     pub threads: Vec<usize>,
-    /// Keep the quantized files in this folder; else they are removed
+    /// Keep the quantized files in this folder [default: they are removed]
     #[arg(long, value_name = "DIR")]
     pub keep: Option<PathBuf>,
-    /// Most that perplexity may be above the best one's: 0.05 is 5%
+    /// Maximum excess of perplexity over the lowest one; 0.05 is 5%
     #[arg(long, value_name = "SHARE", default_value_t = 0.05, value_parser = number(0.0, 1.0))]
     pub max_perplexity_loss: f32,
-    /// Tokens of each sequence whose speed is measured
+    /// Tokens per sequence in a speed measurement
     #[arg(short = 'n', long, default_value_t = 64, value_parser = between(2, 4096))]
     pub max_tokens: usize,
-    /// How often everything but perplexity is measured
+    /// Number of speed measurements
     #[arg(long, default_value_t = 3, value_parser = between(1, 1000))]
     pub rounds: usize,
-    /// Write all figures to this file
-    #[arg(long, value_name = "FILE")]
-    pub json: Option<PathBuf>,
-    /// Write a plot of what steps of few and many rows take to this file
-    #[arg(long, value_name = "FILE")]
-    pub svg: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) report: ReportArgs,
 }
 
 /// `medusa-llama synth`.
 #[derive(Clone, Debug, ClapArgs)]
 pub struct SynthArgs {
-    /// Whose shape: vicuna-7b, llama-3-8b, smollm2-135m, tiny
+    /// Model whose shape to use: vicuna-7b, llama-3-8b, smollm2-135m or tiny
     #[arg(long, value_name = "NAME", value_parser = shape)]
     pub like: Shape,
     /// GGUF file to write
     #[arg(short, long, value_name = "FILE.gguf")]
     pub output: PathBuf,
-    /// How the model is stored, in llama.cpp's mixture: for example Q4_K_M, Q8_0, F16
+    /// Quantization, in llama.cpp's mixture of types, such as Q4_K_M, Q8_0 or F16
     #[arg(short, long, value_name = "TYPE", default_value = "Q4_K_M", value_parser = quantization)]
     pub quantization: Quantization,
-    /// Folder to write heads to
+    /// Folder to write random heads to [default: no heads]
     #[arg(long, value_name = "DIR")]
     pub heads: Option<PathBuf>,
     /// Number of heads
     #[arg(long, default_value_t = 4, value_parser = between(1, 16))]
     pub n_heads: usize,
-    /// What the heads see: the hidden state, each with an output matrix of its own, or the path
-    /// they draft behind, too
+    /// Input of the heads
     #[arg(long, default_value = "medusa")]
     pub kind: HeadKind,
     /// The same seed gives the same files
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
-    /// Overwrite the files
+    /// Overwrite existing files
     #[arg(short, long)]
     pub force: bool,
 }
 
-/// What trained heads see.
+/// Input of trained heads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum HeadKind {
     /// The hidden state and the path drafted so far
     Conditioned,
-    /// The hidden state
+    /// The hidden state only, as in Medusa
     Medusa,
 }
 
@@ -262,20 +256,23 @@ fn speculation(name: &str) -> Result<Speculation, String> {
         .map_err(|error: serde::de::value::Error| error.to_string())
 }
 
-/// A number in a range.
-fn number(min: f32, max: f32) -> impl Fn(&str) -> Result<f32, String> + Clone + Send + Sync {
-    move |text| match text.parse::<f32>() {
-        Ok(n) if (min..=max).contains(&n) => Ok(n),
-        _ => Err(format!("must be a number from {min} to {max}")),
-    }
-}
-
 fn quantization(name: &str) -> Result<Quantization, String> {
-    let names = || Quantization::names().collect::<Vec<_>>().join(", ");
-    Quantization::by_name(name).ok_or_else(|| format!("must be one of {}", names()))
+    one_of(Quantization::by_name(name), Quantization::names())
 }
 
 fn shape(name: &str) -> Result<Shape, String> {
-    let names = || Shape::names().collect::<Vec<_>>().join(", ");
-    Shape::by_name(name).ok_or_else(|| format!("must be one of {}", names()))
+    one_of(Shape::by_name(name), Shape::names())
+}
+
+/// The value that was found by its name, or an error with the known names.
+fn one_of<T>(found: Option<T>, names: impl Iterator<Item = &'static str>) -> Result<T, String> {
+    found.ok_or_else(|| format!("must be one of {}", names.collect::<Vec<_>>().join(", ")))
+}
+
+/// A number in a range.
+fn number(min: f32, max: f32) -> impl Fn(&str) -> Result<f32, String> + Clone + Send + Sync {
+    move |text| match text.parse() {
+        Ok(n) if (min..=max).contains(&n) => Ok(n),
+        _ => Err(format!("must be a number from {min} to {max}")),
+    }
 }

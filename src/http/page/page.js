@@ -1,12 +1,12 @@
-// Watch it think: sends a prompt, and shows of each token who drafted it and which step of the model decided it.
+// Watch it think: sends a prompt and shows, for each token, what drafted it and which step decided it.
 "use strict";
 
-// Before the body is there, so that the page never shows in the other theme first.
+// Runs before the body exists, so that the page never flashes in the wrong theme.
 const stored = (() => {
   try {
     return localStorage;
   } catch {
-    return new Map(); // storage is forbidden
+    return new Map(); // storage is disabled
   }
 })();
 if (stored.theme) document.documentElement.dataset.theme = stored.theme;
@@ -23,10 +23,10 @@ const byId = (id) => document.getElementById(id);
 const now = () => performance.now() / 1e3;
 const sourceOf = (token) => token.source ?? "model";
 
-let run = null; // the answer that is shown
-const told = []; // figures of the runs in the table, newest first
+let run = null; // the run on display
+const told = []; // rows of the table of runs, newest first
 
-// ---- A run: what has arrived of one answer.
+// ---- A run: the part of an answer received so far.
 
 class Run {
   constructor(mode, shares) {
@@ -34,9 +34,9 @@ class Run {
     this.abort = new AbortController();
     this.steps = []; // { step, rows, n, model, heads, text, both }
     this.arrivals = []; // [seconds since the first token, tokens so far, tokens per second]
-    this.marks = []; // what is shown: { text, tokens, step, element }
-    this.waiting = []; // tokens without text yet
-    this.selected = null; // an index of marks
+    this.marks = []; // pieces on display: { text, tokens, step, element }
+    this.waiting = []; // tokens that have no text yet
+    this.selected = null; // an index into marks
   }
 
   count(tokens) {
@@ -57,14 +57,14 @@ class Run {
     }
   }
 
-  // Notes when the tokens so far were there.
+  // Records the arrival time of the tokens so far.
   mark() {
     if (this.first === null || this.tokens === this.arrivals.at(-1)?.[1]) return;
     const at = this.last - this.first;
     this.arrivals.push([at, this.tokens, this.pace(at)]);
   }
 
-  // Tokens per second of the last half second.
+  // Tokens per second over the last half second.
   pace(at) {
     const before = this.arrivals.findLast(([t]) => t <= at - 0.5) ?? this.arrivals[0];
     return before && at - before[0] > 0.05 ? (this.tokens - before[1]) / (at - before[0]) : null;
@@ -86,8 +86,8 @@ class Run {
   }
 }
 
-// Which part of a piece's text each of its tokens brought, as { text, tokens }. The texts of tokens are a hint only: in place of a
-// part of a character they have U+FFFD. What completes a character gets it; a token that gets nothing waits and is told with the next.
+// Splits the text of a piece among its tokens, as { text, tokens }. The text of a token is only a hint: it has U+FFFD in place of a
+// partial character. The token that completes a character gets it; a token without text joins the next one.
 function place(text, tokens, waiting) {
   const marks = [];
   let rest = text;
@@ -101,11 +101,11 @@ function place(text, tokens, waiting) {
   return marks;
 }
 
-// How much of `rest` is a token's that is spelled `own` and that one spelled `next` follows.
+// Length of the part of `rest` that belongs to a token with text `own`, followed by one with text `next`.
 function share(rest, own, next) {
   if (!own.includes("\uFFFD")) {
     if (rest.startsWith(own)) return own.length;
-    const trimmed = own.trimStart(); // some tokenisers begin a text without its space
+    const trimmed = own.trimStart(); // some tokenizers drop the first space of a text
     if (trimmed && rest.startsWith(trimmed)) return trimmed.length;
   }
   const known = own.includes("\uFFFD") ? own : "\uFFFD";
@@ -117,7 +117,7 @@ function share(rest, own, next) {
   return at < 0 ? head.length : at + tail.length;
 }
 
-// ---- Asking.
+// ---- Requests.
 
 async function send(event) {
   event?.preventDefault();
@@ -140,13 +140,13 @@ async function send(event) {
   }
 }
 
-// As a chat; where the model has no template for one, the prompt as it is.
+// Sends a chat, or the raw prompt if the model has no chat template.
 async function ask(mine) {
   const prompt = byId("prompt").value;
   const number = (id) => (byId(id).value.trim() === "" ? undefined : Number(byId(id).value));
   const common = {
     max_tokens: number("max-tokens"), temperature: number("temperature"), seed: number("seed"),
-    // The same prompt again would otherwise be drafted from its own answer, and runs not compare.
+    // Without this, a repeated prompt would be drafted from its own earlier answer, and runs would not be comparable.
     speculation: mine.mode, share_text: mine.shares, details: true, stream: true,
   };
   const chat = { ...common, messages: [{ role: "user", content: prompt }], stream_options: { include_usage: true } };
@@ -172,7 +172,7 @@ async function request(path, options) {
     response = await fetch(path, { ...options, headers, cache: "no-store" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Error(`The server cannot be reached: ${error.message}`);
+    throw new Error(`Cannot reach the server: ${error.message}`);
   }
   if (response.status === 401) askForKey(options.method === "POST");
   return response;
@@ -183,7 +183,7 @@ async function problem(response) {
   return { message: `${response.status} ${response.statusText}`.trim(), ...body.error };
 }
 
-// The bodies of a stream's events, as many at once as arrived together.
+// The bodies of a stream's events, in the batches in which they arrive.
 async function* batches(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let rest = "";;) {
@@ -217,7 +217,7 @@ function take(mine, pieces) {
   update();
 }
 
-// ---- Showing.
+// ---- Display.
 
 function begin(mine) {
   byId("answer").replaceChildren();
@@ -241,7 +241,7 @@ function end(mine, error) {
   const [tokens, steps] = [mine.tokens, mine.n_steps ?? mine.steps.length];
   const what = { stop: "Ended by the model", length: "Full length", stopped: "Stopped" }[mine.reason];
   byId("status").textContent = error ? "Failed." : `${what ?? "Done"}: ${plural(tokens, "token")} in ${plural(steps, "step")}.`;
-  if (tokens) tell(mine, error ? "failed" : mine.reason);
+  if (tokens) addRow(mine, error ? "failed" : mine.reason);
   mine.over = true;
   update();
   information();
@@ -252,7 +252,7 @@ function show(mine, marks) {
   for (const { text, tokens } of marks) {
     const token = tokens.at(-1);
     if (!token) {
-      // What was held back of a token that is shown already.
+      // The held-back rest of a token that is on display already.
       answer.lastChild ? answer.lastChild.lastChild.append(text) : answer.append(text);
       continue;
     }
@@ -273,7 +273,7 @@ function show(mine, marks) {
   }
 }
 
-// Keeps the newest line in sight, unless somebody has scrolled up to read.
+// Keeps the newest line in view, unless the reader has scrolled up.
 let follows = true;
 function follow() {
   const answer = byId("answer");
@@ -298,7 +298,7 @@ const plural = (n, what) => `${n} ${what}${n === 1 ? "" : "s"}`;
 const decimal = (n, digits) => (n === null || !Number.isFinite(n) ? "–" : n.toFixed(digits));
 const duration = (s) => (s === null ? "–" : s < 0.9995 ? `${Math.round(s * 1e3)} ms` : `${s.toFixed(2)} s`);
 
-// What the totals and the table both tell.
+// Figures for the totals and for the table.
 function figures(mine) {
   const steps = mine.n_steps ?? mine.steps.length;
   return {
@@ -314,8 +314,8 @@ function update() {
   redraw();
 }
 
-// Rows stay where they are; what they say moves down.
-function tell(mine, reason) {
+// Row elements stay; their contents move down.
+function addRow(mine, reason) {
   const f = figures(mine);
   told.unshift([told.length + 1, mine.shares ? `${mine.mode}, recent` : mine.mode, f.tokens, f.steps, f.perStep, f.drafted, f.accepted, f.first, f.rate, reason]);
   [...byId("runs").rows].forEach((row, i) => told[i]?.forEach((value, cell) => (row.cells[cell].textContent = value)));
@@ -358,7 +358,7 @@ function draw() {
   byId("plot-rate").ariaLabel = `Tokens per second: ${f.rate} in the mean`;
 }
 
-// A canvas ready to be drawn on, with the scale's top and zero named at its left.
+// Prepares a canvas and draws the labelled grid lines of its scale.
 function axes(canvas, top) {
   const [w, h, ratio] = [canvas.clientWidth, canvas.clientHeight, devicePixelRatio];
   if (canvas.width !== Math.round(w * ratio) || canvas.height !== Math.round(h * ratio)) {
@@ -386,8 +386,8 @@ function axes(canvas, top) {
   return { pen, area, y };
 }
 
-// A bar for each step, of the parts that `parts` gives from below; the latest ones, if there are more than fit. The first step
-// reads the prompt and does not stretch the scale: its bar is cut, with its height beside it.
+// One stacked bar per step, bottom part first; only the latest ones if not all fit. The first step reads the prompt and is
+// excluded from the scale: its bar is clipped, with its height beside it.
 function bars(canvas, steps, selected, parts, least) {
   const height = (step) => parts(step).reduce((sum, [n]) => sum + n, 0);
   const width = Math.min(8, Math.max(3, (canvas.clientWidth - 31) / Math.max(1, steps.length)));
@@ -425,7 +425,7 @@ function curve(canvas, points) {
   pen.stroke();
 }
 
-// The next number that halves well: 4, 6, 8, 10, 20, 40, 60 and so on.
+// The next round number with a round half: 4, 6, 8, 10, 20, 40, 60 and so on.
 function even(n) {
   const unit = 10 ** Math.floor(Math.log10(Math.max(1, n)));
   return [1, 2, 4, 6, 8, 10].map((k) => k * unit).find((k) => k >= n && k > 1);
@@ -447,13 +447,13 @@ async function information() {
   try {
     const response = await request("./", { headers: { accept: "application/json" } });
     if (!response.ok) return;
-    tellServer(await response.json());
+    showServer(await response.json());
   } catch {
-    byId("fact-load").textContent = "not reached";
+    byId("fact-load").textContent = "server not reachable";
   }
 }
 
-function tellServer({ model, loading, context_size, slots, heads, text_drafts, drafting_on, load }) {
+function showServer({ model, loading, context_size, slots, heads, text_drafts, drafting_on, load }) {
   if (!model) {
     byId("fact-model").textContent = loading === undefined ? "none: the engine has stopped" : `loading, ${Math.round(loading * 100)}%`;
     if (loading !== undefined) setTimeout(information, 1000);
@@ -468,7 +468,7 @@ function tellServer({ model, loading, context_size, slots, heads, text_drafts, d
   byId("max-tokens").max = context_size;
 }
 
-// The field takes the focus when it appears or a prompt was refused for want of a key, not each time the server is asked how it is.
+// Focuses the field when it appears or a prompt was rejected for lack of a key, but not on every poll of the server's state.
 function askForKey(wasSending) {
   const appears = byId("key-row").hidden;
   byId("key-row").hidden = false;
