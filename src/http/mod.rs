@@ -11,10 +11,12 @@
 
 pub mod access;
 pub mod auth;
+pub mod completions;
 pub mod cors;
 pub mod docs;
 pub mod fields;
 pub mod generate;
+pub mod information;
 pub mod openai;
 pub mod openapi;
 pub mod page;

@@ -4,28 +4,19 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use bytes::Bytes;
-use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::Incoming;
-use hyper::header::{ACCEPT, ALLOW, CONNECTION, HeaderValue, RETRY_AFTER, VARY};
+use hyper::header::{ALLOW, HeaderValue, RETRY_AFTER};
 use hyper::{Request, StatusCode};
-use serde_json::{Value, json};
-use tokio::sync::mpsc;
+use serde_json::json;
 
 use super::access::Tally;
-use super::generate::{self, Generate, Pieces};
-use super::openai::read::Asked;
-use super::openai::write::Envelope;
-use super::openai::{self, Endpoint};
+use super::completions::{complete, generate};
+use super::information::{information, models};
+use super::openai::Endpoint;
 use super::reply::{self, Problem, Reply};
-use super::template::ChatTemplate;
-use super::tokens::{Spell, Telling};
-use super::{App, docs, page, random};
-use crate::engine::{Handle, Layout, Stage, SubmitError};
-use crate::error::Invalid;
-use crate::llama;
+use super::{App, docs, page};
+use crate::engine::{Handle, Stage};
 use crate::metrics;
-use crate::request::{self, Completion, Event, FinishReason, Piece};
 
 /// Paths, and what they take.
 pub const PATHS: [(&str, &str); 12] = [
@@ -47,14 +38,15 @@ const DOCS_FILE: &str = "/docs/{file}";
 const PAGE_FILE: &str = "/page/{file}";
 
 /// What is known of a request beside what it says.
-struct Call<'a> {
-    id: &'a Arc<str>,
+pub struct Call<'a> {
+    /// Names it.
+    pub id: &'a Arc<str>,
     /// Whose it is.
-    owner: u32,
+    pub owner: u32,
     /// Longest time that a request may have.
-    timeout: Option<Duration>,
+    pub timeout: Option<Duration>,
     /// What its answers take.
-    tally: &'a Arc<Tally>,
+    pub tally: &'a Arc<Tally>,
 }
 
 /// Answers one request.
@@ -168,7 +160,7 @@ fn status(app: &App) -> &'static str {
 }
 
 /// The engine, if it takes work.
-fn engine(app: &App) -> Result<Handle, Problem> {
+pub fn engine(app: &App) -> Result<Handle, Problem> {
     let unavailable = |kind, message: &str| {
         let mut problem = Problem::new(StatusCode::SERVICE_UNAVAILABLE, kind, message);
         problem.header = Some((RETRY_AFTER, "1"));
@@ -187,263 +179,5 @@ fn engine(app: &App) -> Result<Handle, Problem> {
             "the model is still loading; GET /ready tells when it takes work",
         )),
         Stage::Failed(_) => Err(unavailable("stopped", "the engine has stopped")),
-    }
-}
-
-fn information(app: &App) -> Result<Reply, Problem> {
-    let mut body = json!({
-        "name": "medusa-llama",
-        "version": env!("CARGO_PKG_VERSION"),
-        "llama_cpp": llama::version(),
-        "backend": if llama::supports_gpu_offload() { "cuda" } else { "cpu" },
-        "endpoints": PATHS.map(|(path, allow)| format!("{} {path}", allow.split(',').next().unwrap_or(allow))),
-    });
-    let stage = app.stage.borrow().clone();
-    if let Stage::Loading(progress) = stage {
-        body["loading"] = progress.into();
-    }
-    if let Stage::Ready(handle) = stage {
-        let (model, limits, load) = (handle.model(), handle.limits(), handle.stats());
-        body["model"] = json!({
-            "name": model.name(),
-            "quantization": model.quantization(),
-            "parameters": model.n_params(),
-            "size_bytes": model.size_bytes(),
-            "n_ctx_train": model.n_ctx_train(),
-            "n_vocab": model.n_vocab(),
-        });
-        body["context_size"] = limits.n_ctx.into();
-        body["slots"] = limits.n_slots.into();
-        body["kv"] = match limits.layout {
-            Layout::Unified { n_cells, .. } => json!({ "layout": "unified", "cells": n_cells }),
-            Layout::Streams { n_cells } => {
-                json!({ "layout": "streams", "cells": n_cells * limits.n_slots })
-            }
-        };
-        body["heads"] = handle.n_heads().into();
-        body["text_drafts"] = handle.drafts_from_text().into();
-        body["drafting_on"] = handle.side().name().into();
-        body["load"] = json!({
-            "in_flight": handle.n_in_flight(),
-            "running": load.running,
-            "waiting": load.waiting,
-            "kv_cells_running": load.cells_active,
-            "kv_cells_kept": load.cells_retained,
-            "steps": load.steps,
-            "tokens_generated": load.tokens,
-        });
-    }
-    let mut reply = reply::json(StatusCode::OK, &body);
-    reply.headers_mut().insert(VARY, HeaderValue::from_name(ACCEPT)); // browsers get the page
-    Ok(reply)
-}
-
-async fn generate(
-    app: &Arc<App>,
-    request: Request<Incoming>,
-    call: &Call<'_>,
-) -> Result<Reply, Problem> {
-    let handle = engine(app)?;
-    let body = read_json(app, request).await?;
-    let asked = generate::read(body, handle.limits().n_ctx, random()).map_err(invalid)?;
-    let Generate { request, stream } = asked;
-    let spell = request.report.map(|_| spell(&handle));
-    let mut events = submit(&handle, request, call).await.map_err(refused)?;
-    if stream {
-        let first = first_event(&mut events).await?;
-        return Ok(reply::stream(
-            first,
-            vec![events],
-            Box::new(Pieces(spell)),
-            Arc::clone(call.tally),
-        ));
-    }
-    let (whole, done) = collect(events, 0, call).await?;
-    if is_too_late(&done) {
-        return Err(too_late());
-    }
-    Ok(reply::json(StatusCode::OK, &generate::completion(&done, &whole, spell.as_ref())))
-}
-
-fn models(app: &App) -> Result<Reply, Problem> {
-    let handle = engine(app)?;
-    Ok(reply::json(StatusCode::OK, &openai::models(&app.model_id, handle.limits().n_ctx)))
-}
-
-async fn complete(
-    app: &Arc<App>,
-    request: Request<Incoming>,
-    call: &Call<'_>,
-    endpoint: Endpoint,
-) -> Result<Reply, Problem> {
-    let bad_request = |error| Problem { status: StatusCode::BAD_REQUEST, ..invalid(error) };
-    let handle = engine(app)?;
-    let body = read_json(app, request).await?;
-    let template = app.template.get_or_init(|| ChatTemplate::of(handle.model()));
-    let asked = openai::read::read(endpoint, body, handle.limits().n_ctx, random(), template);
-    let Asked { requests, n, stream, include_usage } = asked.map_err(bad_request)?;
-    let (asked_for, most) = (requests.len(), handle.most_in_flight());
-    if asked_for > most {
-        // Not a full queue: waiting would not help.
-        let message = format!(
-            "n and the prompts ask for {asked_for} answers, but the server takes {most} at once"
-        );
-        return Err(bad_request(Invalid::new("n", message)));
-    }
-    let report = requests.first().and_then(|r| r.report).unwrap_or_default();
-    let telling = Telling {
-        logprobs: report.n_top.is_some(),
-        details: report.details,
-        spell: spell(&handle),
-    };
-    let mut choices = Vec::with_capacity(requests.len());
-    for request in requests {
-        // Those that were taken are cancelled if one is refused.
-        choices.push(submit(&handle, request, call).await.map_err(|error| match error {
-            SubmitError::Invalid(error) => bad_request(error),
-            other => refused(other),
-        })?);
-    }
-    let envelope = Envelope::new(endpoint, app.model_id.clone(), n, telling);
-    if stream {
-        let first = first_event(&mut choices[0]).await?;
-        let chunks = envelope.chunks(choices.len(), include_usage);
-        return Ok(reply::stream(first, choices, Box::new(chunks), Arc::clone(call.tally)));
-    }
-    let mut done = Vec::with_capacity(choices.len());
-    for (choice, events) in choices.into_iter().enumerate() {
-        done.push(collect(events, choice, call).await?);
-    }
-    if done.iter().all(|(_, done)| is_too_late(done)) {
-        return Err(too_late());
-    }
-    Ok(reply::json(StatusCode::OK, &envelope.answer(&done)))
-}
-
-/// How this model's tokens are written.
-fn spell(handle: &Handle) -> Spell {
-    let handle = handle.clone();
-    Arc::new(move |token| {
-        let mut bytes = Vec::new();
-        handle.model().piece(token, true, &mut bytes);
-        bytes
-    })
-}
-
-/// The request's time was over before its first token.
-fn is_too_late(done: &Completion) -> bool {
-    done.finish_reason == FinishReason::Deadline && done.usage.completion_tokens == 0
-}
-
-fn too_late() -> Problem {
-    let message = "the request's time was over before its first token; the server may be busy, or timeout_s too short";
-    Problem::new(StatusCode::REQUEST_TIMEOUT, "deadline", message)
-}
-
-/// Hands over what a body asks for, in the name of who sent it.
-async fn submit(
-    handle: &Handle,
-    asked: request::Request,
-    call: &Call<'_>,
-) -> Result<mpsc::Receiver<Event>, SubmitError> {
-    call.tally.submit();
-    // A request may give itself less time than the server gives any, but not more.
-    let timeout = asked.timeout.into_iter().chain(call.timeout).min();
-    handle
-        .submit(request::Request { id: Arc::clone(call.id), owner: call.owner, timeout, ..asked })
-        .await
-}
-
-/// An error before the first piece is still a plain one.
-async fn first_event(events: &mut mpsc::Receiver<Event>) -> Result<Event, Problem> {
-    match events.recv().await {
-        Some(Event::Failed { id }) => Err(Problem::incident(&id)),
-        Some(Event::Done(done)) if is_too_late(&done) => Err(too_late()),
-        Some(first) => Ok(first),
-        None => Err(Problem::incident("engine-stopped")),
-    }
-}
-
-/// A whole answer.
-async fn collect(
-    mut events: mpsc::Receiver<Event>,
-    choice: usize,
-    call: &Call<'_>,
-) -> Result<(Piece, Completion), Problem> {
-    let mut whole = Piece::default();
-    while let Some(event) = events.recv().await {
-        match event {
-            Event::Piece(piece) => whole.append(piece),
-            Event::Done(mut done) => {
-                whole.append(std::mem::take(&mut done.tail));
-                call.tally.note(choice, &done);
-                return Ok((whole, done));
-            }
-            Event::Failed { id } => return Err(Problem::incident(&id)),
-        }
-    }
-    Err(Problem::incident("engine-stopped"))
-}
-
-async fn read_json(app: &App, request: Request<Incoming>) -> Result<Value, Problem> {
-    let body = read_body(app, request).await?;
-    serde_json::from_slice(&body).map_err(|e| {
-        Problem::new(StatusCode::BAD_REQUEST, "invalid_json", format!("the body is not JSON: {e}"))
-    })
-}
-
-async fn read_body(app: &App, request: Request<Incoming>) -> Result<Bytes, Problem> {
-    let limit = app.limits.max_body_bytes;
-    let too_large = || {
-        let message = format!("the body is larger than {limit} bytes");
-        let mut problem = Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message);
-        problem.header = Some((CONNECTION, "close")); // the rest of the body is not worth reading
-        problem
-    };
-    // What is announced need not be sent.
-    let announced = hyper::body::Body::size_hint(request.body()).exact();
-    if announced.is_some_and(|n| n > limit as u64) {
-        return Err(too_large());
-    }
-    let body = Limited::new(request.into_body(), limit).collect();
-    match tokio::time::timeout(app.limits.read_timeout, body).await {
-        Ok(Ok(collected)) => Ok(collected.to_bytes()),
-        Ok(Err(e)) if e.is::<LengthLimitError>() => Err(too_large()),
-        Ok(Err(e)) => Err(Problem::new(
-            StatusCode::BAD_REQUEST,
-            "broken_body",
-            format!("the body could not be read: {e}"),
-        )),
-        Err(_) => {
-            let mut problem = Problem::new(
-                StatusCode::REQUEST_TIMEOUT,
-                "timeout",
-                "the body took too long to arrive",
-            );
-            problem.header = Some((CONNECTION, "close"));
-            Err(problem)
-        }
-    }
-}
-
-fn invalid(error: Invalid) -> Problem {
-    let mut problem =
-        Problem::new(StatusCode::UNPROCESSABLE_ENTITY, "invalid_request", error.message);
-    problem.param = error.param;
-    problem
-}
-
-fn refused(error: SubmitError) -> Problem {
-    match error {
-        SubmitError::Invalid(error) => invalid(error),
-        SubmitError::QueueFull { .. } => {
-            let mut problem =
-                Problem::new(StatusCode::TOO_MANY_REQUESTS, "queue_full", error.to_string());
-            problem.header = Some((RETRY_AFTER, "1"));
-            problem
-        }
-        SubmitError::Stopped => {
-            Problem::new(StatusCode::SERVICE_UNAVAILABLE, "stopped", error.to_string())
-        }
     }
 }
