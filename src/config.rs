@@ -18,6 +18,7 @@ use network::NetworkArgs;
 
 use crate::engine::thread::{DraftParams, EngineParams, HeadsParams};
 use crate::engine::{Layout, Limits};
+use crate::http::app::HttpLimits;
 use crate::http::auth::Auth;
 use crate::http::cors::Cors;
 use crate::http::tls::Tls;
@@ -213,6 +214,9 @@ pub struct ServeArgs {
     /// cancelled, in seconds
     #[arg(long, env = "WRITE_TIMEOUT", value_name = "WRITE_TIMEOUT", default_value = "60", value_parser = some_seconds)]
     pub write_timeout: Duration,
+    /// How long a forward pass may take before /ready answers 503, in seconds; 0 sets no limit
+    #[arg(long, env = "STALL_TIMEOUT", value_name = "STALL_TIMEOUT", default_value = "60", value_parser = seconds)]
+    pub stall_timeout: Duration,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub network: NetworkArgs,
@@ -285,23 +289,6 @@ pub struct Config {
     pub otlp_endpoint: Option<Uri>,
     /// How long running requests may take after SIGTERM.
     pub drain_timeout: Duration,
-}
-
-/// What one client, or all of them, may take of the network side.
-#[derive(Clone, Copy, Debug)]
-pub struct HttpLimits {
-    /// Bytes of a body.
-    pub max_body_bytes: usize,
-    /// Open connections.
-    pub max_connections: usize,
-    /// Bytes of a request's head.
-    pub max_header_bytes: usize,
-    /// For a request's head, and for its body.
-    pub read_timeout: Duration,
-    /// For a request, from its acceptance to its answer's end.
-    pub timeout: Option<Duration>,
-    /// For a client to take some bytes of its answer.
-    pub write_timeout: Duration,
 }
 
 impl ModelArgs {
@@ -416,6 +403,7 @@ impl ServeArgs {
                 read_timeout: self.read_timeout,
                 timeout: self.request_timeout,
                 write_timeout: self.write_timeout,
+                stall_timeout: Some(self.stall_timeout).filter(|limit| !limit.is_zero()),
             },
             auth,
             cors: self.network.cors()?,

@@ -4,7 +4,8 @@ use bytes::BytesMut;
 use serde_json::{Value, json};
 
 use super::fields::{Fields, MAX_LOGPROBS};
-use super::reply::{Dialect, Problem, event};
+use super::problem::Problem;
+use super::reply::{Dialect, event};
 use super::tokens::{self, Spell};
 use crate::error::Invalid;
 use crate::request::{Completion, Event, FinishReason, Piece, Request, SamplingParams};
@@ -117,11 +118,13 @@ impl Dialect for Pieces {
                 event(&body, out);
             }
             Event::Done(done) => event(&completion(done, &done.tail, self.0.as_ref()), out),
-            Event::Failed { id } => {
-                out.extend_from_slice(b"event: error\n");
-                event(&Problem::incident(id).body(), out);
-            }
+            Event::Failed { id } => self.fail(&Problem::Incident(id.clone()), out),
         }
+    }
+
+    fn fail(&mut self, problem: &Problem, out: &mut BytesMut) {
+        out.extend_from_slice(b"event: error\n");
+        event(&problem.body(false), out);
     }
 }
 

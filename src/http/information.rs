@@ -1,24 +1,40 @@
 //! What is served: `GET /` and `GET /v1/models`.
 
-use hyper::StatusCode;
+use hyper::body::Incoming;
 use hyper::header::{ACCEPT, HeaderValue, VARY};
+use hyper::{Request, StatusCode};
 use serde_json::json;
 
-use super::App;
-use super::openai;
-use super::reply::{self, Problem, Reply};
-use super::routes::{PATHS, engine};
+use super::app::{App, RequestContext};
+use super::openapi::answers::{
+    Information, ModelEntry, Models, OpenAiProblem, Problem as ErrorBody,
+};
+use super::page;
+use super::problem::Problem;
+use super::reply::{self, Reply};
 use crate::engine::{Layout, Stage};
 use crate::llama;
 
-/// `GET /`.
-pub fn information(app: &App) -> Result<Reply, Problem> {
+/// What is served
+///
+/// Version, model, sizes and load; for browsers, which prefer HTML, a page.
+#[utoipa::path(get, path = "/", tag = "server", responses(
+    (status = 200, description = "What is served", content((Information = "application/json"), (String = "text/html; charset=utf-8"))),
+    (status = 304, description = "The page is as the client has it"),
+    (status = 401, description = "The server asks for a key, and there is none or a wrong one", body = ErrorBody),
+    (status = 403, description = "The key does not allow this", body = ErrorBody),
+))]
+pub async fn information(cx: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
+    if let Some(page) = page::file(&request) {
+        return Ok(page);
+    }
+    let app = &cx.app;
     let mut body = json!({
         "name": "medusa-llama",
         "version": env!("CARGO_PKG_VERSION"),
         "llama_cpp": llama::version(),
         "backend": if llama::supports_gpu_offload() { "cuda" } else { "cpu" },
-        "endpoints": PATHS.map(|(path, allow)| format!("{} {path}", allow.split(',').next().unwrap_or(allow))),
+        "endpoints": app.endpoints,
     });
     let stage = app.stage.borrow().clone();
     if let Stage::Loading(progress) = stage {
@@ -47,12 +63,12 @@ pub fn information(app: &App) -> Result<Reply, Problem> {
         body["drafting_on"] = handle.side().name().into();
         body["load"] = json!({
             "in_flight": handle.n_in_flight(),
-            "running": load.running,
-            "waiting": load.waiting,
-            "kv_cells_running": load.cells_active,
-            "kv_cells_kept": load.cells_retained,
-            "steps": load.steps,
-            "tokens_generated": load.tokens,
+            "running": load.running.get(),
+            "waiting": load.waiting.get(),
+            "kv_cells_running": load.cells_active.get(),
+            "kv_cells_kept": load.cells_retained.get(),
+            "steps": load.steps.get(),
+            "tokens_generated": load.tokens.get(),
         });
     }
     let mut reply = reply::json(StatusCode::OK, &body);
@@ -60,8 +76,46 @@ pub fn information(app: &App) -> Result<Reply, Problem> {
     Ok(reply)
 }
 
-/// `GET /v1/models`.
-pub fn models(app: &App) -> Result<Reply, Problem> {
-    let handle = engine(app)?;
-    Ok(reply::json(StatusCode::OK, &openai::models(&app.model_id, handle.limits().n_ctx)))
+/// The served model
+#[utoipa::path(get, path = "/v1/models", tag = "openai", responses((status = 200, description = "A list of one", body = Models)))]
+pub async fn models(cx: RequestContext, _: Request<Incoming>) -> Result<Reply, Problem> {
+    let list = Models { object: "list".into(), data: vec![entry(&cx.app)?] };
+    Ok(reply::json(StatusCode::OK, &list))
+}
+
+/// The served model, by its id
+#[utoipa::path(get, path = "/v1/models/{id}", tag = "openai", params(("id" = String, Path)), responses(
+    (status = 200, description = "The model", body = ModelEntry),
+    (status = 404, description = "The server does not serve this model", body = OpenAiProblem),
+))]
+pub async fn model(cx: RequestContext, _: Request<Incoming>) -> Result<Reply, Problem> {
+    let (model, id) = (entry(&cx.app)?, percent_decode(&cx.tail));
+    if id != model.id.as_bytes() {
+        return Err(Problem::ModelNotFound(String::from_utf8_lossy(&id).into_owned()));
+    }
+    Ok(reply::json(StatusCode::OK, &model))
+}
+
+fn entry(app: &App) -> Result<ModelEntry, Problem> {
+    Ok(ModelEntry {
+        id: app.model_id.clone(),
+        object: "model".into(),
+        created: 0,
+        owned_by: "medusa-llama".into(),
+        max_model_len: app.engine()?.limits().n_ctx as u64,
+    })
+}
+
+/// The bytes of a path; an invalid escape stays as it is.
+fn percent_decode(path: &str) -> Vec<u8> {
+    let (mut bytes, mut rest) = (Vec::new(), path.as_bytes());
+    while let [first, after @ ..] = rest {
+        let escaped = after
+            .get(..2)
+            .filter(|_| *first == b'%')
+            .and_then(|hex| u8::from_str_radix(std::str::from_utf8(hex).ok()?, 16).ok());
+        bytes.push(escaped.unwrap_or(*first));
+        rest = if escaped.is_some() { &after[2..] } else { after };
+    }
+    bytes
 }

@@ -12,8 +12,6 @@
 pub mod read;
 pub mod write;
 
-use serde_json::{Value, json};
-
 /// Which of the two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Endpoint {
@@ -21,11 +19,4 @@ pub enum Endpoint {
     Text,
     /// `/v1/chat/completions`.
     Chat,
-}
-
-/// The list of models: the one that is served.
-#[must_use]
-pub fn models(model: &str, n_ctx: usize) -> Value {
-    let model = json!({ "id": model, "object": "model", "created": 0, "owned_by": "medusa-llama", "max_model_len": n_ctx });
-    json!({ "object": "list", "data": [model] })
 }

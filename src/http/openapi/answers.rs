@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use serde::Serialize;
 use utoipa::ToSchema;
 
 /// Why an answer ended: by itself or at a stop string, or because it was long enough.
@@ -254,7 +255,7 @@ pub struct PromptTokensDetails {
 }
 
 /// The served model, as a list of one.
-#[derive(Debug, ToSchema)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct Models {
     /// `list`.
     pub object: String,
@@ -263,7 +264,7 @@ pub struct Models {
 }
 
 /// A model.
-#[derive(Debug, ToSchema)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct ModelEntry {
     /// Its file's name, without the ending.
     pub id: String,
@@ -278,20 +279,21 @@ pub struct ModelEntry {
 }
 
 /// How the server is.
-#[derive(Debug, ToSchema)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct Health {
     /// How.
     pub status: HealthStatus,
 }
 
 /// `ok` alone means that requests are taken; only `failed` is worth a restart.
-#[derive(Debug, ToSchema)]
-#[schema(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
 #[allow(missing_docs)]
 pub enum HealthStatus {
     Ok,
     Loading,
     Draining,
+    Stalled,
     Failed,
 }
 
