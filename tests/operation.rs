@@ -193,23 +193,23 @@ fn a_pass_that_hangs_shows_for_how_long() {
 fn a_server_whose_pass_takes_too_long_is_alive_but_not_ready() {
     let server = Server::start(&[
         "--ctx",
-        "2048",
+        "1024",
         "--n-batch",
-        "2048",
+        "1024",
         "--prefill-chunk",
-        "2048",
+        "1024",
         "--stall-timeout",
         "0.1",
     ]);
-    let body = json!({ "prompt": "one two three ".repeat(500), "max_tokens": 1, "stream": true });
+    let body = json!({ "prompt": "one two three ".repeat(200), "max_tokens": 1, "stream": true });
     let waiting = server.open_stream(&body);
     server.wait(|| server.get("/ready").status == 503);
     let (ready, health) = (server.get("/ready"), server.get("/health"));
     assert_eq!((ready.status, ready.json()), (503, json!({ "status": "stalled" })));
     assert_eq!(ready.header("retry-after"), Some("1"));
     assert_eq!((health.status, health.json()), (200, json!({ "status": "stalled" })));
-    assert_eq!(read_answer(waiting).status, 200);
     server.wait(|| server.get("/ready").status == 200);
+    drop(waiting);
 }
 
 #[test]
