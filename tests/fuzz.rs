@@ -17,13 +17,14 @@ use medusa_llama::engine::Answer;
 use medusa_llama::engine::grammar::Grammars;
 use medusa_llama::http::api::Readers;
 use medusa_llama::http::api::generate::Pieces;
-use medusa_llama::http::openai::{Endpoint, Envelope};
+use medusa_llama::http::api::openai::Choices;
+use medusa_llama::http::openai::{Chunks, Endpoint};
 use medusa_llama::http::reply::{self, Dialect};
 use medusa_llama::http::template::ChatTemplate;
 use medusa_llama::llama::{Model, ModelParams};
 use medusa_llama::request::{
-    Completion, Event, FinishReason, GrammarSource, Piece, Report, Request, SpeculationUsage,
-    Timings, Usage,
+    Completion, Event, FinishReason, GrammarSource, Piece, Request, SpeculationUsage, Timings,
+    Usage,
 };
 use proptest::prelude::*;
 use proptest::test_runner::Config;
@@ -327,9 +328,9 @@ proptest! {
         include_usage in any::<bool>(),
     ) {
         let endpoint = if is_chat { Endpoint::Chat } else { Endpoint::Text };
-        let (report, detokenize) = (Report::default(), Arc::new(|_| Vec::new()));
-        let envelope = Envelope::new(endpoint, "m".into(), choices.len(), report, detokenize);
-        let chunks = envelope.chunks(choices.len(), include_usage);
+        let n = choices.len();
+        let wanted = Choices { requests: vec![Request::new("x", 1); n], n, stream: true, include_usage };
+        let chunks = Chunks::new(endpoint, "m".into(), &wanted, Arc::new(|_| Vec::new()));
         let mut sent = stream(&choices, &turns, Box::new(chunks));
         let fails = choices.iter().any(|c| expected(c).1);
         let is_done = sent.last().is_some_and(|e| e == "data: [DONE]");

@@ -263,7 +263,7 @@ async fn measure(args: &BenchArgs, handle: &Handle, prompts: &Prompts) -> anyhow
             }
         }
     }
-    report.calibration = calibrated(&handle.reliability());
+    report.calibration = calibrated(&handle.stats().reliability());
     bar.finish_and_clear();
     Ok(report)
 }

@@ -9,12 +9,11 @@ use std::time::Instant;
 use tokio::sync::{Semaphore, mpsc};
 
 use super::grammar::Grammars;
-use super::stats::{Snapshot, Stats};
+use super::stats::Stats;
 use super::{Job, Limits};
 use crate::error::{IncidentId, Invalid};
 use crate::llama::Model;
 use crate::request::{Caller, Completion, Event, Piece, Request};
-use crate::speculate::reliability::Reliability;
 
 /// Why a request was not accepted.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -35,7 +34,7 @@ pub enum SubmitError {
 
 /// The engine failed on a request.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the engine failed; the log names the cause under {id}")]
+#[error("the engine failed on this request; the log names the cause under {id}")]
 pub struct Failed {
     /// What the log repeats.
     pub id: String,
@@ -168,22 +167,10 @@ impl Handle {
         self.limits
     }
 
-    /// The engine's counters.
+    /// What the engine counts.
     #[must_use]
-    pub fn stats(&self) -> Snapshot {
-        self.stats.snapshot()
-    }
-
-    /// All that is counted, histograms too.
-    #[must_use]
-    pub fn record(&self) -> &Stats {
+    pub fn stats(&self) -> &Stats {
         &self.stats
-    }
-
-    /// Whether candidates were right as often as was said.
-    #[must_use]
-    pub fn reliability(&self) -> Reliability {
-        self.stats.reliability()
     }
 
     /// Requests accepted and not yet ended.

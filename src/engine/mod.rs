@@ -201,12 +201,14 @@ impl<F: Forward> Engine<F> {
         self.fill_rows();
         if !self.work.rows.is_empty() {
             let started = Instant::now();
+            self.stats.begin_pass(started);
             let ops = std::mem::take(&mut self.work.ops);
             match self.apply(&ops).and_then(|()| self.forward.forward(&self.work.rows)) {
                 Ok(()) => self.commit(started),
                 Err(error) => self.fail(&error),
             }
             self.work.ops = ops;
+            self.stats.end_pass();
         }
         self.publish();
     }

@@ -4,110 +4,114 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
+use hyper::Request;
 use hyper::body::Incoming;
-use hyper::header::{CONNECTION, RETRY_AFTER};
-use hyper::{Request, StatusCode};
 use serde_json::Value;
 
-use super::api::answers::{Detokenize, GenerateAnswer};
-use super::api::generate::Pieces;
-use super::api::openai::Choices;
-use super::openai::{Endpoint, Envelope};
-use super::reply::{self, Problem, Reply};
-use super::routes::{Call, engine};
+use super::api::answers::{Detokenize, GenerateAnswer, OpenAiAnswer, StreamEvent};
+use super::api::generate::{GenerateRequest, Pieces};
+use super::api::openai::{ChatRequest, Choices, CompletionRequest};
+use super::app::{App, RequestContext};
+use super::openai::{Chunks, Endpoint};
+use super::problem::Problem;
+use super::reply::{self, Dialect, Reply};
 use super::template::ChatTemplate;
-use super::{App, random};
-use crate::engine::{Answer, Handle, SubmitError};
+use crate::engine::{Answer, Failed, Handle};
 use crate::error::Invalid;
-use crate::request::{self, Caller, Completion, Event, FinishReason, Piece};
+use crate::request::{self, Caller, Completion, Event, FinishReason};
 
-/// `POST /generate`.
-pub async fn generate(
-    app: &Arc<App>,
-    request: Request<Incoming>,
-    call: &Call<'_>,
-) -> Result<Reply, Problem> {
-    let handle = engine(app)?;
-    let body = read_json(app, request).await?;
-    let body = app.readers.generate.read(body).map_err(invalid)?;
+/// Text from a prompt
+#[utoipa::path(post, path = "/generate", tag = "text", request_body = GenerateRequest, responses(
+    (status = 200, description = "The text. A stream has events `{\"generated_text\": piece}`, and a last one like the whole answer; an \
+     error after the first piece is an `event: error`", content(
+        (GenerateAnswer = "application/json"),
+        (StreamEvent = "text/event-stream"),
+    )),
+))]
+pub async fn generate(cx: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
+    let handle = cx.app.engine()?;
+    let body = cx.app.readers.generate.read(read_json(&cx.app, request).await?)?;
     let stream = body.stream;
-    let request = body.into_request(random()).map_err(invalid)?;
-    let detokenize = request.report.map(|_| detokenize(&handle));
-    let mut answer = submit(&handle, request, call).await.map_err(refused)?;
-    if stream {
-        check_first(&mut answer).await?;
-        let dialect = Box::new(Pieces(detokenize));
-        return Ok(reply::stream(vec![answer], dialect, Arc::clone(call.tally)));
-    }
-    let (whole, done) = collect(answer, 0, call).await?;
-    if is_too_late(&done) {
-        return Err(too_late());
-    }
-    let body = GenerateAnswer::new(&done, &whole, detokenize.as_ref());
-    Ok(reply::json(StatusCode::OK, &body))
+    let request = body.into_request(fastrand::u64(..))?;
+    let dialect = Pieces(request.report.map(|_| detokenize(&handle)));
+    answer(cx, &handle, vec![request], stream, dialect).await
 }
 
-/// `POST /v1/completions` and `POST /v1/chat/completions`.
-pub async fn complete(
-    app: &Arc<App>,
-    request: Request<Incoming>,
-    call: &Call<'_>,
+/// Text from prompts, as OpenAI has it
+#[utoipa::path(post, path = "/v1/completions", tag = "openai", request_body = CompletionRequest, responses(
+    (status = 200, description = "The texts, or a stream of chunks that ends with `data: [DONE]`", content(
+        (OpenAiAnswer = "application/json"),
+        (StreamEvent = "text/event-stream"),
+    )),
+))]
+pub async fn complete(cx: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
+    let handle = cx.app.engine()?;
+    let body = cx.app.readers.completion.read(read_json(&cx.app, request).await?)?;
+    let choices = body.into_choices(handle.limits().n_ctx, fastrand::u64(..))?;
+    answer_openai(cx, &handle, choices, Endpoint::Text).await
+}
+
+/// Answers to messages, as OpenAI has it
+#[utoipa::path(post, path = "/v1/chat/completions", tag = "openai", request_body = ChatRequest, responses(
+    (status = 200, description = "The answers, or a stream of chunks that ends with `data: [DONE]`", content(
+        (OpenAiAnswer = "application/json"),
+        (StreamEvent = "text/event-stream"),
+    )),
+))]
+pub async fn chat(cx: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
+    let handle = cx.app.engine()?;
+    let body = cx.app.readers.chat.read(read_json(&cx.app, request).await?)?;
+    let template = cx.app.template.get_or_init(|| ChatTemplate::of(handle.model()));
+    let choices = body.into_choices(handle.limits().n_ctx, fastrand::u64(..), template)?;
+    answer_openai(cx, &handle, choices, Endpoint::Chat).await
+}
+
+async fn answer_openai(
+    cx: RequestContext,
+    handle: &Handle,
+    choices: Choices,
     endpoint: Endpoint,
 ) -> Result<Reply, Problem> {
-    let bad_request = |error| Problem { status: StatusCode::BAD_REQUEST, ..invalid(error) };
-    let handle = engine(app)?;
-    let body = read_json(app, request).await?;
-    let Choices { requests, n, stream, include_usage } =
-        choices(app, &handle, body, endpoint).map_err(bad_request)?;
-    let report = requests.first().and_then(|r| r.report).unwrap_or_default();
+    let (asked, most) = (choices.requests.len(), handle.most_in_flight());
+    if asked > most {
+        // Not a full queue: waiting would not help.
+        let message = format!(
+            "n and the prompts ask for {asked} answers, but the server takes {most} at once"
+        );
+        return Err(Invalid::new("n", message).into());
+    }
+    let dialect = Chunks::new(endpoint, cx.app.model_id.clone(), &choices, detokenize(handle));
+    answer(cx, handle, choices.requests, choices.stream, dialect).await
+}
+
+/// Submits the requests, and writes their answers as one, whole or as it comes.
+async fn answer(
+    cx: RequestContext,
+    handle: &Handle,
+    requests: Vec<request::Request>,
+    stream: bool,
+    dialect: impl Dialect + 'static,
+) -> Result<Reply, Problem> {
     let mut answers = Vec::with_capacity(requests.len());
     for request in requests {
+        cx.record.submit();
+        let (id, timeout) = (Arc::clone(&cx.id), cx.app.limits.timeout);
         // Those that were taken are cancelled if one is refused.
-        answers.push(submit(&handle, request, call).await.map_err(|error| match error {
-            SubmitError::Invalid(error) => bad_request(error),
-            other => refused(other),
-        })?);
+        answers.push(handle.submit(request, Caller { id, tenant: cx.tenant, timeout }).await?);
     }
-    let (model, detokenize) = (app.model_id.clone(), detokenize(&handle));
-    let envelope = Envelope::new(endpoint, model, n, report, detokenize);
     if stream {
         check_first(&mut answers[0]).await?;
-        let chunks = envelope.chunks(answers.len(), include_usage);
-        return Ok(reply::stream(answers, Box::new(chunks), Arc::clone(call.tally)));
+        return Ok(reply::stream(answers, Box::new(dialect), cx.record));
     }
     let mut done = Vec::with_capacity(answers.len());
     for (choice, answer) in answers.into_iter().enumerate() {
-        done.push(collect(answer, choice, call).await?);
+        done.push(answer.collect().await?);
+        cx.record.complete(choice, &done[choice].1);
     }
     if done.iter().all(|(_, done)| is_too_late(done)) {
-        return Err(too_late());
+        return Err(Problem::Deadline);
     }
-    Ok(envelope.answer(&done))
-}
-
-/// What a body of OpenAI's asks for: as many answers as the server takes at once, at most.
-fn choices(
-    app: &App,
-    handle: &Handle,
-    body: Value,
-    endpoint: Endpoint,
-) -> Result<Choices, Invalid> {
-    let (n_ctx, seed) = (handle.limits().n_ctx, random());
-    let choices = match endpoint {
-        Endpoint::Text => app.readers.completion.read(body)?.into_choices(n_ctx, seed)?,
-        Endpoint::Chat => {
-            let template = app.template.get_or_init(|| ChatTemplate::of(handle.model()));
-            app.readers.chat.read(body)?.into_choices(n_ctx, seed, template)?
-        }
-    };
-    let (n, most) = (choices.requests.len(), handle.most_in_flight());
-    if n > most {
-        // Not a full queue: waiting would not help.
-        let message =
-            format!("n and the prompts ask for {n} answers, but the server takes {most} at once");
-        return Err(Invalid::new("n", message));
-    }
-    Ok(choices)
+    Ok(dialect.whole(&done))
 }
 
 /// How this model's tokens become text.
@@ -125,101 +129,31 @@ fn is_too_late(done: &Completion) -> bool {
     done.finish_reason == FinishReason::Deadline && done.usage.completion_tokens == 0
 }
 
-fn too_late() -> Problem {
-    let message = "the request's time was over before its first token; the server may be busy, or timeout_s too short";
-    Problem::new(StatusCode::REQUEST_TIMEOUT, "deadline", message)
-}
-
-/// Hands over what a body asks for, in the name of who sent it.
-async fn submit(
-    handle: &Handle,
-    request: request::Request,
-    call: &Call<'_>,
-) -> Result<Answer, SubmitError> {
-    call.tally.submit();
-    let caller = Caller { id: Arc::clone(call.id), tenant: call.owner, timeout: call.timeout };
-    handle.submit(request, caller).await
-}
-
 /// An error before the first piece is still a plain one.
 async fn check_first(answer: &mut Answer) -> Result<(), Problem> {
     match answer.peek().await {
-        Event::Failed { id } => Err(Problem::incident(id)),
-        Event::Done(done) if is_too_late(done) => Err(too_late()),
+        Event::Failed { id } => Err(Failed { id: id.clone() }.into()),
+        Event::Done(done) if is_too_late(done) => Err(Problem::Deadline),
         Event::Piece(_) | Event::Done(_) => Ok(()),
     }
 }
 
-/// A whole answer.
-async fn collect(
-    answer: Answer,
-    choice: usize,
-    call: &Call<'_>,
-) -> Result<(Piece, Completion), Problem> {
-    let (whole, done) = answer.collect().await.map_err(|failed| Problem::incident(&failed.id))?;
-    call.tally.note(choice, &done);
-    Ok((whole, done))
-}
-
 async fn read_json(app: &App, request: Request<Incoming>) -> Result<Value, Problem> {
-    let body = read_body(app, request).await?;
-    serde_json::from_slice(&body).map_err(|e| {
-        Problem::new(StatusCode::BAD_REQUEST, "invalid_json", format!("the body is not JSON: {e}"))
-    })
+    Ok(serde_json::from_slice(&read_body(app, request).await?)?)
 }
 
 async fn read_body(app: &App, request: Request<Incoming>) -> Result<Bytes, Problem> {
     let limit = app.limits.max_body_bytes;
-    let too_large = || {
-        let message = format!("the body is larger than {limit} bytes");
-        let mut problem = Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message);
-        problem.header = Some((CONNECTION, "close")); // the rest of the body is not worth reading
-        problem
-    };
     // What is announced need not be sent.
     let announced = hyper::body::Body::size_hint(request.body()).exact();
     if announced.is_some_and(|n| n > limit as u64) {
-        return Err(too_large());
+        return Err(Problem::BodyTooLarge(limit));
     }
     let body = Limited::new(request.into_body(), limit).collect();
     match tokio::time::timeout(app.limits.read_timeout, body).await {
         Ok(Ok(collected)) => Ok(collected.to_bytes()),
-        Ok(Err(e)) if e.is::<LengthLimitError>() => Err(too_large()),
-        Ok(Err(e)) => Err(Problem::new(
-            StatusCode::BAD_REQUEST,
-            "broken_body",
-            format!("the body could not be read: {e}"),
-        )),
-        Err(_) => {
-            let mut problem = Problem::new(
-                StatusCode::REQUEST_TIMEOUT,
-                "timeout",
-                "the body took too long to arrive",
-            );
-            problem.header = Some((CONNECTION, "close"));
-            Err(problem)
-        }
-    }
-}
-
-fn invalid(error: Invalid) -> Problem {
-    let mut problem =
-        Problem::new(StatusCode::UNPROCESSABLE_ENTITY, "invalid_request", error.message);
-    problem.param = error.param;
-    problem
-}
-
-fn refused(error: SubmitError) -> Problem {
-    match error {
-        SubmitError::Invalid(error) => invalid(error),
-        SubmitError::QueueFull { .. } => {
-            let mut problem =
-                Problem::new(StatusCode::TOO_MANY_REQUESTS, "queue_full", error.to_string());
-            problem.header = Some((RETRY_AFTER, "1"));
-            problem
-        }
-        SubmitError::Stopped => {
-            Problem::new(StatusCode::SERVICE_UNAVAILABLE, "stopped", error.to_string())
-        }
+        Ok(Err(e)) if e.is::<LengthLimitError>() => Err(Problem::BodyTooLarge(limit)),
+        Ok(Err(e)) => Err(Problem::BrokenBody(e)),
+        Err(_) => Err(Problem::BodyTimeout),
     }
 }

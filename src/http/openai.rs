@@ -1,6 +1,6 @@
 //! OpenAI's dialect: completions to its objects, whole or in chunks.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::UNIX_EPOCH;
 
 use bytes::BytesMut;
 use hyper::StatusCode;
@@ -9,8 +9,10 @@ use super::api::answers::{
     AnswerMessage, ChatLogprobs, Choice, ChoiceLogprobs, Delta, Detokenize, OpenAiAnswer,
     PromptTokensDetails, TextLogprobs, Usage, details, stop_reason,
 };
-use super::random;
-use super::reply::{self, Dialect, Problem, Reply, event};
+use super::api::openai::Choices;
+use super::problem::Problem;
+use super::reply::{self, Dialect, Reply, event};
+use crate::engine::Failed;
 use crate::request::{self, Completion, Event, Piece, Report};
 
 /// Which of the two.
@@ -22,9 +24,9 @@ pub enum Endpoint {
     Chat,
 }
 
-/// What stays the same in all objects of one answer.
-#[derive(Clone)]
-pub struct Envelope {
+/// Writes an answer whole, or in chunks: for each choice of a chat first the role, then pieces, then
+/// the reason of the end; after all of them, if asked for, the counts; and `[DONE]`.
+pub struct Chunks {
     endpoint: Endpoint,
     id: String,
     created: u64,
@@ -34,41 +36,39 @@ pub struct Envelope {
     /// What is reported of tokens.
     report: Report,
     detokenize: Detokenize,
+    include_usage: bool,
+    /// By choice: whether its role was sent.
+    has_begun: Vec<bool>,
+    /// By choice: characters of its tokens so far.
+    offsets: Vec<usize>,
+    /// Of the choices that ended, with their numbers.
+    usages: Vec<(usize, request::Usage)>,
 }
 
-impl Envelope {
-    /// Of an answer that begins now, with `n` choices of each prompt.
+impl Chunks {
+    /// Of an answer that begins now.
     #[must_use]
     pub fn new(
         endpoint: Endpoint,
         model: String,
-        n: usize,
-        report: Report,
+        choices: &Choices,
         detokenize: Detokenize,
     ) -> Self {
         let prefix = if endpoint == Endpoint::Chat { "chatcmpl" } else { "cmpl" };
-        let id = format!("{prefix}-{:016x}", random());
-        let created =
-            SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        Self { endpoint, id, created, model, n, report, detokenize }
-    }
-    /// The whole answer: for each choice its text and how it ended.
-    #[must_use]
-    pub fn answer(&self, done: &[(Piece, Completion)]) -> Reply {
-        let choices = done.iter().enumerate().map(|(index, (whole, done))| {
-            let mut choice = self.choice(index, Some(whole), &mut 0, Some(done));
-            let content = whole.text.as_str();
-            match self.endpoint {
-                Endpoint::Text => choice.text = Some(content),
-                Endpoint::Chat => {
-                    choice.message =
-                        Some(AnswerMessage { role: "assistant", content, refusal: None });
-                }
-            }
-            choice
-        });
-        let usage = self.usage(done.iter().map(|(_, done)| done.usage).enumerate());
-        reply::json(StatusCode::OK, &self.object(false, choices.collect(), Some(Some(usage))))
+        let n_choices = choices.requests.len();
+        Self {
+            endpoint,
+            id: format!("{prefix}-{:016x}", fastrand::u64(..)),
+            created: UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs()),
+            model,
+            n: choices.n,
+            report: choices.requests.first().and_then(|r| r.report).unwrap_or_default(),
+            detokenize,
+            include_usage: choices.include_usage,
+            has_begun: vec![false; n_choices],
+            offsets: vec![0; n_choices],
+            usages: Vec::new(),
+        }
     }
 
     fn object<'a>(
@@ -118,9 +118,9 @@ impl Envelope {
     }
 
     /// A prompt counts once for all choices that have it.
-    fn usage(&self, by_choice: impl Iterator<Item = (usize, request::Usage)>) -> Usage {
+    fn usage(&self, by_choice: &[(usize, request::Usage)]) -> Usage {
         let (mut prompt_tokens, mut cached_tokens, mut completion_tokens) = (0, 0, 0);
-        for (index, usage) in by_choice {
+        for &(index, usage) in by_choice {
             if index % self.n == 0 {
                 prompt_tokens += usage.prompt_tokens;
                 cached_tokens += usage.cached_tokens;
@@ -135,28 +135,6 @@ impl Envelope {
         }
     }
 
-    /// What writes the answer as a stream of `n_choices` in all.
-    #[must_use]
-    pub fn chunks(self, n_choices: usize, include_usage: bool) -> Chunks {
-        let (has_begun, offsets) = (vec![false; n_choices], vec![0; n_choices]);
-        Chunks { envelope: self, has_begun, offsets, include_usage, usages: Vec::new() }
-    }
-}
-
-/// Writes chunks: for each choice of a chat first the role, then pieces, then the reason of the
-/// end; after all of them, if asked for, the counts; and `[DONE]`.
-pub struct Chunks {
-    envelope: Envelope,
-    /// By choice: whether its role was sent.
-    has_begun: Vec<bool>,
-    /// By choice: characters of its tokens so far.
-    offsets: Vec<usize>,
-    include_usage: bool,
-    /// Of the choices that ended, with their numbers.
-    usages: Vec<(usize, request::Usage)>,
-}
-
-impl Chunks {
     /// Writes a part of a choice: of a chat `delta`, else the piece's text.
     fn chunk(
         &mut self,
@@ -166,13 +144,15 @@ impl Chunks {
         done: Option<&Completion>,
         out: &mut BytesMut,
     ) {
-        let mut choice = self.envelope.choice(index, piece, &mut self.offsets[index], done);
-        match self.envelope.endpoint {
+        let mut offset = self.offsets[index];
+        let mut choice = self.choice(index, piece, &mut offset, done);
+        match self.endpoint {
             Endpoint::Text => choice.text = Some(delta.content.unwrap_or_default()),
             Endpoint::Chat => choice.delta = Some(delta),
         }
         let usage = self.include_usage.then_some(None);
-        event(&self.envelope.object(true, vec![choice], usage), out);
+        event(&self.object(true, vec![choice], usage), out);
+        self.offsets[index] = offset;
     }
 
     fn piece(&mut self, index: usize, piece: &Piece, out: &mut BytesMut) {
@@ -182,8 +162,26 @@ impl Chunks {
 }
 
 impl Dialect for Chunks {
+    fn whole(&self, done: &[(Piece, Completion)]) -> Reply {
+        let choices = done.iter().enumerate().map(|(index, (whole, done))| {
+            let mut choice = self.choice(index, Some(whole), &mut 0, Some(done));
+            let content = whole.text.as_str();
+            match self.endpoint {
+                Endpoint::Text => choice.text = Some(content),
+                Endpoint::Chat => {
+                    choice.message =
+                        Some(AnswerMessage { role: "assistant", content, refusal: None });
+                }
+            }
+            choice
+        });
+        let usages: Vec<_> = done.iter().map(|(_, done)| done.usage).enumerate().collect();
+        let usage = Some(Some(self.usage(&usages)));
+        reply::json(StatusCode::OK, &self.object(false, choices.collect(), usage))
+    }
+
     fn write(&mut self, index: usize, what: &Event, out: &mut BytesMut) {
-        let is_chat = self.envelope.endpoint == Endpoint::Chat;
+        let is_chat = self.endpoint == Endpoint::Chat;
         let is_failed = matches!(what, Event::Failed { .. });
         if is_chat && !is_failed && !std::mem::replace(&mut self.has_begun[index], true) {
             let begin = Delta { role: Some("assistant"), content: Some(""), refusal: Some(None) };
@@ -198,14 +196,16 @@ impl Dialect for Chunks {
                 self.chunk(index, Delta::default(), None, Some(done), out);
                 self.usages.push((index, done.usage));
             }
-            Event::Failed { id } => event(&Problem::incident(id).openai_body(), out),
+            Event::Failed { id } => {
+                event(&Problem::from(Failed { id: id.clone() }).body(true), out)
+            }
         }
     }
 
     fn end(&mut self, out: &mut BytesMut) {
         if self.include_usage {
-            let usage = self.envelope.usage(self.usages.iter().copied());
-            event(&self.envelope.object(true, vec![], Some(Some(usage))), out);
+            let usage = self.usage(&self.usages);
+            event(&self.object(true, vec![], Some(Some(usage))), out);
         }
         out.extend_from_slice(b"data: [DONE]\n\n");
     }
@@ -231,9 +231,10 @@ mod tests {
 
     #[test]
     fn a_stream_has_role_pieces_reason_counts_and_done_in_this_order() {
-        let (report, detokenize) = (Report::default(), Arc::new(|_| Vec::new()));
-        let envelope = Envelope::new(Endpoint::Chat, "m".into(), 2, report, detokenize);
-        let mut chunks = envelope.chunks(2, true);
+        let requests = vec![request::Request::new("x", 1); 2];
+        let choices = Choices { requests, n: 2, stream: true, include_usage: true };
+        let detokenize = Arc::new(|_| Vec::new());
+        let mut chunks = Chunks::new(Endpoint::Chat, "m".into(), &choices, detokenize);
         let mut out = BytesMut::new();
         chunks.write(0, &Event::Piece(Piece { text: "Hi".into(), tokens: vec![] }), &mut out);
         chunks.write(1, &Event::Done(done("you", 5, 2)), &mut out);

@@ -8,14 +8,14 @@ use std::task::{Context, Poll};
 use bytes::{Bytes, BytesMut};
 use http_body_util::{Either, Full};
 use hyper::body::{Body, Frame};
-use hyper::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderName, HeaderValue};
+use hyper::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use hyper::{Response, StatusCode};
 use serde::Serialize;
 
-use super::access::Tally;
-use super::api::answers;
+use super::problem::Problem;
+use super::record::AccessRecord;
 use crate::engine::Answer;
-use crate::request::Event;
+use crate::request::{Completion, Event, Piece};
 
 /// Any answer's body: whole, or a stream.
 pub type Content = Either<Full<Bytes>, EventStream>;
@@ -40,81 +40,21 @@ pub fn plain(content_type: &str, body: impl Into<Bytes>) -> Reply {
     reply
 }
 
-/// What went wrong, as every client gets it.
-#[derive(Debug)]
-pub struct Problem {
-    /// The status.
-    pub status: StatusCode,
-    /// `type` of the body.
-    pub kind: &'static str,
-    /// For people.
-    pub message: String,
-    /// The field to blame.
-    pub param: Option<String>,
-    /// A header that the status calls for.
-    pub header: Option<(HeaderName, &'static str)>,
-}
-
-impl Problem {
-    /// Without a field or a header.
-    pub fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
-        Self { status, kind, message: message.into(), param: None, header: None }
+/// An error, in OpenAI's shape or this server's own.
+pub fn error(problem: &Problem, is_openai: bool) -> Reply {
+    let mut reply = json(problem.status_and_kind(is_openai).0, &problem.body(is_openai));
+    if let Some((name, value)) = problem.header() {
+        reply.headers_mut().insert(name, HeaderValue::from_static(value));
     }
-
-    /// The body.
-    pub fn body(&self) -> answers::Problem<'_> {
-        let Self { kind, message, param, .. } = self;
-        let param = param.as_deref().map(Some);
-        answers::Problem {
-            error: answers::ProblemDetails { r#type: kind, message, param, code: None },
-        }
-    }
-
-    /// The body as OpenAI's clients expect it.
-    pub fn openai_body(&self) -> answers::Problem<'_> {
-        let r#type = match self.status {
-            StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
-            status if status.is_server_error() => "server_error",
-            _ => "invalid_request_error",
-        };
-        let Self { kind, message, param, .. } = self;
-        let (param, code) = (Some(param.as_deref()), Some(*kind));
-        answers::Problem { error: answers::ProblemDetails { r#type, message, param, code } }
-    }
-
-    /// The answer.
-    pub fn reply(self) -> Reply {
-        self.reply_with(&self.body())
-    }
-
-    /// The answer to an OpenAI client.
-    pub fn openai_reply(self) -> Reply {
-        self.reply_with(&self.openai_body())
-    }
-
-    fn reply_with(&self, body: &answers::Problem<'_>) -> Reply {
-        let mut reply = json(self.status, body);
-        if let Some((name, value)) = &self.header {
-            reply.headers_mut().insert(name, HeaderValue::from_static(value));
-        }
-        reply
-    }
-
-    /// The engine failed; the log has the cause under `id`.
-    pub fn incident(id: &str) -> Self {
-        Self::new(
-            StatusCode::INTERNAL_SERVER_ERROR,
-            "internal_error",
-            format!(
-                "the engine failed on this request; the server's log names the cause under {id}"
-            ),
-        )
-    }
+    reply
 }
 
 /// How an API writes events.
 pub trait Dialect: Send {
-    /// Appends what the client of choice number `choice` is told.
+    /// Writes the whole answer: each choice's text, and how it ended.
+    fn whole(&self, done: &[(Piece, Completion)]) -> Reply;
+
+    /// Appends what the client gets of an event of choice number `choice`.
     fn write(&mut self, choice: usize, event: &Event, out: &mut BytesMut);
 
     /// Appends what comes after all choices.
@@ -137,14 +77,14 @@ pub struct EventStream {
     /// By choice; `None` for those that ended.
     choices: Vec<Option<Answer>>,
     dialect: Box<dyn Dialect>,
-    tally: Arc<Tally>,
+    record: Arc<AccessRecord>,
     ended: bool,
 }
 
 /// An answer that streams.
-pub fn stream(choices: Vec<Answer>, dialect: Box<dyn Dialect>, tally: Arc<Tally>) -> Reply {
+pub fn stream(choices: Vec<Answer>, dialect: Box<dyn Dialect>, record: Arc<AccessRecord>) -> Reply {
     let choices = choices.into_iter().map(Some).collect();
-    let body = EventStream { choices, dialect, tally, ended: false };
+    let body = EventStream { choices, dialect, record, ended: false };
     let mut reply = Response::new(Either::Right(body));
     let headers = reply.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
@@ -167,7 +107,7 @@ impl EventStream {
             match event {
                 Event::Piece(_) => {}
                 Event::Done(done) => {
-                    self.tally.note(choice, &done);
+                    self.record.complete(choice, &done);
                     self.choices[choice] = None;
                 }
                 Event::Failed { .. } => {

@@ -1,184 +1,179 @@
-//! What each path does.
+//! The routes, each declared once, and how a request gets to its handler.
+//!
+//! A route is one entry of [`routes`]: path, method and documentation are in the handler's
+//! `utoipa::path` attribute, which generates `__path_...`; the entry adds who may ask. The 404's
+//! list of paths, `Allow`, the labels of metrics and traces, `GET /`'s endpoints and
+//! `/openapi.json` derive from it.
 
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::pin::Pin;
+use std::sync::{Arc, LazyLock};
 
+use hyper::Request;
 use hyper::body::Incoming;
-use hyper::header::{ALLOW, HeaderValue, RETRY_AFTER};
-use hyper::{Request, StatusCode};
+use utoipa::__dev::{SchemaReferences, Tags}; // what utoipa's own routers use
+use utoipa::openapi::OpenApi;
+use utoipa::openapi::path::HttpMethod;
 
-use super::access::Tally;
-use super::api::answers::{Health, HealthStatus};
-use super::completions::{complete, generate};
-use super::information::{information, models};
-use super::openai::Endpoint;
-use super::reply::{self, Problem, Reply};
-use super::{App, docs, page};
-use crate::engine::{Handle, Stage};
-use crate::metrics;
+use super::app::{App, RequestContext};
+use super::auth::Access;
+use super::completions::{self, chat, complete, generate};
+use super::docs::{self, docs, docs_file, document};
+use super::health::{self, health, metrics, ready, v1_health};
+use super::information::{self, information, model, models};
+use super::page::{self, page_file};
+use super::problem::Problem;
+use super::record::AccessRecord;
+use super::reply::{self, Reply};
 
-/// Paths, and what they take.
-pub const PATHS: [(&str, &str); 12] = [
-    ("/", "GET, HEAD"),
-    ("/health", "GET, HEAD"),
-    ("/ready", "GET, HEAD"),
-    ("/metrics", "GET, HEAD"),
-    ("/generate", "POST"),
-    ("/v1/models", "GET, HEAD"),
-    ("/v1/completions", "POST"),
-    ("/v1/chat/completions", "POST"),
-    ("/openapi.json", "GET, HEAD"),
-    ("/docs", "GET, HEAD"),
-    (DOCS_FILE, "GET, HEAD"),
-    (PAGE_FILE, "GET, HEAD"),
-];
-/// Files of the page at `/docs`, and of the one at `/`.
-const DOCS_FILE: &str = "/docs/{file}";
-const PAGE_FILE: &str = "/page/{file}";
-
-/// What is known of a request beside what it says.
-pub struct Call<'a> {
-    /// Names it.
-    pub id: &'a Arc<str>,
-    /// Whose it is.
-    pub owner: u32,
-    /// Longest time that a request may have.
-    pub timeout: Option<Duration>,
-    /// What its answers take.
-    pub tally: &'a Arc<Tally>,
+fn routes() -> Vec<Route> {
+    vec![
+        route(information::__path_information, Access::Key, information).open_if(page::is_wanted),
+        route(health::__path_health, Access::Open, health),
+        route(health::__path_v1_health, Access::Open, v1_health),
+        route(health::__path_ready, Access::Open, ready),
+        route(health::__path_metrics, Access::Metrics, metrics),
+        route(completions::__path_generate, Access::Key, generate),
+        route(information::__path_models, Access::Key, models),
+        route(information::__path_model, Access::Key, model),
+        route(completions::__path_complete, Access::Key, complete),
+        route(completions::__path_chat, Access::Key, chat),
+        route(docs::__path_document, Access::Open, document),
+        route(docs::__path_docs, Access::Open, docs),
+        route(docs::__path_docs_file, Access::Open, docs_file),
+        route(page::__path_page_file, Access::Key, page_file).open_if(page::is_wanted),
+    ]
 }
 
-/// Answers one request.
-pub async fn answer(
+static ROUTES: LazyLock<Vec<Route>> = LazyLock::new(routes);
+
+/// A path, and what it does.
+pub struct Route {
+    /// The path; `{...}` at its end is for any text.
+    pub path: String,
+    /// Its methods, as `Allow` lists them.
+    allow: &'static str,
+    /// Who may ask.
+    pub access: Access,
+    /// Requests that anybody may make, whatever `access` is.
+    is_open: fn(&Request<Incoming>) -> bool,
+    handler: Handler,
+    /// Adds it to a document.
+    pub document: fn(&mut OpenApi),
+}
+
+type Handler = Box<dyn Fn(RequestContext, Request<Incoming>) -> Answering + Send + Sync>;
+type Answering = Pin<Box<dyn Future<Output = Result<Reply, Problem>> + Send>>;
+
+fn route<P, F>(
+    _: P,
+    access: Access,
+    handler: impl Fn(RequestContext, Request<Incoming>) -> F + Send + Sync + 'static,
+) -> Route
+where
+    P: utoipa::Path + SchemaReferences + for<'t> Tags<'t>,
+    F: Future<Output = Result<Reply, Problem>> + Send + 'static,
+{
+    Route {
+        path: P::path(),
+        allow: if P::methods() == [HttpMethod::Get] { "GET, HEAD" } else { "POST" },
+        access,
+        is_open: |_| false,
+        handler: Box::new(move |cx, request| Box::pin(handler(cx, request))),
+        document: |document| {
+            let mut operation = P::operation();
+            operation.tags = Some(P::tags().into_iter().map(str::to_owned).collect());
+            document.paths.add_path_operation(P::path(), P::methods(), operation);
+            let mut schemas = Vec::new();
+            P::schemas(&mut schemas);
+            document.components.get_or_insert_default().schemas.extend(schemas);
+        },
+    }
+}
+
+impl Route {
+    fn open_if(self, is_open: fn(&Request<Incoming>) -> bool) -> Self {
+        Self { is_open, ..self }
+    }
+
+    /// What `path` has in place of `{...}`, if it is this route's.
+    fn tail<'a>(&self, path: &'a str) -> Option<&'a str> {
+        match self.path.split_once('{') {
+            Some((start, _)) => path.strip_prefix(start),
+            None => (path == self.path).then_some(""),
+        }
+    }
+}
+
+/// All of them.
+#[must_use]
+pub fn all() -> &'static [Route] {
+    &ROUTES
+}
+
+/// The route of a path.
+#[must_use]
+pub fn find(path: &str) -> Option<&'static Route> {
+    ROUTES.iter().find(|route| route.tail(path).is_some())
+}
+
+/// Method and path of each route, for `GET /`.
+#[must_use]
+pub fn endpoints() -> Vec<String> {
+    let method = |route: &Route| if route.allow == "POST" { "POST" } else { "GET" };
+    ROUTES.iter().map(|route| format!("{} {}", method(route), route.path)).collect()
+}
+
+/// Admits a request and calls the handler of its route; errors become answers.
+pub async fn dispatch(
     app: &Arc<App>,
+    route: Option<&'static Route>,
     request: Request<Incoming>,
     id: &Arc<str>,
-    tally: &Arc<Tally>,
+    record: &Arc<AccessRecord>,
 ) -> Reply {
-    // Its clients know errors by another shape.
-    let is_openai = request.uri().path().starts_with("/v1");
-    // A path that nobody knows must not become a label.
-    let path = known(request.uri().path()).map_or("other", |(path, _)| path);
-    let write = if is_openai { Problem::openai_reply } else { Problem::reply };
-    let answer = match (page::answer(&request), app.auth.admit(&request)) {
-        (Some(page), _) => Ok(page), // it asks for a key where it needs one
-        (None, Ok(owner)) => {
-            route(app, request, &Call { id, owner, timeout: app.limits.timeout, tally }).await
-        }
-        (None, Err(problem)) => Err(problem),
-    };
-    let reply = answer.unwrap_or_else(|problem| {
-        app.metrics.count_refusal(problem.kind);
-        write(problem)
+    let is_openai = request.uri().path().starts_with("/v1"); // its clients expect OpenAI's errors
+    let reply = handle(app, route, request, id, record).await.unwrap_or_else(|problem| {
+        app.metrics.count_refusal(problem.kind());
+        reply::error(&problem, is_openai)
     });
-    app.metrics.count_answer(path, reply.status().as_u16());
+    // An unknown path must not become a label.
+    let label = route.map_or("other", |route| &route.path);
+    app.metrics.count_answer(label, reply.status().as_u16());
     reply
 }
 
-/// The path of [`PATHS`] that this is, and what it takes.
-pub fn known(path: &str) -> Option<(&'static str, &'static str)> {
-    let path = match path {
-        path if path.starts_with("/docs/") => DOCS_FILE,
-        path if path.starts_with("/page/") => PAGE_FILE,
-        path => path,
-    };
-    PATHS.into_iter().find(|(known, _)| *known == path)
-}
-
-async fn route(
+async fn handle(
     app: &Arc<App>,
+    route: Option<&'static Route>,
     request: Request<Incoming>,
-    call: &Call<'_>,
+    id: &Arc<str>,
+    record: &Arc<AccessRecord>,
 ) -> Result<Reply, Problem> {
+    // An unknown path needs a key, too: so does what may come to be.
+    let access = match route {
+        Some(route) if (route.is_open)(&request) => Access::Open,
+        Some(route) => route.access,
+        None => Access::Key,
+    };
+    let tenant = app.auth.admit(access, request.headers())?;
     let path = request.uri().path();
-    let Some((path, allow)) = known(path) else { return Err(not_found(path)) };
-    if !allow.split(", ").any(|allowed| allowed == request.method().as_str()) {
-        let message = format!("{path} takes {allow}");
-        let mut problem =
-            Problem::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message);
-        problem.header = Some((ALLOW, allow));
-        return Err(problem);
+    let Some((route, tail)) = route.and_then(|route| Some((route, route.tail(path)?))) else {
+        return Err(not_found(path));
+    };
+    if !route.allow.split(", ").any(|allowed| allowed == request.method().as_str()) {
+        return Err(Problem::MethodNotAllowed { path: &route.path, allow: route.allow });
     }
-    match path {
-        "/" => information(app),
-        "/health" => Ok(health(app)),
-        "/ready" => Ok(ready(app)),
-        "/metrics" => Ok(reply::plain(metrics::CONTENT_TYPE, app.metrics.text())),
-        "/openapi.json" => Ok(reply::plain("application/json", app.openapi.clone())),
-        "/docs" => docs("").ok_or_else(|| not_found(path)),
-        DOCS_FILE => {
-            let path = request.uri().path();
-            let file =
-                path.strip_prefix("/docs/").filter(|file| !file.is_empty()).unwrap_or("index.html");
-            docs(file).ok_or_else(|| not_found(path))
-        }
-        "/v1/models" => models(app),
-        "/v1/completions" => complete(app, request, call, Endpoint::Text).await,
-        "/v1/chat/completions" => complete(app, request, call, Endpoint::Chat).await,
-        "/generate" => generate(app, request, call).await,
-        _ => Err(not_found(request.uri().path())),
-    }
+    let cx = RequestContext {
+        app: Arc::clone(app),
+        id: Arc::clone(id),
+        tenant,
+        tail: tail.to_owned(),
+        record: Arc::clone(record),
+    };
+    (route.handler)(cx, request).await
 }
 
 fn not_found(path: &str) -> Problem {
-    let shown: String = path.chars().take(100).collect();
-    let message =
-        format!("there is no {shown}; there are {}", PATHS.map(|(path, _)| path).join(", "));
-    Problem::new(StatusCode::NOT_FOUND, "not_found", message)
-}
-
-fn docs(file: &str) -> Option<Reply> {
-    docs::file(file).map(|(bytes, content_type)| reply::plain(&content_type, bytes))
-}
-
-/// Whether the process is to be left alone: only one whose engine has failed is worth a restart.
-fn health(app: &App) -> Reply {
-    let status = status(app);
-    let is_failed = status == HealthStatus::Failed;
-    let code = if is_failed { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::OK };
-    reply::json(code, &Health { status })
-}
-
-/// Whether work may be sent here now.
-fn ready(app: &App) -> Reply {
-    let status = status(app);
-    if status == HealthStatus::Ok {
-        return reply::json(StatusCode::OK, &Health { status });
-    }
-    let mut reply = reply::json(StatusCode::SERVICE_UNAVAILABLE, &Health { status });
-    reply.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
-    reply
-}
-
-fn status(app: &App) -> HealthStatus {
-    match &*app.stage.borrow() {
-        Stage::Failed(_) => HealthStatus::Failed,
-        _ if app.draining.load(Ordering::Relaxed) => HealthStatus::Draining,
-        Stage::Loading(_) => HealthStatus::Loading,
-        Stage::Ready(_) => HealthStatus::Ok,
-    }
-}
-
-/// The engine, if it takes work.
-pub fn engine(app: &App) -> Result<Handle, Problem> {
-    let unavailable = |kind, message: &str| {
-        let mut problem = Problem::new(StatusCode::SERVICE_UNAVAILABLE, kind, message);
-        problem.header = Some((RETRY_AFTER, "1"));
-        problem
-    };
-    if app.draining.load(Ordering::Relaxed) {
-        return Err(unavailable(
-            "draining",
-            "the server is shutting down and takes no new requests",
-        ));
-    }
-    match &*app.stage.borrow() {
-        Stage::Ready(handle) => Ok(handle.clone()),
-        Stage::Loading(_) => Err(unavailable(
-            "loading",
-            "the model is still loading; GET /ready tells when it takes work",
-        )),
-        Stage::Failed(_) => Err(unavailable("stopped", "the engine has stopped")),
-    }
+    let known: Vec<&str> = ROUTES.iter().map(|route| route.path.as_str()).collect();
+    Problem::UnknownPath { path: path.to_owned(), known: known.join(", ") }
 }

@@ -411,16 +411,6 @@ pub struct ModelEntry<'a> {
     pub max_model_len: usize,
 }
 
-impl<'a> Models<'a> {
-    /// The list of the model `id` with contexts of `n_ctx` tokens.
-    #[must_use]
-    pub fn new(id: &'a str, n_ctx: usize) -> Self {
-        let (object, owned_by) = ("model", env!("CARGO_PKG_NAME"));
-        let entry = ModelEntry { id, object, created: 0, owned_by, max_model_len: n_ctx };
-        Self { object: "list", data: vec![entry] }
-    }
-}
-
 /// How the server is.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct Health {
@@ -436,12 +426,13 @@ pub enum HealthStatus {
     Ok,
     Loading,
     Draining,
+    Stalled,
     Failed,
 }
 
 /// What is served. After `endpoints` either `loading`, while the model is read, or the rest.
 #[derive(Debug, Default, Serialize, ToSchema)]
-pub struct Information {
+pub struct Information<'a> {
     /// `medusa-llama`.
     pub name: &'static str,
     /// Its version.
@@ -451,7 +442,7 @@ pub struct Information {
     /// What this build can compute on: `cpu` or `cuda`.
     pub backend: &'static str,
     /// Methods and paths.
-    pub endpoints: Vec<String>,
+    pub endpoints: &'a [String],
     /// How much of the model is read, from 0 to 1.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub loading: Option<f32>,
@@ -517,13 +508,13 @@ pub struct Load {
     /// Requests accepted and not yet ended.
     pub in_flight: usize,
     /// Requests the engine works on.
-    pub running: usize,
+    pub running: i64,
     /// Requests that wait for a place.
-    pub waiting: usize,
+    pub waiting: i64,
     /// Cells that running requests hold.
-    pub kv_cells_running: usize,
+    pub kv_cells_running: i64,
     /// Cells that finished prompts hold.
-    pub kv_cells_kept: usize,
+    pub kv_cells_kept: i64,
     /// Of the engine since the start.
     pub steps: u64,
     /// Since the start.
@@ -542,25 +533,25 @@ pub struct StreamEvent {
 
 /// What went wrong.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct Problem<'a> {
+pub struct ErrorBody<'a> {
     /// What went wrong.
     #[schema(inline)]
-    pub error: ProblemDetails<'a>,
+    pub error: ErrorDetails<'a>,
 }
 
 /// What went wrong.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct ProblemDetails<'a> {
+pub struct ErrorDetails<'a> {
     /// For programs: `invalid_request`, `queue_full`, ... In OpenAI's dialect:
     /// `invalid_request_error`, `rate_limit_error` or `server_error`.
-    pub r#type: &'a str,
+    pub r#type: &'static str,
     /// For people.
-    pub message: &'a str,
+    pub message: String,
     /// The field to blame, if one is; in OpenAI's dialect null if none is.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub param: Option<Option<&'a str>>,
     /// In OpenAI's dialect, for programs: `invalid_request`, `queue_full`, ...
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub code: Option<&'a str>,
+    pub code: Option<&'static str>,
 }

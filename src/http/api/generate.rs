@@ -3,13 +3,16 @@
 use std::time::Duration;
 
 use bytes::BytesMut;
+use hyper::StatusCode;
 use utoipa::PartialSchema;
 
 use super::answers::{Detokenize, GenerateAnswer, GeneratePiece, details};
 use super::fields::{LogitBias, ResponseFormat, Stops, grammar, request_body};
+use crate::engine::Failed;
 use crate::error::Invalid;
-use crate::http::reply::{Dialect, Problem, event};
-use crate::request::{Event, Report, Request, SamplingParams, Speculation};
+use crate::http::problem::Problem;
+use crate::http::reply::{self, Dialect, Reply, event};
+use crate::request::{Completion, Event, Piece, Report, Request, SamplingParams, Speculation};
 
 request_body! {
     /// A prompt to continue, and how.
@@ -59,11 +62,16 @@ impl GenerateRequest {
     }
 }
 
-/// Writes pieces as `/generate` streams them; with the details of their tokens if there is a way to
-/// detokenize them.
+/// Writes an answer of `/generate`, whole or in pieces; with the details of its tokens if there is a
+/// way to detokenize them.
 pub struct Pieces(pub Option<Detokenize>);
 
 impl Dialect for Pieces {
+    fn whole(&self, done: &[(Piece, Completion)]) -> Reply {
+        let (whole, done) = &done[0];
+        reply::json(StatusCode::OK, &GenerateAnswer::new(done, whole, self.0.as_ref()))
+    }
+
     fn write(&mut self, _: usize, what: &Event, out: &mut BytesMut) {
         let detokenize = self.0.as_ref();
         match what {
@@ -74,7 +82,7 @@ impl Dialect for Pieces {
             Event::Done(done) => event(&GenerateAnswer::new(done, &done.tail, detokenize), out),
             Event::Failed { id } => {
                 out.extend_from_slice(b"event: error\n");
-                event(&Problem::incident(id).body(), out);
+                event(&Problem::from(Failed { id: id.clone() }).body(false), out);
             }
         }
     }

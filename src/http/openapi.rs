@@ -1,23 +1,25 @@
 //! `/openapi.json`: what each path takes and answers, as one document that is derived from types.
 //!
-//! [`api`](super::api) has the bodies, `paths` the paths, `REFUSALS` the errors of all of them.
-
-mod paths;
+//! [`api`](super::api) has the bodies, [`routes`] the paths, `REFUSALS` the errors of all of them.
 
 use bytes::Bytes;
-use utoipa::openapi::path::{Operation, PathItem};
+use utoipa::OpenApi as _;
 use utoipa::openapi::response::{Response, ResponseBuilder};
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme};
 use utoipa::openapi::{ContentBuilder, OpenApi, Ref, RefOr, Schema};
-use utoipa::{Modify, OpenApi as _};
 
 use super::api::Readers;
-use super::api::answers::Problem;
+use super::api::answers::ErrorBody;
+use super::auth::Access;
+use super::routes;
 
 /// The document of a server that reads bodies with `readers`, as JSON.
 #[must_use]
 pub fn json(readers: &Readers) -> Bytes {
     let mut document = Document::openapi();
+    routes::all().iter().for_each(|route| (route.document)(&mut document));
+    add_refusals(&mut document);
+    add_keys(&mut document);
     let schemas = &mut document.components.get_or_insert_default().schemas;
     for (name, schema) in [
         ("GenerateRequest", &readers.generate.schema),
@@ -36,9 +38,7 @@ pub fn json(readers: &Readers) -> Bytes {
         description = "Text from a GGUF model. `/generate` is this server's own dialect, `/v1/...` OpenAI's. A field that is not \
                        documented is refused, null is a field's default."
     ),
-    paths(paths::information, paths::health, paths::ready, paths::metrics, paths::generate, paths::models, paths::complete, paths::chat, paths::document_path, paths::docs, paths::docs_file, paths::page_file),
-    components(schemas(Problem)),
-    modifiers(&Refusals, &Keys)
+    components(schemas(ErrorBody))
 )]
 struct Document;
 
@@ -47,9 +47,9 @@ struct Document;
 enum Of {
     /// All.
     All,
-    /// Those that need the engine.
-    Engine,
-    /// Those of them that have a body.
+    /// Those that need a key, where there are keys.
+    Keyed,
+    /// Those that have a body.
     Posts,
     /// Those of these in this server's own dialect.
     Own,
@@ -62,8 +62,8 @@ const REFUSALS: [(u16, Of, &str); 12] = [
         Of::Posts,
         "The body is not JSON, or could not be read; in OpenAI's dialect also: a field or prompt cannot be served",
     ),
-    (401, Of::Engine, "The server asks for a key, and there is none or a wrong one"),
-    (403, Of::Engine, "The key does not allow this"),
+    (401, Of::Keyed, "The server asks for a key, and there is none or a wrong one"),
+    (403, Of::Keyed, "The key does not allow this"),
     (405, Of::All, "The path takes other methods, which `Allow` names"),
     (
         408,
@@ -84,39 +84,30 @@ const REFUSALS: [(u16, Of, &str); 12] = [
         Of::Posts,
         "The engine failed on this request; the log has the cause under the id in the message",
     ),
-    (503, Of::Engine, "The model still loads, or the server shuts down"),
+    (503, Of::Keyed, "The model still loads, or the server shuts down"),
 ];
 
 /// Adds [`REFUSALS`] to every operation that they can come from.
-struct Refusals;
-
-impl Modify for Refusals {
-    fn modify(&self, document: &mut OpenApi) {
-        for (path, item) in &mut document.paths.paths {
-            let is_openai = path.starts_with("/v1");
-            for operation in operations(item) {
-                let has_body = operation.request_body.is_some();
-                for (status, of, why) in REFUSALS {
-                    let applies = match of {
-                        Of::All => true,
-                        Of::Engine => has_body || is_openai,
-                        Of::Posts => has_body,
-                        Of::Own => has_body && !is_openai,
-                    };
-                    if applies {
-                        let known = &mut operation.responses.responses;
-                        known
-                            .entry(status.to_string())
-                            .or_insert_with(|| refusal(status, why).into());
-                    }
+fn add_refusals(document: &mut OpenApi) {
+    for route in routes::all() {
+        let is_openai = route.path.starts_with("/v1");
+        let item = document.paths.paths.get_mut(&route.path).expect("each route is documented");
+        for operation in [&mut item.get, &mut item.post].into_iter().flatten() {
+            let has_body = operation.request_body.is_some();
+            for (status, of, why) in REFUSALS {
+                let applies = match of {
+                    Of::All => true,
+                    Of::Keyed => route.access == Access::Key && (has_body || is_openai),
+                    Of::Posts => has_body,
+                    Of::Own => has_body && !is_openai,
+                };
+                if applies {
+                    let known = &mut operation.responses.responses;
+                    known.entry(status.to_string()).or_insert_with(|| refusal(status, why).into());
                 }
             }
         }
     }
-}
-
-fn operations(item: &mut PathItem) -> impl Iterator<Item = &mut Operation> {
-    [&mut item.get, &mut item.post].into_iter().flatten()
 }
 
 /// What the network's library refuses by itself has no body.
@@ -125,24 +116,20 @@ fn refusal(status: u16, why: &str) -> Response {
     if matches!(status, 414 | 431) {
         return response.build();
     }
-    let schema = Ref::from_schema_name("Problem");
+    let schema = Ref::from_schema_name("ErrorBody");
     response.content("application/json", ContentBuilder::new().schema(Some(schema)).build()).build()
 }
 
-/// A key as a bearer token, for servers that ask for one.
-struct Keys;
-
-impl Modify for Keys {
-    fn modify(&self, document: &mut OpenApi) {
-        let scheme = HttpBuilder::new()
-            .scheme(HttpAuthScheme::Bearer)
-            .description(Some("Where the server asks for keys"));
-        let components = document.components.get_or_insert_default();
-        components.add_security_scheme("key", SecurityScheme::Http(scheme.build()));
-        let nothing: [&str; 0] = [];
-        document.security =
-            Some(vec![SecurityRequirement::default(), SecurityRequirement::new("key", nothing)]);
-    }
+/// Adds a key as a bearer token, for servers that ask for one.
+fn add_keys(document: &mut OpenApi) {
+    let scheme = HttpBuilder::new()
+        .scheme(HttpAuthScheme::Bearer)
+        .description(Some("Where the server asks for keys"));
+    let components = document.components.get_or_insert_default();
+    components.add_security_scheme("key", SecurityScheme::Http(scheme.build()));
+    let nothing: [&str; 0] = [];
+    document.security =
+        Some(vec![SecurityRequirement::default(), SecurityRequirement::new("key", nothing)]);
 }
 
 #[cfg(test)]
