@@ -19,6 +19,7 @@ use network::NetworkArgs;
 
 use crate::engine::thread::{DraftParams, EngineParams, HeadsParams};
 use crate::engine::{Layout, Limits};
+use crate::http::app::HttpLimits;
 use crate::http::auth::Auth;
 use crate::http::cors::Cors;
 use crate::http::tls::Tls;
@@ -210,6 +211,9 @@ pub struct ServeArgs {
     /// cancelled, in seconds
     #[arg(long, env = "WRITE_TIMEOUT", default_value = "60", value_parser = seconds(0.1))]
     pub write_timeout: Duration,
+    /// Time for a forward pass, after which /ready answers 503, in seconds; 0 sets no limit
+    #[arg(long, env = "STALL_TIMEOUT", default_value = "60", value_parser = seconds(0.0))]
+    pub stall_timeout: Duration,
     #[command(flatten)]
     pub(crate) network: NetworkArgs,
 }
@@ -255,23 +259,6 @@ pub struct Config {
     pub otlp_endpoint: Option<Uri>,
     /// Time for running requests after SIGTERM.
     pub drain_timeout: Duration,
-}
-
-/// Limits of the HTTP server, per client or in total.
-#[derive(Clone, Copy, Debug)]
-pub struct HttpLimits {
-    /// Maximum bytes of a body.
-    pub max_body_bytes: usize,
-    /// Maximum open connections.
-    pub max_connections: usize,
-    /// Maximum bytes of a request's head.
-    pub max_header_bytes: usize,
-    /// Time to receive a request's head, and then its body.
-    pub read_timeout: Duration,
-    /// Time from acceptance to the end of the answer.
-    pub timeout: Option<Duration>,
-    /// Time for a client to read some bytes of its answer.
-    pub write_timeout: Duration,
 }
 
 impl ModelArgs {
@@ -399,6 +386,7 @@ impl ServeArgs {
                 read_timeout: self.read_timeout,
                 timeout: self.request_timeout,
                 write_timeout: self.write_timeout,
+                stall_timeout: Some(self.stall_timeout).filter(|limit| !limit.is_zero()),
             },
             auth,
             cors: self.network.cors()?,

@@ -7,11 +7,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use half::f16;
+use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
+use utoipa::ToSchema;
 
 use crate::llama::Token;
-use crate::speculate::reliability::Source;
-use crate::vector::{largest_k, log_sum_exp};
 
 /// How to choose each token. Every value is in the range its field names; [`Default`] is
 /// `/generate`'s.
@@ -85,19 +85,14 @@ pub struct Request {
     pub cache_prompt: bool,
     /// Whether to draft.
     pub speculation: Speculation,
-    /// Whether its owner's other answers may be drafted from this one, and this one from them.
+    /// Whether its tenant's other answers may be drafted from this one, and this one from them.
     pub share_text: bool,
     /// What the text must be; `None`: any text.
     pub grammar: Option<GrammarSource>,
-    /// What to tell of each token beside its text; `None`: nothing.
+    /// What to report of each token beside its text; `None`: nothing.
     pub report: Option<Report>,
-    /// The answer ends where it stands when so long has passed since the request was accepted.
+    /// The answer ends where it is when this much time has passed since the request was accepted.
     pub timeout: Option<Duration>,
-    /// Names it in the log; empty if nobody asks.
-    pub id: Arc<str>,
-    /// Whose it is: a number, the same for all that one client sends; 0 where clients are not told
-    /// apart.
-    pub owner: u32,
 }
 
 impl Request {
@@ -116,10 +111,19 @@ impl Request {
             grammar: None,
             report: None,
             timeout: None,
-            id: "".into(),
-            owner: 0,
         }
     }
+}
+
+/// Who sends a request, and what whoever serves them adds to it.
+#[derive(Clone, Debug, Default)]
+pub struct Caller {
+    /// Names the request in the log; empty if nobody asks.
+    pub id: Arc<str>,
+    /// A number, the same for all that one client sends; 0 where clients are not told apart.
+    pub tenant: u32,
+    /// The most time that a request may have, whatever it gives itself.
+    pub timeout: Option<Duration>,
 }
 
 /// A grammar as it was sent.
@@ -131,16 +135,16 @@ pub enum GrammarSource {
     Lark(String),
 }
 
-/// What to tell of each token of an answer.
+/// What to report of each token of an answer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Report {
     /// Where it came from, and which step decided it.
     pub details: bool,
-    /// Its log probability, and those of this many of the likeliest tokens; `None`: neither.
+    /// Its log probability, and those of this many most likely tokens; `None`: neither.
     pub n_top: Option<usize>,
 }
 
-/// What is told of a token.
+/// What is reported of a token.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TokenReport {
     /// Which.
@@ -155,37 +159,56 @@ pub struct TokenReport {
     pub logprobs: Option<Logprobs>,
 }
 
+/// Where a drafted token came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Source {
+    /// A head.
+    Heads,
+    /// The text before.
+    Text,
+    /// Both.
+    Both,
+}
+
+impl Source {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Heads, Self::Text, Self::Both];
+
+    /// As JSON and metrics call it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Heads => "heads",
+            Self::Text => "text",
+            Self::Both => "both",
+        }
+    }
+}
+
 /// Natural logarithms of probabilities as the model gives them: before bias, penalties,
 /// temperature, filters and grammar.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Logprobs {
     /// Of the token.
     pub logprob: f32,
-    /// The likeliest tokens, best first.
+    /// The most likely tokens, best first.
     pub top: Vec<(Token, f32)>,
 }
 
-impl Logprobs {
-    /// Of `token` in a row of logits, with the `n_top` best.
-    #[must_use]
-    pub fn new(token: Token, logits: &[f32], n_top: usize) -> Self {
-        let norm = log_sum_exp(logits);
-        let mut top = Vec::with_capacity(n_top);
-        largest_k(logits, n_top, &mut top);
-        top.iter_mut().for_each(|(_, logit)| *logit -= norm);
-        Self { logprob: logits[token.0 as usize] - norm, top }
-    }
-}
-
-/// What every line of the log about a request stands in, wherever it is logged. Its level is the
+/// The span of every line of the log about a request, wherever it is logged. Its level is the
 /// highest there is, so that no filter takes it from a line.
 #[must_use]
 pub fn span(id: &str) -> tracing::Span {
     tracing::error_span!("request", request_id = id)
 }
 
-/// Whether drafts are verified for a request, where they come from, and how they are accepted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// Where drafts come from: `heads`, `text`, both (`auto`) or neither (`off`); `typical`: both, with
+/// Medusa's lossy acceptance, where a drafted token need only be typical of what the model would
+/// sample.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+#[schema(example = "auto")]
 pub enum Speculation {
     /// From heads and text, as far as it pays; the answer is the same as without.
     #[default]
@@ -201,28 +224,16 @@ pub enum Speculation {
 }
 
 impl Speculation {
-    /// All of them, as requests name them.
-    pub const NAMES: [(&'static str, Self); 5] = [
-        ("auto", Self::Auto),
-        ("heads", Self::Heads),
-        ("text", Self::Text),
-        ("off", Self::Off),
-        ("typical", Self::Typical),
-    ];
-
-    /// By its name.
-    #[must_use]
-    pub fn by_name(name: &str) -> Option<Self> {
-        Self::NAMES
-            .into_iter()
-            .find(|(known, _)| *known == name)
-            .map(|(_, speculation)| speculation)
-    }
-
     /// As requests name it.
     #[must_use]
     pub fn name(self) -> &'static str {
-        Self::NAMES.into_iter().find(|(_, known)| *known == self).map_or("", |(name, _)| name)
+        match self {
+            Self::Auto => "auto",
+            Self::Heads => "heads",
+            Self::Text => "text",
+            Self::Off => "off",
+            Self::Typical => "typical",
+        }
     }
 
     /// `true` if heads draft.
@@ -295,33 +306,15 @@ pub struct Trace {
     pub tokens: Vec<Token>,
     /// For each the post-norm hidden state that it was chosen from: `n_embd` values.
     pub hidden: Vec<f16>,
-    /// For each the [`TOP`](Self::TOP) likeliest tokens, before temperature and filters, and their
+    /// For each the [`TOP`](Self::TOP) most likely tokens, before temperature and filters, and their
     /// probabilities.
     pub top: Vec<(Token, f16)>,
 }
 
 impl Trace {
-    /// Likeliest tokens that are kept; of a smaller vocabulary, tokens of no probability fill the
+    /// Most likely tokens that are kept; of a smaller vocabulary, tokens of no probability fill the
     /// rest.
     pub const TOP: usize = 16;
-
-    /// Appends a token; `best` is room to work in.
-    pub fn push(
-        &mut self,
-        token: Token,
-        hidden: &[f32],
-        logits: &[f32],
-        best: &mut Vec<(Token, f32)>,
-    ) {
-        let norm = log_sum_exp(logits);
-        largest_k(logits, Self::TOP, best);
-        self.tokens.push(token);
-        self.hidden.extend(hidden.iter().map(|&v| f16::from_f32(v)));
-        self.top.extend(
-            best.iter().map(|&(token, logit)| (token, f16::from_f32((logit - norm).exp()))),
-        );
-        self.top.resize(self.tokens.len() * Self::TOP, (Token(0), f16::ZERO));
-    }
 }
 
 /// Why an answer ended.
@@ -359,13 +352,21 @@ pub struct SpeculationUsage {
     pub accepted: usize,
 }
 
-/// Seconds a request spent in each stage.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+/// Seconds that a request spent in each stage.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, ToSchema)]
 pub struct Timings {
     /// From acceptance to the first step with a row of its own.
+    #[serde(serialize_with = "micros")]
     pub queue_s: f64,
     /// From there to the first token.
+    #[serde(serialize_with = "micros")]
     pub prefill_s: f64,
     /// From the first token to the last.
+    #[serde(serialize_with = "micros")]
     pub decode_s: f64,
+}
+
+/// Seconds to the microsecond: the rest is noise on the wire.
+fn micros<S: Serializer>(seconds: &f64, out: S) -> Result<S::Ok, S::Error> {
+    out.serialize_f64((seconds * 1e6).round() / 1e6)
 }

@@ -60,14 +60,14 @@ pub struct Served<'a> {
     pub began: SystemTime,
     /// Of whose trace it is a part; else it begins one.
     pub parent: Option<&'a SpanContext>,
-    /// What the engine was asked for it.
-    pub answers: &'a [Answer],
+    /// What the engine did for it.
+    pub choices: &'a [ChoiceRecord],
 }
 
-/// One answer of the engine to a request.
+/// One choice of a request, as the engine answered it.
 #[derive(Clone, Copy, Debug)]
-pub struct Answer {
-    /// When it was asked.
+pub struct ChoiceRecord {
+    /// When it was submitted.
     pub submitted: SystemTime,
     /// What it took; `None` if it did not come to its end.
     pub done: Option<(Usage, Timings)>,
@@ -134,8 +134,8 @@ impl Telemetry {
             span.set_status(Status::error(""));
         }
         let below = Context::new().with_remote_span_context(span.span_context().clone());
-        for (choice, answer) in served.answers.iter().enumerate() {
-            self.record_stages(choice, answer, &below);
+        for (choice, record) in served.choices.iter().enumerate() {
+            self.record_stages(choice, record, &below);
         }
         span.end();
     }
@@ -157,10 +157,10 @@ impl Telemetry {
         if served.is_aborted {
             attributes.push(KeyValue::new("error.type", "aborted"));
         }
-        if !served.answers.is_empty() {
+        if !served.choices.is_empty() {
             let sum = |of: fn(&Usage) -> usize| {
                 served
-                    .answers
+                    .choices
                     .iter()
                     .filter_map(|a| a.done.as_ref())
                     .map(|(u, _)| of(u))
@@ -179,9 +179,9 @@ impl Telemetry {
         attributes
     }
 
-    fn record_stages(&self, choice: usize, answer: &Answer, below: &Context) {
-        let Some((_, timings)) = answer.done else { return };
-        let mut at = answer.submitted;
+    fn record_stages(&self, choice: usize, record: &ChoiceRecord, below: &Context) {
+        let Some((_, timings)) = record.done else { return };
+        let mut at = record.submitted;
         for (name, seconds) in [
             ("queue", timings.queue_s),
             ("prefill", timings.prefill_s),

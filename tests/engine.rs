@@ -485,7 +485,7 @@ fn an_answer_given_before_is_drafted_from_unless_that_is_not_wanted() {
     engine.speculate(speculator.with_text(TextDrafts::for_tenants(2, 2000)), 40);
     let mut steps_of = |owner, speculation, share_text| {
         let (mut job, mut events) = job(&[1, 2, 3], 100, 0.0);
-        (job.request.speculation, job.request.share_text, job.request.owner) =
+        (job.request.speculation, job.request.share_text, job.caller.tenant) =
             (speculation, share_text, owner);
         engine.enqueue(job);
         run_to_end(&mut engine);

@@ -13,12 +13,14 @@ use std::task::{Context, Waker};
 
 use common::{Server, any_json, exchange, model_path};
 use hyper::body::Body;
+use medusa_llama::engine::Answer;
 use medusa_llama::engine::grammar::Grammars;
-use medusa_llama::http::generate::{self, Pieces};
-use medusa_llama::http::openai::{Endpoint, read, write::Envelope};
+use medusa_llama::http::api::Readers;
+use medusa_llama::http::api::generate::Pieces;
+use medusa_llama::http::api::openai::Choices;
+use medusa_llama::http::openai::{Chunks, Endpoint};
 use medusa_llama::http::reply::{self, Dialect};
 use medusa_llama::http::template::ChatTemplate;
-use medusa_llama::http::tokens::Telling;
 use medusa_llama::llama::{Model, ModelParams};
 use medusa_llama::request::{
     Completion, Event, FinishReason, GrammarSource, Piece, Request, SpeculationUsage, Timings,
@@ -154,15 +156,18 @@ proptest! {
     #[test]
     fn a_body_is_read_or_refused(body in prop_oneof![9 => body().boxed(), 1 => any_json().boxed()]) {
         static TEMPLATE: LazyLock<Result<ChatTemplate, String>> = LazyLock::new(|| ChatTemplate::of(&MODEL));
-        match generate::read(body.clone(), N_CTX, 1) {
-            Ok(asked) => check(&asked.request),
+        static READERS: LazyLock<Readers> = LazyLock::new(|| Readers::new(N_CTX));
+        match READERS.generate.read(body.clone()).and_then(|body| body.into_request(1)) {
+            Ok(request) => check(&request),
             Err(error) => prop_assert!(error.message.len() > 8 && error.message.len() < 2000, "{}", error),
         }
-        for endpoint in [Endpoint::Text, Endpoint::Chat] {
-            match read::read(endpoint, body.clone(), N_CTX, 1, &TEMPLATE) {
-                Ok(asked) => {
-                    prop_assert!((1..=16).contains(&asked.requests.len()) && asked.requests.len() % asked.n == 0);
-                    asked.requests.iter().for_each(check);
+        let text = READERS.completion.read(body.clone()).and_then(|body| body.into_choices(N_CTX, 1));
+        let chat = READERS.chat.read(body).and_then(|body| body.into_choices(N_CTX, 1, &TEMPLATE));
+        for choices in [text, chat] {
+            match choices {
+                Ok(choices) => {
+                    prop_assert!((1..=16).contains(&choices.requests.len()) && choices.requests.len() % choices.n == 0);
+                    choices.requests.iter().for_each(check);
                 }
                 Err(error) => prop_assert!(error.message.len() > 8 && error.message.len() < 2000, "{}", error),
             }
@@ -276,11 +281,13 @@ fn stream(
     turns: &[prop::sample::Index],
     dialect: Box<dyn Dialect>,
 ) -> Vec<String> {
-    let (senders, receivers): (Vec<_>, Vec<_>) =
-        choices.iter().map(|c| tokio::sync::mpsc::channel(c.len() + 1)).unzip();
+    let channel = |events: &Vec<Event>| {
+        let (sender, receiver) = tokio::sync::mpsc::channel(events.len() + 1);
+        (sender, Answer::from(receiver))
+    };
+    let (senders, answers): (Vec<_>, Vec<_>) = choices.iter().map(channel).unzip();
     let mut rest: Vec<_> = choices.iter().map(|events| events.iter().cloned().peekable()).collect();
-    let first = rest[0].next().unwrap();
-    let mut body = reply::stream(first, receivers, dialect, Arc::default()).into_body();
+    let mut body = reply::stream(answers, dialect, Arc::default()).into_body();
     let mut bytes = Vec::new();
     let mut turns = turns.iter().cycle();
     loop {
@@ -321,8 +328,9 @@ proptest! {
         include_usage in any::<bool>(),
     ) {
         let endpoint = if is_chat { Endpoint::Chat } else { Endpoint::Text };
-        let envelope = Envelope::new(endpoint, "m".into(), choices.len(), Telling::default());
-        let chunks = envelope.chunks(choices.len(), include_usage);
+        let n = choices.len();
+        let wanted = Choices { requests: vec![Request::new("x", 1); n], n, stream: true, include_usage };
+        let chunks = Chunks::new(endpoint, "m".into(), &wanted, Arc::new(|_| Vec::new()));
         let mut sent = stream(&choices, &turns, Box::new(chunks));
         let fails = choices.iter().any(|c| expected(c).1);
         let is_done = sent.last().is_some_and(|e| e == "data: [DONE]");

@@ -5,7 +5,7 @@ mod common;
 
 use std::io::Read;
 
-use common::{Server, exchange};
+use common::Server;
 use serde_json::{Value, json};
 
 /// Sums of what answers said.
@@ -124,16 +124,40 @@ fn counters_add_up_to_what_answers_said() {
     );
 }
 
+/// Prometheus' text format 0.0.4: each sample belongs to the family that `# TYPE` declared just
+/// before, of a type that this format has, and ends in a number.
+fn check_classic(text: &str) {
+    let mut family = ("", "");
+    for line in text.lines() {
+        if let Some(declared) = line.strip_prefix("# TYPE ") {
+            family = declared.split_once(' ').unwrap();
+            assert!(["counter", "gauge", "histogram"].contains(&family.1), "{line}");
+        } else if !line.starts_with("# HELP ") {
+            let (name, rest) = line.split_once('{').expect("every series has labels");
+            let suffix = name.strip_prefix(family.0).unwrap_or_else(|| panic!("{line}"));
+            let is_of_family = match family.1 {
+                "histogram" => ["_bucket", "_sum", "_count"].contains(&suffix),
+                _ => suffix.is_empty(),
+            };
+            assert!(is_of_family && !line.contains('#'), "{line} in {family:?}");
+            assert!(rest.rsplit(' ').next().unwrap().parse::<f64>().is_ok(), "{line}");
+        }
+    }
+}
+
 #[test]
 fn a_request_shows_while_it_runs_and_when_its_client_leaves() {
     let server = Server::start(&["--batch-size", "1", "--ctx", "2048"]);
-    let head =
-        exchange(server.addr, b"HEAD /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    let openmetrics = ["Accept: application/openmetrics-text; version=1.0.0"];
+    let head = server.ask("HEAD /metrics", &openmetrics, b"");
     assert!(
         head.body.is_empty()
             && head.head.contains("content-type: application/openmetrics-text; version=1.0.0")
     );
-    assert!(server.get("/metrics").text().ends_with("# EOF\n"));
+    assert!(server.ask("GET /metrics", &openmetrics, b"").text().ends_with("# EOF\n"));
+    let classic = server.get("/metrics");
+    assert_eq!(classic.header("content-type"), Some("text/plain; version=0.0.4; charset=utf-8"));
+    check_classic(classic.text());
 
     // Without drafts, which would be through with a text that repeats itself before it is looked
     // at.

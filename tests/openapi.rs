@@ -107,8 +107,24 @@ fn answers_are_as_documented() {
         assert_eq!(answer.status, status, "{answer:?}");
         assert_eq!(document.fault(method, path, answer), None);
     };
-    for path in ["/", "/health", "/ready", "/metrics", "/v1/models", "/openapi.json", "/docs"] {
+    for path in
+        ["/", "/health", "/v1/health", "/ready", "/metrics", "/v1/models", "/openapi.json", "/docs"]
+    {
         check("get", path, 200, &server.get(path));
+    }
+    let openmetrics = server.ask("GET /metrics", &["Accept: application/openmetrics-text"], b"");
+    check("get", "/metrics", 200, &openmetrics);
+    let model = server.get("/v1/models").json()["data"][0].clone();
+    let id = model["id"].as_str().unwrap();
+    for path in [format!("/v1/models/{id}"), format!("/v1/models/{}", id.replace('-', "%2d"))] {
+        let answer = server.get(&path);
+        check("get", "/v1/models/{id}", 200, &answer);
+        assert_eq!(answer.json(), model);
+    }
+    for other in ["", "gpt-4", "a/b%2", "%ff"] {
+        let answer = server.get(&format!("/v1/models/{other}"));
+        check("get", "/v1/models/{id}", 404, &answer);
+        assert_eq!(answer.json()["error"]["code"], "model_not_found");
     }
     check("get", "/docs/{file}", 200, &server.get("/docs/swagger-ui.css"));
     check("get", "/docs/{file}", 200, &server.get("/docs/"));

@@ -10,6 +10,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::{Server, read_answer, request_bytes, run};
+use medusa_llama::engine::slots::KvOp;
+use medusa_llama::engine::stats::Stats;
+use medusa_llama::engine::{Engine, Forward, Job, Layout, Limits, Rows};
+use medusa_llama::llama::{LlamaError, Token};
+use medusa_llama::request::Request;
 use serde_json::{Value, json};
 use socket2::{Domain, Socket, Type};
 use tokio_rustls::rustls::crypto::ring;
@@ -124,6 +129,89 @@ fn text_is_the_form_of_the_log_unless_json_is_asked_for() {
     }
 }
 
+/// A model whose passes end when they are allowed to.
+struct Hanging(std::sync::mpsc::Receiver<()>);
+
+impl Forward for Hanging {
+    fn n_vocab(&self) -> usize {
+        2
+    }
+
+    fn forward(&mut self, _: &Rows) -> Result<(), LlamaError> {
+        self.0.recv().expect("the test lets it go on");
+        Ok(())
+    }
+
+    fn logits(&self, _: usize) -> Result<&[f32], LlamaError> {
+        Ok(&[0.0, 1.0])
+    }
+
+    fn hidden(&self, _: usize) -> Result<&[f32], LlamaError> {
+        Ok(&[])
+    }
+
+    fn apply(&mut self, _: KvOp) -> Result<(), LlamaError> {
+        Ok(())
+    }
+
+    fn piece(&self, _: Token, _: &mut Vec<u8>) {}
+
+    fn is_end(&self, _: Token) -> bool {
+        false
+    }
+}
+
+#[test]
+fn a_pass_that_hangs_shows_for_how_long() {
+    let (go_on, gate) = std::sync::mpsc::channel();
+    let stats = Arc::new(Stats::default());
+    let layout = Layout::Streams { n_cells: 8 };
+    let limits = Limits { n_slots: 1, n_ctx: 8, n_batch: 8, n_prefill: None, layout };
+    let shared = Arc::clone(&stats);
+    let engine = std::thread::spawn(move || {
+        let mut engine = Engine::new(Hanging(gate), limits, shared);
+        let (events, receiver) = tokio::sync::mpsc::channel(8);
+        engine.enqueue(Job::new(vec![Token(1)], Request::new("", 1), events));
+        engine.step();
+        drop(receiver);
+    });
+    let elapsed = || stats.pass_elapsed().unwrap_or_default();
+    while elapsed() < Duration::from_millis(20) {
+        assert!(!engine.is_finished());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let seen = elapsed();
+    std::thread::sleep(Duration::from_millis(10));
+    assert!(elapsed() >= seen + Duration::from_millis(10), "it grows while the pass hangs");
+    go_on.send(()).unwrap();
+    engine.join().unwrap();
+    assert_eq!(stats.pass_elapsed(), None);
+}
+
+/// The pass is a long prompt's, which takes seconds: much longer than the limit.
+#[test]
+fn a_server_whose_pass_takes_too_long_is_alive_but_not_ready() {
+    let server = Server::start(&[
+        "--ctx",
+        "1024",
+        "--n-batch",
+        "1024",
+        "--prefill-chunk",
+        "1024",
+        "--stall-timeout",
+        "0.1",
+    ]);
+    let body = json!({ "prompt": "one two three ".repeat(200), "max_tokens": 1, "stream": true });
+    let waiting = server.open_stream(&body);
+    server.wait(|| server.get("/ready").status == 503);
+    let (ready, health) = (server.get("/ready"), server.get("/health"));
+    assert_eq!((ready.status, ready.json()), (503, json!({ "status": "stalled" })));
+    assert_eq!(ready.header("retry-after"), Some("1"));
+    assert_eq!((health.status, health.json()), (200, json!({ "status": "stalled" })));
+    server.wait(|| server.get("/ready").status == 200);
+    drop(waiting);
+}
+
 #[test]
 fn work_and_information_need_a_key_where_there_are_keys() {
     let folder = tempfile::tempdir().unwrap();
@@ -170,6 +258,7 @@ fn work_and_information_need_a_key_where_there_are_keys() {
     }
     for open in [
         "GET /health",
+        "GET /v1/health",
         "GET /ready",
         "GET /docs",
         "GET /docs/swagger-ui.css",

@@ -15,8 +15,8 @@ use crate::engine;
 use crate::engine::handle::Handle;
 use crate::engine::thread::{DraftParams, EngineParams, spawn_with};
 use crate::plot::{self, Labels, Line};
-use crate::request::{Completion, Event, Request, SamplingParams, Speculation};
-use crate::speculate::reliability::{Count, N_DEPTHS, Reliability, Source, calibration_error};
+use crate::request::{Caller, Completion, Request, SamplingParams, Source, Speculation};
+use crate::speculate::reliability::{Count, N_DEPTHS, Reliability, calibration_error};
 use crate::speculate::simulated::{Acceptance, Simulated};
 use crate::train::prompts::Prompts;
 
@@ -257,7 +257,7 @@ async fn measure(args: &BenchArgs, handle: &Handle, prompts: &Prompts) -> anyhow
             }
         }
     }
-    report.calibration = calibrated(&handle.reliability());
+    report.calibration = calibrated(&handle.stats().reliability());
     bar.finish_and_clear();
     Ok(report)
 }
@@ -318,15 +318,8 @@ fn request(args: &BenchArgs, prompt: String, speculation: Speculation) -> Reques
 }
 
 pub(super) async fn ask(handle: &Handle, request: &Request) -> anyhow::Result<Completion> {
-    let mut events = handle.submit(request.clone()).await?;
-    while let Some(event) = events.recv().await {
-        match event {
-            Event::Piece(_) => {}
-            Event::Done(done) => return Ok(done),
-            Event::Failed { id } => bail!("the engine failed; the log names the cause under {id}"),
-        }
-    }
-    bail!("the engine stopped")
+    let answer = handle.submit(request.clone(), Caller::default()).await?;
+    Ok(answer.collect().await?.1)
 }
 
 fn print(report: &Report) -> anyhow::Result<()> {

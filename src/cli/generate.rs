@@ -3,14 +3,13 @@
 use std::io::{Read, Write};
 
 use anyhow::{anyhow, bail};
-use serde_json::json;
 
 use super::show_loading;
 use crate::config::GenerateArgs;
 use crate::engine;
 use crate::engine::thread::EngineParams;
-use crate::http::generate as body;
-use crate::request::Event;
+use crate::engine::Failed;
+use crate::request::{Caller, Event, Request, SamplingParams};
 
 /// Generates and prints; a line of figures goes to standard error.
 ///
@@ -25,10 +24,10 @@ pub fn generate(args: &GenerateArgs) -> anyhow::Result<()> {
     let done = runtime.block_on(async {
         show_loading(engine.stage()).await;
         let handle = engine.ready().await.map_err(|e| anyhow!(e))?;
-        let mut events = handle.submit(request).await?;
+        let mut answer = handle.submit(request, Caller::default()).await?;
         let mut out = std::io::stdout().lock();
-        while let Some(event) = events.recv().await {
-            match event {
+        loop {
+            match answer.next().await {
                 Event::Piece(piece) => {
                     out.write_all(piece.text.as_bytes())?;
                     out.flush()?;
@@ -37,12 +36,9 @@ pub fn generate(args: &GenerateArgs) -> anyhow::Result<()> {
                     writeln!(out, "{}", done.tail.text)?;
                     return Ok(done);
                 }
-                Event::Failed { id } => {
-                    bail!("the engine failed; the log names the cause under {id}")
-                }
+                Event::Failed { id } => return Err(anyhow!(Failed { id })),
             }
         }
-        bail!("the engine stopped")
     });
     engine.stop();
     let done = done?;
@@ -58,17 +54,25 @@ pub fn generate(args: &GenerateArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The same checks as over HTTP.
-fn request(args: &GenerateArgs) -> anyhow::Result<crate::request::Request> {
+fn request(args: &GenerateArgs) -> anyhow::Result<Request> {
+    let n_ctx = args.model.context_size;
+    if args.max_tokens > n_ctx {
+        bail!("--max-tokens is {}, but the context has {n_ctx} tokens", args.max_tokens);
+    }
     let mut prompt = args.prompt.clone();
     if prompt == "-" {
         prompt.clear();
         std::io::stdin().read_to_string(&mut prompt)?;
     }
-    let fields = json!({
-        "prompt": prompt, "max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p,
-        "top_k": args.top_k, "min_p": args.min_p, "seed": args.seed, "stop": args.stop,
-    });
-    let random = std::time::UNIX_EPOCH.elapsed().map_or(0, |t| t.as_nanos() as u64);
-    Ok(body::read(fields, args.model.context_size, random)?.request)
+    let random = || std::time::UNIX_EPOCH.elapsed().map_or(0, |t| t.as_nanos() as u64);
+    let sampling = SamplingParams {
+        temperature: args.temperature,
+        top_p: args.top_p,
+        top_k: args.top_k,
+        min_p: args.min_p,
+        seed: args.seed.unwrap_or_else(random),
+        ..SamplingParams::default()
+    };
+    let stop = args.stop.clone();
+    Ok(Request { sampling, stop, ..Request::new(prompt, args.max_tokens) })
 }

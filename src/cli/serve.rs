@@ -13,7 +13,9 @@ use tokio::sync::{oneshot, watch};
 use super::show_loading;
 use crate::config::Config;
 use crate::engine::{self, Handle, Layout, Stage};
-use crate::http::{self, App};
+use crate::http::api::Readers;
+use crate::http::app::App;
+use crate::http::{openapi, routes, server};
 use crate::metrics::Metrics;
 use crate::telemetry::Telemetry;
 
@@ -51,7 +53,8 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let telemetry =
         config.otlp_endpoint.map(|collector| Telemetry::start(&collector, &model_id)).transpose();
     let telemetry = telemetry.map_err(|error| anyhow!(error))?;
-    let openapi = http::openapi::json(config.engine.limits.n_ctx);
+    let readers = Readers::new(config.engine.limits.n_ctx);
+    let document = openapi::json(&readers);
     let engine = engine::spawn(config.engine);
     let app = Arc::new(App {
         stage: engine.stage(),
@@ -63,13 +66,15 @@ async fn run(config: Config) -> anyhow::Result<()> {
         metrics: Metrics::new(&model_id, engine.stage()),
         telemetry,
         model_id,
-        openapi,
+        readers,
+        openapi: document,
+        endpoints: routes::endpoints(),
         template: OnceLock::new(),
     });
 
     let (end, ended) = oneshot::channel::<()>();
     let until_end = async { drop(ended.await) };
-    let network = tokio::spawn(http::serve(listener, Arc::clone(&app), until_end, FLUSH));
+    let network = tokio::spawn(server::serve(listener, Arc::clone(&app), until_end, FLUSH));
     tokio::spawn(show_loading(engine.stage()));
     tokio::spawn(announce(engine.stage()));
 

@@ -2,7 +2,10 @@
 
 use std::path::PathBuf;
 
+use clap::builder::NonEmptyStringValueParser;
 use clap::{Args as ClapArgs, ValueEnum};
+use serde::Deserialize as _;
+use serde::de::IntoDeserializer as _;
 
 use super::{DraftArgs, ModelArgs, between};
 use crate::llama::Quantization;
@@ -46,25 +49,25 @@ pub struct GenerateArgs {
     #[arg(short = 'p', long)]
     pub prompt: String,
     /// Maximum tokens to generate
-    #[arg(short = 'n', long, default_value_t = 128)]
-    pub max_tokens: u64,
+    #[arg(short = 'n', long, default_value_t = 128, value_parser = between(1, 1 << 20))]
+    pub max_tokens: usize,
     /// Sampling temperature; 0 is greedy
-    #[arg(long, default_value_t = 0.8)]
-    pub temperature: f64,
+    #[arg(long, default_value_t = 0.8, value_parser = number(0.0, 100.0))]
+    pub temperature: f32,
     /// Keep the most likely tokens up to this total probability
-    #[arg(long, default_value_t = 0.95)]
-    pub top_p: f64,
+    #[arg(long, default_value_t = 0.95, value_parser = number(0.0, 1.0))]
+    pub top_p: f32,
     /// Keep this many most likely tokens; 0 keeps all
     #[arg(long, default_value_t = 0)]
-    pub top_k: u64,
+    pub top_k: usize,
     /// Keep tokens at least this fraction as likely as the top one
-    #[arg(long, default_value_t = 0.0)]
-    pub min_p: f64,
+    #[arg(long, default_value_t = 0.0, value_parser = number(0.0, 1.0))]
+    pub min_p: f32,
     /// The same seed gives the same text [default: random]
     #[arg(long)]
     pub seed: Option<u64>,
     /// Stop before this string; repeatable
-    #[arg(long)]
+    #[arg(long, value_parser = NonEmptyStringValueParser::new())]
     pub stop: Vec<String>,
 }
 
@@ -146,7 +149,7 @@ pub struct BenchArgs {
     /// Simulate acceptance: for each head, the probability that its top candidate is right if the
     /// path before it is. Texts are meaningless then, but step times are real, which shows what
     /// trained heads would be worth where only random ones exist
-    #[arg(long, value_name = "RATE,...", value_delimiter = ',', value_parser = rate)]
+    #[arg(long, value_name = "RATE,...", value_delimiter = ',', value_parser = number(0.0, 1.0))]
     pub acceptance: Option<Vec<f32>>,
     #[command(flatten)]
     pub(crate) report: ReportArgs,
@@ -198,7 +201,7 @@ pub struct TuneArgs {
     #[arg(long, value_name = "DIR")]
     pub keep: Option<PathBuf>,
     /// Maximum excess of perplexity over the lowest one; 0.05 is 5%
-    #[arg(long, value_name = "SHARE", default_value_t = 0.05, value_parser = rate)]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.05, value_parser = number(0.0, 1.0))]
     pub max_perplexity_loss: f32,
     /// Tokens per sequence in a speed measurement
     #[arg(short = 'n', long, default_value_t = 64, value_parser = between(2, 4096))]
@@ -249,7 +252,8 @@ pub enum HeadKind {
 }
 
 fn speculation(name: &str) -> Result<Speculation, String> {
-    one_of(Speculation::by_name(name), Speculation::NAMES.iter().map(|(name, _)| *name))
+    Speculation::deserialize(name.into_deserializer())
+        .map_err(|error: serde::de::value::Error| error.to_string())
 }
 
 fn quantization(name: &str) -> Result<Quantization, String> {
@@ -265,10 +269,10 @@ fn one_of<T>(found: Option<T>, names: impl Iterator<Item = &'static str>) -> Res
     found.ok_or_else(|| format!("must be one of {}", names.collect::<Vec<_>>().join(", ")))
 }
 
-/// A probability.
-fn rate(text: &str) -> Result<f32, String> {
-    match text.parse() {
-        Ok(rate) if (0.0..=1.0).contains(&rate) => Ok(rate),
-        _ => Err("must be a number from 0 to 1".into()),
+/// A number in a range.
+fn number(min: f32, max: f32) -> impl Fn(&str) -> Result<f32, String> + Clone + Send + Sync {
+    move |text| match text.parse() {
+        Ok(n) if (min..=max).contains(&n) => Ok(n),
+        _ => Err(format!("must be a number from {min} to {max}")),
     }
 }

@@ -3,11 +3,11 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use clap::{Args as ClapArgs, ValueEnum};
+use clap::Args as ClapArgs;
 use hyper::Uri;
 use hyper::header::HeaderValue;
 
-use crate::http::auth::{Auth, Key};
+use crate::http::auth::{Auth, Key, MetricsAccess};
 use crate::http::cors::{self, Cors};
 use crate::http::tls::Tls;
 
@@ -45,19 +45,7 @@ pub struct NetworkArgs {
     pub otlp_endpoint: Option<Uri>,
 }
 
-/// Who may read `/metrics`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum MetricsAccess {
-    /// Everybody
-    #[default]
-    Open,
-    /// Who has an API key, or the key for metrics
-    Key,
-    /// Nobody: there are none
-    Off,
-}
-
-/// A value that is never shown, in an error neither.
+/// A value that is never shown, not even in an error.
 #[derive(Clone)]
 pub struct Secret(String);
 
@@ -154,7 +142,7 @@ fn origin(text: &str) -> Result<HeaderValue, String> {
     HeaderValue::from_str(text).map_err(|_| wanted())
 }
 
-/// A collector's address: it stands near, so no TLS.
+/// A collector's address: it is close by, so no TLS.
 fn collector(text: &str) -> Result<Uri, String> {
     let uri = text.parse::<Uri>().ok().filter(|uri| {
         uri.scheme_str() == Some("http") && uri.host().is_some() && uri.query().is_none()
@@ -162,7 +150,7 @@ fn collector(text: &str) -> Result<Uri, String> {
     uri.ok_or_else(|| "must be the address of a collector that takes OTLP over HTTP, such as http://127.0.0.1:4318".into())
 }
 
-/// Those of a file.
+/// The keys of a file.
 fn keys_in(path: &Path) -> Result<Vec<Key>, String> {
     let name = format!("API_KEY_FILE {}", path.display());
     let text =
@@ -181,14 +169,14 @@ fn keys_in(path: &Path) -> Result<Vec<Key>, String> {
     Ok(keys)
 }
 
-/// `name` is where it stands.
+/// A key; `name` says where it is from.
 fn key(text: &str, name: &str) -> Result<Key, String> {
     if text.is_empty() {
         return Err(format!("{name} is empty: give a key, or leave it unset"));
     }
     if !text.bytes().all(|b| b.is_ascii_graphic()) {
         return Err(format!(
-            "{name} has a key with a space or another character that is no visible ASCII (it is not shown)"
+            "{name} has a key with a space or another character that is not visible ASCII (it is not shown)"
         ));
     }
     Ok(Key::of(text))

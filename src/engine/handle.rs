@@ -1,18 +1,19 @@
 //! The engine seen from outside: hand it requests, ask how it is.
 
+use std::future::poll_fn;
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll};
 use std::time::Instant;
 
 use tokio::sync::{Semaphore, mpsc};
 
 use super::grammar::Grammars;
-use super::stats::{Snapshot, Stats};
+use super::stats::Stats;
 use super::{Job, Limits};
-use crate::error::Invalid;
+use crate::error::{IncidentId, Invalid};
 use crate::llama::Model;
-use crate::request::{Event, Request};
-use crate::speculate::reliability::Reliability;
+use crate::request::{Caller, Completion, Event, Piece, Request};
 
 /// Why a request was not accepted.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -29,6 +30,74 @@ pub enum SubmitError {
     /// The engine's thread has ended.
     #[error("the engine has stopped")]
     Stopped,
+}
+
+/// The engine failed on a request.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the engine failed on this request; the log names the cause under {id}")]
+pub struct Failed {
+    /// What the log repeats.
+    pub id: String,
+}
+
+/// A request's answer as it arrives. Dropping it cancels the request.
+#[derive(Debug)]
+pub struct Answer {
+    events: mpsc::Receiver<Event>,
+    /// An event that arrived and was only looked at.
+    peeked: Option<Event>,
+}
+
+impl From<mpsc::Receiver<Event>> for Answer {
+    fn from(events: mpsc::Receiver<Event>) -> Self {
+        Self { events, peeked: None }
+    }
+}
+
+impl Answer {
+    /// The next event, or what wakes the task when there is one. There is none after
+    /// [`Event::Done`] or [`Event::Failed`].
+    pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
+        if let Some(event) = self.peeked.take() {
+            return Poll::Ready(event);
+        }
+        self.events.poll_recv(cx).map(|event| {
+            event.unwrap_or_else(|| {
+                let id = IncidentId::new();
+                tracing::error!(%id, "the engine's thread ended before the answer");
+                Event::Failed { id: id.to_string() }
+            })
+        })
+    }
+
+    /// The next event. There is none after [`Event::Done`] or [`Event::Failed`].
+    pub async fn next(&mut self) -> Event {
+        poll_fn(|cx| self.poll_next(cx)).await
+    }
+
+    /// The next event, which stays the next one.
+    pub async fn peek(&mut self) -> &Event {
+        let next = self.next().await;
+        self.peeked.insert(next)
+    }
+
+    /// The whole answer, and how it ended.
+    ///
+    /// # Errors
+    /// [`Failed`]; what there was of the answer is lost.
+    pub async fn collect(mut self) -> Result<(Piece, Completion), Failed> {
+        let mut whole = Piece::default();
+        loop {
+            match self.next().await {
+                Event::Piece(piece) => whole.append(piece),
+                Event::Done(mut done) => {
+                    whole.append(std::mem::take(&mut done.tail));
+                    return Ok((whole, done));
+                }
+                Event::Failed { id } => return Err(Failed { id }),
+            }
+        }
+    }
 }
 
 /// Hands requests to a running engine. When the last clone is dropped the engine finishes what it
@@ -98,22 +167,10 @@ impl Handle {
         self.limits
     }
 
-    /// The engine's counters.
+    /// What the engine counts.
     #[must_use]
-    pub fn stats(&self) -> Snapshot {
-        self.stats.snapshot()
-    }
-
-    /// All that is counted, histograms too.
-    #[must_use]
-    pub fn record(&self) -> &Stats {
+    pub fn stats(&self) -> &Stats {
         &self.stats
-    }
-
-    /// Whether candidates were right as often as was said.
-    #[must_use]
-    pub fn reliability(&self) -> Reliability {
-        self.stats.reliability()
     }
 
     /// Requests accepted and not yet ended.
@@ -128,11 +185,11 @@ impl Handle {
         self.n_queue
     }
 
-    /// Hands a request to the engine. Its events come from the receiver; dropping that cancels it.
+    /// Hands a request to the engine.
     ///
     /// # Errors
     /// [`SubmitError`], and then nothing was taken.
-    pub async fn submit(&self, request: Request) -> Result<mpsc::Receiver<Event>, SubmitError> {
+    pub async fn submit(&self, request: Request, caller: Caller) -> Result<Answer, SubmitError> {
         let accepted = Instant::now();
         // The place first: a full server must not spend time on tokenising.
         let permit = Arc::clone(&self.permits).try_acquire_owned();
@@ -152,10 +209,11 @@ impl Handle {
         // Every event this request can cause: a piece a token, and an end.
         let most = request.max_tokens.min(self.limits.n_ctx - prompt.len()) + 1;
         let (events, receiver) = mpsc::channel(most);
-        let job = Job { prompt, request, events, permit: Some(permit), accepted, grammar };
+        let permit = Some(permit);
+        let job = Job { prompt, request, caller, events, permit, accepted, grammar };
         // The channel has a place for every permit.
         self.jobs.try_send(job).map_err(|_| SubmitError::Stopped)?;
-        Ok(receiver)
+        Ok(Answer::from(receiver))
     }
 
     /// What compiles grammars for this model; made when it is first asked for.

@@ -15,6 +15,7 @@ pub mod grammar;
 pub mod handle;
 pub mod leaves;
 pub mod pace;
+pub mod report;
 pub mod sampler;
 pub mod scheduler;
 pub mod sequence;
@@ -31,7 +32,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 pub use forward::{Forward, LlamaForward, Row, Rows, StepError};
-pub use handle::{Handle, SubmitError};
+pub use handle::{Answer, Failed, Handle, SubmitError};
 pub use sequence::Job;
 pub use slots::Layout;
 pub use thread::{Stage, spawn};
@@ -225,11 +226,13 @@ impl<F: Forward> Engine<F> {
         self.fill_rows(&mut turns);
         if !self.work.rows.is_empty() {
             let started = Instant::now();
+            self.stats.begin_pass(started);
             match self.forward() {
                 Ok(()) => self.commit(&mut turns, round, started),
                 // What the cache holds of these sequences is not known, so they end.
                 Err(error) => turns.iter().for_each(|turn| self.fail(turn.share.seq, &error)),
             }
+            self.stats.end_pass();
         }
         self.turns = turns;
         self.publish();
@@ -258,7 +261,7 @@ impl<F: Forward> Engine<F> {
             let sampler =
                 Sampler::new(&job.request.sampling, banned, &job.prompt, self.forward.n_vocab());
             let ready = apply(&mut self.forward, &place.ops).and(sampler.map_err(StepError::from));
-            let _of_request = span(&job.request.id).entered();
+            let _of_request = span(&job.caller.id).entered();
             match ready {
                 Ok(sampler) => {
                     let (seq, n_ctx) = (place.seq, self.limits.n_ctx);

@@ -11,7 +11,7 @@ use super::stats::{Ended, Stats, Waited};
 use super::text::{Pushed, TextAssembler};
 use crate::llama::{SeqId, Token};
 use crate::request::{
-    Completion, Event, FinishReason, Piece, Report, Request, Speculation, SpeculationUsage,
+    Caller, Completion, Event, FinishReason, Piece, Report, Request, Speculation, SpeculationUsage,
     Timings, TokenReport, Trace, Usage,
 };
 use crate::speculate::Origin;
@@ -25,6 +25,8 @@ pub struct Job {
     pub prompt: Vec<Token>,
     /// The rest of it.
     pub request: Request,
+    /// Who sent it.
+    pub caller: Caller,
     /// Where its events go, with capacity for all that can ever come. A dropped receiver cancels
     /// the request.
     pub events: mpsc::Sender<Event>,
@@ -40,13 +42,15 @@ impl Job {
     /// One that is accepted now, outside the queue's count and without a grammar.
     #[must_use]
     pub fn new(prompt: Vec<Token>, request: Request, events: mpsc::Sender<Event>) -> Self {
-        Self { prompt, request, events, permit: None, accepted: Instant::now(), grammar: None }
+        let (caller, accepted) = (Caller::default(), Instant::now());
+        Self { prompt, request, caller, events, permit: None, accepted, grammar: None }
     }
 
     /// When its time is over; `None`: never.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
-        self.request.timeout.and_then(|timeout| self.accepted.checked_add(timeout))
+        let timeout = self.request.timeout.into_iter().chain(self.caller.timeout).min()?;
+        self.accepted.checked_add(timeout)
     }
 
     /// Ends it before it began, because its time is over.
@@ -157,7 +161,7 @@ impl Sequence {
             speculation: job.request.speculation,
             hidden: Vec::new(),
             suffixes: None,
-            shares_text_with: job.request.share_text.then_some(job.request.owner),
+            shares_text_with: job.request.share_text.then_some(job.caller.tenant),
             drafts: SpeculationUsage::default(),
             grammar: job.grammar,
             report: job.request.report,
@@ -169,7 +173,7 @@ impl Sequence {
             trace: None,
             n_cached,
             text: TextAssembler::new(job.request.stop),
-            id: job.request.id,
+            id: job.caller.id,
             events: job.events,
             permit: job.permit,
             clock,

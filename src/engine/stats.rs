@@ -1,13 +1,21 @@
-//! What the engine counts while it works, for anyone to read.
+//! What the engine counts while it works, for anyone to read; `/metrics` shows it.
 //!
 //! One thread writes, others read at any time. All of it is atomics, so that a step neither
-//! allocates nor locks for what it counts here; only [`Reliability`] is copied out under a lock,
-//! once a step. [`metrics`](crate::metrics) gives these counts their names.
+//! allocates nor locks for what it counts here; only [`Reliability`] is copied under a lock, once a
+//! step.
 
-use std::array;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::fmt::Error;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use prometheus_client::encoding::{EncodeMetric, MetricEncoder, NoLabelSet};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
 
 use crate::request::Timings;
 use crate::speculate::MAX_NODES;
@@ -45,7 +53,7 @@ pub enum Ended {
 }
 
 impl Ended {
-    /// All of them, in order.
+    /// All of them.
     pub const ALL: [Self; 5] =
         [Self::Stop, Self::Length, Self::Deadline, Self::Cancelled, Self::Failed];
 }
@@ -53,159 +61,112 @@ impl Ended {
 /// What a client waited for, when a step gives it tokens.
 #[derive(Clone, Copy, Debug)]
 pub enum Waited {
-    /// The first token, since acceptance; and so many tokens of prompt.
+    /// The first token, since acceptance; and the prompt's number of tokens.
     First(f64, usize),
     /// The next one, since the last.
     Next(f64),
 }
 
-/// Observations by size. Written and read without a lock.
-#[derive(Debug)]
-pub struct Histogram {
-    bounds: &'static [f64],
-    /// By bound; the last one is for what is above all of them.
-    counts: Box<[AtomicU64]>,
-    /// An `f64` as bits.
-    sum: AtomicU64,
-}
+/// Counters by one label.
+type Labelled<V> = Family<[(&'static str, V); 1], Counter>;
 
-impl Histogram {
-    fn new(bounds: &'static [f64]) -> Self {
-        Self {
-            bounds,
-            counts: (0..=bounds.len()).map(|_| AtomicU64::new(0)).collect(),
-            sum: AtomicU64::new(0),
+/// Declares [`Stats`]. A metric is one entry: its help (which documents the field), its field, its
+/// type, its name behind `medusa_llama:`, and a histogram's bounds.
+macro_rules! stats {
+    (@new) => { Default::default() };
+    (@new $bounds:expr) => { Histogram::new($bounds) };
+    ($($(#[doc = $help:literal])+ $field:ident: $kind:ty = $name:literal $([$bounds:expr])?;)+) => {
+        /// Counters that anyone may read; the engine writes them as it goes.
+        #[derive(Debug)]
+        pub struct Stats {
+            $($(#[doc = $help])+ pub $field: $kind,)+
+            /// KV cells that running sequences hold.
+            pub cells_active: Gauge,
+            /// KV cells kept for later prompts.
+            pub cells_retained: Gauge,
+            /// `accepted_by_depth`'s counters, from depth 1.
+            by_depth: OnceLock<Vec<Counter>>,
+            /// Locked once a step.
+            reliability: Mutex<Reliability>,
+            pass: Pass,
         }
-    }
 
-    fn observe(&self, value: f64) {
-        let bucket = self.bounds.partition_point(|&bound| bound < value);
-        self.counts[bucket].fetch_add(1, Ordering::Relaxed);
-        let add = |sum: u64| Some((f64::from_bits(sum) + value).to_bits());
-        let _ = self.sum.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add); // never refused
-    }
-
-    /// The sum of all observations, and how many there are up to each bound and above the one
-    /// before; the last bound is infinite.
-    #[must_use]
-    pub fn read(&self) -> (f64, Vec<(f64, u64)>) {
-        let bounds = self.bounds.iter().copied().chain([f64::INFINITY]);
-        let counts = self.counts.iter().map(|count| count.load(Ordering::Relaxed));
-        (f64::from_bits(self.sum.load(Ordering::Relaxed)), bounds.zip(counts).collect())
-    }
-}
-
-/// Counters that anyone may read; the engine writes them as it goes.
-#[derive(Debug)]
-pub struct Stats {
-    running: AtomicUsize,
-    waiting: AtomicUsize,
-    cells_active: AtomicUsize,
-    cells_retained: AtomicUsize,
-    steps: AtomicU64,
-    tokens: AtomicU64,
-    prompt_tokens: AtomicU64,
-    prefix_queries: AtomicU64,
-    prefix_hits: AtomicU64,
-    offered: AtomicU64,
-    chosen: AtomicU64,
-    drafts: AtomicU64,
-    drafted: AtomicU64,
-    accepted: [AtomicU64; MAX_NODES],
-    /// Tokens that the longest path of a draft can have.
-    deepest: AtomicUsize,
-    ended: [AtomicU64; Ended::ALL.len()],
-    /// Rows of each step.
-    pub rows: Histogram,
-    /// Seconds from acceptance to the first token.
-    pub first_token: Histogram,
-    /// Seconds from one step that gave a request tokens to the next.
-    pub inter_token: Histogram,
-    /// Seconds a token, in the mean of each complete answer of two or more.
-    pub per_token: Histogram,
-    /// Of complete answers, seconds from acceptance to the first step with a row of theirs.
-    pub queue: Histogram,
-    /// Of complete answers, from there to the first token.
-    pub prefill: Histogram,
-    /// Of complete answers, from the first token to the last.
-    pub decode: Histogram,
-    /// Of complete answers, from acceptance to the last token.
-    pub end_to_end: Histogram,
-    /// Locked once a step.
-    reliability: Mutex<Reliability>,
-}
-
-/// The counters at one time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Snapshot {
-    /// Sequences that run.
-    pub running: usize,
-    /// Requests that wait for a place.
-    pub waiting: usize,
-    /// KV cells that running sequences hold.
-    pub cells_active: usize,
-    /// KV cells kept for later prompts.
-    pub cells_retained: usize,
-    /// Steps since the start.
-    pub steps: u64,
-    /// Tokens generated since the start.
-    pub tokens: u64,
-    /// Tokens of prompts that were read to their end, those from the cache included.
-    pub prompt_tokens: u64,
-    /// Tokens of prompts that were looked for in the cache.
-    pub prefix_queries: u64,
-    /// Those of them that were there.
-    pub prefix_hits: u64,
-    /// Candidates that were drafted.
-    pub offered: u64,
-    /// Those of them that were worth a row.
-    pub chosen: u64,
-    /// Times that a sequence had candidates to verify.
-    pub drafts: u64,
-    /// Candidates verified.
-    pub drafted: u64,
-    /// Candidates accepted, by place behind the sequence's last token.
-    pub accepted: [u64; MAX_NODES],
-    /// The first so many of these can be other than 0.
-    pub deepest: usize,
-    /// Requests that ended, in the order of [`Ended::ALL`].
-    pub ended: [u64; Ended::ALL.len()],
-}
-
-impl Default for Stats {
-    fn default() -> Self {
-        let zero = || AtomicU64::new(0);
-        let number = || AtomicUsize::new(0);
-        let (of_steps, of_requests) =
-            (|| Histogram::new(STEP_SECONDS), || Histogram::new(REQUEST_SECONDS));
-        Self {
-            running: number(),
-            waiting: number(),
-            cells_active: number(),
-            cells_retained: number(),
-            steps: zero(),
-            tokens: zero(),
-            prompt_tokens: zero(),
-            prefix_queries: zero(),
-            prefix_hits: zero(),
-            offered: zero(),
-            chosen: zero(),
-            drafts: zero(),
-            drafted: zero(),
-            accepted: array::from_fn(|_| zero()),
-            deepest: number(),
-            ended: array::from_fn(|_| zero()),
-            rows: Histogram::new(ROWS),
-            first_token: of_requests(),
-            inter_token: of_steps(),
-            per_token: of_steps(),
-            queue: of_requests(),
-            prefill: of_requests(),
-            decode: of_requests(),
-            end_to_end: of_requests(),
-            reliability: Mutex::default(),
+        impl Default for Stats {
+            fn default() -> Self {
+                let stats = Self {
+                    $($field: stats!(@new $($bounds)?),)+
+                    cells_active: Gauge::default(),
+                    cells_retained: Gauge::default(),
+                    by_depth: OnceLock::new(),
+                    reliability: Mutex::default(),
+                    pass: Pass::default(),
+                };
+                // Every series exists from the start, at 0.
+                Ended::ALL.into_iter().for_each(|ended| stats.count_ends(ended, 0));
+                stats
+            }
         }
-    }
+
+        impl Stats {
+            /// Adds all that has a name to what `registry` shows.
+            pub fn register(&self, registry: &mut Registry) {
+                $(registry.register(
+                    concat!("medusa_llama:", $name),
+                    concat!($($help),+).trim_start(),
+                    self.$field.clone(),
+                );)+
+            }
+        }
+    };
+}
+
+stats! {
+    /// Requests that the engine works on
+    running: Gauge = "num_requests_running";
+    /// Requests that wait for a slot
+    waiting: Gauge = "num_requests_waiting";
+    /// Steps of the engine, each one forward pass
+    steps: Counter = "steps";
+    /// Complete answers, by what ended them
+    success: Labelled<&'static str> = "request_success";
+    /// Requests without a complete answer, by who ended them
+    failures: Labelled<&'static str> = "request_failures";
+    /// Tokens of prompts read, cached ones included
+    prompt_tokens: Counter = "prompt_tokens";
+    /// Tokens generated
+    tokens: Counter = "generation_tokens";
+    /// Tokens of prompts looked for in the cache
+    prefix_queries: Counter = "prefix_cache_queries";
+    /// Tokens of prompts found in the cache
+    prefix_hits: Counter = "prefix_cache_hits";
+    /// Candidates that heads and text offered
+    offered: Counter = "draft_candidates_offered";
+    /// Candidates that were worth a row
+    chosen: Counter = "draft_candidates_chosen";
+    /// Trees of candidates verified
+    drafts: Counter = "spec_decode_num_drafts";
+    /// Candidates verified
+    drafted: Counter = "spec_decode_num_draft_tokens";
+    /// Candidates accepted
+    accepted: Counter = "spec_decode_num_accepted_tokens";
+    /// Candidates accepted, by distance from the last token, from 0
+    accepted_by_depth: Labelled<u64> = "spec_decode_num_accepted_tokens_per_pos";
+    /// Rows (tokens) of a step: running requests', prompts' and candidates'
+    rows: Histogram = "rows_per_step" [ROWS];
+    /// Seconds from acceptance to the first token
+    first_token: Histogram = "time_to_first_token_seconds" [REQUEST_SECONDS];
+    /// Seconds between two steps that gave a request tokens; with drafts a step can give several
+    inter_token: Histogram = "inter_token_latency_seconds" [STEP_SECONDS];
+    /// Mean seconds per token of a complete answer after its first token
+    per_token: Histogram = "request_time_per_output_token_seconds" [STEP_SECONDS];
+    /// Seconds from acceptance to the first step, of complete answers
+    queue: Histogram = "request_queue_time_seconds" [REQUEST_SECONDS];
+    /// Seconds from the first step to the first token, of complete answers
+    prefill: Histogram = "request_prefill_time_seconds" [REQUEST_SECONDS];
+    /// Seconds from the first token to the last, of complete answers
+    decode: Histogram = "request_decode_time_seconds" [REQUEST_SECONDS];
+    /// Seconds from acceptance to the last token, of complete answers
+    end_to_end: Histogram = "e2e_request_latency_seconds" [REQUEST_SECONDS];
 }
 
 impl Stats {
@@ -216,71 +177,104 @@ impl Stats {
         cells_active: usize,
         cells_retained: usize,
     ) {
-        self.running.store(running, Ordering::Relaxed);
-        self.waiting.store(waiting, Ordering::Relaxed);
-        self.cells_active.store(cells_active, Ordering::Relaxed);
-        self.cells_retained.store(cells_retained, Ordering::Relaxed);
-        add(&self.steps, 1);
+        self.running.set(running as i64);
+        self.waiting.set(waiting as i64);
+        self.cells_active.set(cells_active as i64);
+        self.cells_retained.set(cells_retained as i64);
+        self.steps.inc();
     }
 
     pub(super) fn publish_reliability(&self, reliability: &Reliability) {
         self.reliability.lock().clone_from(reliability);
     }
 
-    /// Notes how long the longest path of a draft can be.
+    /// Sets how long the longest path of a draft can be.
     pub(super) fn set_deepest(&self, deepest: usize) {
-        self.deepest.store(deepest.min(MAX_NODES), Ordering::Relaxed);
+        let counter =
+            |i: usize| self.accepted_by_depth.get_or_create_owned(&[("position", i as u64)]);
+        self.by_depth.get_or_init(|| (0..deepest.min(MAX_NODES)).map(counter).collect());
+    }
+
+    /// A pass begins.
+    pub(super) fn begin_pass(&self, now: Instant) {
+        self.pass.began.store(self.pass.nanos(now) | 1, Ordering::Relaxed);
+    }
+
+    /// The pass has ended.
+    pub(super) fn end_pass(&self) {
+        self.pass.began.store(0, Ordering::Relaxed);
+    }
+
+    /// How long the pass in progress has taken so far; `None` between two passes.
+    #[must_use]
+    pub fn pass_elapsed(&self) -> Option<Duration> {
+        let began = Some(self.pass.began.load(Ordering::Relaxed)).filter(|&began| began != 0)?;
+        Some(Duration::from_nanos(self.pass.nanos(Instant::now()).saturating_sub(began)))
     }
 
     pub(super) fn count_token(&self) {
-        add(&self.tokens, 1);
+        self.tokens.inc();
     }
 
-    /// Notes the rows of a step.
+    /// Counts the rows of a step.
     pub(super) fn note_rows(&self, n: usize) {
         self.rows.observe(n as f64);
     }
 
-    /// Notes that a prompt was looked for in the cache, and what of it was there.
+    /// Counts the tokens of a prompt that was looked for in the cache, and those found there.
     pub(super) fn count_prefix(&self, n_prompt: usize, n_cached: usize) {
-        add(&self.prefix_queries, n_prompt);
-        add(&self.prefix_hits, n_cached);
+        self.prefix_queries.inc_by(n_prompt as u64);
+        self.prefix_hits.inc_by(n_cached as u64);
     }
 
-    /// Notes the candidates of a step, and how many of them were worth a row.
+    /// Counts the candidates of a step, and those of them that were worth a row.
     pub(super) fn count_candidates(&self, offered: usize, chosen: usize) {
-        add(&self.offered, offered);
-        add(&self.chosen, chosen);
+        self.offered.inc_by(offered as u64);
+        self.chosen.inc_by(chosen as u64);
     }
 
-    /// Notes that `n` candidates of one sequence were computed.
+    /// Counts the `n` candidates of one sequence that were computed.
     pub(super) fn count_draft(&self, n: usize) {
-        add(&self.drafts, usize::from(n > 0));
-        add(&self.drafted, n);
+        self.drafts.inc_by(u64::from(n > 0));
+        self.drafted.inc_by(n as u64);
     }
 
-    /// Notes an accepted candidate, `depth` tokens behind its sequence's last one.
+    /// Counts an accepted candidate, `depth` tokens after its sequence's last one.
     pub(super) fn count_accepted(&self, depth: usize) {
-        add(&self.accepted[depth.clamp(1, MAX_NODES) - 1], 1);
+        self.accepted.inc();
+        if let Some(counter) = self.by_depth.get().and_then(|all| all.get(depth - 1)) {
+            counter.inc();
+        }
     }
 
-    /// Notes that a step gives tokens to a request that waited for them.
+    /// Counts how long a request waited for the tokens that a step gives it.
     pub(super) fn note_wait(&self, waited: Waited) {
         match waited {
             Waited::First(seconds, n_prompt) => {
                 self.first_token.observe(seconds);
-                add(&self.prompt_tokens, n_prompt);
+                self.prompt_tokens.inc_by(n_prompt as u64);
             }
             Waited::Next(seconds) => self.inter_token.observe(seconds),
         }
     }
 
-    /// Notes that a request ended before its answer was complete.
+    /// Counts a request that ended before its answer was complete.
     pub(super) fn count_end(&self, ended: Ended) {
-        add(&self.ended[ended as usize], 1);
+        self.count_ends(ended, 1);
     }
 
-    /// Notes a complete answer of `n` tokens.
+    fn count_ends(&self, ended: Ended, n: u64) {
+        let (family, label) = match ended {
+            Ended::Stop => (&self.success, ("finished_reason", "stop")),
+            Ended::Length => (&self.success, ("finished_reason", "length")),
+            Ended::Deadline => (&self.failures, ("reason", "deadline")),
+            Ended::Cancelled => (&self.failures, ("reason", "cancelled")),
+            Ended::Failed => (&self.failures, ("reason", "engine")),
+        };
+        family.get_or_create(&[label]).inc_by(n);
+    }
+
+    /// Counts a complete answer of `n` tokens.
     pub(super) fn note_answer(&self, ended: Ended, timings: Timings, n: usize) {
         self.count_end(ended);
         self.queue.observe(timings.queue_s);
@@ -292,42 +286,79 @@ impl Stats {
         }
     }
 
-    /// All counts but the histograms.
-    #[must_use]
-    pub fn snapshot(&self) -> Snapshot {
-        let (number, count) = (
-            |n: &AtomicUsize| n.load(Ordering::Relaxed),
-            |n: &AtomicU64| n.load(Ordering::Relaxed),
-        );
-        Snapshot {
-            running: number(&self.running),
-            waiting: number(&self.waiting),
-            cells_active: number(&self.cells_active),
-            cells_retained: number(&self.cells_retained),
-            steps: count(&self.steps),
-            tokens: count(&self.tokens),
-            prompt_tokens: count(&self.prompt_tokens),
-            prefix_queries: count(&self.prefix_queries),
-            prefix_hits: count(&self.prefix_hits),
-            offered: count(&self.offered),
-            chosen: count(&self.chosen),
-            drafts: count(&self.drafts),
-            drafted: count(&self.drafted),
-            accepted: array::from_fn(|i| count(&self.accepted[i])),
-            deepest: number(&self.deepest),
-            ended: array::from_fn(|i| count(&self.ended[i])),
-        }
-    }
-
-    /// Whether candidates were right as often as was said.
+    /// Whether candidates were accepted as often as predicted.
     #[must_use]
     pub fn reliability(&self) -> Reliability {
         self.reliability.lock().clone()
     }
 }
 
-fn add(counter: &AtomicU64, n: usize) {
-    counter.fetch_add(n as u64, Ordering::Relaxed);
+/// When the pass in progress began.
+#[derive(Debug)]
+struct Pass {
+    zero: Instant,
+    /// Nanoseconds since `zero`; 0 between two passes.
+    began: AtomicU64,
+}
+
+impl Pass {
+    fn nanos(&self, at: Instant) -> u64 {
+        at.saturating_duration_since(self.zero).as_nanos() as u64
+    }
+}
+
+impl Default for Pass {
+    fn default() -> Self {
+        Self { zero: Instant::now(), began: AtomicU64::new(0) }
+    }
+}
+
+/// Observations by size. `prometheus_client`'s own histogram takes a lock for each observation;
+/// this one does not.
+#[derive(Clone, Debug)]
+pub struct Histogram(Arc<Buckets>);
+
+#[derive(Debug)]
+struct Buckets {
+    bounds: &'static [f64],
+    /// By bound; the last one is for what is above all of them.
+    counts: Box<[AtomicU64]>,
+    /// An `f64` as bits.
+    sum: AtomicU64,
+}
+
+impl Histogram {
+    fn new(bounds: &'static [f64]) -> Self {
+        let counts = (0..=bounds.len()).map(|_| AtomicU64::new(0)).collect();
+        Self(Arc::new(Buckets { bounds, counts, sum: AtomicU64::new(0) }))
+    }
+
+    fn observe(&self, value: f64) {
+        let bucket = self.0.bounds.partition_point(|&bound| bound < value);
+        self.0.counts[bucket].fetch_add(1, Ordering::Relaxed);
+        let add = |sum: u64| Some((f64::from_bits(sum) + value).to_bits());
+        let _ = self.0.sum.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add); // never refused
+    }
+
+    /// The sum of all observations, and their number up to each bound and above the one before; the
+    /// last bound is infinite.
+    fn read(&self) -> (f64, Vec<(f64, u64)>) {
+        let bounds = self.0.bounds.iter().copied().chain([f64::INFINITY]);
+        let counts = self.0.counts.iter().map(|count| count.load(Ordering::Relaxed));
+        (f64::from_bits(self.0.sum.load(Ordering::Relaxed)), bounds.zip(counts).collect())
+    }
+}
+
+impl EncodeMetric for Histogram {
+    fn encode(&self, mut encoder: MetricEncoder<'_>) -> Result<(), Error> {
+        let (sum, buckets) = self.read();
+        let count = buckets.iter().map(|(_, n)| n).sum();
+        encoder.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)
+    }
+
+    fn metric_type(&self) -> MetricType {
+        MetricType::Histogram
+    }
 }
 
 #[cfg(test)]
@@ -346,6 +377,20 @@ mod tests {
         let stats = Stats::default();
         stats.note_answer(Ended::Length, Timings::default(), 1);
         stats.note_answer(Ended::Stop, Timings { decode_s: 2.0, ..Timings::default() }, 5);
-        assert_eq!((stats.per_token.read().0, stats.snapshot().ended), (0.5, [1, 1, 0, 0, 0]));
+        let ended = |reason| stats.success.get(&[("finished_reason", reason)]).unwrap().get();
+        assert_eq!((stats.per_token.read().0, ended("stop"), ended("length")), (0.5, 1, 1));
+        let failed = stats.failures.get(&[("reason", "engine")]).unwrap().get();
+        assert_eq!(failed, 0, "there from the start");
+    }
+
+    #[test]
+    fn a_pass_is_timed_until_it_ends() {
+        let stats = Stats::default();
+        assert_eq!(stats.pass_elapsed(), None);
+        stats.begin_pass(Instant::now());
+        std::thread::sleep(Duration::from_millis(2));
+        assert!(stats.pass_elapsed() > Some(Duration::from_millis(1)));
+        stats.end_pass();
+        assert_eq!(stats.pass_elapsed(), None);
     }
 }

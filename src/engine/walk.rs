@@ -9,7 +9,7 @@ use super::sequence::Sequence;
 use super::stats::Stats;
 use super::turn::Turn;
 use crate::llama::Token;
-use crate::request::{Logprobs, Speculation, TokenReport};
+use crate::request::{Speculation, TokenReport};
 
 /// Buffers to choose tokens with.
 #[derive(Default)]
@@ -119,11 +119,11 @@ impl<F: Forward> Walker<'_, F> {
         let (forward, row) = (self.forward, turn.rows.of(at));
         if let Some(trace) = &mut s.trace {
             let most_likely = &mut self.buffers.most_likely;
-            trace.push(token, forward.hidden(row)?, forward.logits(row)?, most_likely);
+            report::push(trace, token, forward.hidden(row)?, forward.logits(row)?, most_likely);
         }
         let Some(report) = s.report else { return Ok(()) };
         let logprobs = match report.n_top {
-            Some(n_top) => Some(Logprobs::new(token, forward.logits(row)?, n_top)),
+            Some(n_top) => Some(report::logprobs(token, forward.logits(row)?, n_top)),
             None => None,
         };
         let source = turn.tree.child(at, token).map(|node| turn.tree.nodes()[node].source());

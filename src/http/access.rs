@@ -1,5 +1,5 @@
-//! Around every request: the id that its answer and all lines about it carry, and one line in the
-//! log, and a trace, when the answer has ended.
+//! Around every request: the id that its answer and all its log lines carry, and one line in the
+//! access log, and a trace, when the answer has ended.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -11,13 +11,14 @@ use hyper::body::{Body, Frame, Incoming, SizeHint};
 use hyper::header::{HeaderMap, HeaderName, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
 use opentelemetry::trace::SpanContext;
-use parking_lot::Mutex;
 use tracing::{Instrument, Span};
 
+use super::app::App;
+use super::record::AccessRecord;
 use super::reply::Content;
-use super::{App, random, routes};
-use crate::request::{Completion, Usage, span};
-use crate::telemetry::{self, Answer, Served};
+use super::routes::{self, Route};
+use crate::request::{Usage, span};
+use crate::telemetry::{self, Served};
 
 /// Names a request, in both directions.
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -26,32 +27,18 @@ const MAX_ID: usize = 128;
 /// Characters of a path that are logged.
 const MAX_PATH: usize = 200;
 
-/// What a request's answers took, by choice, noted as each of them ends.
-#[derive(Debug, Default)]
-pub struct Tally(Mutex<Vec<Answer>>);
-
-impl Tally {
-    /// Notes that the next choice is asked of the engine.
-    pub fn submit(&self) {
-        self.0.lock().push(Answer { submitted: SystemTime::now(), done: None });
-    }
-
-    /// Notes that a choice is complete.
-    pub fn note(&self, choice: usize, done: &Completion) {
-        if let Some(answer) = self.0.lock().get_mut(choice) {
-            answer.done = Some((done.usage, done.timings));
-        }
-    }
-}
-
-/// Answers a request and logs that.
-pub async fn answer(app: Arc<App>, request: Request<Incoming>) -> Response<Logged> {
+/// Handles a request; its line is logged when the answer has ended.
+pub async fn log_access(app: Arc<App>, request: Request<Incoming>) -> Response<Logged> {
     let id = id_of(request.headers());
-    let mut line = Line::begin(&app, &request, &id);
+    let route = routes::find(request.uri().path());
+    let mut line = Line::begin(&app, &request, route, &id);
     let allowed = app.cors.allowed(request.headers());
     let mut reply = match app.cors.preflight(&request) {
         Some(reply) => reply,
-        None => routes::answer(&app, request, &id, &line.tally).instrument(line.span.clone()).await,
+        None => {
+            let reply = routes::dispatch(&app, route, request, &id, &line.record);
+            reply.instrument(line.span.clone()).await
+        }
     };
     app.cors.mark(allowed, reply.headers_mut());
     reply.headers_mut().insert(REQUEST_ID, HeaderValue::from_str(&id).expect("visible ASCII"));
@@ -66,12 +53,11 @@ fn id_of(headers: &HeaderMap) -> Arc<str> {
         .filter(|id| (1..=MAX_ID).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic()))
     {
         Some(id) => id.into(),
-        None => format!("req-{:016x}", random()).into(),
+        None => format!("req-{:016x}", fastrand::u64(..)).into(),
     }
 }
 
-/// The line of one request. It is logged on drop: then the answer has ended, or nobody waits for it
-/// any more.
+/// The log line of one request. It is written on drop: the answer has ended, or its client left.
 struct Line {
     app: Arc<App>,
     id: Arc<str>,
@@ -87,11 +73,16 @@ struct Line {
     n_bytes: usize,
     /// All of the body was handed to the connection.
     is_complete: bool,
-    tally: Arc<Tally>,
+    record: Arc<AccessRecord>,
 }
 
 impl Line {
-    fn begin(app: &Arc<App>, request: &Request<Incoming>, id: &Arc<str>) -> Self {
+    fn begin(
+        app: &Arc<App>,
+        request: &Request<Incoming>,
+        route: Option<&'static Route>,
+        id: &Arc<str>,
+    ) -> Self {
         // Not the query: it might hold what should stay with the client.
         let path =
             request.uri().path().chars().take(MAX_PATH).flat_map(char::escape_debug).collect();
@@ -102,22 +93,22 @@ impl Line {
             span: span(id),
             method: request.method().clone(),
             path,
-            route: routes::known(request.uri().path()).map(|(path, _)| path),
+            route: route.map(|route| route.path.as_str()),
             parent,
             began: Instant::now(),
             began_at: SystemTime::now(),
             status: None,
             n_bytes: 0,
             is_complete: false,
-            tally: Arc::default(),
+            record: Arc::default(),
         }
     }
 }
 
 impl Drop for Line {
     fn drop(&mut self) {
-        let answers = self.tally.0.lock();
-        let done = || answers.iter().filter_map(|answer| answer.done.as_ref());
+        let choices = self.record.choices();
+        let done = || choices.iter().filter_map(|choice| choice.done.as_ref());
         let sum = |of: fn(&Usage) -> usize| {
             done().next().map(|_| done().map(|(usage, _)| of(usage)).sum::<usize>())
         };
@@ -144,7 +135,7 @@ impl Drop for Line {
                 is_aborted: !self.is_complete,
                 began: self.began_at,
                 parent: self.parent.as_ref(),
-                answers: &answers,
+                choices: &choices,
             });
         }
     }

@@ -1,15 +1,14 @@
 //! Who may ask for what. Keys are kept as digests: what was typed is forgotten, and comparing them
-//! tells nothing of their length.
+//! reveals nothing of their length.
 
 use std::fmt;
 
-use hyper::header::{AUTHORIZATION, HeaderMap, WWW_AUTHENTICATE};
-use hyper::{Request, StatusCode};
+use clap::ValueEnum;
+use hyper::header::{AUTHORIZATION, HeaderMap};
 use sha2::{Digest, Sha256};
 use subtle::{Choice, ConditionallySelectable, ConstantTimeEq};
 
-use super::reply::Problem;
-use crate::config::network::MetricsAccess;
+use super::problem::Problem;
 
 /// A key's SHA-256.
 #[derive(Clone)]
@@ -33,12 +32,27 @@ impl fmt::Debug for Key {
     }
 }
 
-/// What a path asks of who wants it.
+/// Who may use a route.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Demand {
-    Nothing,
+pub enum Access {
+    /// Anybody.
+    Open,
+    /// Who has an API key, if there are any.
     Key,
-    Metrics(MetricsAccess),
+    /// As [`MetricsAccess`] says.
+    Metrics,
+}
+
+/// Who may read `/metrics`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum MetricsAccess {
+    /// Everybody
+    #[default]
+    Open,
+    /// Who has an API key, or the key for metrics
+    Key,
+    /// Nobody: there are none
+    Off,
 }
 
 /// The keys there are.
@@ -53,70 +67,46 @@ pub struct Auth {
 }
 
 impl Auth {
-    /// Lets a request in and says whose it is: the number of its key; 0 where there are none.
+    /// Admits a request to a route and returns its tenant: the number of its key; 0 where there are
+    /// none.
     ///
     /// # Errors
     /// 401 without a key or with a wrong one, 403 with one that is for something else, 404 for
     /// metrics that are off.
-    pub fn admit<B>(&self, request: &Request<B>) -> Result<u32, Problem> {
-        let demand = self.demand(request.uri().path());
-        if demand == Demand::Metrics(MetricsAccess::Off) {
-            return Err(Problem::new(
-                StatusCode::NOT_FOUND,
-                "not_found",
-                "this server has its metrics off",
-            ));
+    pub fn admit(&self, access: Access, headers: &HeaderMap) -> Result<u32, Problem> {
+        match (access, self.metrics) {
+            (Access::Open, _) | (Access::Metrics, MetricsAccess::Open) => return Ok(0),
+            (Access::Metrics, MetricsAccess::Off) => return Err(Problem::MetricsOff),
+            (Access::Key, _) | (Access::Metrics, MetricsAccess::Key) => {}
         }
-        if matches!(demand, Demand::Nothing | Demand::Metrics(MetricsAccess::Open)) {
-            return Ok(0);
-        }
-        let given = bearer(request.headers()).map(Key::of);
+        let given = bearer(headers).map(Key::of);
         let is_for_metrics = given
             .as_ref()
             .zip(self.metrics_key.as_ref())
             .is_some_and(|(given, key)| key.is(given).into());
-        match (demand, is_for_metrics) {
-            (Demand::Metrics(_), true) => return Ok(0),
-            (_, true) => {
-                let message = "this key may read /metrics and nothing else";
-                return Err(Problem::new(StatusCode::FORBIDDEN, "forbidden", message));
-            }
-            (Demand::Key, false) if self.keys.is_empty() => return Ok(0),
-            _ => {}
-        }
-        match given {
-            Some(given) => self
-                .owner(&given)
-                .ok_or_else(|| unauthorized("the API key in Authorization is not known here")),
-            None => Err(unauthorized("this needs an API key: send `Authorization: Bearer KEY`")),
-        }
-    }
-
-    /// What is not listed needs a key: so does what may come to be.
-    fn demand(&self, path: &str) -> Demand {
-        match path {
-            "/health" | "/ready" | "/docs" | "/openapi.json" => Demand::Nothing,
-            path if path.starts_with("/docs/") => Demand::Nothing,
-            "/metrics" => Demand::Metrics(self.metrics),
-            _ => Demand::Key,
+        match (access, is_for_metrics) {
+            (Access::Metrics, true) => Ok(0),
+            (_, true) => Err(Problem::MetricsKey),
+            (Access::Key, false) if self.keys.is_empty() => Ok(0),
+            _ => self.tenant(&given.ok_or(Problem::KeyMissing)?).ok_or(Problem::KeyUnknown),
         }
     }
 
     /// Looks at all keys, whichever it is.
-    fn owner(&self, given: &Key) -> Option<u32> {
-        let (mut known, mut owner) = (Choice::from(0), 0);
+    fn tenant(&self, given: &Key) -> Option<u32> {
+        let (mut known, mut tenant) = (Choice::from(0), 0);
         for (i, key) in (0..).zip(&self.keys) {
             let same = key.is(given);
-            owner.conditional_assign(&i, same);
+            tenant.conditional_assign(&i, same);
             known |= same;
         }
-        bool::from(known).then_some(owner)
+        bool::from(known).then_some(tenant)
     }
 
     /// `true` if `key` is one of those for everything.
     #[must_use]
     pub fn knows(&self, key: &Key) -> bool {
-        self.owner(key).is_some()
+        self.tenant(key).is_some()
     }
 }
 
@@ -125,20 +115,16 @@ fn bearer(headers: &HeaderMap) -> Option<&str> {
     scheme.eq_ignore_ascii_case("bearer").then(|| key.trim())
 }
 
-fn unauthorized(message: &str) -> Problem {
-    let mut problem = Problem::new(StatusCode::UNAUTHORIZED, "invalid_api_key", message);
-    problem.header = Some((WWW_AUTHENTICATE, "Bearer"));
-    problem
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::http::routes;
 
-    /// The owner, or the status of a refusal.
+    /// The tenant, or the status of a refusal.
     fn ask(auth: &Auth, path: &str, authorization: &str) -> Result<u32, u16> {
-        let request = Request::get(path).header(AUTHORIZATION, authorization).body(()).unwrap();
-        auth.admit(&request).map_err(|problem| problem.status.as_u16())
+        let access = routes::find(path).map_or(Access::Key, |route| route.access);
+        let headers = HeaderMap::from_iter([(AUTHORIZATION, authorization.parse().unwrap())]);
+        auth.admit(access, &headers).map_err(|problem| problem.status_and_kind(false).0.as_u16())
     }
 
     fn keys(texts: &[&str]) -> Auth {

@@ -27,7 +27,7 @@ impl Cors {
         Self(origins)
     }
 
-    /// The answer to a browser that asks whether it may ask. It has no key yet.
+    /// The answer to a preflight, which has no key yet.
     #[must_use]
     pub fn preflight<B>(&self, request: &Request<B>) -> Option<Reply> {
         let asks = request.method() == Method::OPTIONS
@@ -45,15 +45,15 @@ impl Cors {
         Some(reply)
     }
 
-    /// What an answer to a page with these headers says of that.
+    /// The origin that an answer to a page with these headers allows.
     #[must_use]
     pub fn allowed(&self, asked: &HeaderMap) -> Option<HeaderValue> {
         let origin = asked.get(ORIGIN)?;
         self.0.iter().find(|allowed| *allowed == ANY || *allowed == origin).cloned()
     }
 
-    /// Says it on an answer. Caches must know that answers differ by origin, to those that are not
-    /// allowed, too.
+    /// Writes that origin on an answer. Caches must know that answers differ by origin, those that
+    /// are not allowed included.
     pub fn mark(&self, allowed: Option<HeaderValue>, headers: &mut HeaderMap) {
         if self.0.is_empty() {
             return;

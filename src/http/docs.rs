@@ -3,18 +3,51 @@
 
 use std::sync::{Arc, OnceLock};
 
+use hyper::Request;
+use hyper::body::Incoming;
 use utoipa_swagger_ui::{Config, serve};
 
+use super::api::answers::ErrorBody;
+use super::app::RequestContext;
+use super::problem::Problem;
+use super::reply::{self, Reply};
+
+/// This document
+#[utoipa::path(get, path = "/openapi.json", tag = "server", responses((status = 200, description = "OpenAPI 3.1", body = serde_json::Value)))]
+pub async fn document(cx: RequestContext, _: Request<Incoming>) -> Result<Reply, Problem> {
+    Ok(reply::plain("application/json", cx.app.openapi.clone()))
+}
+
+/// This document as a page to read and try
+#[utoipa::path(get, path = "/docs", tag = "server", responses((status = 200, description = "Swagger UI", body = String, content_type = "text/html")))]
+pub async fn docs(_: RequestContext, _: Request<Incoming>) -> Result<Reply, Problem> {
+    answer("")
+}
+
+/// What the page loads
+#[utoipa::path(get, path = "/docs/{file}", tag = "server", params(("file" = String, Path, example = "swagger-ui.css")), responses(
+    (status = 200, description = "The file", content((String = "text/css"), (String = "text/javascript"), (String = "text/html"), (String = "image/png"))),
+    (status = 404, description = "There is no such file", body = ErrorBody),
+))]
+pub async fn docs_file(cx: RequestContext, _: Request<Incoming>) -> Result<Reply, Problem> {
+    answer(if cx.tail.is_empty() { "index.html" } else { &cx.tail })
+}
+
+fn answer(name: &str) -> Result<Reply, Problem> {
+    let (bytes, content_type) =
+        file(name).ok_or_else(|| Problem::NotFound(format!("/docs/{name}")))?;
+    Ok(reply::plain(&content_type, bytes))
+}
+
 /// A file of the page, and its type; the page itself is the one without a name.
-#[must_use]
-pub fn file(name: &str) -> Option<(Vec<u8>, String)> {
+fn file(name: &str) -> Option<(Vec<u8>, String)> {
     static CONFIG: OnceLock<Arc<Config<'static>>> = OnceLock::new();
-    // Seen from the folder that the page's files are in.
+    // Relative to the folder of the page's files.
     let config = CONFIG.get_or_init(|| Arc::new(Config::from("../openapi.json")));
     let file = serve(name, Arc::clone(config)).ok().flatten()?;
     let mut bytes = file.bytes.into_owned();
     if name.is_empty() {
-        // The page stands beside its folder, not in it.
+        // The page is beside its folder, not in it.
         let page = String::from_utf8_lossy(&bytes);
         bytes = page.replacen("<head>", "<head>\n    <base href=\"docs/\">", 1).into_bytes();
     }

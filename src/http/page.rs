@@ -1,16 +1,21 @@
 //! The page for browsers at `/`: "watch it think". Its files are part of the program, so that it
-//! works without a network; it knows of the engine what the API tells any client.
+//! works without a network; it knows of the engine what the API reports to any client.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use bytes::Bytes;
 use http_body_util::{Either, Full};
+use hyper::body::Incoming;
 use hyper::header::{
     ACCEPT, CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, ETAG, HeaderMap, HeaderValue,
     IF_NONE_MATCH, REFERRER_POLICY, VARY, X_CONTENT_TYPE_OPTIONS,
 };
 use hyper::{Method, Request, Response, StatusCode};
 
+use super::accept::quality;
+use super::api::answers::ErrorBody;
+use super::app::RequestContext;
+use super::problem::Problem;
 use super::reply::Reply;
 
 /// Path, type and content.
@@ -24,17 +29,32 @@ const FILES: [(&str, &str, &str); 4] = [
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; \
                       base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
-/// The page or one of its files, if that is what is asked for. They are for anybody: the page asks
-/// for a key where the API does.
-pub fn answer<B>(request: &Request<B>) -> Option<Reply> {
-    if !matches!(*request.method(), Method::GET | Method::HEAD) {
-        return None;
-    }
-    let &(path, content_type, content) =
-        FILES.iter().find(|(path, ..)| *path == request.uri().path())?;
-    if path == "/" && !prefers_html(request.headers()) {
-        return None;
-    }
+/// `true` if the page or one of its files answers this request. Those are for anybody: the page
+/// asks for a key where the API does.
+pub fn is_wanted<B>(request: &Request<B>) -> bool {
+    find(request).is_some()
+}
+
+fn find<B>(request: &Request<B>) -> Option<&'static (&'static str, &'static str, &'static str)> {
+    let is_read = matches!(*request.method(), Method::GET | Method::HEAD);
+    let found = FILES.iter().find(|(path, ..)| *path == request.uri().path());
+    found.filter(|(path, ..)| is_read && (*path != "/" || prefers_html(request.headers())))
+}
+
+/// What the page for browsers loads
+#[utoipa::path(get, path = "/page/{file}", tag = "server", params(("file" = String, Path, example = "page.css")), responses(
+    (status = 200, description = "The file", content((String = "text/css; charset=utf-8"), (String = "text/javascript; charset=utf-8"), (String = "image/svg+xml"))),
+    (status = 304, description = "The file is as the client has it"),
+    (status = 401, description = "There is no such file, and the request has no key", body = ErrorBody),
+    (status = 404, description = "There is no such file", body = ErrorBody),
+))]
+pub async fn page_file(_: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
+    file(&request).ok_or_else(|| Problem::NotFound(request.uri().path().to_owned()))
+}
+
+/// The page or one of its files, if that is what is asked for.
+pub fn file<B>(request: &Request<B>) -> Option<Reply> {
+    let &(path, content_type, content) = find(request)?;
     let tag = tag(content);
     let seen =
         request.headers().get_all(IF_NONE_MATCH).iter().filter_map(|tags| tags.to_str().ok());
@@ -47,7 +67,7 @@ pub fn answer<B>(request: &Request<B>) -> Option<Reply> {
         *reply.status_mut() = StatusCode::NOT_MODIFIED;
     }
     let headers = reply.headers_mut();
-    // Kept, but asked about each time: another version of the server may stand at the same address.
+    // Kept, but revalidated each time: another version of the server may take over the address.
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
     headers.insert(ETAG, HeaderValue::from_str(&tag).expect("hexadecimal"));
     headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
@@ -70,37 +90,6 @@ fn tag(content: &str) -> String {
 /// Browsers name `text/html`. Programs name JSON, take anything or say nothing, and get JSON.
 fn prefers_html(headers: &HeaderMap) -> bool {
     quality(headers, "text", "html") > quality(headers, "application", "json")
-}
-
-/// How much a type is wanted, from 0 to 1, and how clearly it is named: the most specific range
-/// that it is in decides (RFC 9110, 12.5.1). Of two that are wanted as much, a client means the one
-/// that it names.
-fn quality(headers: &HeaderMap, kind: &str, subtype: &str) -> (f32, u8) {
-    let ranges = headers
-        .get_all(ACCEPT)
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','));
-    let matching = ranges.filter_map(|range| {
-        let mut parts = range.split(';').map(str::trim);
-        let (k, s) = parts.next()?.split_once('/')?;
-        let specificity = match (k, s) {
-            ("*", "*") => 0,
-            (k, "*") if k.eq_ignore_ascii_case(kind) => 1,
-            (k, s) if k.eq_ignore_ascii_case(kind) && s.eq_ignore_ascii_case(subtype) => 2,
-            _ => return None,
-        };
-        let weight = parts.find_map(|part| part.strip_prefix("q=").or(part.strip_prefix("Q=")));
-        // A weight that is none asks for nothing.
-        let weight = weight.map_or(1.0, |weight| {
-            weight.parse().ok().filter(|q| (0.0..=1.0).contains(q)).unwrap_or(0.0)
-        });
-        Some((specificity, weight))
-    });
-    let decisive = matching.max_by_key(|&(specificity, _)| specificity);
-    decisive
-        .filter(|&(_, weight)| weight > 0.0)
-        .map_or((0.0, 0), |(specificity, weight)| (weight, specificity))
 }
 
 #[cfg(test)]

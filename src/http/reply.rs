@@ -8,13 +8,14 @@ use std::task::{Context, Poll};
 use bytes::{Bytes, BytesMut};
 use http_body_util::{Either, Full};
 use hyper::body::{Body, Frame};
-use hyper::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderName, HeaderValue};
+use hyper::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use hyper::{Response, StatusCode};
 use serde::Serialize;
-use tokio::sync::mpsc;
 
-use super::access::Tally;
-use crate::request::Event;
+use super::problem::Problem;
+use super::record::AccessRecord;
+use crate::engine::Answer;
+use crate::request::{Completion, Event, Piece};
 
 /// Any answer's body: whole, or a stream.
 pub type Content = Either<Full<Bytes>, EventStream>;
@@ -39,84 +40,24 @@ pub fn plain(content_type: &str, body: impl Into<Bytes>) -> Reply {
     reply
 }
 
-/// What went wrong, as every client gets it.
-#[derive(Debug)]
-pub struct Problem {
-    /// The status.
-    pub status: StatusCode,
-    /// `type` of the body.
-    pub kind: &'static str,
-    /// For people.
-    pub message: String,
-    /// The field to blame.
-    pub param: Option<String>,
-    /// A header that the status calls for.
-    pub header: Option<(HeaderName, &'static str)>,
-}
-
-impl Problem {
-    /// Without a field or a header.
-    pub fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
-        Self { status, kind, message: message.into(), param: None, header: None }
+/// An error, in OpenAI's shape or this server's own.
+pub fn error(problem: &Problem, is_openai: bool) -> Reply {
+    let mut reply = json(problem.status_and_kind(is_openai).0, &problem.body(is_openai));
+    if let Some((name, value)) = problem.header() {
+        reply.headers_mut().insert(name, HeaderValue::from_static(value));
     }
-
-    /// The body.
-    pub fn body(&self) -> serde_json::Value {
-        let mut error = serde_json::json!({ "type": self.kind, "message": self.message });
-        if let Some(param) = &self.param {
-            error["param"] = param.as_str().into();
-        }
-        serde_json::json!({ "error": error })
-    }
-
-    /// The body as OpenAI's clients expect it.
-    pub fn openai_body(&self) -> serde_json::Value {
-        let kind = match self.status {
-            StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
-            status if status.is_server_error() => "server_error",
-            _ => "invalid_request_error",
-        };
-        serde_json::json!({ "error": { "message": self.message, "type": kind, "param": self.param, "code": self.kind } })
-    }
-
-    /// The answer.
-    pub fn reply(self) -> Reply {
-        let body = self.body();
-        self.reply_with(&body)
-    }
-
-    /// The answer to an OpenAI client.
-    pub fn openai_reply(self) -> Reply {
-        let body = self.openai_body();
-        self.reply_with(&body)
-    }
-
-    fn reply_with(self, body: &serde_json::Value) -> Reply {
-        let mut reply = json(self.status, body);
-        if let Some((name, value)) = self.header {
-            reply.headers_mut().insert(name, HeaderValue::from_static(value));
-        }
-        reply
-    }
-
-    /// The engine failed; the log has the cause under `id`.
-    pub fn incident(id: &str) -> Self {
-        Self::new(
-            StatusCode::INTERNAL_SERVER_ERROR,
-            "internal_error",
-            format!(
-                "the engine failed on this request; the server's log names the cause under {id}"
-            ),
-        )
-    }
+    reply
 }
 
 /// How an API writes events.
 pub trait Dialect: Send {
-    /// Appends what the client of choice number `choice` is told.
+    /// Writes the whole answer: each choice's text, and how it ended.
+    fn whole(&self, done: &[(Piece, Completion)]) -> Reply;
+
+    /// Appends what the client gets of an event of choice number `choice`.
     fn write(&mut self, choice: usize, event: &Event, out: &mut BytesMut);
 
-    /// Appends what comes behind all choices.
+    /// Appends what comes after all choices.
     fn end(&mut self, _out: &mut BytesMut) {}
 }
 
@@ -130,26 +71,20 @@ pub fn event(data: &impl Serialize, out: &mut BytesMut) {
     out.extend_from_slice(b"\n\n");
 }
 
-/// The events of one or several choices as server-sent events. Dropping it drops the receivers,
-/// which cancels what they wait for.
+/// The events of one or several choices as server-sent events. Dropping it drops their answers,
+/// which cancels the requests.
 pub struct EventStream {
-    first: Option<Event>,
     /// By choice; `None` for those that ended.
-    choices: Vec<Option<mpsc::Receiver<Event>>>,
+    choices: Vec<Option<Answer>>,
     dialect: Box<dyn Dialect>,
-    tally: Arc<Tally>,
+    record: Arc<AccessRecord>,
     ended: bool,
 }
 
-/// An answer that streams: `first` of the first choice has arrived already, the rest is to come.
-pub fn stream(
-    first: Event,
-    choices: Vec<mpsc::Receiver<Event>>,
-    dialect: Box<dyn Dialect>,
-    tally: Arc<Tally>,
-) -> Reply {
+/// An answer that streams.
+pub fn stream(choices: Vec<Answer>, dialect: Box<dyn Dialect>, record: Arc<AccessRecord>) -> Reply {
     let choices = choices.into_iter().map(Some).collect();
-    let body = EventStream { first: Some(first), choices, dialect, tally, ended: false };
+    let body = EventStream { choices, dialect, record, ended: false };
     let mut reply = Response::new(Either::Right(body));
     let headers = reply.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
@@ -166,21 +101,13 @@ impl std::fmt::Debug for EventStream {
 impl EventStream {
     /// Writes what has arrived for a choice.
     fn drain(&mut self, choice: usize, cx: &mut Context<'_>, out: &mut BytesMut) {
-        while let Some(events) = &mut self.choices[choice] {
-            let event = match self.first.take() {
-                Some(first) => first, // the first choice's, which is drained first
-                None => match events.poll_recv(cx) {
-                    Poll::Ready(Some(event)) => event,
-                    // The engine's thread went away without a last word.
-                    Poll::Ready(None) => Event::Failed { id: "engine-stopped".into() },
-                    Poll::Pending => return,
-                },
-            };
+        while let Some(answer) = &mut self.choices[choice] {
+            let Poll::Ready(event) = answer.poll_next(cx) else { return };
             self.dialect.write(choice, &event, out);
             match event {
                 Event::Piece(_) => {}
                 Event::Done(done) => {
-                    self.tally.note(choice, &done);
+                    self.record.complete(choice, &done);
                     self.choices[choice] = None;
                 }
                 Event::Failed { .. } => {

@@ -2,32 +2,7 @@
 
 use serde::Serialize;
 
-/// Where a candidate came from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Source {
-    /// A head.
-    Heads,
-    /// The text before.
-    Text,
-    /// Both.
-    Both,
-}
-
-impl Source {
-    /// All of them.
-    pub const ALL: [Self; 3] = [Self::Heads, Self::Text, Self::Both];
-
-    /// As JSON and metrics call it.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Heads => "heads",
-            Self::Text => "text",
-            Self::Both => "both",
-        }
-    }
-}
+use crate::request::Source;
 
 /// Depths that are counted apart; deeper ones share the last one's counts.
 pub const N_DEPTHS: usize = 8;

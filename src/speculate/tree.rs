@@ -4,8 +4,8 @@
 //! runs through them. A parent's `q` is never below its child's and it comes first, so every prefix
 //! of the nodes is a tree too: what `policy` leaves out is always the tail.
 
-use super::reliability::Source;
 use crate::llama::Token;
+use crate::request::Source;
 
 /// What speaks for a token in the text before: which text, how many tokens match, and how far
 /// matches agree, as `text` encodes it.

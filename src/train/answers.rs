@@ -1,15 +1,14 @@
 //! The model's own answers, from the batched engine, and what it thought at each of their tokens:
-//! what its heads learn to foretell. Answers go to shards as they end, so a killed run loses a
+//! what its heads learn to predict. Answers go to shards as they end, so a killed run loses a
 //! shard at most and goes on with the next answer.
 
-use tokio::sync::mpsc::Receiver;
 use tokio::task::JoinSet;
 
 use super::TrainError;
 use super::features::Writer;
 use super::prompts::Prompts;
 use crate::engine::handle::Handle;
-use crate::request::{Event, Request, SamplingParams, Speculation, Trace};
+use crate::request::{Caller, Request, SamplingParams, Speculation, Trace};
 
 /// Temperatures in turn: half of the answers are greedy, as most requests for which speed matters.
 const TEMPERATURES: [f32; 4] = [0.0, 0.8, 0.0, 1.0];
@@ -82,11 +81,17 @@ pub async fn collect(
                         ^ ((round as u64) << 32 | prompt as u64)
                             .wrapping_mul(0x9E37_79B9_7F4A_7C15);
                     let request = request(text.clone(), temperature, wanted.max_answer, seed);
-                    started.push((round, Started::new(&handle, request).await?));
+                    let submitted = handle.submit(request, Caller::default()).await;
+                    let mut answer = submitted.map_err(|e| TrainError::Engine(e.to_string()))?;
+                    answer.peek().await; // its prompt is computed then
+                    started.push((round, answer));
                 }
                 let mut answers = vec![];
                 for (round, answer) in started {
-                    answers.push((round, answer.finish().await?));
+                    let collected = answer.collect().await;
+                    let (_, done) = collected.map_err(|e| TrainError::Engine(e.to_string()))?;
+                    let untraced = || TrainError::Engine("it does not trace answers".into());
+                    answers.push((round, done.trace.ok_or_else(untraced)?));
                 }
                 Ok(Asked { prompt, answers })
             });
@@ -107,39 +112,6 @@ fn request(prompt: String, temperature: f32, max_tokens: usize, seed: u64) -> Re
         speculation: Speculation::Off,
         share_text: false,
         ..Request::new(prompt, max_tokens)
-    }
-}
-
-/// A request whose prompt is computed.
-struct Started {
-    first: Option<Event>,
-    events: Receiver<Event>,
-}
-
-impl Started {
-    async fn new(handle: &Handle, request: Request) -> Result<Self, TrainError> {
-        let mut events =
-            handle.submit(request).await.map_err(|e| TrainError::Engine(e.to_string()))?;
-        Ok(Self { first: events.recv().await, events })
-    }
-
-    /// Waits for the answer's end.
-    async fn finish(mut self) -> Result<Trace, TrainError> {
-        let fail = |reason: String| TrainError::Engine(reason);
-        let mut next = self.first;
-        while let Some(event) = next {
-            match event {
-                Event::Piece(_) => {}
-                Event::Done(done) => {
-                    return done.trace.ok_or_else(|| fail("it does not trace answers".into()));
-                }
-                Event::Failed { id } => {
-                    return Err(fail(format!("the log names the cause under {id}")));
-                }
-            }
-            next = self.events.recv().await;
-        }
-        Err(fail("it stopped".into()))
     }
 }
 

@@ -231,6 +231,7 @@ impl Rows {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::report::push;
     use crate::llama::Token;
     use crate::train::fit::shards::Shards;
 
@@ -240,9 +241,9 @@ mod tests {
 
     fn trace(tokens: &[i32]) -> Trace {
         let mut trace = Trace::default();
-        tokens
-            .iter()
-            .for_each(|&t| trace.push(Token(t), &[0.5, 1.0, t as f32], &[0.0, 3.0], &mut vec![]));
+        tokens.iter().for_each(|&t| {
+            push(&mut trace, Token(t), &[0.5, 1.0, t as f32], &[0.0, 3.0], &mut vec![])
+        });
         trace
     }
 

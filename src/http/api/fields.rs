@@ -1,0 +1,269 @@
+//! The fields that all dialects share, and the types of fields that are no plain numbers or texts.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use utoipa::openapi::RefOr;
+use utoipa::openapi::schema::Schema;
+use utoipa::{PartialSchema, ToSchema};
+
+use crate::error::Invalid;
+use crate::llama::Token;
+use crate::request::GrammarSource;
+
+/// Declares a body: its own fields, and those that all dialects share.
+macro_rules! request_body {
+    ($(#[$about:meta])* $name:ident { $($own:tt)* }) => {
+        $(#[$about])*
+        #[derive(Debug, serde::Deserialize, utoipa::ToSchema)]
+        #[serde(deny_unknown_fields)]
+        pub struct $name {
+            $($own)*
+            /// Keep this many most likely tokens; 0 keeps all.
+            #[schema(default = 0, maximum = 2147483647)]
+            pub top_k: usize,
+            /// Keep tokens at least this fraction as likely as the most likely one; 0 keeps all.
+            #[schema(default = 0.0, minimum = 0.0, maximum = 1.0)]
+            pub min_p: f32,
+            /// Divides the logits of tokens in the penalties' window; 1 is off.
+            #[schema(default = 1.0, minimum = 0.01, maximum = 100.0)]
+            pub repetition_penalty: f32,
+            /// Added to the logits of single tokens, by token id.
+            #[serde(default)]
+            #[schema(schema_with = LogitBias::schema)]
+            pub logit_bias: LogitBias,
+            /// The text ends before this string, or before the first of several to appear.
+            #[serde(default)]
+            #[schema(schema_with = Stops::schema)]
+            pub stop: Stops,
+            /// Never choose a token that ends the text.
+            #[schema(default = false)]
+            pub ignore_eos: bool,
+            /// Start from what the cache still holds of the prompt's beginning.
+            #[schema(default = true)]
+            pub cache_prompt: bool,
+            /// Where drafts come from. They change the pace of a text and, but for `typical`, not
+            /// the text.
+            #[schema(default = "auto")]
+            pub speculation: Option<Speculation>,
+            /// false: draft no other answer from this one, and this one from no other.
+            #[schema(default = true)]
+            pub share_text: bool,
+            /// What the answer must be.
+            pub response_format: Option<ResponseFormat>,
+            /// What the answer must be, in llguidance's dialect of Lark; not with
+            /// `response_format`.
+            #[schema(example = "start: \"yes\" | \"no\"")]
+            pub grammar: Option<String>,
+            /// Report for each token who drafted it, and which step decided it.
+            #[schema(default = false)]
+            pub details: bool,
+            /// Seconds from acceptance, after which the answer ends where it is; without a token
+            /// until then: 408. The server may have a limit of its own.
+            #[schema(example = 60.0, minimum = 0.0, maximum = 86400.0)]
+            pub timeout_s: Option<f32>,
+            /// Send pieces as server-sent events.
+            #[schema(default = false)]
+            pub stream: bool,
+        }
+
+        impl $name {
+            /// A request to the engine. `n_top` most likely tokens are reported with each token's
+            /// log probability; `None`: neither.
+            fn request(
+                self,
+                prompt: String,
+                max_tokens: usize,
+                repeat_last_n: usize,
+                seed: u64,
+                n_top: Option<usize>,
+            ) -> Result<Request, Invalid> {
+                let report = Report { details: self.details, n_top };
+                Ok(Request {
+                    prompt,
+                    max_tokens,
+                    sampling: SamplingParams {
+                        temperature: self.temperature,
+                        top_p: self.top_p,
+                        top_k: self.top_k,
+                        min_p: self.min_p,
+                        repetition_penalty: self.repetition_penalty,
+                        frequency_penalty: self.frequency_penalty,
+                        presence_penalty: self.presence_penalty,
+                        repeat_last_n,
+                        logit_bias: self.logit_bias.0,
+                        seed,
+                    },
+                    stop: self.stop.0,
+                    ignore_eos: self.ignore_eos,
+                    cache_prompt: self.cache_prompt,
+                    speculation: self.speculation.unwrap_or_default(),
+                    share_text: self.share_text,
+                    grammar: grammar(self.response_format, self.grammar)?,
+                    report: Some(report).filter(|r| r.details || r.n_top.is_some()),
+                    timeout: self.timeout_s.map(Duration::from_secs_f32),
+                })
+            }
+        }
+    };
+}
+pub(super) use request_body;
+
+/// One text, or a list of `MIN` to `MAX` of them, each of 1 to `BYTES` bytes.
+#[derive(Debug, Default, Deserialize)]
+#[serde(try_from = "OneOrMany")]
+pub struct Texts<const MIN: usize, const MAX: usize, const BYTES: usize>(pub Vec<String>);
+
+/// Stop strings: each is looked for after every token.
+pub type Stops = Texts<0, 16, 1024>;
+
+/// Most answers to one request.
+pub const MAX_CHOICES: usize = 16;
+
+/// Prompts; whether they fit into the context, the engine knows.
+pub type Prompts = Texts<1, MAX_CHOICES, { usize::MAX }>;
+
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "it must be a string or a list of strings")]
+enum OneOrMany {
+    One(String),
+    Many(Vec<String>),
+}
+
+impl<const MIN: usize, const MAX: usize, const BYTES: usize> TryFrom<OneOrMany>
+    for Texts<MIN, MAX, BYTES>
+{
+    type Error = String;
+
+    fn try_from(texts: OneOrMany) -> Result<Self, String> {
+        let list = match texts {
+            OneOrMany::One(text) => vec![text],
+            OneOrMany::Many(list) => list,
+        };
+        let fits = |text: &String| (1..=BYTES).contains(&text.len());
+        if (MIN..=MAX).contains(&list.len()) && list.iter().all(fits) {
+            return Ok(Self(list));
+        }
+        let longest =
+            if BYTES < usize::MAX { format!(" of at most {BYTES} bytes") } else { String::new() };
+        Err(format!("it must be a string, not empty{longest}, or a list of {MIN} to {MAX} of them"))
+    }
+}
+
+impl<const MIN: usize, const MAX: usize, const BYTES: usize> PartialSchema
+    for Texts<MIN, MAX, BYTES>
+{
+    fn schema() -> RefOr<Schema> {
+        let mut text = json!({ "type": "string", "minLength": 1 });
+        if BYTES < usize::MAX {
+            text["maxLength"] = BYTES.into();
+        }
+        let list = json!({ "type": "array", "items": text, "minItems": MIN, "maxItems": MAX });
+        let mut either = vec![text, list];
+        either.extend((MIN == 0).then(|| json!({ "type": "null" })));
+        schema_of(json!({
+            "description": format!("A text, or a list of up to {MAX}"),
+            "oneOf": either,
+            "examples": ["END"],
+        }))
+    }
+}
+
+/// A schema that no type has.
+fn schema_of(json: Value) -> RefOr<Schema> {
+    RefOr::T(serde_json::from_value(json).expect("a schema that tests read"))
+}
+
+/// What is added to the logits of tokens.
+#[derive(Debug, Default, Deserialize)]
+#[serde(try_from = "BTreeMap<String, f32>")]
+pub struct LogitBias(pub Vec<(Token, f32)>);
+
+/// Most tokens with a bias, and the largest one.
+const MAX_BIASES: usize = 1024;
+const MAX_BIAS: f32 = 100.0;
+
+impl TryFrom<BTreeMap<String, f32>> for LogitBias {
+    type Error = String;
+
+    fn try_from(biases: BTreeMap<String, f32>) -> Result<Self, String> {
+        let wanted = || {
+            format!(
+                "it must be an object of at most {MAX_BIASES} token ids, each with a number from \
+                 -{MAX_BIAS} to {MAX_BIAS}"
+            )
+        };
+        let bias = |(id, bias): (&String, &f32)| {
+            let token = id.parse().ok().filter(|&id: &i32| id >= 0).map(Token);
+            token.filter(|_| bias.abs() <= MAX_BIAS).map(|token| (token, *bias))
+        };
+        let list: Option<Vec<_>> = biases.iter().map(bias).collect();
+        list.filter(|list| list.len() <= MAX_BIASES).map(Self).ok_or_else(wanted)
+    }
+}
+
+impl PartialSchema for LogitBias {
+    fn schema() -> RefOr<Schema> {
+        schema_of(json!({
+            "description": "Added to the logits of single tokens, by token id",
+            "oneOf": [
+                {
+                    "type": "object",
+                    "propertyNames": { "type": "string", "pattern": "^[0-9]{1,9}$" },
+                    "additionalProperties": { "type": "number", "minimum": -MAX_BIAS, "maximum": MAX_BIAS },
+                    "maxProperties": MAX_BIASES,
+                },
+                { "type": "null" },
+            ],
+            "examples": [{ "5": -100 }],
+        }))
+    }
+}
+
+/// Any text, any JSON object, or JSON that follows a schema.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(tag = "type", rename_all = "snake_case")]
+#[schema(example = json!({ "type": "json_schema", "json_schema": { "name": "answer", "schema": { "enum": ["yes", "no"] } } }))]
+pub enum ResponseFormat {
+    /// Any text.
+    Text,
+    /// Any JSON object.
+    JsonObject,
+    /// JSON that follows a schema.
+    JsonSchema {
+        /// The schema.
+        json_schema: NamedSchema,
+    },
+}
+
+/// A schema with a name, as OpenAI has it. It is always followed strictly.
+#[derive(Debug, Deserialize, ToSchema)]
+pub struct NamedSchema {
+    /// Any.
+    pub name: Option<String>,
+    /// The JSON schema, as far as llguidance can follow it.
+    #[schema(value_type = Object)]
+    pub schema: Map<String, Value>,
+}
+
+/// What the answer must be; `None`: any text.
+pub fn grammar(
+    format: Option<ResponseFormat>,
+    lark: Option<String>,
+) -> Result<Option<GrammarSource>, Invalid> {
+    let schema = match format {
+        None | Some(ResponseFormat::Text) => None,
+        Some(ResponseFormat::JsonObject) => Some(json!({ "type": "object" })),
+        Some(ResponseFormat::JsonSchema { json_schema }) => Some(json_schema.schema.into()),
+    };
+    match (schema, lark.filter(|lark| !lark.is_empty())) {
+        (Some(_), Some(_)) => Err(Invalid::new(
+            "grammar",
+            "grammar and response_format both say what the answer must be: give one of them",
+        )),
+        (schema, lark) => {
+            Ok(schema.map(GrammarSource::JsonSchema).or(lark.map(GrammarSource::Lark)))
+        }
+    }
+}

@@ -1,0 +1,379 @@
+//! OpenAI's dialect: the bodies of `/v1/completions` and `/v1/chat/completions`.
+//!
+//! Field names and defaults are those of OpenAI's API reference. Its fields that would change an
+//! answer in a way that is not supported are refused by name; those that do not change it (`user`,
+//! `metadata`) are ignored. The fields of all dialects are extensions.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Number, Value, json};
+use utoipa::{PartialSchema, ToSchema};
+
+use super::fields::{
+    LogitBias, MAX_CHOICES, Prompts, ResponseFormat, Stops, grammar, request_body,
+};
+use crate::error::Invalid;
+use crate::http::template::ChatTemplate;
+use crate::request::{Report, Request, SamplingParams, Speculation};
+
+/// What a body asks for.
+#[derive(Debug)]
+pub struct Choices {
+    /// One request for each choice, in order: all of the first prompt, then all of the next.
+    pub requests: Vec<Request>,
+    /// Choices of each prompt.
+    pub n: usize,
+    /// Send pieces as they come.
+    pub stream: bool,
+    /// Close a stream with the counts of tokens.
+    pub include_usage: bool,
+}
+
+/// Declares a body with the fields that both of OpenAI's share.
+macro_rules! openai_body {
+    ($(#[$about:meta])* $name:ident { $($own:tt)* }) => {
+        request_body! {
+            $(#[$about])*
+            $name {
+                $($own)*
+                /// Any name will do: the served model answers.
+                #[schema(example = "any")]
+                pub model: Option<String>,
+                /// 0 is greedy.
+                #[schema(default = 1.0, minimum = 0.0, maximum = 2.0)]
+                pub temperature: f32,
+                /// Keep the most likely tokens up to this probability together; 1 keeps all.
+                #[schema(default = 1.0, minimum = 0.0, maximum = 1.0)]
+                pub top_p: f32,
+                /// Answers to each prompt; with several prompts, at most 16 in all.
+                #[schema(default = 1, minimum = 1, maximum = 16)]
+                pub n: usize,
+                /// Subtracted from a token's logit for each time it occurs in the text.
+                #[schema(default = 0.0, minimum = -2.0, maximum = 2.0)]
+                pub frequency_penalty: f32,
+                /// Subtracted once from the logit of a token that occurs in the text.
+                #[schema(default = 0.0, minimum = -2.0, maximum = 2.0)]
+                pub presence_penalty: f32,
+                /// The penalties' window: this many last tokens, the prompt's included; the
+                /// context's size by default.
+                #[schema(example = 64, format = "tokens")]
+                pub repeat_last_n: Option<usize>,
+                /// The same request and seed give the same text; choice i has the seed plus i.
+                /// Random by default.
+                #[schema(example = 7, value_type = Option<i64>, format = "int64-or-uint64")]
+                pub seed: Option<Number>,
+                /// Of streams only.
+                pub stream_options: Option<StreamOptions>,
+                /// Not supported: an empty list is taken.
+                #[schema(example = json!([]), max_items = 0)]
+                pub tools: Option<Vec<Value>>,
+                /// Not supported: "none" is taken.
+                pub tool_choice: Option<Nothing>,
+                /// Not supported: an empty list is taken.
+                #[schema(example = json!([]), max_items = 0)]
+                pub functions: Option<Vec<Value>>,
+                /// Not supported: "none" is taken.
+                pub function_call: Option<Nothing>,
+                /// Only text.
+                #[schema(example = json!(["text"]), min_items = 1, max_items = 1)]
+                pub modalities: Option<Vec<PartKind>>,
+                /// Not supported: false is taken.
+                #[schema(default = false)]
+                pub echo: bool,
+                /// Not supported: 1 is taken.
+                #[schema(example = 1, minimum = 1, maximum = 1)]
+                pub best_of: Option<u64>,
+                /// Not supported: an empty string is taken.
+                #[schema(example = "", max_length = 0)]
+                pub suffix: Option<String>,
+                /// Ignored.
+                pub user: Option<Value>,
+                /// Ignored.
+                pub metadata: Option<Value>,
+                /// Ignored.
+                pub store: Option<Value>,
+                /// Ignored.
+                pub service_tier: Option<Value>,
+                /// Ignored.
+                pub safety_identifier: Option<Value>,
+                /// Ignored.
+                pub prompt_cache_key: Option<Value>,
+                /// Ignored.
+                pub parallel_tool_calls: Option<Value>,
+                /// Ignored.
+                pub reasoning_effort: Option<Value>,
+                /// Ignored.
+                pub verbosity: Option<Value>,
+            }
+        }
+
+        impl $name {
+            /// `n` requests for each prompt.
+            fn choices(
+                self,
+                prompts: &[String],
+                max_tokens: usize,
+                n_top: Option<usize>,
+                n_ctx: usize,
+                random_seed: u64,
+            ) -> Result<Choices, Invalid> {
+                if self.echo {
+                    return Err(Invalid::new("echo", "echo is not supported by this server"));
+                }
+                if self.stream_options.is_some() && !self.stream {
+                    let message = "stream_options is for streams; set stream to true";
+                    return Err(Invalid::new("stream_options", message));
+                }
+                let (n, stream) = (self.n, self.stream);
+                if n * prompts.len() > MAX_CHOICES {
+                    let message = format!(
+                        "{} prompts with n {n} ask for more than {MAX_CHOICES} answers",
+                        prompts.len()
+                    );
+                    return Err(Invalid::new("n", message));
+                }
+                let include_usage =
+                    self.stream_options.as_ref().and_then(|options| options.include_usage) == Some(true);
+                let seed = self.seed.as_ref().map_or(Ok(random_seed), seed)?;
+                // OpenAI's penalties look at the whole text.
+                let window = self.repeat_last_n.unwrap_or(n_ctx);
+                let of_all = self.request(String::new(), max_tokens, window, seed, n_top)?;
+                let request = |prompt: &String, i: usize| {
+                    let mut request = Request { prompt: prompt.clone(), ..of_all.clone() };
+                    request.sampling.seed = seed.wrapping_add(i as u64);
+                    request
+                };
+                let requests =
+                    prompts.iter().flat_map(|prompt| (0..n).map(move |i| request(prompt, i)));
+                Ok(Choices { requests: requests.collect(), n, stream, include_usage })
+            }
+        }
+    };
+}
+
+openai_body! {
+    /// Prompts to continue, as OpenAI's clients ask.
+    CompletionRequest {
+        /// The texts to continue.
+        #[schema(schema_with = Prompts::schema)]
+        pub prompt: Prompts,
+        /// Most tokens to generate, up to the context's size.
+        #[schema(default = 16, minimum = 1, format = "tokens")]
+        pub max_tokens: usize,
+        /// Report for each token its log probability, as the model gives it, and those of this many
+        /// most likely tokens.
+        #[schema(example = 3, maximum = 20)]
+        pub logprobs: Option<usize>,
+    }
+}
+
+impl CompletionRequest {
+    /// The requests to the engine.
+    ///
+    /// # Errors
+    /// [`Invalid`] if fields exclude each other, or one is not supported.
+    pub fn into_choices(mut self, n_ctx: usize, random_seed: u64) -> Result<Choices, Invalid> {
+        let prompts = std::mem::take(&mut self.prompt.0);
+        let (max_tokens, n_top) = (self.max_tokens, self.logprobs);
+        self.choices(&prompts, max_tokens, n_top, n_ctx, random_seed)
+    }
+}
+
+openai_body! {
+    /// Messages to answer, as OpenAI's clients ask. The model's own template makes a prompt of
+    /// them.
+    ChatRequest {
+        /// The conversation so far.
+        #[schema(min_items = 1, example = json!([{ "role": "user", "content": "Why is the sky blue?" }]))]
+        pub messages: Vec<Message>,
+        /// Most tokens to generate, up to the context's size, which is the default.
+        #[schema(example = 64, minimum = 1, format = "tokens")]
+        pub max_completion_tokens: Option<usize>,
+        /// The same by its older name.
+        #[schema(example = 64, minimum = 1, format = "tokens")]
+        pub max_tokens: Option<usize>,
+        /// Report for each token its log probability, as the model gives it.
+        #[schema(default = false)]
+        pub logprobs: bool,
+        /// And those of this many most likely tokens; with `logprobs` only.
+        #[schema(example = 0, maximum = 20)]
+        pub top_logprobs: Option<usize>,
+    }
+}
+
+impl ChatRequest {
+    /// The requests to the engine; `template` makes a prompt of the messages.
+    ///
+    /// # Errors
+    /// [`Invalid`] if fields exclude each other, one is not supported, or the template refuses the
+    /// messages.
+    pub fn into_choices(
+        self,
+        n_ctx: usize,
+        random_seed: u64,
+        template: &Result<ChatTemplate, String>,
+    ) -> Result<Choices, Invalid> {
+        let n_top = match (self.logprobs, self.top_logprobs) {
+            (true, top) => Some(top.unwrap_or(0)),
+            (false, None | Some(0)) => None,
+            (false, Some(_)) => {
+                let message = "top_logprobs is for logprobs; set logprobs to true";
+                return Err(Invalid::new("top_logprobs", message));
+            }
+        };
+        let template = template.as_ref().map_err(|why| Invalid::new("messages", why.as_str()))?;
+        let prompt = template.render(&json!(self.messages))?;
+        let max_tokens = self.max_completion_tokens.or(self.max_tokens).unwrap_or(n_ctx);
+        self.choices(&[prompt], max_tokens, n_top, n_ctx, random_seed)
+    }
+}
+
+/// A seed of 64 bits, with or without a sign.
+fn seed(given: &Number) -> Result<u64, Invalid> {
+    let seed = given.as_u64().or_else(|| given.as_i64().map(i64::cast_unsigned));
+    seed.ok_or_else(|| {
+        Invalid::new("seed", format!("seed is {given}; it must be a whole number of 64 bits"))
+    })
+}
+
+/// Of streams only.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(example = json!({ "include_usage": true }))]
+pub struct StreamOptions {
+    /// Close the stream with a chunk that has the counts of tokens.
+    #[schema(default = false)]
+    pub include_usage: Option<bool>,
+    /// Ignored.
+    pub include_obfuscation: Option<bool>,
+}
+
+/// What is not supported must not be asked for.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+#[schema(example = "none")]
+#[allow(missing_docs)]
+pub enum Nothing {
+    None,
+}
+
+/// One message. The template sees its other fields, too.
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+pub struct Message {
+    /// `system`, `user` or `assistant`; the template decides what there is.
+    #[schema(example = "user")]
+    pub role: String,
+    /// Its text.
+    #[schema(value_type = TextOrParts)]
+    pub content: Content,
+    /// Whatever else the template knows.
+    #[serde(flatten)]
+    pub more: BTreeMap<String, Value>,
+}
+
+/// A message's text.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(from = "TextOrParts")]
+pub struct Content(String);
+
+impl From<TextOrParts> for Content {
+    fn from(content: TextOrParts) -> Self {
+        Self(match content {
+            TextOrParts::Text(text) => text,
+            TextOrParts::Parts(parts) => parts.into_iter().map(|part| part.text).collect(),
+        })
+    }
+}
+
+/// A text, whole or in parts, which are joined.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(untagged, expecting = "it must be a string, or a list of parts of type text")]
+pub enum TextOrParts {
+    /// Whole.
+    Text(String),
+    /// In parts.
+    Parts(Vec<Part>),
+}
+
+/// A part of a message.
+#[derive(Debug, Deserialize, ToSchema)]
+pub struct Part {
+    /// Only text.
+    #[serde(rename = "type")]
+    pub kind: PartKind,
+    /// The text.
+    pub text: String,
+}
+
+/// What parts there are.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+#[allow(missing_docs)]
+pub enum PartKind {
+    Text,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::http::api::Readers;
+
+    fn read_text(body: Value) -> Result<Choices, Invalid> {
+        Readers::new(2048).completion.read(body)?.into_choices(2048, 7)
+    }
+
+    #[test]
+    fn openai_defaults_hold() {
+        let body = json!({ "model": "any", "prompt": "x", "user": "me", "logprobs": null });
+        let choices = read_text(body).unwrap();
+        let request = &choices.requests[0];
+        assert_eq!((choices.requests.len(), request.max_tokens, request.sampling.seed), (1, 16, 7));
+        assert_eq!((request.sampling.temperature, request.sampling.top_p), (1.0, 1.0));
+        assert!(!choices.stream && !choices.include_usage);
+    }
+
+    #[test]
+    fn choices_have_seeds_of_their_own_and_prompts_their_order() {
+        let choices = read_text(json!({ "prompt": ["a", "b"], "n": 2, "seed": -1 })).unwrap();
+        let of: Vec<(&str, u64)> =
+            choices.requests.iter().map(|r| (r.prompt.as_str(), r.sampling.seed)).collect();
+        assert_eq!(of, [("a", u64::MAX), ("a", 0), ("b", u64::MAX), ("b", 0)]);
+    }
+
+    #[test]
+    fn what_is_not_supported_is_refused_by_name() {
+        for (name, value) in [
+            ("suffix", json!("s")),
+            ("best_of", json!(2)),
+            ("echo", json!(true)),
+            ("tools", json!([{}])),
+            ("tool_choice", json!("auto")),
+            ("seed", json!(1.5)),
+            ("max_token", json!(1)),
+            ("stream_options", json!({ "include_usage": true })),
+        ] {
+            let error = read_text(json!({ "prompt": "x", name: value })).unwrap_err();
+            assert_eq!(error.param.as_deref(), Some(name), "{error}");
+        }
+        let chat = |messages: Value| {
+            let body = Readers::new(64).chat.read(json!({ "messages": messages }))?;
+            body.into_choices(64, 0, &Err("none".into()))
+        };
+        for messages in [
+            json!([]),
+            json!([{ "role": "user" }]),
+            json!([{ "content": "x" }]),
+            json!([{ "role": "user", "content": [{ "type": "image", "text": "x" }] }]),
+            json!("hi"),
+            json!([1]),
+        ] {
+            assert!(
+                chat(messages.clone()).unwrap_err().param.unwrap().starts_with("messages"),
+                "{messages}"
+            );
+        }
+        assert_eq!(chat(json!([{ "role": "user", "content": "x" }])).unwrap_err().message, "none");
+    }
+}

@@ -1,0 +1,159 @@
+//! The handlers of requests for text: a body to the engine's requests, their events to an answer.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use hyper::Request;
+use hyper::body::Incoming;
+use serde_json::Value;
+
+use super::api::answers::{Detokenize, GenerateAnswer, OpenAiAnswer, StreamEvent};
+use super::api::generate::{GenerateRequest, Pieces};
+use super::api::openai::{ChatRequest, Choices, CompletionRequest};
+use super::app::{App, RequestContext};
+use super::openai::{Chunks, Endpoint};
+use super::problem::Problem;
+use super::reply::{self, Dialect, Reply};
+use super::template::ChatTemplate;
+use crate::engine::{Answer, Failed, Handle};
+use crate::error::Invalid;
+use crate::request::{self, Caller, Completion, Event, FinishReason};
+
+/// Text from a prompt
+#[utoipa::path(post, path = "/generate", tag = "text", request_body = GenerateRequest, responses(
+    (status = 200, description = "The text. A stream has events `{\"generated_text\": piece}`, and a last one like the whole answer; an \
+     error after the first piece is an `event: error`", content(
+        (GenerateAnswer = "application/json"),
+        (StreamEvent = "text/event-stream"),
+    )),
+))]
+pub async fn generate(cx: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
+    let handle = cx.app.engine()?;
+    let body = cx.app.readers.generate.read(read_json(&cx.app, request).await?)?;
+    let stream = body.stream;
+    let request = body.into_request(fastrand::u64(..))?;
+    let dialect = Pieces(request.report.map(|_| detokenize(&handle)));
+    answer(cx, &handle, vec![request], stream, dialect).await
+}
+
+/// Text from prompts, as OpenAI has it
+#[utoipa::path(post, path = "/v1/completions", tag = "openai", request_body = CompletionRequest, responses(
+    (status = 200, description = "The texts, or a stream of chunks that ends with `data: [DONE]`", content(
+        (OpenAiAnswer = "application/json"),
+        (StreamEvent = "text/event-stream"),
+    )),
+))]
+pub async fn complete(cx: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
+    let handle = cx.app.engine()?;
+    let body = cx.app.readers.completion.read(read_json(&cx.app, request).await?)?;
+    let choices = body.into_choices(handle.limits().n_ctx, fastrand::u64(..))?;
+    answer_openai(cx, &handle, choices, Endpoint::Text).await
+}
+
+/// Answers to messages, as OpenAI has it
+#[utoipa::path(post, path = "/v1/chat/completions", tag = "openai", request_body = ChatRequest, responses(
+    (status = 200, description = "The answers, or a stream of chunks that ends with `data: [DONE]`", content(
+        (OpenAiAnswer = "application/json"),
+        (StreamEvent = "text/event-stream"),
+    )),
+))]
+pub async fn chat(cx: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
+    let handle = cx.app.engine()?;
+    let body = cx.app.readers.chat.read(read_json(&cx.app, request).await?)?;
+    let template = cx.app.template.get_or_init(|| ChatTemplate::of(handle.model()));
+    let choices = body.into_choices(handle.limits().n_ctx, fastrand::u64(..), template)?;
+    answer_openai(cx, &handle, choices, Endpoint::Chat).await
+}
+
+async fn answer_openai(
+    cx: RequestContext,
+    handle: &Handle,
+    choices: Choices,
+    endpoint: Endpoint,
+) -> Result<Reply, Problem> {
+    let (asked, most) = (choices.requests.len(), handle.most_in_flight());
+    if asked > most {
+        // Not a full queue: waiting would not help.
+        let message = format!(
+            "n and the prompts ask for {asked} answers, but the server takes {most} at once"
+        );
+        return Err(Invalid::new("n", message).into());
+    }
+    let dialect = Chunks::new(endpoint, cx.app.model_id.clone(), &choices, detokenize(handle));
+    answer(cx, handle, choices.requests, choices.stream, dialect).await
+}
+
+/// Submits the requests, and writes their answers as one, whole or as it comes.
+async fn answer(
+    cx: RequestContext,
+    handle: &Handle,
+    requests: Vec<request::Request>,
+    stream: bool,
+    dialect: impl Dialect + 'static,
+) -> Result<Reply, Problem> {
+    let mut answers = Vec::with_capacity(requests.len());
+    for request in requests {
+        cx.record.submit();
+        let (id, timeout) = (Arc::clone(&cx.id), cx.app.limits.timeout);
+        // Those that were taken are cancelled if one is refused.
+        answers.push(handle.submit(request, Caller { id, tenant: cx.tenant, timeout }).await?);
+    }
+    if stream {
+        check_first(&mut answers[0]).await?;
+        return Ok(reply::stream(answers, Box::new(dialect), cx.record));
+    }
+    let mut done = Vec::with_capacity(answers.len());
+    for (choice, answer) in answers.into_iter().enumerate() {
+        done.push(answer.collect().await?);
+        cx.record.complete(choice, &done[choice].1);
+    }
+    if done.iter().all(|(_, done)| is_too_late(done)) {
+        return Err(Problem::Deadline);
+    }
+    Ok(dialect.whole(&done))
+}
+
+/// How this model's tokens become text.
+fn detokenize(handle: &Handle) -> Detokenize {
+    let handle = handle.clone();
+    Arc::new(move |token| {
+        let mut bytes = Vec::new();
+        handle.model().piece(token, true, &mut bytes);
+        bytes
+    })
+}
+
+/// The request's time was over before its first token.
+fn is_too_late(done: &Completion) -> bool {
+    done.finish_reason == FinishReason::Deadline && done.usage.completion_tokens == 0
+}
+
+/// An error before the first piece is still a plain one.
+async fn check_first(answer: &mut Answer) -> Result<(), Problem> {
+    match answer.peek().await {
+        Event::Failed { id } => Err(Failed { id: id.clone() }.into()),
+        Event::Done(done) if is_too_late(done) => Err(Problem::Deadline),
+        Event::Piece(_) | Event::Done(_) => Ok(()),
+    }
+}
+
+async fn read_json(app: &App, request: Request<Incoming>) -> Result<Value, Problem> {
+    Ok(serde_json::from_slice(&read_body(app, request).await?)?)
+}
+
+async fn read_body(app: &App, request: Request<Incoming>) -> Result<Bytes, Problem> {
+    let limit = app.limits.max_body_bytes;
+    // What is announced need not be sent.
+    let announced = hyper::body::Body::size_hint(request.body()).exact();
+    if announced.is_some_and(|n| n > limit as u64) {
+        return Err(Problem::BodyTooLarge(limit));
+    }
+    let body = Limited::new(request.into_body(), limit).collect();
+    match tokio::time::timeout(app.limits.read_timeout, body).await {
+        Ok(Ok(collected)) => Ok(collected.to_bytes()),
+        Ok(Err(e)) if e.is::<LengthLimitError>() => Err(Problem::BodyTooLarge(limit)),
+        Ok(Err(e)) => Err(Problem::BrokenBody(e)),
+        Err(_) => Err(Problem::BodyTimeout),
+    }
+}

@@ -1,0 +1,122 @@
+//! What is served: `GET /` and `GET /v1/models`.
+
+use hyper::body::Incoming;
+use hyper::header::{ACCEPT, HeaderValue, VARY};
+use hyper::{Request, StatusCode};
+
+use super::api::answers::{
+    ErrorBody, Information, KvInformation, Load, ModelEntry, ModelInformation, Models,
+};
+use super::app::{App, RequestContext};
+use super::page;
+use super::problem::Problem;
+use super::reply::{self, Reply};
+use crate::engine::{Handle, Layout, Stage};
+use crate::llama;
+
+/// What is served
+///
+/// Version, model, sizes and load; for browsers, which prefer HTML, a page.
+#[utoipa::path(get, path = "/", tag = "server", responses(
+    (status = 200, description = "What is served", content((Information = "application/json"), (String = "text/html; charset=utf-8"))),
+    (status = 304, description = "The page is as the client has it"),
+    (status = 401, description = "The server asks for a key, and there is none or a wrong one", body = ErrorBody),
+    (status = 403, description = "The key does not allow this", body = ErrorBody),
+))]
+pub async fn information(cx: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
+    if let Some(page) = page::file(&request) {
+        return Ok(page);
+    }
+    let mut body = Information {
+        name: env!("CARGO_PKG_NAME"),
+        version: env!("CARGO_PKG_VERSION"),
+        llama_cpp: llama::version(),
+        backend: if llama::supports_gpu_offload() { "cuda" } else { "cpu" },
+        endpoints: &cx.app.endpoints,
+        ..Information::default()
+    };
+    match &*cx.app.stage.borrow() {
+        Stage::Loading(progress) => body.loading = Some(*progress),
+        Stage::Ready(handle) => describe(handle, &mut body),
+        Stage::Failed(_) => {}
+    }
+    let mut reply = reply::json(StatusCode::OK, &body);
+    reply.headers_mut().insert(VARY, HeaderValue::from_name(ACCEPT)); // browsers get the page
+    Ok(reply)
+}
+
+/// Adds what is known once the model is read.
+fn describe(handle: &Handle, body: &mut Information<'_>) {
+    let (model, limits, load) = (handle.model(), handle.limits(), handle.stats());
+    let (layout, cells) = match limits.layout {
+        Layout::Unified { n_cells, .. } => ("unified", n_cells),
+        Layout::Streams { n_cells } => ("streams", n_cells * limits.n_slots),
+    };
+    body.model = Some(ModelInformation {
+        name: model.name(),
+        quantization: model.quantization(),
+        parameters: model.n_params(),
+        size_bytes: model.size_bytes(),
+        n_ctx_train: model.n_ctx_train(),
+        n_vocab: model.n_vocab(),
+    });
+    body.context_size = Some(limits.n_ctx);
+    body.slots = Some(limits.n_slots);
+    body.kv = Some(KvInformation { layout, cells });
+    body.heads = Some(handle.n_heads());
+    body.text_drafts = Some(handle.drafts_from_text());
+    body.drafting_on = Some(handle.side().name());
+    body.load = Some(Load {
+        in_flight: handle.n_in_flight(),
+        running: load.running.get(),
+        waiting: load.waiting.get(),
+        kv_cells_running: load.cells_active.get(),
+        kv_cells_kept: load.cells_retained.get(),
+        steps: load.steps.get(),
+        tokens_generated: load.tokens.get(),
+    });
+}
+
+/// The served model
+#[utoipa::path(get, path = "/v1/models", tag = "openai", responses((status = 200, description = "A list of one", body = Models)))]
+pub async fn models(cx: RequestContext, _: Request<Incoming>) -> Result<Reply, Problem> {
+    let list = Models { object: "list", data: vec![entry(&cx.app)?] };
+    Ok(reply::json(StatusCode::OK, &list))
+}
+
+/// The served model, by its id
+#[utoipa::path(get, path = "/v1/models/{id}", tag = "openai", params(("id" = String, Path)), responses(
+    (status = 200, description = "The model", body = ModelEntry),
+    (status = 404, description = "The server does not serve this model", body = ErrorBody),
+))]
+pub async fn model(cx: RequestContext, _: Request<Incoming>) -> Result<Reply, Problem> {
+    let (model, id) = (entry(&cx.app)?, percent_decode(&cx.tail));
+    if id != model.id.as_bytes() {
+        return Err(Problem::ModelNotFound(String::from_utf8_lossy(&id).into_owned()));
+    }
+    Ok(reply::json(StatusCode::OK, &model))
+}
+
+fn entry(app: &App) -> Result<ModelEntry<'_>, Problem> {
+    Ok(ModelEntry {
+        id: &app.model_id,
+        object: "model",
+        created: 0,
+        owned_by: env!("CARGO_PKG_NAME"),
+        max_model_len: app.engine()?.limits().n_ctx,
+    })
+}
+
+/// The bytes of a path; an invalid escape stays as it is.
+fn percent_decode(path: &str) -> Vec<u8> {
+    let (mut bytes, mut rest) = (Vec::new(), path.as_bytes());
+    while let [first, after @ ..] = rest {
+        let escaped = after
+            .get(..2)
+            .filter(|_| *first == b'%')
+            .and_then(|hex| u8::from_str_radix(std::str::from_utf8(hex).ok()?, 16).ok());
+        bytes.push(escaped.unwrap_or(*first));
+        rest = if escaped.is_some() { &after[2..] } else { after };
+    }
+    bytes
+}

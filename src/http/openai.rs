@@ -1,0 +1,280 @@
+//! OpenAI's dialect: completions to its objects, whole or in chunks.
+
+use std::time::UNIX_EPOCH;
+
+use bytes::BytesMut;
+use hyper::StatusCode;
+
+use super::api::answers::{
+    AnswerMessage, ChatLogprobs, Choice, ChoiceLogprobs, Delta, Detokenize, OpenAiAnswer,
+    PromptTokensDetails, TextLogprobs, Usage, details, stop_reason,
+};
+use super::api::openai::Choices;
+use super::problem::Problem;
+use super::reply::{self, Dialect, Reply, event};
+use crate::engine::Failed;
+use crate::request::{self, Completion, Event, Piece, Report};
+
+/// Which of the two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Endpoint {
+    /// `/v1/completions`.
+    Text,
+    /// `/v1/chat/completions`.
+    Chat,
+}
+
+/// Writes an answer whole, or in chunks: for each choice of a chat first the role, then pieces, then
+/// the reason of the end; after all of them, if asked for, the counts; and `[DONE]`.
+pub struct Chunks {
+    endpoint: Endpoint,
+    id: String,
+    created: u64,
+    model: String,
+    /// Choices of each prompt.
+    n: usize,
+    /// What is reported of tokens.
+    report: Report,
+    detokenize: Detokenize,
+    include_usage: bool,
+    /// By choice: whether its role was sent.
+    has_begun: Vec<bool>,
+    /// By choice: characters of its tokens so far.
+    offsets: Vec<usize>,
+    /// Of the choices that ended, with their numbers.
+    usages: Vec<(usize, request::Usage)>,
+}
+
+impl Chunks {
+    /// Of an answer that begins now.
+    #[must_use]
+    pub fn new(
+        endpoint: Endpoint,
+        model: String,
+        choices: &Choices,
+        detokenize: Detokenize,
+    ) -> Self {
+        let prefix = if endpoint == Endpoint::Chat { "chatcmpl" } else { "cmpl" };
+        let n_choices = choices.requests.len();
+        Self {
+            endpoint,
+            id: format!("{prefix}-{:016x}", fastrand::u64(..)),
+            created: UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs()),
+            model,
+            n: choices.n,
+            report: choices.requests.first().and_then(|r| r.report).unwrap_or_default(),
+            detokenize,
+            include_usage: choices.include_usage,
+            has_begun: vec![false; n_choices],
+            offsets: vec![0; n_choices],
+            usages: Vec::new(),
+        }
+    }
+
+    fn object<'a>(
+        &'a self,
+        is_chunk: bool,
+        choices: Vec<Choice<'a>>,
+        usage: Option<Option<Usage>>,
+    ) -> OpenAiAnswer<'a> {
+        let object = match (self.endpoint, is_chunk) {
+            (Endpoint::Text, _) => "text_completion",
+            (Endpoint::Chat, false) => "chat.completion",
+            (Endpoint::Chat, true) => "chat.completion.chunk",
+        };
+        let Self { id, created, model, .. } = self;
+        OpenAiAnswer { id, object, created: *created, model, choices, usage }
+    }
+
+    /// What is reported of a choice, or of a part of it, beside its text; and how it ended, if it
+    /// did. The part begins at `offset` of the text, in characters, which is moved to its end.
+    fn choice<'a>(
+        &self,
+        index: usize,
+        piece: Option<&Piece>,
+        offset: &mut usize,
+        done: Option<&'a Completion>,
+    ) -> Choice<'a> {
+        let (report, detokenize) = (self.report, &self.detokenize);
+        let tokens = piece.map(|piece| piece.tokens.as_slice());
+        let logprobs =
+            tokens.filter(|_| report.n_top.is_some()).and_then(|tokens| match self.endpoint {
+                Endpoint::Text => {
+                    TextLogprobs::new(tokens, detokenize, offset).map(ChoiceLogprobs::Text)
+                }
+                Endpoint::Chat => ChatLogprobs::new(tokens, detokenize).map(ChoiceLogprobs::Chat),
+            });
+        Choice {
+            index,
+            text: None,
+            message: None,
+            delta: None,
+            logprobs,
+            finish_reason: done.map(|done| (&done.finish_reason).into()),
+            stop_reason: done.and_then(stop_reason),
+            tokens: tokens.filter(|_| report.details).map(|tokens| details(tokens, detokenize)),
+            speculation: done.map(Into::into),
+        }
+    }
+
+    /// A prompt counts once for all choices that have it.
+    fn usage(&self, by_choice: &[(usize, request::Usage)]) -> Usage {
+        let (mut prompt_tokens, mut cached_tokens, mut completion_tokens) = (0, 0, 0);
+        for &(index, usage) in by_choice {
+            if index % self.n == 0 {
+                prompt_tokens += usage.prompt_tokens;
+                cached_tokens += usage.cached_tokens;
+            }
+            completion_tokens += usage.completion_tokens;
+        }
+        Usage {
+            prompt_tokens,
+            completion_tokens,
+            total_tokens: prompt_tokens + completion_tokens,
+            prompt_tokens_details: PromptTokensDetails { cached_tokens },
+        }
+    }
+
+    /// Writes a part of a choice: of a chat `delta`, else the piece's text.
+    fn chunk(
+        &mut self,
+        index: usize,
+        delta: Delta<'_>,
+        piece: Option<&Piece>,
+        done: Option<&Completion>,
+        out: &mut BytesMut,
+    ) {
+        let mut offset = self.offsets[index];
+        let mut choice = self.choice(index, piece, &mut offset, done);
+        match self.endpoint {
+            Endpoint::Text => choice.text = Some(delta.content.unwrap_or_default()),
+            Endpoint::Chat => choice.delta = Some(delta),
+        }
+        let usage = self.include_usage.then_some(None);
+        event(&self.object(true, vec![choice], usage), out);
+        self.offsets[index] = offset;
+    }
+
+    fn piece(&mut self, index: usize, piece: &Piece, out: &mut BytesMut) {
+        let delta = Delta { content: Some(&piece.text), ..Delta::default() };
+        self.chunk(index, delta, Some(piece), None, out);
+    }
+}
+
+impl Dialect for Chunks {
+    fn whole(&self, done: &[(Piece, Completion)]) -> Reply {
+        let choices = done.iter().enumerate().map(|(index, (whole, done))| {
+            let mut choice = self.choice(index, Some(whole), &mut 0, Some(done));
+            let content = whole.text.as_str();
+            match self.endpoint {
+                Endpoint::Text => choice.text = Some(content),
+                Endpoint::Chat => {
+                    choice.message =
+                        Some(AnswerMessage { role: "assistant", content, refusal: None });
+                }
+            }
+            choice
+        });
+        let usages: Vec<_> = done.iter().map(|(_, done)| done.usage).enumerate().collect();
+        let usage = Some(Some(self.usage(&usages)));
+        reply::json(StatusCode::OK, &self.object(false, choices.collect(), usage))
+    }
+
+    fn write(&mut self, index: usize, what: &Event, out: &mut BytesMut) {
+        let is_chat = self.endpoint == Endpoint::Chat;
+        let is_failed = matches!(what, Event::Failed { .. });
+        if is_chat && !is_failed && !std::mem::replace(&mut self.has_begun[index], true) {
+            let begin = Delta { role: Some("assistant"), content: Some(""), refusal: Some(None) };
+            self.chunk(index, begin, None, None, out);
+        }
+        match what {
+            Event::Piece(piece) => self.piece(index, piece, out),
+            Event::Done(done) => {
+                if !done.tail.text.is_empty() || !done.tail.tokens.is_empty() {
+                    self.piece(index, &done.tail, out);
+                }
+                self.chunk(index, Delta::default(), None, Some(done), out);
+                self.usages.push((index, done.usage));
+            }
+            Event::Failed { id } => {
+                event(&Problem::from(Failed { id: id.clone() }).body(true), out)
+            }
+        }
+    }
+
+    fn end(&mut self, out: &mut BytesMut) {
+        if self.include_usage {
+            let usage = self.usage(&self.usages);
+            event(&self.object(true, vec![], Some(Some(usage))), out);
+        }
+        out.extend_from_slice(b"data: [DONE]\n\n");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::request::{FinishReason, SpeculationUsage, Timings, Usage};
+    use serde_json::{Value, json};
+    use std::sync::Arc;
+
+    fn done(tail: &str, prompt_tokens: usize, completion_tokens: usize) -> Completion {
+        Completion {
+            tail: Piece { text: tail.into(), tokens: vec![] },
+            finish_reason: FinishReason::EndOfText,
+            usage: Usage { prompt_tokens, cached_tokens: 0, completion_tokens },
+            timings: Timings::default(),
+            speculation: SpeculationUsage::default(),
+            trace: None,
+        }
+    }
+
+    #[test]
+    fn a_stream_has_role_pieces_reason_counts_and_done_in_this_order() {
+        let requests = vec![request::Request::new("x", 1); 2];
+        let choices = Choices { requests, n: 2, stream: true, include_usage: true };
+        let detokenize = Arc::new(|_| Vec::new());
+        let mut chunks = Chunks::new(Endpoint::Chat, "m".into(), &choices, detokenize);
+        let mut out = BytesMut::new();
+        chunks.write(0, &Event::Piece(Piece { text: "Hi".into(), tokens: vec![] }), &mut out);
+        chunks.write(1, &Event::Done(done("you", 5, 2)), &mut out);
+        chunks.write(0, &Event::Done(done("", 5, 3)), &mut out);
+        chunks.end(&mut out);
+        let text = String::from_utf8(out.to_vec()).unwrap();
+        let mut events: Vec<&str> =
+            text.split("\n\n").filter(|e| !e.is_empty()).map(|e| &e[6..]).collect();
+        assert_eq!(events.pop(), Some("[DONE]"));
+        let events: Vec<Value> =
+            events.into_iter().map(|e| serde_json::from_str(e).unwrap()).collect();
+        let seen: Vec<(Option<u64>, Value, Option<&str>)> = events
+            .iter()
+            .map(|e| {
+                (
+                    e["choices"][0]["index"].as_u64(),
+                    e["choices"][0]["delta"]["content"].clone(),
+                    e["choices"][0]["finish_reason"].as_str(),
+                )
+            })
+            .collect();
+        let null = Value::Null;
+        assert_eq!(
+            seen,
+            [
+                (Some(0), json!(""), None),
+                (Some(0), json!("Hi"), None),
+                (Some(1), json!(""), None),
+                (Some(1), json!("you"), None),
+                (Some(1), null.clone(), Some("stop")),
+                (Some(0), null.clone(), Some("stop")),
+                (None, null, None),
+            ]
+        );
+        let usage = &events.last().unwrap()["usage"];
+        assert_eq!(
+            (&usage["prompt_tokens"], &usage["completion_tokens"]),
+            (&json!(5), &json!(5)),
+            "the prompt counts once"
+        );
+        assert!(events[0]["usage"].is_null() && events[0]["object"] == "chat.completion.chunk");
+    }
+}

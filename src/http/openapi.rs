@@ -1,0 +1,212 @@
+//! `/openapi.json`: what each path takes and answers, as one document that is derived from types.
+//!
+//! [`api`](super::api) has the bodies, [`routes`] the paths, `REFUSALS` the errors of all of them.
+
+use bytes::Bytes;
+use utoipa::OpenApi as _;
+use utoipa::openapi::response::{Response, ResponseBuilder};
+use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme};
+use utoipa::openapi::{ContentBuilder, OpenApi, Ref, RefOr, Schema};
+
+use super::api::Readers;
+use super::api::answers::ErrorBody;
+use super::auth::Access;
+use super::routes;
+
+/// The document of a server that reads bodies with `readers`, as JSON.
+#[must_use]
+pub fn json(readers: &Readers) -> Bytes {
+    let mut document = Document::openapi();
+    routes::all().iter().for_each(|route| (route.document)(&mut document));
+    add_refusals(&mut document);
+    add_keys(&mut document);
+    let schemas = &mut document.components.get_or_insert_default().schemas;
+    for (name, schema) in [
+        ("GenerateRequest", &readers.generate.schema),
+        ("CompletionRequest", &readers.completion.schema),
+        ("ChatRequest", &readers.chat.schema),
+    ] {
+        schemas.insert(name.into(), RefOr::T(Schema::Object(schema.clone())));
+    }
+    document.to_json().expect("utoipa's types have string keys and no failing parts").into()
+}
+
+#[derive(utoipa::OpenApi)]
+#[openapi(
+    info(
+        title = "medusa-llama",
+        description = "Text from a GGUF model. `/generate` is this server's own dialect, `/v1/...` OpenAI's. A field that is not \
+                       documented is refused, null is a field's default."
+    ),
+    components(schemas(ErrorBody))
+)]
+struct Document;
+
+/// Which operations.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Of {
+    /// All.
+    All,
+    /// Those that need a key, where there are keys.
+    Keyed,
+    /// Those that have a body.
+    Posts,
+    /// Those of these in this server's own dialect.
+    Own,
+}
+
+/// Errors: status, where they come from, and why.
+const REFUSALS: [(u16, Of, &str); 12] = [
+    (
+        400,
+        Of::Posts,
+        "The body is not JSON, or could not be read; in OpenAI's dialect also: a field or prompt cannot be served",
+    ),
+    (401, Of::Keyed, "The server asks for a key, and there is none or a wrong one"),
+    (403, Of::Keyed, "The key does not allow this"),
+    (405, Of::All, "The path takes other methods, which `Allow` names"),
+    (
+        408,
+        Of::Posts,
+        "The body took too long to arrive, or the request's time was over before its first token",
+    ),
+    (413, Of::Posts, "The body is too large"),
+    (414, Of::All, "The path is too long"),
+    (422, Of::Own, "A field or prompt cannot be served; `param` names it"),
+    (
+        429,
+        Of::Posts,
+        "As many requests as may run or wait do so already; `Retry-After` says when to try again",
+    ),
+    (431, Of::All, "The request's head is too large"),
+    (
+        500,
+        Of::Posts,
+        "The engine failed on this request; the log has the cause under the id in the message",
+    ),
+    (503, Of::Keyed, "The model still loads, or the server shuts down"),
+];
+
+/// Adds [`REFUSALS`] to every operation that they can come from.
+fn add_refusals(document: &mut OpenApi) {
+    for route in routes::all() {
+        let is_openai = route.path.starts_with("/v1");
+        let item = document.paths.paths.get_mut(&route.path).expect("each route is documented");
+        for operation in [&mut item.get, &mut item.post].into_iter().flatten() {
+            let has_body = operation.request_body.is_some();
+            for (status, of, why) in REFUSALS {
+                let applies = match of {
+                    Of::All => true,
+                    Of::Keyed => route.access == Access::Key && (has_body || is_openai),
+                    Of::Posts => has_body,
+                    Of::Own => has_body && !is_openai,
+                };
+                if applies {
+                    let known = &mut operation.responses.responses;
+                    known.entry(status.to_string()).or_insert_with(|| refusal(status, why).into());
+                }
+            }
+        }
+    }
+}
+
+/// What the network's library refuses by itself has no body.
+fn refusal(status: u16, why: &str) -> Response {
+    let response = ResponseBuilder::new().description(why);
+    if matches!(status, 414 | 431) {
+        return response.build();
+    }
+    let schema = Ref::from_schema_name("ErrorBody");
+    response.content("application/json", ContentBuilder::new().schema(Some(schema)).build()).build()
+}
+
+/// Adds a key as a bearer token, for servers that ask for one.
+fn add_keys(document: &mut OpenApi) {
+    let scheme = HttpBuilder::new()
+        .scheme(HttpAuthScheme::Bearer)
+        .description(Some("Where the server asks for keys"));
+    let components = document.components.get_or_insert_default();
+    components.add_security_scheme("key", SecurityScheme::Http(scheme.build()));
+    let nothing: [&str; 0] = [];
+    document.security =
+        Some(vec![SecurityRequirement::default(), SecurityRequirement::new("key", nothing)]);
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use crate::error::Invalid;
+    use crate::http::api::Readers;
+    use crate::http::template::ChatTemplate;
+
+    const N_CTX: usize = 2048;
+
+    fn read_one(schema: &str, body: Value) -> Result<String, Invalid> {
+        let readers = Readers::new(N_CTX);
+        let choices = match schema {
+            "GenerateRequest" => {
+                return Ok(format!("{:?}", readers.generate.read(body)?.into_request(1)?));
+            }
+            "CompletionRequest" => readers.completion.read(body)?.into_choices(N_CTX, 1)?,
+            _ => {
+                let (none, template) = (String::new(), "{{ messages }}".into());
+                let template = ChatTemplate::new(template, none.clone(), none, false);
+                readers.chat.read(body)?.into_choices(N_CTX, 1, &template)?
+            }
+        };
+        Ok(format!("{choices:?}"))
+    }
+
+    /// Each field's example and default can be sent, its null is its absence, and what is beyond
+    /// its range or no field is refused by name.
+    #[test]
+    fn bodies_are_read_as_documented() {
+        let document: Value = serde_json::from_slice(&super::json(&Readers::new(N_CTX))).unwrap();
+        let schemas = &document["components"]["schemas"];
+        let message = json!({ "role": "user", "content": "x" });
+        for (name, base) in [
+            ("GenerateRequest", json!({ "prompt": "x" })),
+            ("CompletionRequest", json!({ "prompt": "x" })),
+            ("ChatRequest", json!({ "messages": [message] })),
+        ] {
+            let with = |field: &str, value: &Value| {
+                let mut body = base.clone();
+                body[field] = value.clone();
+                read_one(name, body)
+            };
+            let plain = read_one(name, base.clone()).unwrap();
+            let schema = &schemas[name];
+            assert_eq!(schema["additionalProperties"], false, "{name}");
+            assert_eq!(with("zzz", &json!(1)).unwrap_err().param.as_deref(), Some("zzz"));
+            let required = schema["required"].as_array().unwrap();
+            assert_eq!(required.len(), 1, "{name}: {required:?}");
+            for (field, about) in schema["properties"].as_object().unwrap() {
+                let at = format!("{name}.{field}");
+                assert!(about["description"].is_string() || about.get("oneOf").is_some(), "{at}");
+                if required.contains(&json!(field)) {
+                    assert_eq!(
+                        with(field, &Value::Null).unwrap_err().param.as_deref(),
+                        Some(field.as_str())
+                    );
+                } else {
+                    assert_eq!(with(field, &Value::Null).unwrap(), plain, "{at}");
+                }
+                if let Some(default) = about.get("default") {
+                    assert_eq!(with(field, default).unwrap(), plain, "{at}");
+                }
+                if let Some(example) = about.get("example").or(about["examples"].get(0)) {
+                    assert!(with(field, example).is_ok(), "{at}: {example}");
+                }
+                for (end, beyond) in [("minimum", -1.0), ("maximum", 1.0)] {
+                    let Some(at_end) = about[end].as_f64() else { continue };
+                    // What else these ask of the body no range says.
+                    let is_free = !["n", "top_logprobs"].contains(&field.as_str());
+                    assert!(with(field, &about[end]).is_ok() || !is_free, "{at} {end}");
+                    let error = with(field, &json!(at_end + beyond)).unwrap_err();
+                    assert_eq!(error.param.as_deref(), Some(field.as_str()), "{at} {end}");
+                }
+            }
+        }
+    }
+}

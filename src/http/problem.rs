@@ -1,0 +1,127 @@
+//! What a request can be refused with, or can fail with: one status, type and message each.
+
+use std::error::Error;
+
+use hyper::StatusCode;
+use hyper::header::{ALLOW, CONNECTION, HeaderName, RETRY_AFTER, WWW_AUTHENTICATE};
+
+use super::api::answers::{ErrorBody, ErrorDetails};
+use crate::engine::{Failed, SubmitError};
+use crate::error::Invalid;
+
+/// An error, as every client gets it.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum Problem {
+    #[error("there is no {0:.100}")]
+    NotFound(String),
+    #[error("there is no {path:.100}; there are {known}")]
+    UnknownPath { path: String, known: String },
+    #[error("{path} takes {allow}")]
+    MethodNotAllowed { path: &'static str, allow: &'static str },
+    #[error("this server does not serve the model {0:.100}")]
+    ModelNotFound(String),
+    #[error("this server has its metrics off")]
+    MetricsOff,
+    #[error("this needs an API key: send `Authorization: Bearer KEY`")]
+    KeyMissing,
+    #[error("the API key in Authorization is not known here")]
+    KeyUnknown,
+    #[error("this key may read /metrics and nothing else")]
+    MetricsKey,
+    #[error("the body is not JSON: {0}")]
+    NotJson(#[from] serde_json::Error),
+    #[error("the body is larger than {0} bytes")]
+    BodyTooLarge(usize),
+    #[error("the body could not be read: {0}")]
+    BrokenBody(Box<dyn Error + Send + Sync>),
+    #[error("the body took too long to arrive")]
+    BodyTimeout,
+    #[error(transparent)]
+    Refused(#[from] SubmitError),
+    #[error(
+        "the request timed out before its first token; the server may be busy, or timeout_s too short"
+    )]
+    Deadline,
+    #[error("the server is shutting down and takes no new requests")]
+    Draining,
+    #[error("the model is still loading; GET /ready says when requests are taken")]
+    Loading,
+    #[error(transparent)]
+    Failed(#[from] Failed),
+}
+
+impl From<Invalid> for Problem {
+    fn from(error: Invalid) -> Self {
+        Self::Refused(error.into())
+    }
+}
+
+impl Problem {
+    /// Status and type. Only the status of what is invalid differs: OpenAI's is 400.
+    #[must_use]
+    pub fn status_and_kind(&self, is_openai: bool) -> (StatusCode, &'static str) {
+        let (status, kind) = match self {
+            Self::NotFound(_) | Self::UnknownPath { .. } | Self::MetricsOff => (404, "not_found"),
+            Self::MethodNotAllowed { .. } => (405, "method_not_allowed"),
+            Self::ModelNotFound(_) => (404, "model_not_found"),
+            Self::KeyMissing | Self::KeyUnknown => (401, "invalid_api_key"),
+            Self::MetricsKey => (403, "forbidden"),
+            Self::NotJson(_) => (400, "invalid_json"),
+            Self::BodyTooLarge(_) => (413, "body_too_large"),
+            Self::BrokenBody(_) => (400, "broken_body"),
+            Self::BodyTimeout => (408, "timeout"),
+            Self::Refused(SubmitError::Invalid(_)) => {
+                (if is_openai { 400 } else { 422 }, "invalid_request")
+            }
+            Self::Refused(SubmitError::QueueFull { .. }) => (429, "queue_full"),
+            Self::Refused(SubmitError::Stopped) => (503, "stopped"),
+            Self::Deadline => (408, "deadline"),
+            Self::Draining => (503, "draining"),
+            Self::Loading => (503, "loading"),
+            Self::Failed(_) => (500, "internal_error"),
+        };
+        (StatusCode::from_u16(status).expect("a status"), kind)
+    }
+
+    /// The header that the status calls for.
+    #[must_use]
+    pub fn header(&self) -> Option<(HeaderName, &'static str)> {
+        match self {
+            Self::MethodNotAllowed { allow, .. } => Some((ALLOW, allow)),
+            Self::KeyMissing | Self::KeyUnknown => Some((WWW_AUTHENTICATE, "Bearer")),
+            // The rest of the body is not worth reading.
+            Self::BodyTooLarge(_) | Self::BodyTimeout => Some((CONNECTION, "close")),
+            Self::Refused(SubmitError::QueueFull { .. } | SubmitError::Stopped)
+            | Self::Draining
+            | Self::Loading => Some((RETRY_AFTER, "1")),
+            _ => None,
+        }
+    }
+
+    /// `type` of the body, or `code` of OpenAI's.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        self.status_and_kind(false).1
+    }
+
+    /// The body, in OpenAI's shape or this server's own.
+    #[must_use]
+    pub fn body(&self, is_openai: bool) -> ErrorBody<'_> {
+        let (status, kind) = self.status_and_kind(is_openai);
+        let param = match self {
+            Self::Refused(SubmitError::Invalid(error)) => error.param.as_deref(),
+            _ => None,
+        };
+        let family = match status {
+            StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
+            status if status.is_server_error() => "server_error",
+            _ => "invalid_request_error",
+        };
+        let (r#type, param, code) = match is_openai {
+            true => (family, Some(param), Some(kind)),
+            false => (kind, param.map(Some), None),
+        };
+        ErrorBody { error: ErrorDetails { r#type, message: self.to_string(), param, code } }
+    }
+}
