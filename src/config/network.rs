@@ -15,29 +15,28 @@ use crate::http::tls::Tls;
 #[derive(Clone, Debug, ClapArgs)]
 pub struct NetworkArgs {
     /// Key that clients must send as `Authorization: Bearer KEY`; repeat it, or separate several by
-    /// commas [default: none is needed]
+    /// commas [default: none]
     #[arg(long = "api-key", env = "API_KEY", value_name = "API_KEY", value_delimiter = ',', value_parser = secret,
           hide_env_values = true)]
     pub api_keys: Vec<Secret>,
     /// File with a key a line; blank lines and lines that begin with # are skipped
-    #[arg(long, env = "API_KEY_FILE", value_name = "API_KEY_FILE")]
+    #[arg(long, env = "API_KEY_FILE")]
     pub api_key_file: Option<PathBuf>,
     /// Who may read /metrics
-    #[arg(long, env = "METRICS", value_name = "METRICS", default_value = "open")]
+    #[arg(long, env = "METRICS", default_value = "open")]
     pub metrics: MetricsAccess,
     /// Key that may read /metrics and nothing else; with METRICS=key
-    #[arg(long, env = "METRICS_KEY", value_name = "METRICS_KEY", value_parser = secret, hide_env_values = true)]
+    #[arg(long, env = "METRICS_KEY", value_parser = secret, hide_env_values = true)]
     pub metrics_key: Option<Secret>,
     /// Origin whose pages may read answers, such as `https://example.org`, or * for every one;
-    /// repeat it, or separate several by commas [default: none may]
+    /// repeat it, or separate several by commas [default: none]
     #[arg(long = "cors-origin", env = "CORS_ORIGIN", value_name = "CORS_ORIGIN", value_delimiter = ',', value_parser = origin)]
     pub cors_origins: Vec<HeaderValue>,
-    /// Certificate in PEM, with those that lead to its root: connections are encrypted [default:
-    /// they are not]
-    #[arg(long, env = "TLS_CERT", value_name = "TLS_CERT")]
+    /// Certificate chain in PEM, for HTTPS [default: none]
+    #[arg(long, env = "TLS_CERT")]
     pub tls_cert: Option<PathBuf>,
     /// The certificate's private key in PEM
-    #[arg(long, env = "TLS_KEY", value_name = "TLS_KEY")]
+    #[arg(long, env = "TLS_KEY")]
     pub tls_key: Option<PathBuf>,
     /// OpenTelemetry collector that gets a trace of each request, such as `http://127.0.0.1:4318`
     /// [default: none]

@@ -6,7 +6,7 @@ use hyper::{Request, StatusCode};
 
 use super::accept::quality;
 use super::api::answers::{ErrorBody, Health, HealthStatus};
-use super::app::{App, RequestContext};
+use super::app::RequestContext;
 use super::problem::Problem;
 use super::reply::{self, Reply};
 use crate::metrics::Format;
@@ -21,7 +21,10 @@ use crate::metrics::Format;
     (status = 503, description = "Its engine has `failed`", body = Health),
 ))]
 pub async fn health(cx: RequestContext, _: Request<Incoming>) -> Result<Reply, Problem> {
-    Ok(liveness(&cx.app))
+    let status = cx.app.status();
+    let is_dead = status == HealthStatus::Failed;
+    let code = if is_dead { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::OK };
+    Ok(reply::json(code, &Health { status }))
 }
 
 /// Whether the server is alive, below OpenAI's base path
@@ -29,15 +32,8 @@ pub async fn health(cx: RequestContext, _: Request<Incoming>) -> Result<Reply, P
     (status = 200, description = "It is: `ok`, `loading`, `draining` or `stalled`", body = Health),
     (status = 503, description = "Its engine has `failed`", body = Health),
 ))]
-pub async fn v1_health(cx: RequestContext, _: Request<Incoming>) -> Result<Reply, Problem> {
-    Ok(liveness(&cx.app))
-}
-
-fn liveness(app: &App) -> Reply {
-    let status = app.status();
-    let is_dead = status == HealthStatus::Failed;
-    let code = if is_dead { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::OK };
-    reply::json(code, &Health { status })
+pub async fn v1_health(cx: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
+    health(cx, request).await
 }
 
 /// Whether requests are taken

@@ -5,7 +5,7 @@ use hyper::header::{ACCEPT, HeaderValue, VARY};
 use hyper::{Request, StatusCode};
 
 use super::api::answers::{
-    ErrorBody, Information, KvInformation, Load, ModelEntry, ModelInformation, Models,
+    EngineLoad, ErrorBody, Information, KvInformation, ModelEntry, ModelInformation, Models,
 };
 use super::app::{App, RequestContext};
 use super::page;
@@ -66,7 +66,7 @@ fn describe(handle: &Handle, body: &mut Information<'_>) {
     body.heads = Some(handle.n_heads());
     body.text_drafts = Some(handle.drafts_from_text());
     body.drafting_on = Some(handle.side().name());
-    body.load = Some(Load {
+    body.load = Some(EngineLoad {
         in_flight: handle.n_in_flight(),
         running: load.running.get(),
         waiting: load.waiting.get(),

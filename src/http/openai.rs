@@ -6,8 +6,8 @@ use bytes::BytesMut;
 use hyper::StatusCode;
 
 use super::api::answers::{
-    AnswerMessage, ChatLogprobs, Choice, ChoiceLogprobs, Delta, Detokenize, OpenAiAnswer,
-    PromptTokensDetails, TextLogprobs, Usage, details, stop_reason,
+    AnswerMessage, ChatLogprobs, ChoiceLogprobs, Delta, Detokenize, OpenAiAnswer, OpenAiChoice,
+    OpenAiUsage, PromptTokensDetails, TextLogprobs, details, stop_reason,
 };
 use super::api::openai::Choices;
 use super::problem::Problem;
@@ -74,8 +74,8 @@ impl Chunks {
     fn object<'a>(
         &'a self,
         is_chunk: bool,
-        choices: Vec<Choice<'a>>,
-        usage: Option<Option<Usage>>,
+        choices: Vec<OpenAiChoice<'a>>,
+        usage: Option<Option<OpenAiUsage>>,
     ) -> OpenAiAnswer<'a> {
         let object = match (self.endpoint, is_chunk) {
             (Endpoint::Text, _) => "text_completion",
@@ -94,7 +94,7 @@ impl Chunks {
         piece: Option<&Piece>,
         offset: &mut usize,
         done: Option<&'a Completion>,
-    ) -> Choice<'a> {
+    ) -> OpenAiChoice<'a> {
         let (report, detokenize) = (self.report, &self.detokenize);
         let tokens = piece.map(|piece| piece.tokens.as_slice());
         let logprobs =
@@ -104,7 +104,7 @@ impl Chunks {
                 }
                 Endpoint::Chat => ChatLogprobs::new(tokens, detokenize).map(ChoiceLogprobs::Chat),
             });
-        Choice {
+        OpenAiChoice {
             index,
             text: None,
             message: None,
@@ -118,7 +118,7 @@ impl Chunks {
     }
 
     /// A prompt counts once for all choices that have it.
-    fn usage(&self, by_choice: &[(usize, request::Usage)]) -> Usage {
+    fn usage(&self, by_choice: &[(usize, request::Usage)]) -> OpenAiUsage {
         let (mut prompt_tokens, mut cached_tokens, mut completion_tokens) = (0, 0, 0);
         for &(index, usage) in by_choice {
             if index % self.n == 0 {
@@ -127,7 +127,7 @@ impl Chunks {
             }
             completion_tokens += usage.completion_tokens;
         }
-        Usage {
+        OpenAiUsage {
             prompt_tokens,
             completion_tokens,
             total_tokens: prompt_tokens + completion_tokens,

@@ -9,7 +9,11 @@ use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityRequirement
 use utoipa::openapi::{ContentBuilder, OpenApi, Ref, RefOr, Schema};
 
 use super::api::Readers;
-use super::api::answers::ErrorBody;
+use super::api::answers::{
+    ErrorBody, GenerateAnswer, Health, Information, ModelEntry, Models, OpenAiAnswer, StreamEvent,
+};
+use super::api::generate::GenerateRequest;
+use super::api::openai::{ChatRequest, CompletionRequest};
 use super::auth::Access;
 use super::routes;
 
@@ -17,7 +21,7 @@ use super::routes;
 #[must_use]
 pub fn json(readers: &Readers) -> Bytes {
     let mut document = Document::openapi();
-    routes::all().iter().for_each(|route| (route.document)(&mut document));
+    routes::all().iter().for_each(|route| (route.document)(&mut document.paths));
     add_refusals(&mut document);
     add_keys(&mut document);
     let schemas = &mut document.components.get_or_insert_default().schemas;
@@ -38,7 +42,19 @@ pub fn json(readers: &Readers) -> Bytes {
         description = "Text from a GGUF model. `/generate` is this server's own dialect, `/v1/...` OpenAI's. A field that is not \
                        documented is refused, null is a field's default."
     ),
-    components(schemas(ErrorBody))
+    components(schemas(
+        ChatRequest,
+        CompletionRequest,
+        ErrorBody,
+        GenerateAnswer,
+        GenerateRequest,
+        Health,
+        Information,
+        ModelEntry,
+        Models,
+        OpenAiAnswer,
+        StreamEvent,
+    ))
 )]
 struct Document;
 

@@ -10,8 +10,7 @@ use std::sync::{Arc, LazyLock};
 
 use hyper::Request;
 use hyper::body::Incoming;
-use utoipa::__dev::{SchemaReferences, Tags}; // what utoipa's own routers use
-use utoipa::openapi::OpenApi;
+use utoipa::openapi::Paths;
 use utoipa::openapi::path::HttpMethod;
 
 use super::app::{App, RequestContext};
@@ -57,8 +56,8 @@ pub struct Route {
     /// Requests that anybody may make, whatever `access` is.
     is_open: fn(&Request<Incoming>) -> bool,
     handler: Handler,
-    /// Adds it to a document.
-    pub document: fn(&mut OpenApi),
+    /// Adds it to a document's paths.
+    pub document: fn(&mut Paths),
 }
 
 type Handler = Box<dyn Fn(RequestContext, Request<Incoming>) -> Answering + Send + Sync>;
@@ -70,7 +69,7 @@ fn route<P, F>(
     handler: impl Fn(RequestContext, Request<Incoming>) -> F + Send + Sync + 'static,
 ) -> Route
 where
-    P: utoipa::Path + SchemaReferences + for<'t> Tags<'t>,
+    P: utoipa::Path,
     F: Future<Output = Result<Reply, Problem>> + Send + 'static,
 {
     Route {
@@ -79,14 +78,7 @@ where
         access,
         is_open: |_| false,
         handler: Box::new(move |cx, request| Box::pin(handler(cx, request))),
-        document: |document| {
-            let mut operation = P::operation();
-            operation.tags = Some(P::tags().into_iter().map(str::to_owned).collect());
-            document.paths.add_path_operation(P::path(), P::methods(), operation);
-            let mut schemas = Vec::new();
-            P::schemas(&mut schemas);
-            document.components.get_or_insert_default().schemas.extend(schemas);
-        },
+        document: |paths| paths.add_path_operation(P::path(), P::methods(), P::operation()),
     }
 }
 

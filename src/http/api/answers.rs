@@ -17,12 +17,12 @@ pub type Detokenize = Arc<dyn Fn(Token) -> Vec<u8> + Send + Sync>;
 #[derive(Clone, Copy, Debug, Serialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 #[allow(missing_docs)]
-pub enum FinishReason {
+pub enum FinishKind {
     Stop,
     Length,
 }
 
-impl From<&request::FinishReason> for FinishReason {
+impl From<&request::FinishReason> for FinishKind {
     fn from(reason: &request::FinishReason) -> Self {
         match reason {
             request::FinishReason::Length | request::FinishReason::Deadline => Self::Length,
@@ -83,7 +83,7 @@ pub struct GenerateAnswer<'a> {
     /// The text, without the prompt; in a stream's last event what was left of it.
     pub generated_text: &'a str,
     /// Why it ended.
-    pub finish_reason: FinishReason,
+    pub finish_reason: FinishKind,
     /// The stop string that ended it, if one did; `deadline` if its time was over.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stop_reason: Option<&'a str>,
@@ -293,16 +293,16 @@ pub struct OpenAiAnswer<'a> {
     /// The served model.
     pub model: &'a str,
     /// `n` for each prompt, in the prompts' order.
-    pub choices: Vec<Choice<'a>>,
+    pub choices: Vec<OpenAiChoice<'a>>,
     /// Counts of tokens. In a stream with `include_usage`: of the last chunk, else null.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<Usage>)]
-    pub usage: Option<Option<Usage>>,
+    #[schema(value_type = Option<OpenAiUsage>)]
+    pub usage: Option<Option<OpenAiUsage>>,
 }
 
 /// One of the texts or messages.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct Choice<'a> {
+pub struct OpenAiChoice<'a> {
     /// Its place.
     pub index: usize,
     /// Of `/v1/completions`: the text, without the prompt.
@@ -319,7 +319,7 @@ pub struct Choice<'a> {
     pub logprobs: Option<ChoiceLogprobs>,
     /// Why it ended; null in a stream until it does.
     #[schema(required = true)]
-    pub finish_reason: Option<FinishReason>,
+    pub finish_reason: Option<FinishKind>,
     /// The stop string that ended it, if one did; `deadline` if its time was over.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stop_reason: Option<&'a str>,
@@ -369,7 +369,7 @@ pub struct Delta<'a> {
 
 /// Counts of tokens.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct Usage {
+pub struct OpenAiUsage {
     /// Of the prompts, each once.
     pub prompt_tokens: usize,
     /// Of all choices.
@@ -472,7 +472,7 @@ pub struct Information<'a> {
     /// What goes on.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(inline)]
-    pub load: Option<Load>,
+    pub load: Option<EngineLoad>,
 }
 
 /// The model.
@@ -504,7 +504,7 @@ pub struct KvInformation {
 
 /// What goes on.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct Load {
+pub struct EngineLoad {
     /// Requests accepted and not yet ended.
     pub in_flight: usize,
     /// Requests the engine works on.

@@ -122,7 +122,7 @@ pub type Stops = Texts<0, 16, 1024>;
 pub const MAX_CHOICES: usize = 16;
 
 /// Prompts; whether they fit into the context, the engine knows.
-pub type Prompts = Texts<1, MAX_CHOICES, { usize::MAX }>;
+pub type PromptList = Texts<1, MAX_CHOICES, { usize::MAX }>;
 
 #[derive(Deserialize)]
 #[serde(untagged, expecting = "it must be a string or a list of strings")]

@@ -12,7 +12,7 @@ use serde_json::{Number, Value, json};
 use utoipa::{PartialSchema, ToSchema};
 
 use super::fields::{
-    LogitBias, MAX_CHOICES, Prompts, ResponseFormat, Stops, grammar, request_body,
+    LogitBias, MAX_CHOICES, PromptList, ResponseFormat, Stops, grammar, request_body,
 };
 use crate::error::Invalid;
 use crate::http::template::ChatTemplate;
@@ -154,11 +154,11 @@ macro_rules! openai_body {
 }
 
 openai_body! {
-    /// Prompts to continue, as OpenAI's clients ask.
+    /// PromptList to continue, as OpenAI's clients ask.
     CompletionRequest {
         /// The texts to continue.
-        #[schema(schema_with = Prompts::schema)]
-        pub prompt: Prompts,
+        #[schema(schema_with = PromptList::schema)]
+        pub prompt: PromptList,
         /// Most tokens to generate, up to the context's size.
         #[schema(default = 16, minimum = 1, format = "tokens")]
         pub max_tokens: usize,
@@ -267,7 +267,7 @@ pub struct Message {
     pub role: String,
     /// Its text.
     #[schema(value_type = TextOrParts)]
-    pub content: Content,
+    pub content: MessageContent,
     /// Whatever else the template knows.
     #[serde(flatten)]
     pub more: BTreeMap<String, Value>,
@@ -276,9 +276,9 @@ pub struct Message {
 /// A message's text.
 #[derive(Debug, Deserialize, Serialize)]
 #[serde(from = "TextOrParts")]
-pub struct Content(String);
+pub struct MessageContent(String);
 
-impl From<TextOrParts> for Content {
+impl From<TextOrParts> for MessageContent {
     fn from(content: TextOrParts) -> Self {
         Self(match content {
             TextOrParts::Text(text) => text,
