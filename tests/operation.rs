@@ -12,8 +12,8 @@ use std::time::Duration;
 use common::{Server, read_answer, request_bytes, run};
 use medusa_llama::engine::slots::KvOp;
 use medusa_llama::engine::stats::Stats;
-use medusa_llama::engine::{Engine, Forward, Job, Layout, Limits, Rows};
-use medusa_llama::llama::{LlamaError, Token};
+use medusa_llama::engine::{Engine, Forward, Job, Layout, Limits, Rows, StepError};
+use medusa_llama::llama::Token;
 use medusa_llama::request::Request;
 use serde_json::{Value, json};
 use socket2::{Domain, Socket, Type};
@@ -137,20 +137,20 @@ impl Forward for Hanging {
         2
     }
 
-    fn forward(&mut self, _: &Rows) -> Result<(), LlamaError> {
+    fn forward(&mut self, _: &Rows) -> Result<(), StepError> {
         self.0.recv().expect("the test lets it go on");
         Ok(())
     }
 
-    fn logits(&self, _: usize) -> Result<&[f32], LlamaError> {
+    fn logits(&self, _: usize) -> Result<&[f32], StepError> {
         Ok(&[0.0, 1.0])
     }
 
-    fn hidden(&self, _: usize) -> Result<&[f32], LlamaError> {
+    fn hidden(&self, _: usize) -> Result<&[f32], StepError> {
         Ok(&[])
     }
 
-    fn apply(&mut self, _: KvOp) -> Result<(), LlamaError> {
+    fn apply(&mut self, _: KvOp) -> Result<(), StepError> {
         Ok(())
     }
 

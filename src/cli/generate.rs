@@ -7,8 +7,8 @@ use anyhow::{anyhow, bail};
 use super::show_loading;
 use crate::config::GenerateArgs;
 use crate::engine;
-use crate::engine::thread::EngineParams;
 use crate::engine::Failed;
+use crate::engine::thread::EngineParams;
 use crate::request::{Caller, Event, Request, SamplingParams};
 
 /// Generates and prints; a line of figures goes to standard error.

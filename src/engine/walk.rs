@@ -4,6 +4,7 @@
 use std::time::Instant;
 
 use super::forward::{Forward, StepError};
+use super::report;
 use super::sampler::Scratch;
 use super::sequence::Sequence;
 use super::stats::Stats;
