@@ -12,7 +12,8 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use hyper::Uri;
 
 pub use commands::{
-    BenchArgs, GenerateArgs, HeadKind, PerplexityArgs, QuantizeArgs, SynthArgs, TrainArgs, TuneArgs,
+    BenchArgs, GenerateArgs, PerplexityArgs, PromptArgs, QuantizeArgs, ResultArgs, SynthArgs,
+    TrainArgs, TuneArgs,
 };
 use network::NetworkArgs;
 

@@ -43,15 +43,16 @@
 //! | `build.rs`, `vendor/` | llama.cpp's source, patched and compiled; its bindings | |
 //! | [`config`] | arguments as typed, and checked; every limit and default in one table | |
 //! | [`cli`] | the commands: start, signals, drain, terminal | llama.cpp |
-//! | [`http`] | accept loop, routes; `access`, what is logged of a request; `auth` and `cors`, who may ask; `tls`; `generate` and `openai`, the two dialects; chat templates; server-sent events; `page`, for browsers; `openapi` and `docs` document it all | cells, batches |
+//! | [`http`] | accept loop, routes; `access`, what is logged of a request; `auth` and `cors`, who may ask; `tls`; `generate` and `openai`, the two dialects; server-sent events; `page`, for browsers; `openapi` and `docs` document it all | cells, batches |
 //! | [`telemetry`] | spans of requests, to OpenTelemetry's collector | bodies, engine |
 //! | [`request`], [`error`] | what `http` and `engine` share | both |
 //! | [`engine`] | the loop, with a step's end in `commit`; `thread` starts and runs it, `handle` is its outside, `stats` what it counts, `forward` its way to a model, `grammar` its way to llguidance | sockets, JSON |
 //! | [`metrics`] | what `/metrics` shows: names for what the engine and HTTP count | sockets, cells |
 //! | [`speculate`] | `heads` and `pickle` (files), `medusa` and `conditioned` (drafting by heads), `suffix` and `text` (from text), `tree`, `calibration`, `reliability`, `cost`, `policy`; `device` (heads and verification on a GPU); `simulated` for `bench` | requests, cells |
+//! | [`chat`] | chat templates: messages to a prompt, for `http`, `train` and `bench` | requests |
 //! | [`train`] | heads from a model's own answers: answers, features, fit | HTTP |
 //! | [`synth`] | models and heads of random weights in known shapes, to measure with | requests |
-//! | [`eval`], [`plot`] | perplexity; SVG plots | requests |
+//! | [`eval`], [`plot`], [`files`] | perplexity; SVG plots; files that appear whole | requests |
 //! | [`tune`] | which form of a model to use, from what was measured | files, models |
 //! | [`vector`] | loops over logits as vector code | what they are for |
 //! | [`gpu`], `cuda/` | the fence around CUDA, and the kernels behind it, which know nothing of Rust | tokens, trees |
@@ -71,11 +72,13 @@
 //! - What a position's token is depends on the request, its seed and the position: not on who else
 //!   is in the batch, and not on what was drafted.
 
+pub mod chat;
 pub mod cli;
 pub mod config;
 pub mod engine;
 pub mod error;
 pub mod eval;
+pub mod files;
 pub mod gpu;
 pub mod http;
 pub mod llama;

@@ -15,7 +15,7 @@ use crate::engine::handle::Handle;
 use crate::engine::thread::EngineParams;
 use crate::engine::{self, Layout, Limits};
 use crate::llama::max_sequences;
-use crate::plot::{self, Labels, Line};
+use crate::plot::{self, Captions, Series};
 use crate::request::{Completion, Event, Request, SamplingParams, Speculation};
 use crate::speculate::reliability::{Count, N_DEPTHS, Reliability, Source, calibration_error};
 use crate::speculate::simulated::Acceptance;
@@ -120,23 +120,26 @@ struct Calibrated {
 /// # Errors
 /// When model, heads or prompts cannot be read, a result cannot be written, or the engine fails.
 pub fn bench(args: &BenchArgs) -> anyhow::Result<()> {
-    let prompts = Prompts::read(&args.prompts, args.system.clone(), args.raw)?;
+    let mut prompts = Prompts::read(&args.prompts.file)?;
     let engine = engine::spawn(params(args)?);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let report = runtime.block_on(async {
         let handle = engine.ready().await.map_err(|e| anyhow!(e))?;
+        if !args.prompts.raw {
+            prompts.render(handle.model(), args.prompts.system.as_deref())?;
+        }
         measure(args, &handle, &prompts).await
     });
     engine.stop();
     let report = report?;
     print(&report)?;
-    if let Some(path) = &args.json {
+    if let Some(path) = &args.results.json {
         let text = serde_json::to_string_pretty(&report)?;
         std::fs::write(path, text + "\n")
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
-    if let Some(path) = &args.svg {
-        let line = |&name: &&str| Line {
+    if let Some(path) = &args.results.svg {
+        let line = |&name: &&str| Series {
             name: name.to_owned(),
             points: report
                 .by_parallel
@@ -144,10 +147,10 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<()> {
                 .map(|(&n, modes)| (n as f64, modes[name].rate()))
                 .collect(),
         };
-        let lines: Vec<Line> = report.modes.iter().map(line).collect();
+        let lines: Vec<Series> = report.modes.iter().map(line).collect();
         let simulated = if report.simulated { ", simulated acceptance" } else { "" };
         let title = format!("{}, {}{simulated}", report.model, report.quantization);
-        let labels = Labels { title: &title, x: "parallel requests", y: "tokens/s" };
+        let labels = Captions { title: &title, x: "parallel requests", y: "tokens/s" };
         plot::lines(path, labels, &lines, true)?;
     }
     Ok(())
@@ -298,7 +301,7 @@ async fn run(
     let mut running = JoinSet::new();
     for &i in group {
         let (handle, request) =
-            (handle.clone(), request(args, prompts.text(handle.model(), i), i, mode));
+            (handle.clone(), request(args, prompts.text(i).to_owned(), i, mode));
         running.spawn(async move { ask(&handle, &request).await });
     }
     let mut figures = Figures::default();

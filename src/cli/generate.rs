@@ -80,6 +80,5 @@ fn request(args: &GenerateArgs) -> anyhow::Result<crate::request::Request> {
         "prompt": prompt, "max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p,
         "top_k": args.top_k, "min_p": args.min_p, "seed": args.seed, "stop": args.stop,
     });
-    let random = std::time::UNIX_EPOCH.elapsed().map_or(0, |t| t.as_nanos() as u64);
-    Ok(body::read(fields, args.model.context_size, random)?.request)
+    Ok(body::read(fields, args.model.context_size, fastrand::u64(..))?.request)
 }

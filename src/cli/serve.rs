@@ -1,5 +1,5 @@
-//! `medusa-llama serve`: the port first, then the model, then requests until a signal, then what is
-//! left of them.
+//! `medusa-llama serve`: opens the port, loads the model, serves requests until a signal, and drains
+//! the rest.
 
 use std::future::Future;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,7 +18,7 @@ use crate::http::{self, App};
 use crate::metrics::Metrics;
 use crate::telemetry::Telemetry;
 
-/// Bytes that were written take this long at most to leave.
+/// Most time for written bytes to leave.
 const FLUSH: Duration = Duration::from_secs(2);
 
 /// Runs the server until a signal; then drains.
@@ -46,7 +46,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
         "listening on {scheme}://{address}, loading {}",
         config.engine.model_path.display()
     );
-    // As llama-server and vLLM do: the file's name.
+    // The file's name, as llama-server and vLLM have it.
     let model_id =
         config.engine.model_path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     let telemetry =
@@ -95,7 +95,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
     }
 }
 
-/// Completes at the first SIGTERM or SIGINT. Another one while draining ends the process at once.
+/// Completes at the first SIGTERM or SIGINT. A second one ends the process at once.
 fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
     let mut term = signal(SignalKind::terminate())?;
     let mut int = signal(SignalKind::interrupt())?;
@@ -122,7 +122,7 @@ async fn drain(stage: watch::Receiver<Stage>, timeout: Duration) {
     if tokio::time::timeout(timeout, idle).await.is_err() {
         tracing::warn!(
             in_flight = handle.n_in_flight(),
-            "the drain time is over; what still runs is cut off"
+            "drain timeout reached; cancelling the running requests"
         );
     }
 }
@@ -138,7 +138,7 @@ async fn failed(mut stage: watch::Receiver<Stage>) -> String {
     }
 }
 
-/// Logs what is served, once it is.
+/// Logs model and limits once the server is ready.
 async fn announce(mut stage: watch::Receiver<Stage>) {
     let ready = stage.wait_for(|s| !matches!(s, Stage::Loading(_))).await;
     if let Ok(Stage::Ready(handle)) = ready.as_deref() {

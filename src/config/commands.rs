@@ -2,12 +2,13 @@
 
 use std::path::PathBuf;
 
-use clap::{Args as ClapArgs, ValueEnum};
+use clap::Args as ClapArgs;
 
 use super::{DraftArgs, ModelArgs, between};
 use crate::llama::Quantization;
 use crate::request::Speculation;
-use crate::synth::Shape;
+use crate::synth::ModelShape;
+use crate::train::kind::HeadKind;
 
 /// `medusa-llama generate`.
 #[derive(Clone, Debug, ClapArgs)]
@@ -44,19 +45,44 @@ pub struct GenerateArgs {
     pub stop: Vec<String>,
 }
 
+/// The prompts of `train` and `bench`.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct PromptArgs {
+    /// Prompts: one JSON object per line, with "prompt" or "turns", and optionally "category"
+    #[arg(long = "prompts", value_name = "FILE.jsonl")]
+    pub file: PathBuf,
+    /// System message before each prompt
+    #[arg(long)]
+    pub system: Option<String>,
+    /// Take the prompts as they are, not as a user's messages in the model's chat format
+    #[arg(long)]
+    pub raw: bool,
+}
+
+/// Where `bench` and `tune` write results.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct ResultArgs {
+    /// Write all figures to this file
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Write a plot to this file
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
+}
+
 /// `medusa-llama train`.
 #[derive(Clone, Debug, ClapArgs)]
 pub struct TrainArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub model: ModelArgs,
-    /// What to ask: one JSON object a line, with "prompt"
-    #[arg(long, value_name = "FILE.jsonl")]
-    pub prompts: PathBuf,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub prompts: PromptArgs,
     /// Folder for the heads
     #[arg(short, long, value_name = "DIR")]
     pub output: PathBuf,
-    /// What the heads see: the hidden state and the path they draft behind, or, as in Medusa, the
+    /// What the heads see: the hidden state and the path they continue, or, as in Medusa, the
     /// hidden state only
     #[arg(long, default_value = "conditioned")]
     pub kind: HeadKind,
@@ -69,10 +95,10 @@ pub struct TrainArgs {
     /// Tokens that heads can draft: the most frequent ones
     #[arg(long, default_value_t = 16_384, value_parser = between(16, 1 << 24))]
     pub draft_vocab: usize,
-    /// Times that everything is seen
+    /// Passes over all rows
     #[arg(long, default_value_t = 3, value_parser = between(1, 1000))]
     pub epochs: usize,
-    /// Folder for answers and features, to go on from after a kill [default: OUTPUT/work]
+    /// Folder for answers and features, from which a killed run resumes [default: OUTPUT/work]
     #[arg(long, value_name = "DIR")]
     pub work: Option<PathBuf>,
     /// Train on this many tokens of answers
@@ -81,12 +107,6 @@ pub struct TrainArgs {
     /// Most tokens of one answer
     #[arg(long, default_value_t = 256, value_parser = between(8, 1 << 20))]
     pub max_answer: usize,
-    /// System message before each prompt
-    #[arg(long)]
-    pub system: Option<String>,
-    /// Take the prompts as they are, not as a user's messages in the model's chat format
-    #[arg(long)]
-    pub raw: bool,
     /// Answers generated together
     #[arg(short = 'b', long, default_value_t = 32, value_parser = between(1, 256))]
     pub batch_size: usize,
@@ -107,9 +127,9 @@ pub struct BenchArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub drafts: DraftArgs,
-    /// What to ask: one JSON object a line, with "prompt" or "turns", and perhaps "category"
-    #[arg(long, value_name = "FILE.jsonl")]
-    pub prompts: PathBuf,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub prompts: PromptArgs,
     /// Ask this many of them, spread over the file
     #[arg(short = 'k', long, default_value_t = 24, value_parser = between(1, 1 << 20))]
     pub n_prompts: usize,
@@ -137,18 +157,9 @@ pub struct BenchArgs {
     /// what good heads would be worth where there are random ones only
     #[arg(long, value_name = "RATE,...", value_delimiter = ',', value_parser = rate)]
     pub acceptance: Option<Vec<f32>>,
-    /// System message before each prompt
-    #[arg(long)]
-    pub system: Option<String>,
-    /// Take the prompts as they are, not as a user's messages in the model's chat format
-    #[arg(long)]
-    pub raw: bool,
-    /// Write all figures to this file
-    #[arg(long, value_name = "FILE")]
-    pub json: Option<PathBuf>,
-    /// Write a plot to this file
-    #[arg(long, value_name = "FILE")]
-    pub svg: Option<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub results: ResultArgs,
 }
 
 /// `medusa-llama quantize`.
@@ -207,12 +218,9 @@ pub struct TuneArgs {
     /// How often everything but perplexity is measured
     #[arg(long, default_value_t = 3, value_parser = between(1, 1000))]
     pub rounds: usize,
-    /// Write all figures to this file
-    #[arg(long, value_name = "FILE")]
-    pub json: Option<PathBuf>,
-    /// Write a plot of what steps of few and many rows take to this file
-    #[arg(long, value_name = "FILE")]
-    pub svg: Option<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub results: ResultArgs,
 }
 
 /// `medusa-llama synth`.
@@ -220,7 +228,7 @@ pub struct TuneArgs {
 pub struct SynthArgs {
     /// Whose shape: vicuna-7b, llama-3-8b, smollm2-135m, tiny
     #[arg(long, value_name = "NAME", value_parser = shape)]
-    pub like: Shape,
+    pub like: ModelShape,
     /// GGUF file to write
     #[arg(short, long, value_name = "FILE.gguf")]
     pub output: PathBuf,
@@ -233,8 +241,8 @@ pub struct SynthArgs {
     /// Number of heads
     #[arg(long, default_value_t = 4, value_parser = between(1, 16))]
     pub n_heads: usize,
-    /// What the heads see: the hidden state, each with an output matrix of its own, or the path
-    /// they draft behind, too
+    /// What the heads see: the hidden state, each with an output matrix of its own, or also the
+    /// path they continue
     #[arg(long, default_value = "medusa")]
     pub kind: HeadKind,
     /// The same seed gives the same files
@@ -243,15 +251,6 @@ pub struct SynthArgs {
     /// Overwrite the files
     #[arg(short, long)]
     pub force: bool,
-}
-
-/// What trained heads see.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum HeadKind {
-    /// The hidden state and the path drafted so far
-    Conditioned,
-    /// The hidden state
-    Medusa,
 }
 
 fn speculation(name: &str) -> Result<Speculation, String> {
@@ -272,7 +271,7 @@ fn quantization(name: &str) -> Result<Quantization, String> {
     Quantization::by_name(name).ok_or_else(|| format!("must be one of {}", names()))
 }
 
-fn shape(name: &str) -> Result<Shape, String> {
-    let names = || Shape::names().collect::<Vec<_>>().join(", ");
-    Shape::by_name(name).ok_or_else(|| format!("must be one of {}", names()))
+fn shape(name: &str) -> Result<ModelShape, String> {
+    let names = || ModelShape::names().collect::<Vec<_>>().join(", ");
+    ModelShape::by_name(name).ok_or_else(|| format!("must be one of {}", names()))
 }

@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use tracing::{Instrument, Span};
 
 use super::reply::Content;
-use super::{App, random, routes};
+use super::{App, routes};
 use crate::request::{Completion, Usage, span};
 use crate::telemetry::{self, Answer, Served};
 
@@ -66,7 +66,7 @@ fn id_of(headers: &HeaderMap) -> Arc<str> {
         .filter(|id| (1..=MAX_ID).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic()))
     {
         Some(id) => id.into(),
-        None => format!("req-{:016x}", random()).into(),
+        None => format!("req-{:016x}", fastrand::u64(..)).into(),
     }
 }
 

@@ -2,7 +2,7 @@
 //! back to bytes.
 //!
 //! [`routes`] knows what each path does, [`generate`] and [`openai`] the JSON of either dialect,
-//! [`fields`] how a body's fields are read, [`template`] how messages become a prompt, [`reply`]
+//! [`fields`] how a body's fields are read, [`reply`]
 //! how an answer is written, [`tokens`] what is told of its tokens, [`access`] what is logged of
 //! it, [`auth`] who may ask, [`cors`] which pages, [`tls`] in what secrecy; [`page`] is what
 //! browsers get, [`openapi`] and [`docs`] document it all. None of them sees a KV cell, a batch or
@@ -20,13 +20,11 @@ pub mod openapi;
 pub mod page;
 pub mod reply;
 pub mod routes;
-pub mod template;
 pub mod tls;
 pub mod tokens;
 
 use std::convert::Infallible;
 use std::error::Error;
-use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -75,7 +73,7 @@ pub struct App {
     /// `/openapi.json`.
     pub openapi: Bytes,
     /// The model's chat template, read at the first chat; or why there is none.
-    pub template: OnceLock<Result<template::ChatTemplate, String>>,
+    pub template: OnceLock<Result<crate::chat::Template, String>>,
 }
 
 /// Accepts connections until `end` completes, then lets open ones finish their current answer for
@@ -157,9 +155,4 @@ fn connection<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
         .max_header_size(limits.max_header_bytes)
         .max_headers(MAX_HEADERS)
         .serve_connection(TokioIo::new(stream), service)
-}
-
-/// A number that nobody chose: the standard library's keys are random, and differ with each call.
-fn random() -> u64 {
-    RandomState::new().hash_one(0)
 }

@@ -18,9 +18,9 @@ use super::openai::read::Asked;
 use super::openai::write::Envelope;
 use super::openai::{self, Endpoint};
 use super::reply::{self, Problem, Reply};
-use super::template::ChatTemplate;
 use super::tokens::{Spell, Telling};
-use super::{App, docs, page, random};
+use super::{App, docs, page};
+use crate::chat::Template;
 use crate::engine::{Handle, Layout, Stage, SubmitError};
 use crate::error::Invalid;
 use crate::llama;
@@ -245,7 +245,7 @@ async fn generate(
 ) -> Result<Reply, Problem> {
     let handle = engine(app)?;
     let body = read_json(app, request).await?;
-    let asked = generate::read(body, handle.limits().n_ctx, random()).map_err(invalid)?;
+    let asked = generate::read(body, handle.limits().n_ctx, fastrand::u64(..)).map_err(invalid)?;
     let Generate { request, stream } = asked;
     let spell = request.report.map(|_| spell(&handle));
     let mut events = submit(&handle, request, call).await.map_err(refused)?;
@@ -279,8 +279,9 @@ async fn complete(
     let bad_request = |error| Problem { status: StatusCode::BAD_REQUEST, ..invalid(error) };
     let handle = engine(app)?;
     let body = read_json(app, request).await?;
-    let template = app.template.get_or_init(|| ChatTemplate::of(handle.model()));
-    let asked = openai::read::read(endpoint, body, handle.limits().n_ctx, random(), template);
+    let template = app.template.get_or_init(|| Template::of(handle.model()));
+    let asked =
+        openai::read::read(endpoint, body, handle.limits().n_ctx, fastrand::u64(..), template);
     let Asked { requests, n, stream, include_usage } = asked.map_err(bad_request)?;
     let (asked_for, most) = (requests.len(), handle.most_in_flight());
     if asked_for > most {

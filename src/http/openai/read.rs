@@ -3,9 +3,9 @@
 use serde_json::{Value, json};
 
 use super::Endpoint;
+use crate::chat::Template;
 use crate::error::Invalid;
 use crate::http::fields::{Fields, MAX_LOGPROBS, wrong};
-use crate::http::template::ChatTemplate;
 use crate::request::{Request, SamplingParams};
 
 /// Most answers to one request.
@@ -47,7 +47,7 @@ pub fn read(
     body: Value,
     n_ctx: usize,
     random_seed: u64,
-    template: &Result<ChatTemplate, String>,
+    template: &Result<Template, String>,
 ) -> Result<Asked, Invalid> {
     let mut fields = Fields::of(body)?;
     let model = fields.take("model");
@@ -137,7 +137,7 @@ fn prompts(fields: &mut Fields) -> Result<Vec<String>, Invalid> {
 
 fn chat_prompt(
     fields: &mut Fields,
-    template: &Result<ChatTemplate, String>,
+    template: &Result<Template, String>,
 ) -> Result<String, Invalid> {
     let wanted = "a list of messages, each an object with role and content";
     let mut messages = match fields.take("messages") {

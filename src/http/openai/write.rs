@@ -7,7 +7,6 @@ use serde_json::{Value, json};
 
 use super::Endpoint;
 use crate::http::generate::{finish_reason, speculation, stop_reason};
-use crate::http::random;
 use crate::http::reply::{Dialect, Problem, event};
 use crate::http::tokens::{self, Telling};
 use crate::request::{Completion, Event, Piece, Usage};
@@ -29,7 +28,7 @@ impl Envelope {
     #[must_use]
     pub fn new(endpoint: Endpoint, model: String, n: usize, telling: Telling) -> Self {
         let prefix = if endpoint == Endpoint::Chat { "chatcmpl" } else { "cmpl" };
-        let id = format!("{prefix}-{:016x}", random());
+        let id = format!("{prefix}-{:016x}", fastrand::u64(..));
         let created =
             SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         Self { endpoint, id, created, model, n, telling }

@@ -169,9 +169,9 @@ mod tests {
 
     use serde_json::{Map, Value, json};
 
+    use crate::chat::Template;
     use crate::error::Invalid;
     use crate::http::openai::Endpoint;
-    use crate::http::template::ChatTemplate;
     use crate::http::{generate, openai};
 
     /// A documented body, a request with the fields that must be there, and what reads it: to
@@ -185,8 +185,7 @@ mod tests {
     const N_CTX: usize = 2048;
 
     fn read_openai(endpoint: Endpoint, body: Value) -> Result<String, Invalid> {
-        let template =
-            ChatTemplate::new("{{ messages }}".into(), String::new(), String::new(), false);
+        let template = Template::new("{{ messages }}".into(), String::new(), String::new(), false);
         openai::read::read(endpoint, body, N_CTX, 1, &template).map(|asked| format!("{asked:?}"))
     }
 
