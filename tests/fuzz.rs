@@ -13,11 +13,11 @@ use std::task::{Context, Waker};
 
 use common::{Server, any_json, exchange, model_path};
 use hyper::body::Body;
+use medusa_llama::chat::Template;
 use medusa_llama::engine::grammar::Grammars;
 use medusa_llama::http::generate::{self, Pieces};
 use medusa_llama::http::openai::{Endpoint, read, write::Envelope};
 use medusa_llama::http::reply::{self, Dialect};
-use medusa_llama::http::template::ChatTemplate;
 use medusa_llama::http::tokens::Telling;
 use medusa_llama::llama::{Model, ModelParams};
 use medusa_llama::request::{
@@ -153,7 +153,7 @@ proptest! {
     /// A body becomes checked requests or an error that says something; nothing panics.
     #[test]
     fn a_body_is_read_or_refused(body in prop_oneof![9 => body().boxed(), 1 => any_json().boxed()]) {
-        static TEMPLATE: LazyLock<Result<ChatTemplate, String>> = LazyLock::new(|| ChatTemplate::of(&MODEL));
+        static TEMPLATE: LazyLock<Result<Template, String>> = LazyLock::new(|| Template::of(&MODEL));
         match generate::read(body.clone(), N_CTX, 1) {
             Ok(asked) => check(&asked.request),
             Err(error) => prop_assert!(error.message.len() > 8 && error.message.len() < 2000, "{}", error),
