@@ -13,7 +13,8 @@ use hyper::Uri;
 use tracing::Level;
 
 pub use commands::{
-    BenchArgs, GenerateArgs, HeadKind, PerplexityArgs, QuantizeArgs, SynthArgs, TrainArgs, TuneArgs,
+    BenchArgs, GenerateArgs, PerplexityArgs, PromptArgs, QuantizeArgs, ReportArgs, SynthArgs,
+    TrainArgs, TuneArgs,
 };
 use network::NetworkArgs;
 

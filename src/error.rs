@@ -1,14 +1,14 @@
 //! Errors by who must act: the client ([`Invalid`]), the client later (busy, loading, draining: see
-//! [`SubmitError`](crate::engine::SubmitError)), or whoever runs the server ([`IncidentId`] leads
-//! from an answer to the log).
+//! [`SubmitError`](crate::engine::SubmitError)), or the operator ([`IncidentId`] leads from an answer
+//! to the log).
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// A field of a request that cannot be served as it is.
+/// An invalid field of a request.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct Invalid {
-    /// The field's name, if one is to blame.
+    /// The field's name, if the error is about one field.
     pub param: Option<String>,
     /// What is wrong, with the value and the limit.
     pub message: String,
@@ -21,12 +21,12 @@ impl Invalid {
     }
 }
 
-/// Names one failure, in the answer and in the log.
+/// Identifies a failure in the answer and in the log.
 #[derive(Clone, Copy, Debug)]
 pub struct IncidentId(u64, u64);
 
 impl IncidentId {
-    /// A name no other failure of this process has.
+    /// A new id, unique in this process.
     #[allow(clippy::new_without_default)]
     #[must_use]
     pub fn new() -> Self {

@@ -1,13 +1,13 @@
-//! How good a model is, in figures: perplexity.
+//! The quality of a model: perplexity.
 
 use std::sync::Arc;
 
 use crate::llama::{Context, ContextParams, LlamaError, Model, SeqId, Token};
 use crate::vector::log_sum_exp;
 
-/// Tokens that are read together; the model knows nothing of what stood before.
+/// Tokens of a window; the model sees nothing before it.
 pub const WINDOW: usize = 512;
-/// The first tokens of a window are read without being counted: they have too little before them.
+/// The first tokens of a window are not counted: they have too little context.
 const UNCOUNTED: usize = 64;
 
 /// `exp` of the mean negative log-likelihood.
@@ -26,7 +26,7 @@ pub struct Perplexity {
 /// tokens read.
 ///
 /// # Errors
-/// When a forward pass fails.
+/// A forward pass fails.
 pub fn perplexity(
     model: &Arc<Model>,
     tokens: &[Token],

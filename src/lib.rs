@@ -43,15 +43,16 @@
 //! | `build.rs`, `vendor/` | llama.cpp's source, patched and compiled; its bindings | |
 //! | [`config`] | arguments, checked; one table of all limits and defaults | |
 //! | [`cli`] | the commands: start, signals, drain, terminal output | llama.cpp |
-//! | [`http`] | accept loop, routes; `access`, the access log; `auth` and `cors`; `tls`; `api`, the bodies of requests and answers; `completions` and `information`, their handlers; chat templates; server-sent events; `page` for browsers; `openapi` and `docs` | cells, batches |
+//! | [`http`] | accept loop, routes; `access`, the access log; `auth` and `cors`; `tls`; `api`, the bodies of requests and answers; `completions` and `information`, their handlers; server-sent events; `page` for browsers; `openapi` and `docs` | cells, batches |
 //! | [`telemetry`] | request spans for an OpenTelemetry collector | bodies, engine |
 //! | [`request`], [`error`] | what `http` and `engine` share | both |
 //! | [`engine`] | the step; `turn`, a sequence's part in it; `commit` and `walk`, its end; `thread` runs it, `handle` is its public side, `stats` its counters, `forward` its interface to a model, `grammar` its interface to llguidance | sockets, JSON |
 //! | [`metrics`] | `/metrics`: names for the counters of engine and HTTP | sockets, cells |
 //! | [`speculate`] | `heads` and `pickle` (files), `medusa` and `conditioned` (heads), `nets` (their networks), `suffix` and `text` (text drafts), `tree`, `calibration`, `reliability`, `cost`, `policy`; `device` (heads and verification on a GPU); `simulated`, which `bench` wraps around a model | requests, cells |
+//! | [`chat`] | chat templates: messages to a prompt, for `http`, `train` and `bench` | requests |
 //! | [`train`] | training of heads: answers, features, fit | HTTP |
 //! | [`synth`] | models and heads with random weights in known shapes, for benchmarks | requests |
-//! | [`eval`], [`plot`] | perplexity; SVG plots | requests |
+//! | [`eval`], [`plot`], [`files`] | perplexity; SVG plots; files that appear whole | requests |
 //! | [`tune`] | recommends a quantization from measurements | files, models |
 //! | [`vector`], [`matrix`] | vectorized loops over logits; a matrix of floats | their purpose |
 //! | [`gpu`], `cuda/` | the fence around CUDA, and its kernels; `cuda/args.h` declares what both share | tokens, trees |
@@ -71,11 +72,13 @@
 //! - A position's token depends on the request, its seed and the position: not on other requests
 //!   in the batch, and not on the drafts.
 
+pub mod chat;
 pub mod cli;
 pub mod config;
 pub mod engine;
 pub mod error;
 pub mod eval;
+pub mod files;
 pub mod gpu;
 pub mod http;
 pub mod llama;

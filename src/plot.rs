@@ -1,4 +1,4 @@
-//! Line plots as SVG files.
+//! Series plots as SVG files.
 
 use std::path::Path;
 
@@ -7,32 +7,32 @@ use plotters::prelude::*;
 
 /// One line.
 #[derive(Clone, Debug)]
-pub struct Line {
-    /// What the legend says.
+pub struct Series {
+    /// Its name in the legend.
     pub name: String,
     /// Ascending in x.
     pub points: Vec<(f64, f64)>,
 }
 
-/// What stands around the lines.
+/// The texts around the lines.
 #[derive(Clone, Copy, Debug)]
-pub struct Labels<'a> {
-    /// Above the plot.
+pub struct Captions<'a> {
+    /// Title above the plot.
     pub title: &'a str,
-    /// Below.
+    /// Name of the x axis.
     pub x: &'a str,
-    /// At the left.
+    /// Name of the y axis.
     pub y: &'a str,
 }
 
 /// Draws lines into a file. The y axis begins at 0 if `from_zero`.
 ///
 /// # Errors
-/// Without a point, or when the file cannot be written.
+/// There are no points, or the file cannot be written.
 pub fn lines(
     path: &Path,
-    labels: Labels<'_>,
-    lines: &[Line],
+    labels: Captions<'_>,
+    lines: &[Series],
     from_zero: bool,
 ) -> anyhow::Result<()> {
     let points = || lines.iter().flat_map(|l| l.points.iter().copied());
@@ -55,8 +55,8 @@ pub fn lines(
 
 fn draw(
     svg: &mut String,
-    labels: Labels<'_>,
-    lines: &[Line],
+    labels: Captions<'_>,
+    lines: &[Series],
     x: std::ops::Range<f64>,
     y: std::ops::Range<f64>,
 ) -> Result<(), Box<dyn std::error::Error>> {
@@ -96,9 +96,11 @@ mod tests {
     #[test]
     fn a_plot_names_its_lines() {
         let path = tempfile::tempdir().unwrap().keep().join("plot.svg");
-        let line =
-            |name: &str, y: f64| Line { name: name.into(), points: vec![(1.0, y), (2.0, y + 1.0)] };
-        let labels = Labels { title: "Speed", x: "parallel", y: "tokens/s" };
+        let line = |name: &str, y: f64| Series {
+            name: name.into(),
+            points: vec![(1.0, y), (2.0, y + 1.0)],
+        };
+        let labels = Captions { title: "Speed", x: "parallel", y: "tokens/s" };
         lines(&path, labels, &[line("plain", 1.0), line("heads", 2.0)], true).unwrap();
         let svg = std::fs::read_to_string(&path).unwrap();
         assert!(

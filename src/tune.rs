@@ -1,23 +1,23 @@
-//! Which form of a model to use, from what was measured of each. Pure: files, models and clocks are
-//! the command's.
+//! Which form of a model to use, given measurements of each. Pure: files, models and clocks belong to
+//! the command.
 
 use serde::Serialize;
 
-/// What one figure was in each round.
+/// A figure's values over the rounds.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Spread {
-    /// The middle one.
+    /// The median.
     pub median: f64,
     /// The lowest.
     pub low: f64,
     /// The highest.
     pub high: f64,
-    /// All, in the order they were measured in.
+    /// All, in the order of measurement.
     pub rounds: Vec<f64>,
 }
 
 impl Spread {
-    /// One round more.
+    /// Adds a round.
     pub fn add(&mut self, value: f64) {
         self.rounds.push(value);
         let mut sorted = self.rounds.clone();
@@ -28,12 +28,12 @@ impl Spread {
     }
 }
 
-/// What a step of a number of rows takes.
+/// The time of a step with a number of rows.
 #[derive(Clone, Debug, Serialize)]
 pub struct StepTime {
     /// Rows.
     pub rows: usize,
-    /// Behind a step of as many.
+    /// After a step of as many rows.
     pub seconds: Spread,
 }
 
@@ -48,20 +48,20 @@ pub struct Measured {
     pub together: Spread,
     /// By rows, ascending.
     pub steps: Vec<StepTime>,
-    /// Seconds more of a step whose number of rows is another than the one's before.
+    /// Extra seconds of a step whose number of rows differs from the step before.
     pub change_s: Spread,
 }
 
 impl Measured {
     /// The speed under a load.
     #[must_use]
-    pub fn speed(&self, load: Load) -> &Spread {
-        if load == Load::Alone { &self.alone } else { &self.together }
+    pub fn speed(&self, load: Parallelism) -> &Spread {
+        if load == Parallelism::Alone { &self.alone } else { &self.together }
     }
 
-    /// The same, to add to.
-    pub fn speed_mut(&mut self, load: Load) -> &mut Spread {
-        if load == Load::Alone { &mut self.alone } else { &mut self.together }
+    /// The speed under a load, to add rounds to.
+    pub fn speed_mut(&mut self, load: Parallelism) -> &mut Spread {
+        if load == Parallelism::Alone { &mut self.alone } else { &mut self.together }
     }
 }
 
@@ -71,15 +71,15 @@ pub const TOGETHER: usize = 8;
 /// A form of the model.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Candidate {
-    /// As the table calls it.
+    /// Its name in the table.
     pub name: String,
-    /// As llama.cpp calls most of its tensors' type.
+    /// llama.cpp's name for the type of most tensors.
     pub quantization: String,
-    /// It was made from a file that was quantized already.
+    /// Whether its source was quantized already.
     pub quantized_twice: bool,
     /// Size of the file.
     pub bytes: u64,
-    /// On the text.
+    /// Perplexity on the text.
     pub perplexity: f64,
     /// Its standard error.
     pub perplexity_error: f64,
@@ -87,39 +87,39 @@ pub struct Candidate {
     pub by_threads: Vec<Measured>,
 }
 
-/// How many sequences run.
+/// How many sequences run in parallel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub enum Load {
+pub enum Parallelism {
     /// One.
     Alone,
     /// [`TOGETHER`].
     Together,
 }
 
-impl Load {
+impl Parallelism {
     /// Both.
     pub const ALL: [Self; 2] = [Self::Alone, Self::Together];
 
-    /// How many sequences those are.
+    /// The number of sequences.
     #[must_use]
     pub fn parallel(self) -> usize {
         if self == Self::Alone { 1 } else { TOGETHER }
     }
 }
 
-/// What to use; everything by its index.
+/// The recommendation; everything by its index.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Choice {
     /// The candidate.
     pub candidate: usize,
     /// Which of its `by_threads`.
     pub threads: usize,
-    /// Whose perplexity is the lowest.
+    /// The candidate with the lowest perplexity.
     pub best: usize,
-    /// The fastest whose perplexity is allowed; another than `candidate` if that is as fast within
-    /// the spread, and better.
+    /// The fastest candidate whose perplexity is allowed; differs from `candidate` if that is as fast
+    /// within the spread, and better.
     pub fastest: usize,
-    /// All that are as fast as `fastest` within the spread, itself among them.
+    /// All that are as fast as `fastest` within the spread, including itself.
     pub as_fast: Vec<usize>,
     /// Faster than `fastest`, but their perplexity is too high.
     pub too_bad: Vec<usize>,
@@ -129,7 +129,7 @@ pub struct Choice {
 /// `max_loss` (0.05: 5%) above the lowest; of those whose spread of rounds meets the fastest's, the
 /// one with the lowest perplexity. `None` without a candidate that has a perplexity and a speed.
 #[must_use]
-pub fn choose(candidates: &[Candidate], max_loss: f64, load: Load) -> Option<Choice> {
+pub fn choose(candidates: &[Candidate], max_loss: f64, load: Parallelism) -> Option<Choice> {
     let finite = || (0..candidates.len()).filter(|&i| candidates[i].perplexity.is_finite());
     let better = |&a: &usize, &b: &usize| {
         let key = |i: usize| candidates[i].perplexity;
@@ -155,19 +155,19 @@ pub fn choose(candidates: &[Candidate], max_loss: f64, load: Load) -> Option<Cho
     Some(Choice { candidate, threads, best, fastest, as_fast, too_bad })
 }
 
-/// Which of its `by_threads` a candidate is fastest with.
-fn fastest_threads(candidate: &Candidate, load: Load) -> Option<usize> {
+/// The index in `by_threads` with which a candidate is fastest.
+fn fastest_threads(candidate: &Candidate, load: Parallelism) -> Option<usize> {
     let median = |i: &usize| candidate.by_threads[*i].speed(load).median;
     (0..candidate.by_threads.len()).rev().max_by(|a, b| median(a).total_cmp(&median(b))) // of equals the fewest threads
 }
 
-/// A [`Choice`] in words: what, and then why, a sentence an item.
+/// A [`Choice`] in words: the choice, then its reasons, a sentence per item.
 #[must_use]
 pub fn reasons(
     candidates: &[Candidate],
     choice: &Choice,
     max_loss: f64,
-    load: Load,
+    load: Parallelism,
 ) -> Vec<String> {
     let name = |i: usize| candidates[i].name.as_str();
     let speed = |i: usize| {
@@ -214,7 +214,7 @@ pub fn reasons(
         let loss = if candidates[i].perplexity.is_finite() {
             format!("{:.1}% above the lowest", above(i))
         } else {
-            "no number".into()
+            "not a number".into()
         };
         out.push(format!(
             "{} is faster ({:.1} tokens/s), but its perplexity is {loss}",
@@ -235,12 +235,12 @@ pub fn reasons(
     out
 }
 
-/// What a row more costs, as a share of a step of one.
+/// The cost of an additional row, as a share of a step of one row.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct RowCost {
-    /// The second.
+    /// The second row.
     pub second: f64,
-    /// Each of those from the second to the eighth, in the mean.
+    /// The mean of the second to the eighth row.
     pub up_to_eight: f64,
 }
 
@@ -254,19 +254,19 @@ pub fn row_cost(steps: &[StepTime]) -> Option<RowCost> {
     Some(RowCost { second: two / one - 1.0, up_to_eight: (eight / one - 1.0) / 7.0 })
 }
 
-/// A row's cost up to which even doubtful candidates pay, and from which hardly any do.
+/// A row's cost up to which even unlikely candidates pay, and from which hardly any do.
 const CHEAP: f64 = 0.2;
-const DEAR: f64 = 0.6;
+const EXPENSIVE: f64 = 0.6;
 
-/// What a cost curve says about drafts, in words.
+/// What a cost curve means for drafts, in words.
 #[must_use]
 pub fn about_drafts(cost: RowCost) -> String {
     let (second, each) = (100.0 * cost.second.max(0.0), 100.0 * cost.up_to_eight.max(0.0));
-    // A candidate costs a row and gives a token if it is right: worth it when it is right more
-    // often than a row costs.
+    // A candidate costs a row and gives a token if it is accepted: it pays if the acceptance rate
+    // exceeds the cost of a row.
     let verdict = match cost.second {
         c if c <= CHEAP => "drafts are cheap here",
-        c if c < DEAR => "drafts pay where they are often right",
+        c if c < EXPENSIVE => "drafts pay where they are often right",
         _ => "drafts seldom pay here",
     };
     format!(
@@ -306,8 +306,8 @@ mod tests {
     }
 
     fn chosen(candidates: &[Candidate]) -> (Choice, String) {
-        let choice = choose(candidates, 0.05, Load::Alone).unwrap();
-        let words = reasons(candidates, &choice, 0.05, Load::Alone).join("\n");
+        let choice = choose(candidates, 0.05, Parallelism::Alone).unwrap();
+        let words = reasons(candidates, &choice, 0.05, Parallelism::Alone).join("\n");
         (choice, words)
     }
 
@@ -373,14 +373,18 @@ mod tests {
     }
 
     #[test]
-    fn a_perplexity_that_is_no_number_is_never_chosen() {
+    fn a_perplexity_that_is_not_a_number_is_never_chosen() {
         let all = [candidate("broken", f64::NAN, &[90.0]), candidate("whole", 10.0, &[5.0])];
         let (choice, words) = chosen(&all);
         assert_eq!((choice.candidate, choice.best, choice.too_bad), (1, 1, vec![0]));
-        assert!(words.contains("its perplexity is no number"), "{words}");
-        assert_eq!(choose(&all[..1], 0.05, Load::Alone), None);
+        assert!(words.contains("its perplexity is not a number"), "{words}");
+        assert_eq!(choose(&all[..1], 0.05, Parallelism::Alone), None);
         assert_eq!(
-            choose(&[Candidate { perplexity: 1.0, ..Candidate::default() }], 0.05, Load::Together),
+            choose(
+                &[Candidate { perplexity: 1.0, ..Candidate::default() }],
+                0.05,
+                Parallelism::Together
+            ),
             None
         );
     }
@@ -390,11 +394,14 @@ mod tests {
         let mut all = [candidate("input", 10.0, &[5.0, 5.1]), candidate("Q4_0", 10.1, &[6.0, 6.1])];
         all[0].by_threads[0].together = spread(&[99.0]);
         let of = |load| choose(&all, 0.05, load).map(|c| (c.candidate, c.threads));
-        assert_eq!((of(Load::Alone), of(Load::Together)), (Some((1, 1)), Some((0, 0))));
+        assert_eq!(
+            (of(Parallelism::Alone), of(Parallelism::Together)),
+            (Some((1, 1)), Some((0, 0)))
+        );
     }
 
     #[test]
-    fn a_thread_count_within_the_spread_is_named() {
+    fn a_thread_count_within_the_spread_is_reported() {
         let all = [candidate("input", 10.0, &[5.0, 11.0])];
         assert!(chosen(&all).1.contains("1 thread would be as fast within the measured spread"));
     }

@@ -530,14 +530,18 @@ fn a_client_that_left_frees_its_slot_within_one_step() {
 #[test]
 fn a_client_that_left_while_waiting_is_never_started() {
     let layout = Layout::Streams { n_cells: 40 };
-    let mut engine = Engine::new(Stub::new(N_VOCAB), limits(layout, 1, 40, 8), Arc::default());
+    let stats = Arc::new(Stats::default());
+    let mut engine = Engine::new(Stub::new(N_VOCAB), limits(layout, 1, 40, 8), Arc::clone(&stats));
     let (first, mut kept) = job(&[1, 2, 3], 5, 0.0);
     let (second, left) = job(&[4, 5], 5, 0.0);
     engine.enqueue(first);
     engine.enqueue(second);
     drop(left);
     run_to_end(&mut engine);
-    assert!(matches!(read(&mut kept).1, Some(Event::Done(_))));
+    let Some(Event::Done(done)) = read(&mut kept).1 else { panic!("not done") };
+    let n_cancelled = stats.failures.get(&[("reason", "cancelled")]).unwrap().get();
+    assert_eq!((stats.prompt_tokens.get(), n_cancelled), (3, 1));
+    assert_eq!(stats.steps.get() as usize, done.speculation.steps, "no step but the first one's");
 }
 
 #[test]

@@ -13,6 +13,7 @@ use std::task::{Context, Waker};
 
 use common::{Server, any_json, exchange, model_path};
 use hyper::body::Body;
+use medusa_llama::chat::Template;
 use medusa_llama::engine::Answer;
 use medusa_llama::engine::grammar::Grammars;
 use medusa_llama::http::api::Readers;
@@ -20,7 +21,6 @@ use medusa_llama::http::api::generate::Pieces;
 use medusa_llama::http::api::openai::Choices;
 use medusa_llama::http::openai::{Chunks, Endpoint};
 use medusa_llama::http::reply::{self, Dialect};
-use medusa_llama::http::template::ChatTemplate;
 use medusa_llama::llama::{Model, ModelParams};
 use medusa_llama::request::{
     Completion, Event, FinishReason, GrammarSource, Piece, Request, SpeculationUsage, Timings,
@@ -155,7 +155,7 @@ proptest! {
     /// A body becomes checked requests or an error that says something; nothing panics.
     #[test]
     fn a_body_is_read_or_refused(body in prop_oneof![9 => body().boxed(), 1 => any_json().boxed()]) {
-        static TEMPLATE: LazyLock<Result<ChatTemplate, String>> = LazyLock::new(|| ChatTemplate::of(&MODEL));
+        static TEMPLATE: LazyLock<Result<Template, String>> = LazyLock::new(|| Template::of(&MODEL));
         static READERS: LazyLock<Readers> = LazyLock::new(|| Readers::new(N_CTX));
         match READERS.generate.read(body.clone()).and_then(|body| body.into_request(1)) {
             Ok(request) => check(&request),

@@ -2,39 +2,47 @@
 #![allow(missing_docs)]
 
 mod common;
+#[path = "common/heads.rs"]
+mod heads;
 
 use std::io::Read;
-use std::sync::{Arc, Mutex, Weak};
+use std::process::Command;
+use std::sync::Arc;
 use std::time::Duration;
 
 use common::{Server, exchange, read_answer};
 use serde_json::{Value, json};
 
-/// A server that tests which run at the same time share, and that ends with the last of them:
-/// nothing drops a static.
 fn server() -> Arc<Server> {
-    static SHARED: Mutex<Weak<Server>> = Mutex::new(Weak::new());
-    let mut shared = SHARED.lock().unwrap();
-    shared.upgrade().unwrap_or_else(|| {
-        let server = Arc::new(Server::start(&["--batch-size", "4", "--ctx", "512"]));
-        *shared = Arc::downgrade(&server);
-        server
-    })
+    common::shared(&["--batch-size", "4", "--ctx", "512"])
 }
 
 fn chat(text: &str) -> String {
     format!("<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n")
 }
 
+/// Heads of which one file is a FIFO hold the load until the test writes it.
 #[test]
 fn the_port_is_open_while_the_model_loads() {
-    let server = Server::start_loading(&[]);
+    let folder = tempfile::tempdir().unwrap();
+    let fifo = folder.path().join("heads.safetensors");
+    assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    let tensors: heads::Tensors = heads::identity(1, 576)
+        .into_iter()
+        .map(|(name, tensor)| (format!("medusa_head.{name}"), tensor))
+        .collect();
+    let map: Value =
+        tensors.keys().map(|name| (name.clone(), json!("heads.safetensors"))).collect();
+    let index = folder.path().join("model.safetensors.index.json");
+    std::fs::write(index, json!({ "weight_map": map }).to_string()).unwrap();
+
+    let server =
+        Server::start_loading(&["--ctx", "256", "--heads", folder.path().to_str().unwrap()]);
     assert_eq!(server.get("/health").status, 200, "a server that loads is alive");
     let early = server.get("/ready");
-    if early.status == 503 {
-        assert_eq!(early.json(), json!({ "status": "loading" }));
-        assert!(early.head.contains("retry-after: 1"));
-    } // else the model was in memory already and loaded at once
+    assert_eq!((early.status, early.json()), (503, json!({ "status": "loading" })));
+    assert!(early.head.contains("retry-after: 1"));
+    heads::write(&fifo, &tensors);
     server.wait(|| server.get("/ready").status == 200);
     assert_eq!(server.get("/ready").json(), json!({ "status": "ok" }));
     assert_eq!(server.get("/health").json(), json!({ "status": "ok" }));
@@ -231,7 +239,7 @@ fn one_connection_serves_request_after_request() {
     assert_eq!(read_answer(socket).status, 200);
 }
 
-/// The same address for people and programs.
+/// One address serves browsers and programs.
 #[test]
 fn browsers_get_a_page_and_programs_json() {
     let server = server();
@@ -289,14 +297,13 @@ fn browsers_get_a_page_and_programs_json() {
     assert_eq!(ask("POST", "/", browser).status, 405);
 }
 
-/// Readable text, whatever the tokens: no replacement characters from split ones, in the stream
-/// either.
+/// Characters that span tokens arrive whole, also in a stream: no replacement characters.
 #[test]
 fn characters_of_several_tokens_arrive_whole() {
     let server = server();
     let body = json!({ "prompt": "Emoji list: 😀 😃 😄 😁 😆 😅", "max_tokens": 48, "temperature": 0, "stream": true });
     let answer = server.generate(&body);
     let text = answer.streamed_text();
-    assert!(text.chars().any(|c| c as u32 > 0xFFFF), "the model goes on with emoji: {text}");
+    assert!(text.chars().any(|c| c as u32 > 0xFFFF), "the model continues with emoji: {text}");
     assert!(!text.contains(char::REPLACEMENT_CHARACTER), "{text}");
 }

@@ -3,9 +3,9 @@
 
 mod common;
 
-use std::time::Duration;
-
+use clap::CommandFactory as _;
 use common::{Server, model_path, read_answer, run};
+use medusa_llama::config::Args;
 use serde_json::json;
 
 #[test]
@@ -18,7 +18,7 @@ fn sigterm_in_mid_stream_finishes_it_and_refuses_new_work() {
     server.terminate();
     server.wait(|| server.get("/ready").json() == json!({ "status": "draining" }));
     assert_eq!(server.get("/ready").status, 503);
-    assert_eq!(server.get("/health").status, 200, "it is not to be killed while it finishes");
+    assert_eq!(server.get("/health").status, 200, "a server that drains is alive");
     let refused = server.generate(&json!({ "prompt": "x" }));
     assert_eq!((refused.status, &refused.json()["error"]["type"]), (503, &json!("draining")));
     let answer = read_answer(socket);
@@ -34,12 +34,14 @@ fn sigterm_in_mid_stream_finishes_it_and_refuses_new_work() {
 fn the_drain_time_is_a_limit() {
     let server = Server::start(&["--drain-timeout", "0.3"]);
     let body = json!({ "prompt": "A long story:", "max_tokens": 2000, "stream": true, "ignore_eos": true });
-    let _socket = server.open_stream(&body);
+    let socket = server.open_stream(&body);
     server.wait(|| server.load()["running"] == 1);
     server.terminate();
-    let start = std::time::Instant::now();
     assert_eq!(server.wait_for_exit().code(), Some(0));
-    assert!(start.elapsed() < Duration::from_secs(10), "not the minute that 2,000 tokens take");
+    let answer = read_answer(socket);
+    let text = String::from_utf8_lossy(&answer.body);
+    assert!(text.matches("generated_text").count() < 2000, "not cut: {text}");
+    assert!(!text.contains("finish_reason"), "not cut: {text}");
 }
 
 #[test]
@@ -90,25 +92,34 @@ fn generate_streams_to_the_terminal() {
 }
 
 #[test]
-fn help_shows_each_variable_with_its_default() {
+fn help_shows_each_argument_with_its_variable_and_default() {
     let output = run(&["serve", "--help"], &[]);
     let text = String::from_utf8_lossy(&output.stdout);
-    for line in [
-        "MODEL_CONTEXT_SIZE",
-        "N_GPU_LAYERS",
-        "N_THREADS",
-        "MEDUSA_K_HEADS",
-        "MEDUSA_MAX_TOKENS_PER_STEP",
-        "BATCH_SIZE",
-        "MAX_WAIT_TIME",
-        "MAX_CONCURRENT_BATCHES",
-        "HOST",
-        "PORT",
-        "WORKERS",
-        "LOG_LEVEL",
-        "[default: 2048]",
-        "[default: 8000]",
-    ] {
-        assert!(text.contains(line), "{line} in\n{text}");
+    let mut entries: Vec<String> = vec![];
+    for line in text.lines().map(str::trim) {
+        if line.starts_with('-') && !line.starts_with("- ") {
+            entries.push(String::new());
+        }
+        entries.last_mut().into_iter().for_each(|entry| *entry += &format!("{line} "));
     }
+    let args = Args::command();
+    let serve = args.find_subcommand("serve").unwrap();
+    let mut n_variables = 0;
+    for arg in
+        serve.get_arguments().filter(|arg| !["help", "version"].contains(&arg.get_id().as_str()))
+    {
+        let long = format!("--{} ", arg.get_long().unwrap());
+        let entry = entries.iter().find(|entry| entry.contains(&long));
+        let entry = entry.unwrap_or_else(|| panic!("{long} in\n{text}"));
+        if let Some(variable) = arg.get_env() {
+            let variable = format!("[env: {}", variable.to_str().unwrap());
+            assert!(entry.contains(&variable), "{variable} in\n{entry}");
+            n_variables += 1;
+        }
+        for default in arg.get_default_values() {
+            let default = format!("[default: {}]", default.to_str().unwrap());
+            assert!(entry.contains(&default), "{default} in\n{entry}");
+        }
+    }
+    assert!(n_variables > 30, "{n_variables}");
 }

@@ -16,7 +16,6 @@ use medusa_llama::engine::{Engine, Forward, Job, Layout, Limits, Rows, StepError
 use medusa_llama::llama::Token;
 use medusa_llama::request::Request;
 use serde_json::{Value, json};
-use socket2::{Domain, Socket, Type};
 use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::CertificateDer;
 use tokio_rustls::rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
@@ -308,23 +307,13 @@ fn keys_that_cannot_be_are_refused_at_start_and_not_shown() {
     assert!(!String::from_utf8_lossy(&help.stdout).contains("sesame"));
 }
 
-/// A connection that holds little: small segments and a small buffer here keep the server's buffer
-/// small, too.
-fn narrow_connection(server: &Server) -> TcpStream {
-    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
-    socket.set_recv_buffer_size(2048).unwrap();
-    socket.set_tcp_mss(536).unwrap();
-    socket.connect(&server.addr.into()).unwrap();
-    socket.into()
-}
-
 #[test]
 fn a_reader_that_stalls_is_let_go_and_its_request_cancelled() {
     let server =
         Server::start(&["--ctx", "1024", "--write-timeout", "0.5", "--log-format", "json"]);
     let body =
         json!({ "prompt": "A long tale:", "max_tokens": 900, "n": 4, "stream": true, "ignore_eos": true }).to_string();
-    let mut stalled = narrow_connection(&server);
+    let mut stalled = server.narrow_connection();
     stalled
         .write_all(&request_bytes(
             "POST /v1/completions",

@@ -8,7 +8,6 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
-use medusa_llama::config::HeadKind;
 use medusa_llama::engine::forward::LlamaForward;
 use medusa_llama::engine::{Engine, Job, Layout, Limits};
 use medusa_llama::llama::{
@@ -18,7 +17,8 @@ use medusa_llama::request::{Completion, Event, Request, SamplingParams};
 use medusa_llama::speculate::cost::Cost;
 use medusa_llama::speculate::heads::{HeadNets, Heads, Shape as HeadsShape};
 use medusa_llama::speculate::{self, Speculator};
-use medusa_llama::synth::{self, Shape, heads};
+use medusa_llama::synth::{self, ModelShape, heads};
+use medusa_llama::train::kind::HeadKind;
 use tempfile::TempDir;
 use tokio::sync::mpsc::{self, Receiver};
 
@@ -28,8 +28,8 @@ mod files;
 const N_SLOTS: usize = 8;
 const N_IDS: usize = 128;
 
-fn tiny() -> Shape {
-    Shape::by_name("tiny").unwrap()
+fn tiny() -> ModelShape {
+    ModelShape::by_name("tiny").unwrap()
 }
 
 /// Writes a tiny model and returns its bytes.
@@ -136,7 +136,7 @@ fn a_seed_gives_one_file() {
     }
     let left: Vec<_> =
         std::fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
-    assert_eq!(left.len(), 3, "nothing but what was asked for: {left:?}");
+    assert_eq!(left.len(), 3, "no other files: {left:?}");
 }
 
 /// Each tensor is stored as llama.cpp's quantizer would have stored it, had it been given all
@@ -177,7 +177,7 @@ fn a_tiny_model_reads_and_writes_text() {
     assert_eq!(first.0, again.0);
     assert_ne!(first.0, sampled.0);
     for (text, done) in [&first, &sampled] {
-        assert_eq!(done.usage.completion_tokens, 64, "it goes on: {text:?}");
+        assert_eq!(done.usage.completion_tokens, 64, "it does not end: {text:?}");
         let letters: HashSet<char> = text.chars().filter(char::is_ascii_lowercase).collect();
         assert!(letters.len() > 8, "{text:?}");
     }
@@ -230,7 +230,7 @@ fn heads_of_both_kinds_load_and_draft() {
         let to = folder.path().join(format!("{kind:?}"));
         let spec = heads::Spec { shape: &tiny(), kind, n_heads: 3, seed: 1 };
         let n_bytes = heads::write(&to, spec).unwrap();
-        let path = heads::file(&to, kind);
+        let path = kind.file(&to);
         let bytes = std::fs::read(&path).unwrap();
         assert_eq!(bytes.len() as u64, n_bytes);
         heads::write(&to, spec).unwrap();
@@ -391,7 +391,7 @@ fn distribution(logits: &[f32], temperature: f64) -> Vec<(Token, f64)> {
 const TOP_K: usize = 3;
 const N_TOKENS: usize = 4;
 
-/// All continuations of a prompt of [`N_TOKENS`] tokens by the [`TOP_K`] likeliest each, with their
+/// All continuations of a prompt of [`N_TOKENS`] tokens by the [`TOP_K`] most likely tokens each, with their
 /// probabilities by llama.cpp's logits, computed a row at a time.
 fn continuations(
     model: &Arc<Model>,
@@ -454,7 +454,7 @@ fn sampled_text_has_the_models_own_distribution() {
     tensors.insert("token_map".into(), files::Tensor::i64(&known));
     files::write(&heads.join("medusa_lm_head.safetensors"), &tensors);
 
-    // Outcomes that are to be expected fewer than ten times stand together.
+    // Outcomes with an expectation below ten are counted together.
     let mut outcomes: Vec<(String, f64)> = vec![];
     let mut rare = 0.0;
     for (continuation, p) in &expected {

@@ -6,7 +6,9 @@ mod common;
 use std::path::Path;
 use std::process::{Command, Output};
 
+use common::context::MODEL;
 use common::{Server, model_path};
+use medusa_llama::train::prompts::Prompts;
 use serde_json::json;
 
 fn train(folder: &Path, args: &[&str]) -> Output {
@@ -63,7 +65,7 @@ fn a_few_prompts_become_heads_of_either_kind_and_a_second_run_goes_on_where_the_
     let heads =
         trained(folder.path(), &conditioned, "conditioned", "conditioned_heads.safetensors");
 
-    // Everything is there: nothing is asked anew, and the same heads come out.
+    // All answers exist: a second run collects none, and fits the same heads.
     let features = || std::fs::read_dir(folder.path().join("work/features")).unwrap().count();
     let n_before = features();
     assert!(
@@ -72,7 +74,7 @@ fn a_few_prompts_become_heads_of_either_kind_and_a_second_run_goes_on_where_the_
     );
     assert_eq!(features(), n_before);
 
-    // The features serve for heads of another shape, but what was half fitted does not.
+    // The features serve for heads of another shape; the checkpoint does not.
     let plain = folder.path().join("plain");
     let other = train(folder.path(), &["-o", plain.to_str().unwrap(), "--kind", "medusa"]);
     let refusal = String::from_utf8_lossy(&other.stderr).into_owned();
@@ -80,6 +82,36 @@ fn a_few_prompts_become_heads_of_either_kind_and_a_second_run_goes_on_where_the_
     std::fs::remove_file(folder.path().join("work/checkpoint.safetensors")).unwrap();
     trained(folder.path(), &plain, "medusa", "medusa_lm_head.safetensors");
     assert_eq!(features(), n_before);
+}
+
+/// Training renders a prompt to the tokens that a server computes for the same messages: the server
+/// finds all of them but the last, which it always computes, in its cache.
+#[test]
+fn heads_are_trained_on_the_prompts_that_are_served() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("prompts.jsonl");
+    let user = "  What is 2 + 2? <|im_end|> \u{1F600}\n";
+    std::fs::write(&file, json!({ "prompt": user }).to_string()).unwrap();
+    let server = Server::start(&["--ctx", "256"]);
+    for system in [None, Some("Be brief."), Some("")] {
+        let mut prompts = Prompts::read(&file).unwrap();
+        prompts.render(&MODEL, system).unwrap();
+        let n_tokens = MODEL.tokenize(prompts.text(0), true).unwrap().len();
+
+        let system = system.map(|content| json!({ "role": "system", "content": content }));
+        let messages: Vec<_> =
+            system.into_iter().chain([json!({ "role": "user", "content": user })]).collect();
+        let ask = |path, mut body: serde_json::Value| {
+            body["max_tokens"] = json!(1);
+            let answer = server.post_to(path, &body).json();
+            let usage = &answer["usage"];
+            let n = |n: &serde_json::Value| n.as_u64().unwrap() as usize;
+            (n(&usage["prompt_tokens"]), n(&usage["prompt_tokens_details"]["cached_tokens"]))
+        };
+        let chat = ask("/v1/chat/completions", json!({ "messages": messages }));
+        let text = ask("/v1/completions", json!({ "prompt": prompts.text(0) }));
+        assert_eq!((chat.0, text), (n_tokens, (n_tokens, n_tokens - 1)));
+    }
 }
 
 #[test]

@@ -1,5 +1,4 @@
-//! `medusa-llama tune` on a tiny model: what it prints and writes, what it refuses, and that it
-//! leaves nothing behind.
+//! `medusa-llama tune` on a tiny model: its output and errors, and that it removes its files.
 #![allow(missing_docs)]
 
 use std::path::Path;
@@ -7,7 +6,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use medusa_llama::llama::Quantization;
-use medusa_llama::synth::{self, Shape};
+use medusa_llama::synth::{self, ModelShape};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -15,7 +14,7 @@ use tempfile::TempDir;
 fn model(quantization: &str) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     let quantization = Quantization::by_name(quantization).unwrap();
-    let shape = Shape::by_name("tiny").unwrap();
+    let shape = ModelShape::by_name("tiny").unwrap();
     synth::model(&folder.path().join("tiny.gguf"), &shape, quantization, 1, &mut |_, _| ())
         .unwrap();
     std::fs::create_dir(folder.path().join("tmp")).unwrap();
@@ -135,7 +134,7 @@ fn all_candidates_are_measured_and_one_is_recommended() {
 }
 
 #[test]
-fn files_are_kept_where_asked_and_a_second_quantization_is_said_to_lose() {
+fn files_are_kept_with_keep_and_a_second_quantization_is_warned_of() {
     let folder = model("Q8_0");
     let args =
         ["-f", "text.txt", "--types", "Q4_0", "--threads", "1", "--rounds", "1", "--keep", "kept"];
@@ -153,7 +152,7 @@ fn files_are_kept_where_asked_and_a_second_quantization_is_said_to_lose() {
 }
 
 #[test]
-fn an_interrupted_run_leaves_nothing_behind() {
+fn an_interrupted_run_removes_its_files() {
     let folder = model("F16");
     let temporary = folder.path().join("tmp");
     let mut command = Command::new(env!("CARGO_BIN_EXE_medusa-llama"));
@@ -202,7 +201,7 @@ fn what_cannot_be_measured_is_refused_with_its_reason_and_leaves_nothing() {
         let said = refusal(folder.path(), args);
         assert!(said.contains(reason), "{reason}: {said}");
     }
-    // Where it fails at the very end, too: a folder is no file to write.
+    // Also if it fails at the very end: a folder cannot be written as a file.
     let late =
         ["-f", "text.txt", "--types", "Q4_0", "--threads", "1", "--rounds", "1", "--json", "tmp"];
     assert!(refusal(folder.path(), &late).contains("cannot write tmp"));

@@ -14,7 +14,7 @@ use crate::config::BenchArgs;
 use crate::engine;
 use crate::engine::handle::Handle;
 use crate::engine::thread::{DraftParams, EngineParams, spawn_with};
-use crate::plot::{self, Labels, Line};
+use crate::plot::{self, Captions, Series};
 use crate::request::{Caller, Completion, Request, SamplingParams, Source, Speculation};
 use crate::speculate::reliability::{Count, N_DEPTHS, Reliability, calibration_error};
 use crate::speculate::simulated::{Acceptance, Simulated};
@@ -119,7 +119,7 @@ struct Calibrated {
 /// # Errors
 /// When model, heads or prompts cannot be read, a result cannot be written, or the engine fails.
 pub fn bench(args: &BenchArgs) -> anyhow::Result<()> {
-    let prompts = Prompts::read(&args.prompts.file, args.prompts.system.clone(), args.prompts.raw)?;
+    let mut prompts = Prompts::read(&args.prompts.file)?;
     let mut params = params(args)?;
     let engine = match args.acceptance.clone() {
         None => engine::spawn(params),
@@ -131,6 +131,9 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let report = runtime.block_on(async {
         let handle = engine.ready().await.map_err(|e| anyhow!(e))?;
+        if !args.prompts.raw {
+            prompts.render(handle.model(), args.prompts.system.as_deref())?;
+        }
         measure(args, &handle, &prompts).await
     });
     engine.stop();
@@ -142,7 +145,7 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<()> {
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
     if let Some(path) = &args.report.svg {
-        let line = |&name: &&str| Line {
+        let line = |&name: &&str| Series {
             name: name.to_owned(),
             points: report
                 .by_parallel
@@ -150,10 +153,10 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<()> {
                 .map(|(&n, modes)| (n as f64, modes[name].rate()))
                 .collect(),
         };
-        let lines: Vec<Line> = report.modes.iter().map(line).collect();
+        let lines: Vec<Series> = report.modes.iter().map(line).collect();
         let simulated = if report.simulated { ", simulated acceptance" } else { "" };
         let title = format!("{}, {}{simulated}", report.model, report.quantization);
-        let labels = Labels { title: &title, x: "parallel requests", y: "tokens/s" };
+        let labels = Captions { title: &title, x: "parallel requests", y: "tokens/s" };
         plot::lines(path, labels, &lines, true)?;
     }
     Ok(())
@@ -291,8 +294,7 @@ async fn run(
     let started = Instant::now();
     let mut running = JoinSet::new();
     for &i in group {
-        let (handle, request) =
-            (handle.clone(), request(args, prompts.text(handle.model(), i), mode));
+        let (handle, request) = (handle.clone(), request(args, prompts.text(i).to_owned(), mode));
         running.spawn(async move { ask(&handle, &request).await });
     }
     let mut figures = Figures::default();

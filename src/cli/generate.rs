@@ -64,13 +64,12 @@ fn request(args: &GenerateArgs) -> anyhow::Result<Request> {
         prompt.clear();
         std::io::stdin().read_to_string(&mut prompt)?;
     }
-    let random = || std::time::UNIX_EPOCH.elapsed().map_or(0, |t| t.as_nanos() as u64);
     let sampling = SamplingParams {
         temperature: args.temperature,
         top_p: args.top_p,
         top_k: args.top_k,
         min_p: args.min_p,
-        seed: args.seed.unwrap_or_else(random),
+        seed: args.seed.unwrap_or_else(|| fastrand::u64(..)),
         ..SamplingParams::default()
     };
     let stop = args.stop.clone();

@@ -19,22 +19,38 @@ pub use train::train;
 pub use tune::tune;
 
 use std::io::IsTerminal;
+use std::path::Path;
 
+use anyhow::{Context as _, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::sync::watch;
 
 use crate::engine::Stage;
+use crate::eval;
+use crate::llama::{Model, Token};
+
+/// A progress bar of `n` units, in indicatif's template language.
+fn bar(n: usize, template: &str) -> ProgressBar {
+    let style = ProgressStyle::with_template(template).expect("a valid template");
+    ProgressBar::new(n as u64).with_style(style)
+}
+
+/// A text to measure perplexity on, with its tokens.
+fn read_text(file: &Path, model: &Model) -> anyhow::Result<(String, Vec<Token>)> {
+    let shown = file.display();
+    let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {shown}"))?;
+    let tokens = model.tokenize(&text, false)?;
+    let (n, least) = (tokens.len(), 2 * eval::WINDOW);
+    ensure!(n >= least, "{shown} has {n} tokens; at least {least} are needed");
+    Ok((text, tokens))
+}
 
 /// Shows a progress bar on a terminal until the model is loaded or has failed to load.
 async fn show_loading(mut stage: watch::Receiver<Stage>) {
     if !std::io::stderr().is_terminal() {
         return;
     }
-    let bar = ProgressBar::new(100);
-    bar.set_style(
-        ProgressStyle::with_template("loading model {bar:40} {percent:>3}% {eta}")
-            .expect("a valid template"),
-    );
+    let bar = bar(100, "loading model {bar:40} {percent:>3}% {eta}");
     loop {
         let Stage::Loading(progress) = *stage.borrow_and_update() else { break };
         bar.set_position((progress * 100.0) as u64);

@@ -2,9 +2,10 @@
 
 use std::path::Path;
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 
 use crate::config::QuantizeArgs;
+use crate::files::write_whole;
 use crate::llama::{self, Quantization};
 
 /// Writes the file; it appears under its name when it is whole.
@@ -29,23 +30,12 @@ pub fn quantize(args: &QuantizeArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Writes the file under another name, which it has until it is whole.
+/// Quantizes a file; the output appears under its name when it is whole.
 pub(super) fn write(
     input: &Path,
     output: &Path,
     kind: Quantization,
     n_threads: usize,
 ) -> anyhow::Result<()> {
-    let mut part = output.to_owned().into_os_string();
-    part.push(".part");
-    let written = llama::quantize(input, part.as_ref(), kind, n_threads)
-        .map_err(anyhow::Error::from)
-        .and_then(|()| {
-            std::fs::rename(&part, output)
-                .with_context(|| format!("cannot write {}", output.display()))
-        });
-    if written.is_err() {
-        let _ = std::fs::remove_file(&part);
-    }
-    written
+    write_whole(output, |part| Ok(llama::quantize(input, part, kind, n_threads)?))
 }

@@ -1,42 +1,34 @@
-//! `medusa-llama synth`: a model of random weights in a known one's shape, and heads for it.
+//! `medusa-llama synth`: a model of random weights in the shape of a known one, and heads for it.
 
 use std::path::Path;
 use std::time::Instant;
 
 use anyhow::bail;
-use indicatif::{ProgressBar, ProgressStyle};
+use clap::ValueEnum as _;
 
-use crate::config::{HeadKind, SynthArgs};
+use super::bar;
+use crate::config::SynthArgs;
 use crate::synth::{self, heads};
+use crate::train::kind::HeadKind;
 
 /// Writes the files; each appears under its name when it is whole.
 ///
 /// # Errors
-/// When a file is there already, or cannot be written.
+/// A file exists already, or cannot be written.
 pub fn synth(args: &SynthArgs) -> anyhow::Result<()> {
-    let of_heads = |folder: &Path| {
-        [HeadKind::Medusa, HeadKind::Conditioned].map(|kind| heads::file(folder, kind))
-    };
-    let there = args
-        .heads
-        .as_deref()
-        .into_iter()
-        .flat_map(of_heads)
-        .chain([args.output.clone()])
-        .filter(|p| p.exists());
+    let kinds = HeadKind::value_variants();
+    let of_heads =
+        args.heads.iter().flat_map(|folder| kinds.iter().map(move |kind| kind.file(folder)));
+    let there = of_heads.chain([args.output.clone()]).filter(|path| path.exists());
     for path in there.collect::<Vec<_>>() {
         if !args.force {
             bail!("{} is there already: remove it, or give --force", path.display());
         }
-        // Other heads in the folder might be taken for these.
+        // A server might load other heads of the folder instead of these.
         std::fs::remove_file(path)?;
     }
     let started = Instant::now();
-    let bar = ProgressBar::new(0);
-    bar.set_style(
-        ProgressStyle::with_template("{bar:40} {bytes}/{total_bytes} {eta}")
-            .expect("a valid template"),
-    );
+    let bar = bar(0, "{bar:40} {bytes}/{total_bytes} {eta}");
     synth::model(&args.output, &args.like, args.quantization, args.seed, &mut |done, all| {
         bar.set_length(all);
         bar.set_position(done);

@@ -1,39 +1,37 @@
-//! `medusa-llama train`: answers with their features, then heads, each with a progress bar and time
-//! left.
+//! `medusa-llama train`: collects answers with their features, then fits heads to them.
 
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Instant;
 
 use anyhow::anyhow;
-use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::config::{HeadKind, TrainArgs};
+use super::bar;
+use crate::config::TrainArgs;
 use crate::engine::thread::EngineParams;
 use crate::engine::{self, Layout, Limits};
 use crate::llama::{Model, ModelParams, max_sequences};
-use crate::plot::{self, Labels, Line};
-use crate::request::Trace;
+use crate::plot::{self, Captions, Series};
 use crate::train::answers::{self, Wanted};
 use crate::train::features::Writer;
-use crate::train::fit::batch::Teaching;
-use crate::train::fit::net::{Kind, Net, Shape};
-use crate::train::fit::shards::{Matrices, Shards};
+use crate::train::fit::net::{FitNet, NetShape};
+use crate::train::fit::shards::{ModelMatrices, Shards};
 use crate::train::fit::{self, FitParams, Fitted};
+use crate::train::kind::HeadKind;
 use crate::train::prompts::Prompts;
-use crate::train::save::{self, Origin};
+use crate::train::save::{self, Provenance};
 
 /// Runs all steps.
 ///
 /// # Errors
-/// When a file cannot be read or written, the model cannot be loaded, or the work folder belongs to
+/// A file cannot be read or written, the model cannot be loaded, or the work folder belongs to
 /// another model.
 pub fn train(args: &TrainArgs) -> anyhow::Result<()> {
     std::fs::create_dir_all(&args.output)?;
     let work = args.work.clone().unwrap_or_else(|| args.output.join("work"));
-    let prompts = Prompts::read(&args.prompts.file, args.prompts.system.clone(), args.prompts.raw)?;
+    let prompts = Prompts::read(&args.prompts.file)?;
     let folder = work.join("features");
-    let (n_tokens, collect_s) = collect(args, &prompts, &folder)?;
+    let (n_tokens, collect_s) = collect(args, prompts, &folder)?;
     let model =
         Model::load(&args.model.path().map_err(|e| anyhow!(e))?, &ModelParams::default(), |_| {
             true
@@ -41,9 +39,9 @@ pub fn train(args: &TrainArgs) -> anyhow::Result<()> {
     learn(args, &model, &folder, &work.join("checkpoint.safetensors"), n_tokens, collect_s)
 }
 
-/// Collects answers with their features. Returns how many tokens there are, and the seconds that
-/// those of this run took.
-fn collect(args: &TrainArgs, prompts: &Prompts, folder: &Path) -> anyhow::Result<(usize, u64)> {
+/// Collects answers with their features. Returns the number of tokens in the work folder, and the
+/// seconds that this run spent on collecting.
+fn collect(args: &TrainArgs, mut prompts: Prompts, folder: &Path) -> anyhow::Result<(usize, u64)> {
     let n_ctx = args.model.context_size;
     let n_cells = args.batch_size * n_ctx.min(2 * args.max_answer + 256);
     let params = args.model.engine(args.batch_size).map_err(|e| anyhow!(e))?;
@@ -61,12 +59,16 @@ fn collect(args: &TrainArgs, prompts: &Prompts, folder: &Path) -> anyhow::Result
     let wanted = Wanted { n_tokens: args.tokens, max_answer: args.max_answer, seed: args.seed };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let engine = engine::spawn(params);
-    let bar = bar("answers", args.tokens, "tokens");
+    let template = "answers {bar:40} {pos}/{len} tokens {elapsed}, {eta} left";
+    let bar = bar(args.tokens, template);
     let started = Instant::now();
     let collected = runtime.block_on(async {
         let handle = engine.ready().await.map_err(|e| anyhow!(e))?;
+        if !args.prompts.raw {
+            prompts.render(handle.model(), args.prompts.system.as_deref())?;
+        }
         let mut shards = Writer::open(folder, handle.model(), (args.max_disk_gib as u64) << 30)?;
-        answers::collect(&handle, prompts, &mut shards, wanted, |n| bar.set_position(n as u64))
+        answers::collect(&handle, &prompts, &mut shards, wanted, |n| bar.set_position(n as u64))
             .await?;
         anyhow::Ok(shards.n_tokens())
     });
@@ -87,34 +89,22 @@ fn learn(
     let (train, held) = (Shards::open(folder, "train-")?, Shards::open(folder, "held-")?);
     let n_vocab = model.n_vocab();
     let vocab = train.frequent_tokens(args.draft_vocab.min(n_vocab), n_vocab)?;
-    let matrices = Matrices::of(model, vocab.iter().map(|(token, _)| *token).collect())?;
-    let kind = match args.kind {
-        HeadKind::Conditioned => Kind::Conditioned,
-        HeadKind::Medusa => Kind::Medusa,
-    };
-    let n_embd = model.n_embd();
-    let width = if kind == Kind::Medusa { n_embd } else { args.width.unwrap_or(n_embd) };
+    let matrices = ModelMatrices::of(model, vocab.iter().map(|(token, _)| *token).collect())?;
+    let (kind, n_embd) = (args.kind, model.n_embd());
+    let width = args.width.filter(|_| kind == HeadKind::Conditioned).unwrap_or(n_embd);
     let params = FitParams {
-        shape: Shape {
-            kind,
-            n_embd,
-            width,
-            n_heads: args.heads,
-            n_blocks: vec![1],
-            previous: false,
-        },
+        shape: NetShape { kind, n_embd, width, n_heads: args.heads },
         epochs: args.epochs,
         batch: 256,
         learning_rate: 1e-3,
         weight_decay: 0.01,
         decay: 0.8,
         n_classes: 4096,
-        teaching: Teaching { hard: 0.0, renormalise: true, n_likely: Trace::TOP, min_p: 0.0 },
         max_held_rows: 20_000,
         seed: args.seed,
         n_threads: args.model.threads(),
     };
-    let bar = bar("heads", 0, "steps");
+    let bar = bar(0, "heads   {bar:40} {pos}/{len} steps {elapsed}, {eta} left");
     let started = Instant::now();
     let fitted = fit::fit(&train, &held, &matrices, &params, Some(checkpoint), &mut |p| {
         bar.set_length(p.n_steps as u64);
@@ -124,8 +114,8 @@ fn learn(
     bar.finish();
 
     let output = &args.output;
-    save::weights(output, kind, &Net::new(&params.shape), &fitted.params, &vocab)?;
-    let origin = Origin {
+    save::weights(output, kind, &FitNet::new(&params.shape), &fitted.params, &vocab)?;
+    let origin = Provenance {
         model: format!(
             "{} ({})",
             model.name().unwrap_or_else(|| "unnamed model".into()),
@@ -146,7 +136,7 @@ fn learn(
     Ok(())
 }
 
-/// How this was called, for a shell.
+/// The command line, quoted for a shell.
 fn command_line() -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,+@%".contains(c);
     let quoted = |arg: String| match arg.chars().all(plain) && !arg.is_empty() {
@@ -166,11 +156,11 @@ fn draw_loss(path: &Path, fitted: &Fitted) -> anyhow::Result<()> {
         epoch.train_loss.iter().enumerate().map(|(j, &l)| (at(j), f64::from(l))).collect::<Vec<_>>()
     };
     let points = fitted.history.iter().enumerate().flat_map(loss).collect();
-    let labels = Labels { title: "Loss of all heads, weighted", x: "epochs", y: "cross entropy" };
-    plot::lines(path, labels, &[Line { name: "training".into(), points }], false)
+    let labels = Captions { title: "Loss of all heads, weighted", x: "epochs", y: "cross entropy" };
+    plot::lines(path, labels, &[Series { name: "training".into(), points }], false)
 }
 
-/// Prints what the heads reach on text that was held out.
+/// Prints the heads' accuracy on held-out answers.
 fn report(fitted: &Fitted) {
     println!("epoch   head   top-1   top-5");
     for (i, epoch) in fitted.history.iter().enumerate() {
@@ -178,11 +168,4 @@ fn report(fitted: &Fitted) {
             println!("{:5} {h:6} {:7.3} {:7.3}", i + 1, score.top(1), score.top(5));
         }
     }
-}
-
-fn bar(what: &str, n: usize, unit: &str) -> ProgressBar {
-    let bar = ProgressBar::new(n as u64);
-    let template = format!("{what:9} {{bar:40}} {{pos}}/{{len}} {unit} {{elapsed}}, {{eta}} left");
-    bar.set_style(ProgressStyle::with_template(&template).expect("a valid template"));
-    bar
 }

@@ -9,13 +9,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use tokio::runtime::Runtime;
 use tokio::task::JoinSet;
 
 use self::folder::Folder;
-use self::report::Report;
-use super::{bench::ask, quantize::write};
+use self::report::TuneReport;
+use super::{bar, bench::ask, quantize::write, read_text};
 use crate::config::TuneArgs;
 use crate::engine;
 use crate::engine::forward::LlamaForward;
@@ -23,42 +23,32 @@ use crate::engine::thread::EngineParams;
 use crate::eval;
 use crate::llama::{Context, ContextParams, Model, ModelParams, Quantization, Token};
 use crate::request::{Request, SamplingParams, Speculation};
-use crate::tune::{Candidate, Load, Measured, StepTime, TOGETHER};
+use crate::tune::{Candidate, Measured, Parallelism, StepTime, TOGETHER};
 
-/// Rows of the steps that are timed.
+/// Row counts of the timed steps.
 const ROWS: [usize; 6] = [1, 2, 4, 8, 16, 32];
-/// Characters of a prompt: short, for it is decoding that is measured.
+/// Characters of a prompt: short, since this measures decoding.
 const PROMPT: usize = 64;
 const N_BATCH: usize = 512;
 
-/// Tries all, prints the table and the recommendation, and writes what else was asked for.
+/// Measures all candidates, prints the table and the recommendation, and writes the result files.
 ///
 /// # Errors
 /// When model or text cannot be read or the text is too short, when threads are more than cores,
 /// when a file cannot be quantized or written, or when the engine fails.
 pub fn tune(args: &TuneArgs) -> anyhow::Result<()> {
-    // First all that can be wrong with what was typed: measuring takes long.
+    // Check all arguments first: measuring takes long.
     let input = args.model.path().map_err(|e| anyhow!(e))?;
     let threads = thread_counts(&args.threads)?;
     for path in [&args.report.json, &args.report.svg].into_iter().flatten() {
         check_output(path)?;
     }
-    let text = std::fs::read_to_string(&args.file)
-        .with_context(|| format!("cannot read {}", args.file.display()))?;
     let model = load(args, &input)?;
-    let tokens = model.tokenize(&text, false)?;
-    if tokens.len() < 2 * eval::WINDOW {
-        bail!(
-            "{} has {} tokens; at least {} are needed",
-            args.file.display(),
-            tokens.len(),
-            2 * eval::WINDOW
-        );
-    }
+    let (text, tokens) = read_text(&args.file, &model)?;
     let quantization = model.quantization();
     let quantized = !["F32", "F16", "BF16"].iter().any(|full| quantization.contains(full));
     let own_type = model.meta("general.file_type").and_then(|t| t.parse().ok());
-    let mut report = Report::new(args, &model, quantized);
+    let mut report = TuneReport::new(args, &model, quantized);
     drop(model);
 
     let mut kinds: Vec<Quantization> = vec![];
@@ -86,12 +76,8 @@ pub fn tune(args: &TuneArgs) -> anyhow::Result<()> {
     }
 
     let n_candidates = 1 + kinds.len();
-    let bar =
-        ProgressBar::new((kinds.len() + n_candidates * (1 + args.rounds * threads.len())) as u64);
-    bar.set_style(
-        ProgressStyle::with_template("{bar:40} {pos}/{len} {elapsed} {msg}")
-            .expect("a valid template"),
-    );
+    let n_measured = kinds.len() + n_candidates * (1 + args.rounds * threads.len());
+    let bar = bar(n_measured, "{bar:40} {pos}/{len} {elapsed} {msg}");
     bar.enable_steady_tick(Duration::from_secs(1));
     for (kind, file) in kinds.iter().zip(&files) {
         bar.set_message(format!("quantizing to {}", kind.name()));
@@ -126,7 +112,7 @@ pub fn tune(args: &TuneArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Those asked for, or powers of two up to the cores and as many as there are.
+/// The given thread counts, or powers of two below the number of cores, and that number.
 fn thread_counts(asked: &[usize]) -> anyhow::Result<Vec<usize>> {
     let cores = report::cores();
     if let Some(n) = asked.iter().find(|n| **n > cores) {
@@ -143,7 +129,7 @@ fn thread_counts(asked: &[usize]) -> anyhow::Result<Vec<usize>> {
     Ok(counts)
 }
 
-/// A result that cannot be written is known before anything is measured.
+/// Fails before measuring if a result cannot be written.
 fn check_output(path: &Path) -> anyhow::Result<()> {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     if !folder.is_dir() {
@@ -158,7 +144,7 @@ fn load(args: &TuneArgs, path: &Path) -> anyhow::Result<Arc<Model>> {
     })?))
 }
 
-/// What does not change from round to round.
+/// A candidate with what does not change from round to round.
 fn candidate(
     args: &TuneArgs,
     name: String,
@@ -184,15 +170,15 @@ fn candidate(
     })
 }
 
-/// Beginnings to go on from, spread over the text.
+/// Prompts from places spread over the text.
 fn prompts(text: &str) -> Vec<String> {
     let chars: Vec<char> = text.chars().collect();
-    let room = chars.len().saturating_sub(PROMPT);
-    (0..TOGETHER).map(|i| chars[i * room / TOGETHER..].iter().take(PROMPT).collect()).collect()
+    let n_starts = chars.len().saturating_sub(PROMPT);
+    (0..TOGETHER).map(|i| chars[i * n_starts / TOGETHER..].iter().take(PROMPT).collect()).collect()
 }
 
-/// All rounds. In each, every candidate has its turn: a machine that changes its pace changes all.
-/// Only one is in memory at a time, since several large models might not fit.
+/// Measures all rounds. Each round measures every candidate, so that a change of the machine's speed
+/// affects all. Only one is in memory at a time, since several large models might not fit.
 fn measure(
     args: &TuneArgs,
     candidates: &mut [Candidate],
@@ -204,13 +190,13 @@ fn measure(
     let (n, n_counts) = (candidates.len(), candidates[0].by_threads.len());
     for round in 0..args.rounds {
         for t in 0..n_counts {
-            // Which goes first changes, since the next one finds a warmer machine.
+            // The order rotates, since later candidates run on a warmer machine.
             for i in (0..n).map(|k| (round + k) % n) {
                 let (name, own) = (&candidates[i].name, &mut candidates[i].by_threads[t]);
                 bar.set_message(format!("round {}: {name}, threads: {}", round + 1, own.threads));
                 time_steps(args, &paths[i], own)?;
                 time_decoding(args, &paths[i], prompts, own, &runtime)?;
-                let [alone, together] = Load::ALL
+                let [alone, together] = Parallelism::ALL
                     .map(|load| own.speed(load).rounds.last().copied().unwrap_or_default());
                 say(
                     bar,
@@ -227,12 +213,12 @@ fn measure(
     Ok(())
 }
 
-/// A line for who waits, beside the bar or without one.
+/// Prints a line of progress, above the bar if there is one.
 fn say(bar: &ProgressBar, line: &str) {
     if bar.is_hidden() { eprintln!("{line}") } else { bar.println(line) }
 }
 
-/// The curve of steps by rows.
+/// Measures step times by rows.
 fn time_steps(args: &TuneArgs, path: &Path, own: &mut Measured) -> anyhow::Result<()> {
     let params = ContextParams {
         n_cells: N_BATCH,
@@ -253,7 +239,7 @@ fn time_steps(args: &TuneArgs, path: &Path, own: &mut Measured) -> anyhow::Resul
     Ok(())
 }
 
-/// Plain decoding by the engine that serves, of one sequence and of several.
+/// Measures decoding without drafts in the serving engine, of one sequence and of several.
 fn time_decoding(
     args: &TuneArgs,
     path: &Path,
@@ -266,8 +252,8 @@ fn time_decoding(
     let engine = engine::spawn(EngineParams { n_gpu_layers: args.model.n_gpu_layers, ..params });
     let measured = runtime.block_on(async {
         let handle = engine.ready().await.map_err(|e| anyhow!(e))?;
-        ask(&handle, &request(&prompts[0], 2)).await?; // the first touches memory that later ones find touched
-        for load in Load::ALL {
+        ask(&handle, &request(&prompts[0], 2)).await?; // the first request touches memory for the first time
+        for load in Parallelism::ALL {
             let mut running = JoinSet::new();
             for prompt in &prompts[..load.parallel()] {
                 let (handle, request) = (handle.clone(), request(prompt, args.max_tokens));

@@ -2,15 +2,16 @@
 
 use std::path::PathBuf;
 
+use clap::Args as ClapArgs;
 use clap::builder::NonEmptyStringValueParser;
-use clap::{Args as ClapArgs, ValueEnum};
 use serde::Deserialize as _;
 use serde::de::IntoDeserializer as _;
 
 use super::{DraftArgs, ModelArgs, between};
 use crate::llama::Quantization;
 use crate::request::Speculation;
-use crate::synth::Shape;
+use crate::synth::ModelShape;
+use crate::train::kind::HeadKind;
 
 /// Prompts to answer.
 #[derive(Clone, Debug, ClapArgs)]
@@ -218,7 +219,7 @@ pub struct TuneArgs {
 pub struct SynthArgs {
     /// Model whose shape to use: vicuna-7b, llama-3-8b, smollm2-135m or tiny
     #[arg(long, value_name = "NAME", value_parser = shape)]
-    pub like: Shape,
+    pub like: ModelShape,
     /// GGUF file to write
     #[arg(short, long, value_name = "FILE.gguf")]
     pub output: PathBuf,
@@ -242,15 +243,6 @@ pub struct SynthArgs {
     pub force: bool,
 }
 
-/// Input of trained heads.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum HeadKind {
-    /// The hidden state and the path drafted so far
-    Conditioned,
-    /// The hidden state only, as in Medusa
-    Medusa,
-}
-
 fn speculation(name: &str) -> Result<Speculation, String> {
     Speculation::deserialize(name.into_deserializer())
         .map_err(|error: serde::de::value::Error| error.to_string())
@@ -260,8 +252,8 @@ fn quantization(name: &str) -> Result<Quantization, String> {
     one_of(Quantization::by_name(name), Quantization::names())
 }
 
-fn shape(name: &str) -> Result<Shape, String> {
-    one_of(Shape::by_name(name), Shape::names())
+fn shape(name: &str) -> Result<ModelShape, String> {
+    one_of(ModelShape::by_name(name), ModelShape::names())
 }
 
 /// The value that was found by its name, or an error with the known names.

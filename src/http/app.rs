@@ -13,8 +13,8 @@ use super::auth::Auth;
 use super::cors::Cors;
 use super::problem::Problem;
 use super::record::AccessRecord;
-use super::template::ChatTemplate;
 use super::tls::Tls;
+use crate::chat::Template;
 use crate::engine::{Handle, Stage, SubmitError};
 use crate::metrics::Metrics;
 use crate::telemetry::Telemetry;
@@ -46,7 +46,7 @@ pub struct App {
     /// What `GET /` lists: method and path of each route.
     pub endpoints: Vec<String>,
     /// The model's chat template, read at the first chat; or why there is none.
-    pub template: OnceLock<Result<ChatTemplate, String>>,
+    pub template: OnceLock<Result<Template, String>>,
 }
 
 /// Limits of the HTTP server, per client or in total.

@@ -15,7 +15,7 @@ use super::app::{App, RequestContext};
 use super::openai::{Chunks, Endpoint};
 use super::problem::Problem;
 use super::reply::{self, Dialect, Reply};
-use super::template::ChatTemplate;
+use crate::chat::Template;
 use crate::engine::{Answer, Failed, Handle};
 use crate::error::Invalid;
 use crate::request::{self, Caller, Completion, Event, FinishReason};
@@ -61,7 +61,7 @@ pub async fn complete(cx: RequestContext, request: Request<Incoming>) -> Result<
 pub async fn chat(cx: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
     let handle = cx.app.engine()?;
     let body = cx.app.readers.chat.read(read_json(&cx.app, request).await?)?;
-    let template = cx.app.template.get_or_init(|| ChatTemplate::of(handle.model()));
+    let template = cx.app.template.get_or_init(|| Template::of(handle.model()));
     let choices = body.into_choices(handle.limits().n_ctx, fastrand::u64(..), template)?;
     answer_openai(cx, &handle, choices, Endpoint::Chat).await
 }

@@ -5,7 +5,7 @@
 //! access log ([`record`] collects what goes into it); [`routes`] finds the path's entry in the one
 //! table of routes, lets [`auth`] admit the request, and calls the handler: [`information`],
 //! [`health`], [`completions`], [`page`] or [`docs`]. [`api`] has the bodies of requests and answers,
-//! [`template`] turns messages into a prompt, [`openai`] and [`reply`] write answers, [`problem`]
+//! [`openai`] and [`reply`] write answers, [`problem`]
 //! errors. [`app`] is what they share. [`accept`], [`cors`] and [`tls`] are what their names say, and
 //! [`openapi`] documents it all. None of them sees a KV cell, a batch or llama.cpp; they know the
 //! engine's [`Handle`](crate::engine::Handle) only, and the model's template.
@@ -28,5 +28,4 @@ pub mod record;
 pub mod reply;
 pub mod routes;
 pub mod server;
-pub mod template;
 pub mod tls;

@@ -152,9 +152,9 @@ fn add_keys(document: &mut OpenApi) {
 mod tests {
     use serde_json::{Value, json};
 
+    use crate::chat::Template;
     use crate::error::Invalid;
     use crate::http::api::Readers;
-    use crate::http::template::ChatTemplate;
 
     const N_CTX: usize = 2048;
 
@@ -167,7 +167,7 @@ mod tests {
             "CompletionRequest" => readers.completion.read(body)?.into_choices(N_CTX, 1)?,
             _ => {
                 let (none, template) = (String::new(), "{{ messages }}".into());
-                let template = ChatTemplate::new(template, none.clone(), none, false);
+                let template = Template::new(template, none.clone(), none, false);
                 readers.chat.read(body)?.into_choices(N_CTX, 1, &template)?
             }
         };

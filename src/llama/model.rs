@@ -205,43 +205,6 @@ impl Model {
         (!template.is_null()).then(|| unsafe { text(template) })
     }
 
-    /// Messages, each a role and what it says, in the model's chat format, up to where the
-    /// assistant begins; `None` where the model has no template, or one that llama.cpp does not
-    /// know.
-    #[must_use]
-    pub fn chat_prompt(&self, messages: &[(&str, &str)]) -> Option<String> {
-        let template = CString::new(self.chat_template()?).ok()?;
-        let c = |s: &str| CString::new(s.replace('\0', "")).ok();
-        let owned = messages
-            .iter()
-            .map(|(role, content)| Some((c(role)?, c(content)?)))
-            .collect::<Option<Vec<_>>>()?;
-        let chat: Vec<sys::chat_message> = owned
-            .iter()
-            .map(|(r, t)| sys::chat_message { role: r.as_ptr(), content: t.as_ptr() })
-            .collect();
-        let fill = |out: &mut [u8]| {
-            let room = i32::try_from(out.len()).unwrap_or(i32::MAX);
-            // SAFETY: zero-terminated texts that live through the call; at most `room` bytes are
-            // written.
-            unsafe {
-                let out = out.as_mut_ptr().cast::<c_char>();
-                sys::chat_apply_template(
-                    template.as_ptr(),
-                    chat.as_ptr(),
-                    chat.len(),
-                    true,
-                    out,
-                    room,
-                )
-            }
-        };
-        let n = usize::try_from(fill(&mut [])).ok()?; // -1 for a template it does not know; else the length, whatever fits
-        let mut out = vec![0; n];
-        fill(&mut out);
-        String::from_utf8(out).ok()
-    }
-
     /// The token that ends a turn, or a text where turns have none of their own.
     #[must_use]
     pub fn end_token(&self) -> Option<Token> {

@@ -1,33 +1,34 @@
-//! Random heads for a model of random weights, streamed to a safetensors file: as Vicuna's
-//! published heads have them (Medusa v1, an output matrix for each head, F16), or conditioned, with
-//! a draft vocabulary.
+//! Random heads for a model of random weights, streamed to a safetensors file: in the layout of
+//! Vicuna's published heads (Medusa v1, an output matrix for each head, F16), or conditioned with a
+//! draft vocabulary.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::{Map, json};
 
+use super::ModelShape;
 use super::values::Values;
 use super::vocab::N_SPECIAL;
-use super::weights::{Fill, Weights};
-use super::{Shape, SynthError, with_suffix};
-use crate::config::HeadKind;
+use super::weights::{Fill, TensorSpec};
+use crate::files::{FileError, write_whole};
 use crate::llama::TensorType;
+use crate::train::kind::HeadKind;
 
-/// Tokens that conditioned heads know, as many as `medusa-llama train` gives them.
+/// Draft vocabulary of conditioned heads, the default of `medusa-llama train`.
 const DRAFT_VOCAB: usize = 16_384;
 
 /// Heads for a model of this shape.
 #[derive(Clone, Copy, Debug)]
 pub struct Spec<'a> {
-    /// The model's.
-    pub shape: &'a Shape,
-    /// What the heads see.
+    /// The model's shape.
+    pub shape: &'a ModelShape,
+    /// The heads' inputs.
     pub kind: HeadKind,
-    /// How many.
+    /// Number of heads.
     pub n_heads: usize,
-    /// Decides all values.
+    /// Seeds all values.
     pub seed: u64,
 }
 
@@ -36,90 +37,84 @@ struct Entry {
     key: String,
     dtype: &'static str,
     shape: Vec<usize>,
-    source: Source,
+    source: EntryData,
 }
 
 /// Where its values come from.
-enum Source {
-    /// Drawn, in F16.
-    Weights(Weights),
+enum EntryData {
+    /// Random, in F16.
+    TensorSpec(TensorSpec),
     Bytes(Vec<u8>),
 }
 
 impl Entry {
-    fn matrix(weights: Weights) -> Self {
+    fn matrix(weights: TensorSpec) -> Self {
         let shape = vec![weights.n_out, weights.n_in];
-        Self { key: weights.name.clone(), dtype: "F16", shape, source: Source::Weights(weights) }
+        Self {
+            key: weights.name.clone(),
+            dtype: "F16",
+            shape,
+            source: EntryData::TensorSpec(weights),
+        }
     }
 
     fn zeros(name: String, n: usize) -> Self {
-        let weights = Weights { name, n_in: n, n_out: 1, fill: Fill::Zeros };
+        let weights = TensorSpec { name, n_in: n, n_out: 1, fill: Fill::Constant(0.0) };
         Self { shape: vec![n], ..Self::matrix(weights) }
     }
 
     fn bytes(key: &str, dtype: &'static str, n: usize, bytes: Vec<u8>) -> Self {
-        Self { key: key.into(), dtype, shape: vec![n], source: Source::Bytes(bytes) }
+        Self { key: key.into(), dtype, shape: vec![n], source: EntryData::Bytes(bytes) }
     }
 
     fn n_bytes(&self) -> usize {
         match &self.source {
-            Source::Weights(w) => w.n_out * TensorType::F16.bytes(w.n_in),
-            Source::Bytes(bytes) => bytes.len(),
+            EntryData::TensorSpec(w) => w.n_out * TensorType::F16.bytes(w.n_in),
+            EntryData::Bytes(bytes) => bytes.len(),
         }
     }
 }
 
-/// The file that heads of a kind stand in.
-#[must_use]
-pub fn file(folder: &Path, kind: HeadKind) -> PathBuf {
-    folder.join(match kind {
-        HeadKind::Medusa => "medusa_lm_head.safetensors",
-        HeadKind::Conditioned => "conditioned_heads.safetensors",
-    })
-}
-
-/// Writes heads and their `config.json` to a folder, which is made if need be. Returns the size of
+/// Writes heads and their `config.json` to a folder, which is created if needed. Returns the size of
 /// the heads' file in bytes.
 ///
 /// # Errors
-/// [`SynthError`] when a file cannot be written.
-pub fn write(folder: &Path, spec: Spec<'_>) -> Result<u64, SynthError> {
-    std::fs::create_dir_all(folder).map_err(|e| SynthError::file(folder, e))?;
-    let path = file(folder, spec.kind);
-    let part = with_suffix(&path, ".part");
+/// [`FileError`]: a file cannot be written.
+pub fn write(folder: &Path, spec: Spec<'_>) -> Result<u64, FileError> {
+    std::fs::create_dir_all(folder).map_err(|e| FileError::new(folder, e))?;
+    let path = spec.kind.file(folder);
     let entries = match spec.kind {
         HeadKind::Medusa => medusa(spec.shape, spec.n_heads),
         HeadKind::Conditioned => conditioned(spec.shape, spec.n_heads),
     };
-    let n_bytes = stream(&part, &entries, spec.seed)?;
-    std::fs::rename(&part, &path).map_err(|e| SynthError::file(&path, e))?;
+    let n_bytes = write_whole(&path, |part| stream(part, &entries, spec.seed))?;
     let config = folder.join("config.json");
     let text = json!({
         "medusa_num_heads": spec.n_heads, "medusa_num_layers": 1, "random_weights_like": spec.shape.name, "seed": spec.seed,
     });
-    std::fs::write(&config, format!("{text:#}\n")).map_err(|e| SynthError::file(&config, e))?;
+    std::fs::write(&config, format!("{text:#}\n")).map_err(|e| FileError::new(&config, e))?;
     Ok(n_bytes)
 }
 
 /// Medusa v1, with a block and an output matrix for each head.
-fn medusa(shape: &Shape, n_heads: usize) -> Vec<Entry> {
+fn medusa(shape: &ModelShape, n_heads: usize) -> Vec<Entry> {
     let (d, n_vocab) = (shape.n_embd, shape.n_vocab);
     let head = |h: usize| {
         [
-            Entry::matrix(Weights::matrix(format!("{h}.0.linear.weight"), d, d)),
+            Entry::matrix(TensorSpec::matrix(format!("{h}.0.linear.weight"), d, d)),
             Entry::zeros(format!("{h}.0.linear.bias"), d),
-            Entry::matrix(Weights::output(format!("{h}.1.weight"), d, n_vocab)),
+            Entry::matrix(TensorSpec::output(format!("{h}.1.weight"), d, n_vocab)),
         ]
     };
     (0..n_heads).flat_map(head).collect()
 }
 
-/// Our own layout, with blocks as wide as the model and a draft vocabulary of words. How often each
-/// was met follows Zipf's law.
-fn conditioned(shape: &Shape, n_heads: usize) -> Vec<Entry> {
+/// Our own layout, with blocks as wide as the model and a draft vocabulary of words. Token counts
+/// follow Zipf's law.
+fn conditioned(shape: &ModelShape, n_heads: usize) -> Vec<Entry> {
     let d = shape.n_embd;
     let head = |h: usize| {
-        let matrix = |name: &str| Entry::matrix(Weights::matrix(format!("{h}.{name}"), d, d));
+        let matrix = |name: &str| Entry::matrix(TensorSpec::matrix(format!("{h}.{name}"), d, d));
         [matrix("w"), matrix("u"), matrix("v"), Entry::zeros(format!("{h}.b"), d)]
     };
     let mut entries: Vec<Entry> = (0..n_heads).flat_map(head).collect();
@@ -133,8 +128,8 @@ fn conditioned(shape: &Shape, n_heads: usize) -> Vec<Entry> {
 
 /// Writes a safetensors file: the length of the header, the header, and values in its order.
 /// Returns the file's size.
-fn stream(path: &Path, entries: &[Entry], seed: u64) -> Result<u64, SynthError> {
-    let fail = |e: std::io::Error| SynthError::file(path, e);
+fn stream(path: &Path, entries: &[Entry], seed: u64) -> Result<u64, FileError> {
+    let fail = |e: std::io::Error| FileError::new(path, e);
     let mut header = Map::new();
     let mut end = 0;
     for entry in entries {
@@ -150,14 +145,14 @@ fn stream(path: &Path, entries: &[Entry], seed: u64) -> Result<u64, SynthError> 
     let mut out = BufWriter::with_capacity(1 << 20, File::create(path).map_err(fail)?);
     out.write_all(&(header.len() as u64).to_le_bytes()).map_err(fail)?;
     out.write_all(header.as_bytes()).map_err(fail)?;
-    // Not the model's values once more.
+    // Other values than the model's.
     let mut values = Values::new(!seed);
     for entry in entries {
         match &entry.source {
-            Source::Weights(weights) => {
+            EntryData::TensorSpec(weights) => {
                 values.write(weights, TensorType::F16, &mut out, &mut |_| ()).map_err(fail)?
             }
-            Source::Bytes(bytes) => out.write_all(bytes).map_err(fail)?,
+            EntryData::Bytes(bytes) => out.write_all(bytes).map_err(fail)?,
         }
     }
     out.flush().map_err(fail)?;

@@ -1,14 +1,13 @@
-//! Models and heads of random weights in the shape of known ones: what a step takes depends on
-//! shapes and types alone, so speed can be measured at real sizes where the real weights are not at
-//! hand.
+//! Models and heads of random weights in the shape of known ones: the time of a step depends on
+//! shapes and types alone, so speed can be measured at real sizes without the real weights.
 //!
-//! 1. [`Shape`] names the sizes; `weights` lists its tensors, each with how its values are
+//! 1. [`ModelShape`] names the sizes; `weights` lists its tensors, each with how its values are
 //!    distributed, so that activations stay finite and no token has all the probability.
-//! 2. llama.cpp's own quantizer says how each tensor is to be stored: it is given a file of the
-//!    same tensors with two rows each.
-//! 3. `values` draws random pieces once for each type and spread, and puts rows together of them.
-//!    So a file grows as fast as the disk takes it, and takes memory for one row.
-//! 4. `vocab` makes up a vocabulary; [`heads`] matching heads.
+//! 2. llama.cpp's own quantizer decides how to store each tensor: it quantizes a file of the same
+//!    tensors with two rows each.
+//! 3. `values` draws random pieces once for each type and deviation, and builds rows from them, so a
+//!    file is written at the disk's speed and with memory for one row.
+//! 4. `vocab` makes up a vocabulary; [`heads`] writes matching heads.
 //!
 //! The same arguments give the same bytes.
 
@@ -18,19 +17,19 @@ mod vocab;
 mod weights;
 
 use std::collections::HashMap;
-use std::fmt::Display;
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::{BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use crate::files::{FileError, with_suffix, write_whole};
 use crate::llama::{self, ALIGNMENT, LlamaError, Meta, Quantization, TensorInfo, TensorType};
 use values::Values;
-use weights::Weights;
+use weights::TensorSpec;
 
 /// Sizes of a model of the llama architecture.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Shape {
-    /// What it goes by here.
+pub struct ModelShape {
+    /// Its name in `--like`.
     pub name: &'static str,
     /// Layers.
     pub n_layer: usize,
@@ -40,7 +39,7 @@ pub struct Shape {
     pub n_ff: usize,
     /// Attention heads.
     pub n_head: usize,
-    /// Those that have keys and values of their own.
+    /// Attention heads with keys and values of their own.
     pub n_head_kv: usize,
     /// Tokens of the vocabulary.
     pub n_vocab: usize,
@@ -52,9 +51,9 @@ pub struct Shape {
     pub tied: bool,
 }
 
-/// As the models' configurations have them, and one of less than a megabyte for tests.
-const SHAPES: [Shape; 4] = [
-    Shape {
+/// The sizes of published models, and a model of less than a megabyte for tests.
+const SHAPES: [ModelShape; 4] = [
+    ModelShape {
         name: "vicuna-7b",
         n_layer: 32,
         n_embd: 4096,
@@ -66,7 +65,7 @@ const SHAPES: [Shape; 4] = [
         rope_base: 10_000.0,
         tied: false,
     },
-    Shape {
+    ModelShape {
         name: "llama-3-8b",
         n_layer: 32,
         n_embd: 4096,
@@ -78,7 +77,7 @@ const SHAPES: [Shape; 4] = [
         rope_base: 500_000.0,
         tied: false,
     },
-    Shape {
+    ModelShape {
         name: "smollm2-135m",
         n_layer: 30,
         n_embd: 576,
@@ -90,7 +89,7 @@ const SHAPES: [Shape; 4] = [
         rope_base: 100_000.0,
         tied: true,
     },
-    Shape {
+    ModelShape {
         name: "tiny",
         n_layer: 2,
         n_embd: 64,
@@ -108,26 +107,15 @@ const SHAPES: [Shape; 4] = [
 #[derive(Debug, thiserror::Error)]
 pub enum SynthError {
     /// It cannot be written.
-    #[error("{}: {reason}", path.display())]
-    File {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        reason: String,
-    },
-    /// ggml or llama.cpp refused.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// ggml or llama.cpp rejected it.
     #[error("{0}")]
     Llama(#[from] LlamaError),
 }
 
-impl SynthError {
-    fn file(path: &Path, reason: impl Display) -> Self {
-        Self::File { path: path.to_owned(), reason: reason.to_string() }
-    }
-}
-
-impl Shape {
-    /// By its name.
+impl ModelShape {
+    /// The shape of this name.
     #[must_use]
     pub fn by_name(name: &str) -> Option<Self> {
         SHAPES.into_iter().find(|s| s.name == name)
@@ -143,26 +131,20 @@ impl Shape {
 /// bytes written and bytes in all.
 ///
 /// # Errors
-/// [`SynthError`] when the file, or one beside it for a moment, cannot be written.
+/// [`SynthError`] when the file, or a temporary one beside it, cannot be written.
 pub fn model(
     path: &Path,
-    shape: &Shape,
+    shape: &ModelShape,
     quantization: Quantization,
     seed: u64,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<(), SynthError> {
-    let part = with_suffix(path, ".part");
-    let written = write_model(&part, shape, quantization, seed, progress)
-        .and_then(|()| std::fs::rename(&part, path).map_err(|e| SynthError::file(path, e)));
-    if written.is_err() {
-        let _ = std::fs::remove_file(&part);
-    }
-    written
+    write_whole(path, |part| write_model(part, shape, quantization, seed, progress))
 }
 
 fn write_model(
     path: &Path,
-    shape: &Shape,
+    shape: &ModelShape,
     quantization: Quantization,
     seed: u64,
     progress: &mut dyn FnMut(u64, u64),
@@ -170,7 +152,7 @@ fn write_model(
     let weights = weights::of(shape);
     let meta = metadata(shape, quantization);
     let types = stored_types(path, &weights, &meta, quantization)?;
-    let info = |w: &Weights| TensorInfo {
+    let info = |w: &TensorSpec| TensorInfo {
         name: w.name.clone(),
         n_in: w.n_in,
         n_out: w.n_out,
@@ -179,7 +161,7 @@ fn write_model(
     let tensors: Vec<TensorInfo> = weights.iter().map(info).collect();
     llama::write_header(path, &meta, &tensors)?;
 
-    let fail = |e: std::io::Error| SynthError::file(path, e);
+    let fail = |e: std::io::Error| FileError::new(path, e);
     let mut out = BufWriter::with_capacity(
         1 << 20,
         OpenOptions::new().append(true).open(path).map_err(fail)?,
@@ -195,30 +177,30 @@ fn write_model(
         let padding = info.bytes().next_multiple_of(ALIGNMENT) - info.bytes();
         out.write_all(&[0; ALIGNMENT][..padding]).map_err(fail)?;
     }
-    out.flush().map_err(fail)
+    Ok(out.flush().map_err(fail)?)
 }
 
-/// How llama.cpp stores each tensor of such a file: its choice depends on the metadata, names and
-/// rows' length alone, so two rows of each, all zero, are quantized, and the result is looked at.
+/// How llama.cpp stores each tensor of such a file. Its choice depends on metadata, names and row
+/// lengths alone, so it quantizes a file with two rows of zeros for each tensor.
 fn stored_types(
     beside: &Path,
-    weights: &[Weights],
+    weights: &[TensorSpec],
     meta: &[(&str, Meta)],
     quantization: Quantization,
 ) -> Result<HashMap<String, TensorType>, SynthError> {
-    let before = |w: &Weights| {
+    let before = |w: &TensorSpec| {
         let (n_out, kind) = if w.n_out == 1 { (1, TensorType::F32) } else { (2, TensorType::F16) };
         TensorInfo { name: w.name.clone(), n_in: w.n_in, n_out, kind }
     };
     let tensors: Vec<TensorInfo> = weights.iter().map(before).collect();
     let (from, to) = (with_suffix(beside, ".from"), with_suffix(beside, ".to"));
+    let fail = |e: std::io::Error| FileError::new(&from, e);
     let look = || {
         llama::write_header(&from, meta, &tensors)?;
         let n_bytes: usize = tensors.iter().map(|t| t.bytes().next_multiple_of(ALIGNMENT)).sum();
-        let file: File =
-            OpenOptions::new().append(true).open(&from).map_err(|e| SynthError::file(&from, e))?;
-        let n_header = file.metadata().map_err(|e| SynthError::file(&from, e))?.len();
-        file.set_len(n_header + n_bytes as u64).map_err(|e| SynthError::file(&from, e))?;
+        let file = OpenOptions::new().append(true).open(&from).map_err(fail)?;
+        let n_header = file.metadata().map_err(fail)?.len();
+        file.set_len(n_header + n_bytes as u64).map_err(fail)?;
         llama::quantize(&from, &to, quantization, 1)?;
         Ok(llama::tensor_types(&to)?.into_iter().collect())
     };
@@ -227,8 +209,8 @@ fn stored_types(
     types
 }
 
-/// What llama.cpp asks a file of this architecture for.
-fn metadata(shape: &Shape, quantization: Quantization) -> Vec<(&'static str, Meta)> {
+/// The metadata that llama.cpp needs for this architecture.
+fn metadata(shape: &ModelShape, quantization: Quantization) -> Vec<(&'static str, Meta)> {
     let number = |n: usize| Meta::Number(n as u32);
     let mut meta = vec![
         ("general.architecture", Meta::Text("llama".into())),
@@ -248,10 +230,4 @@ fn metadata(shape: &Shape, quantization: Quantization) -> Vec<(&'static str, Met
     ];
     meta.extend(vocab::metadata(shape.n_vocab));
     meta
-}
-
-fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(suffix);
-    name.into()
 }

@@ -1,27 +1,26 @@
-//! Random values as they are stored: pieces are drawn once for each type and deviation, and a row
-//! is a random sequence of them.
+//! Random values in their stored form: pieces are drawn once for each type and deviation, and a row is
+//! a random sequence of them.
 //!
-//! To draw and quantize seven billion values would take minutes; to copy them takes as long as the
-//! disk. Rows that have a piece in common at the same place are a little alike, which no
-//! measurement of speed sees.
+//! Drawing and quantizing seven billion values would take minutes; copying pieces runs at the disk's
+//! speed. Rows that share a piece at the same place are correlated, which does not affect speed.
 
 use std::collections::HashMap;
 use std::io::{self, Write};
 
-use super::weights::{Fill, Weights};
+use super::weights::{Fill, TensorSpec};
 use crate::llama::{LlamaError, TensorType};
 
 /// Pieces of each kind.
 const N_PIECES: usize = 8192;
-/// Values of a piece, or those of the type's block where it is larger.
+/// Values of a piece; the type's block if that is larger.
 const PIECE: usize = 32;
-/// By what the deviation of faint rows is divided.
+/// The divisor of the deviation of faint rows.
 const FAINT: f32 = 4.0;
 
-/// Where values come from.
+/// The source of values.
 pub(super) struct Values {
     rng: fastrand::Rng,
-    /// By type, and deviation in bits.
+    /// By type and deviation (its bits).
     pieces: HashMap<(TensorType, u32), Vec<u8>>,
 }
 
@@ -30,13 +29,13 @@ impl Values {
         Self { rng: fastrand::Rng::with_seed(seed), pieces: HashMap::new() }
     }
 
-    /// Writes a tensor row by row, and tells `wrote` how many bytes each time.
+    /// Writes a tensor row by row, and calls `wrote` with the bytes of each.
     ///
     /// # Errors
-    /// When `out` does not take them, or `kind` does not take such rows.
+    /// `out` fails, or `kind` cannot store rows of this length.
     pub fn write(
         &mut self,
-        weights: &Weights,
+        weights: &TensorSpec,
         kind: TensorType,
         out: &mut impl Write,
         wrote: &mut dyn FnMut(usize),
@@ -44,26 +43,21 @@ impl Values {
         let mut row = vec![];
         for i in 0..weights.n_out {
             row.clear();
-            match weights.fill {
-                Fill::Ones => {
-                    row.extend(kind.store(&vec![1.0; weights.n_in]).map_err(io::Error::other)?)
-                }
-                Fill::Zeros => {
-                    row.extend(kind.store(&vec![0.0; weights.n_in]).map_err(io::Error::other)?)
-                }
+            let filled = match weights.fill {
+                Fill::Constant(value) => kind.store(&vec![value; weights.n_in]).map(|v| row = v),
                 Fill::Normal { deviation, n_faint } => {
                     let deviation = if i < n_faint { deviation / FAINT } else { deviation };
                     self.normal(weights.n_in, kind, deviation, &mut row)
-                        .map_err(io::Error::other)?;
                 }
-            }
+            };
+            filled.map_err(io::Error::other)?;
             out.write_all(&row)?;
             wrote(row.len());
         }
         Ok(())
     }
 
-    /// Appends `n` values, whole blocks.
+    /// Appends `n` values in whole blocks.
     fn normal(
         &mut self,
         n: usize,
@@ -103,7 +97,7 @@ mod tests {
     #[test]
     fn values_have_their_deviation_and_rows_differ() {
         let fill = Fill::Normal { deviation: 0.5, n_faint: 1 };
-        let weights = Weights { name: "x".into(), n_in: 40, n_out: 500, fill };
+        let weights = TensorSpec { name: "x".into(), n_in: 40, n_out: 500, fill };
         let mut bytes = vec![];
         Values::new(1).write(&weights, TensorType::F32, &mut bytes, &mut |_| ()).unwrap();
         let values: Vec<f32> =

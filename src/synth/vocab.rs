@@ -1,13 +1,11 @@
-//! A made-up vocabulary that any text can be written in: three tokens that are no text, all bytes,
-//! and then all short strings of lower-case letters and spaces, the shortest first, as many as
-//! there is room for. Pure.
+//! A made-up vocabulary that covers any text: three control tokens, all bytes, and then strings of
+//! lower-case letters and spaces, the shortest first, up to the vocabulary's size. Pure.
 //!
-//! English text takes about a token for three letters, where the vocabulary is as large as
-//! Vicuna's.
+//! English text takes about one token for three letters with a vocabulary of Vicuna's size.
 
 use crate::llama::Meta;
 
-/// Tokens that are no text, or bytes: the first ones.
+/// Control tokens and bytes, which come first.
 pub(super) const N_SPECIAL: usize = 3 + 256;
 
 /// llama.cpp's kinds of tokens.
@@ -19,10 +17,10 @@ const BYTE: i32 = 6;
 /// A space, as SentencePiece writes it, and letters.
 const ALPHABET: &str = "▁abcdefghijklmnopqrstuvwxyz";
 
-/// What a file says of a vocabulary of `n` tokens, more than [`N_SPECIAL`].
+/// The metadata of a vocabulary of `n` tokens, more than [`N_SPECIAL`].
 pub(super) fn metadata(n: usize) -> [(&'static str, Meta); 9] {
     let (tokens, kinds): (Vec<String>, Vec<i32>) = (0..n).map(token).unzip();
-    // Pairs that come first are merged first.
+    // Earlier pairs are merged first.
     let scores = (0..n).map(|i| -(i as f32)).collect();
     [
         ("tokenizer.ggml.model", Meta::Text("llama".into())),

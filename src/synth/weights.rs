@@ -1,11 +1,11 @@
-//! A model's tensors and how their values are distributed. Pure.
+//! A model's tensors and the distributions of their values. Pure.
 //!
 //! Matrices are normal with a deviation of `1 / sqrt(inputs)`, so a normalised state stays as large
 //! as it is; what is added to the residual stream is smaller by `sqrt(layers)`, so all layers
 //! together add about as much as one. The output matrix makes logits with a deviation of
 //! [`LOGIT_DEVIATION`], which leaves many tokens a chance and makes a few of them likely.
 
-use super::Shape;
+use super::ModelShape;
 use super::vocab::N_SPECIAL;
 
 /// Deviation of logits.
@@ -13,7 +13,7 @@ pub(super) const LOGIT_DEVIATION: f32 = 3.0;
 
 /// A tensor to be filled.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Weights {
+pub(super) struct TensorSpec {
     pub name: String,
     /// Values of a row.
     pub n_in: usize,
@@ -22,20 +22,17 @@ pub(super) struct Weights {
     pub fill: Fill,
 }
 
-/// What with.
+/// The values of a tensor.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Fill {
-    Ones,
-    Zeros,
+    /// One value everywhere.
+    Constant(f32),
     /// Normal values of this deviation; in the first `n_faint` rows of a quarter of it.
-    Normal {
-        deviation: f32,
-        n_faint: usize,
-    },
+    Normal { deviation: f32, n_faint: usize },
 }
 
-impl Weights {
-    /// A matrix that leaves a normalised state as large as it is.
+impl TensorSpec {
+    /// A matrix that keeps the size of a normalised state.
     pub fn matrix(name: String, n_in: usize, n_out: usize) -> Self {
         Self {
             name,
@@ -45,18 +42,18 @@ impl Weights {
         }
     }
 
-    /// A matrix that makes logits of a normalised state: smaller ones for the tokens that are no
-    /// text, so that greedy text has none of them and never ends.
+    /// A matrix from a normalised state to logits: smaller ones for control tokens and bytes, so that
+    /// greedy text never contains them and never ends.
     pub fn output(name: String, n_in: usize, n_vocab: usize) -> Self {
         let deviation = LOGIT_DEVIATION / (n_in as f32).sqrt();
         Self { name, n_in, n_out: n_vocab, fill: Fill::Normal { deviation, n_faint: N_SPECIAL } }
     }
 
     fn norm(name: String, n: usize) -> Self {
-        Self { name, n_in: n, n_out: 1, fill: Fill::Ones }
+        Self { name, n_in: n, n_out: 1, fill: Fill::Constant(1.0) }
     }
 
-    /// A matrix whose results are added to the residual stream, which `n_layer` layers do.
+    /// A matrix whose results each of `n_layer` layers adds to the residual stream.
     fn residual(name: String, n_in: usize, n_out: usize, n_layer: usize) -> Self {
         let deviation = ((n_in * n_layer) as f32).sqrt().recip();
         Self { name, n_in, n_out, fill: Fill::Normal { deviation, n_faint: 0 } }
@@ -64,32 +61,32 @@ impl Weights {
 }
 
 /// All tensors, by llama.cpp's names.
-pub(super) fn of(shape: &Shape) -> Vec<Weights> {
-    let Shape { n_embd, n_ff, n_layer, n_vocab, .. } = *shape;
+pub(super) fn of(shape: &ModelShape) -> Vec<TensorSpec> {
+    let ModelShape { n_embd, n_ff, n_layer, n_vocab, .. } = *shape;
     let n_kv = n_embd / shape.n_head * shape.n_head_kv;
     let embeddings = "token_embd.weight".to_owned();
     let mut all = if shape.tied {
-        vec![Weights::output(embeddings, n_embd, n_vocab)]
+        vec![TensorSpec::output(embeddings, n_embd, n_vocab)]
     } else {
         let fill = Fill::Normal { deviation: 1.0, n_faint: 0 };
         vec![
-            Weights { name: embeddings, n_in: n_embd, n_out: n_vocab, fill },
-            Weights::output("output.weight".into(), n_embd, n_vocab),
+            TensorSpec { name: embeddings, n_in: n_embd, n_out: n_vocab, fill },
+            TensorSpec::output("output.weight".into(), n_embd, n_vocab),
         ]
     };
-    all.push(Weights::norm("output_norm.weight".into(), n_embd));
+    all.push(TensorSpec::norm("output_norm.weight".into(), n_embd));
     for layer in 0..n_layer {
         let name = |of: &str| format!("blk.{layer}.{of}.weight");
         all.extend([
-            Weights::norm(name("attn_norm"), n_embd),
-            Weights::matrix(name("attn_q"), n_embd, n_embd),
-            Weights::matrix(name("attn_k"), n_embd, n_kv),
-            Weights::matrix(name("attn_v"), n_embd, n_kv),
-            Weights::residual(name("attn_output"), n_embd, n_embd, n_layer),
-            Weights::norm(name("ffn_norm"), n_embd),
-            Weights::matrix(name("ffn_gate"), n_embd, n_ff),
-            Weights::matrix(name("ffn_up"), n_embd, n_ff),
-            Weights::residual(name("ffn_down"), n_ff, n_embd, n_layer),
+            TensorSpec::norm(name("attn_norm"), n_embd),
+            TensorSpec::matrix(name("attn_q"), n_embd, n_embd),
+            TensorSpec::matrix(name("attn_k"), n_embd, n_kv),
+            TensorSpec::matrix(name("attn_v"), n_embd, n_kv),
+            TensorSpec::residual(name("attn_output"), n_embd, n_embd, n_layer),
+            TensorSpec::norm(name("ffn_norm"), n_embd),
+            TensorSpec::matrix(name("ffn_gate"), n_embd, n_ff),
+            TensorSpec::matrix(name("ffn_up"), n_embd, n_ff),
+            TensorSpec::residual(name("ffn_down"), n_ff, n_embd, n_layer),
         ]);
     }
     all

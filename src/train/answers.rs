@@ -1,6 +1,6 @@
-//! The model's own answers, from the batched engine, and what it thought at each of their tokens:
-//! what its heads learn to predict. Answers go to shards as they end, so a killed run loses a
-//! shard at most and goes on with the next answer.
+//! The model's own answers, from the batched engine, with the hidden state and distribution at each
+//! token: what its heads learn to predict. Answers go to shards as they end, so a killed run loses
+//! one shard at most and resumes with the next answer.
 
 use tokio::task::JoinSet;
 
@@ -10,13 +10,14 @@ use super::prompts::Prompts;
 use crate::engine::handle::Handle;
 use crate::request::{Caller, Request, SamplingParams, Speculation, Trace};
 
-/// Temperatures in turn: half of the answers are greedy, as most requests for which speed matters.
+/// Temperatures in turn: half of the answers are greedy, as are most requests for which speed
+/// matters.
 const TEMPERATURES: [f32; 4] = [0.0, 0.8, 0.0, 1.0];
 
-/// What to collect.
+/// How much to collect.
 #[derive(Clone, Copy, Debug)]
 pub struct Wanted {
-    /// Answers until they have this many tokens.
+    /// Tokens of all answers.
     pub n_tokens: usize,
     /// Most tokens of one answer.
     pub max_answer: usize,
@@ -24,20 +25,21 @@ pub struct Wanted {
     pub seed: u64,
 }
 
-/// Answers to one prompt that run together: its cells are computed for the first one and shared.
+/// Answers to one prompt that run at the same time: the prompt's cells are computed once and
+/// shared.
 const TOGETHER: usize = 2;
 
-/// Rounds in which a prompt is asked, and what came of each.
-struct Asked {
+/// A prompt's answers, each with its round.
+struct PromptAnswers {
     prompt: usize,
     answers: Vec<(usize, Trace)>,
 }
 
-/// Asks until the shards hold as many tokens as are wanted, or their disk space is full. `progress`
-/// gets the number of tokens there are.
+/// Asks until the shards hold the wanted number of tokens, or their disk space is full. `progress`
+/// gets the number of tokens so far.
 ///
 /// # Errors
-/// When a shard cannot be written, no prompt fits, or the engine fails. What is in shards stays.
+/// A shard cannot be written, no prompt fits, or the engine fails. Written shards stay.
 pub async fn collect(
     handle: &Handle,
     prompts: &Prompts,
@@ -45,13 +47,14 @@ pub async fn collect(
     wanted: Wanted,
     mut progress: impl FnMut(usize),
 ) -> Result<(), TrainError> {
-    let order = shuffled(prompts.len(), wanted.seed);
+    let mut order: Vec<usize> = (0..prompts.len()).collect();
+    fastrand::Rng::with_seed(wanted.seed).shuffle(&mut order);
     let rounds = (0..).step_by(TOGETHER).map(|first| first..first + TOGETHER);
     let mut open = rounds
         .flat_map(|rounds| order.iter().enumerate().map(move |(k, &id)| (rounds.clone(), k, id)));
     let most_prompt = handle.limits().n_ctx.saturating_sub(wanted.max_answer);
     let most_running = (handle.limits().n_slots + 4).div_ceil(TOGETHER);
-    let mut running: JoinSet<Result<Asked, TrainError>> = JoinSet::new();
+    let mut running: JoinSet<Result<PromptAnswers, TrainError>> = JoinSet::new();
     let mut n_refused = 0;
     progress(shards.n_tokens());
     loop {
@@ -59,12 +62,12 @@ pub async fn collect(
             && shards.has_room()
             && running.len() < most_running
         {
-            let (rounds, k, prompt) = open.next().expect("rounds have no end");
+            let (rounds, k, prompt) = open.next().expect("an endless iterator");
             let rounds: Vec<usize> = rounds.filter(|&round| !shards.has(prompt, round)).collect();
             if rounds.is_empty() {
                 continue;
             }
-            let text = prompts.text(handle.model(), prompt);
+            let text = prompts.text(prompt).to_owned();
             if handle.model().tokenize(&text, true)?.len() > most_prompt {
                 n_refused += 1;
                 if n_refused > 2 * prompts.len() {
@@ -77,9 +80,8 @@ pub async fn collect(
                 let mut started = vec![];
                 for round in rounds {
                     let temperature = TEMPERATURES[(k + round) % TEMPERATURES.len()];
-                    let seed = wanted.seed
-                        ^ ((round as u64) << 32 | prompt as u64)
-                            .wrapping_mul(0x9E37_79B9_7F4A_7C15);
+                    let seed = wanted.seed ^ ((round as u64) << 32 | prompt as u64);
+                    let seed = fastrand::Rng::with_seed(seed).u64(..);
                     let request = request(text.clone(), temperature, wanted.max_answer, seed);
                     let submitted = handle.submit(request, Caller::default()).await;
                     let mut answer = submitted.map_err(|e| TrainError::Engine(e.to_string()))?;
@@ -93,11 +95,12 @@ pub async fn collect(
                     let untraced = || TrainError::Engine("it does not trace answers".into());
                     answers.push((round, done.trace.ok_or_else(untraced)?));
                 }
-                Ok(Asked { prompt, answers })
+                Ok(PromptAnswers { prompt, answers })
             });
         }
-        let Some(asked) = running.join_next().await else { return shards.flush() };
-        let Asked { prompt, answers } = asked.map_err(|e| TrainError::Engine(e.to_string()))??;
+        let Some(asked) = running.join_next().await else { return Ok(shards.flush()?) };
+        let PromptAnswers { prompt, answers } =
+            asked.map_err(|e| TrainError::Engine(e.to_string()))??;
         for (round, trace) in answers {
             shards.add(prompt, round, trace)?;
         }
@@ -112,30 +115,5 @@ fn request(prompt: String, temperature: f32, max_tokens: usize, seed: u64) -> Re
         speculation: Speculation::Off,
         share_text: false,
         ..Request::new(prompt, max_tokens)
-    }
-}
-
-/// 0 to `n - 1`, shuffled by `seed` (Fisher and Yates).
-fn shuffled(n: usize, seed: u64) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..n).collect();
-    for i in (1..n).rev() {
-        let draw = super::mix(seed ^ ((i as u64) << 20));
-        order.swap(i, (draw % (i as u64 + 1)) as usize);
-    }
-    order
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_order_is_a_permutation_that_the_seed_decides() {
-        let order = shuffled(100, 1);
-        assert_ne!(order, shuffled(100, 2));
-        assert_eq!(order, shuffled(100, 1));
-        let mut sorted = order.clone();
-        sorted.sort_unstable();
-        assert!(sorted.into_iter().eq(0..100) && order != (0..100).collect::<Vec<_>>());
     }
 }

@@ -1,64 +1,69 @@
-//! What heads learn from, on the disk: for each token of the answers the hidden state it was chosen
-//! from, the token, and the model's own distribution.
+//! Training data on the disk: for each token of the answers the hidden state it was chosen from, the
+//! token, and the model's own distribution.
 //!
-//! Features stand in shards, safetensors files of some 32 thousand rows, answers one after the
-//! other:
+//! Shards are safetensors files of about 32 thousand rows, answers one after the other:
 //!
 //! | tensor | shape | what |
 //! |---|---|---|
 //! | `hidden` | F16, n x n_embd | post-norm hidden state that the token was chosen from |
 //! | `next` | U32, n | the token |
 //! | `remaining` | U32, n | rows of the same answer that follow |
-//! | `top`, `top_p` | U32 and F16, n x [`Trace::TOP`] | the likeliest tokens there, and their probabilities |
+//! | `top`, `top_p` | U32 and F16, n x [`Trace::TOP`] | the most likely tokens there, and their probabilities |
 //!
-//! Shards come in pairs, for answers to train on and for those that are held out: every twentieth
-//! prompt's. The metadata of the second one, which is written last, name the model, the answers of
-//! the pair, and their tokens.
+//! Shards come in pairs, one to train on and one held out with the answers of every twentieth
+//! prompt. The metadata of the held-out shard, which is written last, name the model, the answers
+//! of the pair, and their tokens.
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use half::f16;
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
 
-use super::TrainError;
+use super::{le_bytes, read_header, write_tensors};
+use crate::files::FileError;
 use crate::llama::Model;
 use crate::request::Trace;
 
-/// Rows of a pair of shards: what a kill can cost.
+/// Rows of a pair of shards, the most that a killed run loses.
 const SHARD: usize = 1 << 15;
 /// One prompt in this many is held out.
 const HELD_OUT: u64 = 20;
 
-/// Bytes that a row takes on the disk.
+/// Whether a prompt's answers are for measuring, not for training.
+fn is_held_out(prompt: usize) -> bool {
+    fastrand::Rng::with_seed(prompt as u64).u64(..HELD_OUT) == 0
+}
+
+/// Bytes of a row on the disk.
 #[must_use]
 pub fn row_bytes(n_embd: usize) -> usize {
     2 * n_embd + 8 + 6 * Trace::TOP
 }
 
-/// Writes shards behind those that are there.
+/// Writes shards after those that exist.
 pub struct Writer {
     folder: PathBuf,
     identity: String,
     n_embd: usize,
     /// The next pair's number.
     next: usize,
-    /// Answers that are there, by prompt and round.
+    /// Answers that exist, by prompt and round.
     answered: HashSet<(usize, usize)>,
     n_tokens: usize,
     max_tokens: usize,
-    /// Of the pair that is being filled.
+    /// Answers of the pair that is being filled.
     waiting: Vec<(usize, usize)>,
-    train: Rows,
-    held: Rows,
+    train: ShardRows,
+    held: ShardRows,
 }
 
 impl Writer {
-    /// Goes on with the shards of a folder. They take up to about `max_bytes`.
+    /// Continues the shards of a folder, which take up to about `max_bytes`.
     ///
     /// # Errors
-    /// When the folder cannot be read, or its shards are another model's.
-    pub fn open(folder: &Path, model: &Model, max_bytes: u64) -> Result<Self, TrainError> {
+    /// The folder cannot be read, or its shards belong to another model.
+    pub fn open(folder: &Path, model: &Model, max_bytes: u64) -> Result<Self, FileError> {
         let identity =
             format!("{} {} {}", model.quantization(), model.size_bytes(), model.n_params());
         Self::resume(folder, identity, model.n_embd(), max_bytes)
@@ -69,8 +74,8 @@ impl Writer {
         identity: String,
         n_embd: usize,
         max_bytes: u64,
-    ) -> Result<Self, TrainError> {
-        std::fs::create_dir_all(folder).map_err(|e| TrainError::file(folder, e))?;
+    ) -> Result<Self, FileError> {
+        std::fs::create_dir_all(folder).map_err(|e| FileError::new(folder, e))?;
         let max_tokens = (max_bytes / row_bytes(n_embd) as u64) as usize;
         let mut writer = Self {
             folder: folder.to_owned(),
@@ -81,10 +86,10 @@ impl Writer {
             n_tokens: 0,
             max_tokens,
             waiting: vec![],
-            train: Rows::default(),
-            held: Rows::default(),
+            train: ShardRows::default(),
+            held: ShardRows::default(),
         };
-        let entries = std::fs::read_dir(folder).map_err(|e| TrainError::file(folder, e))?;
+        let entries = std::fs::read_dir(folder).map_err(|e| FileError::new(folder, e))?;
         for path in entries.flatten().map(|e| e.path()) {
             let name =
                 path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
@@ -92,23 +97,20 @@ impl Writer {
                 .strip_prefix("held-")
                 .and_then(|n| n.strip_suffix(".safetensors")?.parse::<usize>().ok());
             if let Some(number) = number {
-                writer.note_pair(&path)?;
+                writer.add_pair(&path)?;
                 writer.next = writer.next.max(number + 1);
             }
         }
         Ok(writer)
     }
 
-    /// Takes in what a pair's metadata say.
-    fn note_pair(&mut self, path: &Path) -> Result<(), TrainError> {
-        let bytes = std::fs::read(path).map_err(|e| TrainError::file(path, e))?;
-        let (_, meta) =
-            SafeTensors::read_metadata(&bytes).map_err(|e| TrainError::file(path, e))?;
-        let meta = meta.metadata().clone().unwrap_or_default();
+    /// Adds the answers that a held-out shard's metadata list.
+    fn add_pair(&mut self, path: &Path) -> Result<(), FileError> {
+        let meta = read_header(path)?.metadata().clone().unwrap_or_default();
         if meta.get("model").is_none_or(|m| *m != self.identity) {
-            return Err(TrainError::file(
+            return Err(FileError::new(
                 path,
-                "its features are of another model: remove the folder, or name another",
+                "its features belong to another model: remove the folder, or name another",
             ));
         }
         let answers = meta
@@ -116,14 +118,14 @@ impl Writer {
             .and_then(|list| serde_json::from_str::<Vec<(usize, usize)>>(list).ok());
         let n_tokens = meta.get("tokens").and_then(|n| n.parse::<usize>().ok());
         let (Some(answers), Some(n_tokens)) = (answers, n_tokens) else {
-            return Err(TrainError::file(path, "is no shard"));
+            return Err(FileError::new(path, "is not a shard"));
         };
         self.answered.extend(answers);
         self.n_tokens += n_tokens;
         Ok(())
     }
 
-    /// Whether a prompt's answer is there already.
+    /// Whether a prompt's answer exists.
     #[must_use]
     pub fn has(&self, prompt: usize, round: usize) -> bool {
         self.answered.contains(&(prompt, round))
@@ -144,13 +146,12 @@ impl Writer {
     /// Adds an answer.
     ///
     /// # Errors
-    /// When a full shard cannot be written.
-    pub fn add(&mut self, prompt: usize, round: usize, trace: Trace) -> Result<(), TrainError> {
+    /// A full shard cannot be written.
+    pub fn add(&mut self, prompt: usize, round: usize, trace: Trace) -> Result<(), FileError> {
         self.answered.insert((prompt, round));
         self.n_tokens += trace.tokens.len();
         self.waiting.push((prompt, round));
-        let held_out = super::mix(prompt as u64).is_multiple_of(HELD_OUT);
-        if held_out { &mut self.held } else { &mut self.train }.push(trace);
+        if is_held_out(prompt) { &mut self.held } else { &mut self.train }.push(trace);
         if self.n_waiting() >= SHARD { self.flush() } else { Ok(()) }
     }
 
@@ -158,11 +159,11 @@ impl Writer {
         self.train.next.len() + self.held.next.len()
     }
 
-    /// Writes what waits for a full shard.
+    /// Writes the answers that wait for a full shard.
     ///
     /// # Errors
-    /// When a file cannot be written.
-    pub fn flush(&mut self) -> Result<(), TrainError> {
+    /// A file cannot be written.
+    pub fn flush(&mut self) -> Result<(), FileError> {
         if self.waiting.is_empty() {
             return Ok(());
         }
@@ -186,7 +187,7 @@ impl Writer {
 
 /// Rows that wait to be written.
 #[derive(Default)]
-struct Rows {
+struct ShardRows {
     hidden: Vec<f16>,
     next: Vec<u32>,
     remaining: Vec<u32>,
@@ -194,7 +195,7 @@ struct Rows {
     top_p: Vec<f16>,
 }
 
-impl Rows {
+impl ShardRows {
     fn push(&mut self, trace: Trace) {
         self.hidden.extend(trace.hidden);
         self.remaining.extend((0..trace.tokens.len() as u32).rev());
@@ -203,26 +204,22 @@ impl Rows {
         self.top_p.extend(trace.top.iter().map(|(_, p)| *p));
     }
 
-    /// Writes and empties them. The file appears under its name when it is whole.
+    /// Writes the rows to a file and clears them.
     fn write(
         &mut self,
         path: &Path,
         meta: HashMap<String, String>,
         n_embd: usize,
-    ) -> Result<(), TrainError> {
+    ) -> Result<(), FileError> {
         let n = self.next.len();
-        let u32s =
-            |values: &[u32]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
-        let f16s =
-            |values: &[f16]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
         let tensors = [
-            ("hidden", Dtype::F16, vec![n, n_embd], f16s(&self.hidden)),
-            ("next", Dtype::U32, vec![n], u32s(&self.next)),
-            ("remaining", Dtype::U32, vec![n], u32s(&self.remaining)),
-            ("top", Dtype::U32, vec![n, Trace::TOP], u32s(&self.top)),
-            ("top_p", Dtype::F16, vec![n, Trace::TOP], f16s(&self.top_p)),
+            ("hidden", Dtype::F16, vec![n, n_embd], le_bytes!(self.hidden)),
+            ("next", Dtype::U32, vec![n], le_bytes!(self.next)),
+            ("remaining", Dtype::U32, vec![n], le_bytes!(self.remaining)),
+            ("top", Dtype::U32, vec![n, Trace::TOP], le_bytes!(self.top)),
+            ("top_p", Dtype::F16, vec![n, Trace::TOP], le_bytes!(self.top_p)),
         ];
-        super::write_tensors(path, &tensors, Some(meta))?;
+        write_tensors(path, &tensors, Some(meta))?;
         *self = Self::default();
         Ok(())
     }
@@ -235,7 +232,7 @@ mod tests {
     use crate::llama::Token;
     use crate::train::fit::shards::Shards;
 
-    fn writer(folder: &Path, identity: &str) -> Result<Writer, TrainError> {
+    fn writer(folder: &Path, identity: &str) -> Result<Writer, FileError> {
         Writer::resume(folder, identity.into(), 3, 10 * row_bytes(3) as u64)
     }
 
@@ -248,9 +245,8 @@ mod tests {
     }
 
     #[test]
-    fn answers_come_back_as_they_were_written_and_tell_where_to_go_on() {
-        let held_out =
-            (0..).find(|&id| super::super::mix(id).is_multiple_of(HELD_OUT)).unwrap() as usize;
+    fn answers_are_read_as_written_and_a_run_resumes_after_them() {
+        let held_out = (0..).find(|&prompt| is_held_out(prompt)).unwrap();
         let folder = tempfile::tempdir().unwrap();
         let mut first = writer(folder.path(), "a").unwrap();
         first.add(held_out + 1, 0, trace(&[7, 8])).unwrap();

@@ -6,64 +6,55 @@ use std::path::Path;
 use half::f16;
 use safetensors::Dtype;
 
-use super::fit::net::{Kind, Net, Tensor};
+use super::fit::net::{FitNet, Parameter};
 use super::fit::{Fitted, evaluate::HeadScore};
-use super::{TrainError, write_tensors};
+use super::kind::HeadKind;
+use super::{RawTensor, le_bytes, write_tensors};
+use crate::files::FileError;
 
-/// A tensor of a file: name, type, shape, bytes.
-type Named = (String, Dtype, Vec<usize>, Vec<u8>);
-
-/// Writes the weights, of heads that know the tokens of `vocab`, met so many times, the most
-/// frequent one first. Conditioned heads are in 8 bits, a scale for each row; plain ones in F16, as
-/// others read them.
+/// Writes the weights of heads whose draft vocabulary is `vocab`, tokens with their counts, the most
+/// frequent first. Conditioned heads are stored in 8 bits with a scale for each row, Medusa heads in
+/// F16, as other projects read them.
 ///
 /// # Errors
-/// When the file cannot be written.
+/// The file cannot be written.
 pub fn weights(
     folder: &Path,
-    kind: Kind,
-    net: &Net,
+    kind: HeadKind,
+    net: &FitNet,
     params: &[f32],
     vocab: &[(u32, f64)],
-) -> Result<(), TrainError> {
-    let mut tensors: Vec<Named> = vec![];
-    for tensor in net.tensors() {
+) -> Result<(), FileError> {
+    let mut tensors: Vec<RawTensor<String>> = vec![];
+    for tensor in net.parameters() {
         let values = &params[tensor.range.clone()];
-        if kind == Kind::Medusa {
-            tensors.push(plain(&tensor, values));
+        if kind == HeadKind::Medusa {
+            tensors.push(medusa_v2_tensor(&tensor, values));
         } else if tensor.shape.len() == 2 {
             tensors.extend(eight_bit(&tensor, values));
         } else {
-            tensors.push((tensor.name, Dtype::F32, tensor.shape, le_bytes(values)));
+            tensors.push((tensor.name, Dtype::F32, tensor.shape, le_bytes!(values)));
         }
     }
     let map = vocab.iter().flat_map(|&(t, _)| (t as i32).to_le_bytes()).collect();
     tensors.push(("token_map".into(), Dtype::I32, vec![vocab.len()], map));
-    if kind == Kind::Conditioned {
+    if kind == HeadKind::Conditioned {
         let counts: Vec<f32> = vocab.iter().map(|&(_, n)| n as f32).collect();
-        tensors.push(("token_counts".into(), Dtype::F32, vec![vocab.len()], le_bytes(&counts)));
+        tensors.push(("token_counts".into(), Dtype::F32, vec![vocab.len()], le_bytes!(counts)));
     }
-    let named: Vec<_> =
-        tensors.iter().map(|(n, d, s, b)| (n.as_str(), *d, s.clone(), b.clone())).collect();
-    let name = if kind == Kind::Medusa {
-        "medusa_lm_head.safetensors"
-    } else {
-        "conditioned_heads.safetensors"
-    };
-    write_tensors(&folder.join(name), &named, None)
+    write_tensors(&kind.file(folder), &tensors, None)
 }
 
-/// `{h}.w` becomes `{h}.0.linear.weight`, as in Medusa v2.
-fn plain(tensor: &Tensor, values: &[f32]) -> Named {
-    let mut parts: Vec<&str> = tensor.name.split('.').collect();
-    let last = if parts.pop() == Some("b") { "bias" } else { "weight" };
-    let (head, block) = (parts[0], parts.get(1).unwrap_or(&"0"));
+/// Renames `{h}.w` to Medusa v2's `{h}.0.linear.weight`.
+fn medusa_v2_tensor(parameter: &Parameter, values: &[f32]) -> RawTensor<String> {
+    let (head, name) = parameter.name.split_once('.').expect("{head}.{name}");
+    let name = if name == "b" { "bias" } else { "weight" };
     let bytes = values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect();
-    (format!("{head}.{block}.linear.{last}"), Dtype::F16, tensor.shape.clone(), bytes)
+    (format!("{head}.0.linear.{name}"), Dtype::F16, parameter.shape.clone(), bytes)
 }
 
-/// A matrix as whole numbers from -127 to 127, and what each row is multiplied by.
-fn eight_bit(tensor: &Tensor, values: &[f32]) -> [Named; 2] {
+/// A matrix as integers from -127 to 127, and the scale of each row.
+fn eight_bit(tensor: &Parameter, values: &[f32]) -> [RawTensor<String>; 2] {
     let n_in = tensor.shape[1];
     let scales: Vec<f32> = values
         .chunks(n_in)
@@ -74,21 +65,17 @@ fn eight_bit(tensor: &Tensor, values: &[f32]) -> [Named; 2] {
     let bytes = values.iter().enumerate().map(whole).collect();
     [
         (tensor.name.clone(), Dtype::I8, tensor.shape.clone(), bytes),
-        (format!("{}.scale", tensor.name), Dtype::F32, vec![scales.len()], le_bytes(&scales)),
+        (format!("{}.scale", tensor.name), Dtype::F32, vec![scales.len()], le_bytes!(scales)),
     ]
-}
-
-fn le_bytes(values: &[f32]) -> Vec<u8> {
-    values.iter().flat_map(|v| v.to_le_bytes()).collect()
 }
 
 /// What the card says besides accuracy.
 #[derive(Clone, Debug, serde::Serialize)]
-pub struct Origin {
+pub struct Provenance {
     /// The model's name and quantization.
     pub model: String,
     /// `conditioned` or `medusa`.
-    pub heads: Kind,
+    pub heads: HeadKind,
     /// Number of heads.
     pub n_heads: usize,
     /// Width of a block.
@@ -109,17 +96,17 @@ pub struct Origin {
 ///
 /// # Errors
 /// When a file cannot be written.
-pub fn card(folder: &Path, origin: &Origin, fitted: &Fitted) -> Result<(), TrainError> {
+pub fn card(folder: &Path, origin: &Provenance, fitted: &Fitted) -> Result<(), FileError> {
     let write = |name: &str, text: String| {
         let path = folder.join(name);
-        std::fs::write(&path, text).map_err(|e| TrainError::file(&path, e))
+        std::fs::write(&path, text).map_err(|e| FileError::new(&path, e))
     };
-    let config = serde_json::to_string_pretty(origin).map_err(|e| TrainError::file(folder, e))?;
+    let config = serde_json::to_string_pretty(origin).map_err(|e| FileError::new(folder, e))?;
     write("config.json", config + "\n")?;
 
     let mut text = format!("# Heads for {}\n\n", origin.model);
-    let Origin { n_heads, width, n_draft_vocab, answer_tokens, collect_s, fit_s, .. } = origin;
-    let kind = if origin.heads == Kind::Medusa {
+    let Provenance { n_heads, width, n_draft_vocab, answer_tokens, collect_s, fit_s, .. } = origin;
+    let kind = if origin.heads == HeadKind::Medusa {
         "Medusa heads"
     } else {
         "Heads conditioned on the drafted path"
@@ -153,29 +140,22 @@ pub fn card(folder: &Path, origin: &Origin, fitted: &Fitted) -> Result<(), Train
 mod tests {
     use super::*;
     use crate::speculate::heads::{HeadNets, Heads, Shape};
-    use crate::train::fit::net;
+    use crate::train::fit::net::NetShape;
 
     /// Heads of both kinds come back from their files as they went in, to the precision of the
     /// file.
     #[test]
     fn what_is_saved_can_be_loaded() {
-        for kind in [Kind::Medusa, Kind::Conditioned] {
-            let shape = net::Shape {
-                kind,
-                n_embd: 4,
-                width: 6,
-                n_heads: 2,
-                n_blocks: vec![1],
-                previous: false,
-            };
-            let net = Net::new(&shape);
+        for kind in [HeadKind::Medusa, HeadKind::Conditioned] {
+            let shape = NetShape { kind, n_embd: 4, width: 6, n_heads: 2 };
+            let net = FitNet::new(&shape);
             let params: Vec<f32> = (0..net.n_params()).map(|i| (i as f32 * 0.7).sin()).collect();
             let folder = tempfile::tempdir().unwrap();
             weights(folder.path(), kind, &net, &params, &[(5, 9.5), (2, 3.0), (7, 0.0)]).unwrap();
             let heads = Heads::load(folder.path(), Shape { n_embd: 4, n_vocab: 9 }, 9).unwrap();
             assert_eq!(heads.token_map.unwrap().iter().map(|t| t.0).collect::<Vec<_>>(), [5, 2, 7]);
             let of = |name: &str| {
-                let tensor = net.tensors().into_iter().find(|t| t.name == name).unwrap();
+                let tensor = net.parameters().into_iter().find(|t| t.name == name).unwrap();
                 params[tensor.range].to_vec()
             };
             let close = |a: &[f32], b: &[f32]| {

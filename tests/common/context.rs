@@ -1,4 +1,4 @@
-//! The default model, and contexts of it as tests of the fence and of texts want them.
+//! The default model, and contexts of it for tests of the fence and of texts.
 #![allow(dead_code, missing_docs)] // each test binary uses its part
 
 use std::sync::{Arc, LazyLock};

@@ -1,4 +1,4 @@
-//! Head files, written as other projects write them.
+//! Head files in the formats of other projects.
 #![allow(dead_code)] // each test binary uses its part
 
 use std::collections::BTreeMap;
@@ -99,7 +99,7 @@ pub fn write_archive(path: &Path, pickle: &[u8], tensors: &[Vec<u8>]) {
     zip.finish().unwrap();
 }
 
-/// Heads that change nothing (v2): each says what the model itself would, had it no new token.
+/// Medusa v2 heads that change nothing: each predicts the model's own next token.
 pub fn identity(n_heads: usize, n_embd: usize) -> Tensors {
     let zero = |shape: &[usize]| Tensor::f32(shape, &vec![0.0; shape.iter().product()]);
     let of_head = |h| {

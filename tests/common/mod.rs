@@ -7,14 +7,15 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use serde_json::Value;
+use socket2::{Domain, Socket, Type};
 
-/// The default model, which `make model` fetches; these tests need it. Cargo runs them in the
-/// package's folder, and on another host they run in one that has models and heads too.
+/// The default model, which `make model` fetches. Cargo runs tests in the package's folder; on another
+/// host they run in a folder that has models and heads, too.
 pub fn model_path() -> PathBuf {
     let path = PathBuf::from(medusa_llama::config::DEFAULT_MODEL);
     assert!(path.is_file(), "the default model is missing: run `make model`");
@@ -30,6 +31,19 @@ pub fn run(args: &[&str], env: &[(&str, &str)]) -> Output {
         .unwrap()
 }
 
+/// The server with these arguments that other tests of the binary use at this moment, or a new one.
+/// It ends with the last test that holds it: nothing drops a static.
+pub fn shared(args: &'static [&'static str]) -> Arc<Server> {
+    static SERVERS: Mutex<Vec<(&[&str], Weak<Server>)>> = Mutex::new(vec![]);
+    let mut servers = SERVERS.lock().unwrap();
+    let running = servers.iter().filter(|(other, _)| *other == args);
+    running.filter_map(|(_, server)| server.upgrade()).next().unwrap_or_else(|| {
+        let server = Arc::new(Server::start(args));
+        servers.push((args, Arc::downgrade(&server)));
+        server
+    })
+}
+
 /// A running `medusa-llama serve`, killed when dropped.
 pub struct Server {
     child: Child,
@@ -38,9 +52,8 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts one and waits until it listens; the model may still be loading. A pass gets one
-    /// thread: those of several servers on the same cores would spend their time waiting for each
-    /// other.
+    /// Starts a server and waits until it listens; the model may still be loading. A pass gets one
+    /// thread: threads of several servers on the same cores would wait for each other.
     pub fn start_loading(args: &[&str]) -> Self {
         let mut child = Command::new(env!("CARGO_BIN_EXE_medusa-llama"))
             .args(["serve", "--host", "127.0.0.1", "--port", "0", "--model"])
@@ -67,14 +80,14 @@ impl Server {
         Self { child, addr, log }
     }
 
-    /// Starts one and waits until it serves.
+    /// Starts a server and waits until it is ready.
     pub fn start(args: &[&str]) -> Self {
         let server = Self::start_loading(args);
         server.wait(|| server.get("/ready").status == 200);
         server
     }
 
-    /// Polls for up to five minutes: tests run beside each other, on machines that others use too.
+    /// Polls for up to five minutes: tests run in parallel, and on busy machines.
     pub fn wait(&self, mut done: impl FnMut() -> bool) {
         let start = Instant::now();
         while !done() {
@@ -120,7 +133,7 @@ impl Server {
         self.ask(&format!("GET {path}"), &[], b"")
     }
 
-    /// As [`request_bytes`] has it.
+    /// Sends [`request_bytes`].
     pub fn ask(&self, what: &str, headers: &[&str], body: &[u8]) -> Answer {
         exchange(self.addr, &request_bytes(what, headers, body))
     }
@@ -135,12 +148,7 @@ impl Server {
 
     /// Posts JSON to any path.
     pub fn post_to(&self, path: &str, body: &Value) -> Answer {
-        let body = body.to_string();
-        let head = format!(
-            "POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
-            body.len()
-        );
-        exchange(self.addr, (head + &body).as_bytes())
+        self.ask(&format!("POST {path}"), &[], body.to_string().as_bytes())
     }
 
     /// The sum of a metric's series with all of these labels, each like `status="200"`.
@@ -170,6 +178,16 @@ impl Server {
     /// Sends a request to stream and leaves the connection open.
     pub fn open_stream(&self, body: &Value) -> TcpStream {
         self.send(&post_bytes(body.to_string().as_bytes()))
+    }
+
+    /// A connection that holds little: small segments and a small buffer here keep the server's
+    /// buffer small, too.
+    pub fn narrow_connection(&self) -> TcpStream {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        socket.set_recv_buffer_size(2048).unwrap();
+        socket.set_tcp_mss(536).unwrap();
+        socket.connect(&self.addr.into()).unwrap();
+        socket.into()
     }
 
     /// Sends bytes and leaves the connection open.
@@ -270,13 +288,14 @@ fn unchunk(mut body: &[u8]) -> Vec<u8> {
         if n == 0 {
             break;
         }
-        out.extend_from_slice(&body[end + 2..end + 2 + n]);
-        body = &body[end + 4 + n..];
+        let chunk = &body[end + 2..];
+        out.extend_from_slice(&chunk[..n.min(chunk.len())]);
+        body = chunk.get(n + 2..).unwrap_or_default(); // the server may have cut the stream here
     }
     out
 }
 
-/// Any JSON value, nested and odd.
+/// Any JSON value.
 pub fn any_json() -> impl Strategy<Value = Value> {
     let leaf = prop_oneof![
         Just(Value::Null),

@@ -1,19 +1,19 @@
-//! Where the quantized files are made: a folder to keep, or one that goes with the command, however
-//! it ends.
+//! The folder of quantized files: one to keep, or a temporary one that is removed however the command
+//! ends.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
 
-/// A folder that is there, and is removed when dropped if it is not to be kept.
+/// An existing folder, removed on drop unless it is kept.
 pub(super) struct Folder {
     path: PathBuf,
     keep: bool,
 }
 
 impl Folder {
-    /// `keep`, made if it is not there; or a temporary one.
+    /// Creates `keep` if needed, or a temporary folder.
     pub(super) fn new(keep: Option<&Path>) -> anyhow::Result<Self> {
         if let Some(path) = keep {
             std::fs::create_dir_all(path)
@@ -31,7 +31,7 @@ impl Folder {
         &self.path
     }
 
-    /// A signal ends the process without dropping anything, and these files are large.
+    /// A signal ends the process without drops, and these files are large.
     fn remove_when_interrupted(&self) -> anyhow::Result<()> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (mut term, mut int) = {

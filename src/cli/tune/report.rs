@@ -1,4 +1,4 @@
-//! What was measured, as a table, in words, as JSON and as a plot.
+//! The measurements as a table, in words, as JSON and as a plot.
 
 use std::io::Write as _;
 use std::path::Path;
@@ -8,19 +8,19 @@ use serde::Serialize;
 
 use crate::config::TuneArgs;
 use crate::llama::Model;
-use crate::plot::{self, Labels, Line};
-use crate::tune::{self, Candidate, Choice, Load, RowCost, Spread, TOGETHER};
+use crate::plot::{self, Captions, Series};
+use crate::tune::{self, Candidate, Choice, Parallelism, RowCost, Spread, TOGETHER};
 
-/// Said wherever it is so.
+/// A warning if the input is quantized.
 pub(super) const QUANTIZED_TWICE: &str = "the model is quantized already: all types but its own lose quality twice, and would be \
                                           better made from F16 or BF16";
 
-/// Everything.
+/// All measurements and recommendations.
 #[derive(Debug, Serialize)]
-pub(super) struct Report {
+pub(super) struct TuneReport {
     model: String,
     quantization: String,
-    /// The input is; so the others were quantized twice.
+    /// Whether the input is quantized, so that the others were quantized twice.
     quantized: bool,
     text: String,
     cores: usize,
@@ -37,7 +37,7 @@ struct Recommendation {
     parallel: usize,
     candidate: String,
     threads: usize,
-    /// As fast within the spread, itself among them.
+    /// As fast within the spread, including the candidate itself.
     as_fast: Vec<String>,
     reasons: Vec<String>,
     row_cost: Option<RowCost>,
@@ -50,7 +50,7 @@ pub(super) fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-impl Report {
+impl TuneReport {
     pub(super) fn new(args: &TuneArgs, model: &Model, quantized: bool) -> Self {
         Self {
             model: model.name().unwrap_or_else(|| "unnamed model".into()),
@@ -66,11 +66,11 @@ impl Report {
         }
     }
 
-    /// Chooses, once everything is measured.
+    /// Chooses a candidate for each load.
     pub(super) fn conclude(&mut self) -> anyhow::Result<()> {
-        // By way of its digits: 0.05 is 0.05 then, not the nearest f32.
+        // Via its digits, so that 0.05 does not become the nearest f32.
         let max_loss: f64 = self.max_perplexity_loss.to_string().parse()?;
-        for load in Load::ALL {
+        for load in Parallelism::ALL {
             let choice = tune::choose(&self.candidates, max_loss, load)
                 .context("no candidate has a perplexity")?;
             let chosen = &self.candidates[choice.candidate];
@@ -111,7 +111,7 @@ impl Report {
                 "{name:width$}  {mib:>8}  {perplexity:>26}  {threads:>7}  {alone:>26}  {together:>26}  {steps}"
             )
         };
-        line("", "", "", "", ["", ""], "  ms of a step of so many rows")?;
+        line("", "", "", "", ["", ""], "  ms of a step by its rows")?;
         let rows: String = super::ROWS.iter().map(|rows| format!("{rows:>8}")).collect();
         let together = format!("{TOGETHER} sequences, tokens/s");
         line(
@@ -130,7 +130,7 @@ impl Report {
                     candidate.perplexity, candidate.perplexity_error
                 );
                 let mib = format!("{:.1}", candidate.bytes as f64 / f64::from(1 << 20));
-                // What holds for all numbers of threads is said once.
+                // Print what holds for all thread counts once.
                 let (name, mib, perplexity) =
                     if i == 0 { (&*candidate.name, &*mib, &*perplexity) } else { ("", "", "") };
                 let steps: String = measured
@@ -156,7 +156,7 @@ impl Report {
         if self.rounds == 1 {
             writeln!(
                 out,
-                "one round shows no spread: with --rounds 3 noise can be told from a difference"
+                "one round shows no spread: use --rounds 3 to separate noise from differences"
             )?;
         }
         for recommendation in &self.recommendations {
@@ -183,7 +183,7 @@ impl Report {
     /// A line a candidate, with the threads recommended for one sequence.
     pub(super) fn plot(&self, path: &Path) -> anyhow::Result<()> {
         let Some(t) = self.recommendations.first().map(|r| r.choice.threads) else { return Ok(()) };
-        let line = |candidate: &Candidate| Line {
+        let line = |candidate: &Candidate| Series {
             name: candidate.name.clone(),
             points: candidate.by_threads[t]
                 .steps
@@ -191,9 +191,9 @@ impl Report {
                 .map(|s| (s.rows as f64, s.seconds.median * 1e3))
                 .collect(),
         };
-        let lines: Vec<Line> = self.candidates.iter().map(line).collect();
+        let lines: Vec<Series> = self.candidates.iter().map(line).collect();
         let title = format!("{}, threads: {}", self.model, self.recommendations[0].threads);
-        plot::lines(path, Labels { title: &title, x: "rows of a step", y: "ms" }, &lines, true)
+        plot::lines(path, Captions { title: &title, x: "rows of a step", y: "ms" }, &lines, true)
     }
 }
 

@@ -14,8 +14,8 @@ use utoipa::{PartialSchema, ToSchema};
 use super::fields::{
     LogitBias, MAX_CHOICES, PromptList, ResponseFormat, Stops, grammar, request_body,
 };
+use crate::chat::Template;
 use crate::error::Invalid;
-use crate::http::template::ChatTemplate;
 use crate::request::{Report, Request, SamplingParams, Speculation};
 
 /// What a body asks for.
@@ -213,7 +213,7 @@ impl ChatRequest {
         self,
         n_ctx: usize,
         random_seed: u64,
-        template: &Result<ChatTemplate, String>,
+        template: &Result<Template, String>,
     ) -> Result<Choices, Invalid> {
         let n_top = match (self.logprobs, self.top_logprobs) {
             (true, top) => Some(top.unwrap_or(0)),

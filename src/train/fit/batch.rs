@@ -1,41 +1,26 @@
-//! From rows of a shard to what a network reads and what it should say.
+//! From rows of a shard to a network's inputs and labels.
 
 use ndarray::{Array2, s};
 
-use crate::train::fit::loss::{Labels, NONE};
-use crate::train::fit::shards::{Matrices, Shard};
+use crate::train::fit::loss::{NONE, Targets};
+use crate::train::fit::shards::{ModelMatrices, Shard};
 
-/// How labels are made of what the model thought.
-#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
-pub struct Teaching {
-    /// The part of the label that is the token which did follow; the rest is the model's
-    /// distribution.
-    pub hard: f32,
-    /// Scale the likely tokens' probabilities to a sum of one, instead of leaving out what the
-    /// others have.
-    pub renormalise: bool,
-    /// Likely tokens that are used.
-    pub n_likely: usize,
-    /// Likely tokens below this probability are not used.
-    pub min_p: f32,
-}
-
-/// Looks tokens up.
+/// Looks up the embeddings and output rows of tokens.
 pub struct Lookup<'a> {
-    matrices: &'a Matrices,
-    /// The output row of each token.
-    rows: Vec<u32>,
+    matrices: &'a ModelMatrices,
+    /// The row of each token in the output matrix.
+    output_rows: Vec<u32>,
 }
 
 impl<'a> Lookup<'a> {
     /// Inverts the token map.
     #[must_use]
-    pub fn new(matrices: &'a Matrices) -> Self {
-        let mut rows = vec![NONE; matrices.embedding.nrows()];
+    pub fn new(matrices: &'a ModelMatrices) -> Self {
+        let mut output_rows = vec![NONE; matrices.embedding.nrows()];
         for (row, &token) in matrices.token_map.iter().enumerate() {
-            rows[token as usize] = row as u32;
+            output_rows[token as usize] = row as u32;
         }
-        Self { matrices, rows }
+        Self { matrices, output_rows }
     }
 
     /// The output matrix [n, d].
@@ -44,14 +29,14 @@ impl<'a> Lookup<'a> {
         self.matrices.output.view()
     }
 
-    /// The output row of a token, if it is in the draft vocabulary.
+    /// The row of a token in the output matrix, if the draft vocabulary has it.
     #[must_use]
-    pub fn row(&self, token: u32) -> Option<usize> {
-        self.rows.get(token as usize).filter(|row| **row != NONE).map(|row| *row as usize)
+    pub fn output_row(&self, token: u32) -> Option<usize> {
+        self.output_rows.get(token as usize).filter(|row| **row != NONE).map(|row| *row as usize)
     }
 
-    /// Hidden states and the embeddings of the paths' tokens, a matrix per column (columns 0 to
-    /// `n_heads`); tokens that do not exist have embedding zero.
+    /// Hidden states, and for each head the embeddings of the paths' tokens that it sees; tokens that
+    /// do not exist have embedding zero.
     #[must_use]
     pub fn inputs(
         &self,
@@ -61,12 +46,12 @@ impl<'a> Lookup<'a> {
     ) -> (Array2<f32>, Vec<Array2<f32>>) {
         let (n, d) = (rows.len(), shard.n_embd());
         let mut x = Array2::zeros((n, d));
-        let mut e = vec![Array2::zeros((n, d)); 1 + n_heads];
+        let mut e = vec![Array2::zeros((n, d)); n_heads];
         for (i, &row) in rows.iter().enumerate() {
             shard.hidden(row as usize, x.row_mut(i).into_slice().expect("a whole row"));
-            for (column, e) in e.iter_mut().enumerate() {
-                let token = shard.path(row as usize, column).map(|token| token as usize);
-                if let Some(token) = token.filter(|token| *token < self.rows.len()) {
+            for (head, e) in e.iter_mut().enumerate() {
+                let token = shard.path(row as usize, 1 + head).map(|token| token as usize);
+                if let Some(token) = token.filter(|token| *token < self.output_rows.len()) {
                     e.slice_mut(s![i, ..]).assign(&self.matrices.embedding.row(token));
                 }
             }
@@ -74,37 +59,23 @@ impl<'a> Lookup<'a> {
         (x, e)
     }
 
-    /// The labels of head 0 for all rows, then those of head 1, and so on.
+    /// The labels of head 0 for all rows, then those of head 1, and so on: the model's distribution
+    /// over the draft vocabulary, scaled to a sum of one.
     #[must_use]
-    pub fn labels(
-        &self,
-        shard: &Shard,
-        rows: &[u32],
-        n_heads: usize,
-        teaching: Teaching,
-    ) -> Labels {
-        let mut labels = Labels::default();
+    pub fn labels(&self, shard: &Shard, rows: &[u32], n_heads: usize) -> Targets {
+        let mut labels = Targets::default();
         let mut list: Vec<(u32, f32)> = Vec::new();
         for head in 0..n_heads {
             for &row in rows {
                 list.clear();
                 if shard.n_targets(row as usize) > head {
-                    let at = row as usize + 1 + head;
-                    let likely = shard
-                        .likely(at)
-                        .take(teaching.n_likely)
-                        .filter(|(_, p)| *p >= teaching.min_p);
-                    list.extend(likely.filter_map(|(token, p)| Some((self.row(token)? as u32, p))));
+                    let likely = shard.likely(row as usize + 1 + head);
+                    list.extend(
+                        likely.filter_map(|(token, p)| Some((self.output_row(token)? as u32, p))),
+                    );
                     let mass: f32 = list.iter().map(|(_, p)| p).sum();
-                    let scale = if teaching.renormalise && mass > 0.0 { 1.0 / mass } else { 1.0 };
-                    for (_, p) in &mut list {
-                        *p *= scale * (1.0 - teaching.hard);
-                    }
-                    if teaching.hard > 0.0 {
-                        let target = shard.path(at, 1).and_then(|token| self.row(token));
-                        list.extend(target.map(|row| (row as u32, teaching.hard)));
-                        list.retain(|(_, p)| *p > 0.0);
-                    }
+                    let scale = if mass > 0.0 { 1.0 / mass } else { 1.0 };
+                    list.iter_mut().for_each(|(_, p)| *p *= scale);
                 }
                 labels.push(list.iter().copied());
             }

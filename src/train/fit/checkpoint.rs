@@ -1,16 +1,18 @@
-//! Work in progress as a file, so that a kill costs minutes and not the run.
+//! A run's state as a file, so that a killed run loses minutes only.
 
 use std::path::Path;
 
-use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 
+use crate::files::FileError;
 use crate::train::fit::shards::Shards;
-use crate::train::fit::{Epoch, FitError, FitParams};
+use crate::train::fit::{Epoch, FitParams};
+use crate::train::{le_bytes, write_tensors};
 
-/// Everything a run has made so far.
+/// The state of a run.
 #[derive(Debug)]
-pub struct State {
+pub struct FitState {
     /// The network's parameters.
     pub params: Vec<f32>,
     /// Adam's first moments.
@@ -27,7 +29,7 @@ pub struct State {
     pub history: Vec<Epoch>,
 }
 
-/// What is not a tensor.
+/// The part of the state that is not a tensor.
 #[derive(Serialize, Deserialize)]
 struct Position {
     step: usize,
@@ -35,13 +37,13 @@ struct Position {
     history: Vec<Epoch>,
 }
 
-/// A text that is the same for runs which a checkpoint may pass between.
+/// Names parameters and data: a run resumes only from a checkpoint of the same identity.
 pub fn identity(params: &FitParams, train: &Shards, held: &Shards) -> String {
     let files: Vec<_> = train.files().chain(held.files()).collect();
     serde_json::to_string(&(params, files)).expect("numbers and names have a JSON form")
 }
 
-impl State {
+impl FitState {
     /// Before the first step.
     pub fn new(params: Vec<f32>) -> Self {
         let zero = vec![0.0; params.len()];
@@ -49,12 +51,8 @@ impl State {
         Self { params, m, v, best, step: 0, losses: Vec::new(), history: Vec::new() }
     }
 
-    /// Writes the file; it appears under its name when it is whole.
-    pub fn save(&self, path: &Path, identity: &str) -> Result<(), FitError> {
-        let fail = |e: &dyn std::fmt::Display| FitError::Checkpoint {
-            path: path.to_owned(),
-            reason: e.to_string(),
-        };
+    /// Writes the file, which appears under its name when it is whole.
+    pub fn save(&self, path: &Path, identity: &str) -> Result<(), FileError> {
         let position = Position {
             step: self.step,
             losses: self.losses.clone(),
@@ -62,26 +60,17 @@ impl State {
         };
         let position = serde_json::to_string(&position).expect("numbers have a JSON form");
         let metadata =
-            [("identity".to_owned(), identity.to_owned()), ("position".to_owned(), position)]
-                .into();
+            [("identity".to_owned(), identity.to_owned()), ("position".to_owned(), position)];
         let named =
             [("params", &self.params), ("m", &self.m), ("v", &self.v), ("best", &self.best)];
-        let bytes = named.map(|(name, values)| {
-            (name, values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>())
-        });
-        let view = |bytes| {
-            TensorView::new(Dtype::F32, vec![self.params.len()], bytes).map_err(|e| fail(&e))
-        };
-        let tensors: Result<Vec<_>, FitError> =
-            bytes.iter().map(|(name, bytes)| Ok((*name, view(bytes)?))).collect();
-        let part = path.with_extension("part");
-        safetensors::serialize_to_file(tensors?, Some(metadata), &part).map_err(|e| fail(&e))?;
-        std::fs::rename(&part, path).map_err(|e| fail(&e))
+        let tensors =
+            named.map(|(name, values)| (name, Dtype::F32, vec![values.len()], le_bytes!(values)));
+        write_tensors(path, &tensors, Some(metadata.into()))
     }
 
     /// Reads the file of a run with the same identity.
-    pub fn load(path: &Path, identity: &str, n_params: usize) -> Result<Self, FitError> {
-        let fail = |reason: String| FitError::Checkpoint { path: path.to_owned(), reason };
+    pub fn load(path: &Path, identity: &str, n_params: usize) -> Result<Self, FileError> {
+        let fail = |reason: String| FileError::new(path, reason);
         let bytes = std::fs::read(path).map_err(|e| fail(e.to_string()))?;
         let file = SafeTensors::deserialize(&bytes).map_err(|e| fail(e.to_string()))?;
         let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(|e| fail(e.to_string()))?;

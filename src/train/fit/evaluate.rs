@@ -1,13 +1,14 @@
-//! How well heads draft text they have not seen: by rank of the token that did follow, among all
-//! draft tokens, given the true path before it.
+//! Accuracy of heads on held-out text: the rank of the token that followed, among all draft tokens,
+//! given the true path before it.
 
 use ndarray::Axis;
 use serde::{Deserialize, Serialize};
 
+use crate::files::FileError;
 use crate::train::fit::batch::Lookup;
 use crate::train::fit::lanes;
-use crate::train::fit::net::Net;
-use crate::train::fit::shards::{DataError, Shard, Shards};
+use crate::train::fit::net::FitNet;
+use crate::train::fit::shards::{Shard, Shards};
 use crate::vector::largest;
 
 /// Ranks that are counted one by one.
@@ -15,21 +16,21 @@ const N_RANKS: usize = 16;
 /// Rows at a time, per thread.
 const ROWS: usize = 128;
 
-/// What one head got right.
+/// The accuracy of one head.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct HeadScore {
-    /// Tokens that were to be predicted.
+    /// Tokens to predict.
     pub n: usize,
-    /// How often the token was the most likely one, the second, and so on.
+    /// How often the token was the most likely one, the second most likely, and so on.
     pub ranks: [usize; N_RANKS],
-    /// Tokens that are not in the draft vocabulary: never right.
+    /// Tokens outside the draft vocabulary, which count as missed.
     pub n_outside: usize,
     /// Sum of the cross entropy of the tokens in the draft vocabulary.
     pub loss: f64,
 }
 
 impl HeadScore {
-    /// Part of the tokens that were among the `k` most likely, `k` up to 16.
+    /// The share of tokens among the `k` most likely, `k` up to 16.
     #[must_use]
     pub fn top(&self, k: usize) -> f64 {
         self.ranks[..k].iter().sum::<usize>() as f64 / self.n.max(1) as f64
@@ -54,15 +55,15 @@ impl HeadScore {
 /// Scores each head on up to `max_rows` rows of the shards.
 ///
 /// # Errors
-/// When a shard cannot be read.
+/// A shard cannot be read.
 pub fn evaluate(
-    net: &Net,
+    net: &FitNet,
     params: &[f32],
     shards: &Shards,
     lookup: &Lookup<'_>,
     max_rows: usize,
     n_threads: usize,
-) -> Result<Vec<HeadScore>, DataError> {
+) -> Result<Vec<HeadScore>, FileError> {
     let mut scores = vec![HeadScore::default(); net.n_heads()];
     let mut left = max_rows;
     for i in 0..shards.len() {
@@ -93,7 +94,7 @@ pub fn evaluate(
 
 /// Scores some rows of a shard.
 fn part(
-    net: &Net,
+    net: &FitNet,
     params: &[f32],
     shard: &Shard,
     lookup: &Lookup<'_>,
@@ -102,13 +103,13 @@ fn part(
     let mut scores = vec![HeadScore::default(); net.n_heads()];
     for rows in rows.chunks(ROWS) {
         let (x, e) = lookup.inputs(shard, rows, net.n_heads());
-        let trace = net.forward(params, &x, &e);
+        let done = net.forward(params, &x, &e);
         for (head, score) in scores.iter_mut().enumerate() {
-            let mut logits = net.state(&trace, head).dot(&lookup.output().t());
+            let mut logits = net.state(&done, head).dot(&lookup.output().t());
             for (mut logits, &row) in logits.axis_iter_mut(Axis(0)).zip(rows) {
                 let Some(token) = shard.path(row as usize, 2 + head) else { continue };
                 score.n += 1;
-                let Some(target) = lookup.row(token) else {
+                let Some(target) = lookup.output_row(token) else {
                     score.n_outside += 1;
                     continue;
                 };
@@ -125,42 +126,14 @@ fn part(
     scores
 }
 
-/// Tokens per step that a fixed tree of `n_nodes` would give, root included: the tree takes the
-/// ranks that are right most often, as if each depth's ranks were right independently of the
-/// others. A tree chosen per step does better.
-#[must_use]
-pub fn tokens_per_step(scores: &[HeadScore], n_nodes: usize) -> f64 {
-    let p = |depth: usize, rank: usize| -> f64 {
-        scores.get(depth).map_or(0.0, |score| score.ranks[rank] as f64 / score.n.max(1) as f64)
-    };
-    // Leaves that could be added: the chance to be right, the chance of the parent, depth and rank.
-    let mut open = vec![(p(0, 0), 1.0, 0, 0)];
-    let mut tokens = 1.0;
-    for _ in 1..n_nodes {
-        let best = (0..open.len()).max_by(|&a, &b| open[a].0.total_cmp(&open[b].0));
-        let Some((chance, parent, depth, rank)) = best.map(|best| open.swap_remove(best)) else {
-            break;
-        };
-        tokens += chance;
-        open.push((chance * p(depth + 1, 0), chance, depth + 1, 0));
-        if rank + 1 < N_RANKS {
-            open.push((parent * p(depth, rank + 1), parent, depth, rank + 1));
-        }
-    }
-    tokens
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn a_tree_of_certain_heads_is_a_chain() {
+    fn ranks_are_summed_up() {
         let mut score = HeadScore { n: 10, ..HeadScore::default() };
-        score.ranks[0] = 10;
-        let scores = vec![score; 3];
-        assert!((tokens_per_step(&scores, 64) - 4.0).abs() < 1e-9);
-        assert!((tokens_per_step(&scores, 3) - 3.0).abs() < 1e-9);
-        assert!((scores[0].top(5) - 1.0).abs() < 1e-9);
+        (score.ranks[0], score.ranks[4], score.ranks[5]) = (4, 2, 3);
+        assert!((score.top(1) - 0.4).abs() < 1e-9 && (score.top(5) - 0.6).abs() < 1e-9);
     }
 }

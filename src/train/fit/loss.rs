@@ -3,7 +3,7 @@
 //!
 //! The product with all draft rows is three quarters of a training step. A minibatch therefore
 //! compares its states with fewer classes: every token that some row of the minibatch has as a
-//! label, and a uniform sample of the others. A sampled class stands for `1 / p` others, p its
+//! label, and a uniform sample of the others. A sampled class represents `1 / p` others, p its
 //! chance to be drawn: adding `-ln p` to its logit makes the sum of exponentials, and so the
 //! gradient up to the logarithm's curvature, right on average.
 
@@ -18,16 +18,16 @@ const CHUNK: usize = 256;
 /// No draft token.
 pub const NONE: u32 = u32::MAX;
 
-/// The labels of a minibatch: for each pair of head and example a list of draft rows and
-/// probabilities, perhaps empty.
+/// The labels of a minibatch: for each pair of head and example a list of output rows and
+/// probabilities, which may be empty.
 #[derive(Clone, Debug, Default)]
-pub struct Labels {
+pub struct Targets {
     ends: Vec<usize>,
     rows: Vec<u32>,
     p: Vec<f32>,
 }
 
-impl Labels {
+impl Targets {
     /// Appends the next pair's labels.
     pub fn push(&mut self, labels: impl Iterator<Item = (u32, f32)>) {
         for (row, p) in labels {
@@ -46,24 +46,24 @@ impl Labels {
 /// The classes that a minibatch is compared with.
 pub struct Classes<'a> {
     output: ndarray::CowArray<'a, f32, ndarray::Ix2>,
-    /// Classes from here on are a sample.
+    /// Classes from this index on are a sample.
     n_certain: usize,
-    /// Added to the logits of those: minus the logarithm of their chance to be drawn.
+    /// Added to the logits of the sample: minus the logarithm of the probability to be drawn.
     correction: f32,
 }
 
 impl<'a> Classes<'a> {
     /// All draft rows.
-    #[must_use]
-    pub fn all(output: ArrayView2<'a, f32>) -> Self {
+    #[cfg(test)]
+    fn all(output: ArrayView2<'a, f32>) -> Self {
         Self { n_certain: output.nrows(), output: output.into(), correction: 0.0 }
     }
 
-    /// All labels and so many others that there are `n` in all, but at least a quarter of `n`. The
-    /// labels' rows become places among the classes.
+    /// All labels and a sample of the other classes, `n` in all, but at least a quarter of `n` others.
+    /// The labels' rows become indices of the classes.
     pub fn sample(
         output: ArrayView2<'a, f32>,
-        labels: &mut Labels,
+        labels: &mut Targets,
         n: usize,
         rng: &mut fastrand::Rng,
     ) -> Self {
@@ -86,10 +86,8 @@ impl<'a> Classes<'a> {
             others.swap(i, j);
         }
         rows.extend(&others[..n_drawn]);
-        let mut chosen = Array2::zeros((rows.len(), output.ncols()));
-        for (mut to, &row) in chosen.outer_iter_mut().zip(&rows) {
-            to.assign(&output.row(row as usize));
-        }
+        let rows: Vec<usize> = rows.into_iter().map(|row| row as usize).collect();
+        let chosen = output.select(Axis(0), &rows);
         let correction = -(n_drawn.max(1) as f32 / others.len().max(1) as f32).ln();
         Self { output: chosen.into(), n_certain, correction }
     }
@@ -105,7 +103,7 @@ impl<'a> Classes<'a> {
     pub fn cross_entropy(
         &self,
         z: &Array2<f32>,
-        labels: &Labels,
+        labels: &Targets,
         first: usize,
         weight: f32,
         mut dz: ArrayViewMut2<'_, f32>,
@@ -127,7 +125,7 @@ impl<'a> Classes<'a> {
     }
 
     /// Turns one row of logits into their gradient.
-    fn row(&self, logits: &mut [f32], labels: &Labels, pair: usize, weight: f32) -> f64 {
+    fn row(&self, logits: &mut [f32], labels: &Targets, pair: usize, weight: f32) -> f64 {
         let mass: f32 = labels.of(pair).map(|(_, p)| p).sum();
         if mass == 0.0 {
             logits.fill(0.0);
@@ -149,11 +147,11 @@ impl<'a> Classes<'a> {
 mod tests {
     use super::*;
 
-    fn setting() -> (Array2<f32>, Array2<f32>, Labels) {
+    fn setting() -> (Array2<f32>, Array2<f32>, Targets) {
         let mut rng = fastrand::Rng::with_seed(5);
         let output = Array2::from_shape_simple_fn((300, 8), || rng.f32() * 2.0 - 1.0);
         let z = Array2::from_shape_simple_fn((4, 8), || rng.f32() * 2.0 - 1.0);
-        let mut labels = Labels::default();
+        let mut labels = Targets::default();
         labels.push([(3, 0.5), (299, 0.25)].into_iter());
         labels.push(std::iter::empty());
         labels.push([(0, 1.0)].into_iter());

@@ -1,5 +1,5 @@
-//! Fits draft heads: the loop over minibatches, the optimizer, and what is kept of it.
-//! Deterministic by seed for a given number of threads, across interruptions too.
+//! Fits draft heads: the loop over minibatches, the optimizer, and the best epoch's parameters.
+//! Deterministic by seed for a given number of threads, also across interruptions.
 
 pub mod batch;
 mod checkpoint;
@@ -10,26 +10,27 @@ pub mod net;
 pub mod shards;
 
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use ndarray::{Array2, s};
 use serde::{Deserialize, Serialize};
 
-use crate::train::fit::batch::{Lookup, Teaching};
+use crate::files::FileError;
+use crate::train::fit::batch::Lookup;
 use crate::train::fit::evaluate::{HeadScore, evaluate};
-use crate::train::fit::loss::{Classes, Labels};
-use crate::train::fit::net::{Net, Shape};
-use crate::train::fit::shards::{DataError, Matrices, Shard, Shards};
-use checkpoint::State;
+use crate::train::fit::loss::{Classes, Targets};
+use crate::train::fit::net::{FitNet, NetShape};
+use crate::train::fit::shards::{ModelMatrices, Shard, Shards};
+use checkpoint::FitState;
 use lanes::AdamStep;
 
 /// How to fit.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct FitParams {
     /// The network.
-    pub shape: Shape,
-    /// Times that each row is seen.
+    pub shape: NetShape,
+    /// Passes over all rows.
     pub epochs: usize,
     /// Rows per step.
     pub batch: usize,
@@ -37,39 +38,37 @@ pub struct FitParams {
     pub learning_rate: f32,
     /// AdamW's weight decay.
     pub weight_decay: f32,
-    /// A head's loss counts this much of the one before.
+    /// The weight of a head's loss relative to the head before it.
     pub decay: f32,
-    /// Classes a step compares with; 0: the whole draft vocabulary.
+    /// Classes a step compares with.
     pub n_classes: usize,
-    /// How labels are made.
-    pub teaching: Teaching,
-    /// Held-out rows that are scored after each epoch.
+    /// Most held-out rows to score after each epoch.
     pub max_held_rows: usize,
-    /// Everything random follows from it.
+    /// Seeds everything random.
     pub seed: u64,
-    /// Threads: each takes a part of every minibatch.
+    /// Threads; each computes a part of every minibatch.
     pub n_threads: usize,
 }
 
-/// Where the work stands, after each step.
+/// Progress after a step.
 #[derive(Clone, Copy, Debug)]
 pub struct Progress {
     /// Steps done, those before an interruption included.
     pub step: usize,
     /// Steps in all.
     pub n_steps: usize,
-    /// Rows this call has worked through.
+    /// Rows this call has processed.
     pub n_rows: usize,
     /// Mean loss of the last minibatch per row.
     pub loss: f32,
 }
 
-/// What an epoch brought.
+/// The results of an epoch.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Epoch {
     /// Mean loss of each tenth of the epoch.
     pub train_loss: Vec<f32>,
-    /// Each head on held-out rows.
+    /// Each head's accuracy on held-out rows.
     pub held: Vec<HeadScore>,
 }
 
@@ -87,37 +86,29 @@ impl Epoch {
 /// Fitted heads.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Fitted {
-    /// Parameters of the best epoch, laid out as [`Net`] says.
+    /// Parameters of the best epoch, in [`FitNet`]'s layout.
     pub params: Vec<f32>,
-    /// Which epoch that was.
+    /// The index of the best epoch.
     pub best: usize,
     /// All epochs.
     pub history: Vec<Epoch>,
 }
 
-/// Why fitting ended without heads.
+/// Why fitting failed.
 #[derive(Debug, thiserror::Error)]
 pub enum FitError {
-    /// Data could not be read.
+    /// A shard cannot be read, or the checkpoint cannot be written or used.
     #[error(transparent)]
-    Data(#[from] DataError),
-    /// There is nothing to learn from, or nothing to measure with.
+    File(#[from] FileError),
+    /// The shards have no rows to train on or to measure with.
     #[error(
         "no rows to {0} on: every twentieth prompt is held out, so it takes a few dozen prompts and their answers"
     )]
     Empty(&'static str),
-    /// The checkpoint cannot be written, or cannot be used.
-    #[error("{}: {reason}", path.display())]
-    Checkpoint {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        reason: String,
-    },
-    /// The loss is not a number any more.
+    /// The loss is not finite.
     #[error("the loss is {0} at step {1}: try a lower learning rate")]
     Diverged(f32, usize),
-    /// The caller asked to stop; the checkpoint has everything so far.
+    /// `progress` stopped the run; the checkpoint has everything so far.
     #[error("stopped")]
     Stopped,
 }
@@ -125,16 +116,16 @@ pub enum FitError {
 /// Time between checkpoints.
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(120);
 
-/// Fits heads to `train`, measures them on `held` after each epoch, and keeps the best epoch's.
-/// With a `checkpoint` file the work survives a kill: it is written every two minutes and at each
-/// epoch's end, and continued from if it is there.
+/// Fits heads to `train`, measures them on `held` after each epoch, and keeps the best epoch's
+/// parameters. With a `checkpoint` file a killed run can resume: `fit` writes it every two minutes
+/// and at each epoch's end, and continues from it if it exists.
 ///
 /// # Errors
 /// [`FitError`]; a checkpoint of other parameters or other data is refused, not overwritten.
 pub fn fit(
     train: &Shards,
     held: &Shards,
-    matrices: &Matrices,
+    matrices: &ModelMatrices,
     params: &FitParams,
     checkpoint: Option<&Path>,
     progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
@@ -146,11 +137,11 @@ pub fn fit(
     if held.n_rows() == 0 {
         return Err(FitError::Empty("measure"));
     }
-    let net = Net::new(&params.shape);
+    let net = FitNet::new(&params.shape);
     let identity = checkpoint::identity(params, train, held);
     let mut state = match checkpoint.filter(|path| path.exists()) {
-        Some(path) => State::load(path, &identity, net.n_params())?,
-        None => State::new(net.init(&mut fastrand::Rng::with_seed(params.seed))),
+        Some(path) => FitState::load(path, &identity, net.n_params())?,
+        None => FitState::new(net.init(&mut fastrand::Rng::with_seed(params.seed))),
     };
     let mut trainer = Trainer::new(&net, matrices, params);
     let (mut saved, mut n_rows) = (Instant::now(), 0);
@@ -199,8 +190,8 @@ pub fn fit(
     Ok(Fitted { params: state.best, best, history: state.history })
 }
 
-impl State {
-    /// Files an epoch's results, and its parameters if they are the best so far.
+impl FitState {
+    /// Records an epoch's results, and its parameters if they are the best so far.
     fn end_epoch(&mut self, held: Vec<HeadScore>, decay: f32) {
         let losses = std::mem::take(&mut self.losses);
         let tenth = losses.len().div_ceil(10).max(1);
@@ -218,7 +209,7 @@ impl State {
     }
 }
 
-/// Which minibatches come when.
+/// The order of minibatches.
 struct Plan {
     /// Minibatches of each shard.
     batches: Vec<usize>,
@@ -265,9 +256,9 @@ fn shuffled_rows(shard: &Shard, seed: u64) -> Vec<u32> {
     rows
 }
 
-/// Does steps.
+/// Runs steps.
 struct Trainer<'a> {
-    net: &'a Net,
+    net: &'a FitNet,
     params: &'a FitParams,
     lookup: Lookup<'a>,
     /// One gradient per thread, zero between steps.
@@ -275,29 +266,25 @@ struct Trainer<'a> {
 }
 
 impl<'a> Trainer<'a> {
-    fn new(net: &'a Net, matrices: &'a Matrices, params: &'a FitParams) -> Self {
+    fn new(net: &'a FitNet, matrices: &'a ModelMatrices, params: &'a FitParams) -> Self {
         let grads = vec![vec![0.0; net.n_params()]; params.n_threads.max(1)];
         Self { net, params, lookup: Lookup::new(matrices), grads }
     }
 
-    /// One minibatch: labels, classes, gradients of each thread's rows, one optimizer step.
-    fn step(&mut self, state: &mut State, shard: &Shard, rows: &[u32], n_steps: usize) -> f32 {
+    /// Trains on one minibatch: labels, classes, gradients of each thread's rows, an optimizer step.
+    fn step(&mut self, state: &mut FitState, shard: &Shard, rows: &[u32], n_steps: usize) -> f32 {
         let params = self.params;
-        let mut labels = self.lookup.labels(shard, rows, self.net.n_heads(), params.teaching);
-        let classes = if params.n_classes == 0 {
-            Classes::all(self.lookup.output())
-        } else {
-            let mut rng = fastrand::Rng::with_seed(
-                params.seed.wrapping_mul(31).wrapping_add(state.step as u64),
-            );
-            Classes::sample(self.lookup.output(), &mut labels, params.n_classes, &mut rng)
-        };
+        let mut labels = self.lookup.labels(shard, rows, self.net.n_heads());
+        let seed = params.seed.wrapping_mul(31).wrapping_add(state.step as u64);
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let classes =
+            Classes::sample(self.lookup.output(), &mut labels, params.n_classes, &mut rng);
         let (net, lookup, n_threads) = (self.net, &self.lookup, self.grads.len());
         let loss: f64 = std::thread::scope(|scope| {
             let (weights, labels, classes) = (&state.params, &labels, &classes);
             let work = |(i, grad): (usize, &'_ mut Vec<f32>)| {
                 let range = i * rows.len() / n_threads..(i + 1) * rows.len() / n_threads;
-                let part = Part { shard, rows, range, labels, classes };
+                let part = BatchPart { shard, rows, range, labels, classes };
                 part.gradient(net, lookup, weights, params.decay, grad)
             };
             let workers: Vec<_> = self
@@ -315,7 +302,7 @@ impl<'a> Trainer<'a> {
     }
 
     /// AdamW, each thread on its part of the parameters.
-    fn optimize(&mut self, state: &mut State, n_steps: usize) {
+    fn optimize(&mut self, state: &mut FitState, n_steps: usize) {
         let (step, params) = (state.step as f32, self.params);
         let warm_up = (n_steps as f32 / 20.0).clamp(1.0, 100.0);
         let part = ((step - warm_up) / (n_steps as f32 - warm_up).max(1.0)).clamp(0.0, 1.0);
@@ -340,21 +327,20 @@ impl<'a> Trainer<'a> {
 }
 
 /// One thread's rows of a minibatch.
-struct Part<'a> {
+struct BatchPart<'a> {
     shard: &'a Shard,
     /// The whole minibatch.
     rows: &'a [u32],
     range: std::ops::Range<usize>,
-    labels: &'a Labels,
+    labels: &'a Targets,
     classes: &'a Classes<'a>,
 }
 
-impl Part<'_> {
-    /// Adds the gradient of the loss per row of the minibatch; returns this part's share of that
-    /// loss.
+impl BatchPart<'_> {
+    /// Adds the gradient of the mean loss of the minibatch; returns this part's share of that loss.
     fn gradient(
         &self,
-        net: &Net,
+        net: &FitNet,
         lookup: &Lookup<'_>,
         params: &[f32],
         decay: f32,
@@ -362,17 +348,17 @@ impl Part<'_> {
     ) -> f64 {
         let rows = &self.rows[self.range.clone()];
         let (x, e) = lookup.inputs(self.shard, rows, net.n_heads());
-        let trace = net.forward(params, &x, &e);
+        let done = net.forward(params, &x, &e);
         let mut loss = 0.0;
         let mut dz = vec![Array2::zeros(x.dim()); net.n_heads()];
         for (head, dz) in dz.iter_mut().enumerate() {
             let weight = decay.powi(head as i32) / self.rows.len() as f32;
             let first = head * self.rows.len() + self.range.start;
-            let z = net.state(&trace, head);
+            let z = net.state(&done, head);
             loss +=
                 self.classes.cross_entropy(z, self.labels, first, weight, dz.slice_mut(s![.., ..]));
         }
-        net.backward(params, &x, &e, &trace, dz, grad);
+        net.backward(params, &x, &e, &done, dz, grad);
         loss
     }
 }

@@ -1,4 +1,4 @@
-//! Training data as files: what a model thought at each position of its own answers. Reads
+//! Training data in files: hidden states and distributions of a model along its own answers. Reads
 //! safetensors shards, one at a time; knows nothing of networks.
 //!
 //! A shard's rows are positions, answers one after the other. Row i has the post-norm hidden state
@@ -6,31 +6,15 @@
 //! follow (`remaining` U32, n), and the model's most likely tokens after this row with their
 //! probabilities (`top` U32, n x k, `top_p` F16, n x k).
 
-use std::fs::File;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use crate::files::FileError;
 use crate::llama::{LlamaError, Model};
+use crate::train::read_header;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use ndarray::Array2;
 use safetensors::{Dtype, SafeTensors};
-
-/// Why data could not be read.
-#[derive(Debug, thiserror::Error)]
-#[error("{}: {reason}", path.display())]
-pub struct DataError {
-    /// The file or folder.
-    pub path: PathBuf,
-    /// What is wrong.
-    pub reason: String,
-}
-
-impl DataError {
-    fn new(path: &Path, reason: impl ToString) -> Self {
-        Self { path: path.to_owned(), reason: reason.to_string() }
-    }
-}
 
 /// The shards of one kind in a folder.
 #[derive(Clone, Debug, PartialEq)]
@@ -50,7 +34,7 @@ pub struct Shard {
 }
 
 /// The model's matrices that fitting reads.
-pub struct Matrices {
+pub struct ModelMatrices {
     /// Embeddings [V, d].
     pub embedding: Array2<f32>,
     /// Output rows of the draft vocabulary [n, d].
@@ -65,8 +49,8 @@ impl Shards {
     ///
     /// # Errors
     /// When the folder or a shard's header cannot be read.
-    pub fn open(folder: &Path, prefix: &str) -> Result<Self, DataError> {
-        let fail = |e: std::io::Error| DataError::new(folder, e);
+    pub fn open(folder: &Path, prefix: &str) -> Result<Self, FileError> {
+        let fail = |e: std::io::Error| FileError::new(folder, e);
         let mut files = Vec::new();
         for entry in std::fs::read_dir(folder).map_err(fail)? {
             let path = entry.map_err(fail)?.path();
@@ -80,19 +64,19 @@ impl Shards {
         Ok(Self { files })
     }
 
-    /// Shards.
+    /// Number of shards.
     #[must_use]
     pub fn len(&self) -> usize {
         self.files.len()
     }
 
-    /// There are none.
+    /// Whether there are no shards.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.files.is_empty()
     }
 
-    /// The name of each file and its rows: what tells one set of data from another.
+    /// The name of each file and its number of rows: they identify the data.
     pub fn files(&self) -> impl Iterator<Item = (String, usize)> {
         self.files.iter().map(|(path, n)| {
             (path.file_name().unwrap_or_default().to_string_lossy().into_owned(), *n)
@@ -115,17 +99,17 @@ impl Shards {
     ///
     /// # Errors
     /// When the file cannot be read or its tensors do not fit together.
-    pub fn load(&self, shard: usize) -> Result<Shard, DataError> {
+    pub fn load(&self, shard: usize) -> Result<Shard, FileError> {
         Shard::read(&self.files[shard].0)
     }
 
-    /// The `n` tokens that come most often in the answers, the most frequent first: a vocabulary to
-    /// draft from. Tokens the model thought of as likely count by their probability, so that a
-    /// small sample of text tells more. Each comes with its count.
+    /// The draft vocabulary: the `n` most frequent tokens of the answers with their counts, the most
+    /// frequent first. Tokens that the model found likely count by their probability, so that a
+    /// small sample of text suffices.
     ///
     /// # Errors
     /// When a shard cannot be read.
-    pub fn frequent_tokens(&self, n: usize, n_vocab: usize) -> Result<Vec<(u32, f64)>, DataError> {
+    pub fn frequent_tokens(&self, n: usize, n_vocab: usize) -> Result<Vec<(u32, f64)>, FileError> {
         let mut counts = vec![0.0f64; n_vocab];
         for i in 0..self.len() {
             let shard = self.load(i)?;
@@ -144,28 +128,22 @@ impl Shards {
     }
 }
 
-/// Rows of a shard, from its header: the length of a JSON text in 8 bytes, then the text.
-fn n_rows(path: &Path) -> Result<usize, DataError> {
-    let fail = |e: &dyn std::fmt::Display| DataError::new(path, e);
-    let mut file = File::open(path).map_err(|e| fail(&e))?;
-    let mut length = [0; 8];
-    file.read_exact(&mut length).map_err(|e| fail(&e))?;
-    let header: serde_json::Value =
-        serde_json::from_reader(file.take(u64::from_le_bytes(length).min(1 << 20)))
-            .map_err(|e| fail(&e))?;
-    let n = header["next"]["shape"][0].as_u64().and_then(|n| usize::try_from(n).ok());
-    n.ok_or_else(|| fail(&"has no list `next`"))
+/// The number of rows of a shard, from its header.
+fn n_rows(path: &Path) -> Result<usize, FileError> {
+    let header = read_header(path)?;
+    let n = header.info("next").and_then(|next| next.shape.first().copied());
+    n.ok_or_else(|| FileError::new(path, "has no list `next`"))
 }
 
 impl Shard {
-    fn read(path: &Path) -> Result<Self, DataError> {
-        let bytes = std::fs::read(path).map_err(|e| DataError::new(path, e))?;
-        let file = SafeTensors::deserialize(&bytes).map_err(|e| DataError::new(path, e))?;
+    fn read(path: &Path) -> Result<Self, FileError> {
+        let bytes = std::fs::read(path).map_err(|e| FileError::new(path, e))?;
+        let file = SafeTensors::deserialize(&bytes).map_err(|e| FileError::new(path, e))?;
         let tensor = |name: &str, dtype: Dtype| {
             let view =
-                file.tensor(name).map_err(|e| DataError::new(path, format!("{name}: {e}")))?;
+                file.tensor(name).map_err(|e| FileError::new(path, format!("{name}: {e}")))?;
             if view.dtype() != dtype {
-                return Err(DataError::new(
+                return Err(FileError::new(
                     path,
                     format!("{name} is {:?}, not {dtype:?}", view.dtype()),
                 ));
@@ -184,7 +162,7 @@ impl Shard {
         let (top_shape, top) = tensor("top", Dtype::U32)?;
         let (top_p_shape, top_p) = tensor("top_p", Dtype::F16)?;
         let (&[n, n_embd], &[n_top, k]) = (&hidden_shape[..], &top_shape[..]) else {
-            return Err(DataError::new(
+            return Err(FileError::new(
                 path,
                 format!("hidden is {hidden_shape:?} and top {top_shape:?}: not matrices"),
             ));
@@ -192,14 +170,14 @@ impl Shard {
         if next_shape != [n] || remaining_shape != [n] || n_top != n || top_p_shape != top_shape {
             let all =
                 format!("{next_shape:?}, {remaining_shape:?}, {top_shape:?}, {top_p_shape:?}");
-            return Err(DataError::new(
+            return Err(FileError::new(
                 path,
                 format!("next, remaining, top, top_p are {all} for {n} rows"),
             ));
         }
         let (next, remaining) = (u32s(&next), u32s(&remaining));
         if let Some(row) = (0..n).find(|&i| remaining[i] as usize >= n - i) {
-            return Err(DataError::new(
+            return Err(FileError::new(
                 path,
                 format!("row {row} of {n} says that {} follow", remaining[row]),
             ));
@@ -215,7 +193,7 @@ impl Shard {
         })
     }
 
-    /// Rows.
+    /// Number of rows.
     #[must_use]
     pub fn n_rows(&self) -> usize {
         self.next.len()
@@ -232,7 +210,7 @@ impl Shard {
         self.hidden[row * self.n_embd..(row + 1) * self.n_embd].convert_to_f32_slice(to);
     }
 
-    /// How many heads have something to predict from this row.
+    /// The number of heads that have a token to predict from this row.
     #[must_use]
     pub fn n_targets(&self, row: usize) -> usize {
         self.remaining[row] as usize
@@ -250,14 +228,14 @@ impl Shard {
         (self.remaining[row] as usize >= column - 1).then(|| self.next[row + column - 1])
     }
 
-    /// What the model thought of the token after this row: likely tokens with their probabilities.
+    /// The model's distribution of the token after this row: likely tokens with probabilities.
     pub fn likely(&self, row: usize) -> impl Iterator<Item = (u32, f32)> {
         let range = row * self.k..(row + 1) * self.k;
         self.top[range.clone()].iter().copied().zip(self.top_p[range].iter().map(|p| p.to_f32()))
     }
 }
 
-impl Matrices {
+impl ModelMatrices {
     /// A model's own, with the output rows of `token_map`.
     ///
     /// # Errors
@@ -335,7 +313,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_shard_that_promises_too_much_is_refused() {
+    fn an_invalid_shard_is_refused() {
         let folder = tempfile::tempdir().expect("a folder");
         std::fs::write(folder.path().join("train-0.safetensors"), b"no tensors").expect("writable");
         assert!(Shards::open(folder.path(), "train-").is_err());

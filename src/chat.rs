@@ -1,5 +1,5 @@
-//! A model's chat template: messages to a prompt. Templates are Jinja, written for Python's
-//! library; what they need of it is here.
+//! A model's chat template: messages to a prompt, for serving, training and measuring alike.
+//! Templates are Jinja, written for Python's library; this module adds what they need of it.
 
 use minijinja::value::Kwargs;
 use minijinja::{Environment, Error, ErrorKind, Value, context};
@@ -8,26 +8,26 @@ use minijinja_contrib::pycompat::unknown_method_callback;
 use crate::error::Invalid;
 use crate::llama::Model;
 
-/// Instructions of one rendering: a template that does not end is cut off.
+/// Instructions per rendering: a template that runs longer is an error.
 const FUEL: u64 = 10_000_000;
 const NAME: &str = "chat";
 
-/// A template, compiled.
+/// A compiled template.
 #[derive(Debug)]
-pub struct ChatTemplate {
+pub struct Template {
     environment: Environment<'static>,
-    /// Texts of the tokens that begin a text and end it; empty for none.
+    /// Texts of the tokens that begin and end a text; empty if the model has none.
     bos: String,
     eos: String,
-    /// The tokenizer puts the first of them there anyway.
+    /// The tokenizer adds `bos`, so the prompt must not begin with it.
     adds_bos: bool,
 }
 
-impl ChatTemplate {
-    /// The model's own.
+impl Template {
+    /// The model's own template.
     ///
     /// # Errors
-    /// Says why chats cannot be rendered: the model has no template, or its template is no Jinja.
+    /// The model has no template, or its template is not valid Jinja.
     pub fn of(model: &Model) -> Result<Self, String> {
         let source = model.chat_template().ok_or(
             "the model has no chat template (tokenizer.chat_template in its GGUF file); send a whole prompt to /v1/completions",
@@ -35,15 +35,15 @@ impl ChatTemplate {
         Self::new(source, model.bos_text(), model.eos_text(), model.adds_bos())
     }
 
-    /// From its text, and the texts of the tokens that begin and end one.
-    pub(super) fn new(
+    /// Compiles a template, given the texts of the tokens that begin and end a text.
+    pub(crate) fn new(
         source: String,
         bos: String,
         eos: String,
         adds_bos: bool,
     ) -> Result<Self, String> {
         let mut environment = Environment::new();
-        // As in the library that templates are written for.
+        // As in Hugging Face's transformers, which templates are written for.
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
         environment.set_fuel(Some(FUEL));
@@ -58,10 +58,11 @@ impl ChatTemplate {
         Ok(Self { environment, bos, eos, adds_bos })
     }
 
-    /// The prompt that asks for an answer to `messages`.
+    /// The prompt for an assistant's answer to `messages`, a list of objects with `role` and
+    /// `content`.
     ///
     /// # Errors
-    /// [`Invalid`] with the template's own words where it refuses them.
+    /// [`Invalid`] with the template's own message if it rejects them.
     pub fn render(&self, messages: &serde_json::Value) -> Result<String, Invalid> {
         let template = self.environment.get_template(NAME).expect("added");
         let variables = context! {
@@ -77,15 +78,15 @@ impl ChatTemplate {
                 format!("the model's chat template cannot render these messages: {why}"),
             )
         })?;
-        let twice = self.adds_bos && !self.bos.is_empty();
-        Ok(text
-            .strip_prefix(self.bos.as_str())
-            .filter(|_| twice)
-            .map_or_else(|| text.clone(), str::to_owned))
+        match text.strip_prefix(&self.bos) {
+            Some(rest) if self.adds_bos => Ok(rest.to_owned()),
+            _ => Ok(text),
+        }
     }
 }
 
-/// JSON, indented if `indent` says by how much; unlike minijinja's own it escapes nothing for HTML.
+/// JSON with `indent` spaces of indentation, if given. Unlike minijinja's own filter it does not
+/// escape for HTML.
 fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
     let wrong =
         |error: serde_json::Error| Error::new(ErrorKind::BadSerialization, error.to_string());
@@ -108,7 +109,7 @@ mod tests {
     use serde_json::json;
 
     fn render(source: &str, messages: &serde_json::Value) -> Result<String, String> {
-        let template = ChatTemplate::new(source.into(), "<s>".into(), "</s>".into(), true)?;
+        let template = Template::new(source.into(), "<s>".into(), "</s>".into(), true)?;
         template.render(messages).map_err(|invalid| invalid.message)
     }
 
@@ -117,16 +118,12 @@ mod tests {
         let source = "{{ bos_token }}{% for m in messages %}\n  {%- if m['role'].strip() == 'user' %}\n[U]{{ m.content | trim }}\n  \
                       {%- endif %}\n{% endfor %}{% if add_generation_prompt %}[A]{% endif %}";
         let messages = json!([{ "role": "user", "content": " hi " }]);
-        assert_eq!(
-            render(source, &messages).unwrap(),
-            "[U]hi[A]",
-            "the tokenizer adds the beginning"
-        );
+        assert_eq!(render(source, &messages).unwrap(), "[U]hi[A]", "the tokenizer adds <s>");
         assert_eq!(render("{{ messages[0].content | tojson }}", &messages).unwrap(), r#"" hi ""#);
     }
 
     #[test]
-    fn what_a_template_refuses_is_told() {
+    fn errors_report_the_templates_own_message() {
         let refuses = "{{ raise_exception('roles must alternate') }}";
         assert!(render(refuses, &json!([])).unwrap_err().ends_with("roles must alternate"));
         assert!(render("{% for %}", &json!([])).unwrap_err().contains("cannot be read"));
