@@ -27,9 +27,9 @@ pub struct SamplingParams {
     pub min_p: f32,
     /// Divides the logits of tokens in the window; 1 is off.
     pub repetition_penalty: f32,
-    /// Subtracted from a token's logit for each time it stands in the window; 0 is off.
+    /// Subtracted from a token's logit for each time it occurs in the window; 0 is off.
     pub frequency_penalty: f32,
-    /// Subtracted once from the logit of a token that stands in the window; 0 is off.
+    /// Subtracted once from the logit of a token that occurs in the window; 0 is off.
     pub presence_penalty: f32,
     /// The window of the penalties: this many last tokens, the prompt's included.
     pub repeat_last_n: usize,
@@ -120,7 +120,7 @@ impl Request {
 pub struct Caller {
     /// Names the request in the log; empty if nobody asks.
     pub id: Arc<str>,
-    /// A number, the same for all that one client sends; 0 where clients are not told apart.
+    /// A number, the same for all that one client sends; 0 where clients have no keys.
     pub tenant: u32,
     /// The most time that a request may have, whatever it gives itself.
     pub timeout: Option<Duration>,

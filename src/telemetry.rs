@@ -3,10 +3,11 @@
 //!
 //! Spans go to a collector over OTLP (HTTP, protobuf) in batches, from a thread of their own. A
 //! collector that is slow or not there costs its spans and nothing else: the queue before it is
-//! bounded. What `OTEL_EXPORTER_OTLP_HEADERS`, `OTEL_SERVICE_NAME`, `OTEL_RESOURCE_ATTRIBUTES`,
-//! `OTEL_TRACES_SAMPLER` and `OTEL_BSP_*` say is heeded by OpenTelemetry's own crates.
+//! bounded. OpenTelemetry's own crates read `OTEL_EXPORTER_OTLP_HEADERS`, `OTEL_SERVICE_NAME`,
+//! `OTEL_RESOURCE_ATTRIBUTES`, `OTEL_TRACES_SAMPLER` and `OTEL_BSP_*`.
 
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
@@ -41,27 +42,25 @@ const MAX_ANSWER: usize = 1 << 16;
 
 /// A request that was served, or left.
 #[derive(Debug)]
-pub struct Served<'a> {
+pub struct Served {
     /// Its id.
-    pub id: &'a str,
+    pub id: Arc<str>,
     /// As it was asked.
-    pub method: &'a Method,
+    pub method: Method,
     /// As it was asked, or its beginning.
-    pub path: &'a str,
+    pub path: String,
     /// The path, if it is one of the server's.
     pub route: Option<&'static str>,
-    /// `None` if it was left before there was one.
+    /// `None` while there is no answer.
     pub status: Option<StatusCode>,
     /// Of the answer's body.
     pub n_bytes: usize,
-    /// The client left before all was sent.
-    pub is_aborted: bool,
+    /// All of the body was handed to the connection.
+    pub is_complete: bool,
     /// When its head had arrived.
     pub began: SystemTime,
     /// Of whose trace it is a part; else it begins one.
-    pub parent: Option<&'a SpanContext>,
-    /// What the engine did for it.
-    pub choices: &'a [ChoiceRecord],
+    pub parent: Option<SpanContext>,
 }
 
 /// One choice of a request, as the engine answered it.
@@ -71,6 +70,15 @@ pub struct ChoiceRecord {
     pub submitted: SystemTime,
     /// What it took; `None` if it did not come to its end.
     pub done: Option<(Usage, Timings)>,
+}
+
+/// Tokens of the prompts and answers of all complete choices; `None` if there is none.
+#[must_use]
+pub fn tokens(choices: &[ChoiceRecord]) -> Option<(usize, usize)> {
+    let usages = choices.iter().filter_map(|choice| Some(choice.done?.0));
+    usages
+        .map(|usage| (usage.prompt_tokens, usage.completion_tokens))
+        .reduce(|a, b| (a.0 + b.0, a.1 + b.1))
 }
 
 /// Where spans go.
@@ -114,39 +122,41 @@ impl Telemetry {
         Ok(Self { tracer: provider.tracer("medusa-llama"), provider, model: model.to_owned() })
     }
 
-    /// Takes a request's spans; they are sent later.
-    pub fn record(&self, served: &Served<'_>) {
+    /// Takes the spans of a request and of its choices; they are sent later.
+    pub fn record(&self, served: &Served, choices: &[ChoiceRecord]) {
         let name = served.route.map_or_else(
             || served.method.to_string(),
             |route| format!("{} {route}", served.method),
         );
-        let parent = served.parent.cloned();
-        let parent = parent
+        let parent = served
+            .parent
+            .clone()
             .map_or_else(Context::new, |parent| Context::new().with_remote_span_context(parent));
         let span = self
             .tracer
             .span_builder(name)
             .with_kind(SpanKind::Server)
             .with_start_time(served.began);
-        let mut span =
-            span.with_attributes(self.attributes(served)).start_with_context(&self.tracer, &parent);
+        let mut span = span
+            .with_attributes(self.attributes(served, choices))
+            .start_with_context(&self.tracer, &parent);
         if served.status.is_some_and(|status| status.is_server_error()) {
             span.set_status(Status::error(""));
         }
         let below = Context::new().with_remote_span_context(span.span_context().clone());
-        for (choice, record) in served.choices.iter().enumerate() {
+        for (choice, record) in choices.iter().enumerate() {
             self.record_stages(choice, record, &below);
         }
         span.end();
     }
 
     /// Names are those of OpenTelemetry's semantic conventions, where they have one.
-    fn attributes(&self, served: &Served<'_>) -> Vec<KeyValue> {
+    fn attributes(&self, served: &Served, choices: &[ChoiceRecord]) -> Vec<KeyValue> {
         let mut attributes = vec![
             KeyValue::new("http.request.method", served.method.to_string()),
-            KeyValue::new("url.path", served.path.to_owned()),
+            KeyValue::new("url.path", served.path.clone()),
             KeyValue::new("http.response.body.size", served.n_bytes as i64),
-            KeyValue::new("medusa.request.id", served.id.to_owned()),
+            KeyValue::new("medusa.request.id", served.id.to_string()),
         ];
         if let Some(route) = served.route {
             attributes.push(KeyValue::new("http.route", route));
@@ -154,27 +164,14 @@ impl Telemetry {
         if let Some(status) = served.status {
             attributes.push(KeyValue::new("http.response.status_code", i64::from(status.as_u16())));
         }
-        if served.is_aborted {
+        if !served.is_complete {
             attributes.push(KeyValue::new("error.type", "aborted"));
         }
-        if !served.choices.is_empty() {
-            let sum = |of: fn(&Usage) -> usize| {
-                served
-                    .choices
-                    .iter()
-                    .filter_map(|a| a.done.as_ref())
-                    .map(|(u, _)| of(u))
-                    .sum::<usize>()
-            };
+        if !choices.is_empty() {
+            let (prompt, completion) = tokens(choices).unwrap_or_default();
             attributes.push(KeyValue::new("gen_ai.response.model", self.model.clone()));
-            attributes.push(KeyValue::new(
-                "gen_ai.usage.input_tokens",
-                sum(|usage| usage.prompt_tokens) as i64,
-            ));
-            attributes.push(KeyValue::new(
-                "gen_ai.usage.output_tokens",
-                sum(|usage| usage.completion_tokens) as i64,
-            ));
+            attributes.push(KeyValue::new("gen_ai.usage.input_tokens", prompt as i64));
+            attributes.push(KeyValue::new("gen_ai.usage.output_tokens", completion as i64));
         }
         attributes
     }
@@ -231,24 +228,18 @@ impl HttpClient for Collector {
         let sent =
             self.runtime.spawn(async { tokio::time::timeout(SENDING, send(request)).await }).await;
         let sent = sent.map_err(HttpError::from).and_then(|in_time| in_time?);
+        let is_down = !sent.as_ref().is_ok_and(|answer| answer.status().is_success());
+        let was_down = self.is_down.swap(is_down, Ordering::Relaxed);
         match &sent {
-            Err(error) if !self.is_down.swap(true, Ordering::Relaxed) => {
+            _ if is_down == was_down => {}
+            Err(error) => {
                 tracing::warn!(%error, "traces cannot be sent: they are lost until the collector answers");
             }
-            Ok(answer)
-                if !answer.status().is_success() && !self.is_down.swap(true, Ordering::Relaxed) =>
-            {
-                tracing::warn!(
-                    status = answer.status().as_u16(),
-                    "the collector refuses traces: they are lost"
-                );
+            Ok(answer) if is_down => {
+                let status = answer.status().as_u16();
+                tracing::warn!(status, "the collector refuses traces: they are lost");
             }
-            Ok(answer)
-                if answer.status().is_success() && self.is_down.swap(false, Ordering::Relaxed) =>
-            {
-                tracing::info!("traces are sent again");
-            }
-            _ => {}
+            Ok(_) => tracing::info!("traces are sent again"),
         }
         sent
     }

@@ -9,15 +9,14 @@ use std::time::{Instant, SystemTime};
 use bytes::{Buf, Bytes};
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use hyper::header::{HeaderMap, HeaderName, HeaderValue};
-use hyper::{Method, Request, Response, StatusCode};
-use opentelemetry::trace::SpanContext;
+use hyper::{Method, Request, Response};
 use tracing::{Instrument, Span};
 
 use super::app::App;
 use super::record::AccessRecord;
 use super::reply::Content;
 use super::routes::{self, Route};
-use crate::request::{Usage, span};
+use crate::request::span;
 use crate::telemetry::{self, Served};
 
 /// Names a request, in both directions.
@@ -42,7 +41,7 @@ pub async fn log_access(app: Arc<App>, request: Request<Incoming>) -> Response<L
     };
     app.cors.mark(allowed, reply.headers_mut());
     reply.headers_mut().insert(REQUEST_ID, HeaderValue::from_str(&id).expect("visible ASCII"));
-    line.status = Some(reply.status());
+    line.served.status = Some(reply.status());
     reply.map(|body| Logged { body, line })
 }
 
@@ -60,19 +59,9 @@ fn id_of(headers: &HeaderMap) -> Arc<str> {
 /// The log line of one request. It is written on drop: the answer has ended, or its client left.
 struct Line {
     app: Arc<App>,
-    id: Arc<str>,
     span: Span,
-    method: Method,
-    path: String,
-    route: Option<&'static str>,
-    parent: Option<SpanContext>,
     began: Instant,
-    began_at: SystemTime,
-    /// `None` while there is no answer.
-    status: Option<StatusCode>,
-    n_bytes: usize,
-    /// All of the body was handed to the connection.
-    is_complete: bool,
+    served: Served,
     record: Arc<AccessRecord>,
 }
 
@@ -84,59 +73,41 @@ impl Line {
         id: &Arc<str>,
     ) -> Self {
         // Not the query: it might hold what should stay with the client.
-        let path =
-            request.uri().path().chars().take(MAX_PATH).flat_map(char::escape_debug).collect();
-        let parent = app.telemetry.as_ref().and_then(|_| telemetry::parent(request.headers()));
-        Self {
-            app: Arc::clone(app),
+        let path = request.uri().path().chars().take(MAX_PATH);
+        let served = Served {
             id: Arc::clone(id),
-            span: span(id),
             method: request.method().clone(),
-            path,
+            path: path.flat_map(char::escape_debug).collect(),
             route: route.map(|route| route.path.as_str()),
-            parent,
-            began: Instant::now(),
-            began_at: SystemTime::now(),
             status: None,
             n_bytes: 0,
             is_complete: false,
-            record: Arc::default(),
-        }
+            began: SystemTime::now(),
+            parent: app.telemetry.as_ref().and_then(|_| telemetry::parent(request.headers())),
+        };
+        let (app, record) = (Arc::clone(app), Arc::default());
+        Self { app, span: span(id), began: Instant::now(), served, record }
     }
 }
 
 impl Drop for Line {
     fn drop(&mut self) {
-        let choices = self.record.choices();
-        let done = || choices.iter().filter_map(|choice| choice.done.as_ref());
-        let sum = |of: fn(&Usage) -> usize| {
-            done().next().map(|_| done().map(|(usage, _)| of(usage)).sum::<usize>())
-        };
+        let (served, choices) = (&self.served, self.record.choices());
+        let tokens = telemetry::tokens(&choices);
         tracing::info!(
             parent: &self.span,
-            method = %self.method,
-            path = %self.path,
-            status = self.status.map(|status| status.as_u16()),
+            method = %served.method,
+            path = %served.path,
+            status = served.status.map(|status| status.as_u16()),
             seconds = (self.began.elapsed().as_secs_f64() * 1e3).round() / 1e3,
-            bytes = self.n_bytes,
-            prompt_tokens = sum(|usage| usage.prompt_tokens),
-            tokens = sum(|usage| usage.completion_tokens),
+            bytes = served.n_bytes,
+            prompt_tokens = tokens.map(|(prompt, _)| prompt),
+            tokens = tokens.map(|(_, completion)| completion),
             "{}",
-            if self.is_complete { "answered" } else { "aborted" },
+            if served.is_complete { "answered" } else { "aborted" },
         );
         if let Some(telemetry) = &self.app.telemetry {
-            telemetry.record(&Served {
-                id: &self.id,
-                method: &self.method,
-                path: &self.path,
-                route: self.route,
-                status: self.status,
-                n_bytes: self.n_bytes,
-                is_aborted: !self.is_complete,
-                began: self.began_at,
-                parent: self.parent.as_ref(),
-                choices: &choices,
-            });
+            telemetry.record(served, &choices);
         }
     }
 }
@@ -157,7 +128,7 @@ impl Body for Logged {
     ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         let frame = Pin::new(&mut self.body).poll_frame(cx);
         if let Poll::Ready(Some(Ok(frame))) = &frame {
-            self.line.n_bytes += frame.data_ref().map_or(0, Buf::remaining);
+            self.line.served.n_bytes += frame.data_ref().map_or(0, Buf::remaining);
         }
         frame
     }
@@ -174,7 +145,8 @@ impl Body for Logged {
 impl Drop for Logged {
     fn drop(&mut self) {
         // Of HEAD's answer nobody asks for the body.
-        self.line.is_complete = self.body.is_end_stream() || self.line.method == Method::HEAD;
+        self.line.served.is_complete =
+            self.body.is_end_stream() || self.line.served.method == Method::HEAD;
     }
 }
 
