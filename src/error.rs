@@ -1,6 +1,6 @@
 //! Errors by who must act: the client ([`Invalid`]), the client later (busy, loading, draining: see
-//! [`SubmitError`](crate::engine::SubmitError)), or the operator ([`IncidentId`] leads from an answer
-//! to the log).
+//! [`SubmitError`](crate::engine::SubmitError)), or the operator ([`incident_id`] leads from an
+//! answer to the log).
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -21,22 +21,8 @@ impl Invalid {
     }
 }
 
-/// Identifies a failure in the answer and in the log.
-#[derive(Clone, Copy, Debug)]
-pub struct IncidentId(u64, u64);
-
-impl IncidentId {
-    /// A new id, unique in this process.
-    #[allow(clippy::new_without_default)]
-    #[must_use]
-    pub fn new() -> Self {
-        static NEXT: AtomicU64 = AtomicU64::new(1);
-        Self(u64::from(std::process::id()), NEXT.fetch_add(1, Ordering::Relaxed))
-    }
-}
-
-impl std::fmt::Display for IncidentId {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "err-{:x}-{}", self.0, self.1)
-    }
+/// A new id, unique in this process, that names a failure in the answer and in the log.
+pub fn incident_id() -> String {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    format!("err-{:x}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
 }

@@ -18,8 +18,8 @@
 //!    tokenizes the prompt, and sends the job to the engine's thread.
 //! 3. The engine admits it: [`slots`](engine::slots) finds a sequence id and the part of the prompt
 //!    that is already cached.
-//! 4. [`scheduler::plan`](engine::scheduler::plan) picks the rows of the step: one for each
-//!    decoding sequence, then prompt chunks of the size that [`pace`](engine::pace) allows.
+//! 4. `engine::scheduler` picks the rows of the step: one for each
+//!    decoding sequence, then prompt chunks of the size that `engine::pace` allows.
 //! 5. [`speculate`] drafts a tree of candidates for each decoding sequence, with heads and from
 //!    text; the [`grammar`](engine::grammar), if any, removes the forbidden ones; the policy keeps
 //!    those that pay.
@@ -27,7 +27,7 @@
 //!    [`leaves`](engine::leaves) assigns sequence ids so that each node attends to its own path.
 //! 7. Commit: at each row that ends a sequence, [`sampler`](engine::sampler) (after
 //!    [`filter`](engine::filter)) chooses a token among those the grammar allows, and continues
-//!    from the child that holds it, if there is one. [`text`](engine::text) turns bytes into whole
+//!    from the child that holds it, if there is one. `engine::text` turns bytes into whole
 //!    characters and finds stop strings, and the piece leaves as an event. Cells of rejected paths
 //!    are freed. If the logits are on a device, [`speculate::device`] has already chosen there and
 //!    drafted for the next step.

@@ -1,8 +1,8 @@
 //! `/metrics`: the engine's [`Stats`](crate::engine::stats::Stats), and what HTTP answered.
 //!
-//! Names are vLLM's, with `medusa_llama:` in place of `vllm:`, where vLLM has the same thing, so
-//! that dashboards need only another prefix; every series has vLLM's label `model_name`. While the
-//! model loads there is no engine, and none of its metrics. Knows no sockets and no cells.
+//! Names are vLLM's, with `medusa_llama:` for `vllm:`, where vLLM has the same metric, so dashboards
+//! need only another prefix; every series has vLLM's label `model_name`. While the model loads there
+//! are no engine metrics.
 
 use std::borrow::Cow;
 use std::fmt::Error;
@@ -23,9 +23,6 @@ use crate::llama;
 use crate::request::Source;
 use crate::speculate::reliability::{Count, N_RANGES, calibration_error};
 
-/// Labels by name.
-type Labels<const N: usize> = [(&'static str, String); N];
-
 /// How [`Metrics::text`] writes them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
@@ -37,7 +34,6 @@ pub enum Format {
 
 impl Format {
     /// The value of `Content-Type`.
-    #[must_use]
     pub fn content_type(self) -> &'static str {
         match self {
             Self::Classic => prometheus_text::CONTENT_TYPE,
@@ -53,14 +49,12 @@ pub struct Metrics {
     registry: Registry,
     /// Filled when the engine is ready.
     engine: OnceLock<Registry>,
-    answers: Family<Labels<2>, Counter>,
+    answers: Family<[(&'static str, String); 2], Counter>,
     refusals: Family<[(&'static str, &'static str); 1], Counter>,
 }
 
 impl Metrics {
-    /// Of a server that calls its model `model_name`, with an engine that is as far as `stage`
-    /// says.
-    #[must_use]
+    /// Of a server that calls its model `model_name`, with the engine in `stage`.
     pub fn new(model_name: &str, stage: watch::Receiver<Stage>) -> Self {
         let mut registry = labelled(model_name);
         let build = [
@@ -80,9 +74,8 @@ impl Metrics {
 
     /// Counts an answer to a request for `path`, which is one of few.
     pub fn count_answer(&self, path: &'static str, status: u16) {
-        self.answers
-            .get_or_create(&[("path", path.to_owned()), ("status", status.to_string())])
-            .inc();
+        let labels = [("path", path.to_owned()), ("status", status.to_string())];
+        self.answers.get_or_create(&labels).inc();
     }
 
     /// Counts an error of type `kind`, which is one of few.
@@ -91,7 +84,6 @@ impl Metrics {
     }
 
     /// All of them as they are now.
-    #[must_use]
     pub fn text(&self, format: Format) -> String {
         let mut out = String::new();
         let encode = match format {
@@ -103,19 +95,17 @@ impl Metrics {
         };
         write(&self.registry);
         if let Stage::Ready(handle) = &*self.stage.borrow() {
-            write(self.engine.get_or_init(|| self.of_engine(handle)));
+            write(self.engine.get_or_init(|| {
+                let mut registry = labelled(&self.model_name);
+                handle.stats.register(&mut registry);
+                registry.register_collector(Box::new(Derived(handle.clone())));
+                registry
+            }));
         }
         if format == Format::OpenMetrics {
             text::encode_eof(&mut out).expect("a String takes everything");
         }
         out
-    }
-
-    fn of_engine(&self, handle: &Handle) -> Registry {
-        let mut registry = labelled(&self.model_name);
-        handle.stats().register(&mut registry);
-        registry.register_collector(Box::new(Derived(handle.clone())));
-        registry
     }
 }
 
@@ -135,7 +125,7 @@ impl std::fmt::Debug for Derived {
 
 impl Collector for Derived {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), Error> {
-        let (stats, n_cells) = (self.0.stats(), self.0.limits().n_cells() as f64);
+        let (stats, n_cells) = (&self.0.stats, self.0.limits.n_cells() as f64);
         let shares = [
             (
                 "medusa_llama:kv_cache_usage_perc",
@@ -154,20 +144,22 @@ impl Collector for Derived {
         }
         let reliability = stats.reliability();
         let sources = Source::ALL.map(|source| (source, reliability.ranges(&[source], None)));
-        by_source(
-            &mut encoder,
-            "medusa_llama:spec_decode_source_draft_tokens",
-            "Candidates verified and either accepted or rejected, by what offered them",
-            &sources,
-            |ranges| ConstCounter::new(ranges.iter().map(|range| range.n).sum::<u64>()),
-        )?;
-        by_source(
-            &mut encoder,
-            "medusa_llama:spec_decode_source_accepted_tokens",
-            "Those of them that were accepted",
-            &sources,
-            |ranges| ConstCounter::new(ranges.iter().map(|range| range.accepted).sum::<u64>()),
-        )?;
+        let counters: [(_, _, fn(&Count) -> u64); 2] = [
+            (
+                "medusa_llama:spec_decode_source_draft_tokens",
+                "Candidates verified and either accepted or rejected, by what offered them",
+                |range| range.n,
+            ),
+            (
+                "medusa_llama:spec_decode_source_accepted_tokens",
+                "Those of them that were accepted",
+                |range| range.accepted,
+            ),
+        ];
+        for (name, help, count) in counters {
+            let sum = |ranges: &[Count]| ConstCounter::new(ranges.iter().map(count).sum::<u64>());
+            by_source(&mut encoder, name, help, &sources, sum)?;
+        }
         by_source(
             &mut encoder,
             "medusa_llama:draft_calibration_error",
@@ -186,11 +178,10 @@ fn by_source<M: EncodeMetric>(
     sources: &[(Source, [Count; N_RANGES])],
     metric: impl Fn(&[Count]) -> M,
 ) -> Result<(), Error> {
-    let metrics = sources.iter().map(|(source, ranges)| (source.name(), metric(ranges)));
-    let metrics: Vec<_> = metrics.collect();
-    let mut family = encoder.encode_descriptor(name, help, None, metrics[0].1.metric_type())?;
-    metrics.iter().try_for_each(|(source, metric)| {
-        metric.encode(family.encode_family(&[("source", *source)])?)
+    let kind = metric(&[]).metric_type();
+    let mut family = encoder.encode_descriptor(name, help, None, kind)?;
+    sources.iter().try_for_each(|(source, ranges)| {
+        metric(ranges).encode(family.encode_family(&[("source", source.name())])?)
     })
 }
 
@@ -205,21 +196,20 @@ mod tests {
         metrics.count_answer("/health", 503);
         metrics.count_refusal("loading");
         let text = metrics.text(Format::OpenMetrics);
-        for line in [
-            r#"medusa_llama:http_requests_total{model_name="m",path="/health",status="503"} 1"#,
-            r#"medusa_llama:request_refusals_total{model_name="m",reason="loading"} 1"#,
-            "# EOF",
+        let classic = metrics.text(Format::Classic);
+        for (line, text) in [
+            (
+                r#"medusa_llama:http_requests_total{model_name="m",path="/health",status="503"} 1"#,
+                &text,
+            ),
+            (r#"medusa_llama:request_refusals_total{model_name="m",reason="loading"} 1"#, &text),
+            ("# EOF", &text),
+            ("# TYPE medusa_llama:http_requests_total counter", &classic),
+            ("# TYPE medusa_llama:build_info gauge", &classic),
         ] {
             assert!(text.lines().any(|l| l == line), "{line} in:\n{text}");
         }
         assert!(text.contains("medusa_llama:build_info{") && !text.contains("steps"));
-        let classic = metrics.text(Format::Classic);
-        for line in [
-            "# TYPE medusa_llama:http_requests_total counter",
-            "# TYPE medusa_llama:build_info gauge",
-        ] {
-            assert!(classic.lines().any(|l| l == line), "{line} in:\n{classic}");
-        }
         assert!(!classic.contains("# EOF"));
     }
 }

@@ -1,7 +1,4 @@
-//! What crosses between HTTP (or the command line) and the engine: a [`Request`] in, [`Event`]s
-//! out.
-//!
-//! Both sides know this file and nothing else of each other.
+//! What HTTP (or the command line) and the engine share: a [`Request`] in, [`Event`]s out.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,8 +10,7 @@ use utoipa::ToSchema;
 
 use crate::llama::Token;
 
-/// How to choose each token. Every value is in the range its field names; [`Default`] is
-/// `/generate`'s.
+/// How to choose each token. [`Default`] is `/generate`'s.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SamplingParams {
     /// 0 is greedy; otherwise logits are divided by it.
@@ -56,22 +52,11 @@ impl Default for SamplingParams {
     }
 }
 
-impl SamplingParams {
-    /// `true` if a penalty is on, so that the tokens before matter.
-    #[must_use]
-    pub fn has_penalties(&self) -> bool {
-        self.repeat_last_n > 0
-            && (self.repetition_penalty != 1.0
-                || self.frequency_penalty != 0.0
-                || self.presence_penalty != 0.0)
-    }
-}
-
-/// A request whose every field is in range. Only the prompt's length in tokens is not known yet:
-/// the engine's [`Handle`](crate::engine::Handle) counts them and may still refuse.
+/// A request whose every field is in range. Only the prompt's length in tokens is not checked yet:
+/// [`Handle::submit`](crate::engine::Handle::submit) does.
 #[derive(Clone, Debug)]
 pub struct Request {
-    /// The text to continue; control tokens may stand in it by name.
+    /// The text to continue; it may name control tokens.
     pub prompt: String,
     /// Most tokens to generate; at least 1. The context's end may come first.
     pub max_tokens: usize,
@@ -97,7 +82,6 @@ pub struct Request {
 
 impl Request {
     /// With nothing asked for but an answer of at most `max_tokens` tokens.
-    #[must_use]
     pub fn new(prompt: impl Into<String>, max_tokens: usize) -> Self {
         Self {
             prompt: prompt.into(),
@@ -115,14 +99,14 @@ impl Request {
     }
 }
 
-/// Who sends a request, and what whoever serves them adds to it.
+/// Who sends a request, and what the server adds to it.
 #[derive(Clone, Debug, Default)]
 pub struct Caller {
-    /// Names the request in the log; empty if nobody asks.
+    /// Names the request in the log; may be empty.
     pub id: Arc<str>,
     /// A number, the same for all that one client sends; 0 where clients have no keys.
     pub tenant: u32,
-    /// The most time that a request may have, whatever it gives itself.
+    /// Limits the time of a request, whatever its own limit.
     pub timeout: Option<Duration>,
 }
 
@@ -176,7 +160,6 @@ impl Source {
     pub const ALL: [Self; 3] = [Self::Heads, Self::Text, Self::Both];
 
     /// As JSON and metrics call it.
-    #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::Heads => "heads",
@@ -196,8 +179,7 @@ pub struct Logprobs {
     pub top: Vec<(Token, f32)>,
 }
 
-/// The span of every line of the log about a request, wherever it is logged. Its level is the
-/// highest there is, so that no filter takes it from a line.
+/// The span of every log line about a request. Its level is the highest, so that no filter drops it.
 #[must_use]
 pub fn span(id: &str) -> tracing::Span {
     tracing::error_span!("request", request_id = id)
@@ -225,7 +207,6 @@ pub enum Speculation {
 
 impl Speculation {
     /// As requests name it.
-    #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::Auto => "auto",
@@ -237,13 +218,11 @@ impl Speculation {
     }
 
     /// `true` if heads draft.
-    #[must_use]
     pub fn by_heads(self) -> bool {
         matches!(self, Self::Auto | Self::Heads | Self::Typical)
     }
 
     /// `true` if text drafts.
-    #[must_use]
     pub fn by_text(self) -> bool {
         matches!(self, Self::Auto | Self::Text | Self::Typical)
     }
@@ -256,10 +235,9 @@ pub enum Event {
     Piece(Piece),
     /// The answer is complete. The last event.
     Done(Completion),
-    /// The engine failed and the answer stays incomplete. The last event. The log names the cause
-    /// under this id.
+    /// The engine failed and the answer stays incomplete. The last event.
     Failed {
-        /// What the log repeats.
+        /// Names the failure in the log.
         id: String,
     },
 }

@@ -6,7 +6,6 @@ use crate::llama::Token;
 const LANES: usize = 32;
 
 /// The largest value; NaN never is. Negative infinity for none.
-#[must_use]
 pub fn largest(values: &[f32]) -> f32 {
     pulp::Arch::new().dispatch(|| largest_lanes(values))
 }
@@ -52,14 +51,12 @@ fn largest_k_blocks(values: &[f32], k: usize, best: &mut Vec<(Token, f32)>) {
 }
 
 /// The logarithm of the sum of `e^v`: what turns logits into logarithms of probabilities.
-#[must_use]
 pub fn log_sum_exp(values: &[f32]) -> f32 {
     let max = largest(values);
     max + sum_exp(values, max).ln()
 }
 
 /// The sum of `e^(v - max)`, where `max` is the largest.
-#[must_use]
 pub fn sum_exp(values: &[f32], max: f32) -> f32 {
     pulp::Arch::new().dispatch(|| sum_exp_lanes(values, max))
 }
@@ -82,7 +79,6 @@ pub const NEGLIGIBLE: f32 = 32.0;
 
 /// `e^x` for x at most 0; 0 below `-NEGLIGIBLE` and for NaN.
 #[inline(always)]
-#[must_use]
 pub fn exp_below(x: f32) -> f32 {
     let scaled = exp(x);
     if x > -NEGLIGIBLE { scaled } else { 0.0 }
@@ -91,7 +87,6 @@ pub fn exp_below(x: f32) -> f32 {
 /// `e^x` for `-87 <= x <= 87`, clamped outside, to some 2 units in the last place. Without branches
 /// or calls, so that loops over it become vector code. NaN gives anything.
 #[inline(always)]
-#[must_use]
 pub fn exp(x: f32) -> f32 {
     // 2^n e^f with |f| at most ln(2)/2; adding this number rounds to an integer, which then is
     // in the low bits.

@@ -496,6 +496,7 @@ fn distance(params: &SamplingParams, logits: &[f32], position: usize, token: usi
     let Token(at) = Sampler::new(&open, &[], &[], fine.len()).unwrap().draw(
         &fine,
         position,
+        &[],
         &mut Scratch::default(),
     );
     let u = (f64::from(at) + 0.5) / fine.len() as f64;
@@ -569,7 +570,7 @@ fn verified_rows_get_the_samplers_tokens() {
                 out.download(&mut chosen).unwrap();
                 let mut sampler = Sampler::new(&params, &[], &[], n).unwrap();
                 for (i, row) in rows.iter().enumerate() {
-                    let Token(want) = sampler.draw(row, position + i, &mut Scratch::default());
+                    let Token(want) = sampler.draw(row, position + i, &[], &mut Scratch::default());
                     n_drawn += 1;
                     if chosen[i] == want {
                         continue;

@@ -440,7 +440,7 @@ fn sampled(prompt: &[Token], params: &SamplingParams, n: usize) -> Vec<Draw> {
     let mut row = (prompt.len() - 1) % 64;
     for i in 0..n {
         let logits = context.logits(row).unwrap().to_vec();
-        let token = sampler.draw(&logits, prompt.len() + i, &mut scratch);
+        let token = sampler.draw(&logits, prompt.len() + i, &[], &mut scratch);
         drawn.push((token, logits));
         if MODEL.is_end(token) {
             break;
@@ -495,6 +495,7 @@ fn follow(prompt: &str, ours: &str, text: &[Draw], params: &SamplingParams, move
                 .draw(
                     &logits.iter().enumerate().map(tilted).collect::<Vec<_>>(),
                     first + i,
+                    &[],
                     &mut scratch,
                 )
                 .0

@@ -132,7 +132,7 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     let report = runtime.block_on(async {
         let handle = engine.ready().await.map_err(|e| anyhow!(e))?;
         if !args.prompts.raw {
-            prompts.render(handle.model(), args.prompts.system.as_deref())?;
+            prompts.render(&handle.model, args.prompts.system.as_deref())?;
         }
         measure(args, &handle, &prompts).await
     });
@@ -203,7 +203,7 @@ fn modes(args: &BenchArgs) -> Vec<Speculation> {
 }
 
 async fn measure(args: &BenchArgs, handle: &Handle, prompts: &Prompts) -> anyhow::Result<Report> {
-    let (n_rates, n_heads) = (args.acceptance.as_ref().map_or(0, Vec::len), handle.n_heads());
+    let (n_rates, n_heads) = (args.acceptance.as_ref().map_or(0, Vec::len), handle.n_heads);
     if n_rates > n_heads {
         bail!("acceptance is given for {n_rates} heads, but there are {n_heads}");
     }
@@ -212,10 +212,10 @@ async fn measure(args: &BenchArgs, handle: &Handle, prompts: &Prompts) -> anyhow
     let chosen: Vec<usize> = (0..n).map(|i| i * prompts.len() / n).collect();
     let modes = modes(args);
     let mut report = Report {
-        model: handle.model().name().unwrap_or_else(|| "unnamed model".into()),
-        quantization: handle.model().quantization(),
+        model: handle.model.name().unwrap_or_else(|| "unnamed model".into()),
+        quantization: handle.model.quantization(),
         n_heads,
-        text_drafts: handle.drafts_from_text(),
+        text_drafts: handle.drafts_text,
         simulated: args.acceptance.is_some(),
         acceptance: args.acceptance.clone(),
         threads: args.model.threads(),
@@ -260,7 +260,7 @@ async fn measure(args: &BenchArgs, handle: &Handle, prompts: &Prompts) -> anyhow
             }
         }
     }
-    report.calibration = calibrated(&handle.stats().reliability());
+    report.calibration = calibrated(&handle.stats.reliability());
     bar.finish_and_clear();
     Ok(report)
 }

@@ -148,7 +148,7 @@ async fn announce(mut stage: watch::Receiver<Stage>) {
 }
 
 fn log_ready(handle: &Handle) {
-    let (model, limits) = (handle.model(), handle.limits());
+    let (model, limits) = (&handle.model, handle.limits);
     let kv = match limits.layout {
         Layout::Unified { n_cells, .. } => format!("unified, {n_cells} cells"),
         Layout::Streams { n_cells } => format!("{} streams of {n_cells} cells", limits.n_slots),

@@ -65,9 +65,9 @@ fn collect(args: &TrainArgs, mut prompts: Prompts, folder: &Path) -> anyhow::Res
     let collected = runtime.block_on(async {
         let handle = engine.ready().await.map_err(|e| anyhow!(e))?;
         if !args.prompts.raw {
-            prompts.render(handle.model(), args.prompts.system.as_deref())?;
+            prompts.render(&handle.model, args.prompts.system.as_deref())?;
         }
-        let mut shards = Writer::open(folder, handle.model(), (args.max_disk_gib as u64) << 30)?;
+        let mut shards = Writer::open(folder, &handle.model, (args.max_disk_gib as u64) << 30)?;
         answers::collect(&handle, &prompts, &mut shards, wanted, |n| bar.set_position(n as u64))
             .await?;
         anyhow::Ok(shards.n_tokens())

@@ -1,15 +1,13 @@
-//! Whether an idle engine should wait a moment for more requests before it starts on the first.
-//! Pure: times come from outside.
+//! Whether an idle engine should wait a moment for more requests before it starts on the first. Pure.
 //!
-//! Continuous batching makes waiting mostly needless: a newcomer joins at the next step. What a
-//! short wait can save is a burst's prompts entering one by one. So the engine waits only where
-//! bursts are usual, and a lone request never pays:
+//! A new request joins at the next step, so waiting only helps where a burst's prompts would enter
+//! one by one:
 //!
 //! - Each time the engine starts from idle, it later learns whether a concurrent request came
 //!   within `MAX_WAIT_TIME`, and how soon.
-//! - It waits only if that happened more often than not over the last starts, and then for twice
-//!   the mean time until one came, at most `MAX_WAIT_TIME`. A client that sends one request
-//!   after another is always alone, so it never waits.
+//! - It waits only if one came after more than half of the last starts, and then for twice the mean
+//!   time until it came, at most `MAX_WAIT_TIME`. A client that sends one request after another never
+//!   waits.
 //! - The wait ends as soon as every slot has a request.
 
 /// Weight of a new observation; some ten starts are remembered.
@@ -29,7 +27,6 @@ pub struct Bursts {
 
 impl Bursts {
     /// Nothing is known yet, so the first starts do not wait.
-    #[must_use]
     pub fn new(max_wait_s: f64) -> Self {
         Self { max_wait_s, share: 0.0, delay_s: 0.0, started_at: None }
     }
@@ -39,21 +36,18 @@ impl Bursts {
     pub fn arrival(&mut self, now: f64, idle: bool) -> f64 {
         if let Some(start) = self.started_at.take() {
             // Requests that come together may arrive in another order than they were accepted in.
-            self.learn((now - start).max(0.0), !idle);
+            let delay_s = (now - start).max(0.0);
+            let in_time = !idle && delay_s <= self.max_wait_s;
+            self.share += ALPHA * (f64::from(u8::from(in_time)) - self.share);
+            if in_time {
+                self.delay_s += ALPHA * (delay_s - self.delay_s);
+            }
         }
         if !idle {
             return 0.0;
         }
         self.started_at = Some(now);
         if self.share > 0.5 { (2.0 * self.delay_s).min(self.max_wait_s) } else { 0.0 }
-    }
-
-    fn learn(&mut self, delay_s: f64, overlapped: bool) {
-        let in_time = overlapped && delay_s <= self.max_wait_s;
-        self.share += ALPHA * (f64::from(u8::from(in_time)) - self.share);
-        if in_time {
-            self.delay_s += ALPHA * (delay_s - self.delay_s);
-        }
     }
 }
 
@@ -88,11 +82,8 @@ mod tests {
                 let start = f64::from(burst) * 10.0;
                 let wait = bursts.arrival(start, true);
                 assert_eq!(bursts.arrival(start + 0.004, false), 0.0);
-                assert_eq!(
-                    bursts.arrival(start + 0.008, false),
-                    0.0,
-                    "only the first of a burst teaches"
-                );
+                let second = bursts.arrival(start + 0.008, false);
+                assert_eq!(second, 0.0, "only the first of a burst teaches");
                 wait
             })
             .collect();

@@ -24,7 +24,7 @@ impl<F: Forward> Engine<F> {
         let (n_rows, n_decode) = (self.work.rows.len(), n_decode(turns));
         let (n_prompt, seconds) = (n_rows - n_decode - n_nodes, (now - started).as_secs_f64());
         self.pace.record(self.work.load, n_prompt, seconds);
-        self.stats.note_rows(n_rows);
+        self.stats.rows.observe(n_rows as f64);
         if let (Some(round), Some(speculator)) = (round, &mut self.speculator) {
             round.finish(speculator, n_rows, seconds);
         }
@@ -51,8 +51,9 @@ impl<F: Forward> Engine<F> {
         }
         let mut any_drafts = false;
         for Turn { share, tree, .. } in turns.iter().filter(|turn| turn.share.to_end) {
-            let s = &running[share.seq];
-            let on_host = s.speculation == Speculation::Typical || s.grammar.is_some();
+            let s = &running[&share.seq];
+            let speculation = s.job.request.speculation;
+            let on_host = speculation == Speculation::Typical || s.job.grammar.is_some();
             let rule = |depth| s.sampler.rule(s.tokens.len() + depth).filter(|_| !on_host);
             work.outputs.push(OutputRow { rule: rule(0), parent: None, token: Token(0) });
             work.outputs.extend(tree.nodes().iter().map(|n| OutputRow {
@@ -62,7 +63,7 @@ impl<F: Forward> Engine<F> {
             }));
             let trust = s.trust.heads.factor();
             work.verified.push(Verified { seq: share.seq, n_rows: 1 + tree.len(), trust });
-            any_drafts |= s.speculation.by_heads();
+            any_drafts |= speculation.by_heads();
         }
         if work.outputs.is_empty() {
             return;
@@ -83,9 +84,9 @@ impl<F: Forward> Engine<F> {
         now: Instant,
     ) -> Result<(), StepError> {
         let Self { forward, running, work, stats, speculator, ledger, leaves, .. } = self;
-        let s = &mut running[turn.share.seq];
-        s.record_step(started);
-        turn.walk.done = s.is_cancelled() || s.expire(now);
+        let s = running.get_mut(&turn.share.seq).expect("a turn is of a running sequence");
+        s.started.get_or_insert(started);
+        turn.walk.done = s.job.events.is_closed() || s.expire(now);
         if turn.share.to_end && !turn.walk.done {
             let walker = Walker {
                 forward: &*forward,
@@ -119,17 +120,12 @@ impl<F: Forward> Engine<F> {
         apply(forward, &work.ops)
     }
 
-    /// Lets go of a sequence that is done.
+    /// Ends a sequence that is done; its cells are retained.
     fn release(&mut self, seq: SeqId) {
-        let done = self.running.take(seq);
-        if let Some(s) = &done {
-            s.record_end(&self.stats);
-        }
-        let mut ops = self.ledger.release(seq);
-        self.leaves.end(seq, &mut ops);
-        if let Err(error) = apply(&mut self.forward, &ops) {
-            let _of_request = done.map(|s| span(&s.id).entered());
-            tracing::error!(%error, "the cache refused to drop a prefix");
-        }
+        let done = self.running.remove(&seq).expect("its turn was now");
+        done.record_end(&self.stats);
+        let _of_request = span(&done.job.caller.id).entered();
+        let ops = self.ledger.release(seq);
+        self.free(seq, ops);
     }
 }

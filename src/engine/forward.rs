@@ -1,5 +1,4 @@
-//! What the engine needs of a model and its cache: llama.cpp in the server, a stub in tests and
-//! benches.
+//! What the engine needs of a model and its cache: llama.cpp's in the server, a stub in tests.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -78,13 +77,11 @@ impl Rows {
     }
 
     /// Number of rows.
-    #[must_use]
     pub fn len(&self) -> usize {
         self.rows.len()
     }
 
-    /// `true` without a row.
-    #[must_use]
+    /// `true` without rows.
     pub fn is_empty(&self) -> bool {
         self.rows.is_empty()
     }
@@ -154,9 +151,8 @@ pub trait Forward {
 /// llama.cpp as the engine's model.
 ///
 /// In a unified cache a step is one pass. In streams it is one for all sequences with a single row,
-/// and one for each with more: llama.cpp would divide the rows no better, since sequences of one
-/// pass must have equally many, and a pass looks at as many cells of every stream as the longest
-/// one has, so a long prompt must not be in the pass of short streams.
+/// and one for each with more: sequences of one pass must have equally many rows, and a pass reads
+/// as many cells of every stream as the longest one has.
 pub struct LlamaForward {
     context: Context,
     batch: Batch,
@@ -183,7 +179,6 @@ enum Place {
 
 impl LlamaForward {
     /// Takes a context over.
-    #[must_use]
     pub fn new(context: Context) -> Self {
         let (batch, model) = (context.batch(), Arc::clone(context.model()));
         Self {
@@ -205,7 +200,6 @@ impl LlamaForward {
     }
 
     /// Where the last pass left its logits and hidden states.
-    #[must_use]
     pub fn tapped(&self) -> Option<Tapped<'_>> {
         self.context.tapped()
     }
@@ -314,13 +308,11 @@ impl Forward for LlamaForward {
             return None;
         }
         let n_outputs = self.places.iter().filter(|p| matches!(p, Place::Context(_))).count();
-        let tapped = self
-            .context
-            .tapped()
-            .filter(|t| t.n_rows() == n_outputs && ask.rows.len() <= n_outputs)?;
+        let is_whole = |t: &Tapped<'_>| t.n_rows() == n_outputs && ask.rows.len() <= n_outputs;
+        let tapped = self.context.tapped().filter(is_whole)?;
+        let (logits, hidden) = (tapped.logits(), tapped.hidden());
         self.chosen.clear();
-        match heads.borrow_mut().verify(tapped.logits(), tapped.hidden(), self.model.n_vocab(), ask)
-        {
+        match heads.borrow_mut().verify(logits, hidden, self.model.n_vocab(), ask) {
             Ok(chosen) => self.chosen.extend_from_slice(chosen),
             Err(error) => {
                 tracing::error!(%error, "the device failed to verify; from now on the host does");

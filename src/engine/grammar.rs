@@ -156,18 +156,16 @@ impl Grammar {
         self.matcher
             .consume_token(token.0.cast_unsigned())
             .map_err(|e| GrammarError(e.to_string()))?;
-        if self.matcher.is_stopped() {
-            return self.stopped();
+        if !self.matcher.is_stopped() {
+            match self.matcher.compute_mask() {
+                Ok(allowed) => {
+                    self.allowed = allowed;
+                    return Ok(false);
+                }
+                Err(_) if self.matcher.stop_reason().is_ok() => return Ok(true),
+                Err(error) => return Err(GrammarError(error.to_string())),
+            }
         }
-        match self.matcher.compute_mask() {
-            Ok(allowed) => self.allowed = allowed,
-            Err(_) if self.matcher.stop_reason().is_ok() => return Ok(true),
-            Err(error) => return Err(GrammarError(error.to_string())),
-        }
-        Ok(false)
-    }
-
-    fn stopped(&self) -> Result<bool, GrammarError> {
         let reason = self.matcher.stop_reason();
         if reason.is_ok() { Ok(true) } else { Err(GrammarError(reason.to_string())) }
     }

@@ -11,8 +11,8 @@ use tokio::sync::{Semaphore, mpsc};
 use super::grammar::Grammars;
 use super::stats::Stats;
 use super::{Job, Limits};
-use crate::error::{IncidentId, Invalid};
-use crate::llama::Model;
+use crate::error::{Invalid, incident_id};
+use crate::llama::{Model, Token};
 use crate::request::{Caller, Completion, Event, Piece, Request};
 
 /// Why a request was not accepted.
@@ -21,10 +21,10 @@ pub enum SubmitError {
     /// A field cannot be served; the client must change it.
     #[error("{0}")]
     Invalid(#[from] Invalid),
-    /// As many requests as may run or wait do so already.
+    /// The queue is full.
     #[error("{limit} requests are running or waiting already; try again later")]
     QueueFull {
-        /// How many those are.
+        /// Requests that may run or wait.
         limit: usize,
     },
     /// The engine's thread has ended.
@@ -36,7 +36,7 @@ pub enum SubmitError {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the engine failed on this request; the log names the cause under {id}")]
 pub struct Failed {
-    /// What the log repeats.
+    /// Names the failure in the log.
     pub id: String,
 }
 
@@ -63,9 +63,9 @@ impl Answer {
         }
         self.events.poll_recv(cx).map(|event| {
             event.unwrap_or_else(|| {
-                let id = IncidentId::new();
-                tracing::error!(%id, "the engine's thread ended before the answer");
-                Event::Failed { id: id.to_string() }
+                let id = incident_id();
+                tracing::error!(id, "the engine's thread ended before the answer");
+                Event::Failed { id }
             })
         })
     }
@@ -104,85 +104,29 @@ impl Answer {
 /// has and ends.
 #[derive(Clone)]
 pub struct Handle {
+    /// The model served.
+    pub model: Arc<Model>,
+    /// The engine's sizes.
+    pub limits: Limits,
+    /// Heads that draft; 0 without any.
+    pub n_heads: usize,
+    /// `true` if text drafts.
+    pub drafts_text: bool,
+    /// Where heads and verification are computed: `cpu` or `cuda`.
+    pub drafting_on: &'static str,
+    /// Requests that may run or wait.
+    pub n_queue: usize,
+    /// What the engine counts.
+    pub stats: Arc<Stats>,
     pub(super) jobs: SyncSender<Job>,
     pub(super) permits: Arc<Semaphore>,
-    pub(super) model: Arc<Model>,
     pub(super) grammars: Arc<OnceLock<Result<Grammars, String>>>,
-    pub(super) limits: Limits,
-    pub(super) n_heads: usize,
-    pub(super) text_drafts: bool,
-    pub(super) side: Side,
-    pub(super) n_queue: usize,
-    pub(super) stats: Arc<Stats>,
-}
-
-/// Where heads and verification are computed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Side {
-    /// On the host.
-    Cpu,
-    /// By our kernels, where the logits are.
-    Cuda,
-}
-
-impl Side {
-    /// As `GET /` calls it.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Cpu => "cpu",
-            Self::Cuda => "cuda",
-        }
-    }
 }
 
 impl Handle {
-    /// The model served.
-    #[must_use]
-    pub fn model(&self) -> &Model {
-        &self.model
-    }
-
-    /// Heads that draft; 0 without any.
-    #[must_use]
-    pub fn n_heads(&self) -> usize {
-        self.n_heads
-    }
-
-    /// `true` if text drafts.
-    #[must_use]
-    pub fn drafts_from_text(&self) -> bool {
-        self.text_drafts
-    }
-
-    /// Where heads and verification are computed.
-    #[must_use]
-    pub fn side(&self) -> Side {
-        self.side
-    }
-
-    /// The engine's sizes.
-    #[must_use]
-    pub fn limits(&self) -> Limits {
-        self.limits
-    }
-
-    /// What the engine counts.
-    #[must_use]
-    pub fn stats(&self) -> &Stats {
-        &self.stats
-    }
-
     /// Requests accepted and not yet ended.
-    #[must_use]
     pub fn n_in_flight(&self) -> usize {
         self.n_queue - self.permits.available_permits()
-    }
-
-    /// The most that can be.
-    #[must_use]
-    pub fn most_in_flight(&self) -> usize {
-        self.n_queue
     }
 
     /// Hands a request to the engine.
@@ -198,11 +142,8 @@ impl Handle {
         // Off the network's threads: a long prompt, or a large grammar, takes milliseconds.
         let checked = tokio::task::spawn_blocking(move || {
             let prompt = this.check(&request)?;
-            let grammar = request
-                .grammar
-                .as_ref()
-                .map(|source| this.grammars()?.compile(source))
-                .transpose()?;
+            let compile = |source| this.grammars()?.compile(source);
+            let grammar = request.grammar.as_ref().map(compile).transpose()?;
             Ok::<_, Invalid>((prompt, grammar, request))
         });
         let (prompt, grammar, request) = checked.await.map_err(|_| SubmitError::Stopped)??;
@@ -225,15 +166,11 @@ impl Handle {
     }
 
     /// Tokenises the prompt and checks what only the model can tell.
-    fn check(&self, request: &Request) -> Result<Vec<crate::llama::Token>, Invalid> {
-        if let Some((bad, _)) =
-            request.sampling.logit_bias.iter().find(|(t, _)| !self.model.contains(*t))
-        {
-            let message = format!(
-                "logit_bias names token {}, but the vocabulary has {}",
-                bad.0,
-                self.model.n_vocab()
-            );
+    fn check(&self, request: &Request) -> Result<Vec<Token>, Invalid> {
+        let mut biased = request.sampling.logit_bias.iter().map(|(token, _)| *token);
+        if let Some(Token(bad)) = biased.find(|&token| !self.model.contains(token)) {
+            let n_vocab = self.model.n_vocab();
+            let message = format!("logit_bias names token {bad}, but the vocabulary has {n_vocab}");
             return Err(Invalid::new("logit_bias", message));
         }
         let prompt = self.model.tokenize(&request.prompt, true);
@@ -243,10 +180,8 @@ impl Handle {
         }
         let most = self.limits.n_ctx - 1;
         if prompt.len() > most {
-            let message = format!(
-                "prompt has {} tokens, but the context leaves room for {most}",
-                prompt.len()
-            );
+            let n = prompt.len();
+            let message = format!("prompt has {n} tokens, but the context leaves room for {most}");
             return Err(Invalid::new("prompt", message));
         }
         Ok(prompt)

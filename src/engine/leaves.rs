@@ -1,14 +1,13 @@
 //! Sequence ids for the leaves of trees. Pure.
 //!
 //! A row of the batch sees the cells that carry its first id. So a tree of `n` leaves needs `n`
-//! ids: the sequence's own for its first leaf, and others for the rest, on everything the sequence
-//! has cached. A node carries the ids of the leaves below it. Afterwards the sequence takes over
-//! the cells of the accepted path, and the others come off the cells after the root, which frees
-//! the paths that were not taken. No keys or values move.
+//! ids: the sequence's own for its first leaf, and others for the rest, on all cached cells of the
+//! sequence. A node carries the ids of the leaves below it. After the step the sequence takes over
+//! the cells of the accepted path, and the other ids come off the cells after the root, which frees
+//! the rejected paths. No keys or values move.
 //!
-//! Each running sequence that drafts has a block of ids of its own, and they stay on its cells from
-//! step to step: to put an id on a cell, or to take it off, is the expensive part of llama.cpp's
-//! bookkeeping, so only what is new is touched.
+//! Each sequence that drafts has its own block of ids, which stay on its cells from step to step:
+//! adding an id to a cell or removing it is expensive in llama.cpp, so only new cells are touched.
 
 use super::slots::KvOp;
 use crate::llama::SeqId;
@@ -25,27 +24,23 @@ pub struct Leaves {
 }
 
 /// Ids, each with how many of the sequence's first tokens it is on.
-#[derive(Debug)]
-struct Block(Vec<(SeqId, usize)>);
+type Block = Vec<(SeqId, usize)>;
 
 impl Leaves {
     /// Divides the ids from `n_seqs` to `n_ids` among `n_slots` running sequences.
-    #[must_use]
     pub fn new(n_seqs: usize, n_ids: usize, n_slots: usize) -> Self {
         let n_each = n_ids.saturating_sub(n_seqs) / n_slots.max(1);
-        let block = |slot: usize| {
-            Block((0..n_each).map(|i| (SeqId((n_seqs + slot * n_each + i) as u32), 0)).collect())
-        };
+        let id = |i: usize| SeqId((n_seqs + i) as u32);
+        let block = |slot| (0..n_each).map(|i| (id(slot * n_each + i), 0)).collect();
         Self {
             n_leaves: n_each + 1,
             n_blocks: n_slots,
             free: (0..n_slots).rev().map(block).collect(),
-            held: (0..n_seqs).map(|_| None).collect(),
+            held: vec![None; n_seqs],
         }
     }
 
     /// Most leaves that a tree may have.
-    #[must_use]
     pub fn n_leaves(&self) -> usize {
         self.n_leaves
     }
@@ -72,7 +67,7 @@ impl Leaves {
         let held = &mut self.held[seq.0 as usize];
         let block =
             held.get_or_insert_with(|| self.free.pop().expect("a block for each running sequence"));
-        for (id, n_on) in &mut block.0[..n - 1] {
+        for (id, n_on) in &mut block[..n - 1] {
             if *n_on < n_cached {
                 ops.push(KvOp::Share { from: seq, to: *id, start: *n_on, end: n_cached });
                 *n_on = n_cached;
@@ -103,24 +98,22 @@ impl Leaves {
         }
         ops.extend(ids[1..].iter().map(|&id| KvOp::Remove { seq: id, from: n_common }));
         if let Some(block) = &mut self.held[seq.0 as usize] {
-            block.0[..ids.len() - 1].iter_mut().for_each(|(_, n_on)| *n_on = n_common);
+            block[..ids.len() - 1].iter_mut().for_each(|(_, n_on)| *n_on = n_common);
         }
     }
 
     /// The sequence has ended, or what its cells hold is not known: its block is free for the next.
     pub fn end(&mut self, seq: SeqId, ops: &mut Vec<KvOp>) {
-        let Some(mut block) = self.held.get_mut(seq.0 as usize).and_then(Option::take) else {
-            return;
-        };
-        for (id, n_on) in block.0.iter_mut().filter(|(_, n_on)| *n_on > 0) {
-            ops.push(KvOp::Remove { seq: *id, from: 0 });
-            *n_on = 0;
+        if let Some(mut block) = self.held.get_mut(seq.0 as usize).and_then(Option::take) {
+            for (id, n_on) in block.iter_mut().filter(|(_, n_on)| *n_on > 0) {
+                ops.push(KvOp::Remove { seq: *id, from: 0 });
+                *n_on = 0;
+            }
+            self.free.push(block);
         }
-        self.free.push(block);
     }
 
     /// `true` if no sequence holds a block.
-    #[must_use]
     pub fn is_whole(&self) -> bool {
         self.free.len() == self.n_blocks
     }

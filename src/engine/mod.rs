@@ -1,33 +1,31 @@
 //! The engine: one thread, one context, one loop. Requests join and leave at every step.
 //!
 //! A step is: admit, plan, draft, forward, commit (in `commit`). Each sequence that takes part has a
-//! [`Turn`](turn::Turn). [`slots`] knows who holds which cells, [`leaves`] lends ids to trees,
-//! [`scheduler`] says which rows come next, [`sampler`] which token follows, [`text`] what of it may
-//! be shown, [`pace`] and [`bursts`] how long things may take; [`speculate`](crate::speculate)
-//! drafts. They are pure; this file and `commit` alone read the clock, and [`forward`] alone talks
-//! to llama.cpp. What happens is counted in [`stats`].
+//! `Turn`. [`slots`] records who holds which cells, [`leaves`] lends ids to trees, `scheduler` picks
+//! the next rows, [`sampler`] the next token, `text` what of it may be shown; `pace` and `bursts`
+//! limit how long things take; [`speculate`](crate::speculate) drafts. They are pure: only this file
+//! and `commit` read the clock, and only [`forward`] calls llama.cpp. [`stats`] counts.
 
-pub mod bursts;
+mod bursts;
 mod commit;
 pub mod filter;
 pub mod forward;
 pub mod grammar;
 pub mod handle;
 pub mod leaves;
-pub mod pace;
-pub mod report;
+mod pace;
+pub(crate) mod report;
 pub mod sampler;
-pub mod scheduler;
-pub mod sequence;
+mod scheduler;
+mod sequence;
 pub mod slots;
 pub mod stats;
-pub mod text;
+mod text;
 pub mod thread;
-pub mod turn;
+mod turn;
 mod walk;
 
-use std::collections::VecDeque;
-use std::ops::{Index, IndexMut};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -37,9 +35,9 @@ pub use sequence::Job;
 pub use slots::Layout;
 pub use thread::{Stage, spawn};
 
-use crate::error::IncidentId;
+use crate::error::incident_id;
 use crate::llama::{SeqId, Token};
-use crate::request::{Trace, span};
+use crate::request::{Event, Trace, span};
 use crate::speculate::device::{OutputRow, Verified};
 use crate::speculate::speculator::Verifying;
 use crate::speculate::tree::Below;
@@ -49,7 +47,7 @@ use pace::{Load, Pace};
 use sampler::Sampler;
 use scheduler::{Budget, Demand, Share};
 use sequence::Sequence;
-use slots::{KvOp, Slots};
+use slots::{Admission, KvOp, Slots};
 use stats::{Ended, Stats};
 use turn::{RowRange, Turn};
 use walk::Choosing;
@@ -71,7 +69,6 @@ pub struct Limits {
 
 impl Limits {
     /// Cells of the whole cache.
-    #[must_use]
     pub fn n_cells(&self) -> usize {
         match self.layout {
             Layout::Unified { n_cells, .. } => n_cells,
@@ -86,10 +83,9 @@ pub struct Engine<F> {
     limits: Limits,
     ledger: Slots,
     waiting: VecDeque<Job>,
-    running: Running,
+    running: BTreeMap<SeqId, Sequence>,
     n_admitted: u64,
     pace: Pace,
-    /// `None`: nothing is drafted.
     speculator: Option<Speculator>,
     leaves: Leaves,
     /// Answers come with hidden states and logits.
@@ -99,38 +95,6 @@ pub struct Engine<F> {
     stats: Arc<Stats>,
     turns: Vec<Turn>,
     work: Work,
-}
-
-/// The sequences that run, by id.
-struct Running(Vec<Option<Sequence>>);
-
-impl Running {
-    fn iter(&self) -> impl Iterator<Item = &Sequence> {
-        self.0.iter().flatten()
-    }
-
-    fn put(&mut self, sequence: Sequence) {
-        let place = sequence.seq.0 as usize;
-        self.0[place] = Some(sequence);
-    }
-
-    fn take(&mut self, seq: SeqId) -> Option<Sequence> {
-        self.0[seq.0 as usize].take()
-    }
-}
-
-impl Index<SeqId> for Running {
-    type Output = Sequence;
-
-    fn index(&self, seq: SeqId) -> &Sequence {
-        self.0[seq.0 as usize].as_ref().expect("a sequence runs until its turn is over")
-    }
-}
-
-impl IndexMut<SeqId> for Running {
-    fn index_mut(&mut self, seq: SeqId) -> &mut Sequence {
-        self.0[seq.0 as usize].as_mut().expect("a sequence runs until its turn is over")
-    }
 }
 
 /// Buffers that keep their memory from step to step.
@@ -144,7 +108,7 @@ struct Work {
     rows: Rows,
     /// Before the pass, and after it.
     ops: Vec<KvOp>,
-    /// What the device is asked, and by output row the tokens it chose; none if it chose none.
+    /// What the device is asked, and the tokens it chose, by output row; empty if it chose none.
     outputs: Vec<OutputRow>,
     verified: Vec<Verified>,
     chosen: Vec<i32>,
@@ -154,16 +118,12 @@ struct Work {
 impl<F: Forward> Engine<F> {
     /// An engine without requests.
     pub fn new(forward: F, limits: Limits, stats: Arc<Stats>) -> Self {
-        let n_seqs = match limits.layout {
-            Layout::Unified { n_seqs, .. } => n_seqs,
-            Layout::Streams { .. } => limits.n_slots,
-        };
         let end_tokens =
             (0..forward.n_vocab() as i32).map(Token).filter(|&t| forward.is_end(t)).collect();
         Self {
             ledger: Slots::new(limits.layout, limits.n_slots),
             waiting: VecDeque::new(),
-            running: Running((0..n_seqs).map(|_| None).collect()),
+            running: BTreeMap::new(),
             n_admitted: 0,
             pace: limits
                 .n_prefill
@@ -206,15 +166,13 @@ impl<F: Forward> Engine<F> {
     }
 
     /// `true` without a request to work on.
-    #[must_use]
     pub fn is_idle(&self) -> bool {
-        self.waiting.is_empty() && self.running.iter().next().is_none()
+        self.waiting.is_empty() && self.running.is_empty()
     }
 
     /// `true` if more requests wait than could start.
-    #[must_use]
     pub fn is_full(&self) -> bool {
-        self.waiting.len() + self.ledger.n_active() >= self.limits.n_slots
+        self.waiting.len() + self.running.len() >= self.limits.n_slots
     }
 
     /// Admits what fits, computes one batch of rows, and hands out the results.
@@ -226,13 +184,13 @@ impl<F: Forward> Engine<F> {
         self.fill_rows(&mut turns);
         if !self.work.rows.is_empty() {
             let started = Instant::now();
-            self.stats.begin_pass(started);
+            *self.stats.pass_began.lock() = Some(started);
             match self.forward() {
                 Ok(()) => self.commit(&mut turns, round, started),
-                // What the cache holds of these sequences is not known, so they end.
+                // What the cache holds of these sequences is unknown, so they end.
                 Err(error) => turns.iter().for_each(|turn| self.fail(turn.share.seq, &error)),
             }
-            self.stats.end_pass();
+            *self.stats.pass_began.lock() = None;
         }
         self.turns = turns;
         self.publish();
@@ -255,43 +213,33 @@ impl<F: Forward> Engine<F> {
             };
             let job = self.waiting.pop_front().expect("it was at the front");
             if job.request.cache_prompt {
-                self.stats.count_prefix(job.prompt.len(), place.n_cached);
+                self.stats.prefix_queries.inc_by(job.prompt.len() as u64);
+                self.stats.prefix_hits.inc_by(place.n_cached as u64);
             }
             let banned: &[Token] = if job.request.ignore_eos { &self.end_tokens } else { &[] };
             let sampler =
                 Sampler::new(&job.request.sampling, banned, &job.prompt, self.forward.n_vocab());
             let ready = apply(&mut self.forward, &place.ops).and(sampler.map_err(StepError::from));
-            let _of_request = span(&job.caller.id).entered();
             match ready {
-                Ok(sampler) => {
-                    let (seq, n_ctx) = (place.seq, self.limits.n_ctx);
-                    tracing::debug!(
-                        slot = seq.0,
-                        n_prompt = job.prompt.len(),
-                        n_cached = place.n_cached,
-                        "admitted"
-                    );
-                    let mut sequence =
-                        Sequence::new(job, sampler, seq, place.n_cached, self.n_admitted, n_ctx);
-                    sequence.trace = self.traces.then(Trace::default);
-                    if sequence.speculation.by_text()
-                        && self.speculator.as_ref().is_some_and(Speculator::has_text)
-                    {
-                        sequence.index_text();
-                    }
-                    self.running.put(sequence);
-                    self.n_admitted += 1;
-                }
-                Err(error) => {
-                    let id = IncidentId::new();
-                    tracing::error!(%id, %error, "a request could not start");
-                    let _ =
-                        job.events.try_send(crate::request::Event::Failed { id: id.to_string() });
-                    self.stats.count_end(Ended::Failed);
-                    self.forget(place.seq);
-                }
+                Ok(sampler) => self.start(job, sampler, &place),
+                Err(error) => self.fail_job(job, place.seq, &error),
             }
         }
+    }
+
+    fn start(&mut self, job: Job, sampler: Sampler, &Admission { seq, n_cached, .. }: &Admission) {
+        let _of_request = span(&job.caller.id).entered();
+        tracing::debug!(slot = seq.0, n_prompt = job.prompt.len(), n_cached, "admitted");
+        let has_text = self.speculator.as_ref().is_some_and(Speculator::has_text);
+        let drafts_text = has_text && job.request.speculation.by_text();
+        let order = self.n_admitted;
+        let mut sequence = Sequence::new(job, sampler, seq, n_cached, order, self.limits.n_ctx);
+        sequence.trace = self.traces.then(Trace::default);
+        if drafts_text {
+            sequence.index_text();
+        }
+        self.running.insert(seq, sequence);
+        self.n_admitted += 1;
     }
 
     /// Ends waiting requests whose time is over.
@@ -300,8 +248,7 @@ impl<F: Forward> Engine<F> {
             return;
         }
         let now = Instant::now();
-        let is_over = |job: &Job| job.deadline().is_some_and(|deadline| deadline <= now);
-        while let Some(i) = self.waiting.iter().position(is_over) {
+        while let Some(i) = self.waiting.iter().position(|job| job.is_overdue(now)) {
             if let Some(job) = self.waiting.remove(i) {
                 job.expire(now);
             }
@@ -314,7 +261,7 @@ impl<F: Forward> Engine<F> {
         let work = &mut self.work;
         work.demands.clear();
         let demand = |s: &Sequence| Demand { seq: s.seq, n_pending: s.n_pending(), order: s.order };
-        work.demands.extend(self.running.iter().map(demand));
+        work.demands.extend(self.running.values().map(demand));
         let n_decode = work.demands.iter().filter(|d| d.decodes()).count();
         work.load = Load { n_decode, n_prompts: work.demands.len() - n_decode };
         let budget =
@@ -333,7 +280,7 @@ impl<F: Forward> Engine<F> {
         let n_rows: usize = turns.iter().map(|turn| turn.share.n_rows).sum();
         let drafting = speculator.begin(n_rows, n_decode(turns));
         let origin = |Turn { share, .. }: &Turn| {
-            running[share.seq].origin(if share.decodes() { deepest } else { 0 })
+            running[&share.seq].origin(if share.decodes() { deepest } else { 0 })
         };
         let mut origins: Vec<Origin<'_>> = turns.iter().map(origin).collect();
         if !drafting.is_due() || origins.iter().all(|o| o.max_depth == 0 && o.text.is_none()) {
@@ -342,7 +289,8 @@ impl<F: Forward> Engine<F> {
         let started = Instant::now();
         let drafted = drafting.draft(&mut origins, turns);
         for turn in turns.iter_mut() {
-            if let Some(grammar) = &mut running[turn.share.seq].grammar {
+            let sequence = running.get_mut(&turn.share.seq);
+            if let Some(grammar) = sequence.and_then(|s| s.job.grammar.as_mut()) {
                 grammar.prune(&mut turn.tree);
             }
         }
@@ -357,10 +305,17 @@ impl<F: Forward> Engine<F> {
             }
             if !tree.is_empty() {
                 let n_leaves = tree.leaves_below(&mut work.below);
-                leaves.lend(share.seq, n_leaves, running[share.seq].n_computed, ids, &mut work.ops);
+                leaves.lend(
+                    share.seq,
+                    n_leaves,
+                    running[&share.seq].n_computed,
+                    ids,
+                    &mut work.ops,
+                );
             }
         }
-        self.stats.count_candidates(n_proposed, turns.iter().map(|turn| turn.tree.len()).sum());
+        self.stats.offered.inc_by(n_proposed as u64);
+        self.stats.chosen.inc_by(turns.iter().map(|turn| turn.tree.len() as u64).sum());
         Some(round)
     }
 
@@ -371,7 +326,7 @@ impl<F: Forward> Engine<F> {
         let mut n_outputs = 0;
         for turn in turns {
             let Turn { share, tree, leaves, .. } = turn;
-            let s = &self.running[share.seq];
+            let s = &self.running[&share.seq];
             let end = s.n_computed + share.n_rows;
             turn.rows = RowRange(rows.len() + share.n_rows - 1);
             turn.outputs = RowRange(n_outputs);
@@ -398,20 +353,24 @@ impl<F: Forward> Engine<F> {
 
     /// Ends a sequence that cannot go on. The others do.
     fn fail(&mut self, seq: SeqId, error: &StepError) {
-        let id = IncidentId::new();
-        let failed = self.running.take(seq);
-        let _of_request = failed.as_ref().map(|s| span(&s.id).entered());
-        tracing::error!(%id, %error, "a request failed in the engine");
-        if let Some(mut s) = failed {
-            s.fail(&id.to_string());
-            self.stats.count_end(Ended::Failed);
+        if let Some(s) = self.running.remove(&seq) {
+            self.fail_job(s.job, seq, error);
         }
-        self.forget(seq);
     }
 
-    /// Ends a sequence whose cells cannot be trusted.
-    fn forget(&mut self, seq: SeqId) {
-        let mut ops = self.ledger.discard(seq);
+    /// Ends a job whose cells, on `seq`, cannot be trusted.
+    fn fail_job(&mut self, mut job: Job, seq: SeqId, error: &StepError) {
+        let id = incident_id();
+        let _of_request = span(&job.caller.id).entered();
+        tracing::error!(id, %error, "a request failed in the engine");
+        job.end(Event::Failed { id });
+        self.stats.count_end(Ended::Failed);
+        let ops = self.ledger.discard(seq);
+        self.free(seq, ops);
+    }
+
+    /// Does `ops` to the cache, and frees the leaves of `seq`.
+    fn free(&mut self, seq: SeqId, mut ops: Vec<KvOp>) {
         self.leaves.end(seq, &mut ops);
         if let Err(error) = apply(&mut self.forward, &ops) {
             tracing::error!(%error, "the cache refused to drop a sequence");
@@ -419,13 +378,11 @@ impl<F: Forward> Engine<F> {
     }
 
     fn publish(&self) {
-        let running = self.ledger.n_active();
-        self.stats.publish(
-            running,
-            self.waiting.len(),
-            self.ledger.n_cells_active(),
-            self.ledger.n_cells_retained(),
-        );
+        self.stats.running.set(self.running.len() as i64);
+        self.stats.waiting.set(self.waiting.len() as i64);
+        self.stats.cells_active.set(self.ledger.n_cells_active() as i64);
+        self.stats.cells_retained.set(self.ledger.n_cells_retained() as i64);
+        self.stats.steps.inc();
         if let Some(speculator) = &self.speculator {
             self.stats.publish_reliability(speculator.reliability());
         }
@@ -437,7 +394,7 @@ impl<F: Forward> Engine<F> {
     /// When it does not.
     pub fn check_integrity(&self) {
         self.ledger.check_integrity();
-        assert_eq!(self.running.iter().count(), self.ledger.n_active());
+        assert_eq!(self.running.len(), self.ledger.n_active());
     }
 
     /// Checks that an idle engine holds no sequence, no cell but retained ones, and no lent id. For

@@ -1,17 +1,13 @@
-//! How much of prompts one step may carry while other sequences decode. Pure: durations come from
-//! outside.
+//! How many rows of prompts one step may carry while other sequences decode. Pure.
 //!
-//! To a running stream, a newcomer's prompt is a longer step. The chunk is steered by what
-//! steps really take: after each step that carried a full chunk it is scaled by the ratio of the
-//! time such a step may take to the time it took. A step may take [`STALL`] times as long as a step
-//! of as many streams without a prompt, and at least [`MIN_STALL_S`], which few notice. For a cost
-//! of `a + b n` the scaling settles at the `n` where the step takes just that long, whatever `a`
-//! and `b` are; where even the fixed part is too long it stays at [`MIN_CHUNK`], below which
-//! prompts would never be done.
+//! A new request's prompt makes the steps of running streams longer. After each step that carried a
+//! full chunk, the chunk is scaled by the ratio of the time such a step may take to the time it
+//! took. A step may take [`STALL`] times as long as a step of as many streams without a prompt, and
+//! at least [`MIN_STALL_S`]. For a cost of `a + b n` the scaling settles at the `n` where the step
+//! takes just that long; where even `a` is too long it stays at [`MIN_CHUNK`].
 //!
-//! Where more prompts wait than streams run, a step may take as many times as long as there are
-//! prompts per stream: else the few would hold up the many. So the prompts of a burst are read
-//! together, and a single new request is read in small chunks.
+//! Where more prompts wait than streams run, that time is multiplied by the prompts per stream: the
+//! prompts of a burst are read together, and a single new request is read in small chunks.
 
 /// A step with a chunk may last this many times a step without one.
 pub const STALL: f64 = 2.5;
@@ -40,9 +36,8 @@ pub struct Pace {
 /// The sequences that want rows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Load {
-    /// Those that decode.
     pub n_decode: usize,
-    /// Those whose prompts are being read.
+    /// Sequences whose prompts are being read.
     pub n_prompts: usize,
 }
 
@@ -55,13 +50,11 @@ impl Load {
 
 impl Pace {
     /// For steps of at most `n_batch` rows.
-    #[must_use]
     pub fn new(n_batch: usize) -> Self {
         Self { decode_s: Vec::new(), chunk: FIRST_CHUNK, n_batch, is_fixed: false }
     }
 
     /// Always `n` rows of prompts, whatever steps take and however many wait.
-    #[must_use]
     pub fn fixed(n: usize, n_batch: usize) -> Self {
         Self { chunk: n as f64, is_fixed: true, ..Self::new(n_batch) }
     }
@@ -84,7 +77,6 @@ impl Pace {
     }
 
     /// Rows of prompts that the next step may have beside decoding ones; from 1 to `n_batch`.
-    #[must_use]
     pub fn n_prefill(&self, load: Load) -> usize {
         let crowd = if self.is_fixed { 1.0 } else { load.crowd() };
         ((self.chunk * crowd) as usize).clamp(1, self.n_batch)
@@ -99,9 +91,8 @@ impl Pace {
     /// A step of `n` streams and nothing else, or of the nearest number of streams that was
     /// measured.
     fn plain_step_s(&self, n: usize) -> f64 {
-        let known =
-            self.decode_s.iter().enumerate().filter_map(|(i, s)| s.map(|s| (i.abs_diff(n), s)));
-        known.min_by_key(|&(distance, _)| distance).map_or(0.0, |(_, s)| s)
+        let known = self.decode_s.iter().enumerate().filter(|(_, s)| s.is_some());
+        known.min_by_key(|(i, _)| i.abs_diff(n)).and_then(|(_, s)| *s).unwrap_or(0.0)
     }
 }
 

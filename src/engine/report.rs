@@ -1,4 +1,4 @@
-//! What requests want to know of a token beside its text, from the rows it was chosen from. Pure.
+//! Log probabilities and traces, from the rows that a token was chosen from. Pure.
 
 use half::f16;
 
@@ -7,7 +7,6 @@ use crate::request::{Logprobs, Trace};
 use crate::vector::{largest_k, log_sum_exp};
 
 /// The log probability of `token` in a row of logits, with the `n_top` best.
-#[must_use]
 pub fn logprobs(token: Token, logits: &[f32], n_top: usize) -> Logprobs {
     let norm = log_sum_exp(logits);
     let mut top = Vec::with_capacity(n_top);

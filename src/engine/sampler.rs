@@ -16,7 +16,6 @@ pub struct Sampler {
     chain: Option<SamplerChain>,
     /// `None`: greedy.
     filter: Option<Filter>,
-    penalties: bool,
     seed: u64,
 }
 
@@ -53,7 +52,10 @@ impl Sampler {
     ) -> Result<Self, LlamaError> {
         let SamplingParams { top_k, top_p, min_p, temperature, seed, .. } = *params;
         let filter = (temperature > 0.0).then_some(Filter { top_k, top_p, min_p, temperature });
-        let penalties = params.has_penalties();
+        let penalties = params.repeat_last_n > 0
+            && (params.repetition_penalty != 1.0
+                || params.frequency_penalty != 0.0
+                || params.presence_penalty != 0.0);
         let mut bias = params.logit_bias.clone();
         bias.extend(banned.iter().map(|&t| (t, f32::NEG_INFINITY)));
         let mut chain = None;
@@ -63,31 +65,27 @@ impl Sampler {
                 new = new.logit_bias(&bias)?;
             }
             if penalties {
-                let p =
-                    (params.repetition_penalty, params.frequency_penalty, params.presence_penalty);
-                new = new.penalties(params.repeat_last_n, p.0, p.1, p.2)?;
+                let p = params;
+                let (repeat, frequency) = (p.repetition_penalty, p.frequency_penalty);
+                new = new.penalties(p.repeat_last_n, repeat, frequency, p.presence_penalty)?;
             }
             chain = Some(new);
         }
-        let mut sampler = Self { chain, filter, penalties, seed };
+        let mut sampler = Self { chain, filter, seed };
         let window = prompt.len().saturating_sub(params.repeat_last_n);
         prompt[window..].iter().for_each(|&t| sampler.accept(t));
         Ok(sampler)
     }
 
-    /// The token at `position` of the sequence, given the logits of the row before it.
-    pub fn draw(&mut self, logits: &[f32], position: usize, scratch: &mut Scratch) -> Token {
-        self.draw_typical(logits, position, &[], scratch)
-    }
-
-    /// As [`draw`](Self::draw), but a drafted token that is typical of the distribution is taken in
-    /// place of a draw, the most likely one if there are several. This is lossy: the text follows
-    /// the drafts more than the model alone would.
+    /// The token at `position` of the sequence, given the logits of the row before it. A `drafted`
+    /// token that is typical of the distribution is taken in place of a draw, the most likely one
+    /// if there are several. This is lossy: the text follows the drafts more than the model alone
+    /// would.
     ///
     /// Typical is a token with a probability above `min(eps, delta exp(-H))`, `H` being the entropy
     /// in nats: "Medusa" (Cai et al., 2024), section 2.3.1. Here of the distribution that is drawn
     /// from, after temperature and filters. Greedy has none.
-    pub fn draw_typical(
+    pub fn draw(
         &mut self,
         logits: &[f32],
         position: usize,
@@ -99,7 +97,8 @@ impl Sampler {
             None => logits,
             Some(chain) => {
                 changed.clear();
-                changed.extend(candidates.filter(chain, logits).map(|(_, logit)| logit)); // all of them, by token
+                // All of them, by token.
+                changed.extend(candidates.filter(chain, logits).map(|(_, logit)| logit));
                 changed
             }
         };
@@ -116,12 +115,11 @@ impl Sampler {
                 return token;
             }
         }
-        argmax(logits) // rounding left a crumb beyond the last token, or there is none
+        argmax(logits) // rounding left some weight after the last token, or there is no token
     }
 
     /// How the token at `position` is chosen; `None` where bias or penalties change the logits
     /// first.
-    #[must_use]
     pub fn rule(&self, position: usize) -> Option<Rule> {
         let Self { filter, seed, .. } = *self;
         self.chain.is_none().then_some(Rule { filter, seed, position })
@@ -129,9 +127,7 @@ impl Sampler {
 
     /// Records the token that was chosen.
     pub fn accept(&mut self, token: Token) {
-        if self.penalties
-            && let Some(chain) = &mut self.chain
-        {
+        if let Some(chain) = &mut self.chain {
             chain.accept(token);
         }
     }
@@ -155,7 +151,6 @@ fn typical(kept: &[(Token, f32)], sum: f64, drafted: &[Token]) -> Option<Token> 
 }
 
 /// Index of the largest value, the first of equals; NaN never wins.
-#[must_use]
 pub fn argmax(logits: &[f32]) -> Token {
     const BLOCK: usize = 2048;
     // Without a branch per value; then one block is looked into.
@@ -219,7 +214,7 @@ mod tests {
     fn histogram(params: &SamplingParams, logits: &[f32]) -> Vec<u32> {
         let (mut s, mut scratch) = (sampler(params, logits.len()), Scratch::default());
         let mut counts = vec![0; logits.len()];
-        (0..20_000).for_each(|pos| counts[s.draw(logits, pos, &mut scratch).0 as usize] += 1);
+        (0..20_000).for_each(|pos| counts[s.draw(logits, pos, &[], &mut scratch).0 as usize] += 1);
         counts
     }
 
@@ -229,31 +224,20 @@ mod tests {
         let open = SamplingParams { temperature: 1.0, top_p: 1.0, ..SamplingParams::default() };
         let chi2 = |counts: &[u32], p: &[f64]| -> f64 {
             let n = f64::from(counts.iter().sum::<u32>());
-            counts
-                .iter()
-                .zip(p)
-                .filter(|(_, p)| **p > 0.0)
-                .map(|(&c, p)| (f64::from(c) - n * p).powi(2) / (n * p))
-                .sum()
+            let counted = counts.iter().zip(p).filter(|(_, p)| **p > 0.0);
+            counted.map(|(&c, p)| (f64::from(c) - n * p).powi(2) / (n * p)).sum()
         };
         // 18.47: p = 0.001 with four degrees of freedom.
         assert!(chi2(&histogram(&open, &logits), &[0.4, 0.3, 0.15, 0.1, 0.05]) < 18.47);
         let top2 = histogram(&SamplingParams { top_k: 2, ..open.clone() }, &logits);
         assert_eq!(&top2[2..], [0, 0, 0]);
         assert!(chi2(&top2, &[0.4 / 0.7, 0.3 / 0.7, 0.0, 0.0, 0.0]) < 10.83);
-        assert_eq!(
-            histogram(&SamplingParams { top_p: 0.6, ..open.clone() }, &logits)[2..],
-            [0, 0, 0]
-        );
-        assert_eq!(
-            histogram(&SamplingParams { min_p: 0.5, ..open.clone() }, &logits)[2..],
-            [0, 0, 0]
-        );
+        let top_p = histogram(&SamplingParams { top_p: 0.6, ..open.clone() }, &logits);
+        let min_p = histogram(&SamplingParams { min_p: 0.5, ..open.clone() }, &logits);
+        assert_eq!((&top_p[2..], &min_p[2..]), (&[0; 3][..], &[0; 3][..]));
         let squared = [0.16, 0.09, 0.0225, 0.01, 0.0025].map(|p| p / 0.285);
-        assert!(
-            chi2(&histogram(&SamplingParams { temperature: 0.5, ..open }, &logits), &squared)
-                < 18.47
-        );
+        let cold = histogram(&SamplingParams { temperature: 0.5, ..open }, &logits);
+        assert!(chi2(&cold, &squared) < 18.47);
     }
 
     #[test]
@@ -263,17 +247,17 @@ mod tests {
         let open = SamplingParams { temperature: 1.0, top_p: 1.0, ..SamplingParams::default() };
         let (mut s, mut scratch) = (sampler(&open, 5), Scratch::default());
         for pos in 0..100 {
-            let plain = s.draw(&logits, pos, &mut scratch);
-            assert_eq!(s.draw_typical(&logits, pos, &[Token(4), Token(3)], &mut scratch), Token(3));
+            let plain = s.draw(&logits, pos, &[], &mut scratch);
+            assert_eq!(s.draw(&logits, pos, &[Token(4), Token(3)], &mut scratch), Token(3));
             assert_eq!(
-                s.draw_typical(&logits, pos, &[Token(3), Token(1)], &mut scratch),
+                s.draw(&logits, pos, &[Token(3), Token(1)], &mut scratch),
                 Token(1),
                 "the most likely one"
             );
-            assert_eq!(s.draw_typical(&logits, pos, &[Token(4)], &mut scratch), plain);
+            assert_eq!(s.draw(&logits, pos, &[Token(4)], &mut scratch), plain);
         }
         let mut greedy = sampler(&SamplingParams { temperature: 0.0, ..open }, 5);
-        assert_eq!(greedy.draw_typical(&logits, 0, &[Token(1)], &mut scratch), Token(0));
+        assert_eq!(greedy.draw(&logits, 0, &[Token(1)], &mut scratch), Token(0));
     }
 
     #[test]
@@ -282,11 +266,12 @@ mod tests {
         let mut scratch = Scratch::default();
         let params = SamplingParams { seed: 7, ..SamplingParams::default() };
         let (mut a, mut b) = (sampler(&params, 50), sampler(&params, 50));
-        let forward: Vec<_> = (0..100).map(|p| a.draw(&logits, p, &mut scratch)).collect();
-        let backward: Vec<_> = (0..100).rev().map(|p| b.draw(&logits, p, &mut scratch)).collect();
+        let forward: Vec<_> = (0..100).map(|p| a.draw(&logits, p, &[], &mut scratch)).collect();
+        let backward: Vec<_> =
+            (0..100).rev().map(|p| b.draw(&logits, p, &[], &mut scratch)).collect();
         assert!(forward.iter().eq(backward.iter().rev()));
         let mut other = sampler(&SamplingParams { seed: 8, ..params }, 50);
-        assert!((0..100).map(|p| other.draw(&logits, p, &mut scratch)).ne(forward));
+        assert!((0..100).map(|p| other.draw(&logits, p, &[], &mut scratch)).ne(forward));
     }
 
     #[test]
@@ -295,14 +280,14 @@ mod tests {
         let mut scratch = Scratch::default();
         let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
         let biased = SamplingParams { logit_bias: vec![(Token(0), 5.0)], ..greedy.clone() };
-        assert_eq!(sampler(&biased, 4).draw(&logits, 0, &mut scratch), Token(0));
+        assert_eq!(sampler(&biased, 4).draw(&logits, 0, &[], &mut scratch), Token(0));
         let mut banned = Sampler::new(&greedy, &[Token(2)], &[], 4).unwrap();
-        assert_eq!(banned.draw(&logits, 0, &mut scratch), Token(3));
+        assert_eq!(banned.draw(&logits, 0, &[], &mut scratch), Token(3));
         let presence = SamplingParams { presence_penalty: 0.5, ..greedy };
         let mut s = Sampler::new(&presence, &[], &[Token(2)], 4).unwrap();
-        assert_eq!(s.draw(&logits, 0, &mut scratch), Token(3), "the prompt counts");
+        assert_eq!(s.draw(&logits, 0, &[], &mut scratch), Token(3), "the prompt counts");
         s.accept(Token(3));
-        assert_eq!(s.draw(&logits, 1, &mut scratch), Token(2));
+        assert_eq!(s.draw(&logits, 1, &[], &mut scratch), Token(2));
     }
 
     proptest! {

@@ -1,26 +1,23 @@
-//! Which rows the next step computes. Pure: it sees how many tokens each sequence still has to
-//! compute, and nothing else.
+//! Which rows the next step computes. Pure.
 //!
-//! Decoding sequences (one token left to compute) always get their row. What is left of the step's
-//! budget goes to prompts in the order they were admitted, each as far as the budget goes, so that
-//! a long prompt enters in chunks between the steps of the streams that run.
+//! Decoding sequences (one pending token) always get their row. The rest of the step's budget goes
+//! to prompts in the order of admission, so that a long prompt enters in chunks between the steps
+//! of the streams that run.
 
 use crate::llama::SeqId;
 
-/// A sequence as the scheduler sees it.
+/// The rows that a sequence wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Demand {
-    /// Whose rows.
     pub seq: SeqId,
-    /// Tokens known but not yet computed: 1 while decoding, more while a prompt is read. Never 0.
+    /// Tokens known but not computed: 1 while decoding, more while a prompt is read. Never 0.
     pub n_pending: usize,
-    /// Admission order: lower is older.
+    /// Admission order.
     pub order: u64,
 }
 
 impl Demand {
     /// `true` if one row decides its next token.
-    #[must_use]
     pub fn decodes(&self) -> bool {
         self.n_pending == 1
     }
@@ -38,9 +35,8 @@ pub struct Budget {
 /// The first `n_rows` pending tokens of `seq` go into the step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Share {
-    /// Whose rows.
     pub seq: SeqId,
-    /// How many; never 0.
+    /// Never 0.
     pub n_rows: usize,
     /// `true` if nothing is pending after them, so that the last row decides the next token.
     pub to_end: bool,
@@ -48,7 +44,6 @@ pub struct Share {
 
 impl Share {
     /// `true` if its one row decides the next token.
-    #[must_use]
     pub fn decodes(&self) -> bool {
         self.n_rows == 1 && self.to_end
     }

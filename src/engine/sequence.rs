@@ -1,17 +1,16 @@
 //! One request on its way through the engine: its tokens, its sampler, its text, its clock.
 
-use std::sync::Arc;
 use std::time::Instant;
 
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use super::grammar::{Grammar, GrammarError};
 use super::sampler::Sampler;
-use super::stats::{Ended, Stats, Waited};
+use super::stats::{Ended, Stats};
 use super::text::{Pushed, TextAssembler};
 use crate::llama::{SeqId, Token};
 use crate::request::{
-    Caller, Completion, Event, FinishReason, Piece, Report, Request, Speculation, SpeculationUsage,
+    Caller, Completion, Event, FinishReason, Piece, Request, Speculation, SpeculationUsage,
     Timings, TokenReport, Trace, Usage,
 };
 use crate::speculate::Origin;
@@ -19,55 +18,59 @@ use crate::speculate::calibration::Trusts;
 use crate::speculate::suffix::Suffixes;
 use crate::speculate::text::TextOrigin;
 
-/// A request that was accepted and waits for a sequence id.
+/// A request that was accepted.
 pub struct Job {
-    /// The prompt's tokens: at least one, and at least one less than the context holds.
+    /// At least one token, and at least one less than the context holds.
     pub prompt: Vec<Token>,
-    /// The rest of it.
+    /// What was asked for.
     pub request: Request,
     /// Who sent it.
     pub caller: Caller,
-    /// Where its events go, with capacity for all that can ever come. A dropped receiver cancels
-    /// the request.
+    /// Has capacity for every event the request can cause. A dropped receiver cancels the request.
     pub events: mpsc::Sender<Event>,
     /// Its place in the queue, free again when this is dropped.
     pub permit: Option<OwnedSemaphorePermit>,
     /// When it was accepted.
     pub accepted: Instant,
-    /// The request's grammar, ready.
+    /// The request's grammar, compiled.
     pub grammar: Option<Grammar>,
 }
 
 impl Job {
     /// One that is accepted now, outside the queue's count and without a grammar.
-    #[must_use]
     pub fn new(prompt: Vec<Token>, request: Request, events: mpsc::Sender<Event>) -> Self {
         let (caller, accepted) = (Caller::default(), Instant::now());
         Self { prompt, request, caller, events, permit: None, accepted, grammar: None }
     }
 
-    /// When its time is over; `None`: never.
-    #[must_use]
-    pub fn deadline(&self) -> Option<Instant> {
-        let timeout = self.request.timeout.into_iter().chain(self.caller.timeout).min()?;
-        self.accepted.checked_add(timeout)
+    /// `true` once its time is over.
+    pub fn is_overdue(&self, now: Instant) -> bool {
+        let timeout = self.request.timeout.into_iter().chain(self.caller.timeout).min();
+        timeout.is_some_and(|timeout| now.saturating_duration_since(self.accepted) >= timeout)
     }
 
     /// Ends it before it began, because its time is over.
     pub fn expire(mut self, now: Instant) {
-        self.permit = None;
-        let usage = Usage { prompt_tokens: self.prompt.len(), ..Usage::default() };
-        let timings =
-            Timings { queue_s: (now - self.accepted).as_secs_f64(), ..Timings::default() };
-        let done = Completion {
+        let queue_s = (now - self.accepted).as_secs_f64();
+        self.end(Event::Done(Completion {
             tail: Piece::default(),
             finish_reason: FinishReason::Deadline,
-            usage,
-            timings,
+            usage: Usage { prompt_tokens: self.prompt.len(), ..Usage::default() },
+            timings: Timings { queue_s, ..Timings::default() },
             speculation: SpeculationUsage::default(),
             trace: None,
-        };
-        let _ = self.events.try_send(Event::Done(done)); // the client may have left
+        }));
+    }
+
+    /// Sends the last event. The permit is free before: the client may send its next request at once.
+    pub fn end(&mut self, event: Event) {
+        self.permit = None;
+        self.send(event);
+    }
+
+    /// A closed channel is noticed at the next commit.
+    fn send(&self, event: Event) {
+        let _ = self.events.try_send(event);
     }
 
     /// Most tokens this request can generate in a context of `n_ctx` tokens.
@@ -78,8 +81,7 @@ impl Job {
 
 /// A request that runs.
 pub struct Sequence {
-    /// Names it in the log.
-    pub id: Arc<str>,
+    pub job: Job,
     /// Its place in the cache.
     pub seq: SeqId,
     /// Admission order.
@@ -88,49 +90,31 @@ pub struct Sequence {
     pub tokens: Vec<Token>,
     /// How many of them are computed and cached.
     pub n_computed: usize,
-    /// Its sampler.
     pub sampler: Sampler,
-    n_prompt: usize,
+    pub drafts: SpeculationUsage,
+    /// How far its drafts are to be trusted.
+    pub trust: Trusts,
+    /// Its hidden states and logits so far, where they are recorded.
+    pub trace: Option<Trace>,
+    /// When its first step began.
+    pub started: Option<Instant>,
     n_cached: usize,
     n_generate: usize,
-    /// Whether to draft, and how to accept.
-    pub speculation: Speculation,
     /// Of the last row that decided a token; empty before the first.
     hidden: Vec<f32>,
     /// Index of `tokens`, to draft from.
     suffixes: Option<Suffixes>,
-    /// The tenant whose other answers are drafted from this one, and this one from them.
-    shares_text_with: Option<u32>,
-    drafts: SpeculationUsage,
-    /// Which tokens may follow; `None`: all.
-    pub grammar: Option<Grammar>,
-    /// What to report of each token.
-    pub report: Option<Report>,
     /// Sent with the next piece: reports, and where their tokens' text begins, in bytes of the
     /// answer.
     reports: Vec<(usize, TokenReport)>,
     /// Bytes of all tokens so far, and of those that were shown.
     n_bytes: usize,
     n_shown: usize,
-    deadline: Option<Instant>,
-    /// How far its drafts are to be trusted.
-    pub trust: Trusts,
-    /// Its hidden states and logits so far, where they are recorded.
-    pub trace: Option<Trace>,
     text: TextAssembler,
-    events: mpsc::Sender<Event>,
-    permit: Option<OwnedSemaphorePermit>,
-    clock: Clock,
-    /// Set when its answer is complete.
-    ended: Option<Ended>,
-}
-
-/// When each stage began.
-struct Clock {
-    accepted: Instant,
-    started: Option<Instant>,
     first_token: Option<Instant>,
     last_token: Instant,
+    /// Set when its answer is complete.
+    ended: Option<Ended>,
 }
 
 impl Sequence {
@@ -143,41 +127,28 @@ impl Sequence {
         order: u64,
         n_ctx: usize,
     ) -> Self {
-        let clock = Clock {
-            accepted: job.accepted,
-            started: None,
-            first_token: None,
-            last_token: job.accepted,
-        };
-        let deadline = job.deadline();
         Self {
             seq,
             order,
-            n_prompt: job.prompt.len(),
-            n_generate: job.n_generate(n_ctx),
-            tokens: job.prompt,
+            tokens: job.prompt.clone(),
             n_computed: n_cached,
             sampler,
-            speculation: job.request.speculation,
+            drafts: SpeculationUsage::default(),
+            trust: Trusts::default(),
+            trace: None,
+            started: None,
+            n_cached,
+            n_generate: job.n_generate(n_ctx),
             hidden: Vec::new(),
             suffixes: None,
-            shares_text_with: job.request.share_text.then_some(job.caller.tenant),
-            drafts: SpeculationUsage::default(),
-            grammar: job.grammar,
-            report: job.request.report,
             reports: Vec::new(),
             n_bytes: 0,
             n_shown: 0,
-            deadline,
-            trust: Trusts::default(),
-            trace: None,
-            n_cached,
-            text: TextAssembler::new(job.request.stop),
-            id: job.caller.id,
-            events: job.events,
-            permit: job.permit,
-            clock,
+            text: TextAssembler::new(job.request.stop.clone()),
+            first_token: None,
+            last_token: job.accepted,
             ended: None,
+            job,
         }
     }
 
@@ -186,9 +157,13 @@ impl Sequence {
         self.tokens.len() - self.n_computed
     }
 
+    fn n_answer(&self) -> usize {
+        self.tokens.len() - self.job.prompt.len()
+    }
+
     /// Indexes the tokens, from now on, so that what follows may be drafted from them.
     pub fn index_text(&mut self) {
-        let mut suffixes = Suffixes::new(self.n_prompt + self.n_generate);
+        let mut suffixes = Suffixes::new(self.job.prompt.len() + self.n_generate);
         self.tokens.iter().for_each(|&token| suffixes.push(token));
         self.suffixes = Some(suffixes);
     }
@@ -196,10 +171,10 @@ impl Sequence {
     /// What to draft from: at most `deepest` tokens after the last one.
     pub fn origin(&self, deepest: usize) -> Origin<'_> {
         // The answer may end before what is drafted, but not after.
-        let left = self.n_generate - (self.tokens.len() - self.n_prompt);
-        let n = if self.speculation == Speculation::Off { 0 } else { left.saturating_sub(1) };
-        let max_depth = n.min(deepest);
-        let (trust, shared) = (self.trust.text.factor(), self.shares_text_with);
+        let left = (self.n_generate - self.n_answer()).saturating_sub(1);
+        let is_off = self.job.request.speculation == Speculation::Off;
+        let max_depth = if is_off { 0 } else { left.min(deepest) };
+        let (trust, shared) = (self.trust.text.factor(), self.tenant());
         let index = self.suffixes.as_ref().filter(|_| max_depth > 0);
         Origin {
             seq: self.seq,
@@ -218,53 +193,30 @@ impl Sequence {
         }
     }
 
+    /// The tenant whose other answers are drafted from this one, and this one from them.
+    fn tenant(&self) -> Option<u32> {
+        self.job.request.share_text.then_some(self.job.caller.tenant)
+    }
+
     /// The answer so far and its tenant, if the tenant's others may be drafted from it.
     pub fn shared_answer(&self) -> Option<(u32, &[Token])> {
-        let tenant = self.shares_text_with.filter(|_| self.suffixes.is_some())?;
-        Some((tenant, &self.tokens[self.n_prompt..]))
+        let tenant = self.tenant().filter(|_| self.suffixes.is_some())?;
+        Some((tenant, &self.tokens[self.job.prompt.len()..]))
     }
 
     /// Keeps the hidden state of the row that decided the last token.
     pub fn keep_hidden(&mut self, hidden: &[f32]) {
-        if self.speculation.by_heads() {
+        if self.job.request.speculation.by_heads() {
             self.hidden.clear();
             self.hidden.extend_from_slice(hidden);
         }
     }
 
-    /// The step that is decided now; 1 is the first.
-    pub fn step(&self) -> usize {
-        self.drafts.steps
-    }
-
-    /// Records a step that decides a token of this sequence, and how many candidates were computed
-    /// with it.
-    pub fn record_drafted(&mut self, n: usize) {
-        self.drafts.steps += 1;
-        self.drafts.drafted += n;
-    }
-
-    /// Records that a candidate is the token chosen.
-    pub fn record_accepted(&mut self) {
-        self.drafts.accepted += 1;
-    }
-
-    /// `true` once the client has left.
-    pub fn is_cancelled(&self) -> bool {
-        self.events.is_closed()
-    }
-
-    /// Records that rows of this sequence are computed in a step that began at `now`.
-    pub fn record_step(&mut self, now: Instant) {
-        self.clock.started.get_or_insert(now);
-    }
-
     /// Ends the answer as it is if its time is over. Returns `true` if it did.
     pub fn expire(&mut self, now: Instant) -> bool {
-        let is_over = self.deadline.is_some_and(|deadline| deadline <= now);
+        let is_over = self.job.is_overdue(now);
         if is_over {
-            let tail = self.text.finish();
-            self.complete(tail, FinishReason::Deadline);
+            self.finish(FinishReason::Deadline);
         }
         is_over
     }
@@ -292,19 +244,18 @@ impl Sequence {
             suffixes.push(token);
         }
         self.sampler.accept(token);
-        self.clock.first_token.get_or_insert(now);
-        self.clock.last_token = now;
+        self.first_token.get_or_insert(now);
+        self.last_token = now;
         if is_end {
             self.reports.pop_if(|(start, _)| *start == self.n_bytes);
-            let tail = self.text.finish();
-            self.complete(tail, FinishReason::EndOfText);
+            self.finish(FinishReason::EndOfText);
             return Ok(true);
         }
         self.n_bytes += bytes.len();
         let text = match self.text.push(bytes) {
             Pushed::Text(text) => text,
             Pushed::Stopped { text, stop } => {
-                let stop = self.text.stop(stop).to_owned();
+                let stop = self.job.request.stop[stop].clone();
                 let n_shown = self.n_shown + text.len();
                 self.reports.retain(|(start, _)| *start < n_shown);
                 self.complete(text, FinishReason::StopString(stop));
@@ -313,19 +264,15 @@ impl Sequence {
         };
         if !text.is_empty() {
             let piece = self.piece(text);
-            self.send(Event::Piece(piece));
+            self.job.send(Event::Piece(piece));
         }
-        let is_whole = match &mut self.grammar {
+        let is_whole = match &mut self.job.grammar {
             Some(grammar) => grammar.accept(token)?,
             None => false,
         };
-        let is_full = self.tokens.len() - self.n_prompt == self.n_generate;
+        let is_full = self.n_answer() == self.n_generate;
         if is_whole || is_full {
-            let tail = self.text.finish();
-            self.complete(
-                tail,
-                if is_whole { FinishReason::EndOfText } else { FinishReason::Length },
-            );
+            self.finish(if is_whole { FinishReason::EndOfText } else { FinishReason::Length });
         }
         Ok(is_whole || is_full)
     }
@@ -336,11 +283,14 @@ impl Sequence {
         Piece { text, tokens: self.reports.drain(..).map(|(_, report)| report).collect() }
     }
 
-    /// What its client waits for, and how long it did, if it gets tokens `now`.
-    pub fn waited(&self, now: Instant) -> Waited {
-        match self.clock.first_token {
-            None => Waited::First((now - self.clock.accepted).as_secs_f64(), self.n_prompt),
-            Some(_) => Waited::Next((now - self.clock.last_token).as_secs_f64()),
+    /// Records how long the client waited for the tokens that it gets `now`.
+    pub fn record_wait(&self, stats: &Stats, now: Instant) {
+        let seconds = (now - self.last_token).as_secs_f64(); // since acceptance before the first
+        if self.first_token.is_some() {
+            stats.inter_token.observe(seconds);
+        } else {
+            stats.first_token.observe(seconds);
+            stats.prompt_tokens.inc_by(self.job.prompt.len() as u64);
         }
     }
 
@@ -348,58 +298,46 @@ impl Sequence {
     pub fn record_end(&self, stats: &Stats) {
         match self.ended {
             Some(Ended::Deadline) => stats.count_end(Ended::Deadline),
-            Some(ended) => {
-                stats.note_answer(ended, self.timings(), self.tokens.len() - self.n_prompt)
-            }
+            Some(ended) => stats.record_answer(ended, self.timings(), self.n_answer()),
             None => stats.count_end(Ended::Cancelled),
         }
     }
 
     fn timings(&self) -> Timings {
-        let clock = &self.clock;
-        let started = clock.started.unwrap_or(clock.accepted);
-        let first = clock.first_token.unwrap_or(started);
+        let accepted = self.job.accepted;
+        let started = self.started.unwrap_or(accepted);
+        let first = self.first_token.unwrap_or(started);
         Timings {
-            queue_s: (started - clock.accepted).as_secs_f64(),
+            queue_s: (started - accepted).as_secs_f64(),
             prefill_s: (first - started).as_secs_f64(),
-            decode_s: (clock.last_token - first).as_secs_f64(),
+            decode_s: (self.last_token - first).as_secs_f64(),
         }
     }
 
+    /// Completes the answer with the text that was held back.
+    fn finish(&mut self, reason: FinishReason) {
+        let tail = self.text.finish();
+        self.complete(tail, reason);
+    }
+
     fn complete(&mut self, tail: String, finish_reason: FinishReason) {
-        let tail = self.piece(tail);
-        let usage = Usage {
-            prompt_tokens: self.n_prompt,
-            cached_tokens: self.n_cached,
-            completion_tokens: self.tokens.len() - self.n_prompt,
-        };
-        let timings = self.timings();
         self.ended = Some(match finish_reason {
             FinishReason::Length => Ended::Length,
             FinishReason::Deadline => Ended::Deadline,
             FinishReason::EndOfText | FinishReason::StopString(_) => Ended::Stop,
         });
-        self.permit = None; // before the answer: its client may send the next request at once
-        let (speculation, trace) = (self.drafts, self.trace.take());
-        self.send(Event::Done(Completion {
-            tail,
+        let completion = Completion {
+            tail: self.piece(tail),
             finish_reason,
-            usage,
-            timings,
-            speculation,
-            trace,
-        }));
-    }
-
-    /// Ends the answer because the engine failed.
-    pub fn fail(&mut self, id: &str) {
-        self.permit = None;
-        self.send(Event::Failed { id: id.to_owned() });
-    }
-
-    /// The channel has capacity for every event a request can cause; a closed one is seen at the next
-    /// commit.
-    fn send(&self, event: Event) {
-        let _ = self.events.try_send(event);
+            usage: Usage {
+                prompt_tokens: self.job.prompt.len(),
+                cached_tokens: self.n_cached,
+                completion_tokens: self.n_answer(),
+            },
+            timings: self.timings(),
+            speculation: self.drafts,
+            trace: self.trace.take(),
+        };
+        self.job.end(Event::Done(completion));
     }
 }

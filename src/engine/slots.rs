@@ -1,5 +1,5 @@
-//! The ledger of KV cells and sequence ids: who holds which, what may be reused, whether one more
-//! request fits. Pure: it says what to do to the cache ([`KvOp`]) and somebody else does it.
+//! The ledger of KV cells and sequence ids: which sequence holds which cells, what a prompt may
+//! reuse, whether one more request fits. Pure: it only says what to do to the cache ([`KvOp`]).
 //!
 //! A sequence id is *free*, *active* (a request computes on it) or *retained* (a finished request's
 //! cells, kept because a later prompt may begin alike). A request is admitted only when the cache
@@ -20,8 +20,7 @@ pub enum Layout {
     Unified {
         /// Cells in it.
         n_cells: usize,
-        /// Most cells that only retained sequences hold: every row reads the mask of every cell in
-        /// use, whoever's it is.
+        /// Most cells that only retained sequences hold: each row reads the mask of every used cell.
         n_retained: usize,
         /// Sequence ids, for active and retained sequences together.
         n_seqs: usize,
@@ -51,7 +50,7 @@ pub enum KvOp {
         to: SeqId,
         /// First position.
         start: usize,
-        /// Behind the last one.
+        /// After the last one.
         end: usize,
     },
 }
@@ -61,15 +60,15 @@ pub enum KvOp {
 pub struct Admission {
     /// Its sequence id.
     pub seq: SeqId,
-    /// Tokens of the prompt that are cached already: fewer than all, as the last one must be
-    /// computed for its logits.
+    /// Tokens of the prompt that are cached already: never the last one, whose logits are needed.
     pub n_cached: usize,
     /// To be done before the next forward pass.
     pub ops: Vec<KvOp>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum State {
+    #[default]
     Free,
     /// May grow to this many cells.
     Active(usize),
@@ -77,12 +76,12 @@ enum State {
     Retained(u64),
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug, Default)]
 struct Seq {
     state: State,
     /// What is cached, by position.
     tokens: Vec<Token>,
-    /// The cell of each position. Unified only; the numbers are ours, llama.cpp's differ.
+    /// The cell of each position; the numbers are ours, llama.cpp's differ.
     cells: Vec<u32>,
 }
 
@@ -105,61 +104,39 @@ impl Slots {
     ///
     /// # Panics
     /// When the layout has fewer sequence ids than slots.
-    #[must_use]
     pub fn new(layout: Layout, n_slots: usize) -> Self {
         let (n_seqs, n_pool) = match layout {
             Layout::Unified { n_cells, n_seqs, .. } => (n_seqs, n_cells),
-            Layout::Streams { .. } => (n_slots, 0),
+            Layout::Streams { n_cells } => (n_slots, n_slots * n_cells),
         };
         assert!(n_seqs >= n_slots, "every slot needs a sequence id");
-        let free = || Seq { state: State::Free, tokens: Vec::new(), cells: Vec::new() };
-        Self {
-            layout,
-            n_slots,
-            seqs: (0..n_seqs).map(|_| free()).collect(),
-            pool: Pool::new(n_pool),
-            tick: 0,
-        }
+        let seqs = vec![Seq::default(); n_seqs];
+        Self { layout, n_slots, seqs, pool: Pool::new(n_pool), tick: 0 }
     }
 
     /// Number of active sequences.
-    #[must_use]
     pub fn n_active(&self) -> usize {
         self.seqs.iter().filter(|s| s.is_active()).count()
     }
 
     /// Cells that active sequences hold.
-    #[must_use]
     pub fn n_cells_active(&self) -> usize {
-        match self.layout {
-            Layout::Unified { .. } => self.pool.n_active(),
-            Layout::Streams { .. } => {
-                self.seqs.iter().filter(|s| s.is_active()).map(|s| s.tokens.len()).sum()
-            }
-        }
+        self.pool.n_active
     }
 
     /// Cells that only retained sequences hold.
-    #[must_use]
     pub fn n_cells_retained(&self) -> usize {
-        match self.layout {
-            Layout::Unified { .. } => self.pool.n_used() - self.pool.n_active(),
-            Layout::Streams { .. } => {
-                self.seqs.iter().filter(|s| !s.is_active()).map(|s| s.tokens.len()).sum()
-            }
-        }
+        self.pool.holders.len() - self.pool.free.len() - self.pool.n_active
     }
 
     /// Frees retained sequences until `n` cells are free, as far as that goes. Returns how many
     /// are: 0 in streams, where none can be borrowed.
     pub fn make_room(&mut self, n: usize, ops: &mut Vec<KvOp>) -> usize {
-        match self.layout {
-            Layout::Unified { .. } => {
-                self.evict_while(|s| s.pool.n_free() < n, ops);
-                self.pool.n_free()
-            }
-            Layout::Streams { .. } => 0,
+        if let Layout::Streams { .. } = self.layout {
+            return 0;
         }
+        self.evict_while(|s| s.pool.free.len() < n, ops);
+        self.pool.free.len()
     }
 
     /// Finds a place for a prompt that may grow to `n_max` cells; with `reuse`, where its beginning
@@ -168,29 +145,20 @@ impl Slots {
     /// [`release`]: Slots::release
     ///
     /// # Panics
-    /// For an empty prompt, or an `n_max` below its length or beyond what [`fits`](Slots::fits)
-    /// allows.
+    /// For an empty prompt, or an `n_max` below its length or above what an empty cache holds.
     pub fn admit(&mut self, prompt: &[Token], n_max: usize, reuse: bool) -> Option<Admission> {
+        let (Layout::Unified { n_cells, .. } | Layout::Streams { n_cells }) = self.layout;
         assert!(
-            !prompt.is_empty() && n_max >= prompt.len() && self.fits(n_max),
+            !prompt.is_empty() && (prompt.len()..=n_cells).contains(&n_max),
             "requests are checked against the context"
         );
         if self.n_active() == self.n_slots {
             return None;
         }
-        // Never all of it: the last token must be computed for its logits.
         let reusable = if reuse { &prompt[..prompt.len() - 1] } else { &[] };
         match self.layout {
             Layout::Unified { .. } => self.admit_unified(reusable, n_max),
             Layout::Streams { .. } => Some(self.admit_stream(reusable, n_max)),
-        }
-    }
-
-    /// `true` if a request of `n_max` cells could be admitted into an empty cache.
-    #[must_use]
-    pub fn fits(&self, n_max: usize) -> bool {
-        match self.layout {
-            Layout::Unified { n_cells, .. } | Layout::Streams { n_cells } => n_max <= n_cells,
         }
     }
 
@@ -207,12 +175,10 @@ impl Slots {
             (lowest, self.seqs[lowest].common_prefix(reusable))
         };
 
-        let seq = SeqId(index as u32);
-        let stale = self.seqs[index].tokens.len() > n_cached;
-        let ops = if stale { vec![KvOp::Remove { seq, from: n_cached }] } else { vec![] };
-        self.seqs[index].tokens.truncate(n_cached);
-        self.seqs[index].state = State::Active(n_max);
-        Admission { seq, n_cached, ops }
+        let mut ops = Vec::new();
+        self.truncate(index, n_cached, &mut ops);
+        self.set_state(index, State::Active(n_max));
+        Admission { seq: SeqId(index as u32), n_cached, ops }
     }
 
     fn admit_unified(&mut self, reusable: &[Token], n_max: usize) -> Option<Admission> {
@@ -222,29 +188,22 @@ impl Slots {
             .expect("there are sequence ids");
         let shared = &self.seqs[source].cells[..n_cached];
         let n_new = n_max - n_cached + self.pool.n_inactive(shared);
-        if self.pool.n_active() + self.n_promised() + n_new > self.pool.len() {
+        if self.pool.n_active + self.n_promised() + n_new > self.pool.holders.len() {
             return None;
         }
 
         let mut ops = Vec::new();
-        let index = if self.seqs[source].is_retained() && n_cached == self.seqs[source].tokens.len()
-        {
-            source // nothing beyond the shared part would be lost
-        } else {
-            let index = self.id_for_new(source)?;
-            if index == source {
-                self.truncate(index, n_cached, &mut ops);
-            } else {
-                self.truncate(index, 0, &mut ops);
-                if n_cached > 0 {
-                    self.share(source, index, n_cached, &mut ops);
-                }
-            }
-            index
-        };
+        // The source's own id, if nothing beyond the shared part would be lost.
+        let Seq { state, tokens, .. } = &self.seqs[source];
+        let is_whole = matches!(state, State::Retained(_)) && n_cached == tokens.len();
+        let index = if is_whole { source } else { self.id_for_new(source)? };
+        self.truncate(index, if index == source { n_cached } else { 0 }, &mut ops);
+        if index != source && n_cached > 0 {
+            self.share(source, index, n_cached, &mut ops);
+        }
         self.set_state(index, State::Active(n_max));
         let promised = self.n_promised();
-        self.evict_while(|s| s.pool.n_free() < promised, &mut ops);
+        self.evict_while(|s| s.pool.free.len() < promised, &mut ops);
         Some(Admission { seq: SeqId(index as u32), n_cached, ops })
     }
 
@@ -259,32 +218,26 @@ impl Slots {
         self.seqs.iter().enumerate().filter_map(rank).min().map(|(_, _, i)| i)
     }
 
-    /// Notes that these tokens were computed and cached for an active sequence.
+    /// Records that these tokens were computed and cached for an active sequence.
     ///
     /// # Panics
     /// When the sequence is not active, or grows beyond what it was admitted for.
     pub fn push(&mut self, seq: SeqId, tokens: &[Token]) {
         let s = &mut self.seqs[seq.0 as usize];
         let State::Active(n_max) = s.state else { panic!("only active sequences grow") };
-        assert!(
-            s.tokens.len() + tokens.len() <= n_max,
-            "a sequence keeps to what it was admitted for"
-        );
+        let n = s.tokens.len() + tokens.len();
+        assert!(n <= n_max, "a sequence keeps to what it was admitted for");
         s.tokens.extend_from_slice(tokens);
-        if matches!(self.layout, Layout::Unified { .. }) {
-            s.cells.extend(tokens.iter().map(|_| self.pool.take()));
-        }
+        s.cells.extend(tokens.iter().map(|_| self.pool.take()));
     }
 
     /// Ends an active sequence. Its cells are retained for later prompts as far as the layout
     /// allows.
     pub fn release(&mut self, seq: SeqId) -> Vec<KvOp> {
         self.tick += 1;
-        let empty = self.seqs[seq.0 as usize].tokens.is_empty();
-        self.set_state(
-            seq.0 as usize,
-            if empty { State::Free } else { State::Retained(self.tick) },
-        );
+        let is_empty = self.seqs[seq.0 as usize].tokens.is_empty();
+        let state = if is_empty { State::Free } else { State::Retained(self.tick) };
+        self.set_state(seq.0 as usize, state);
         let mut ops = Vec::new();
         self.evict_surplus(&mut ops);
         ops
@@ -292,7 +245,8 @@ impl Slots {
 
     /// Ends an active sequence and forgets its cells: what they hold is not known.
     pub fn discard(&mut self, seq: SeqId) -> Vec<KvOp> {
-        let mut ops = vec![KvOp::Remove { seq, from: 0 }]; // even if none is noted here: a failed step may have left some
+        // Even if none is recorded here: a failed step may have left some.
+        let mut ops = vec![KvOp::Remove { seq, from: 0 }];
         self.truncate(seq.0 as usize, 0, &mut Vec::new());
         self.set_state(seq.0 as usize, State::Free);
         self.evict_surplus(&mut ops);
@@ -319,11 +273,11 @@ impl Slots {
     /// Frees retained sequences, the one used longest ago first, while `more` asks for it.
     fn evict_while(&mut self, more: impl Fn(&Self) -> bool, ops: &mut Vec<KvOp>) {
         while more(self) {
-            let oldest = (self.seqs.iter().enumerate())
-                .filter_map(|(i, s)| {
-                    if let State::Retained(tick) = s.state { Some((tick, i)) } else { None }
-                })
-                .min();
+            let retained = |(i, s): (usize, &Seq)| match s.state {
+                State::Retained(tick) => Some((tick, i)),
+                State::Free | State::Active(_) => None,
+            };
+            let oldest = self.seqs.iter().enumerate().filter_map(retained).min();
             let Some((_, index)) = oldest else { return };
             self.truncate(index, 0, ops);
             self.set_state(index, State::Free);
@@ -338,10 +292,8 @@ impl Slots {
         }
         seq.tokens.truncate(n);
         let active = seq.is_active();
-        while seq.cells.len() > n {
-            let cell = seq.cells.pop().expect("longer than n");
-            self.pool.put_back(cell, active);
-        }
+        // From the last one, so that the free cells keep their order.
+        seq.cells.drain(n.min(seq.cells.len())..).rev().for_each(|c| self.pool.put_back(c, active));
     }
 
     /// Lets the empty sequence `to` share the first `n` cells of `from`.
@@ -376,30 +328,18 @@ impl Slots {
                 State::Retained(_) => {}
             }
         }
-        match self.layout {
-            Layout::Streams { n_cells } => {
-                assert!(self.seqs.iter().all(|s| s.cells.is_empty() && s.tokens.len() <= n_cells));
-            }
-            Layout::Unified { .. } => {
-                assert!(
-                    self.seqs.iter().all(|s| s.cells.len() == s.tokens.len()),
-                    "a cell per token"
-                );
-                self.pool
-                    .check_integrity(self.seqs.iter().map(|s| (s.is_active(), s.cells.as_slice())));
-                assert!(self.pool.n_free() >= self.n_promised(), "what was promised is there");
-            }
+        if let Layout::Streams { n_cells } = self.layout {
+            assert!(self.seqs.iter().all(|s| s.tokens.len() <= n_cells));
         }
+        assert!(self.seqs.iter().all(|s| s.cells.len() == s.tokens.len()), "a cell per token");
+        self.pool.check_integrity(self.seqs.iter().map(|s| (s.is_active(), s.cells.as_slice())));
+        assert!(self.pool.free.len() >= self.n_promised(), "what was promised is there");
     }
 }
 
 impl Seq {
     fn is_active(&self) -> bool {
         matches!(self.state, State::Active(_))
-    }
-
-    fn is_retained(&self) -> bool {
-        matches!(self.state, State::Retained(_))
     }
 
     /// Tokens at the beginning of `reusable` that are cached here.
@@ -414,6 +354,7 @@ struct Pool {
     /// Active and retained holders of each cell.
     holders: Vec<[u16; 2]>,
     free: Vec<u32>,
+    /// Cells with at least one active holder.
     n_active: usize,
 }
 
@@ -421,23 +362,6 @@ impl Pool {
     fn new(n: usize) -> Self {
         let n = u32::try_from(n).expect("a cache of fewer than 2^32 cells");
         Self { holders: vec![[0; 2]; n as usize], free: (0..n).rev().collect(), n_active: 0 }
-    }
-
-    fn len(&self) -> usize {
-        self.holders.len()
-    }
-
-    fn n_free(&self) -> usize {
-        self.free.len()
-    }
-
-    fn n_used(&self) -> usize {
-        self.len() - self.n_free()
-    }
-
-    /// Cells with at least one active holder.
-    fn n_active(&self) -> usize {
-        self.n_active
     }
 
     /// How many of these cells have no active holder.
@@ -453,23 +377,15 @@ impl Pool {
     }
 
     fn add(&mut self, cell: u32, active: bool) {
-        let [of_active, of_retained] = &mut self.holders[cell as usize];
-        if active {
-            *of_active += 1;
-            self.n_active += usize::from(*of_active == 1);
-        } else {
-            *of_retained += 1;
-        }
+        let holders = &mut self.holders[cell as usize];
+        holders[usize::from(!active)] += 1;
+        self.n_active += usize::from(active && holders[0] == 1);
     }
 
     fn remove(&mut self, cell: u32, active: bool) {
-        let [of_active, of_retained] = &mut self.holders[cell as usize];
-        if active {
-            *of_active -= 1;
-            self.n_active -= usize::from(*of_active == 0);
-        } else {
-            *of_retained -= 1;
-        }
+        let holders = &mut self.holders[cell as usize];
+        holders[usize::from(!active)] -= 1;
+        self.n_active -= usize::from(active && holders[0] == 0);
     }
 
     fn put_back(&mut self, cell: u32, active: bool) {
@@ -486,17 +402,14 @@ impl Pool {
     }
 
     fn check_integrity<'a>(&self, held: impl Iterator<Item = (bool, &'a [u32])>) {
-        let mut counted = vec![[0u16; 2]; self.len()];
+        let mut counted = vec![[0u16; 2]; self.holders.len()];
         held.for_each(|(active, cells)| {
             cells.iter().for_each(|&c| counted[c as usize][usize::from(!active)] += 1)
         });
         assert_eq!(counted, self.holders, "holders of each cell");
-        assert_eq!(
-            self.n_active,
-            counted.iter().filter(|h| h[0] > 0).count(),
-            "cells of active sequences"
-        );
-        let mut free: Vec<u32> = self.free.clone();
+        let n_active = counted.iter().filter(|h| h[0] > 0).count();
+        assert_eq!(self.n_active, n_active, "cells of active sequences");
+        let mut free = self.free.clone();
         free.sort_unstable();
         let unheld: Vec<u32> =
             (0..).zip(&counted).filter(|(_, h)| **h == [0, 0]).map(|(i, _)| i).collect();
@@ -514,6 +427,13 @@ mod tests {
         text.bytes().map(|b| Token(i32::from(b))).collect()
     }
 
+    /// Admits a prompt and computes all of it.
+    fn start(slots: &mut Slots, prompt: &str, n_max: usize) -> Admission {
+        let admission = slots.admit(&tokens(prompt), n_max, true).unwrap();
+        slots.push(admission.seq, &tokens(prompt)[admission.n_cached..]);
+        admission
+    }
+
     fn unified(n_cells: usize, n_slots: usize) -> Slots {
         Slots::new(Layout::Unified { n_cells, n_retained: n_cells, n_seqs: n_slots * 2 }, n_slots)
     }
@@ -521,8 +441,7 @@ mod tests {
     #[test]
     fn a_prompt_shares_the_cells_of_a_running_one() {
         let mut slots = unified(30, 2);
-        let a = slots.admit(&tokens("system: hi"), 12, true).unwrap();
-        slots.push(a.seq, &tokens("system: hi"));
+        let a = start(&mut slots, "system: hi", 12);
         let b = slots.admit(&tokens("system: yo"), 12, true).unwrap();
         assert_eq!(b.n_cached, 8);
         assert_eq!(b.ops, [KvOp::Share { from: a.seq, to: b.seq, start: 0, end: 8 }]);
@@ -533,8 +452,7 @@ mod tests {
     #[test]
     fn a_full_cache_makes_a_request_wait_and_a_retained_prefix_go() {
         let mut slots = unified(20, 2);
-        let a = slots.admit(&tokens("aaaa"), 12, true).unwrap();
-        slots.push(a.seq, &tokens("aaaa"));
+        let a = start(&mut slots, "aaaa", 12);
         assert_eq!(slots.admit(&tokens("bbbb"), 12, true), None, "12 of 20 cells are promised");
         slots.release(a.seq);
         assert_eq!(slots.n_cells_retained(), 4);
@@ -546,8 +464,7 @@ mod tests {
     #[test]
     fn the_next_turn_of_a_talk_takes_over_its_cells() {
         for mut slots in [unified(64, 2), Slots::new(Layout::Streams { n_cells: 64 }, 2)] {
-            let a = slots.admit(&tokens("how are you today"), 40, true).unwrap();
-            slots.push(a.seq, &tokens("how are you today"));
+            let a = start(&mut slots, "how are you today", 40);
             slots.release(a.seq);
             let b = slots.admit(&tokens("how are you today? fine"), 40, true).unwrap();
             assert_eq!((b.seq, b.n_cached, b.ops), (a.seq, 17, vec![]));
@@ -557,22 +474,20 @@ mod tests {
     #[test]
     fn the_same_prompt_again_computes_its_last_token_only() {
         let mut slots = unified(64, 2);
-        let a = slots.admit(&tokens("same"), 10, true).unwrap();
-        slots.push(a.seq, &tokens("same"));
+        start(&mut slots, "same", 10);
         assert_eq!(slots.admit(&tokens("same"), 10, true).unwrap().n_cached, 3);
     }
 
     #[test]
-    fn streams_take_the_lowest_id_unless_a_long_prefix_stands_elsewhere() {
+    fn streams_take_the_lowest_id_unless_another_holds_a_long_prefix() {
         let mut slots = Slots::new(Layout::Streams { n_cells: 64 }, 3);
-        let long = tokens("a prefix that is long enough");
-        let ids: Vec<_> = [&tokens("x"), &tokens("y"), &long]
-            .map(|p| slots.admit(p, 40, true).unwrap().seq)
-            .into();
-        slots.push(ids[2], &long);
+        let long = "a prefix that is long enough";
+        let mut admit = |prompt: &str| slots.admit(&tokens(prompt), 40, true).unwrap().seq;
+        let ids = ["x", "y", long].map(&mut admit);
+        slots.push(ids[2], &tokens(long));
         ids.iter().for_each(|&id| drop(slots.release(id)));
         assert_eq!(slots.admit(&tokens("a pre"), 40, true).unwrap().seq, ids[0]);
-        assert_eq!(slots.admit(&long, 40, true).unwrap().seq, ids[2]);
+        assert_eq!(slots.admit(&tokens(long), 40, true).unwrap().seq, ids[2]);
     }
 
     #[derive(Clone, Debug)]

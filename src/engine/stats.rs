@@ -1,8 +1,7 @@
-//! What the engine counts while it works, for anyone to read; `/metrics` shows it.
+//! What the engine counts; `/metrics` shows it. One thread writes, others read at any time.
 //!
-//! One thread writes, others read at any time. All of it is atomics, so that a step neither
-//! allocates nor locks for what it counts here; only [`Reliability`] is copied under a lock, once a
-//! step.
+//! Counters are atomics, so that counting neither allocates nor locks. Only [`Reliability`] and the
+//! start of the pass are behind locks, each taken once or twice a step.
 
 use std::fmt::Error;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,14 +20,12 @@ use crate::request::Timings;
 use crate::speculate::MAX_NODES;
 use crate::speculate::reliability::Reliability;
 
-/// Upper bounds, in seconds, for what comes once a step: from a small model's step on a quick
-/// machine to a stall that one notices.
+/// Upper bounds, in seconds, for what comes once a step: from a small model's step to a stall.
 const STEP_SECONDS: &[f64] = &[
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5,
     5.0, 10.0, 20.0, 40.0,
 ];
-/// Upper bounds, in seconds, for what comes once a request: from a cached prompt to minutes in a
-/// queue. As vLLM's for the first token.
+/// Upper bounds, in seconds, for what comes once a request: vLLM's for the first token.
 const REQUEST_SECONDS: &[f64] = &[
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
     20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
@@ -58,20 +55,11 @@ impl Ended {
         [Self::Stop, Self::Length, Self::Deadline, Self::Cancelled, Self::Failed];
 }
 
-/// What a client waited for, when a step gives it tokens.
-#[derive(Clone, Copy, Debug)]
-pub enum Waited {
-    /// The first token, since acceptance; and the prompt's number of tokens.
-    First(f64, usize),
-    /// The next one, since the last.
-    Next(f64),
-}
-
 /// Counters by one label.
 type Labelled<V> = Family<[(&'static str, V); 1], Counter>;
 
 /// Declares [`Stats`]. A metric is one entry: its help (which documents the field), its field, its
-/// type, its name behind `medusa_llama:`, and a histogram's bounds.
+/// type, its name after `medusa_llama:`, and a histogram's bounds.
 macro_rules! stats {
     (@new) => { Default::default() };
     (@new $bounds:expr) => { Histogram::new($bounds) };
@@ -86,9 +74,9 @@ macro_rules! stats {
             pub cells_retained: Gauge,
             /// `accepted_by_depth`'s counters, from depth 1.
             by_depth: OnceLock<Vec<Counter>>,
-            /// Locked once a step.
             reliability: Mutex<Reliability>,
-            pass: Pass,
+            /// When the pass in progress began; `None` between two passes.
+            pub(super) pass_began: Mutex<Option<Instant>>,
         }
 
         impl Default for Stats {
@@ -99,7 +87,7 @@ macro_rules! stats {
                     cells_retained: Gauge::default(),
                     by_depth: OnceLock::new(),
                     reliability: Mutex::default(),
-                    pass: Pass::default(),
+                    pass_began: Mutex::default(),
                 };
                 // Every series exists from the start, at 0.
                 Ended::ALL.into_iter().for_each(|ended| stats.count_ends(ended, 0));
@@ -108,7 +96,7 @@ macro_rules! stats {
         }
 
         impl Stats {
-            /// Adds all that has a name to what `registry` shows.
+            /// Registers every named metric.
             pub fn register(&self, registry: &mut Registry) {
                 $(registry.register(
                     concat!("medusa_llama:", $name),
@@ -170,20 +158,6 @@ stats! {
 }
 
 impl Stats {
-    pub(super) fn publish(
-        &self,
-        running: usize,
-        waiting: usize,
-        cells_active: usize,
-        cells_retained: usize,
-    ) {
-        self.running.set(running as i64);
-        self.waiting.set(waiting as i64);
-        self.cells_active.set(cells_active as i64);
-        self.cells_retained.set(cells_retained as i64);
-        self.steps.inc();
-    }
-
     pub(super) fn publish_reliability(&self, reliability: &Reliability) {
         self.reliability.lock().clone_from(reliability);
     }
@@ -195,42 +169,9 @@ impl Stats {
         self.by_depth.get_or_init(|| (0..deepest.min(MAX_NODES)).map(counter).collect());
     }
 
-    /// A pass begins.
-    pub(super) fn begin_pass(&self, now: Instant) {
-        self.pass.began.store(self.pass.nanos(now) | 1, Ordering::Relaxed);
-    }
-
-    /// The pass has ended.
-    pub(super) fn end_pass(&self) {
-        self.pass.began.store(0, Ordering::Relaxed);
-    }
-
     /// How long the pass in progress has taken so far; `None` between two passes.
-    #[must_use]
     pub fn pass_elapsed(&self) -> Option<Duration> {
-        let began = Some(self.pass.began.load(Ordering::Relaxed)).filter(|&began| began != 0)?;
-        Some(Duration::from_nanos(self.pass.nanos(Instant::now()).saturating_sub(began)))
-    }
-
-    pub(super) fn count_token(&self) {
-        self.tokens.inc();
-    }
-
-    /// Counts the rows of a step.
-    pub(super) fn note_rows(&self, n: usize) {
-        self.rows.observe(n as f64);
-    }
-
-    /// Counts the tokens of a prompt that was looked for in the cache, and those found there.
-    pub(super) fn count_prefix(&self, n_prompt: usize, n_cached: usize) {
-        self.prefix_queries.inc_by(n_prompt as u64);
-        self.prefix_hits.inc_by(n_cached as u64);
-    }
-
-    /// Counts the candidates of a step, and those of them that were worth a row.
-    pub(super) fn count_candidates(&self, offered: usize, chosen: usize) {
-        self.offered.inc_by(offered as u64);
-        self.chosen.inc_by(chosen as u64);
+        self.pass_began.lock().map(|began| began.elapsed())
     }
 
     /// Counts the `n` candidates of one sequence that were computed.
@@ -244,17 +185,6 @@ impl Stats {
         self.accepted.inc();
         if let Some(counter) = self.by_depth.get().and_then(|all| all.get(depth - 1)) {
             counter.inc();
-        }
-    }
-
-    /// Counts how long a request waited for the tokens that a step gives it.
-    pub(super) fn note_wait(&self, waited: Waited) {
-        match waited {
-            Waited::First(seconds, n_prompt) => {
-                self.first_token.observe(seconds);
-                self.prompt_tokens.inc_by(n_prompt as u64);
-            }
-            Waited::Next(seconds) => self.inter_token.observe(seconds),
         }
     }
 
@@ -275,7 +205,7 @@ impl Stats {
     }
 
     /// Counts a complete answer of `n` tokens.
-    pub(super) fn note_answer(&self, ended: Ended, timings: Timings, n: usize) {
+    pub(super) fn record_answer(&self, ended: Ended, timings: Timings, n: usize) {
         self.count_end(ended);
         self.queue.observe(timings.queue_s);
         self.prefill.observe(timings.prefill_s);
@@ -287,41 +217,19 @@ impl Stats {
     }
 
     /// Whether candidates were accepted as often as predicted.
-    #[must_use]
     pub fn reliability(&self) -> Reliability {
         self.reliability.lock().clone()
     }
 }
 
-/// When the pass in progress began.
-#[derive(Debug)]
-struct Pass {
-    zero: Instant,
-    /// Nanoseconds since `zero`; 0 between two passes.
-    began: AtomicU64,
-}
-
-impl Pass {
-    fn nanos(&self, at: Instant) -> u64 {
-        at.saturating_duration_since(self.zero).as_nanos() as u64
-    }
-}
-
-impl Default for Pass {
-    fn default() -> Self {
-        Self { zero: Instant::now(), began: AtomicU64::new(0) }
-    }
-}
-
-/// Observations by size. `prometheus_client`'s own histogram takes a lock for each observation;
-/// this one does not.
+/// A histogram whose observations take no lock, unlike `prometheus_client`'s.
 #[derive(Clone, Debug)]
 pub struct Histogram(Arc<Buckets>);
 
 #[derive(Debug)]
 struct Buckets {
     bounds: &'static [f64],
-    /// By bound; the last one is for what is above all of them.
+    /// By bound; the last one counts what is above all bounds.
     counts: Box<[AtomicU64]>,
     /// An `f64` as bits.
     sum: AtomicU64,
@@ -333,7 +241,7 @@ impl Histogram {
         Self(Arc::new(Buckets { bounds, counts, sum: AtomicU64::new(0) }))
     }
 
-    fn observe(&self, value: f64) {
+    pub(super) fn observe(&self, value: f64) {
         let bucket = self.0.bounds.partition_point(|&bound| bound < value);
         self.0.counts[bucket].fetch_add(1, Ordering::Relaxed);
         let add = |sum: u64| Some((f64::from_bits(sum) + value).to_bits());
@@ -375,8 +283,8 @@ mod tests {
     #[test]
     fn an_answer_of_one_token_has_no_pace() {
         let stats = Stats::default();
-        stats.note_answer(Ended::Length, Timings::default(), 1);
-        stats.note_answer(Ended::Stop, Timings { decode_s: 2.0, ..Timings::default() }, 5);
+        stats.record_answer(Ended::Length, Timings::default(), 1);
+        stats.record_answer(Ended::Stop, Timings { decode_s: 2.0, ..Timings::default() }, 5);
         let ended = |reason| stats.success.get(&[("finished_reason", reason)]).unwrap().get();
         assert_eq!((stats.per_token.read().0, ended("stop"), ended("length")), (0.5, 1, 1));
         let failed = stats.failures.get(&[("reason", "engine")]).unwrap().get();
@@ -387,10 +295,10 @@ mod tests {
     fn a_pass_is_timed_until_it_ends() {
         let stats = Stats::default();
         assert_eq!(stats.pass_elapsed(), None);
-        stats.begin_pass(Instant::now());
+        *stats.pass_began.lock() = Some(Instant::now());
         std::thread::sleep(Duration::from_millis(2));
         assert!(stats.pass_elapsed() > Some(Duration::from_millis(1)));
-        stats.end_pass();
+        *stats.pass_began.lock() = None;
         assert_eq!(stats.pass_elapsed(), None);
     }
 }

@@ -31,15 +31,8 @@ pub enum Pushed {
 impl TextAssembler {
     /// For an answer that ends before the first of `stops` to be complete. Empty strings among them
     /// are ignored.
-    #[must_use]
     pub fn new(stops: Vec<String>) -> Self {
         Self { stops, partial: Vec::new(), held: String::new() }
-    }
-
-    /// The stop string with this index.
-    #[must_use]
-    pub fn stop(&self, index: usize) -> &str {
-        &self.stops[index]
     }
 
     /// Takes a token's bytes.

@@ -14,7 +14,7 @@ use tokio::sync::{Semaphore, watch};
 
 use super::bursts::Bursts;
 use super::forward::LlamaForward;
-use super::handle::{Handle, Side};
+use super::handle::Handle;
 use super::stats::Stats;
 use super::{Engine, Forward, Job, Layout, Limits};
 use crate::gpu::Device;
@@ -36,7 +36,7 @@ pub struct EngineParams {
     pub n_gpu_layers: u32,
     /// Threads of a forward pass.
     pub n_threads: usize,
-    /// Sizes.
+    /// The engine's sizes.
     pub limits: Limits,
     /// What to draft with; `None`: nothing is drafted.
     pub drafts: Option<DraftParams>,
@@ -50,7 +50,6 @@ pub struct EngineParams {
 
 impl EngineParams {
     /// `n_slots` sequences of up to `n_ctx` tokens each, on the CPU alone. Nothing is drafted.
-    #[must_use]
     pub fn new(model_path: PathBuf, n_threads: usize, n_slots: usize, n_ctx: usize) -> Self {
         let n_seqs = n_slots.min(max_sequences());
         let layout = Layout::Unified { n_cells: n_slots * n_ctx, n_retained: 0, n_seqs };
@@ -123,7 +122,6 @@ pub struct EngineThread {
 
 impl EngineThread {
     /// How far the engine is, now and later.
-    #[must_use]
     pub fn stage(&self) -> watch::Receiver<Stage> {
         self.stage.clone()
     }
@@ -208,12 +206,8 @@ fn serve<F: Forward>(
         }
         !stop.load(Ordering::Relaxed)
     };
-    let model = Model::load(
-        &params.model_path,
-        &ModelParams { n_gpu_layers: params.n_gpu_layers },
-        progress,
-    )?;
-    let model = Arc::new(model);
+    let model_params = ModelParams { n_gpu_layers: params.n_gpu_layers };
+    let model = Arc::new(Model::load(&params.model_path, &model_params, progress)?);
     let context = Context::new(Arc::clone(&model), &context_params(params))?;
     let limits = params.limits;
     let stats = Arc::new(Stats::default());
@@ -223,38 +217,37 @@ fn serve<F: Forward>(
         Some(drafts) => Some(load_drafts(drafts, params.n_threads, &model, &mut forward, limits)?),
         None => None,
     };
-    let (n_heads, side) = drafts.as_ref().map_or((0, Side::Cpu), |d| (d.n_heads, d.side));
-    let text_drafts = drafts.as_ref().is_some_and(|d| d.speculator.has_text());
     let mut engine = Engine::new(wrap(forward), limits, Arc::clone(&stats));
+    let (mut n_heads, mut drafting_on, mut drafts_text) = (0, "cpu", false);
     if let Some(drafts) = drafts {
+        (n_heads, drafting_on) = (drafts.n_heads, drafts.on);
+        drafts_text = drafts.speculator.has_text();
         engine.speculate(drafts.speculator, n_ids(params));
     }
     if params.traces {
         engine.trace_answers();
     }
-    let permits = Arc::new(Semaphore::new(params.n_queue));
     let n_queue = params.n_queue;
-    let grammars = Arc::default();
     let handle = Handle {
-        jobs,
-        permits,
         model,
-        grammars,
         limits,
         n_heads,
-        text_drafts,
-        side,
+        drafts_text,
+        drafting_on,
         n_queue,
         stats,
+        jobs,
+        permits: Arc::new(Semaphore::new(n_queue)),
+        grammars: Arc::default(),
     };
     stage.send_replace(Stage::Ready(handle));
     run(engine, &receiver, params.max_wait, stop);
     Ok(())
 }
 
-/// Rows are measured up to two for each slot and this many more.
+/// Step times are measured up to two rows for each slot and this many more.
 const MEASURED_BEYOND: usize = 24;
-/// What rows cost is measured for no longer at the start.
+/// Most time spent on that measurement.
 const MEASURING: Duration = Duration::from_millis(1500);
 
 /// Tokens after a sequence's last one that its text may draft.
@@ -264,7 +257,8 @@ const TEXT_DEPTH: usize = 32;
 struct Drafts {
     speculator: Speculator,
     n_heads: usize,
-    side: Side,
+    /// Where heads and verification are computed.
+    on: &'static str,
 }
 
 /// Reads heads, and measures what rows cost.
@@ -286,33 +280,27 @@ fn load_drafts(
     );
 
     let cost = Cost::from_points(&points).with_change(change_s);
-    let (mut n_heads, mut side, mut depth) = (0, Side::Cpu, 0);
-    let mut heads = None;
-    if let Some(params) = &params.heads {
-        let drafter;
-        (drafter, side) = load_heads(params, n_threads, model, forward)?;
-        n_heads = drafter.n_heads();
-        depth = n_heads;
-        heads = Some(drafter);
-        tracing::info!(n_heads, side = side.name(), "heads loaded");
-    }
-    if params.n_shared_text.is_some() {
-        depth = depth.max(TEXT_DEPTH);
-    }
-    let max_tokens = params.max_tokens_per_step.unwrap_or(depth + 1);
-    let mut speculator = match heads {
-        Some(heads) => Speculator::new(heads, max_tokens, cost),
-        None => Speculator::without_heads(max_tokens, cost),
+    let text_depth = if params.n_shared_text.is_some() { TEXT_DEPTH } else { 0 };
+    let max_tokens =
+        |n_heads: usize| params.max_tokens_per_step.unwrap_or(n_heads.max(text_depth) + 1);
+    let (mut speculator, n_heads, on) = match &params.heads {
+        Some(heads) => {
+            let (heads, on) = load_heads(heads, n_threads, model, forward)?;
+            let n_heads = heads.n_heads();
+            tracing::info!(n_heads, side = on, "heads loaded");
+            (Speculator::new(heads, max_tokens(n_heads), cost), n_heads, on)
+        }
+        None => (Speculator::without_heads(max_tokens(0), cost), 0, "cpu"),
     };
+    speculator = speculator.with_calibration(params.calibration.clone());
     if let Some(n_shared) = params.n_shared_text {
-        speculator =
-            speculator.with_text(TextDrafts::for_tenants(params.n_tenants.max(1), n_shared));
+        let text = TextDrafts::for_tenants(params.n_tenants.max(1), n_shared);
+        speculator = speculator.with_text(text);
     }
     if let Some(n) = params.fixed_nodes {
         speculator = speculator.with_fixed_nodes(n);
     }
-    speculator = speculator.with_calibration(params.calibration.clone());
-    Ok(Drafts { speculator, n_heads, side })
+    Ok(Drafts { speculator, n_heads, on })
 }
 
 /// Reads heads and makes them ready where they will be computed.
@@ -321,15 +309,15 @@ fn load_heads(
     n_threads: usize,
     model: &Model,
     forward: &mut LlamaForward,
-) -> Result<(Box<dyn Draft>, Side), StartError> {
+) -> Result<(Box<dyn Draft>, &'static str), StartError> {
     let shape = Shape { n_embd: model.n_embd(), n_vocab: model.n_vocab() };
     let heads = Heads::load(&params.folder, shape, params.n_heads)?;
     let Some(device) = logits_device(forward) else {
-        return Ok((speculate::drafter(heads, model, n_threads)?, Side::Cpu));
+        return Ok((speculate::drafter(heads, model, n_threads)?, "cpu"));
     };
     let heads = Rc::new(RefCell::new(DeviceHeads::new(device, heads, model, Precision::Q8)?));
     forward.use_device(Rc::clone(&heads));
-    Ok((Box::new(DeviceDraft(heads)), Side::Cuda))
+    Ok((Box::new(DeviceDraft(heads)), "cuda"))
 }
 
 /// The device that the last pass left its logits on, if our kernels can work there.
@@ -345,8 +333,7 @@ fn logits_device(forward: &LlamaForward) -> Option<Rc<dyn Device>> {
     None
 }
 
-/// Leaves of a sequence's tree, if there are ids for as many. For every id llama.cpp keeps a row of
-/// logits.
+/// Most leaves of a sequence's tree: for every id llama.cpp keeps a row of logits.
 const MAX_LEAVES: usize = 16;
 
 /// Sequence ids of a unified cache: the layout's, and after them those for the leaves of trees.
@@ -384,8 +371,7 @@ fn context_params(params: &EngineParams) -> ContextParams {
 /// Seconds between two looks at the stop flag while idle.
 const IDLE_LOOK: Duration = Duration::from_millis(100);
 
-/// The loop: new requests in, a step, until no sender is left and all is done, or `stop` is
-/// set.
+/// The loop: takes new requests, then a step, until no sender is left and all is done, or `stop`.
 fn run<F: Forward>(
     mut engine: Engine<F>,
     jobs: &Receiver<Job>,
@@ -409,7 +395,7 @@ fn run<F: Forward>(
     }
 }
 
-/// Starts from idle: perhaps waits a moment for more requests (see [`Bursts`]).
+/// Starts from idle: may wait a moment for more requests (see [`Bursts`]).
 fn await_burst<F: Forward>(
     engine: &mut Engine<F>,
     first: Job,

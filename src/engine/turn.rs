@@ -1,5 +1,4 @@
-//! A step as values: for each sequence its share of the rows, its candidates, where its rows are,
-//! and how far it came. Pure.
+//! A sequence's part in a step: its rows, its candidates, and how far it came. Pure.
 
 use std::borrow::{Borrow, BorrowMut};
 
@@ -13,8 +12,7 @@ use crate::speculate::Tree;
 pub struct RowRange(pub usize);
 
 impl RowRange {
-    /// The row of a node; `None`: of the root.
-    #[must_use]
+    /// The row of a node, or of the root.
     pub fn of(self, node: Option<usize>) -> usize {
         self.0 + node.map_or(0, |node| 1 + node)
     }
@@ -23,9 +21,7 @@ impl RowRange {
 /// One sequence's turn in a step. Keeps its memory from step to step.
 #[derive(Debug, Default)]
 pub struct Turn {
-    /// Which of its tokens are computed.
     pub share: Share,
-    /// Its candidates.
     pub tree: Tree,
     /// Ids of the tree's leaves, the sequence's own first; none without candidates.
     pub leaves: Vec<SeqId>,
@@ -33,7 +29,6 @@ pub struct Turn {
     pub rows: RowRange,
     /// Its rows among those with outputs.
     pub outputs: RowRange,
-    /// What became of it.
     pub walk: Walk,
 }
 

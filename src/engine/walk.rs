@@ -15,10 +15,8 @@ use crate::request::{Speculation, TokenReport};
 /// Buffers to choose tokens with.
 #[derive(Default)]
 pub struct Choosing {
-    /// The tokens drafted for one place.
     drafted: Vec<Token>,
     sampling: Scratch,
-    /// Logits under a grammar.
     masked: Vec<f32>,
     most_likely: Vec<(Token, f32)>,
     piece: Vec<u8>,
@@ -26,17 +24,13 @@ pub struct Choosing {
 
 /// Lets a sequence choose its tokens after a pass.
 pub struct Walker<'a, F> {
-    /// The model after the pass.
     pub forward: &'a F,
-    /// The engine's counters.
     pub stats: &'a Stats,
-    /// Rows of the step.
     pub n_rows: usize,
-    /// By output row the tokens that the device chose; none if it chose none.
+    /// The tokens that the device chose, by output row; empty if the host chooses all.
     pub chosen: &'a [i32],
     /// Heads draft from hidden states.
     pub keeps_hidden: bool,
-    /// Working memory.
     pub buffers: &'a mut Choosing,
 }
 
@@ -51,13 +45,14 @@ impl<F: Forward> Walker<'_, F> {
         s: &mut Sequence,
         now: Instant,
     ) -> Result<(), StepError> {
-        s.record_drafted(turn.tree.len());
+        s.drafts.steps += 1;
+        s.drafts.drafted += turn.tree.len();
         self.stats.count_draft(turn.tree.len());
-        self.stats.note_wait(s.waited(now));
+        s.record_wait(self.stats, now);
         let mut at = None;
         loop {
             let token = self.choose(turn, at, s)?;
-            self.stats.count_token();
+            self.stats.tokens.inc();
             let next = turn.tree.child(at, token);
             self.report(turn, at, token, s)?;
             let piece = &mut self.buffers.piece;
@@ -78,7 +73,7 @@ impl<F: Forward> Walker<'_, F> {
                 return Ok(());
             };
             turn.walk.accepted.push(node);
-            s.record_accepted();
+            s.drafts.accepted += 1;
             self.stats.count_accepted(turn.tree.nodes()[node].depth);
             at = next;
         }
@@ -96,20 +91,19 @@ impl<F: Forward> Walker<'_, F> {
         }
         let Choosing { drafted, masked, sampling, .. } = &mut *self.buffers;
         drafted.clear();
-        if s.speculation == Speculation::Typical {
+        if s.job.request.speculation == Speculation::Typical {
             let children = turn.tree.nodes().iter().filter(|n| n.parent == at);
             drafted.extend(children.map(|n| n.token));
         }
         let mut logits = self.forward.logits(turn.rows.of(at))?;
-        if let Some(grammar) = &s.grammar {
+        if let Some(grammar) = &s.job.grammar {
             grammar.mask(logits, masked);
             logits = masked;
         }
-        Ok(s.sampler.draw_typical(logits, s.tokens.len(), drafted, sampling))
+        Ok(s.sampler.draw(logits, s.tokens.len(), drafted, sampling))
     }
 
-    /// Records of the `token` chosen after node `at` what its client or a trace
-    /// asked for.
+    /// Records what the client or a trace wants to know of the `token` chosen after node `at`.
     fn report(
         &mut self,
         turn: &Turn,
@@ -122,14 +116,14 @@ impl<F: Forward> Walker<'_, F> {
             let most_likely = &mut self.buffers.most_likely;
             report::push(trace, token, forward.hidden(row)?, forward.logits(row)?, most_likely);
         }
-        let Some(report) = s.report else { return Ok(()) };
+        let Some(report) = s.job.request.report else { return Ok(()) };
         let logprobs = match report.n_top {
             Some(n_top) => Some(report::logprobs(token, forward.logits(row)?, n_top)),
             None => None,
         };
         let source = turn.tree.child(at, token).map(|node| turn.tree.nodes()[node].source());
-        let step = s.step();
-        s.push_report(TokenReport { token, source, step, n_rows: self.n_rows, logprobs });
+        let (step, n_rows) = (s.drafts.steps, self.n_rows);
+        s.push_report(TokenReport { token, source, step, n_rows, logprobs });
         Ok(())
     }
 }

@@ -89,7 +89,7 @@ impl App {
     pub fn status(&self) -> HealthStatus {
         let is_stalled = |handle: &Handle| {
             let limit = self.limits.stall_timeout;
-            limit.is_some() && handle.stats().pass_elapsed() > limit
+            limit.is_some() && handle.stats.pass_elapsed() > limit
         };
         match &*self.stage.borrow() {
             Stage::Failed(_) => HealthStatus::Failed,

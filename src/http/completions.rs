@@ -47,7 +47,7 @@ pub async fn generate(cx: RequestContext, request: Request<Incoming>) -> Result<
 pub async fn complete(cx: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
     let handle = cx.app.engine()?;
     let body = cx.app.readers.completion.read(read_json(&cx.app, request).await?)?;
-    let choices = body.into_choices(handle.limits().n_ctx, fastrand::u64(..))?;
+    let choices = body.into_choices(handle.limits.n_ctx, fastrand::u64(..))?;
     answer_openai(cx, &handle, choices, Endpoint::Text).await
 }
 
@@ -61,8 +61,8 @@ pub async fn complete(cx: RequestContext, request: Request<Incoming>) -> Result<
 pub async fn chat(cx: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
     let handle = cx.app.engine()?;
     let body = cx.app.readers.chat.read(read_json(&cx.app, request).await?)?;
-    let template = cx.app.template.get_or_init(|| Template::of(handle.model()));
-    let choices = body.into_choices(handle.limits().n_ctx, fastrand::u64(..), template)?;
+    let template = cx.app.template.get_or_init(|| Template::of(&handle.model));
+    let choices = body.into_choices(handle.limits.n_ctx, fastrand::u64(..), template)?;
     answer_openai(cx, &handle, choices, Endpoint::Chat).await
 }
 
@@ -72,7 +72,7 @@ async fn answer_openai(
     choices: Choices,
     endpoint: Endpoint,
 ) -> Result<Reply, Problem> {
-    let (asked, most) = (choices.requests.len(), handle.most_in_flight());
+    let (asked, most) = (choices.requests.len(), handle.n_queue);
     if asked > most {
         // Not a full queue: waiting would not help.
         let message = format!(
@@ -119,7 +119,7 @@ fn detokenize(handle: &Handle) -> Detokenize {
     let handle = handle.clone();
     Arc::new(move |token| {
         let mut bytes = Vec::new();
-        handle.model().piece(token, true, &mut bytes);
+        handle.model.piece(token, true, &mut bytes);
         bytes
     })
 }

@@ -47,7 +47,7 @@ pub async fn information(cx: RequestContext, request: Request<Incoming>) -> Resu
 
 /// Adds what is known once the model is read.
 fn describe(handle: &Handle, body: &mut Information<'_>) {
-    let (model, limits, load) = (handle.model(), handle.limits(), handle.stats());
+    let (model, limits, load) = (&handle.model, handle.limits, &handle.stats);
     let (layout, cells) = match limits.layout {
         Layout::Unified { n_cells, .. } => ("unified", n_cells),
         Layout::Streams { n_cells } => ("streams", n_cells * limits.n_slots),
@@ -63,9 +63,9 @@ fn describe(handle: &Handle, body: &mut Information<'_>) {
     body.context_size = Some(limits.n_ctx);
     body.slots = Some(limits.n_slots);
     body.kv = Some(KvInformation { layout, cells });
-    body.heads = Some(handle.n_heads());
-    body.text_drafts = Some(handle.drafts_from_text());
-    body.drafting_on = Some(handle.side().name());
+    body.heads = Some(handle.n_heads);
+    body.text_drafts = Some(handle.drafts_text);
+    body.drafting_on = Some(handle.drafting_on);
     body.load = Some(EngineLoad {
         in_flight: handle.n_in_flight(),
         running: load.running.get(),
@@ -103,7 +103,7 @@ fn entry(app: &App) -> Result<ModelEntry<'_>, Problem> {
         object: "model",
         created: 0,
         owned_by: env!("CARGO_PKG_NAME"),
-        max_model_len: app.engine()?.limits().n_ctx,
+        max_model_len: app.engine()?.limits.n_ctx,
     })
 }
 

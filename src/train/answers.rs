@@ -52,8 +52,8 @@ pub async fn collect(
     let rounds = (0..).step_by(TOGETHER).map(|first| first..first + TOGETHER);
     let mut open = rounds
         .flat_map(|rounds| order.iter().enumerate().map(move |(k, &id)| (rounds.clone(), k, id)));
-    let most_prompt = handle.limits().n_ctx.saturating_sub(wanted.max_answer);
-    let most_running = (handle.limits().n_slots + 4).div_ceil(TOGETHER);
+    let most_prompt = handle.limits.n_ctx.saturating_sub(wanted.max_answer);
+    let most_running = (handle.limits.n_slots + 4).div_ceil(TOGETHER);
     let mut running: JoinSet<Result<PromptAnswers, TrainError>> = JoinSet::new();
     let mut n_refused = 0;
     progress(shards.n_tokens());
@@ -68,7 +68,7 @@ pub async fn collect(
                 continue;
             }
             let text = prompts.text(prompt).to_owned();
-            if handle.model().tokenize(&text, true)?.len() > most_prompt {
+            if handle.model.tokenize(&text, true)?.len() > most_prompt {
                 n_refused += 1;
                 if n_refused > 2 * prompts.len() {
                     return Err(TrainError::Prompts("no prompt fits into the context".into()));
