@@ -48,25 +48,13 @@ pub struct Matrices {
     pub(super) values: Buffer<u8>,
     /// `[n_nets, n_out, stride / 32]`; empty for F16.
     pub(super) scales: Buffer<u16>,
-    pub(super) n_nets: usize,
-    pub(super) n_out: usize,
+    pub(crate) n_nets: usize,
+    pub(crate) n_out: usize,
     pub(super) n_in: usize,
     pub(super) stride: usize,
 }
 
 impl Matrices {
-    /// Number of matrices.
-    #[must_use]
-    pub fn n_nets(&self) -> usize {
-        self.n_nets
-    }
-
-    /// Rows of each.
-    #[must_use]
-    pub fn n_out(&self) -> usize {
-        self.n_out
-    }
-
     /// Copies matrices to the device. Each is given as parts that are concatenated along their
     /// columns: `[W | U]` for a product with `[x, e]`. Weights are clamped to the range of F16.
     ///

@@ -4,7 +4,7 @@
 //! path's newest token, head `h` has `z' = z + V SiLU(W z + U e + b)`, and its logits are `Out z'`.
 //! So a path's state depends on all of its tokens.
 
-use crate::llama::ggml::{Graph, Quantized, Store, Weight};
+use crate::llama::ggml::{Graph, Op, Quantized, Store, Weight};
 use crate::matrix::Matrix;
 use crate::speculate::error::HeadsError;
 
@@ -115,14 +115,14 @@ impl ConditionedNet {
             return Err(HeadsError::Shape(format!("there is no head {step} with cut {cut}")));
         };
         let mut graph = Graph::default();
-        let [z, e] = [states, embeddings].map(|rows| graph.input(rows, self.n_embd));
-        let [wz, ue] = [graph.product(w, z), graph.product(u, e)];
-        let sum = graph.add(wz, ue);
-        let inner = graph.add_vector(sum, b);
-        let active = graph.silu(inner);
-        let change = graph.product(v, active);
-        let z = graph.add(z, change);
-        let logits = graph.product(output, z);
+        let [z, e] = [states, embeddings].map(|rows| graph.push(Op::Input(rows, self.n_embd)));
+        let [wz, ue] = [(w, z), (u, e)].map(|(w, x)| graph.push(Op::Product(w, x)));
+        let sum = graph.push(Op::Add(wz, ue));
+        let inner = graph.push(Op::AddVector(sum, b));
+        let active = graph.push(Op::Silu(inner));
+        let change = graph.push(Op::Product(v, active));
+        let z = graph.push(Op::Add(z, change));
+        let logits = graph.push(Op::Product(output, z));
         self.store.compute(&graph, &[z, logits], &mut self.results)?;
         Ok(self.results.split_at(states.len()))
     }

@@ -1,6 +1,6 @@
 //! The network of Medusa heads: residual blocks and an output matrix.
 
-use crate::llama::ggml::{Graph, Node, Quantized, Store, Weight};
+use crate::llama::ggml::{Graph, Node, Op, Quantized, Store, Weight};
 use crate::matrix::Matrix;
 use crate::speculate::error::HeadsError;
 
@@ -83,22 +83,29 @@ impl MedusaNet {
     /// [`HeadsError::Llama`] for a part of a row, or without memory.
     pub fn forward(&mut self, input: &[f32]) -> Result<&[f32], HeadsError> {
         let mut graph = Graph::default();
-        let x = graph.input(input, self.n_embd);
+        let x = graph.push(Op::Input(input, self.n_embd));
         let mut states: Vec<Node> = vec![];
         for blocks in &self.blocks {
             states.push(blocks.iter().fold(x, |state, &(weight, bias)| {
-                let product = graph.product(weight, state);
-                let inner = bias.map_or(product, |bias| graph.add_vector(product, bias));
-                let active = graph.silu(inner);
-                graph.add(state, active)
+                let product = graph.push(Op::Product(weight, state));
+                let inner = bias.map_or(product, |b| graph.push(Op::AddVector(product, b)));
+                let active = graph.push(Op::Silu(inner));
+                graph.push(Op::Add(state, active))
             }));
         }
         if self.outputs.len() == 1 {
             // One matrix for all heads: one product over the rows of all.
-            states = states.into_iter().reduce(|all, s| graph.concat(all, s)).into_iter().collect();
+            states = states
+                .into_iter()
+                .reduce(|all, s| graph.push(Op::Concat(all, s)))
+                .into_iter()
+                .collect();
         }
-        let logits: Vec<Node> =
-            states.iter().zip(&self.outputs).map(|(&s, &o)| graph.product(o, s)).collect();
+        let logits: Vec<Node> = states
+            .iter()
+            .zip(&self.outputs)
+            .map(|(&s, &o)| graph.push(Op::Product(o, s)))
+            .collect();
         self.store.compute(&graph, &logits, &mut self.results)?;
         Ok(&self.results)
     }
