@@ -35,14 +35,14 @@ pub struct ContextParams {
     pub embeddings: bool,
 }
 
-/// A context belongs to the thread that made it: it is neither `Send` nor `Sync`.
+/// A context belongs to the thread that made it: it is neither `Send` nor `Sync`. Its methods return
+/// [`LlamaError::Misuse`] for a row of the last batch without output, or a sequence id out of range.
 pub struct Context {
     ptr: NonNull<sys::llama_context>,
     memory: sys::memory_t,
     /// C holds its address as `cb_eval`'s user data, so it is dropped after the context (see `Drop`).
     tap: Option<Box<HiddenTap>>,
     limits: Limits,
-    unified: bool,
     embeddings: bool,
     /// By row of the last batch: whether it has logits.
     outputs: Vec<bool>,
@@ -120,7 +120,6 @@ impl Context {
             memory,
             tap,
             limits,
-            unified: params.unified,
             embeddings: params.embeddings,
             outputs: vec![],
             model,
@@ -140,7 +139,7 @@ impl Context {
     /// `true` for one cache that all sequences share.
     #[must_use]
     pub fn is_unified(&self) -> bool {
-        self.unified
+        self.limits.shared_rows
     }
 
     /// Cells that one sequence may fill, as llama.cpp allocated them.
@@ -204,9 +203,6 @@ impl Context {
     }
 
     /// The logits of a row of the last batch: one per token of the vocabulary.
-    ///
-    /// # Errors
-    /// [`LlamaError::Misuse`] for a row without output.
     pub fn logits(&self, row: usize) -> Result<&[f32], LlamaError> {
         let c_row = self.check_output(row)?;
         // SAFETY: the row has an output. The call waits for the device; the first one after a
@@ -219,10 +215,8 @@ impl Context {
         Ok(unsafe { std::slice::from_raw_parts(ptr, self.limits.n_vocab) })
     }
 
-    /// The post-norm hidden state of an output row of the last batch: `n_embd` values.
-    ///
-    /// # Errors
-    /// [`LlamaError::Misuse`] for a row without output, or a context without `tap_hidden`.
+    /// The post-norm hidden state of an output row of the last batch: `n_embd` values; only with
+    /// `tap_hidden`.
     pub fn hidden(&self, row: usize) -> Result<&[f32], LlamaError> {
         self.check_output(row)?;
         // A unified cache computes rows in the batch's order, so a row's index among the outputs is
@@ -240,9 +234,6 @@ impl Context {
     }
 
     /// llama.cpp's own embedding of a row: `n_embd` values; only with `embeddings`.
-    ///
-    /// # Errors
-    /// [`LlamaError::Misuse`] without `embeddings` or for a row out of range.
     pub fn embedding(&self, row: usize) -> Result<&[f32], LlamaError> {
         let c_row = self.check_output(row)?;
         if !self.embeddings {
@@ -265,9 +256,6 @@ impl Context {
     }
 
     /// Removes a sequence's id from its cells from position `from` on. Cells without ids are free.
-    ///
-    /// # Errors
-    /// [`LlamaError::Misuse`] for an id out of range, or a cache that cannot drop a suffix.
     pub fn remove_from(&mut self, seq: SeqId, from: usize) -> Result<(), LlamaError> {
         let c_seq = self.check_seq(seq)?;
         let from = i32::try_from(from).unwrap_or(i32::MAX);
@@ -279,9 +267,7 @@ impl Context {
     }
 
     /// Adds `to`'s id to the cells of `from` at these positions: both share them, and no data moves.
-    ///
-    /// # Errors
-    /// [`LlamaError::Misuse`] for an id out of range, or without a unified cache.
+    /// Needs `unified`.
     pub fn share(
         &mut self,
         from: SeqId,
@@ -289,7 +275,7 @@ impl Context {
         positions: Range<usize>,
     ) -> Result<(), LlamaError> {
         let (c_from, c_to) = (self.check_seq(from)?, self.check_seq(to)?);
-        if !self.unified {
+        if !self.is_unified() {
             return Err(LlamaError::Misuse("streams share no cells".into()));
         }
         let [start, end] =
