@@ -231,7 +231,7 @@ impl LlamaForward {
         (0..n).try_for_each(|pos| self.batch.add(Token(0), pos, &[SeqId(0)], true).map(|_| ()))?;
         let started = Instant::now();
         self.context.forward(&self.batch)?;
-        if self.tapped().is_none_or(|tapped| tapped.on_host()) {
+        if self.tapped().is_none_or(|tapped| tapped.on_host) {
             self.context.logits(0)?; // of all rows: they cross to the host together
         }
         let seconds = started.elapsed().as_secs_f64();
@@ -317,10 +317,9 @@ impl Forward for LlamaForward {
         let tapped = self
             .context
             .tapped()
-            .filter(|t| t.n_rows() == n_outputs && ask.rows.len() <= n_outputs)?;
+            .filter(|t| t.n_rows == n_outputs && ask.rows.len() <= n_outputs)?;
         self.chosen.clear();
-        match heads.borrow_mut().verify(tapped.logits(), tapped.hidden(), self.model.n_vocab(), ask)
-        {
+        match heads.borrow_mut().verify(tapped.logits, tapped.hidden, self.model.n_vocab(), ask) {
             Ok(chosen) => self.chosen.extend_from_slice(chosen),
             Err(error) => {
                 tracing::error!(%error, "the device failed to verify; from now on the host does");

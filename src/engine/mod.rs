@@ -190,7 +190,7 @@ impl<F: Forward> Engine<F> {
             panic!("trees need a unified cache")
         };
         self.leaves = Leaves::new(n_seqs, n_ids, self.limits.n_slots);
-        self.stats.set_deepest(speculator.max_tokens_per_step() - 1);
+        self.stats.set_deepest(speculator.max_tokens_per_step - 1);
         self.speculator = Some(speculator);
     }
 
@@ -275,7 +275,7 @@ impl<F: Forward> Engine<F> {
                         Sequence::new(job, sampler, seq, place.n_cached, self.n_admitted, n_ctx);
                     sequence.trace = self.traces.then(Trace::default);
                     if sequence.speculation.by_text()
-                        && self.speculator.as_ref().is_some_and(Speculator::has_text)
+                        && self.speculator.as_ref().is_some_and(|s| s.text.is_some())
                     {
                         sequence.index_text();
                     }
@@ -329,14 +329,14 @@ impl<F: Forward> Engine<F> {
         let Self { running, work, leaves, .. } = self;
         work.ops.clear();
         let speculator = self.speculator.as_mut()?;
-        let deepest = speculator.max_tokens_per_step() - 1;
+        let deepest = speculator.max_tokens_per_step - 1;
         let n_rows: usize = turns.iter().map(|turn| turn.share.n_rows).sum();
         let drafting = speculator.begin(n_rows, n_decode(turns));
         let origin = |Turn { share, .. }: &Turn| {
             running[share.seq].origin(if share.decodes() { deepest } else { 0 })
         };
         let mut origins: Vec<Origin<'_>> = turns.iter().map(origin).collect();
-        if !drafting.is_due() || origins.iter().all(|o| o.max_depth == 0 && o.text.is_none()) {
+        if !drafting.is_due || origins.iter().all(|o| o.max_depth == 0 && o.text.is_none()) {
             return Some(drafting.skip());
         }
         let started = Instant::now();
@@ -427,7 +427,7 @@ impl<F: Forward> Engine<F> {
             self.ledger.n_cells_retained(),
         );
         if let Some(speculator) = &self.speculator {
-            self.stats.publish_reliability(speculator.reliability());
+            self.stats.publish_reliability(&speculator.reliability);
         }
     }
 

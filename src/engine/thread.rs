@@ -19,13 +19,13 @@ use super::stats::Stats;
 use super::{Engine, Forward, Job, Layout, Limits};
 use crate::gpu::Device;
 use crate::gpu::weights::Precision;
-use crate::llama::{Context, ContextParams, LlamaError, Model, ModelParams, max_sequences};
+use crate::llama::{Context, ContextParams, LlamaError, Model, max_sequences};
 use crate::speculate::calibration::Calibration;
 use crate::speculate::cost::{self, Cost};
-use crate::speculate::device::{DeviceDraft, DeviceHeads};
+use crate::speculate::device::DeviceHeads;
 use crate::speculate::heads::{Heads, HeadsError, Shape};
 use crate::speculate::text::TextDrafts;
-use crate::speculate::{self, Draft, MAX_NODES, Speculator};
+use crate::speculate::{Draft, MAX_NODES, Speculator};
 
 /// What the engine needs to start.
 #[derive(Clone, Debug)]
@@ -208,11 +208,7 @@ fn serve<F: Forward>(
         }
         !stop.load(Ordering::Relaxed)
     };
-    let model = Model::load(
-        &params.model_path,
-        &ModelParams { n_gpu_layers: params.n_gpu_layers },
-        progress,
-    )?;
+    let model = Model::load(&params.model_path, params.n_gpu_layers, progress)?;
     let model = Arc::new(model);
     let context = Context::new(Arc::clone(&model), &context_params(params))?;
     let limits = params.limits;
@@ -224,7 +220,7 @@ fn serve<F: Forward>(
         None => None,
     };
     let (n_heads, side) = drafts.as_ref().map_or((0, Side::Cpu), |d| (d.n_heads, d.side));
-    let text_drafts = drafts.as_ref().is_some_and(|d| d.speculator.has_text());
+    let text_drafts = drafts.as_ref().is_some_and(|d| d.speculator.text.is_some());
     let mut engine = Engine::new(wrap(forward), limits, Arc::clone(&stats));
     if let Some(drafts) = drafts {
         engine.speculate(drafts.speculator, n_ids(params));
@@ -300,18 +296,10 @@ fn load_drafts(
         depth = depth.max(TEXT_DEPTH);
     }
     let max_tokens = params.max_tokens_per_step.unwrap_or(depth + 1);
-    let mut speculator = match heads {
-        Some(heads) => Speculator::new(heads, max_tokens, cost),
-        None => Speculator::without_heads(max_tokens, cost),
-    };
-    if let Some(n_shared) = params.n_shared_text {
-        speculator =
-            speculator.with_text(TextDrafts::for_tenants(params.n_tenants.max(1), n_shared));
-    }
-    if let Some(n) = params.fixed_nodes {
-        speculator = speculator.with_fixed_nodes(n);
-    }
-    speculator = speculator.with_calibration(params.calibration.clone());
+    let mut speculator = Speculator::new(heads, max_tokens, cost);
+    speculator.text = params.n_shared_text.map(|n| TextDrafts::new(params.n_tenants.max(1), n));
+    speculator.fixed_nodes = params.fixed_nodes;
+    speculator.calibration = params.calibration.clone();
     Ok(Drafts { speculator, n_heads, side })
 }
 
@@ -325,20 +313,20 @@ fn load_heads(
     let shape = Shape { n_embd: model.n_embd(), n_vocab: model.n_vocab() };
     let heads = Heads::load(&params.folder, shape, params.n_heads)?;
     let Some(device) = logits_device(forward) else {
-        return Ok((speculate::drafter(heads, model, n_threads)?, Side::Cpu));
+        return Ok((heads.drafter(model, n_threads)?, Side::Cpu));
     };
     let heads = Rc::new(RefCell::new(DeviceHeads::new(device, heads, model, Precision::Q8)?));
     forward.use_device(Rc::clone(&heads));
-    Ok((Box::new(DeviceDraft(heads)), Side::Cuda))
+    Ok((Box::new(heads), Side::Cuda))
 }
 
 /// The device that the last pass left its logits on, if our kernels can work there.
 fn logits_device(forward: &LlamaForward) -> Option<Rc<dyn Device>> {
-    let tapped = forward.tapped().filter(|tapped| !tapped.on_host())?;
+    let tapped = forward.tapped().filter(|tapped| !tapped.on_host)?;
     #[cfg(not(feature = "cuda-kernels"))]
     let _ = tapped;
     #[cfg(feature = "cuda-kernels")]
-    match crate::gpu::cuda::Cuda::holding(tapped.logits()) {
+    match crate::gpu::cuda::Cuda::holding(tapped.logits) {
         Ok(cuda) => return Some(Rc::new(cuda)),
         Err(error) => tracing::warn!(%error, "heads and verification stay on the CPU"),
     }

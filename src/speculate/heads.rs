@@ -20,10 +20,13 @@ use std::path::{Path, PathBuf};
 
 use safetensors::{Dtype, SafeTensors};
 
+use super::Draft;
+use super::conditioned::Conditioned;
 pub use super::error::HeadsError;
+use super::medusa::Medusa;
 use super::nets::{ConditionedHead, ConditionedWeights, MedusaWeights, ResidualBlock};
 use super::pickle;
-use crate::llama::Token;
+use crate::llama::{Model, Token};
 use crate::matrix::Matrix;
 
 /// The model's sizes, which heads must fit.
@@ -87,6 +90,28 @@ impl Heads {
             tensors.read(shard)?;
         }
         tensors.into_heads(shape, n_heads.min(MAX_HEADS))
+    }
+
+    /// Prepares heads for drafting on the CPU, with the matrices of their model that they need.
+    ///
+    /// # Errors
+    /// [`HeadsError::Llama`] when the model's matrices cannot be read, or without memory;
+    /// [`HeadsError::Shape`] for weights that do not match.
+    pub fn drafter(self, model: &Model, n_threads: usize) -> Result<Box<dyn Draft>, HeadsError> {
+        let output = model.output_rows()?;
+        Ok(match self.nets {
+            HeadNets::Plain(weights) => {
+                Box::new(Medusa::new(weights, self.token_map, &output, n_threads)?)
+            }
+            HeadNets::Conditioned(weights) => Box::new(Conditioned::new(
+                &weights,
+                self.token_map,
+                self.token_counts,
+                &output,
+                model.embedding_rows()?,
+                n_threads,
+            )?),
+        })
     }
 }
 

@@ -13,7 +13,6 @@ pub mod calibration;
 pub mod conditioned;
 pub mod cost;
 pub mod device;
-mod drafter;
 mod error;
 pub mod heads;
 pub mod medusa;
@@ -29,7 +28,6 @@ pub mod text;
 pub mod tree;
 
 use calibration::Calibration;
-pub use drafter::drafter;
 pub use speculator::Speculator;
 use text::TextOrigin;
 pub use tree::{Node, Tree};

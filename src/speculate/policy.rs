@@ -42,20 +42,9 @@ impl Step {
     }
 }
 
-/// The most tokens per second that a step can give where candidates have these `q`.
-#[must_use]
-pub fn best_rate(
-    q: impl Iterator<Item = f32>,
-    step: Step,
-    cost: &Cost,
-    scratch: &mut Vec<f32>,
-) -> f64 {
-    best(q, step, cost, scratch).1
-}
-
-/// How many candidates give the most tokens per second, and how many those are. Leaves `q` in
-/// `sorted`, best first.
-fn best(
+/// How many candidates with these `q` give the most tokens per second, and how many those are.
+/// Leaves `q` in `sorted`, best first.
+pub fn best(
     q: impl Iterator<Item = f32>,
     step: Step,
     cost: &Cost,
