@@ -172,7 +172,7 @@ impl Context {
         if batch.is_empty() {
             return Err(LlamaError::Batch("no rows".into()));
         }
-        if batch.limits() != self.limits {
+        if batch.limits != self.limits {
             return Err(LlamaError::Batch("made for a context with other limits".into()));
         }
         self.outputs.clear();
@@ -181,10 +181,10 @@ impl Context {
         }
         // SAFETY: every array of the batch holds `n_tokens` checked entries. The tap is not
         // borrowed during the call.
-        let code = unsafe { sys::decode(self.ptr.as_ptr(), batch.as_c()) };
+        let code = unsafe { sys::decode(self.ptr.as_ptr(), batch.c) };
         match code {
             0 => {
-                self.outputs.extend_from_slice(batch.outputs());
+                self.outputs.extend_from_slice(&batch.outputs);
                 Ok(())
             }
             1 => Err(LlamaError::NoRoom { rows: batch.len() }),
@@ -197,9 +197,8 @@ impl Context {
 
     fn check_output(&self, row: usize) -> Result<i32, LlamaError> {
         let wanted = self.outputs.get(row).copied().unwrap_or(false);
-        wanted
-            .then_some(row as i32)
-            .ok_or_else(|| LlamaError::Misuse(format!("row {row} has no output")))
+        let index = wanted.then_some(row as i32);
+        index.ok_or_else(|| LlamaError::Misuse(format!("row {row} has no output")))
     }
 
     /// The logits of a row of the last batch: one per token of the vocabulary.

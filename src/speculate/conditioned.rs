@@ -74,9 +74,6 @@ struct Path {
 impl Conditioned {
     /// Makes heads ready to compute; `output` and `embeddings` are the model's. Without counts of the
     /// draft tokens there are no cuts.
-    ///
-    /// # Errors
-    /// When the model's matrices cannot be read or there is no memory.
     pub fn new(
         weights: &ConditionedWeights,
         token_map: Option<Vec<Token>>,

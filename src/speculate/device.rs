@@ -1,10 +1,9 @@
 //! Heads on a device, and the verification there, with one wait per step.
 //!
-//! The usual call is [`DeviceHeads::verify`], right after a forward pass, whose logits and hidden
-//! states stay in place: it chooses every row's token, walks down the trees, and computes the heads
-//! for the next step from the last accepted rows. Tokens come back, and candidates with their
-//! probabilities, in one copy. Where the host chose a token, heads start from its copy of the hidden
-//! state.
+//! [`DeviceHeads::verify`] comes right after a forward pass, whose logits and hidden states stay in
+//! place: it chooses every row's token, walks down the trees, and computes the heads for the next
+//! step from the last accepted rows. Tokens and candidates come back in one copy. Where the host
+//! chose a token, heads start from its copy of the hidden state.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -125,10 +124,7 @@ impl DeviceHeads {
 
     /// Chooses the token after each row of a pass whose `logits` and `hidden` states of the output
     /// rows are on the device, and drafts after the last accepted rows if `ask` says so. Returns the
-    /// chosen token by row, -1 where the host chooses. Waits once.
-    ///
-    /// # Errors
-    /// [`GpuError`]; then nothing is drafted.
+    /// chosen token by row, -1 where the host chooses. Waits once. After an error nothing is drafted.
     pub fn verify(
         &mut self,
         logits: Slice<'_, f32>,

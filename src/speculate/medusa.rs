@@ -26,9 +26,6 @@ pub struct Medusa {
 
 impl Medusa {
     /// Makes heads ready to compute; those without output matrices share the model's, `output`.
-    ///
-    /// # Errors
-    /// When the matrix cannot be read, or there is no memory.
     pub fn new(
         mut weights: MedusaWeights,
         token_map: Option<Vec<Token>>,

@@ -1,7 +1,6 @@
-//! Drafts from text: what followed where the last tokens stood before, in the sequence's own text
-//! and in recent answers. How often such matches are right is counted, by their length and by how
-//! far they agree. With the heads' candidates they become one tree, in which equal paths share
-//! nodes. Pure.
+//! Drafts from text: what followed earlier occurrences of the last tokens, in the sequence's own text
+//! and in recent answers. How often such matches are right is counted by length and agreement. They
+//! share one tree with the heads' candidates. Pure.
 
 use std::collections::BinaryHeap;
 use std::iter::successors;

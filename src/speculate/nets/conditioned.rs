@@ -130,12 +130,8 @@ impl ConditionedNet {
 
 #[cfg(test)]
 mod tests {
-    use super::super::medusa::tests::{on_grid, random};
+    use super::super::medusa::tests::{assert_close, on_grid, product, random};
     use super::*;
-
-    fn product(m: &Matrix, x: &[f32]) -> Vec<f32> {
-        m.values.chunks(m.n_in).map(|row| row.iter().zip(x).map(|(a, b)| a * b).sum()).collect()
-    }
 
     /// The formula in plain Rust.
     fn twin(s: &ConditionedHead, output: &Matrix, z: &[f32], e: &[f32]) -> (Vec<f32>, Vec<f32>) {
@@ -170,15 +166,9 @@ mod tests {
                 let (states, logits) = net.forward(i, whole, &z, &e).unwrap();
                 let want: Vec<_> =
                     z.chunks(d).zip(e.chunks(d)).map(|(z, e)| twin(step, &output, z, e)).collect();
-                for (got, want) in [
-                    (states, want.iter().flat_map(|w| &w.0).copied().collect::<Vec<_>>()),
-                    (logits, want.iter().flat_map(|w| &w.1).copied().collect()),
-                ] {
-                    assert_eq!(got.len(), want.len());
-                    let size = (want.iter().map(|v| v * v).sum::<f32>() / want.len() as f32).sqrt();
-                    let far = got.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-                    assert!(far < 0.05 * size, "{d} {width}: {far} of {size}");
-                }
+                let (want_states, want_logits): (Vec<_>, Vec<_>) = want.into_iter().unzip();
+                assert_close(states, &want_states.concat(), &format!("states {d} {width}"));
+                assert_close(logits, &want_logits.concat(), &format!("logits {d} {width}"));
             }
             // A cut gives the first of the same logits.
             let all = net.forward(1, whole, &z, &e).unwrap().1.to_vec();

@@ -115,11 +115,20 @@ impl MedusaNet {
 pub(super) mod tests {
     use super::*;
 
+    pub(in crate::speculate::nets) fn product(m: &Matrix, x: &[f32]) -> Vec<f32> {
+        m.values.chunks(m.n_in).map(|row| row.iter().zip(x).map(|(a, b)| a * b).sum()).collect()
+    }
+
+    /// Asserts that quantized weights gave about these values.
+    pub(in crate::speculate::nets) fn assert_close(got: &[f32], want: &[f32], what: &str) {
+        assert_eq!(got.len(), want.len());
+        let size = (want.iter().map(|v| v * v).sum::<f32>() / want.len() as f32).sqrt();
+        let far = got.iter().zip(want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(far < 0.05 * size, "{what}: {far} of {size}");
+    }
+
     /// The formula in plain Rust.
     fn twin(w: &MedusaWeights, x: &[f32]) -> Vec<f32> {
-        let product = |m: &Matrix, x: &[f32]| -> Vec<f32> {
-            m.values.chunks(m.n_in).map(|row| row.iter().zip(x).map(|(a, b)| a * b).sum()).collect()
-        };
         let mut out = vec![];
         for (i, blocks) in w.blocks.iter().enumerate() {
             for row in x.chunks(w.n_embd) {
@@ -191,10 +200,7 @@ pub(super) mod tests {
             for n_rows in [n_rows, n_rows + 1, n_rows + 3] {
                 let x = random(n_rows * n_embd, 5, 4.0);
                 let (got, want) = (net.forward(&x).unwrap().to_vec(), twin(&w, &x));
-                assert_eq!(got.len(), want.len());
-                let size = (want.iter().map(|v| v * v).sum::<f32>() / want.len() as f32).sqrt();
-                let far = got.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-                assert!(far < 0.05 * size, "{n_embd} {n_out} {n_nets} {n_rows}: {far} of {size}");
+                assert_close(&got, &want, &format!("{n_embd} {n_out} {n_nets} {n_rows}"));
                 // A row does not depend on the rows beside it.
                 for row in (0..n_rows).take(40) {
                     let alone = net.forward(&x[row * n_embd..][..n_embd]).unwrap();
