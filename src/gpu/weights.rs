@@ -29,16 +29,6 @@ impl Precision {
             Self::Q8 => BLOCK,
         }
     }
-
-    /// Bytes of a matrix of this shape: what a product has to read.
-    #[must_use]
-    pub fn bytes(self, n_out: usize, n_in: usize) -> usize {
-        let stride = n_in.next_multiple_of(self.padding());
-        match self {
-            Self::F16 => 2 * n_out * stride,
-            Self::Q8 => n_out * (stride + 2 * stride / BLOCK),
-        }
-    }
 }
 
 /// One or several matrices of the same shape on a device.

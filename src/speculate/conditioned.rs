@@ -259,7 +259,6 @@ impl Draft for Conditioned {
         calibration: &Calibration,
         trees: &mut [Tree],
     ) {
-        trees.iter_mut().for_each(Tree::clear);
         if let Err(error) = self.candidates(origins, worth, calibration) {
             tracing::error!(%error, "heads failed; this step has no drafts from them");
             return;

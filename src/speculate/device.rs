@@ -324,7 +324,6 @@ impl Draft for Rc<RefCell<DeviceHeads>> {
         calibration: &Calibration,
         trees: &mut [Tree],
     ) {
-        trees.iter_mut().for_each(Tree::clear);
         let mut heads = self.borrow_mut();
         let (mut ready, mut others) = (vec![], vec![]);
         for (i, o) in origins.iter().enumerate().filter(|(_, o)| o.max_depth > 0) {
@@ -341,8 +340,7 @@ impl Draft for Rc<RefCell<DeviceHeads>> {
         let theirs: Vec<Origin<'_>> = others.iter().map(|&i| origins[i]).collect();
         match heads.draft_from_host(&theirs, calibration) {
             Ok(drafted) => {
-                let places: Vec<_> =
-                    others.into_iter().enumerate().map(|(place, i)| (i, place)).collect();
+                let places: Vec<_> = others.into_iter().zip(0..).collect();
                 drafted.fill(&places, origins, worth.n_nodes, calibration, trees);
             }
             Err(error) => {

@@ -60,7 +60,6 @@ impl Draft for Medusa {
         calibration: &Calibration,
         trees: &mut [Tree],
     ) {
-        trees.iter_mut().for_each(Tree::clear);
         self.input.clear();
         let wanted: Vec<usize> = (0..origins.len()).filter(|&i| origins[i].max_depth > 0).collect();
         wanted.iter().for_each(|&i| self.input.extend_from_slice(origins[i].hidden));

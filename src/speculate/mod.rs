@@ -55,7 +55,7 @@ pub struct Origin<'a> {
 pub trait Draft {
     /// Most tokens that a path after the root can have.
     fn n_heads(&self) -> usize;
-    /// Fills `trees[i]` with candidates after `origins[i]`, best first, within `worth`.
+    /// Fills `trees[i]`, which is empty, with candidates after `origins[i]`, best first, within `worth`.
     fn draft(
         &mut self,
         origins: &[Origin<'_>],
