@@ -175,7 +175,11 @@ impl Bench {
         for (name, matrix, n_nets, by_net) in
             [("blocks", &block, n_heads, false), ("outputs", &output, n_outputs, own_outputs)]
         {
-            let n_bytes = n_nets * precision.bytes(matrix.n_out, d);
+            let row_bytes = match precision {
+                Precision::F16 => 2 * d,
+                Precision::Q8 => d + 2 * d / 32, // a scale per block
+            };
+            let n_bytes = n_nets * matrix.n_out * row_bytes;
             let nets = vec![vec![matrix]; n_nets];
             let copies: Vec<Matrices> = (0..self.n_copies(n_bytes))
                 .map(|_| Matrices::new(&self.device, &nets, precision))

@@ -119,8 +119,10 @@ fn counted(n: usize, temperature: f32) -> (usize, usize, usize) {
     let layout = Layout::Unified { n_cells: n * N_CTX, n_retained: 0, n_seqs: n };
     let limits = Limits { n_slots: n, n_ctx: N_CTX, n_batch: 512, n_prefill: None, layout };
     let mut engine = Engine::new(Circles::default(), limits, Default::default());
-    let speculator = Speculator::new(Box::new(Same), 9, Cost::from_points(&[(1, 1.0), (64, 2.0)]));
-    engine.speculate(speculator.with_text(TextDrafts::new(1 << 12)), 256);
+    let cost = Cost::from_points(&[(1, 1.0), (64, 2.0)]);
+    let mut speculator = Speculator::new(Some(Box::new(Same)), 9, cost);
+    speculator.text = Some(TextDrafts::new(1, 1 << 12));
+    engine.speculate(speculator, 256);
     let mut receivers: Vec<Receiver<Event>> = (0..n)
         .map(|i| {
             let (events, receiver) = mpsc::channel(N_CTX);

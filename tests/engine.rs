@@ -107,9 +107,9 @@ impl Drafting {
     fn apply(&self, engine: &mut Engine<Stub>, n_seqs: usize) {
         let guess = Guess { n_vocab: N_VOCAB, n_levels: self.n_levels, width: self.width };
         let cost = Cost::from_points(&[(1, 1.0), (64, 1.0 + 63.0 * self.row_cost)]);
-        let mut speculator = Speculator::new(Box::new(guess), self.max_tokens, cost);
+        let mut speculator = Speculator::new(Some(Box::new(guess)), self.max_tokens, cost);
         if let Some(n_shared) = self.n_shared {
-            speculator = speculator.with_text(TextDrafts::new(n_shared));
+            speculator.text = Some(TextDrafts::new(1, n_shared));
         }
         engine.speculate(speculator, n_seqs + self.n_leaf_ids);
     }
@@ -250,7 +250,11 @@ fn sampled_text_has_the_models_own_distribution() {
         if drafts {
             let guess = Guess { n_vocab: V, n_levels: 2, width: 3 };
             engine.speculate(
-                Speculator::new(Box::new(guess), 3, Cost::from_points(&[(1, 1.0), (64, 1.1)])),
+                Speculator::new(
+                    Some(Box::new(guess)),
+                    3,
+                    Cost::from_points(&[(1, 1.0), (64, 1.1)]),
+                ),
                 100,
             );
         }
@@ -328,13 +332,11 @@ fn simulated(rates: &[f32], fixed: Option<usize>, row: f64) -> [f64; 3] {
     let layout = Layout::Unified { n_cells: 2200, n_retained: 0, n_seqs: 1 };
     let acceptance = Acceptance::new(rates.to_vec()).unwrap();
     let cost = Cost::from_points(&[(1, 1.0), (64, 1.0 + 63.0 * row)]);
-    let mut speculator =
-        Speculator::new(Box::new(Two), 4, cost).with_calibration(acceptance.calibration());
+    let mut speculator = Speculator::new(Some(Box::new(Two)), 4, cost);
+    speculator.calibration = acceptance.calibration();
+    speculator.fixed_nodes = fixed;
     let model = Simulated::new(Stub::new(2048), acceptance);
     let mut engine = Engine::new(model, limits(layout, 1, 2100, 64), Arc::default());
-    if let Some(n) = fixed {
-        speculator = speculator.with_fixed_nodes(n);
-    }
     engine.speculate(speculator, 30);
     let mut sums = [0.0; 3];
     for seed in 0.. {
@@ -398,8 +400,9 @@ fn simulated_heads_are_worth_what_arithmetic_says() {
 fn a_request_without_drafts_is_not_simulated() {
     let layout = Layout::Unified { n_cells: 200, n_retained: 60, n_seqs: 8 };
     let acceptance = Acceptance::new(vec![0.9]).unwrap();
-    let speculator = Speculator::new(Box::new(Two), 4, Cost::from_points(&[(1, 1.0), (64, 1.1)]))
-        .with_calibration(acceptance.calibration());
+    let cost = Cost::from_points(&[(1, 1.0), (64, 1.1)]);
+    let mut speculator = Speculator::new(Some(Box::new(Two)), 4, cost);
+    speculator.calibration = acceptance.calibration();
     let model = Simulated::new(Stub::new(N_VOCAB), acceptance);
     let mut engine = Engine::new(model, limits(layout, 4, 60, 64), Arc::default());
     engine.speculate(speculator, 30);
@@ -449,7 +452,7 @@ fn good_drafts_save_steps() {
             let guess =
                 Guess { n_vocab: 1 << 20, n_levels: drafting.n_levels, width: drafting.width };
             let cost = Cost::from_points(&[(1, 1.0), (64, 1.5)]);
-            engine.speculate(Speculator::new(Box::new(guess), drafting.max_tokens, cost), 40);
+            engine.speculate(Speculator::new(Some(Box::new(guess)), drafting.max_tokens, cost), 40);
         }
         let (mut job, mut events) = job(&[1, 2, 3], 100, 0.0);
         job.request.speculation = speculation;
@@ -481,8 +484,9 @@ fn good_drafts_save_steps() {
 fn an_answer_given_before_is_drafted_from_unless_that_is_not_wanted() {
     let layout = Layout::Unified { n_cells: 400, n_retained: 60, n_seqs: 8 };
     let mut engine = Engine::new(Stub::new(1 << 20), limits(layout, 4, 120, 64), Arc::default());
-    let speculator = Speculator::without_heads(20, Cost::from_points(&[(1, 1.0), (64, 1.5)]));
-    engine.speculate(speculator.with_text(TextDrafts::for_tenants(2, 2000)), 40);
+    let mut speculator = Speculator::new(None, 20, Cost::from_points(&[(1, 1.0), (64, 1.5)]));
+    speculator.text = Some(TextDrafts::new(2, 2000));
+    engine.speculate(speculator, 40);
     let mut steps_of = |owner, speculation, share_text| {
         let (mut job, mut events) = job(&[1, 2, 3], 100, 0.0);
         (job.request.speculation, job.request.share_text, job.caller.tenant) =

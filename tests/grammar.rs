@@ -8,14 +8,12 @@ use std::sync::LazyLock;
 
 use common::{Server, model_path};
 use medusa_llama::engine::grammar::{Grammar, Grammars};
-use medusa_llama::llama::{Model, ModelParams, Token};
+use medusa_llama::llama::{Model, Token};
 use medusa_llama::request::GrammarSource;
 use medusa_llama::speculate::Tree;
 use serde_json::{Value, json};
 
-static MODEL: LazyLock<Model> = LazyLock::new(|| {
-    Model::load(&model_path(), &ModelParams { n_gpu_layers: 0 }, |_| true).unwrap()
-});
+static MODEL: LazyLock<Model> = LazyLock::new(|| Model::load(&model_path(), 0, |_| true).unwrap());
 static GRAMMARS: LazyLock<Grammars> = LazyLock::new(|| Grammars::new(&MODEL).unwrap());
 
 fn lark(grammar: &str) -> Grammar {

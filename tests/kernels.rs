@@ -119,7 +119,7 @@ fn check_product(device: &Rc<dyn Device>, c: Case, rng: &mut fastrand::Rng) {
     };
     let mut y = Buffer::zeros(device, n_nets * n_rows * n_out).unwrap();
     product(&**device, &matrices, input, y.slice_mut()).unwrap();
-    let mut got = vec![0.0; y.len()];
+    let mut got = vec![0.0; n_nets * n_rows * n_out];
     y.download(&mut got).unwrap();
 
     for net in 0..n_nets {
@@ -327,7 +327,7 @@ fn top_k_is_the_first_of_all_sorted() {
                     p.slice_mut(),
                 )
                 .unwrap();
-                let (mut got, mut got_p) = (vec![0; tokens.len()], vec![0.0; p.len()]);
+                let (mut got, mut got_p) = (vec![0; rows.len() * k], vec![0.0; rows.len() * k]);
                 tokens.download(&mut got).unwrap();
                 p.download(&mut got_p).unwrap();
                 for (i, row) in rows.iter().enumerate() {

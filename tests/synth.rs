@@ -10,13 +10,11 @@ use std::sync::Arc;
 
 use medusa_llama::engine::forward::LlamaForward;
 use medusa_llama::engine::{Engine, Job, Layout, Limits};
-use medusa_llama::llama::{
-    self, Context, ContextParams, Model, ModelParams, Quantization, SeqId, Token,
-};
+use medusa_llama::llama::{self, Context, ContextParams, Model, Quantization, SeqId, Token};
 use medusa_llama::request::{Completion, Event, Request, SamplingParams};
+use medusa_llama::speculate::Speculator;
 use medusa_llama::speculate::cost::Cost;
 use medusa_llama::speculate::heads::{HeadNets, Heads, Shape as HeadsShape};
-use medusa_llama::speculate::{self, Speculator};
 use medusa_llama::synth::{self, ModelShape, heads};
 use medusa_llama::train::kind::HeadKind;
 use tempfile::TempDir;
@@ -44,7 +42,7 @@ fn write(folder: &TempDir, name: &str, quantization: &str, seed: u64) -> Vec<u8>
 }
 
 fn load(path: &Path) -> Arc<Model> {
-    Arc::new(Model::load(path, &ModelParams::default(), |_| true).unwrap())
+    Arc::new(Model::load(path, 0, |_| true).unwrap())
 }
 
 fn context(model: &Arc<Model>, n_seq_max: usize, tap_hidden: bool) -> Context {
@@ -69,14 +67,12 @@ fn engine(model: &Arc<Model>, folder: Option<(&Path, usize)>) -> Engine<LlamaFor
         Engine::new(LlamaForward::new(context(model, N_IDS, true)), limits, Arc::default());
     if let Some((folder, n_nodes)) = folder {
         let shape = HeadsShape { n_embd: model.n_embd(), n_vocab: model.n_vocab() };
-        let drafter =
-            speculate::drafter(Heads::load(folder, shape, 16).unwrap(), model, 1).unwrap();
+        let drafter = Heads::load(folder, shape, 16).unwrap().drafter(model, 1).unwrap();
         let n_heads = drafter.n_heads();
         let cost = Cost::from_points(&[(1, 1.0), (64, 2.0)]);
-        engine.speculate(
-            Speculator::new(drafter, n_heads + 1, cost).with_fixed_nodes(n_nodes),
-            N_IDS,
-        );
+        let mut speculator = Speculator::new(Some(drafter), n_heads + 1, cost);
+        speculator.fixed_nodes = Some(n_nodes);
+        engine.speculate(speculator, N_IDS);
     }
     engine
 }
@@ -129,10 +125,8 @@ fn a_seed_gives_one_file() {
             "{}",
             model.quantization()
         );
-        assert_eq!(
-            (model.n_vocab(), model.n_embd(), model.n_layer(), model.n_ctx_train()),
-            (512, 64, 2, 2048)
-        );
+        assert_eq!((model.n_vocab(), model.n_embd(), model.n_ctx_train()), (512, 64, 2048));
+        assert_eq!(model.meta("llama.block_count").as_deref(), Some("2"));
     }
     let left: Vec<_> =
         std::fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();

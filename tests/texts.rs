@@ -23,11 +23,11 @@ use medusa_llama::engine::{Engine, Job, Layout, Limits};
 use medusa_llama::gpu::weights::Precision;
 use medusa_llama::llama::{ContextParams, SeqId, Token, max_sequences};
 use medusa_llama::request::{Event, GrammarSource, Request, SamplingParams, Speculation};
+use medusa_llama::speculate::Speculator;
 use medusa_llama::speculate::cost::Cost;
-use medusa_llama::speculate::device::{DeviceDraft, DeviceHeads};
+use medusa_llama::speculate::device::DeviceHeads;
 use medusa_llama::speculate::heads::{Heads, Shape};
 use medusa_llama::speculate::text::TextDrafts;
-use medusa_llama::speculate::{self, Speculator};
 use serde_json::json;
 use tokio::sync::mpsc;
 
@@ -393,15 +393,15 @@ fn what_a_device_verifies_and_drafts_changes_no_text() {
         let device =
             DeviceHeads::new(emulated::Emulated::device(), heads, &MODEL, Precision::Q8).unwrap();
         let device = Rc::new(RefCell::new(device));
-        let drafter = Box::new(DeviceDraft(Rc::clone(&device)));
-        let speculator =
-            Speculator::new(drafter, 4, Cost::from_points(&[(1, 1.0)])).with_fixed_nodes(8);
+        let drafter = Box::new(Rc::clone(&device));
+        let mut speculator = Speculator::new(Some(drafter), 4, Cost::from_points(&[(1, 1.0)]));
+        speculator.fixed_nodes = Some(8);
         let mut engine = engine_of(|forward| forward.use_device(Rc::clone(&device)), speculator);
         // Without drafts the same rows are computed, so the same logits are chosen from.
         for like in [plain(&GREEDY), plain(&sampled), penalties.clone(), grammar.clone()] {
             assert_eq!(run(&mut engine, &prompts, &like, 12), run(&mut host, &prompts, &like, 12));
         }
-        let before = device.borrow().n_verified();
+        let before = device.borrow().n_verified;
         assert_eq!(before, 2 * 2 * 12, "all but the rows with penalties and those under a grammar");
         let (ruled, _) = run(
             &mut engine,
@@ -413,7 +413,7 @@ fn what_a_device_verifies_and_drafts_changes_no_text() {
             text.len() > 12 && text.bytes().all(|b| b == b' ' || b.is_ascii_lowercase())
         };
         assert!(ruled.iter().all(is_ruled), "{ruled:?}");
-        let before = device.borrow().n_verified();
+        let before = device.borrow().n_verified;
         let (answers, accepted) = run(&mut engine, &prompts, &GREEDY, 24);
         prompts
             .iter()
@@ -421,7 +421,7 @@ fn what_a_device_verifies_and_drafts_changes_no_text() {
             .zip(&texts)
             .for_each(|((p, ours), text)| compare(p, ours, text, 2.0 * rounding));
         assert!(accepted >= 4, "{accepted} drafts were accepted");
-        assert!(device.borrow().n_verified() > before + accepted as u64);
+        assert!(device.borrow().n_verified > before + accepted as u64);
         engine.check_nothing_left();
     }
 }
@@ -535,9 +535,11 @@ fn identity_heads(texts: &[Vec<Choice>]) -> tempfile::TempDir {
 fn drafting_engine(heads: &Path) -> Engine<LlamaForward> {
     let shape = Shape { n_embd: MODEL.n_embd(), n_vocab: MODEL.n_vocab() };
     let heads = Heads::load(heads, shape, 3).unwrap();
-    let drafter = speculate::drafter(heads, &MODEL, 2).unwrap();
-    let speculator = Speculator::new(drafter, 9, Cost::from_points(&[(1, 1e9), (64, 1.01e9)]));
-    engine_of(|_| {}, speculator.with_text(TextDrafts::new(1 << 12)))
+    let drafter = heads.drafter(&MODEL, 2).unwrap();
+    let cost = Cost::from_points(&[(1, 1e9), (64, 1.01e9)]);
+    let mut speculator = Speculator::new(Some(drafter), 9, cost);
+    speculator.text = Some(TextDrafts::new(1, 1 << 12));
+    engine_of(|_| {}, speculator)
 }
 
 fn engine_of(

@@ -5,7 +5,7 @@ use anyhow::anyhow;
 use super::{bar, read_text};
 use crate::config::PerplexityArgs;
 use crate::eval;
-use crate::llama::{Model, ModelParams};
+use crate::llama::Model;
 
 /// Prints the perplexity and its standard error.
 ///
@@ -13,8 +13,7 @@ use crate::llama::{Model, ModelParams};
 /// The model or the text cannot be read, or the text is too short.
 pub fn perplexity(args: &PerplexityArgs) -> anyhow::Result<()> {
     let path = args.model.path().map_err(|e| anyhow!(e))?;
-    let model =
-        Model::load(&path, &ModelParams { n_gpu_layers: args.model.n_gpu_layers }, |_| true)?;
+    let model = Model::load(&path, args.model.n_gpu_layers, |_| true)?;
     let (_, tokens) = read_text(&args.file, &model)?;
     let bar = bar(tokens.len(), "{bar:40} {pos}/{len} tokens {eta}");
     let found = eval::perplexity(&model.into(), &tokens, args.model.threads(), |done| {

@@ -23,7 +23,7 @@ pub fn quantize(args: &QuantizeArgs) -> anyhow::Result<()> {
     println!(
         "{}: {}, {:.1} MiB (was {:.1})",
         output.display(),
-        args.kind.name(),
+        args.kind.name,
         mib(output),
         mib(input)
     );

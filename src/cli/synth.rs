@@ -35,7 +35,7 @@ pub fn synth(args: &SynthArgs) -> anyhow::Result<()> {
     })?;
     bar.finish_and_clear();
     let n_bytes = std::fs::metadata(&args.output)?.len();
-    let what = format!("like {}, {}", args.like.name, args.quantization.name());
+    let what = format!("like {}, {}", args.like.name, args.quantization.name);
     report(&args.output, &what, n_bytes, started);
 
     let Some(folder) = &args.heads else { return Ok(()) };

@@ -10,7 +10,7 @@ use super::bar;
 use crate::config::TrainArgs;
 use crate::engine::thread::EngineParams;
 use crate::engine::{self, Layout, Limits};
-use crate::llama::{Model, ModelParams, max_sequences};
+use crate::llama::{Model, max_sequences};
 use crate::plot::{self, Captions, Series};
 use crate::train::answers::{self, Wanted};
 use crate::train::features::Writer;
@@ -32,10 +32,7 @@ pub fn train(args: &TrainArgs) -> anyhow::Result<()> {
     let prompts = Prompts::read(&args.prompts.file)?;
     let folder = work.join("features");
     let (n_tokens, collect_s) = collect(args, prompts, &folder)?;
-    let model =
-        Model::load(&args.model.path().map_err(|e| anyhow!(e))?, &ModelParams::default(), |_| {
-            true
-        })?;
+    let model = Model::load(&args.model.path().map_err(|e| anyhow!(e))?, 0, |_| true)?;
     learn(args, &model, &folder, &work.join("checkpoint.safetensors"), n_tokens, collect_s)
 }
 

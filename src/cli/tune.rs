@@ -21,7 +21,7 @@ use crate::engine;
 use crate::engine::forward::LlamaForward;
 use crate::engine::thread::EngineParams;
 use crate::eval;
-use crate::llama::{Context, ContextParams, Model, ModelParams, Quantization, Token};
+use crate::llama::{Context, ContextParams, Model, Quantization, Token};
 use crate::request::{Request, SamplingParams, Speculation};
 use crate::tune::{Candidate, Measured, Parallelism, StepTime, TOGETHER};
 
@@ -53,8 +53,8 @@ pub fn tune(args: &TuneArgs) -> anyhow::Result<()> {
 
     let mut kinds: Vec<Quantization> = vec![];
     for &kind in &args.types {
-        if Some(kind.file_type()) == own_type {
-            eprintln!("the model is {} already: it is not made again", kind.name());
+        if Some(kind.file_type) == own_type {
+            eprintln!("the model is {} already: it is not made again", kind.name);
         } else if !kinds.contains(&kind) {
             kinds.push(kind);
         }
@@ -64,10 +64,8 @@ pub fn tune(args: &TuneArgs) -> anyhow::Result<()> {
     }
     let folder = Folder::new(args.keep.as_deref())?;
     let stem = input.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-    let files: Vec<PathBuf> = kinds
-        .iter()
-        .map(|kind| folder.path().join(format!("{stem}-{}.gguf", kind.name())))
-        .collect();
+    let files: Vec<PathBuf> =
+        kinds.iter().map(|kind| folder.path().join(format!("{stem}-{}.gguf", kind.name))).collect();
     if let Some(there) = files.iter().find(|file| file.exists()) {
         bail!(
             "{} is there already: remove it, or name another folder with --keep",
@@ -80,7 +78,7 @@ pub fn tune(args: &TuneArgs) -> anyhow::Result<()> {
     let bar = bar(n_measured, "{bar:40} {pos}/{len} {elapsed} {msg}");
     bar.enable_steady_tick(Duration::from_secs(1));
     for (kind, file) in kinds.iter().zip(&files) {
-        bar.set_message(format!("quantizing to {}", kind.name()));
+        bar.set_message(format!("quantizing to {}", kind.name));
         let in_folder = || {
             format!(
                 "the folder {} must hold it; --keep or TMPDIR names another one",
@@ -91,7 +89,7 @@ pub fn tune(args: &TuneArgs) -> anyhow::Result<()> {
         bar.inc(1);
     }
     let names = std::iter::once(format!("input ({quantization})"))
-        .chain(kinds.iter().map(|kind| kind.name().to_owned()));
+        .chain(kinds.iter().map(|kind| kind.name.to_owned()));
     let paths: Vec<PathBuf> = std::iter::once(input).chain(files).collect();
     for (i, (name, path)) in names.zip(&paths).enumerate() {
         bar.set_message(format!("perplexity of {name}"));
@@ -139,9 +137,7 @@ fn check_output(path: &Path) -> anyhow::Result<()> {
 }
 
 fn load(args: &TuneArgs, path: &Path) -> anyhow::Result<Arc<Model>> {
-    Ok(Arc::new(Model::load(path, &ModelParams { n_gpu_layers: args.model.n_gpu_layers }, |_| {
-        true
-    })?))
+    Ok(Arc::new(Model::load(path, args.model.n_gpu_layers, |_| true)?))
 }
 
 /// A candidate with what does not change from round to round.

@@ -7,7 +7,6 @@ use super::walk::Walker;
 use super::{Engine, Forward, StepError, apply, n_decode};
 use crate::llama::{SeqId, Token};
 use crate::request::{Speculation, span};
-use crate::speculate::Speculator;
 use crate::speculate::device::{Ask, OutputRow, Verified};
 use crate::speculate::speculator::Verifying;
 
@@ -93,7 +92,7 @@ impl<F: Forward> Engine<F> {
                 stats,
                 n_rows: work.rows.len(),
                 chosen: &work.chosen,
-                keeps_hidden: speculator.as_ref().is_some_and(Speculator::has_heads),
+                keeps_hidden: speculator.as_ref().is_some_and(|s| s.heads.is_some()),
                 buffers: &mut work.choosing,
             };
             walker.walk(turn, s, now)?;
@@ -105,8 +104,9 @@ impl<F: Forward> Engine<F> {
         s.n_computed = n_after;
         if let Some(speculator) = speculator {
             speculator.learn(tree, &walk.accepted, walk.last, &mut s.trust);
-            if let Some((tenant, answer)) = s.shared_answer().filter(|_| walk.done) {
-                speculator.remember(tenant, answer);
+            let answer = s.shared_answer().filter(|_| walk.done);
+            if let (Some((tenant, answer)), Some(text)) = (answer, &mut speculator.text) {
+                text.remember(tenant, answer);
             }
         }
         if tree.is_empty() {

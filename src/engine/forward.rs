@@ -225,7 +225,7 @@ impl LlamaForward {
         (0..n).try_for_each(|pos| self.batch.add(Token(0), pos, &[SeqId(0)], true).map(|_| ()))?;
         let started = Instant::now();
         self.context.forward(&self.batch)?;
-        if self.tapped().is_none_or(|tapped| tapped.on_host()) {
+        if self.tapped().is_none_or(|tapped| tapped.on_host) {
             self.context.logits(0)?; // of all rows: they cross to the host together
         }
         let seconds = started.elapsed().as_secs_f64();
@@ -308,11 +308,12 @@ impl Forward for LlamaForward {
             return None;
         }
         let n_outputs = self.places.iter().filter(|p| matches!(p, Place::Context(_))).count();
-        let is_whole = |t: &Tapped<'_>| t.n_rows() == n_outputs && ask.rows.len() <= n_outputs;
-        let tapped = self.context.tapped().filter(is_whole)?;
-        let (logits, hidden) = (tapped.logits(), tapped.hidden());
+        let tapped = self
+            .context
+            .tapped()
+            .filter(|t| t.n_rows == n_outputs && ask.rows.len() <= n_outputs)?;
         self.chosen.clear();
-        match heads.borrow_mut().verify(logits, hidden, self.model.n_vocab(), ask) {
+        match heads.borrow_mut().verify(tapped.logits, tapped.hidden, self.model.n_vocab(), ask) {
             Ok(chosen) => self.chosen.extend_from_slice(chosen),
             Err(error) => {
                 tracing::error!(%error, "the device failed to verify; from now on the host does");

@@ -150,7 +150,7 @@ impl<F: Forward> Engine<F> {
             panic!("trees need a unified cache")
         };
         self.leaves = Leaves::new(n_seqs, n_ids, self.limits.n_slots);
-        self.stats.set_deepest(speculator.max_tokens_per_step() - 1);
+        self.stats.set_deepest(speculator.max_tokens_per_step - 1);
         self.speculator = Some(speculator);
     }
 
@@ -230,7 +230,7 @@ impl<F: Forward> Engine<F> {
     fn start(&mut self, job: Job, sampler: Sampler, &Admission { seq, n_cached, .. }: &Admission) {
         let _of_request = span(&job.caller.id).entered();
         tracing::debug!(slot = seq.0, n_prompt = job.prompt.len(), n_cached, "admitted");
-        let has_text = self.speculator.as_ref().is_some_and(Speculator::has_text);
+        let has_text = self.speculator.as_ref().is_some_and(|s| s.text.is_some());
         let drafts_text = has_text && job.request.speculation.by_text();
         let order = self.n_admitted;
         let mut sequence = Sequence::new(job, sampler, seq, n_cached, order, self.limits.n_ctx);
@@ -276,14 +276,14 @@ impl<F: Forward> Engine<F> {
         let Self { running, work, leaves, .. } = self;
         work.ops.clear();
         let speculator = self.speculator.as_mut()?;
-        let deepest = speculator.max_tokens_per_step() - 1;
+        let deepest = speculator.max_tokens_per_step - 1;
         let n_rows: usize = turns.iter().map(|turn| turn.share.n_rows).sum();
         let drafting = speculator.begin(n_rows, n_decode(turns));
         let origin = |Turn { share, .. }: &Turn| {
             running[&share.seq].origin(if share.decodes() { deepest } else { 0 })
         };
         let mut origins: Vec<Origin<'_>> = turns.iter().map(origin).collect();
-        if !drafting.is_due() || origins.iter().all(|o| o.max_depth == 0 && o.text.is_none()) {
+        if !drafting.is_due || origins.iter().all(|o| o.max_depth == 0 && o.text.is_none()) {
             return Some(drafting.skip());
         }
         let started = Instant::now();
@@ -384,7 +384,7 @@ impl<F: Forward> Engine<F> {
         self.stats.cells_retained.set(self.ledger.n_cells_retained() as i64);
         self.stats.steps.inc();
         if let Some(speculator) = &self.speculator {
-            self.stats.publish_reliability(speculator.reliability());
+            self.stats.publish_reliability(&speculator.reliability);
         }
     }
 

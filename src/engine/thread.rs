@@ -19,13 +19,13 @@ use super::stats::Stats;
 use super::{Engine, Forward, Job, Layout, Limits};
 use crate::gpu::Device;
 use crate::gpu::weights::Precision;
-use crate::llama::{Context, ContextParams, LlamaError, Model, ModelParams, max_sequences};
+use crate::llama::{Context, ContextParams, LlamaError, Model, max_sequences};
 use crate::speculate::calibration::Calibration;
 use crate::speculate::cost::{self, Cost};
-use crate::speculate::device::{DeviceDraft, DeviceHeads};
+use crate::speculate::device::DeviceHeads;
 use crate::speculate::heads::{Heads, HeadsError, Shape};
 use crate::speculate::text::TextDrafts;
-use crate::speculate::{self, Draft, MAX_NODES, Speculator};
+use crate::speculate::{Draft, MAX_NODES, Speculator};
 
 /// What the engine needs to start.
 #[derive(Clone, Debug)]
@@ -206,8 +206,7 @@ fn serve<F: Forward>(
         }
         !stop.load(Ordering::Relaxed)
     };
-    let model_params = ModelParams { n_gpu_layers: params.n_gpu_layers };
-    let model = Arc::new(Model::load(&params.model_path, &model_params, progress)?);
+    let model = Arc::new(Model::load(&params.model_path, params.n_gpu_layers, progress)?);
     let context = Context::new(Arc::clone(&model), &context_params(params))?;
     let limits = params.limits;
     let stats = Arc::new(Stats::default());
@@ -221,7 +220,7 @@ fn serve<F: Forward>(
     let (mut n_heads, mut drafting_on, mut drafts_text) = (0, "cpu", false);
     if let Some(drafts) = drafts {
         (n_heads, drafting_on) = (drafts.n_heads, drafts.on);
-        drafts_text = drafts.speculator.has_text();
+        drafts_text = drafts.speculator.text.is_some();
         engine.speculate(drafts.speculator, n_ids(params));
     }
     if params.traces {
@@ -281,25 +280,20 @@ fn load_drafts(
 
     let cost = Cost::from_points(&points).with_change(change_s);
     let text_depth = if params.n_shared_text.is_some() { TEXT_DEPTH } else { 0 };
-    let max_tokens =
-        |n_heads: usize| params.max_tokens_per_step.unwrap_or(n_heads.max(text_depth) + 1);
-    let (mut speculator, n_heads, on) = match &params.heads {
+    let (heads, on) = match &params.heads {
         Some(heads) => {
             let (heads, on) = load_heads(heads, n_threads, model, forward)?;
-            let n_heads = heads.n_heads();
-            tracing::info!(n_heads, side = on, "heads loaded");
-            (Speculator::new(heads, max_tokens(n_heads), cost), n_heads, on)
+            tracing::info!(n_heads = heads.n_heads(), side = on, "heads loaded");
+            (Some(heads), on)
         }
-        None => (Speculator::without_heads(max_tokens(0), cost), 0, "cpu"),
+        None => (None, "cpu"),
     };
-    speculator = speculator.with_calibration(params.calibration.clone());
-    if let Some(n_shared) = params.n_shared_text {
-        let text = TextDrafts::for_tenants(params.n_tenants.max(1), n_shared);
-        speculator = speculator.with_text(text);
-    }
-    if let Some(n) = params.fixed_nodes {
-        speculator = speculator.with_fixed_nodes(n);
-    }
+    let n_heads = heads.as_ref().map_or(0, |heads| heads.n_heads());
+    let max_tokens = params.max_tokens_per_step.unwrap_or(n_heads.max(text_depth) + 1);
+    let mut speculator = Speculator::new(heads, max_tokens, cost);
+    speculator.text = params.n_shared_text.map(|n| TextDrafts::new(params.n_tenants.max(1), n));
+    speculator.fixed_nodes = params.fixed_nodes;
+    speculator.calibration = params.calibration.clone();
     Ok(Drafts { speculator, n_heads, on })
 }
 
@@ -313,20 +307,20 @@ fn load_heads(
     let shape = Shape { n_embd: model.n_embd(), n_vocab: model.n_vocab() };
     let heads = Heads::load(&params.folder, shape, params.n_heads)?;
     let Some(device) = logits_device(forward) else {
-        return Ok((speculate::drafter(heads, model, n_threads)?, "cpu"));
+        return Ok((heads.drafter(model, n_threads)?, "cpu"));
     };
     let heads = Rc::new(RefCell::new(DeviceHeads::new(device, heads, model, Precision::Q8)?));
     forward.use_device(Rc::clone(&heads));
-    Ok((Box::new(DeviceDraft(heads)), "cuda"))
+    Ok((Box::new(heads), "cuda"))
 }
 
 /// The device that the last pass left its logits on, if our kernels can work there.
 fn logits_device(forward: &LlamaForward) -> Option<Rc<dyn Device>> {
-    let tapped = forward.tapped().filter(|tapped| !tapped.on_host())?;
+    let tapped = forward.tapped().filter(|tapped| !tapped.on_host)?;
     #[cfg(not(feature = "cuda-kernels"))]
     let _ = tapped;
     #[cfg(feature = "cuda-kernels")]
-    match crate::gpu::cuda::Cuda::holding(tapped.logits()) {
+    match crate::gpu::cuda::Cuda::holding(tapped.logits) {
         Ok(cuda) => return Some(Rc::new(cuda)),
         Err(error) => tracing::warn!(%error, "heads and verification stay on the CPU"),
     }

@@ -55,12 +55,11 @@ pub struct Launch {
     pub shared: u32,
 }
 
-/// Memory and a queue. Queued work runs in order, after the call that queued it has returned.
+/// Memory and a queue. Queued work runs in order, after the call that queued it has returned. What
+/// allocates or copies returns [`GpuError::Memory`], `launch` [`GpuError::Launch`], and what waits
+/// [`GpuError::Queue`] if earlier work failed.
 pub trait Device {
     /// Allocates memory, aligned to at least 256 bytes; its content is undefined.
-    ///
-    /// # Errors
-    /// [`GpuError::Memory`].
     fn alloc(&self, n_bytes: usize) -> Result<Address, GpuError>;
 
     /// Frees memory once the queued work is done.
@@ -72,17 +71,11 @@ pub trait Device {
 
     /// Copies to the device; `bytes` may change as soon as the call returns.
     ///
-    /// # Errors
-    /// [`GpuError::Memory`].
-    ///
     /// # Safety
     /// At least `bytes.len()` bytes are allocated at `to`.
     unsafe fn upload(&self, to: Address, bytes: &[u8]) -> Result<(), GpuError>;
 
     /// Waits for the queue, then copies to the host.
-    ///
-    /// # Errors
-    /// [`GpuError::Memory`], or [`GpuError::Queue`] of earlier work.
     ///
     /// # Safety
     /// At least `bytes.len()` bytes are allocated at `from`.
@@ -91,17 +84,11 @@ pub trait Device {
     /// Queues a kernel. Each takes one struct, which `args` points to; it is copied before the call
     /// returns.
     ///
-    /// # Errors
-    /// [`GpuError::Launch`].
-    ///
     /// # Safety
     /// `args` points to the struct that the kernel takes, and all memory that the kernel reads or
     /// writes through it is allocated.
     unsafe fn launch(&self, launch: Launch, args: *mut c_void) -> Result<(), GpuError>;
 
     /// Waits for the queue.
-    ///
-    /// # Errors
-    /// [`GpuError::Queue`] if queued work failed.
     fn synchronize(&self) -> Result<(), GpuError>;
 }

@@ -1,4 +1,5 @@
-//! One safe function for each kernel. Argument structs and sizes are generated from `cuda/args.h`.
+//! One safe function for each kernel: [`GpuError::Shape`] for shapes that do not match, then
+//! [`GpuError::Launch`]. Argument structs and sizes are generated from `cuda/args.h`.
 
 use std::ffi::c_void;
 use std::ptr;
@@ -71,9 +72,6 @@ pub struct Input<'a> {
 
 /// `y[net, row] = finish(W[net] [x[row], table[token[row]]] + bias[net])`, with `y` of `[n_nets,
 /// n_rows, n_out]`.
-///
-/// # Errors
-/// [`GpuError::Shape`] for shapes that do not match, [`GpuError::Launch`].
 pub fn product(
     device: &dyn Device,
     w: &Matrices,
@@ -155,9 +153,6 @@ pub fn product(
 
 /// The `k` largest of each row of `n` logits, best first and of equal ones the lowest column first:
 /// their tokens, by `token_map` or else their columns, and their probabilities over the whole row.
-///
-/// # Errors
-/// [`GpuError::Shape`] for shapes that do not match, [`GpuError::Launch`].
 pub fn top_k(
     device: &dyn Device,
     logits: Slice<'_, f32>,
@@ -169,7 +164,7 @@ pub fn top_k(
 ) -> Result<(), GpuError> {
     let kernel = "top_k";
     let misfit = |what: &str| Err(GpuError::Shape { kernel, reason: what.to_owned() });
-    if n == 0 || logits.is_empty() || !logits.len().is_multiple_of(n) || n > i32::MAX as usize {
+    if n == 0 || logits.len() == 0 || !logits.len().is_multiple_of(n) || n > i32::MAX as usize {
         return misfit("no whole rows of logits");
     }
     if k == 0 || k > n.min(MAX_K) {
@@ -235,9 +230,6 @@ pub struct Reliability<'a> {
 }
 
 /// Fills `next` with the most probable continuations of `paths`, over all sequences.
-///
-/// # Errors
-/// [`GpuError::Shape`] for shapes that do not match, [`GpuError::Launch`].
 pub fn choose_paths(
     device: &dyn Device,
     paths: Paths<'_>,
@@ -257,7 +249,7 @@ pub fn choose_paths(
     if [next.origins.len(), next.parents.len(), next.tokens.len()] != [n_next; 3] {
         return misfit("the outputs differ in length");
     }
-    if reliability.ratios.len() != N_BINS || reliability.trust.is_empty() {
+    if reliability.ratios.len() != N_BINS || reliability.trust.len() == 0 {
         return misfit("ratios or trust have another length");
     }
     let args = abi::ChoosePathsArgs {
@@ -297,9 +289,6 @@ pub struct Verification {
 
 impl Verification {
     /// Allocates memory for at most this many rows and sequences.
-    ///
-    /// # Errors
-    /// [`GpuError::Memory`].
     pub fn new(
         device: &Rc<dyn Device>,
         n_rows: usize,
@@ -316,11 +305,8 @@ impl Verification {
 }
 
 /// Chooses the token after each row, -1 where the host is to choose, and walks down each sequence's
-/// tree along the choices. `spans` cover all rows, in order.
-///
-/// # Errors
-/// [`GpuError::Shape`] for rules and spans that contradict each other or exceed the logits,
-/// [`GpuError::Memory`], [`GpuError::Launch`].
+/// tree along the choices. `spans` cover all rows, in order; rules and spans must agree and not
+/// exceed the logits.
 pub fn verify(
     device: &dyn Device,
     logits: Slice<'_, f32>,

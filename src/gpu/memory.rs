@@ -1,4 +1,5 @@
-//! Typed values in a device's memory.
+//! Typed values in a device's memory. Slices and copies panic where a range exceeds the values; what
+//! allocates or copies returns [`GpuError::Memory`], or [`GpuError::Queue`] of earlier work.
 
 use std::marker::PhantomData;
 use std::rc::Rc;
@@ -26,16 +27,8 @@ impl<'a, T: Pod> Slice<'a, T> {
         Self { address, len, of: PhantomData }
     }
 
-    /// Number of values.
-    #[must_use]
-    pub fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.len
-    }
-
-    /// `true` without values.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
     }
 
     /// The device's pointer to the first value; not to be read on the host.
@@ -44,18 +37,12 @@ impl<'a, T: Pod> Slice<'a, T> {
     }
 
     /// The first `n` values.
-    ///
-    /// # Panics
-    /// With fewer.
     #[must_use]
     pub fn first(self, n: usize) -> Self {
         self.part(0, n)
     }
 
     /// `n` values from index `from` on.
-    ///
-    /// # Panics
-    /// With fewer.
     #[must_use]
     pub fn part(self, from: usize, n: usize) -> Self {
         assert!(from + n <= self.len, "{n} values from {from} on, of {}", self.len);
@@ -63,10 +50,7 @@ impl<'a, T: Pod> Slice<'a, T> {
         Self { address, len: n, of: PhantomData }
     }
 
-    /// The same bytes as values of another type.
-    ///
-    /// # Panics
-    /// If the types differ in size.
+    /// The same bytes as values of another type of the same size.
     #[must_use]
     pub fn cast<U: Pod>(self) -> Slice<'a, U> {
         assert_eq!(size_of::<T>(), size_of::<U>());
@@ -86,16 +70,8 @@ impl<'a, T: Pod> SliceMut<'a, T> {
         Self { all, of: PhantomData }
     }
 
-    /// Number of values.
-    #[must_use]
-    pub fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.all.len
-    }
-
-    /// `true` without values.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.all.is_empty()
     }
 
     /// The device's pointer to the first value; not to be used on the host.
@@ -116,19 +92,13 @@ impl<'a, T: Pod> SliceMut<'a, T> {
     }
 
     /// The first `n` values, and the rest.
-    ///
-    /// # Panics
-    /// With fewer.
     #[must_use]
     pub fn split_at(self, n: usize) -> (Self, Self) {
         let first = self.all.first(n);
         (Self::over(first), Self::over(self.all.part(n, self.len() - n)))
     }
 
-    /// The same memory for values of another type.
-    ///
-    /// # Panics
-    /// If the types differ in size.
+    /// The same memory for values of another type of the same size.
     #[must_use]
     pub fn cast<U: Pod>(self) -> SliceMut<'a, U> {
         SliceMut::over(self.all.cast())
@@ -145,17 +115,11 @@ pub struct Buffer<T> {
 
 impl<T: Pod> Buffer<T> {
     /// `len` zeros.
-    ///
-    /// # Errors
-    /// [`GpuError::Memory`].
     pub fn zeros(device: &Rc<dyn Device>, len: usize) -> Result<Self, GpuError> {
         Self::from_host(device, &vec![T::zeroed(); len])
     }
 
     /// A copy of the host's values.
-    ///
-    /// # Errors
-    /// [`GpuError::Memory`].
     pub fn from_host(device: &Rc<dyn Device>, values: &[T]) -> Result<Self, GpuError> {
         let address = device.alloc(size_of_val(values).max(1))?;
         let mut buffer =
@@ -164,16 +128,8 @@ impl<T: Pod> Buffer<T> {
         Ok(buffer)
     }
 
-    /// Number of values.
-    #[must_use]
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.len
-    }
-
-    /// `true` without values.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
     }
 
     /// All values.
@@ -189,12 +145,6 @@ impl<T: Pod> Buffer<T> {
     }
 
     /// Overwrites the values from index `from` on.
-    ///
-    /// # Errors
-    /// [`GpuError::Memory`].
-    ///
-    /// # Panics
-    /// If the buffer is too short.
     pub fn upload(&mut self, from: usize, values: &[T]) -> Result<(), GpuError> {
         let to = self.slice().part(from, values.len()).address;
         // SAFETY: `part` checked that the buffer holds as many values there.
@@ -202,12 +152,6 @@ impl<T: Pod> Buffer<T> {
     }
 
     /// Waits for the queue and copies the first values into all of `values`.
-    ///
-    /// # Errors
-    /// [`GpuError::Memory`], or [`GpuError::Queue`].
-    ///
-    /// # Panics
-    /// If the buffer is too short.
     pub fn download(&self, values: &mut [T]) -> Result<(), GpuError> {
         let from = self.slice().first(values.len()).address;
         // SAFETY: `first` checked that the buffer holds as many values.

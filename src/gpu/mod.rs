@@ -2,9 +2,8 @@
 //! chooses the grid and launches once.
 //!
 //! The server's [`Device`] is `cuda` (feature `cuda-kernels`), through cudarc, which looks for the
-//! driver at run time. The tests' is an emulation that runs the same kernels on the CPU, so all code
-//! here is tested without a GPU. `cuda/args.h` declares what kernels and host share; bindgen
-//! generates `abi` from it.
+//! driver at run time; the tests' runs the same kernels on the CPU. bindgen generates `abi` from
+//! `cuda/args.h`.
 //!
 //! Twins in plain Rust define what a kernel computes: the CPU path for heads and draws,
 //! `tests/kernels.rs` for the rest.

@@ -29,16 +29,6 @@ impl Precision {
             Self::Q8 => BLOCK,
         }
     }
-
-    /// Bytes of a matrix of this shape: what a product has to read.
-    #[must_use]
-    pub fn bytes(self, n_out: usize, n_in: usize) -> usize {
-        let stride = n_in.next_multiple_of(self.padding());
-        match self {
-            Self::F16 => 2 * n_out * stride,
-            Self::Q8 => n_out * (stride + 2 * stride / BLOCK),
-        }
-    }
 }
 
 /// One or several matrices of the same shape on a device.
@@ -48,25 +38,13 @@ pub struct Matrices {
     pub(super) values: Buffer<u8>,
     /// `[n_nets, n_out, stride / 32]`; empty for F16.
     pub(super) scales: Buffer<u16>,
-    pub(super) n_nets: usize,
-    pub(super) n_out: usize,
+    pub(crate) n_nets: usize,
+    pub(crate) n_out: usize,
     pub(super) n_in: usize,
     pub(super) stride: usize,
 }
 
 impl Matrices {
-    /// Number of matrices.
-    #[must_use]
-    pub fn n_nets(&self) -> usize {
-        self.n_nets
-    }
-
-    /// Rows of each.
-    #[must_use]
-    pub fn n_out(&self) -> usize {
-        self.n_out
-    }
-
     /// Copies matrices to the device. Each is given as parts that are concatenated along their
     /// columns: `[W | U]` for a product with `[x, e]`. Weights are clamped to the range of F16.
     ///

@@ -8,9 +8,11 @@ use super::sys;
 /// it belongs to, and whether it outputs logits. [`Context::batch`](super::Context::batch) makes one
 /// for that context's limits.
 pub struct Batch {
-    c: sys::batch,
-    limits: Limits,
-    outputs: Vec<bool>,
+    /// C's view; its arrays are owned by this batch.
+    pub(super) c: sys::batch,
+    pub(super) limits: Limits,
+    /// By row: whether it outputs logits.
+    pub(super) outputs: Vec<bool>,
 }
 
 /// What a context accepts; kept with the batch so that every row is checked.
@@ -100,20 +102,6 @@ impl Batch {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.outputs.is_empty()
-    }
-
-    pub(super) fn limits(&self) -> Limits {
-        self.limits
-    }
-
-    /// By row: whether it outputs logits.
-    pub(super) fn outputs(&self) -> &[bool] {
-        &self.outputs
-    }
-
-    /// C's view; the arrays stay owned by this batch.
-    pub(super) fn as_c(&self) -> sys::batch {
-        self.c
     }
 }
 

@@ -35,14 +35,14 @@ pub struct ContextParams {
     pub embeddings: bool,
 }
 
-/// A context belongs to the thread that made it: it is neither `Send` nor `Sync`.
+/// A context belongs to the thread that made it: it is neither `Send` nor `Sync`. Its methods return
+/// [`LlamaError::Misuse`] for a row of the last batch without output, or a sequence id out of range.
 pub struct Context {
     ptr: NonNull<sys::llama_context>,
     memory: sys::memory_t,
     /// C holds its address as `cb_eval`'s user data, so it is dropped after the context (see `Drop`).
     tap: Option<Box<HiddenTap>>,
     limits: Limits,
-    unified: bool,
     embeddings: bool,
     /// By row of the last batch: whether it has logits.
     outputs: Vec<bool>,
@@ -120,7 +120,6 @@ impl Context {
             memory,
             tap,
             limits,
-            unified: params.unified,
             embeddings: params.embeddings,
             outputs: vec![],
             model,
@@ -140,7 +139,7 @@ impl Context {
     /// `true` for one cache that all sequences share.
     #[must_use]
     pub fn is_unified(&self) -> bool {
-        self.unified
+        self.limits.shared_rows
     }
 
     /// Cells that one sequence may fill, as llama.cpp allocated them.
@@ -173,7 +172,7 @@ impl Context {
         if batch.is_empty() {
             return Err(LlamaError::Batch("no rows".into()));
         }
-        if batch.limits() != self.limits {
+        if batch.limits != self.limits {
             return Err(LlamaError::Batch("made for a context with other limits".into()));
         }
         self.outputs.clear();
@@ -182,10 +181,10 @@ impl Context {
         }
         // SAFETY: every array of the batch holds `n_tokens` checked entries. The tap is not
         // borrowed during the call.
-        let code = unsafe { sys::decode(self.ptr.as_ptr(), batch.as_c()) };
+        let code = unsafe { sys::decode(self.ptr.as_ptr(), batch.c) };
         match code {
             0 => {
-                self.outputs.extend_from_slice(batch.outputs());
+                self.outputs.extend_from_slice(&batch.outputs);
                 Ok(())
             }
             1 => Err(LlamaError::NoRoom { rows: batch.len() }),
@@ -198,15 +197,11 @@ impl Context {
 
     fn check_output(&self, row: usize) -> Result<i32, LlamaError> {
         let wanted = self.outputs.get(row).copied().unwrap_or(false);
-        wanted
-            .then_some(row as i32)
-            .ok_or_else(|| LlamaError::Misuse(format!("row {row} has no output")))
+        let index = wanted.then_some(row as i32);
+        index.ok_or_else(|| LlamaError::Misuse(format!("row {row} has no output")))
     }
 
     /// The logits of a row of the last batch: one per token of the vocabulary.
-    ///
-    /// # Errors
-    /// [`LlamaError::Misuse`] for a row without output.
     pub fn logits(&self, row: usize) -> Result<&[f32], LlamaError> {
         let c_row = self.check_output(row)?;
         // SAFETY: the row has an output. The call waits for the device; the first one after a
@@ -219,10 +214,8 @@ impl Context {
         Ok(unsafe { std::slice::from_raw_parts(ptr, self.limits.n_vocab) })
     }
 
-    /// The post-norm hidden state of an output row of the last batch: `n_embd` values.
-    ///
-    /// # Errors
-    /// [`LlamaError::Misuse`] for a row without output, or a context without `tap_hidden`.
+    /// The post-norm hidden state of an output row of the last batch: `n_embd` values; only with
+    /// `tap_hidden`.
     pub fn hidden(&self, row: usize) -> Result<&[f32], LlamaError> {
         self.check_output(row)?;
         // A unified cache computes rows in the batch's order, so a row's index among the outputs is
@@ -240,9 +233,6 @@ impl Context {
     }
 
     /// llama.cpp's own embedding of a row: `n_embd` values; only with `embeddings`.
-    ///
-    /// # Errors
-    /// [`LlamaError::Misuse`] without `embeddings` or for a row out of range.
     pub fn embedding(&self, row: usize) -> Result<&[f32], LlamaError> {
         let c_row = self.check_output(row)?;
         if !self.embeddings {
@@ -265,9 +255,6 @@ impl Context {
     }
 
     /// Removes a sequence's id from its cells from position `from` on. Cells without ids are free.
-    ///
-    /// # Errors
-    /// [`LlamaError::Misuse`] for an id out of range, or a cache that cannot drop a suffix.
     pub fn remove_from(&mut self, seq: SeqId, from: usize) -> Result<(), LlamaError> {
         let c_seq = self.check_seq(seq)?;
         let from = i32::try_from(from).unwrap_or(i32::MAX);
@@ -279,9 +266,7 @@ impl Context {
     }
 
     /// Adds `to`'s id to the cells of `from` at these positions: both share them, and no data moves.
-    ///
-    /// # Errors
-    /// [`LlamaError::Misuse`] for an id out of range, or without a unified cache.
+    /// Needs `unified`.
     pub fn share(
         &mut self,
         from: SeqId,
@@ -289,7 +274,7 @@ impl Context {
         positions: Range<usize>,
     ) -> Result<(), LlamaError> {
         let (c_from, c_to) = (self.check_seq(from)?, self.check_seq(to)?);
-        if !self.unified {
+        if !self.is_unified() {
             return Err(LlamaError::Misuse("streams share no cells".into()));
         }
         let [start, end] =

@@ -5,28 +5,14 @@ use std::path::PathBuf;
 /// An error from llama.cpp, or an argument that the fence refused before it reached llama.cpp.
 #[derive(Debug, thiserror::Error)]
 pub enum LlamaError {
-    /// A GGUF file could not be loaded.
-    #[error("could not load {}: {reason}", path.display())]
-    Load {
+    /// A GGUF file could not be loaded, quantized or written.
+    #[error("could not {action} {}: {reason}", path.display())]
+    File {
+        /// "load", "quantize" or "write".
+        action: &'static str,
         /// The file.
         path: PathBuf,
         /// llama.cpp's last log line, or what was checked here.
-        reason: String,
-    },
-    /// A GGUF file could not be quantized.
-    #[error("could not quantize {}: {reason}", path.display())]
-    Quantize {
-        /// The file.
-        path: PathBuf,
-        /// llama.cpp's last log line, or what was checked here.
-        reason: String,
-    },
-    /// A GGUF file could not be written.
-    #[error("could not write {}: {reason}", path.display())]
-    Write {
-        /// The file.
-        path: PathBuf,
-        /// ggml's last log line, or what was checked here.
         reason: String,
     },
     /// A context could not be created, usually for lack of memory.

@@ -32,55 +32,34 @@ pub struct Weight(usize);
 #[derive(Clone, Copy, Debug)]
 pub struct Node(usize);
 
-enum Op<'a> {
-    Input { values: &'a [f32], width: usize },
+/// An operation on results of earlier ones.
+#[derive(Clone, Copy)]
+pub enum Op<'a> {
+    /// Rows of so many values.
+    Input(&'a [f32], usize),
+    /// A matrix times each row.
     Product(Weight, Node),
+    /// A vector added to each row.
     AddVector(Node, Weight),
+    /// The sum of two results of the same shape.
     Add(Node, Node),
+    /// `SiLU(x)`.
     Silu(Node),
+    /// The rows of the first, then those of the second.
     Concat(Node, Node),
 }
 
-/// Operations in order, each on results of earlier ones.
+/// Operations in order.
 #[derive(Default)]
 pub struct Graph<'a> {
     ops: Vec<Op<'a>>,
 }
 
 impl<'a> Graph<'a> {
-    fn push(&mut self, op: Op<'a>) -> Node {
+    /// Appends an operation.
+    pub fn push(&mut self, op: Op<'a>) -> Node {
         self.ops.push(op);
         Node(self.ops.len() - 1)
-    }
-
-    /// Rows of `width` values.
-    pub fn input(&mut self, values: &'a [f32], width: usize) -> Node {
-        self.push(Op::Input { values, width })
-    }
-
-    /// A matrix times each row.
-    pub fn product(&mut self, matrix: Weight, x: Node) -> Node {
-        self.push(Op::Product(matrix, x))
-    }
-
-    /// A vector added to each row.
-    pub fn add_vector(&mut self, x: Node, vector: Weight) -> Node {
-        self.push(Op::AddVector(x, vector))
-    }
-
-    /// The sum of two results of the same shape.
-    pub fn add(&mut self, a: Node, b: Node) -> Node {
-        self.push(Op::Add(a, b))
-    }
-
-    /// `SiLU(x)`.
-    pub fn silu(&mut self, x: Node) -> Node {
-        self.push(Op::Silu(x))
-    }
-
-    /// The rows of `a`, then those of `b`.
-    pub fn concat(&mut self, a: Node, b: Node) -> Node {
-        self.push(Op::Concat(a, b))
     }
 }
 
@@ -198,10 +177,7 @@ const MAX_OPS: usize = sys::GGML_DEFAULT_GRAPH_SIZE as usize;
 const OVERHEAD: usize = 2 << 20;
 
 impl Store {
-    /// Without weights.
-    ///
-    /// # Errors
-    /// [`LlamaError::Context`] without memory.
+    /// Without weights; [`LlamaError::Context`] without memory.
     pub fn new(n_threads: usize) -> Result<Self, LlamaError> {
         start_backend();
         Ok(Self {
@@ -233,10 +209,7 @@ impl Store {
         self.add(kind, m.n_in, m.n_out, &m.values)
     }
 
-    /// Takes a vector in.
-    ///
-    /// # Errors
-    /// As [`matrix`](Self::matrix).
+    /// Takes a vector in; errors as [`matrix`](Self::matrix).
     pub fn vector(&mut self, values: &[f32]) -> Result<Weight, LlamaError> {
         self.add(TensorType::F32, values.len(), 1, values)
     }
@@ -316,17 +289,14 @@ impl Store {
     }
 
     /// Floats that a graph's values take, and the products' working copies of their inputs, which
-    /// ggml allocates too.
-    ///
-    /// # Errors
-    /// [`LlamaError::Misuse`] for an operation whose arguments do not match.
+    /// ggml allocates too. Checks that the arguments of each operation match.
     fn n_floats(&self, graph: &Graph<'_>) -> Result<usize, LlamaError> {
         let mut n_floats = 0;
         let mut shapes: Vec<(usize, usize)> = Vec::with_capacity(graph.ops.len());
         for (i, op) in graph.ops.iter().enumerate() {
             let of = |node: Node| shapes.get(node.0).copied();
             let shape = match *op {
-                Op::Input { values, width } => Some((width, values.len() / width.max(1)))
+                Op::Input(values, width) => Some((width, values.len() / width.max(1)))
                     .filter(|(width, n)| !values.is_empty() && width * n == values.len()),
                 Op::Product(w, x) => {
                     let w = self.stored(w)?;
@@ -386,7 +356,7 @@ impl Store {
             // results.
             nodes.push(unsafe {
                 match *op {
-                    Op::Input { values, width } => {
+                    Op::Input(values, width) => {
                         let x = context.tensor(TensorType::F32, width, values.len() / width)?;
                         let data = (*x.as_ptr()).data.cast::<f32>();
                         ptr::copy_nonoverlapping(values.as_ptr(), data, values.len());

@@ -23,7 +23,8 @@ impl Drop for Gguf {
 impl Gguf {
     /// Reads a file's header. The file must be complete; tensors' values are not read.
     pub(super) fn open(path: &Path) -> Result<Self, LlamaError> {
-        let fail = |reason: String| LlamaError::Load { path: path.to_owned(), reason };
+        let fail =
+            |reason: String| LlamaError::File { action: "load", path: path.to_owned(), reason };
         let c_path =
             CString::new(path.as_os_str().as_encoded_bytes()).map_err(|e| fail(e.to_string()))?;
         let params = sys::gguf_init_params { no_alloc: true, ctx: std::ptr::null_mut() };
@@ -51,9 +52,10 @@ impl MatrixRows {
     /// Opens the first of these tensors that the file has.
     ///
     /// # Errors
-    /// [`LlamaError::Load`] when the file is not a GGUF or has none of them, or it is not a matrix.
+    /// [`LlamaError::File`] when the file is not a GGUF or has none of them, or it is not a matrix.
     pub(super) fn open(path: &Path, names: &[&str]) -> Result<Self, LlamaError> {
-        let fail = |reason: String| LlamaError::Load { path: path.to_owned(), reason };
+        let fail =
+            |reason: String| LlamaError::File { action: "load", path: path.to_owned(), reason };
         let header = Gguf::open(path)?;
         let gguf = header.0.as_ptr();
 
@@ -93,12 +95,6 @@ impl MatrixRows {
         })
     }
 
-    /// Number of rows.
-    #[must_use]
-    pub fn n_rows(&self) -> usize {
-        self.n_rows
-    }
-
     /// Values of a row.
     #[must_use]
     pub fn n_in(&self) -> usize {
@@ -135,10 +131,7 @@ impl MatrixRows {
         Ok(())
     }
 
-    /// All rows.
-    ///
-    /// # Errors
-    /// As [`read`](Self::read).
+    /// All rows; errors as [`read`](Self::read).
     pub fn matrix(&self) -> Result<Matrix, LlamaError> {
         let mut values = Vec::with_capacity(self.n_rows * self.n_in);
         self.read(0, self.n_rows, &mut values)?;

@@ -30,7 +30,7 @@ pub use context::{Context, ContextParams};
 pub use error::LlamaError;
 pub use gguf::MatrixRows;
 pub use ids::{SeqId, Token};
-pub use model::{Model, ModelParams};
+pub use model::Model;
 pub use quantize::{Quantization, quantize};
 pub use sampler::{Candidates, SamplerChain};
 pub use tap::Tapped;

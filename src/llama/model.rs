@@ -11,14 +11,8 @@ use super::gguf::MatrixRows;
 use super::ids::Token;
 use super::{log, sys};
 
-/// Parameters of loading.
-#[derive(Clone, Debug, Default)]
-pub struct ModelParams {
-    /// Layers to hold on the GPU; ignored if llama.cpp was built without GPU support.
-    pub n_gpu_layers: u32,
-}
-
 /// A model and its vocabulary.
+#[derive(Debug)]
 pub struct Model {
     ptr: NonNull<sys::llama_model>,
     vocab: NonNull<sys::vocab>,
@@ -40,18 +34,20 @@ impl Drop for Model {
 }
 
 impl Model {
-    /// Loads a GGUF file. `progress` gets values from 0 to 1 and stops the load by returning `false`.
+    /// Loads a GGUF file, with `n_gpu_layers` layers on the GPU if llama.cpp was built with support
+    /// for one. `progress` gets values from 0 to 1 and stops the load by returning `false`.
     ///
     /// # Errors
-    /// [`LlamaError::Load`] with llama.cpp's reason: no such file, not a GGUF, an unknown
+    /// [`LlamaError::File`] with llama.cpp's reason: no such file, not a GGUF, an unknown
     /// architecture, no memory, or a model that is no plain decoder.
     pub fn load(
         path: &Path,
-        params: &ModelParams,
+        n_gpu_layers: u32,
         mut progress: impl FnMut(f32) -> bool,
     ) -> Result<Self, LlamaError> {
         start_backend();
-        let fail = |reason: String| LlamaError::Load { path: path.to_owned(), reason };
+        let fail =
+            |reason: String| LlamaError::File { action: "load", path: path.to_owned(), reason };
         std::fs::File::open(path).map_err(|e| fail(e.to_string()))?;
         let c_path =
             CString::new(path.as_os_str().as_encoded_bytes()).map_err(|e| fail(e.to_string()))?;
@@ -59,7 +55,7 @@ impl Model {
         let mut callback: &mut dyn FnMut(f32) -> bool = &mut progress;
         // SAFETY: no arguments; returns a struct by value.
         let mut c = unsafe { sys::model_default_params() };
-        c.n_gpu_layers = i32::try_from(params.n_gpu_layers).unwrap_or(i32::MAX);
+        c.n_gpu_layers = i32::try_from(n_gpu_layers).unwrap_or(i32::MAX);
         c.progress_callback = Some(on_progress);
         c.progress_callback_user_data = (&raw mut callback).cast::<c_void>();
         log::take_last_error();
@@ -80,16 +76,13 @@ impl Model {
     /// The output matrix in the file, `n_vocab` rows of `n_embd` values.
     ///
     /// # Errors
-    /// [`LlamaError::Load`] when the file became unreadable, or is one of several shards.
+    /// [`LlamaError::File`] when the file became unreadable, or is one of several shards.
     pub fn output_rows(&self) -> Result<MatrixRows, LlamaError> {
         // Tied models use their input embeddings.
         MatrixRows::open(&self.path, &["output.weight", "token_embd.weight"])
     }
 
-    /// The input embeddings in the file, `n_vocab` rows of `n_embd` values.
-    ///
-    /// # Errors
-    /// As [`output_rows`](Self::output_rows).
+    /// The input embeddings in the file, `n_vocab` rows of `n_embd` values; errors as above.
     pub fn embedding_rows(&self) -> Result<MatrixRows, LlamaError> {
         MatrixRows::open(&self.path, &["token_embd.weight"])
     }
@@ -98,19 +91,16 @@ impl Model {
     fn check_kind(&self) -> Result<(), String> {
         let m = self.ptr.as_ptr();
         // SAFETY: `m` is a loaded model; these read flags.
-        let (encoder, decoder) = unsafe { (sys::model_has_encoder(m), sys::model_has_decoder(m)) };
-        // SAFETY: as above.
-        let (recurrent, hybrid, diffusion) = unsafe {
-            (sys::model_is_recurrent(m), sys::model_is_hybrid(m), sys::model_is_diffusion(m))
+        let kinds = unsafe {
+            [
+                (sys::model_has_encoder(m) || !sys::model_has_decoder(m), "an encoder"),
+                (sys::model_is_recurrent(m), "a recurrent model"),
+                (sys::model_is_hybrid(m), "a hybrid of attention and recurrence"),
+                (sys::model_is_diffusion(m), "a diffusion model"),
+                (self.n_vocab() == 0, "a model without a vocabulary"),
+            ]
         };
-        let kind = match () {
-            () if encoder || !decoder => "an encoder",
-            () if recurrent => "a recurrent model",
-            () if hybrid => "a hybrid of attention and recurrence",
-            () if diffusion => "a diffusion model",
-            () if self.n_vocab() == 0 => "a model without a vocabulary",
-            () => return Ok(()),
-        };
+        let Some((_, kind)) = kinds.iter().find(|(is, _)| *is) else { return Ok(()) };
         Err(format!("this is {kind}; only attention decoders are supported"))
     }
 
@@ -130,13 +120,6 @@ impl Model {
     pub fn n_embd(&self) -> usize {
         // SAFETY: a loaded model.
         count(unsafe { sys::model_n_embd(self.as_ptr()) })
-    }
-
-    /// Number of layers.
-    #[must_use]
-    pub fn n_layer(&self) -> usize {
-        // SAFETY: a loaded model.
-        count(unsafe { sys::model_n_layer(self.as_ptr()) })
     }
 
     /// The longest context the model was trained on, in tokens.
@@ -322,15 +305,6 @@ impl Model {
     pub fn is_end(&self, token: Token) -> bool {
         // SAFETY: the token is in the vocabulary.
         self.contains(token) && unsafe { sys::vocab_is_eog(self.vocab.as_ptr(), token.0) }
-    }
-}
-
-impl std::fmt::Debug for Model {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Model")
-            .field("name", &self.name())
-            .field("quantization", &self.quantization())
-            .finish()
     }
 }
 

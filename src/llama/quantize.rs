@@ -11,27 +11,29 @@ use super::{log, sys};
 /// not a multiple of a block get a similar type that fits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Quantization {
-    name: &'static str,
-    ftype: sys::ftype,
+    /// llama.cpp's name for it.
+    pub name: &'static str,
+    /// llama.cpp's number for it, `general.file_type` in a file.
+    pub file_type: u32,
 }
 
 /// All types that need no importance matrix, from the fewest bits per value to the most.
 const TYPES: [Quantization; 15] = [
-    Quantization { name: "Q2_K", ftype: sys::LLAMA_FTYPE_MOSTLY_Q2_K },
-    Quantization { name: "Q3_K_S", ftype: sys::LLAMA_FTYPE_MOSTLY_Q3_K_S },
-    Quantization { name: "Q3_K_M", ftype: sys::LLAMA_FTYPE_MOSTLY_Q3_K_M },
-    Quantization { name: "IQ4_NL", ftype: sys::LLAMA_FTYPE_MOSTLY_IQ4_NL },
-    Quantization { name: "Q4_0", ftype: sys::LLAMA_FTYPE_MOSTLY_Q4_0 },
-    Quantization { name: "Q4_1", ftype: sys::LLAMA_FTYPE_MOSTLY_Q4_1 },
-    Quantization { name: "Q4_K_S", ftype: sys::LLAMA_FTYPE_MOSTLY_Q4_K_S },
-    Quantization { name: "Q4_K_M", ftype: sys::LLAMA_FTYPE_MOSTLY_Q4_K_M },
-    Quantization { name: "Q5_0", ftype: sys::LLAMA_FTYPE_MOSTLY_Q5_0 },
-    Quantization { name: "Q5_1", ftype: sys::LLAMA_FTYPE_MOSTLY_Q5_1 },
-    Quantization { name: "Q5_K_M", ftype: sys::LLAMA_FTYPE_MOSTLY_Q5_K_M },
-    Quantization { name: "Q6_K", ftype: sys::LLAMA_FTYPE_MOSTLY_Q6_K },
-    Quantization { name: "Q8_0", ftype: sys::LLAMA_FTYPE_MOSTLY_Q8_0 },
-    Quantization { name: "F16", ftype: sys::LLAMA_FTYPE_MOSTLY_F16 },
-    Quantization { name: "BF16", ftype: sys::LLAMA_FTYPE_MOSTLY_BF16 },
+    Quantization { name: "Q2_K", file_type: sys::LLAMA_FTYPE_MOSTLY_Q2_K },
+    Quantization { name: "Q3_K_S", file_type: sys::LLAMA_FTYPE_MOSTLY_Q3_K_S },
+    Quantization { name: "Q3_K_M", file_type: sys::LLAMA_FTYPE_MOSTLY_Q3_K_M },
+    Quantization { name: "IQ4_NL", file_type: sys::LLAMA_FTYPE_MOSTLY_IQ4_NL },
+    Quantization { name: "Q4_0", file_type: sys::LLAMA_FTYPE_MOSTLY_Q4_0 },
+    Quantization { name: "Q4_1", file_type: sys::LLAMA_FTYPE_MOSTLY_Q4_1 },
+    Quantization { name: "Q4_K_S", file_type: sys::LLAMA_FTYPE_MOSTLY_Q4_K_S },
+    Quantization { name: "Q4_K_M", file_type: sys::LLAMA_FTYPE_MOSTLY_Q4_K_M },
+    Quantization { name: "Q5_0", file_type: sys::LLAMA_FTYPE_MOSTLY_Q5_0 },
+    Quantization { name: "Q5_1", file_type: sys::LLAMA_FTYPE_MOSTLY_Q5_1 },
+    Quantization { name: "Q5_K_M", file_type: sys::LLAMA_FTYPE_MOSTLY_Q5_K_M },
+    Quantization { name: "Q6_K", file_type: sys::LLAMA_FTYPE_MOSTLY_Q6_K },
+    Quantization { name: "Q8_0", file_type: sys::LLAMA_FTYPE_MOSTLY_Q8_0 },
+    Quantization { name: "F16", file_type: sys::LLAMA_FTYPE_MOSTLY_F16 },
+    Quantization { name: "BF16", file_type: sys::LLAMA_FTYPE_MOSTLY_BF16 },
 ];
 
 impl Quantization {
@@ -45,25 +47,13 @@ impl Quantization {
     pub fn names() -> impl Iterator<Item = &'static str> {
         TYPES.iter().map(|t| t.name)
     }
-
-    /// llama.cpp's name for it.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        self.name
-    }
-
-    /// llama.cpp's number for it, `general.file_type` in a file.
-    #[must_use]
-    pub fn file_type(self) -> u32 {
-        self.ftype
-    }
 }
 
 /// Writes `from` to `to` in another quantization. A quantized file can be quantized again, which
 /// loses more than starting from F16.
 ///
 /// # Errors
-/// [`LlamaError::Quantize`] with llama.cpp's reason; `to` may then hold part of a file.
+/// [`LlamaError::File`] with llama.cpp's reason; `to` may then hold part of a file.
 pub fn quantize(
     from: &Path,
     to: &Path,
@@ -71,7 +61,8 @@ pub fn quantize(
     n_threads: usize,
 ) -> Result<(), LlamaError> {
     start_backend();
-    let fail = |reason: String| LlamaError::Quantize { path: from.to_owned(), reason };
+    let fail =
+        |reason: String| LlamaError::File { action: "quantize", path: from.to_owned(), reason };
     std::fs::File::open(from).map_err(|e| fail(e.to_string()))?;
     let c_path = |path: &Path| {
         CString::new(path.as_os_str().as_encoded_bytes()).map_err(|e| fail(e.to_string()))
@@ -80,7 +71,7 @@ pub fn quantize(
     // SAFETY: no arguments; returns a struct by value.
     let mut params = unsafe { sys::model_quantize_default_params() };
     params.nthread = i32::try_from(n_threads).unwrap_or(1);
-    params.ftype = kind.ftype;
+    params.ftype = kind.file_type;
     params.allow_requantize = true;
     log::take_last_error();
     // SAFETY: zero-terminated paths and parameters that outlive the call.

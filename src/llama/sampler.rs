@@ -78,14 +78,9 @@ impl SamplerChain {
         frequency: f32,
         presence: f32,
     ) -> Result<Self, LlamaError> {
-        let sound =
-            repeat > 0.0 && repeat.is_finite() && frequency.is_finite() && presence.is_finite();
-        let Ok(last_n) = i32::try_from(last_n) else {
-            return Err(LlamaError::Sampler("penalties"));
-        };
-        if !sound {
-            return Err(LlamaError::Sampler("penalties"));
-        }
+        let sound = repeat > 0.0 && [repeat, frequency, presence].iter().all(|v| v.is_finite());
+        let last_n = i32::try_from(last_n).ok().filter(|_| sound);
+        let last_n = last_n.ok_or(LlamaError::Sampler("penalties"))?;
         // SAFETY: values only, in the range that C asks for.
         let sampler = unsafe {
             sys::sampler_init_penalties(self.n_vocab, last_n, repeat, frequency, presence)

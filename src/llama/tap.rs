@@ -7,7 +7,6 @@
 //! an output row.
 
 use std::ffi::{CStr, c_void};
-use std::marker::PhantomData;
 
 use super::sys;
 use crate::gpu::{Address, Slice};
@@ -35,39 +34,14 @@ struct Results {
 /// The results of a forward pass in place, until the context computes another.
 #[derive(Clone, Copy)]
 pub struct Tapped<'a> {
-    results: Results,
-    of: PhantomData<&'a HiddenTap>,
-}
-
-impl<'a> Tapped<'a> {
-    /// Output rows.
-    #[must_use]
-    pub fn n_rows(&self) -> usize {
-        self.results.n_rows
-    }
-
-    /// `true` in host memory, `false` on a device.
-    #[must_use]
-    pub fn on_host(&self) -> bool {
-        self.results.on_host
-    }
-
     /// `[n_rows, n_vocab]`.
-    #[must_use]
-    pub fn logits(&self) -> Slice<'a, f32> {
-        let Results { logits, n_rows, n_vocab, .. } = self.results;
-        // SAFETY: contiguous values of a computed tensor, not written to while the context is
-        // borrowed.
-        unsafe { Slice::from_raw(logits, n_rows * n_vocab) }
-    }
-
+    pub logits: Slice<'a, f32>,
     /// After the final norm: `[n_rows, n_embd]`.
-    #[must_use]
-    pub fn hidden(&self) -> Slice<'a, f32> {
-        let Results { hidden, n_rows, n_embd, .. } = self.results;
-        // SAFETY: as above.
-        unsafe { Slice::from_raw(hidden, n_rows * n_embd) }
-    }
+    pub hidden: Slice<'a, f32>,
+    /// Output rows.
+    pub n_rows: usize,
+    /// `true` in host memory, `false` on a device.
+    pub on_host: bool,
 }
 
 impl HiddenTap {
@@ -84,8 +58,12 @@ impl HiddenTap {
 
     /// The results, if the pass was one micro-batch: of several, only the last one's remain.
     pub(super) fn tapped(&self) -> Option<Tapped<'_>> {
-        let results = self.results.filter(|_| self.n_micro_batches == 1)?;
-        Some(Tapped { results, of: PhantomData })
+        let r = self.results.filter(|_| self.n_micro_batches == 1)?;
+        // SAFETY: contiguous values of a computed tensor, not written to while the context is
+        // borrowed.
+        let slice = |address, width| unsafe { Slice::from_raw(address, r.n_rows * width) };
+        let (logits, hidden) = (slice(r.logits, r.n_vocab), slice(r.hidden, r.n_embd));
+        Some(Tapped { logits, hidden, n_rows: r.n_rows, on_host: r.on_host })
     }
 
     /// The `i`-th output row in the order that llama.cpp computed them.

@@ -57,7 +57,7 @@ pub const ALIGNMENT: usize = 32; // GGUF's default, which `set` does not let a h
 /// values in this order, each padded with zeros to a multiple of [`ALIGNMENT`].
 ///
 /// # Errors
-/// [`LlamaError::Write`] for a duplicate or overlong name, a row that is not whole blocks, or a file
+/// [`LlamaError::File`] for a duplicate or overlong name, a row that is not whole blocks, or a file
 /// that cannot be written.
 pub fn write_header(
     path: &Path,
@@ -65,7 +65,7 @@ pub fn write_header(
     tensors: &[TensorInfo],
 ) -> Result<(), LlamaError> {
     start_backend();
-    let fail = |reason: String| LlamaError::Write { path: path.to_owned(), reason };
+    let fail = |reason: String| LlamaError::File { action: "write", path: path.to_owned(), reason };
     let c_path =
         CString::new(path.as_os_str().as_encoded_bytes()).map_err(|e| fail(e.to_string()))?;
     // SAFETY: no arguments; null without memory.
@@ -94,7 +94,7 @@ pub fn write_header(
 /// Names and types of a file's tensors.
 ///
 /// # Errors
-/// [`LlamaError::Load`] when the file is not a GGUF.
+/// [`LlamaError::File`] when the file is not a GGUF.
 pub fn tensor_types(path: &Path) -> Result<Vec<(String, TensorType)>, LlamaError> {
     let header = Gguf::open(path)?;
     let gguf = header.0.as_ptr();
@@ -197,7 +197,10 @@ mod tests {
             vec![info(&"a".repeat(64), 32, 1, q4_0)],
         ] {
             assert!(
-                matches!(write_header(&path, &[], &tensors), Err(LlamaError::Write { .. })),
+                matches!(
+                    write_header(&path, &[], &tensors),
+                    Err(LlamaError::File { action: "write", .. })
+                ),
                 "{tensors:?}"
             );
         }

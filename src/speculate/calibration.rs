@@ -39,19 +39,8 @@ pub const HIGHEST: f32 = 0.99;
 pub struct Calibration {
     bins: [[Bin; N_BINS]; N_HEADS],
     proposals: [Proposals; N_HEADS],
-    belief: Belief,
-}
-
-/// What estimates come from.
-#[derive(Clone, Debug, Default)]
-enum Belief {
-    /// What was counted.
-    #[default]
-    Learnt,
-    /// The heads as they are.
-    Exact,
-    /// Rates of the best candidate by depth; others are never right.
-    Given(Vec<f32>),
+    /// Instead of what was counted: rates of the best candidate by depth. Others are never right.
+    given: Option<Vec<f32>>,
 }
 
 /// How often candidates of one kind are right, against how often they were said to be.
@@ -88,17 +77,18 @@ struct Proposals {
 }
 
 impl Calibration {
-    /// One that believes every head, for tests and for comparison.
-    #[must_use]
-    pub fn exact() -> Self {
-        Self { belief: Belief::Exact, ..Self::default() }
+    /// One that believes every head.
+    #[cfg(test)]
+    pub(super) fn exact() -> Self {
+        let bin = Bin { expected: 0.0, hits: FIRMNESS * (1.0 - BELIEF) };
+        Self { bins: [[bin; N_BINS]; N_HEADS], ..Self::default() }
     }
 
     /// One that learns nothing: at depth `h + 1` the best candidate is right at `rates[h]`, and no
     /// other is.
     #[must_use]
     pub fn given(rates: Vec<f32>) -> Self {
-        Self { belief: Belief::Given(rates), ..Self::default() }
+        Self { given: Some(rates), ..Self::default() }
     }
 
     /// Probability that a candidate at `depth` (1: after the root) is accepted if its parent is,
@@ -106,10 +96,8 @@ impl Calibration {
     /// be trusted so far.
     #[must_use]
     pub fn estimate(&self, depth: usize, rank: usize, p: f32, trust: f32) -> f32 {
-        match &self.belief {
-            Belief::Learnt => {}
-            Belief::Exact => return p,
-            Belief::Given(rates) => return if rank == 0 { rate(rates, depth) } else { 0.0 },
+        if let Some(rates) = &self.given {
+            return if rank == 0 { rate(rates, depth) } else { 0.0 };
         }
         (p * self.bins[head(depth)][bin(p)].ratio(BELIEF) * trust).clamp(0.0, HIGHEST)
     }
@@ -118,9 +106,9 @@ impl Calibration {
     /// that.
     #[must_use]
     pub fn ratios(&self, depth: usize) -> [f32; N_BINS] {
-        match self.belief {
-            Belief::Learnt => self.bins[head(depth)].map(|bin| bin.ratio(BELIEF)),
-            Belief::Exact | Belief::Given(_) => [1.0; N_BINS],
+        match self.given {
+            None => self.bins[head(depth)].map(|bin| bin.ratio(BELIEF)),
+            Some(_) => [1.0; N_BINS],
         }
     }
 
@@ -128,7 +116,7 @@ impl Calibration {
     /// sum of `q - row` over those whose probability `q` is above `row`, what verifying one costs.
     #[must_use]
     pub fn expect(&self, depth: usize, row: f64, trust: f32) -> f64 {
-        if let Belief::Given(rates) = &self.belief {
+        if let Some(rates) = &self.given {
             return (f64::from(rate(rates, depth)) - row).max(0.0);
         }
         let Proposals { places, ranges } = &self.proposals[head(depth)];
@@ -202,14 +190,6 @@ pub struct Trusts {
     pub heads: Trust,
     /// The text before.
     pub text: Trust,
-}
-
-impl Trusts {
-    /// Records a place without candidates.
-    pub fn fade(&mut self) {
-        self.heads.fade();
-        self.text.fade();
-    }
 }
 
 fn rate(rates: &[f32], depth: usize) -> f32 {

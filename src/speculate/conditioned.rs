@@ -11,7 +11,7 @@ use super::cost::Cost;
 use super::error::HeadsError;
 use super::medusa::{pick, top_candidates};
 use super::nets::{ConditionedNet, ConditionedWeights};
-use super::paths::{Candidate, plant};
+use super::paths::{Candidate, plant, propose};
 use super::{Draft, Origin, Tree, Worth};
 use crate::llama::{MatrixRows, Token};
 
@@ -74,9 +74,6 @@ struct Path {
 impl Conditioned {
     /// Makes heads ready to compute; `output` and `embeddings` are the model's. Without counts of the
     /// draft tokens there are no cuts.
-    ///
-    /// # Errors
-    /// When the model's matrices cannot be read or there is no memory.
     pub fn new(
         weights: &ConditionedWeights,
         token_map: Option<Vec<Token>>,
@@ -128,30 +125,21 @@ impl Conditioned {
         let d = self.net.n_embd();
         let (states, logits) =
             self.net.forward(depth, level.cut, &level.states, &level.embeddings)?;
-        let Cut { n_tokens: n_out, cost, .. } = &mut self.cuts[level.cut];
-        let n_out = *n_out;
-        let n = level.paths.len();
+        let Cut { n_tokens, ref mut cost, .. } = self.cuts[level.cut];
+        let (n_out, n) = (n_tokens, level.paths.len());
         cost.record(n, n, started.elapsed().as_secs_f64());
         let first_state = self.states.len() / d;
         self.states.extend_from_slice(states);
         for (i, path) in level.paths.iter().enumerate() {
             top_candidates(&logits[i * n_out..][..n_out], &mut self.best);
-            let mut above = path.q;
-            for (rank, &(token, p)) in self.best.iter().enumerate() {
-                let token = self.token_map.as_ref().map_or(token, |map| map[token.0 as usize]);
-                // Calibration may put a sibling above a better one. The minimum keeps the head's
-                // order.
-                let q = (path.q * calibration.estimate(depth + 1, rank, p, path.trust)).min(above);
-                above = q;
-                self.nodes.push(Candidate {
-                    origin: path.origin,
-                    parent: path.node,
-                    token,
-                    p,
-                    q,
-                    state: first_state + i,
-                });
+            if let Some(map) = &self.token_map {
+                self.best.iter_mut().for_each(|(token, _)| *token = map[token.0 as usize]);
             }
+            let Path { origin, node: parent, token, q, .. } = *path;
+            let path_end = Candidate { origin, parent, token, p: 1.0, q, state: first_state + i };
+            propose(&mut self.nodes, path_end, self.best.iter().copied(), |rank, p| {
+                calibration.estimate(depth + 1, rank, p, path.trust)
+            });
         }
         Ok(())
     }
@@ -271,7 +259,6 @@ impl Draft for Conditioned {
         calibration: &Calibration,
         trees: &mut [Tree],
     ) {
-        trees.iter_mut().for_each(Tree::clear);
         if let Err(error) = self.candidates(origins, worth, calibration) {
             tracing::error!(%error, "heads failed; this step has no drafts from them");
             return;

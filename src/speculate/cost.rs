@@ -3,8 +3,7 @@
 
 /// Numbers of rows that are measured; in between it is a straight line.
 pub const POINTS: [usize; 12] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64];
-/// Rounds of measuring; fewer for a number of rows that they would sum up to more than
-/// [`MOST_ROWS`] of.
+/// Rounds of measuring, in which each number of rows adds up to at most [`MOST_ROWS`].
 const ROUNDS: usize = 10;
 const MOST_ROWS: usize = 96;
 /// Share of the time for the curve; the rest is for what a change of the number of rows costs.
@@ -12,8 +11,7 @@ const CURVE: f64 = 0.8;
 /// Where time is up before two rows are measured, the second is taken to cost this share of the
 /// first.
 const SECOND_ROW: f64 = 0.5;
-/// Weight of a step for the speed of the whole machine: others share it, it heats up, contexts
-/// grow.
+/// Weight of a step for the speed of the whole machine: others share it, contexts grow.
 const SPEED: f64 = 0.1;
 /// Weight of a step for what a change of the number of rows costs.
 const CHANGE: f64 = 0.05;
@@ -23,15 +21,9 @@ const SHAPE: f64 = 0.02;
 const OUTLIER: f64 = 4.0;
 
 /// Measures what steps take by `time`, the seconds of a pass of `n` rows: seconds for each number
-/// of rows, ascending, after a pass of as many, and the seconds more after one of another number.
-/// The best of a few rounds, so that a moment's disturbance does not hit one number alone.
-///
-/// A pass is begun only if it is predicted to end within `limit_s` of passes: one that was measured
-/// takes as long as then, and a larger one at most in proportion to its rows. One row is measured
-/// in any case.
-///
-/// # Errors
-/// Those of `time`.
+/// of rows, ascending, after a pass of as many, and the seconds more after one of another number:
+/// the best of a few rounds. A pass begins only if it is predicted to end within `limit_s` of
+/// passes, from its last time or in proportion to its rows. One row is measured in any case.
 pub fn measure<E>(
     numbers: &[usize],
     limit_s: f64,
@@ -90,11 +82,8 @@ pub struct Cost {
 }
 
 impl Cost {
-    /// From measured (rows, seconds), ascending in rows. A point below its predecessor is noise and
-    /// is raised to it.
-    ///
-    /// # Panics
-    /// Without a point, or when rows do not ascend.
+    /// From measured (rows, seconds), at least one and ascending in rows. A point below its
+    /// predecessor is noise and is raised to it.
     #[must_use]
     pub fn from_points(measured: &[(usize, f64)]) -> Self {
         assert!(!measured.is_empty() && measured.is_sorted_by(|a, b| a.0 < b.0), "points in order");
@@ -140,12 +129,8 @@ impl Cost {
             return;
         }
         self.speed *= 1.0 + SPEED * (ratio - 1.0);
-        let near = self
-            .points
-            .iter_mut()
-            .min_by_key(|(rows, _)| rows.abs_diff(n))
-            .expect("there are points");
-        near.1 *= 1.0 + SHAPE * (ratio - 1.0);
+        let near = self.points.iter_mut().min_by_key(|(rows, _)| rows.abs_diff(n));
+        near.expect("there are points").1 *= 1.0 + SHAPE * (ratio - 1.0);
         self.keep_order();
     }
 

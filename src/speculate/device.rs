@@ -1,10 +1,9 @@
 //! Heads on a device, and the verification there, with one wait per step.
 //!
-//! The usual call is [`DeviceHeads::verify`], right after a forward pass, whose logits and hidden
-//! states stay in place: it chooses every row's token, walks down the trees, and computes the heads
-//! for the next step from the last accepted rows. Tokens come back, and candidates with their
-//! probabilities, in one copy. Where the host chose a token, heads start from its copy of the hidden
-//! state.
+//! [`DeviceHeads::verify`] comes right after a forward pass, whose logits and hidden states stay in
+//! place: it chooses every row's token, walks down the trees, and computes the heads for the next
+//! step from the last accepted rows. Tokens and candidates come back in one copy. Where the host
+//! chose a token, heads start from its copy of the hidden state.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -15,7 +14,7 @@ use super::heads::{HeadNets, Heads};
 use super::medusa::{WIDTH, pick};
 pub use super::nets::device::MOST_SEQUENCES;
 use super::nets::device::{DeviceNets, DeviceWeights, Drafted, Offered, PathOffer, Roots, Scratch};
-use super::paths::{Candidate, fill, plant};
+use super::paths::{Candidate, fill, plant, propose};
 use super::{Draft, Origin, Tree, Worth};
 use crate::engine::filter::Filter;
 use crate::engine::sampler::Rule;
@@ -42,7 +41,8 @@ pub struct DeviceHeads {
     /// Candidates after the last verification, and the sequences and roots they are for.
     drafted: Drafted,
     ready: Vec<(SeqId, Token)>,
-    n_verified: u64,
+    /// Rows whose tokens the device chose so far.
+    pub n_verified: u64,
 }
 
 /// An output row of a forward pass, for verification.
@@ -115,31 +115,16 @@ impl DeviceHeads {
             words: vec![0; mail.len()],
             mail,
             nets,
-            drafted: Drafted::default(),
+            drafted: Drafted::Levels(vec![]),
             ready: vec![],
             n_verified: 0,
             device,
         })
     }
 
-    /// Number of heads.
-    #[must_use]
-    pub fn n_heads(&self) -> usize {
-        self.nets.n_heads
-    }
-
-    /// Rows whose tokens the device chose so far.
-    #[must_use]
-    pub fn n_verified(&self) -> u64 {
-        self.n_verified
-    }
-
     /// Chooses the token after each row of a pass whose `logits` and `hidden` states of the output
     /// rows are on the device, and drafts after the last accepted rows if `ask` says so. Returns the
-    /// chosen token by row, -1 where the host chooses. Waits once.
-    ///
-    /// # Errors
-    /// [`GpuError`]; then nothing is drafted.
+    /// chosen token by row, -1 where the host chooses. Waits once. After an error nothing is drafted.
     pub fn verify(
         &mut self,
         logits: Slice<'_, f32>,
@@ -316,26 +301,20 @@ fn candidates(
             }
             here[path] = Some((origin, nodes.len()));
             let q = parent.map_or(1.0, |node: usize| nodes[node].q);
-            let mut above = q;
-            for (rank, &(token, p)) in offer.best.iter().enumerate() {
-                // Calibration may put a sibling above a better one. The minimum keeps the head's
-                // order.
-                above = (q * calibration.estimate(depth + 1, rank, p, o.trust)).min(above);
-                nodes.push(Candidate { origin, parent, token, p, q: above, state: 0 });
-            }
+            let path_end = Candidate { origin, parent, token: offer.token, p: 1.0, q, state: 0 };
+            propose(&mut nodes, path_end, offer.best.iter().copied(), |rank, p| {
+                calibration.estimate(depth + 1, rank, p, o.trust)
+            });
         }
         above = here;
     }
     nodes
 }
 
-/// Drafts with heads on a device: what the last verification drafted, or computed from the host's
-/// hidden states.
-pub struct DeviceDraft(pub Rc<RefCell<DeviceHeads>>);
-
-impl Draft for DeviceDraft {
+/// Drafts what the last verification drafted, or computes it from the host's hidden states.
+impl Draft for Rc<RefCell<DeviceHeads>> {
     fn n_heads(&self) -> usize {
-        self.0.borrow().n_heads()
+        self.borrow().nets.n_heads
     }
 
     fn draft(
@@ -345,8 +324,7 @@ impl Draft for DeviceDraft {
         calibration: &Calibration,
         trees: &mut [Tree],
     ) {
-        trees.iter_mut().for_each(Tree::clear);
-        let mut heads = self.0.borrow_mut();
+        let mut heads = self.borrow_mut();
         let (mut ready, mut others) = (vec![], vec![]);
         for (i, o) in origins.iter().enumerate().filter(|(_, o)| o.max_depth > 0) {
             match heads.ready.iter().position(|&known| known == (o.seq, o.root)) {
@@ -362,8 +340,7 @@ impl Draft for DeviceDraft {
         let theirs: Vec<Origin<'_>> = others.iter().map(|&i| origins[i]).collect();
         match heads.draft_from_host(&theirs, calibration) {
             Ok(drafted) => {
-                let places: Vec<_> =
-                    others.into_iter().enumerate().map(|(place, i)| (i, place)).collect();
+                let places: Vec<_> = others.into_iter().zip(0..).collect();
                 drafted.fill(&places, origins, worth.n_nodes, calibration, trees);
             }
             Err(error) => {

@@ -8,18 +8,10 @@ use crate::llama::LlamaError;
 /// Why heads cannot be loaded or computed.
 #[derive(Debug, thiserror::Error)]
 pub enum HeadsError {
-    /// The folder has no file of a known name.
-    #[error("{}: no heads here; looked for {}", folder.display(), names.join(", "))]
-    NotFound {
-        /// The folder.
-        folder: PathBuf,
-        /// Known names.
-        names: &'static [&'static str],
-    },
-    /// A file could not be read.
+    /// A file could not be read, or a folder has none of a known name.
     #[error("{}: {reason}", path.display())]
     File {
-        /// The file.
+        /// The file or folder.
         path: PathBuf,
         /// Why.
         reason: String,

@@ -15,15 +15,18 @@
 //! output rows, if heads know only the most frequent tokens; ours may have `token_counts` too, how
 //! often each occurred in training, descending.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use safetensors::{Dtype, SafeTensors};
 
+use super::Draft;
+use super::conditioned::Conditioned;
 pub use super::error::HeadsError;
+use super::medusa::Medusa;
 use super::nets::{ConditionedHead, ConditionedWeights, MedusaWeights, ResidualBlock};
 use super::pickle;
-use crate::llama::Token;
+use crate::llama::{Model, Token};
 use crate::matrix::Matrix;
 
 /// The model's sizes, which heads must fit.
@@ -75,8 +78,10 @@ impl Heads {
     /// [`HeadsError`] names the file, and the tensor if one is invalid.
     pub fn load(folder: &Path, shape: Shape, n_heads: usize) -> Result<Self, HeadsError> {
         let file = FILES.iter().map(|name| folder.join(name)).find(|path| path.is_file());
-        let file =
-            file.ok_or_else(|| HeadsError::NotFound { folder: folder.to_owned(), names: &FILES })?;
+        let file = file.ok_or_else(|| HeadsError::File {
+            path: folder.to_owned(),
+            reason: format!("no heads here; looked for {}", FILES.join(", ")),
+        })?;
         let shards = if file.extension() == Some("json".as_ref()) {
             shards(&file)?
         } else {
@@ -87,6 +92,28 @@ impl Heads {
             tensors.read(shard)?;
         }
         tensors.into_heads(shape, n_heads.min(MAX_HEADS))
+    }
+
+    /// Prepares heads for drafting on the CPU, with the matrices of their model that they need.
+    ///
+    /// # Errors
+    /// [`HeadsError::Llama`] when the model's matrices cannot be read, or without memory;
+    /// [`HeadsError::Shape`] for weights that do not match.
+    pub fn drafter(self, model: &Model, n_threads: usize) -> Result<Box<dyn Draft>, HeadsError> {
+        let output = model.output_rows()?;
+        Ok(match self.nets {
+            HeadNets::Plain(weights) => {
+                Box::new(Medusa::new(weights, self.token_map, &output, n_threads)?)
+            }
+            HeadNets::Conditioned(weights) => Box::new(Conditioned::new(
+                &weights,
+                self.token_map,
+                self.token_counts,
+                &output,
+                model.embedding_rows()?,
+                n_threads,
+            )?),
+        })
     }
 }
 
@@ -113,69 +140,29 @@ fn shards(index: &Path) -> Result<Vec<PathBuf>, HeadsError> {
     Ok(names.into_iter().map(|name| index.with_file_name(name)).collect())
 }
 
-/// A tensor's shape and values.
-type Tensor = (Vec<usize>, Vec<f32>);
-
-/// Tensors of all files, by key.
+/// Tensors of all files, by key: shape and values.
 struct Tensors {
     /// Named in errors.
     file: PathBuf,
-    map: BTreeMap<String, Tensor>,
+    map: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
 }
 
 impl Tensors {
     /// Reads the tensors of one file; of a full model, those of the heads.
     fn read(&mut self, path: &Path) -> Result<(), HeadsError> {
-        let fail = |reason: String| HeadsError::File { path: path.to_owned(), reason };
-        if path.extension() == Some("pt".as_ref()) {
-            return self.read_pickle(path);
-        }
-        let bytes = std::fs::read(path).map_err(|e| fail(e.to_string()))?;
-        let file = SafeTensors::deserialize(&bytes)
-            .map_err(|e| fail(format!("not a whole safetensors file: {e}")))?;
-        let full = file.names().iter().any(|name| name.starts_with(FULL_MODEL));
-        for (name, view) in file.tensors() {
-            let key = if full { name.strip_prefix(FULL_MODEL) } else { Some(name.as_str()) };
-            let Some(key) = key else { continue };
-            let refuse = |reason: String| HeadsError::Tensor {
-                path: path.to_owned(),
-                key: name.clone(),
-                reason,
-            };
-            let values = floats(view.dtype(), view.data()).map_err(refuse)?;
-            self.insert(path, &name, key, view.shape().to_vec(), values)?;
-        }
-        Ok(())
-    }
-
-    /// Reads the tensors of one of PyTorch's files.
-    fn read_pickle(&mut self, path: &Path) -> Result<(), HeadsError> {
-        let tensors = pickle::read(path).map_err(|(key, reason)| match key {
+        let refuse = |(key, reason)| match key {
             Some(key) => HeadsError::Tensor { path: path.to_owned(), key, reason },
             None => HeadsError::File { path: path.to_owned(), reason },
-        })?;
-        tensors
-            .into_iter()
-            .try_for_each(|(name, shape, values)| self.insert(path, &name, &name, shape, values))
-    }
-
-    /// Adds a tensor, which has the name `name` in the file.
-    fn insert(
-        &mut self,
-        path: &Path,
-        name: &str,
-        key: &str,
-        shape: Vec<usize>,
-        values: Vec<f32>,
-    ) -> Result<(), HeadsError> {
-        if let Some(bad) = values.iter().find(|v| !v.is_finite()) {
-            return Err(HeadsError::Tensor {
-                path: path.to_owned(),
-                key: name.to_owned(),
-                reason: format!("holds {bad}"),
-            });
+        };
+        let is_pickle = path.extension() == Some("pt".as_ref());
+        let tensors = if is_pickle { pickle::read(path) } else { read_safetensors(path) };
+        for (name, shape, values) in tensors.map_err(refuse)? {
+            if let Some(bad) = values.iter().find(|v| !v.is_finite()) {
+                return Err(refuse((Some(name), format!("holds {bad}"))));
+            }
+            let key = name.strip_prefix(FULL_MODEL).filter(|_| !is_pickle).unwrap_or(&name);
+            self.map.insert(key.to_owned(), (shape, values));
         }
-        self.map.insert(key.to_owned(), (shape, values));
         Ok(())
     }
 
@@ -353,14 +340,29 @@ impl Tensors {
         let tokens = tokens.ok_or_else(|| {
             self.error(key, format!("holds something else than tokens below {n_vocab}"))
         })?;
-        let mut once = tokens.clone();
-        once.sort_unstable();
-        once.dedup();
-        if once.len() < tokens.len() {
+        let mut seen = HashSet::new();
+        if !tokens.iter().all(|token| seen.insert(token)) {
             return Err(self.error(key, "names a token twice"));
         }
         Ok(Some(tokens))
     }
+}
+
+/// Reads the tensors of a safetensors file; of a full model, those of the heads. Errors are those of
+/// [`pickle::read`].
+fn read_safetensors(path: &Path) -> Result<Vec<pickle::Named>, (Option<String>, String)> {
+    let bytes = std::fs::read(path).map_err(|e| (None, e.to_string()))?;
+    let file = SafeTensors::deserialize(&bytes)
+        .map_err(|e| (None, format!("not a whole safetensors file: {e}")))?;
+    let full = file.names().iter().any(|name| name.starts_with(FULL_MODEL));
+    let tensors = file.tensors().into_iter();
+    let of_heads = tensors.filter(|(name, _)| !full || name.starts_with(FULL_MODEL));
+    of_heads
+        .map(|(name, view)| match floats(view.dtype(), view.data()) {
+            Ok(values) => Ok((name, view.shape().to_vec(), values)),
+            Err(reason) => Err((Some(name), reason)),
+        })
+        .collect()
 }
 
 /// A tensor's bytes as floats. Token ids are exact: vocabularies are far below 2^24.

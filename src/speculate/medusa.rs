@@ -26,9 +26,6 @@ pub struct Medusa {
 
 impl Medusa {
     /// Makes heads ready to compute; those without output matrices share the model's, `output`.
-    ///
-    /// # Errors
-    /// When the matrix cannot be read, or there is no memory.
     pub fn new(
         mut weights: MedusaWeights,
         token_map: Option<Vec<Token>>,
@@ -63,7 +60,6 @@ impl Draft for Medusa {
         calibration: &Calibration,
         trees: &mut [Tree],
     ) {
-        trees.iter_mut().for_each(Tree::clear);
         self.input.clear();
         let wanted: Vec<usize> = (0..origins.len()).filter(|&i| origins[i].max_depth > 0).collect();
         wanted.iter().for_each(|&i| self.input.extend_from_slice(origins[i].hidden));

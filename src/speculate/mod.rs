@@ -1,19 +1,16 @@
 //! Drafting: what may follow, and how much of it to verify. Pure but for the heads' files.
 //!
 //! Each step, every decoding sequence has a root (its last token, chosen but not computed) and the
-//! hidden state of the token before it. Heads, as a [`Draft`], make a [`Tree`] of candidates of
-//! that; [`text`] adds what followed the last tokens' earlier occurrences. [`policy`] cuts the trees
-//! of all sequences to the nodes that pay, by the measured [`cost`] of rows and by how often
-//! candidates of their kind are right, which is counted ([`calibration`] for heads, [`text`] for
-//! its own). The engine computes root and nodes in one pass and walks down each tree by the model's
-//! own choices: what it accepts is what it would have generated anyway, so speculation changes the
-//! pace of a text and never the text.
+//! hidden state of the token before it. Heads, as a [`Draft`], make a [`Tree`] of candidates from
+//! it; [`text`] adds what followed earlier occurrences of the last tokens. [`policy`] cuts all trees
+//! to the nodes that pay, by the measured [`cost`] of rows and by how often such candidates were
+//! right ([`calibration`], [`text`]). The engine computes root and nodes in one pass and walks down
+//! each tree by the model's own choices, so speculation never changes a text.
 
 pub mod calibration;
 pub mod conditioned;
 pub mod cost;
 pub mod device;
-mod drafter;
 mod error;
 pub mod heads;
 pub mod medusa;
@@ -29,7 +26,6 @@ pub mod text;
 pub mod tree;
 
 use calibration::Calibration;
-pub use drafter::drafter;
 pub use speculator::Speculator;
 use text::TextOrigin;
 pub use tree::{Node, Tree};
@@ -59,7 +55,7 @@ pub struct Origin<'a> {
 pub trait Draft {
     /// Most tokens that a path after the root can have.
     fn n_heads(&self) -> usize;
-    /// Fills `trees[i]` with candidates after `origins[i]`, best first, within `worth`.
+    /// Fills `trees[i]`, which is empty, with candidates after `origins[i]`, best first, within `worth`.
     fn draft(
         &mut self,
         origins: &[Origin<'_>],

@@ -4,7 +4,7 @@
 use std::collections::BinaryHeap;
 
 use super::calibration::Calibration;
-use super::tree::Tree;
+use super::tree::{Offer, Tree};
 use crate::llama::Token;
 
 /// A path's last token, proposed by a head that saw the path.
@@ -22,6 +22,23 @@ pub struct Candidate {
     pub q: f32,
     /// Index of its parent's state, computed with the parent's token.
     pub state: usize,
+}
+
+/// Appends what a head proposes after a path, best first: its tokens with its probabilities of them,
+/// of which `estimate` makes estimated ones, given the rank. `path` has what all have in common, and
+/// the path's own `q`.
+pub fn propose(
+    nodes: &mut Vec<Candidate>,
+    path: Candidate,
+    best: impl Iterator<Item = (Token, f32)>,
+    estimate: impl Fn(usize, f32) -> f32,
+) {
+    let mut above = path.q;
+    for (rank, (token, p)) in best.enumerate() {
+        // Calibration may put a sibling above a better one. The minimum keeps the head's order.
+        above = (path.q * estimate(rank, p)).min(above);
+        nodes.push(Candidate { token, p, q: above, ..path });
+    }
 }
 
 /// Fills trees with candidates, best first: a parent comes before its children, as its `q` is not
@@ -53,56 +70,24 @@ pub fn fill(
 ) {
     tree.clear();
     let mut heap = BinaryHeap::new();
-    let offer = |heap: &mut BinaryHeap<Offer>,
-                 parent: Option<usize>,
-                 above: f32,
-                 depth: usize,
-                 rank: usize| {
+    // Offers a token after a path of probability `above`, if its head proposes so many.
+    let offer = |heap: &mut BinaryHeap<_>, parent, above: f32, depth: usize, rank: usize| {
         if let Some(&(token, p)) = levels.get(depth - 1).and_then(|level| level.get(rank)) {
             let q = above * calibration.estimate(depth, rank, p, trust);
-            heap.push(Offer { q, parent, above, depth, rank, token, p });
+            heap.push(Offer { q, parent, rank, of: (above, depth, token, p) });
         }
     };
     offer(&mut heap, None, 1.0, 1, 0);
     while tree.len() < n {
-        let Some(best) = heap.pop() else { return };
+        let Some(Offer { q, parent, rank, of: (above, depth, token, p) }) = heap.pop() else {
+            return;
+        };
         // A calibrated sibling may come out above a better one; the order of the nodes must
         // hold all the same.
-        let q = best.q.min(tree.nodes().last().map_or(1.0, |last| last.q));
-        let node = tree.push(best.parent, best.token, best.p, q);
-        offer(&mut heap, Some(node), q, best.depth + 1, 0);
-        offer(&mut heap, best.parent, best.above, best.depth, best.rank + 1);
-    }
-}
-
-/// A node that could be next.
-#[derive(PartialEq)]
-struct Offer {
-    q: f32,
-    parent: Option<usize>,
-    /// The parent's `q`.
-    above: f32,
-    depth: usize,
-    rank: usize,
-    token: Token,
-    p: f32,
-}
-
-impl Eq for Offer {}
-
-impl Ord for Offer {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        // Among equals the earlier parent and the better rank, so that the same input gives the
-        // same tree.
-        self.q
-            .total_cmp(&other.q)
-            .then_with(|| (other.parent, other.rank).cmp(&(self.parent, self.rank)))
-    }
-}
-
-impl PartialOrd for Offer {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
+        let q = q.min(tree.nodes().last().map_or(1.0, |last| last.q));
+        let node = tree.push(parent, token, p, q);
+        offer(&mut heap, Some(node), q, depth + 1, 0);
+        offer(&mut heap, parent, above, depth, rank + 1);
     }
 }
 

@@ -2,10 +2,9 @@
 //!
 //! With `S` sequences, `c(n)` the seconds of a step of `n` rows and `d` those that drafting took, a
 //! step that verifies a set of candidates gives `S + sum of their q` tokens in `c(rows +
-//! candidates) + d` seconds, and slightly more if the step before had another number of rows. For
-//! each number of candidates the best set is the one with the highest `q`, over all sequences
-//! together, and because a parent's `q` is never below its child's, that set consists of whole
-//! trees. So one sort and one scan find the best step there is.
+//! candidates) + d` seconds, and slightly more after a step of another number of rows. The best `n`
+//! candidates are those with the highest `q` of all sequences; a parent's `q` is never below its
+//! child's, so they form whole trees. One sort and one scan find the best step.
 
 use std::borrow::BorrowMut;
 
@@ -42,20 +41,9 @@ impl Step {
     }
 }
 
-/// The most tokens per second that a step can give where candidates have these `q`.
-#[must_use]
-pub fn best_rate(
-    q: impl Iterator<Item = f32>,
-    step: Step,
-    cost: &Cost,
-    scratch: &mut Vec<f32>,
-) -> f64 {
-    best(q, step, cost, scratch).1
-}
-
-/// How many candidates give the most tokens per second, and how many those are. Leaves `q` in
-/// `sorted`, best first.
-fn best(
+/// How many candidates with these `q` give the most tokens per second, and how many those are.
+/// Leaves `q` in `sorted`, best first.
+pub fn best(
     q: impl Iterator<Item = f32>,
     step: Step,
     cost: &Cost,

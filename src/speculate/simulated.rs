@@ -1,15 +1,12 @@
-//! Acceptance at given rates, to measure what steps cost where no heads are at hand that are worth
-//! something. [`Simulated`] wraps a model from outside and changes the logits after which
-//! candidates follow; drafting, verification and commit know nothing of it. Pure.
+//! Acceptance at given rates, to measure what steps cost without good heads. [`Simulated`] wraps a
+//! model and changes the logits that candidates follow. Pure.
 //!
 //! Rate `h` is the probability that the best candidate at depth `h + 1` is right, given that the
-//! path before it is. Tables of heads' top-1 accuracy are used as such rates: they count a head as
-//! right whatever the heads before it predicted, which is close. No other candidate is ever right,
-//! so a policy that knows the rates ([`Acceptance::calibration`]) verifies chains.
+//! path before it is; heads' top-1 accuracies come close. No other candidate is ever right, so a
+//! policy that knows the rates ([`Acceptance::calibration`]) verifies chains.
 //!
-//! Changed logits are on the host. So where the device chooses tokens, the host chooses for
-//! sequences with candidates: a step then copies their logits to the host, and heads are computed
-//! in a queue of their own. On a GPU simulated speeds are therefore lower bounds.
+//! Changed logits are on the host, so the host chooses for sequences with candidates even where the
+//! device could: on a GPU simulated speeds are lower bounds.
 
 use super::calibration::Calibration;
 use super::device::{Ask, OutputRow};

@@ -5,6 +5,7 @@
 //! the one before. What they propose is in the trees, which the caller keeps.
 
 use std::borrow::BorrowMut;
+use std::iter::successors;
 
 use super::calibration::{self, Calibration, Trusts};
 use super::cost::Cost;
@@ -25,17 +26,22 @@ const LONGEST_REST: f64 = 64.0;
 
 /// The draft side of an engine.
 pub struct Speculator {
-    heads: Option<Box<dyn Draft>>,
-    text: Option<TextDrafts>,
+    /// Drafts from hidden states.
+    pub heads: Option<Box<dyn Draft>>,
+    /// Drafts from the sequences' text.
+    pub text: Option<TextDrafts>,
     /// Most tokens a step may give one sequence, its own choice included; at least 1.
-    max_tokens_per_step: usize,
-    /// Verify this many candidates whatever they cost, for comparison.
-    fixed_nodes: Option<usize>,
+    pub max_tokens_per_step: usize,
+    /// Verify this many candidates for each sequence, whatever they cost: not to serve with, but to
+    /// measure.
+    pub fixed_nodes: Option<usize>,
+    /// How often candidates of heads are right.
+    pub calibration: Calibration,
+    /// Whether candidates were right as often as predicted.
+    pub reliability: Reliability,
     cost: Cost,
     /// Rows of the last step.
     n_before: usize,
-    calibration: Calibration,
-    reliability: Reliability,
     /// Working memory: what heads propose for each origin, and probabilities.
     by_heads: Vec<Tree>,
     predicted: Vec<f32>,
@@ -48,7 +54,8 @@ pub struct Speculator {
 pub struct Drafting<'s> {
     speculator: &'s mut Speculator,
     step: Step,
-    is_due: bool,
+    /// Candidates may pay.
+    pub is_due: bool,
     asks_heads: bool,
 }
 
@@ -72,75 +79,23 @@ struct Rest {
 }
 
 impl Speculator {
-    /// From heads and the measured cost of rows.
+    /// From heads, if there are any, and the measured cost of rows.
     #[must_use]
-    pub fn new(heads: Box<dyn Draft>, max_tokens_per_step: usize, cost: Cost) -> Self {
-        Self { heads: Some(heads), ..Self::without_heads(max_tokens_per_step, cost) }
-    }
-
-    /// From the measured cost of rows: a source of drafts is still to come.
-    #[must_use]
-    pub fn without_heads(max_tokens_per_step: usize, cost: Cost) -> Self {
+    pub fn new(heads: Option<Box<dyn Draft>>, max_tokens_per_step: usize, cost: Cost) -> Self {
         Self {
-            heads: None,
+            heads,
             text: None,
             max_tokens_per_step: max_tokens_per_step.max(1),
             fixed_nodes: None,
-            cost,
-            n_before: 0,
             calibration: Calibration::default(),
             reliability: Reliability::default(),
+            cost,
+            n_before: 0,
             by_heads: Vec::new(),
             predicted: Vec::new(),
             scratch: Vec::new(),
             rest: Rest::default(),
         }
-    }
-
-    /// Drafts from text, too.
-    #[must_use]
-    pub fn with_text(mut self, text: TextDrafts) -> Self {
-        self.text = Some(text);
-        self
-    }
-
-    /// Verifies `n` candidates for each sequence in every step, whatever they cost: not to serve
-    /// with, but to measure.
-    #[must_use]
-    pub fn with_fixed_nodes(mut self, n: usize) -> Self {
-        self.fixed_nodes = Some(n.min(MAX_NODES));
-        self
-    }
-
-    /// Starts from these estimates of how often candidates are right.
-    #[must_use]
-    pub fn with_calibration(mut self, calibration: Calibration) -> Self {
-        self.calibration = calibration;
-        self
-    }
-
-    /// Most tokens a step may give one sequence.
-    #[must_use]
-    pub fn max_tokens_per_step(&self) -> usize {
-        self.max_tokens_per_step
-    }
-
-    /// `true` if drafts are made of hidden states.
-    #[must_use]
-    pub fn has_heads(&self) -> bool {
-        self.heads.is_some()
-    }
-
-    /// `true` if drafts are made of the sequences' text.
-    #[must_use]
-    pub fn has_text(&self) -> bool {
-        self.text.is_some()
-    }
-
-    /// Whether candidates were right as often as predicted.
-    #[must_use]
-    pub fn reliability(&self) -> &Reliability {
-        &self.reliability
     }
 
     /// Begins a step of `n_rows` rows, of which `n_decode` decode.
@@ -175,13 +130,6 @@ impl Speculator {
         }
     }
 
-    /// Records a complete answer, for others of the same tenant to be drafted from.
-    pub fn remember(&mut self, tenant: u32, answer: &[Token]) {
-        if let Some(text) = &mut self.text {
-            text.remember(tenant, answer);
-        }
-    }
-
     /// Learns from the walk down a sequence's tree: the accepted nodes, and the `last` token that
     /// the model chose after them. A verified node holds it only if the request ended with it;
     /// there is none if no client waited for it. `trust` is the sequence's.
@@ -195,7 +143,8 @@ impl Speculator {
         // Candidates that were not worth verifying teach as much as those that were.
         let nodes = tree.proposed();
         if nodes.is_empty() {
-            return trust.fade();
+            trust.heads.fade();
+            return trust.text.fade();
         }
         self.record_verified(tree, accepted, last);
         let factor = trust.heads.factor();
@@ -231,15 +180,9 @@ impl Speculator {
     fn record_verified(&mut self, tree: &Tree, accepted: &[usize], last: Option<Token>) {
         let Some(last) = last else { return };
         let end = tree.child(accepted.last().copied(), last);
-        let is_after_end = |mut at: Option<usize>| loop {
-            match at {
-                Some(i) if Some(i) == end => return true,
-                Some(i) => at = tree.nodes()[i].parent,
-                None => return false,
-            }
-        };
         for (i, node) in tree.nodes().iter().enumerate() {
-            if end.is_none() || !is_after_end(node.parent) {
+            let mut before = successors(node.parent, |&i| tree.nodes()[i].parent);
+            if end.is_none() || before.all(|i| Some(i) != end) {
                 let is_right = accepted.contains(&i) || Some(i) == end;
                 self.reliability.record(node.source(), node.depth, node.q, is_right);
             }
@@ -248,12 +191,6 @@ impl Speculator {
 }
 
 impl<'s> Drafting<'s> {
-    /// `true` if candidates may pay.
-    #[must_use]
-    pub fn is_due(&self) -> bool {
-        self.is_due
-    }
-
     /// Drafts nothing.
     pub fn skip(self) -> Verifying {
         Verifying { is_decode_only: self.step.n_rows == self.step.n_decode }
@@ -268,7 +205,7 @@ impl<'s> Drafting<'s> {
         let Step { n_rows, n_decode, .. } = self.step;
         let s = &mut *self.speculator;
         let worth = match s.fixed_nodes {
-            Some(n_nodes) => Worth { n_nodes, token_s: f64::MAX.sqrt(), row_s: 0.0 },
+            Some(n) => Worth { n_nodes: n.min(MAX_NODES), token_s: f64::MAX.sqrt(), row_s: 0.0 },
             None => s.worth(n_rows, n_decode),
         };
         self.asks_heads &= origins.iter().any(|o| o.max_depth > 0);
@@ -319,7 +256,7 @@ impl Drafted<'_> {
         let without = Step { draft_s: 0.0, n_before: step.n_rows, ..step };
         let by_text = trees.iter().flat_map(|tree| tree.borrow().nodes());
         let by_text = by_text.filter(|n| n.text.is_some()).map(|n| n.q);
-        let without = policy::best_rate(by_text, without, &s.cost, &mut s.scratch);
+        let without = policy::best(by_text, without, &s.cost, &mut s.scratch).1;
         let n = policy::choose(trees, step, &s.cost, &mut s.scratch);
         if asks_heads {
             let nodes = trees.iter().flat_map(|tree| tree.borrow().nodes());
@@ -377,11 +314,16 @@ mod tests {
         }
     }
 
+    /// Heads that propose `p`, where 64 rows cost `most`.
+    fn speculator(p: f32, most: f64) -> Speculator {
+        Speculator::new(Some(Box::new(Sure(p))), 2, Cost::from_points(&[(1, 1.0), (64, most)]))
+    }
+
     /// One step of one sequence; returns how many candidates were verified, or `None` without a
     /// draft.
     fn step(speculator: &mut Speculator, model: Token) -> Option<usize> {
         let drafting = speculator.begin(1, 1);
-        if !drafting.is_due() {
+        if !drafting.is_due {
             let _ = drafting.skip();
             return None;
         }
@@ -404,8 +346,7 @@ mod tests {
 
     #[test]
     fn drafts_that_lose_become_rare_and_come_back_when_they_pay() {
-        let mut speculator =
-            Speculator::new(Box::new(Sure(0.6)), 2, Cost::from_points(&[(1, 1.0), (64, 20.0)]));
+        let mut speculator = speculator(0.6, 20.0);
         let mut drafts =
             |model: i32| (0..400).filter(|_| step(&mut speculator, Token(model)).is_some()).count();
         assert_eq!(drafts(1), 400, "right and cheap");
@@ -418,16 +359,14 @@ mod tests {
 
     #[test]
     fn what_was_not_verified_teaches_too() {
-        let mut speculator =
-            Speculator::new(Box::new(Sure(0.3)), 2, Cost::from_points(&[(1, 1.0), (64, 30.0)]));
+        let mut speculator = speculator(0.3, 30.0);
         let n: usize = (0..400).filter_map(|_| step(&mut speculator, Token(1))).sum();
         assert!(n > 100, "the head said 0.3, but is always right: {n}");
     }
 
     #[test]
     fn a_row_as_expensive_as_a_token_is_never_drafted_for() {
-        let mut speculator =
-            Speculator::new(Box::new(Sure(0.99)), 2, Cost::from_points(&[(1, 1.0), (64, 64.0)]));
+        let mut speculator = speculator(0.99, 64.0);
         assert!((0..100).all(|_| step(&mut speculator, Token(1)).is_none()));
     }
 }

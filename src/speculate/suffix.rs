@@ -1,10 +1,9 @@
-//! An index of a text's tokens: where the last ones stood before, and what followed there. Pure.
+//! An index of a text's tokens: where the last ones occurred before, and what followed there. Pure.
 //!
-//! The last tokens of a text are looked up by their hash, in chains that lead from the newest place
-//! to older ones, as compressors do; each place is then compared token by token, so a collision
-//! costs time and nothing else. A token takes constant time to add: one entry a chain. A lookup
-//! takes at most [`MAX_PLACES`] comparisons of at most [`MAX_MATCH`] tokens a chain. The text is a
-//! ring: the memory is fixed, and the oldest tokens are forgotten.
+//! The last tokens are looked up by their hash, in chains from the newest place to older ones, as in
+//! compressors, and compared token by token. Adding a token takes one entry a chain; a lookup at most
+//! [`MAX_PLACES`] comparisons of at most [`MAX_MATCH`] tokens a chain. The text is a ring of fixed
+//! size: the oldest tokens are forgotten.
 
 use crate::llama::Token;
 

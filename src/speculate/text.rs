@@ -1,13 +1,13 @@
-//! Drafts from text: what followed where the last tokens stood before, in the sequence's own text
-//! and in recent answers. How often such matches are right is counted, by their length and by how
-//! far they agree. With the heads' candidates they become one tree, in which equal paths share
-//! nodes. Pure.
+//! Drafts from text: what followed earlier occurrences of the last tokens, in the sequence's own text
+//! and in recent answers. How often such matches are right is counted by length and agreement. They
+//! share one tree with the heads' candidates. Pure.
 
 use std::collections::BinaryHeap;
+use std::iter::successors;
 
 use super::calibration::{Bin, HIGHEST, Trust};
 use super::suffix::{Match, Suffixes};
-use super::tree::{Evidence, Node, Tree};
+use super::tree::{Evidence, Node, Offer, Tree};
 use crate::llama::Token;
 
 /// Different tokens that one text proposes after a path.
@@ -78,14 +78,12 @@ pub struct TextDrafts {
     found: Vec<Match>,
     guesses: Vec<Guess>,
     path: Vec<Token>,
-    open: BinaryHeap<Open>,
+    open: BinaryHeap<Offer<Open>>,
 }
 
 /// A node that could be next.
 #[derive(Clone, Copy, Debug)]
 struct Open {
-    q: f32,
-    parent: Option<usize>,
     token: Token,
     p: f32,
     text: Option<Evidence>,
@@ -95,16 +93,10 @@ struct Open {
 
 impl TextDrafts {
     /// Drafts from each sequence's own text, and from the last `n_shared` tokens of all answers; 0
-    /// for none of them.
+    /// for none of them. One tenant's answers are never drafted for another: each has a part of the
+    /// tokens.
     #[must_use]
-    pub fn new(n_shared: usize) -> Self {
-        Self::for_tenants(1, n_shared)
-    }
-
-    /// As [`new`](Self::new), but one tenant's answers are never drafted for another: each has
-    /// a part of the tokens.
-    #[must_use]
-    pub fn for_tenants(n_tenants: usize, n_shared: usize) -> Self {
+    pub fn new(n_tenants: usize, n_shared: usize) -> Self {
         let shared = if n_shared > 0 { n_tenants } else { 0 };
         Self {
             shared: (0..shared).map(|_| Suffixes::new(n_shared / n_tenants)).collect(),
@@ -148,10 +140,10 @@ impl TextDrafts {
         self.open.clear();
         self.offer(origin, heads, Some(None), None, tree);
         while tree.len() < n_nodes {
-            let Some(best) = self.open.pop() else { return };
-            let node = tree.push_with(best.parent, best.token, best.p, best.text, best.q);
+            let Some(Offer { q, parent, of: best, .. }) = self.open.pop() else { return };
+            let node = tree.push_with(parent, best.token, best.p, best.text, q);
             let depth = tree.nodes()[node].depth;
-            let by_text = depth < origin.max_depth && best.q >= WORTH_A_LOOK * pays;
+            let by_text = depth < origin.max_depth && q >= WORTH_A_LOOK * pays;
             if by_text || best.head.is_some() {
                 let origin =
                     TextOrigin { max_depth: if by_text { origin.max_depth } else { 0 }, ..*origin };
@@ -185,31 +177,30 @@ impl TextDrafts {
         };
         let asked = proposed().next().is_some();
 
+        let open = &mut self.open;
+        let mut push = |q: f32, of: Open| {
+            open.push(Offer { q: above * q, parent: at, rank: of.token.0 as usize, of });
+        };
         // What text says of its tokens moves what is left for the others.
         let (mut by_text, mut by_heads) = (0.0, 0.0);
         for i in 0..self.guesses.len() {
             let Guess { token, evidence, t } = self.guesses[i];
             let same = proposed().find(|(_, n, _)| n.token == token);
             let h = same.map(|(_, _, h)| h);
-            let q = if asked { self.join(h, t) } else { t };
+            let (bin, prior) = both(h, t);
+            let joined = (prior * self.both[bin.0][bin.1].ratio(1.0)).clamp(0.0, HIGHEST);
+            let q = if asked { joined } else { t };
             by_text += q;
             by_heads += h.unwrap_or(0.0);
             self.guesses[i].t = q;
             let (p, head) = same.map_or((0.0, None), |(i, n, _)| (n.p, Some(i)));
-            self.open.push(Open { q: above * q, parent: at, token, p, text: Some(evidence), head });
+            push(q, Open { token, p, text: Some(evidence), head });
         }
         let rest = ((1.0 - by_text) / (1.0 - by_heads).max(f32::EPSILON)).clamp(0.0, 1.0);
         for (i, n, h) in
             proposed().filter(|(_, n, _)| self.guesses.iter().all(|g| g.token != n.token))
         {
-            self.open.push(Open {
-                q: above * h * rest,
-                parent: at,
-                token: n.token,
-                p: n.p,
-                text: None,
-                head: Some(i),
-            });
+            push(h * rest, Open { token: n.token, p: n.p, text: None, head: Some(i) });
         }
     }
 
@@ -241,12 +232,6 @@ impl TextDrafts {
     /// How often tokens with such evidence are right.
     fn rate(&self, evidence: Evidence) -> f32 {
         evidence.prior() * self.rates[usize::from(evidence.0)].ratio(1.0)
-    }
-
-    /// Probability of a token of which heads say `h`, if they propose it, and text says `t`.
-    fn join(&self, h: Option<f32>, t: f32) -> f32 {
-        let (bin, prior) = both(h, t);
-        (prior * self.both[bin.0][bin.1].ratio(1.0)).clamp(0.0, HIGHEST)
     }
 
     /// Records what became of a place whose candidates were `children`: `token` was chosen. `h` is
@@ -334,36 +319,8 @@ fn path_to(text: &[Token], tree: &Tree, at: Option<usize>, path: &mut Vec<Token>
     path.clear();
     path.extend_from_slice(&text[text.len().saturating_sub(super::suffix::MAX_MATCH)..]);
     let from = path.len();
-    let mut next = at;
-    while let Some(i) = next {
-        path.push(tree.nodes()[i].token);
-        next = tree.nodes()[i].parent;
-    }
+    path.extend(successors(at, |&i| tree.nodes()[i].parent).map(|i| tree.nodes()[i].token));
     path[from..].reverse();
-}
-
-impl PartialEq for Open {
-    fn eq(&self, other: &Self) -> bool {
-        self.cmp(other).is_eq()
-    }
-}
-
-impl Eq for Open {}
-
-impl Ord for Open {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        // Among equals the earlier parent and the lower token, so that the same input gives the
-        // same tree.
-        self.q
-            .total_cmp(&other.q)
-            .then_with(|| (other.parent, other.token.0).cmp(&(self.parent, self.token.0)))
-    }
-}
-
-impl PartialOrd for Open {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
 }
 
 #[cfg(test)]
@@ -416,7 +373,7 @@ mod tests {
     #[test]
     fn what_followed_before_is_proposed_as_a_path() {
         let text = Text::new("abcdefghi, abcdef");
-        let tree = grown(&mut TextDrafts::new(0), &text.origin(5), &Tree::default());
+        let tree = grown(&mut TextDrafts::new(1, 0), &text.origin(5), &Tree::default());
         let found = paths(&tree);
         assert_eq!(
             found.iter().map(|p| p.0.as_str()).collect::<Vec<_>>(),
@@ -426,7 +383,7 @@ mod tests {
             found.is_sorted_by(|a, b| a.1 >= b.1) && (found[0].1 - PRIOR[4]).abs() < 1e-6,
             "{found:?}"
         );
-        assert!(grown(&mut TextDrafts::new(0), &text.origin(0), &Tree::default()).is_empty());
+        assert!(grown(&mut TextDrafts::new(1, 0), &text.origin(0), &Tree::default()).is_empty());
     }
 
     #[test]
@@ -436,7 +393,7 @@ mod tests {
         let same = heads.push(None, Token(i32::from(b'o')), 0.4, 0.4);
         heads.push(None, Token(i32::from(b'a')), 0.3, 0.3);
         heads.push(Some(same), Token(i32::from(b'!')), 0.5, 0.2);
-        let mut drafts = TextDrafts::new(0);
+        let mut drafts = TextDrafts::new(1, 0);
         let tree = grown(&mut drafts, &text.origin(3), &heads);
         let q: std::collections::HashMap<String, f32> = paths(&tree).into_iter().collect();
         assert_eq!(q.len(), tree.len(), "each path once: {q:?}");
@@ -457,7 +414,7 @@ mod tests {
     #[test]
     fn matches_are_believed_as_far_as_they_were_right() {
         let text = Text::new("one two three. one tw");
-        let mut drafts = TextDrafts::new(0);
+        let mut drafts = TextDrafts::new(1, 0);
         let first =
             |drafts: &mut TextDrafts| grown(drafts, &text.origin(1), &Tree::default()).nodes()[0];
         let before = first(&mut drafts).q;
@@ -474,13 +431,13 @@ mod tests {
     #[test]
     fn other_answers_are_drafted_from_only_where_that_is_wanted() {
         let text = Text::new("what is the cap");
-        let mut drafts = TextDrafts::new(64);
+        let mut drafts = TextDrafts::new(1, 64);
         drafts.remember(0, &tokens("it is the capital of"));
         let shared = grown(&mut drafts, &text.origin(4), &Tree::default());
         assert!(paths(&shared).iter().any(|p| p.0 == "ital"), "{shared:?}");
         let own = TextOrigin { shared: None, ..text.origin(4) };
         assert!(grown(&mut drafts, &own, &Tree::default()).is_empty());
-        assert!(grown(&mut TextDrafts::new(0), &text.origin(4), &Tree::default()).is_empty());
+        assert!(grown(&mut TextDrafts::new(1, 0), &text.origin(4), &Tree::default()).is_empty());
     }
 
     #[test]

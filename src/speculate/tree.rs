@@ -4,6 +4,8 @@
 //! runs through them. A parent's `q` is never below its child's and it comes first, so every prefix
 //! of the nodes is a tree too: what `policy` leaves out is always the tail.
 
+use std::iter::successors;
+
 use crate::llama::Token;
 use crate::request::Source;
 
@@ -42,6 +44,38 @@ impl Node {
     }
 }
 
+/// A node that could be a tree's next. The largest has the highest `q`, and among equals the earlier
+/// parent and the lower rank, so that the same input gives the same tree.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Offer<T> {
+    pub q: f32,
+    pub parent: Option<usize>,
+    pub rank: usize,
+    pub of: T,
+}
+
+impl<T> PartialEq for Offer<T> {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other).is_eq()
+    }
+}
+
+impl<T> Eq for Offer<T> {}
+
+impl<T> Ord for Offer<T> {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.q
+            .total_cmp(&other.q)
+            .then_with(|| (other.parent, other.rank).cmp(&(self.parent, self.rank)))
+    }
+}
+
+impl<T> PartialOrd for Offer<T> {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
 /// For each node of a tree the leaves below it. Keeps its memory from tree to tree.
 #[derive(Clone, Debug, Default)]
 pub struct Below {
@@ -50,13 +84,6 @@ pub struct Below {
 }
 
 impl Below {
-    fn reset(&mut self, n: usize) {
-        self.lists.iter_mut().for_each(Vec::clear);
-        self.lists.resize_with(n.max(self.lists.len()), Vec::new);
-        self.is_inner.clear();
-        self.is_inner.resize(n, false);
-    }
-
     /// By node.
     #[must_use]
     pub fn lists(&self) -> &[Vec<usize>] {
@@ -129,10 +156,7 @@ impl Tree {
         self.n_verified = n;
     }
 
-    /// Adds a node that a head proposes after all others.
-    ///
-    /// # Panics
-    /// As [`push_with`](Self::push_with).
+    /// Adds a node that a head proposes after all others; panics as [`push_with`](Self::push_with).
     pub fn push(&mut self, parent: Option<usize>, token: Token, p: f32, q: f32) -> usize {
         self.push_with(parent, token, p, None, q)
     }
@@ -170,7 +194,10 @@ impl Tree {
     /// each node which are below it (itself if it is one), in ascending order.
     pub fn leaves_below(&self, below: &mut Below) -> usize {
         let nodes = self.nodes();
-        below.reset(nodes.len());
+        below.lists.iter_mut().for_each(Vec::clear);
+        below.lists.resize_with(nodes.len().max(below.lists.len()), Vec::new);
+        below.is_inner.clear();
+        below.is_inner.resize(nodes.len(), false);
         nodes.iter().filter_map(|n| n.parent).for_each(|i| below.is_inner[i] = true);
         let mut first = None;
         for (i, node) in nodes.iter().enumerate() {
@@ -178,17 +205,13 @@ impl Tree {
                 first = Some(i); // children come after their parents, the best one first
             }
         }
-        let others = 0..nodes.len();
         let mut n_leaves = 0;
-        for leaf in first.into_iter().chain(others) {
+        for leaf in first.into_iter().chain(0..nodes.len()) {
             if below.is_inner[leaf] || (n_leaves > 0 && Some(leaf) == first) {
                 continue;
             }
-            let mut at = Some(leaf);
-            while let Some(i) = at {
-                below.lists[i].push(n_leaves);
-                at = nodes[i].parent;
-            }
+            successors(Some(leaf), |&i| nodes[i].parent)
+                .for_each(|i| below.lists[i].push(n_leaves));
             n_leaves += 1;
         }
         n_leaves

@@ -215,7 +215,7 @@ fn metadata(shape: &ModelShape, quantization: Quantization) -> Vec<(&'static str
     let mut meta = vec![
         ("general.architecture", Meta::Text("llama".into())),
         ("general.name", Meta::Text(format!("random weights like {}", shape.name))),
-        ("general.file_type", Meta::Number(quantization.file_type())),
+        ("general.file_type", Meta::Number(quantization.file_type)),
         ("general.quantization_version", number(2)),
         ("llama.vocab_size", number(shape.n_vocab)),
         ("llama.context_length", number(shape.n_ctx)),

@@ -4,7 +4,7 @@
 //! path's newest token, head `h` has `z' = z + V SiLU(W z + U e + b)`, and its logits are `Out z'`.
 //! So a path's state depends on all of its tokens.
 
-use crate::llama::ggml::{Graph, Quantized, Store, Weight};
+use crate::llama::ggml::{Graph, Op, Quantized, Store, Weight};
 use crate::matrix::Matrix;
 use crate::speculate::error::HeadsError;
 
@@ -115,14 +115,14 @@ impl ConditionedNet {
             return Err(HeadsError::Shape(format!("there is no head {step} with cut {cut}")));
         };
         let mut graph = Graph::default();
-        let [z, e] = [states, embeddings].map(|rows| graph.input(rows, self.n_embd));
-        let [wz, ue] = [graph.product(w, z), graph.product(u, e)];
-        let sum = graph.add(wz, ue);
-        let inner = graph.add_vector(sum, b);
-        let active = graph.silu(inner);
-        let change = graph.product(v, active);
-        let z = graph.add(z, change);
-        let logits = graph.product(output, z);
+        let [z, e] = [states, embeddings].map(|rows| graph.push(Op::Input(rows, self.n_embd)));
+        let [wz, ue] = [(w, z), (u, e)].map(|(w, x)| graph.push(Op::Product(w, x)));
+        let sum = graph.push(Op::Add(wz, ue));
+        let inner = graph.push(Op::AddVector(sum, b));
+        let active = graph.push(Op::Silu(inner));
+        let change = graph.push(Op::Product(v, active));
+        let z = graph.push(Op::Add(z, change));
+        let logits = graph.push(Op::Product(output, z));
         self.store.compute(&graph, &[z, logits], &mut self.results)?;
         Ok(self.results.split_at(states.len()))
     }
@@ -130,12 +130,8 @@ impl ConditionedNet {
 
 #[cfg(test)]
 mod tests {
-    use super::super::medusa::tests::{on_grid, random};
+    use super::super::medusa::tests::{assert_close, on_grid, product, random};
     use super::*;
-
-    fn product(m: &Matrix, x: &[f32]) -> Vec<f32> {
-        m.values.chunks(m.n_in).map(|row| row.iter().zip(x).map(|(a, b)| a * b).sum()).collect()
-    }
 
     /// The formula in plain Rust.
     fn twin(s: &ConditionedHead, output: &Matrix, z: &[f32], e: &[f32]) -> (Vec<f32>, Vec<f32>) {
@@ -170,15 +166,9 @@ mod tests {
                 let (states, logits) = net.forward(i, whole, &z, &e).unwrap();
                 let want: Vec<_> =
                     z.chunks(d).zip(e.chunks(d)).map(|(z, e)| twin(step, &output, z, e)).collect();
-                for (got, want) in [
-                    (states, want.iter().flat_map(|w| &w.0).copied().collect::<Vec<_>>()),
-                    (logits, want.iter().flat_map(|w| &w.1).copied().collect()),
-                ] {
-                    assert_eq!(got.len(), want.len());
-                    let size = (want.iter().map(|v| v * v).sum::<f32>() / want.len() as f32).sqrt();
-                    let far = got.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-                    assert!(far < 0.05 * size, "{d} {width}: {far} of {size}");
-                }
+                let (want_states, want_logits): (Vec<_>, Vec<_>) = want.into_iter().unzip();
+                assert_close(states, &want_states.concat(), &format!("states {d} {width}"));
+                assert_close(logits, &want_logits.concat(), &format!("logits {d} {width}"));
             }
             // A cut gives the first of the same logits.
             let all = net.forward(1, whole, &z, &e).unwrap().1.to_vec();

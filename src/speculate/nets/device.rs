@@ -133,13 +133,15 @@ impl DeviceWeights {
 impl Scratch {
     /// Allocates for the largest step.
     pub fn new(device: &Rc<dyn Device>, nets: &DeviceNets) -> Result<Self, GpuError> {
-        let (n, width) = (nets.most_rows(), nets.width());
+        let n = nets.most_rows();
+        let (n_steps, width) = match &nets.weights {
+            DeviceWeights::Medusa { blocks, .. } => (blocks.len(), 0),
+            DeviceWeights::Conditioned { steps, .. } => (steps.len(), steps[0].b.len()),
+        };
         let floats = |len: usize| Buffer::zeros(device, len);
         let path = |_| Ok((Buffer::zeros(device, MOST_PATHS)?, Buffer::zeros(device, MOST_PATHS)?));
         Ok(Self {
-            states: (0..nets.n_steps())
-                .map(|_| floats(n * nets.n_embd))
-                .collect::<Result<_, _>>()?,
+            states: (0..n_steps).map(|_| floats(n * nets.n_embd)).collect::<Result<_, _>>()?,
             inner: floats(n * width)?,
             logits: floats(n * nets.n_draft_vocab)?,
             paths: (0..nets.n_heads).map(path).collect::<Result<_, GpuError>>()?,
@@ -175,8 +177,8 @@ impl DeviceNets {
         k: usize,
     ) -> Result<Self, GpuError> {
         let (n_heads, n_draft_vocab) = match &weights {
-            DeviceWeights::Medusa { blocks, outputs } => (blocks[0].0.n_nets(), outputs.n_out()),
-            DeviceWeights::Conditioned { steps, output, .. } => (steps.len(), output.n_out()),
+            DeviceWeights::Medusa { blocks, outputs } => (blocks[0].0.n_nets, outputs.n_out),
+            DeviceWeights::Conditioned { steps, output, .. } => (steps.len(), output.n_out),
         };
         let map = token_map.map(|map| map.iter().map(|t| t.0).collect::<Vec<_>>());
         let token_map = map.map(|map| Buffer::from_host(device, &map)).transpose()?;
@@ -189,22 +191,6 @@ impl DeviceNets {
         match self.weights {
             DeviceWeights::Medusa { .. } => MOST_SEQUENCES * self.n_heads,
             DeviceWeights::Conditioned { .. } => MOST_PATHS.max(MOST_SEQUENCES),
-        }
-    }
-
-    /// Width of a conditioned head's hidden layer.
-    fn width(&self) -> usize {
-        match &self.weights {
-            DeviceWeights::Medusa { .. } => 0,
-            DeviceWeights::Conditioned { steps, .. } => steps[0].b.len(),
-        }
-    }
-
-    /// Number of buffers for states: one after each block, or head.
-    fn n_steps(&self) -> usize {
-        match &self.weights {
-            DeviceWeights::Medusa { blocks, .. } => blocks.len(),
-            DeviceWeights::Conditioned { steps, .. } => steps.len(),
         }
     }
 
@@ -272,7 +258,7 @@ impl DeviceNets {
             kernels::product(device, weights, input, to[0].slice_mut())?;
         }
         // One matrix for all heads: one product over the rows of all.
-        let by_net = outputs.n_nets() > 1;
+        let by_net = outputs.n_nets > 1;
         let states =
             scratch.states.last().expect("heads have blocks").slice().first(n_all * self.n_embd);
         let input = Input {
@@ -443,10 +429,4 @@ pub struct PathOffer {
     pub token: Token,
     /// Best first.
     pub best: Vec<Offered>,
-}
-
-impl Default for Drafted {
-    fn default() -> Self {
-        Self::Levels(vec![])
-    }
 }

@@ -1,6 +1,6 @@
 //! The network of Medusa heads: residual blocks and an output matrix.
 
-use crate::llama::ggml::{Graph, Node, Quantized, Store, Weight};
+use crate::llama::ggml::{Graph, Node, Op, Quantized, Store, Weight};
 use crate::matrix::Matrix;
 use crate::speculate::error::HeadsError;
 
@@ -83,22 +83,29 @@ impl MedusaNet {
     /// [`HeadsError::Llama`] for a part of a row, or without memory.
     pub fn forward(&mut self, input: &[f32]) -> Result<&[f32], HeadsError> {
         let mut graph = Graph::default();
-        let x = graph.input(input, self.n_embd);
+        let x = graph.push(Op::Input(input, self.n_embd));
         let mut states: Vec<Node> = vec![];
         for blocks in &self.blocks {
             states.push(blocks.iter().fold(x, |state, &(weight, bias)| {
-                let product = graph.product(weight, state);
-                let inner = bias.map_or(product, |bias| graph.add_vector(product, bias));
-                let active = graph.silu(inner);
-                graph.add(state, active)
+                let product = graph.push(Op::Product(weight, state));
+                let inner = bias.map_or(product, |b| graph.push(Op::AddVector(product, b)));
+                let active = graph.push(Op::Silu(inner));
+                graph.push(Op::Add(state, active))
             }));
         }
         if self.outputs.len() == 1 {
             // One matrix for all heads: one product over the rows of all.
-            states = states.into_iter().reduce(|all, s| graph.concat(all, s)).into_iter().collect();
+            states = states
+                .into_iter()
+                .reduce(|all, s| graph.push(Op::Concat(all, s)))
+                .into_iter()
+                .collect();
         }
-        let logits: Vec<Node> =
-            states.iter().zip(&self.outputs).map(|(&s, &o)| graph.product(o, s)).collect();
+        let logits: Vec<Node> = states
+            .iter()
+            .zip(&self.outputs)
+            .map(|(&s, &o)| graph.push(Op::Product(o, s)))
+            .collect();
         self.store.compute(&graph, &logits, &mut self.results)?;
         Ok(&self.results)
     }
@@ -108,11 +115,20 @@ impl MedusaNet {
 pub(super) mod tests {
     use super::*;
 
+    pub(in crate::speculate::nets) fn product(m: &Matrix, x: &[f32]) -> Vec<f32> {
+        m.values.chunks(m.n_in).map(|row| row.iter().zip(x).map(|(a, b)| a * b).sum()).collect()
+    }
+
+    /// Asserts that quantized weights gave about these values.
+    pub(in crate::speculate::nets) fn assert_close(got: &[f32], want: &[f32], what: &str) {
+        assert_eq!(got.len(), want.len());
+        let size = (want.iter().map(|v| v * v).sum::<f32>() / want.len() as f32).sqrt();
+        let far = got.iter().zip(want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(far < 0.05 * size, "{what}: {far} of {size}");
+    }
+
     /// The formula in plain Rust.
     fn twin(w: &MedusaWeights, x: &[f32]) -> Vec<f32> {
-        let product = |m: &Matrix, x: &[f32]| -> Vec<f32> {
-            m.values.chunks(m.n_in).map(|row| row.iter().zip(x).map(|(a, b)| a * b).sum()).collect()
-        };
         let mut out = vec![];
         for (i, blocks) in w.blocks.iter().enumerate() {
             for row in x.chunks(w.n_embd) {
@@ -184,10 +200,7 @@ pub(super) mod tests {
             for n_rows in [n_rows, n_rows + 1, n_rows + 3] {
                 let x = random(n_rows * n_embd, 5, 4.0);
                 let (got, want) = (net.forward(&x).unwrap().to_vec(), twin(&w, &x));
-                assert_eq!(got.len(), want.len());
-                let size = (want.iter().map(|v| v * v).sum::<f32>() / want.len() as f32).sqrt();
-                let far = got.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-                assert!(far < 0.05 * size, "{n_embd} {n_out} {n_nets} {n_rows}: {far} of {size}");
+                assert_close(&got, &want, &format!("{n_embd} {n_out} {n_nets} {n_rows}"));
                 // A row does not depend on the rows beside it.
                 for row in (0..n_rows).take(40) {
                     let alone = net.forward(&x[row * n_embd..][..n_embd]).unwrap();
