@@ -8,7 +8,7 @@ use std::path::Path;
 
 use serde_json::{Map, json};
 
-use super::ModelShape;
+use super::shape::ModelShape;
 use super::values::Values;
 use super::vocab::N_SPECIAL;
 use super::weights::{Fill, TensorSpec};

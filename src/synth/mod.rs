@@ -12,6 +12,7 @@
 //! The same arguments give the same bytes.
 
 pub mod heads;
+mod shape;
 mod values;
 mod vocab;
 mod weights;
@@ -23,85 +24,9 @@ use std::path::Path;
 
 use crate::files::{FileError, with_suffix, write_whole};
 use crate::llama::{self, ALIGNMENT, LlamaError, Meta, Quantization, TensorInfo, TensorType};
+pub use shape::ModelShape;
 use values::Values;
 use weights::TensorSpec;
-
-/// Sizes of a model of the llama architecture.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct ModelShape {
-    /// Its name in `--like`.
-    pub name: &'static str,
-    /// Layers.
-    pub n_layer: usize,
-    /// Width of the hidden state.
-    pub n_embd: usize,
-    /// Width of the feed-forward network.
-    pub n_ff: usize,
-    /// Attention heads.
-    pub n_head: usize,
-    /// Attention heads with keys and values of their own.
-    pub n_head_kv: usize,
-    /// Tokens of the vocabulary.
-    pub n_vocab: usize,
-    /// Longest context, in tokens.
-    pub n_ctx: usize,
-    /// Base of the rotary positions' frequencies.
-    pub rope_base: f32,
-    /// Input embeddings serve as the output matrix.
-    pub tied: bool,
-}
-
-/// The sizes of published models, and a model of less than a megabyte for tests.
-const SHAPES: [ModelShape; 4] = [
-    ModelShape {
-        name: "vicuna-7b",
-        n_layer: 32,
-        n_embd: 4096,
-        n_ff: 11_008,
-        n_head: 32,
-        n_head_kv: 32,
-        n_vocab: 32_000,
-        n_ctx: 4096,
-        rope_base: 10_000.0,
-        tied: false,
-    },
-    ModelShape {
-        name: "llama-3-8b",
-        n_layer: 32,
-        n_embd: 4096,
-        n_ff: 14_336,
-        n_head: 32,
-        n_head_kv: 8,
-        n_vocab: 128_256,
-        n_ctx: 8192,
-        rope_base: 500_000.0,
-        tied: false,
-    },
-    ModelShape {
-        name: "smollm2-135m",
-        n_layer: 30,
-        n_embd: 576,
-        n_ff: 1536,
-        n_head: 9,
-        n_head_kv: 3,
-        n_vocab: 49_152,
-        n_ctx: 8192,
-        rope_base: 100_000.0,
-        tied: true,
-    },
-    ModelShape {
-        name: "tiny",
-        n_layer: 2,
-        n_embd: 64,
-        n_ff: 128,
-        n_head: 4,
-        n_head_kv: 2,
-        n_vocab: 512,
-        n_ctx: 2048,
-        rope_base: 10_000.0,
-        tied: false,
-    },
-];
 
 /// Why a file could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -112,19 +37,6 @@ pub enum SynthError {
     /// ggml or llama.cpp rejected it.
     #[error("{0}")]
     Llama(#[from] LlamaError),
-}
-
-impl ModelShape {
-    /// The shape of this name.
-    #[must_use]
-    pub fn by_name(name: &str) -> Option<Self> {
-        SHAPES.into_iter().find(|s| s.name == name)
-    }
-
-    /// All names.
-    pub fn names() -> impl Iterator<Item = &'static str> {
-        SHAPES.iter().map(|s| s.name)
-    }
 }
 
 /// Writes a model to a GGUF file, which appears under its name when it is whole. `progress` gets

@@ -5,7 +5,7 @@
 //! together add about as much as one. The output matrix makes logits with a deviation of
 //! [`LOGIT_DEVIATION`], which leaves many tokens a chance and makes a few of them likely.
 
-use super::ModelShape;
+use super::shape::ModelShape;
 use super::vocab::N_SPECIAL;
 
 /// Deviation of logits.

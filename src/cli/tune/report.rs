@@ -112,7 +112,11 @@ impl TuneReport {
             )
         };
         line("", "", "", "", ["", ""], "  ms of a step by its rows")?;
-        let rows: String = super::ROWS.iter().map(|rows| format!("{rows:>8}")).collect();
+        let rows: String = self.candidates[0].by_threads[0]
+            .steps
+            .iter()
+            .map(|s| format!("{:>8}", s.rows))
+            .collect();
         let together = format!("{TOGETHER} sequences, tokens/s");
         line(
             "candidate",

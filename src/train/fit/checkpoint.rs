@@ -6,9 +6,28 @@ use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 
 use crate::files::FileError;
-use crate::train::fit::shards::Shards;
-use crate::train::fit::{Epoch, FitParams};
+use crate::train::fit::evaluate::HeadScore;
 use crate::train::{le_bytes, write_tensors};
+
+/// The results of an epoch.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Epoch {
+    /// Mean loss of each tenth of the epoch.
+    pub train_loss: Vec<f32>,
+    /// Each head's accuracy on held-out rows.
+    pub held: Vec<HeadScore>,
+}
+
+impl Epoch {
+    /// The heads' mean losses, weighted as in training.
+    pub(super) fn held_loss(&self, decay: f32) -> f64 {
+        self.held
+            .iter()
+            .enumerate()
+            .map(|(h, score)| f64::from(decay).powi(h as i32) * score.mean_loss())
+            .sum()
+    }
+}
 
 /// The state of a run.
 #[derive(Debug)]
@@ -35,12 +54,6 @@ struct Position {
     step: usize,
     losses: Vec<f32>,
     history: Vec<Epoch>,
-}
-
-/// Names parameters and data: a run resumes only from a checkpoint of the same identity.
-pub fn identity(params: &FitParams, train: &Shards, held: &Shards) -> String {
-    let files: Vec<_> = train.files().chain(held.files()).collect();
-    serde_json::to_string(&(params, files)).expect("numbers and names have a JSON form")
 }
 
 impl FitState {

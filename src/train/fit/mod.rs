@@ -22,6 +22,7 @@ use crate::train::fit::evaluate::{HeadScore, evaluate};
 use crate::train::fit::loss::{Classes, Targets};
 use crate::train::fit::net::{FitNet, NetShape};
 use crate::train::fit::shards::{ModelMatrices, Shard, Shards};
+pub use checkpoint::Epoch;
 use checkpoint::FitState;
 use lanes::AdamStep;
 
@@ -61,26 +62,6 @@ pub struct Progress {
     pub n_rows: usize,
     /// Mean loss of the last minibatch per row.
     pub loss: f32,
-}
-
-/// The results of an epoch.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Epoch {
-    /// Mean loss of each tenth of the epoch.
-    pub train_loss: Vec<f32>,
-    /// Each head's accuracy on held-out rows.
-    pub held: Vec<HeadScore>,
-}
-
-impl Epoch {
-    /// The heads' mean losses, weighted as in training.
-    fn held_loss(&self, decay: f32) -> f64 {
-        self.held
-            .iter()
-            .enumerate()
-            .map(|(h, score)| f64::from(decay).powi(h as i32) * score.mean_loss())
-            .sum()
-    }
 }
 
 /// Fitted heads.
@@ -138,7 +119,7 @@ pub fn fit(
         return Err(FitError::Empty("measure"));
     }
     let net = FitNet::new(&params.shape);
-    let identity = checkpoint::identity(params, train, held);
+    let identity = identity(params, train, held);
     let mut state = match checkpoint.filter(|path| path.exists()) {
         Some(path) => FitState::load(path, &identity, net.n_params())?,
         None => FitState::new(net.init(&mut fastrand::Rng::with_seed(params.seed))),
@@ -188,6 +169,12 @@ pub fn fit(
     }
     let best = state.best_epoch(params.decay);
     Ok(Fitted { params: state.best, best, history: state.history })
+}
+
+/// Names parameters and data: a run resumes only from a checkpoint of the same identity.
+fn identity(params: &FitParams, train: &Shards, held: &Shards) -> String {
+    let files: Vec<_> = train.files().chain(held.files()).collect();
+    serde_json::to_string(&(params, files)).expect("numbers and names have a JSON form")
 }
 
 impl FitState {
