@@ -73,7 +73,6 @@ pub enum Command {
 impl Command {
     /// The log level that was chosen. By default, commands that print their own output log only
     /// problems.
-    #[must_use]
     pub fn log_level(&self) -> Level {
         let level = match self {
             Self::Serve(args) => return args.model.log_level,
@@ -290,7 +289,6 @@ impl ModelArgs {
     }
 
     /// Threads to use on this machine.
-    #[must_use]
     pub fn threads(&self) -> usize {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         self.n_threads.min(cores)
@@ -304,7 +302,6 @@ impl DraftArgs {
     }
 
     /// The heads to use: the named ones, or those that ship for the default model.
-    #[must_use]
     pub fn heads(&self, model: &ModelArgs) -> Option<HeadsParams> {
         let shipped = || {
             let default = self.folder.is_none() && model.model_path.is_none();
@@ -315,7 +312,6 @@ impl DraftArgs {
     }
 
     /// Parameters of the draft sources; `None` without any.
-    #[must_use]
     pub fn params(&self, model: &ModelArgs) -> Option<DraftParams> {
         let n_shared_text = match self.text_drafts {
             TextSource::Shared => Some(self.shared_text),

@@ -24,9 +24,6 @@ pub struct Perplexity {
 
 /// A model's perplexity on a text, in windows of [`WINDOW`] tokens. `progress` gets the number of
 /// tokens read.
-///
-/// # Errors
-/// A forward pass fails.
 pub fn perplexity(
     model: &Arc<Model>,
     tokens: &[Token],

@@ -41,7 +41,6 @@ pub fn write_whole<T, E: From<FileError>>(
 }
 
 /// `path` with `suffix` after its extension.
-#[must_use]
 pub fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);

@@ -26,9 +26,6 @@ pub struct Captions<'a> {
 }
 
 /// Draws lines into a file. The y axis begins at 0 if `from_zero`.
-///
-/// # Errors
-/// There are no points, or the file cannot be written.
 pub fn lines(
     path: &Path,
     labels: Captions<'_>,

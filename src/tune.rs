@@ -54,7 +54,6 @@ pub struct Measured {
 
 impl Measured {
     /// The speed under a load.
-    #[must_use]
     pub fn speed(&self, load: Parallelism) -> &Spread {
         if load == Parallelism::Alone { &self.alone } else { &self.together }
     }
@@ -101,7 +100,6 @@ impl Parallelism {
     pub const ALL: [Self; 2] = [Self::Alone, Self::Together];
 
     /// The number of sequences.
-    #[must_use]
     pub fn parallel(self) -> usize {
         if self == Self::Alone { 1 } else { TOGETHER }
     }
@@ -128,7 +126,6 @@ pub struct Choice {
 /// The fastest candidate, each with the threads it is fastest with, whose perplexity is at most
 /// `max_loss` (0.05: 5%) above the lowest; of those whose spread of rounds meets the fastest's, the
 /// one with the lowest perplexity. `None` without a candidate that has a perplexity and a speed.
-#[must_use]
 pub fn choose(candidates: &[Candidate], max_loss: f64, load: Parallelism) -> Option<Choice> {
     let finite = || (0..candidates.len()).filter(|&i| candidates[i].perplexity.is_finite());
     let better = |&a: &usize, &b: &usize| {
@@ -162,7 +159,6 @@ fn fastest_threads(candidate: &Candidate, load: Parallelism) -> Option<usize> {
 }
 
 /// A [`Choice`] in words: the choice, then its reasons, a sentence per item.
-#[must_use]
 pub fn reasons(
     candidates: &[Candidate],
     choice: &Choice,
@@ -245,7 +241,6 @@ pub struct RowCost {
 }
 
 /// From a cost curve with 1, 2 and 8 rows; `None` without them.
-#[must_use]
 pub fn row_cost(steps: &[StepTime]) -> Option<RowCost> {
     let of = |rows: usize| {
         steps.iter().find(|s| s.rows == rows).map(|s| s.seconds.median).filter(|s| *s > 0.0)
@@ -259,7 +254,6 @@ const CHEAP: f64 = 0.2;
 const EXPENSIVE: f64 = 0.6;
 
 /// What a cost curve means for drafts, in words.
-#[must_use]
 pub fn about_drafts(cost: RowCost) -> String {
     let (second, each) = (100.0 * cost.second.max(0.0), 100.0 * cost.up_to_eight.max(0.0));
     // A candidate costs a row and gives a token if it is accepted: it pays if the acceptance rate

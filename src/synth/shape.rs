@@ -79,7 +79,6 @@ const SHAPES: [ModelShape; 4] = [
 
 impl ModelShape {
     /// The shape of this name.
-    #[must_use]
     pub fn by_name(name: &str) -> Option<Self> {
         SHAPES.into_iter().find(|s| s.name == name)
     }

@@ -37,9 +37,6 @@ struct PromptAnswers {
 
 /// Asks until the shards hold the wanted number of tokens, or their disk space is full. `progress`
 /// gets the number of tokens so far.
-///
-/// # Errors
-/// A shard cannot be written, no prompt fits, or the engine fails. Written shards stay.
 pub async fn collect(
     handle: &Handle,
     prompts: &Prompts,

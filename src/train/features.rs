@@ -36,7 +36,6 @@ fn is_held_out(prompt: usize) -> bool {
 }
 
 /// Bytes of a row on the disk.
-#[must_use]
 pub fn row_bytes(n_embd: usize) -> usize {
     2 * n_embd + 8 + 6 * Trace::TOP
 }
@@ -60,9 +59,6 @@ pub struct Writer {
 
 impl Writer {
     /// Continues the shards of a folder, which take up to about `max_bytes`.
-    ///
-    /// # Errors
-    /// The folder cannot be read, or its shards belong to another model.
     pub fn open(folder: &Path, model: &Model, max_bytes: u64) -> Result<Self, FileError> {
         let identity =
             format!("{} {} {}", model.quantization(), model.size_bytes(), model.n_params());
@@ -126,27 +122,21 @@ impl Writer {
     }
 
     /// Whether a prompt's answer exists.
-    #[must_use]
     pub fn has(&self, prompt: usize, round: usize) -> bool {
         self.answered.contains(&(prompt, round))
     }
 
     /// Tokens of all answers.
-    #[must_use]
     pub fn n_tokens(&self) -> usize {
         self.n_tokens
     }
 
     /// Whether more answers may come.
-    #[must_use]
     pub fn has_room(&self) -> bool {
         self.n_tokens < self.max_tokens
     }
 
     /// Adds an answer.
-    ///
-    /// # Errors
-    /// A full shard cannot be written.
     pub fn add(&mut self, prompt: usize, round: usize, trace: Trace) -> Result<(), FileError> {
         self.answered.insert((prompt, round));
         self.n_tokens += trace.tokens.len();
@@ -160,9 +150,6 @@ impl Writer {
     }
 
     /// Writes the answers that wait for a full shard.
-    ///
-    /// # Errors
-    /// A file cannot be written.
     pub fn flush(&mut self) -> Result<(), FileError> {
         if self.waiting.is_empty() {
             return Ok(());

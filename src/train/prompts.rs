@@ -60,25 +60,21 @@ impl Prompts {
     }
 
     /// Number of prompts.
-    #[must_use]
     pub fn len(&self) -> usize {
         self.texts.len()
     }
 
     /// Always `false`: [`read`](Self::read) refuses a file without prompts.
-    #[must_use]
     pub fn is_empty(&self) -> bool {
         self.texts.is_empty()
     }
 
     /// The `category` of the `i`-th prompt, if it has one.
-    #[must_use]
     pub fn category(&self, i: usize) -> Option<&str> {
         self.categories[i].as_deref()
     }
 
     /// The `i`-th prompt.
-    #[must_use]
     pub fn text(&self, i: usize) -> &str {
         &self.texts[i]
     }

@@ -15,9 +15,6 @@ use crate::files::FileError;
 /// Writes the weights of heads whose draft vocabulary is `vocab`, tokens with their counts, the most
 /// frequent first. Conditioned heads are stored in 8 bits with a scale for each row, Medusa heads in
 /// F16, as other projects read them.
-///
-/// # Errors
-/// The file cannot be written.
 pub fn weights(
     folder: &Path,
     kind: HeadKind,
@@ -93,9 +90,6 @@ pub struct Provenance {
 }
 
 /// Writes `config.json` and the card, `README.md`.
-///
-/// # Errors
-/// When a file cannot be written.
 pub fn card(folder: &Path, origin: &Provenance, fitted: &Fitted) -> Result<(), FileError> {
     let write = |name: &str, text: String| {
         let path = folder.join(name);

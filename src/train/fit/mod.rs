@@ -100,9 +100,6 @@ const CHECKPOINT_EVERY: Duration = Duration::from_secs(120);
 /// Fits heads to `train`, measures them on `held` after each epoch, and keeps the best epoch's
 /// parameters. With a `checkpoint` file a killed run can resume: `fit` writes it every two minutes
 /// and at each epoch's end, and continues from it if it exists.
-///
-/// # Errors
-/// [`FitError`]; a checkpoint of other parameters or other data is refused, not overwritten.
 pub fn fit(
     train: &Shards,
     held: &Shards,
@@ -227,23 +224,21 @@ impl Plan {
         let mut order: Vec<usize> = (0..self.batches.len()).collect();
         fastrand::Rng::with_seed(self.seed.wrapping_add(epoch as u64)).shuffle(&mut order);
         let mut step = epoch * self.batches.iter().sum::<usize>();
-        let mut first = |shard: usize| {
+        let first = |shard: usize| {
             step += self.batches[shard];
             (shard, step - self.batches[shard])
         };
-        order.into_iter().map(&mut first).collect()
+        order.into_iter().map(first).collect()
     }
 }
 
 /// Rows that have something to predict, in random order.
 fn shuffled_rows(shard: &Shard, seed: u64) -> Vec<u32> {
-    let mut rows: Vec<u32> =
-        (0..shard.n_rows() as u32).filter(|row| shard.n_targets(*row as usize) > 0).collect();
+    let mut rows: Vec<u32> = shard.rows_to_predict_from().collect();
     fastrand::Rng::with_seed(seed).shuffle(&mut rows);
     rows
 }
 
-/// Runs steps.
 struct Trainer<'a> {
     net: &'a FitNet,
     params: &'a FitParams,

@@ -77,7 +77,6 @@ fn add_product(a: &ArrayRef2<f32>, b: &ArrayRef2<f32>, sum: &mut ArrayRef2<f32>)
 
 impl FitNet {
     /// Lays out the parameters.
-    #[must_use]
     pub fn new(shape: &NetShape) -> Self {
         let (d, conditioned) = (shape.n_embd, shape.kind == HeadKind::Conditioned);
         let m = if conditioned { shape.width } else { d };
@@ -96,13 +95,11 @@ impl FitNet {
     }
 
     /// Number of parameters.
-    #[must_use]
     pub fn n_params(&self) -> usize {
         self.n_params
     }
 
     /// The parameters by name.
-    #[must_use]
     pub fn parameters(&self) -> Vec<Parameter> {
         let (m, d) = (self.width, self.n_embd);
         let mut all = Vec::new();
@@ -123,7 +120,6 @@ impl FitNet {
     /// Initial parameters: W and U uniform with deviation `1/sqrt(d)`, V zero, so that every head
     /// begins as the model's own prediction of the next token. Medusa heads have no V: their W is
     /// zero.
-    #[must_use]
     pub fn init(&self, rng: &mut fastrand::Rng) -> Vec<f32> {
         let mut params = vec![0.0; self.n_params];
         let limit = (3.0 / self.n_embd as f32).sqrt();
@@ -158,7 +154,6 @@ impl FitNet {
 
     /// The states of all heads for hidden states `x` [b, d] and the embeddings `e` of the tokens c_0,
     /// c_1, ..., one [b, d] per head.
-    #[must_use]
     pub fn forward(&self, params: &[f32], x: &Array2<f32>, e: &[Array2<f32>]) -> Activations {
         let (m, d) = (self.width, self.n_embd);
         let mut done = Activations { heads: Vec::with_capacity(self.blocks.len()) };
@@ -222,13 +217,11 @@ impl FitNet {
     }
 
     /// Number of heads.
-    #[must_use]
     pub fn n_heads(&self) -> usize {
         self.blocks.len()
     }
 
     /// The state of a head, one row per example.
-    #[must_use]
     pub fn state<'a>(&self, done: &'a Activations, head: usize) -> &'a Array2<f32> {
         &done.heads[head].2
     }
