@@ -11,14 +11,11 @@ pub const WINDOW: usize = 512;
 const UNCOUNTED: usize = 64;
 
 /// `exp` of the mean negative log-likelihood.
-#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Perplexity {
-    /// The perplexity.
     pub value: f64,
     /// Its standard error, as if tokens were independent. Two models on the same text differ with
     /// far more certainty.
     pub error: f64,
-    /// Tokens counted.
     pub n_tokens: usize,
 }
 

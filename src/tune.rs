@@ -6,11 +6,8 @@ use serde::Serialize;
 /// A figure's values over the rounds.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Spread {
-    /// The median.
     pub median: f64,
-    /// The lowest.
     pub low: f64,
-    /// The highest.
     pub high: f64,
     /// All, in the order of measurement.
     pub rounds: Vec<f64>,
@@ -31,7 +28,6 @@ impl Spread {
 /// The time of a step with a number of rows.
 #[derive(Clone, Debug, Serialize)]
 pub struct StepTime {
-    /// Rows.
     pub rows: usize,
     /// After a step of as many rows.
     pub seconds: Spread,
@@ -40,7 +36,6 @@ pub struct StepTime {
 /// The speed with a number of threads.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Measured {
-    /// Threads of a forward pass.
     pub threads: usize,
     /// Tokens per second of one sequence.
     pub alone: Spread,
@@ -53,32 +48,22 @@ pub struct Measured {
 }
 
 impl Measured {
-    /// The speed under a load.
     pub fn speed(&self, load: Parallelism) -> &Spread {
         if load == Parallelism::Alone { &self.alone } else { &self.together }
-    }
-
-    /// The speed under a load, to add rounds to.
-    pub fn speed_mut(&mut self, load: Parallelism) -> &mut Spread {
-        if load == Parallelism::Alone { &mut self.alone } else { &mut self.together }
     }
 }
 
 /// Parallel sequences of [`Measured::together`].
 pub const TOGETHER: usize = 8;
 
-/// A form of the model.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Candidate {
-    /// Its name in the table.
     pub name: String,
     /// llama.cpp's name for the type of most tensors.
     pub quantization: String,
     /// Whether its source was quantized already.
     pub quantized_twice: bool,
-    /// Size of the file.
     pub bytes: u64,
-    /// Perplexity on the text.
     pub perplexity: f64,
     /// Its standard error.
     pub perplexity_error: f64,
@@ -89,17 +74,13 @@ pub struct Candidate {
 /// How many sequences run in parallel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub enum Parallelism {
-    /// One.
     Alone,
-    /// [`TOGETHER`].
     Together,
 }
 
 impl Parallelism {
-    /// Both.
     pub const ALL: [Self; 2] = [Self::Alone, Self::Together];
 
-    /// The number of sequences.
     pub fn parallel(self) -> usize {
         if self == Self::Alone { 1 } else { TOGETHER }
     }
@@ -108,7 +89,6 @@ impl Parallelism {
 /// The recommendation; everything by its index.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Choice {
-    /// The candidate.
     pub candidate: usize,
     /// Which of its `by_threads`.
     pub threads: usize,
@@ -234,7 +214,6 @@ pub fn reasons(
 /// The cost of an additional row, as a share of a step of one row.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct RowCost {
-    /// The second row.
     pub second: f64,
     /// The mean of the second to the eighth row.
     pub up_to_eight: f64,

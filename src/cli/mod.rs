@@ -23,6 +23,7 @@ use std::path::Path;
 
 use anyhow::{Context as _, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
 use tokio::sync::watch;
 
 use crate::engine::Stage;
@@ -43,6 +44,11 @@ fn read_text(file: &Path, model: &Model) -> anyhow::Result<(String, Vec<Token>)>
     let (n, least) = (tokens.len(), 2 * eval::WINDOW);
     ensure!(n >= least, "{shown} has {n} tokens; at least {least} are needed");
     Ok((text, tokens))
+}
+
+fn write_json(path: &Path, report: &impl Serialize) -> anyhow::Result<()> {
+    let text = serde_json::to_string_pretty(report)?;
+    std::fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// Shows a progress bar on a terminal until the model is loaded or has failed to load.

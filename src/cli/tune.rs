@@ -11,18 +11,17 @@ use std::time::Duration;
 use anyhow::{Context as _, anyhow, bail};
 use indicatif::ProgressBar;
 use tokio::runtime::Runtime;
-use tokio::task::JoinSet;
 
 use self::folder::Folder;
 use self::report::TuneReport;
-use super::{bar, bench::ask, quantize::write, read_text};
+use super::{bar, bench::ask_all, quantize::write, read_text, write_json};
 use crate::config::TuneArgs;
 use crate::engine;
 use crate::engine::forward::LlamaForward;
 use crate::engine::thread::EngineParams;
 use crate::eval;
 use crate::llama::{Context, ContextParams, Model, ModelParams, Quantization, Token};
-use crate::request::{Request, SamplingParams, Speculation};
+use crate::request::{Completion, Request, SamplingParams, Speculation};
 use crate::tune::{Candidate, Measured, Parallelism, StepTime, TOGETHER};
 
 /// Row counts of the timed steps.
@@ -104,7 +103,7 @@ pub fn tune(args: &TuneArgs) -> anyhow::Result<()> {
     report.conclude()?;
     report.print()?;
     if let Some(path) = &args.report.json {
-        report.write_json(path)?;
+        write_json(path, &report)?;
     }
     if let Some(path) = &args.report.svg {
         report.plot(path)?;
@@ -193,29 +192,24 @@ fn measure(
             // The order rotates, since later candidates run on a warmer machine.
             for i in (0..n).map(|k| (round + k) % n) {
                 let (name, own) = (&candidates[i].name, &mut candidates[i].by_threads[t]);
-                bar.set_message(format!("round {}: {name}, threads: {}", round + 1, own.threads));
+                let what = format!("round {}: {name}, threads: {}", round + 1, own.threads);
+                bar.set_message(what.clone());
                 time_steps(args, &paths[i], own)?;
                 time_decoding(args, &paths[i], prompts, own, &runtime)?;
                 let [alone, together] = Parallelism::ALL
                     .map(|load| own.speed(load).rounds.last().copied().unwrap_or_default());
-                say(
-                    bar,
-                    &format!(
-                        "round {}: {name}, threads: {}: {alone:.1} and {together:.1} tokens/s",
-                        round + 1,
-                        own.threads
-                    ),
-                );
+                let line = format!("{what}: {alone:.1} and {together:.1} tokens/s");
+                // Above the bar if there is one.
+                if bar.is_hidden() {
+                    eprintln!("{line}")
+                } else {
+                    bar.println(line)
+                }
                 bar.inc(1);
             }
         }
     }
     Ok(())
-}
-
-/// Prints a line of progress, above the bar if there is one.
-fn say(bar: &ProgressBar, line: &str) {
-    if bar.is_hidden() { eprintln!("{line}") } else { bar.println(line) }
 }
 
 /// Measures step times by rows.
@@ -252,21 +246,21 @@ fn time_decoding(
     let engine = engine::spawn(EngineParams { n_gpu_layers: args.model.n_gpu_layers, ..params });
     let measured = runtime.block_on(async {
         let handle = engine.ready().await.map_err(|e| anyhow!(e))?;
-        ask(&handle, &request(&prompts[0], 2)).await?; // the first request touches memory for the first time
+        // The first request touches memory for the first time.
+        ask_all(&handle, [request(&prompts[0], 2)].into_iter()).await?;
         for load in Parallelism::ALL {
-            let mut running = JoinSet::new();
-            for prompt in &prompts[..load.parallel()] {
-                let (handle, request) = (handle.clone(), request(prompt, args.max_tokens));
-                running.spawn(async move { ask(&handle, &request).await });
-            }
-            let mut rate = 0.0;
-            while let Some(done) = running.join_next().await {
-                let done = done??;
-                // From the first token to the last: one less than there are.
+            let prompts = prompts[..load.parallel()].iter();
+            let requests = prompts.map(|prompt| request(prompt, args.max_tokens));
+            // From the first token to the last: one less than there are.
+            let rate = |done: Completion| {
                 let n = done.usage.completion_tokens.saturating_sub(1);
-                rate += n as f64 / done.timings.decode_s.max(1e-9);
-            }
-            own.speed_mut(load).add(rate);
+                n as f64 / done.timings.decode_s.max(1e-9)
+            };
+            let speed = match load {
+                Parallelism::Alone => &mut own.alone,
+                Parallelism::Together => &mut own.together,
+            };
+            speed.add(ask_all(&handle, requests).await?.into_iter().map(rate).sum());
         }
         anyhow::Ok(())
     });

@@ -6,7 +6,7 @@ use tokio::task::JoinSet;
 
 use super::TrainError;
 use super::features::Writer;
-use super::prompts::Prompts;
+use super::prompts::Prompt;
 use crate::engine::handle::Handle;
 use crate::request::{Caller, Request, SamplingParams, Speculation, Trace};
 
@@ -29,17 +29,11 @@ pub struct Wanted {
 /// shared.
 const TOGETHER: usize = 2;
 
-/// A prompt's answers, each with its round.
-struct PromptAnswers {
-    prompt: usize,
-    answers: Vec<(usize, Trace)>,
-}
-
 /// Asks until the shards hold the wanted number of tokens, or their disk space is full. `progress`
 /// gets the number of tokens so far.
 pub async fn collect(
     handle: &Handle,
-    prompts: &Prompts,
+    prompts: &[Prompt],
     shards: &mut Writer,
     wanted: Wanted,
     mut progress: impl FnMut(usize),
@@ -51,20 +45,19 @@ pub async fn collect(
         .flat_map(|rounds| order.iter().enumerate().map(move |(k, &id)| (rounds.clone(), k, id)));
     let most_prompt = handle.limits().n_ctx.saturating_sub(wanted.max_answer);
     let most_running = (handle.limits().n_slots + 4).div_ceil(TOGETHER);
-    let mut running: JoinSet<Result<PromptAnswers, TrainError>> = JoinSet::new();
+    // Prompts, each with the rounds of its answers.
+    let mut running: JoinSet<Result<(usize, Vec<(usize, Trace)>), TrainError>> = JoinSet::new();
     let mut n_refused = 0;
-    progress(shards.n_tokens());
+    progress(shards.n_tokens);
     loop {
-        while shards.n_tokens() < wanted.n_tokens
-            && shards.has_room()
-            && running.len() < most_running
+        while shards.n_tokens < wanted.n_tokens && shards.has_room() && running.len() < most_running
         {
             let (rounds, k, prompt) = open.next().expect("an endless iterator");
             let rounds: Vec<usize> = rounds.filter(|&round| !shards.has(prompt, round)).collect();
             if rounds.is_empty() {
                 continue;
             }
-            let text = prompts.text(prompt).to_owned();
+            let text = prompts[prompt].text.clone();
             if handle.model().tokenize(&text, true)?.len() > most_prompt {
                 n_refused += 1;
                 if n_refused > 2 * prompts.len() {
@@ -92,16 +85,15 @@ pub async fn collect(
                     let untraced = || TrainError::Engine("it does not trace answers".into());
                     answers.push((round, done.trace.ok_or_else(untraced)?));
                 }
-                Ok(PromptAnswers { prompt, answers })
+                Ok((prompt, answers))
             });
         }
         let Some(asked) = running.join_next().await else { return Ok(shards.flush()?) };
-        let PromptAnswers { prompt, answers } =
-            asked.map_err(|e| TrainError::Engine(e.to_string()))??;
+        let (prompt, answers) = asked.map_err(|e| TrainError::Engine(e.to_string()))??;
         for (round, trace) in answers {
             shards.add(prompt, round, trace)?;
         }
-        progress(shards.n_tokens());
+        progress(shards.n_tokens);
     }
 }
 

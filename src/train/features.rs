@@ -49,7 +49,8 @@ pub struct Writer {
     next: usize,
     /// Answers that exist, by prompt and round.
     answered: HashSet<(usize, usize)>,
-    n_tokens: usize,
+    /// Tokens of all answers.
+    pub n_tokens: usize,
     max_tokens: usize,
     /// Answers of the pair that is being filled.
     waiting: Vec<(usize, usize)>,
@@ -87,12 +88,9 @@ impl Writer {
         };
         let entries = std::fs::read_dir(folder).map_err(|e| FileError::new(folder, e))?;
         for path in entries.flatten().map(|e| e.path()) {
-            let name =
-                path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-            let number = name
-                .strip_prefix("held-")
-                .and_then(|n| n.strip_suffix(".safetensors")?.parse::<usize>().ok());
-            if let Some(number) = number {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let number = name.strip_prefix("held-").and_then(|n| n.strip_suffix(".safetensors"));
+            if let Some(number) = number.and_then(|n| n.parse::<usize>().ok()) {
                 writer.add_pair(&path)?;
                 writer.next = writer.next.max(number + 1);
             }
@@ -104,14 +102,11 @@ impl Writer {
     fn add_pair(&mut self, path: &Path) -> Result<(), FileError> {
         let meta = read_header(path)?.metadata().clone().unwrap_or_default();
         if meta.get("model").is_none_or(|m| *m != self.identity) {
-            return Err(FileError::new(
-                path,
-                "its features belong to another model: remove the folder, or name another",
-            ));
+            let why = "its features belong to another model: remove the folder, or name another";
+            return Err(FileError::new(path, why));
         }
-        let answers = meta
-            .get("answers")
-            .and_then(|list| serde_json::from_str::<Vec<(usize, usize)>>(list).ok());
+        let answers = meta.get("answers");
+        let answers = answers.and_then(|l| serde_json::from_str::<Vec<(usize, usize)>>(l).ok());
         let n_tokens = meta.get("tokens").and_then(|n| n.parse::<usize>().ok());
         let (Some(answers), Some(n_tokens)) = (answers, n_tokens) else {
             return Err(FileError::new(path, "is not a shard"));
@@ -121,14 +116,8 @@ impl Writer {
         Ok(())
     }
 
-    /// Whether a prompt's answer exists.
     pub fn has(&self, prompt: usize, round: usize) -> bool {
         self.answered.contains(&(prompt, round))
-    }
-
-    /// Tokens of all answers.
-    pub fn n_tokens(&self) -> usize {
-        self.n_tokens
     }
 
     /// Whether more answers may come.
@@ -136,7 +125,6 @@ impl Writer {
         self.n_tokens < self.max_tokens
     }
 
-    /// Adds an answer.
     pub fn add(&mut self, prompt: usize, round: usize, trace: Trace) -> Result<(), FileError> {
         self.answered.insert((prompt, round));
         self.n_tokens += trace.tokens.len();
@@ -155,13 +143,11 @@ impl Writer {
             return Ok(());
         }
         let answers = serde_json::to_string(&self.waiting).expect("numbers have a JSON form");
-        let meta = [
-            ("model", self.identity.clone()),
-            ("answers", answers),
-            ("tokens", self.n_waiting().to_string()),
-        ];
-        let meta: HashMap<String, String> =
-            meta.into_iter().map(|(k, v)| (k.to_owned(), v)).collect();
+        let meta = HashMap::from([
+            ("model".to_owned(), self.identity.clone()),
+            ("answers".to_owned(), answers),
+            ("tokens".to_owned(), self.n_waiting().to_string()),
+        ]);
         for (rows, kind) in [(&mut self.train, "train"), (&mut self.held, "held")] {
             let path = self.folder.join(format!("{kind}-{:05}.safetensors", self.next));
             rows.write(&path, meta.clone(), self.n_embd)?;
@@ -242,7 +228,7 @@ mod tests {
         first.add(held_out + 2, 0, trace(&[1, 2, 3])).unwrap(); // lost: the shard is not full
 
         let mut second = writer(folder.path(), "a").unwrap();
-        assert_eq!((second.n_tokens(), second.next, second.has_room()), (3, 1, true));
+        assert_eq!((second.n_tokens, second.next, second.has_room()), (3, 1, true));
         assert!(
             second.has(held_out + 1, 0) && second.has(held_out, 2) && !second.has(held_out + 2, 0)
         );

@@ -73,7 +73,6 @@ pub struct Provenance {
     pub model: String,
     /// `conditioned` or `medusa`.
     pub heads: HeadKind,
-    /// Number of heads.
     pub n_heads: usize,
     /// Width of a block.
     pub width: usize,
@@ -83,7 +82,6 @@ pub struct Provenance {
     pub answer_tokens: usize,
     /// Seconds that those took which the last run collected.
     pub collect_s: u64,
-    /// Seconds that fitting took.
     pub fit_s: u64,
     /// How it was called.
     pub command: String,
@@ -143,7 +141,7 @@ mod tests {
         for kind in [HeadKind::Medusa, HeadKind::Conditioned] {
             let shape = NetShape { kind, n_embd: 4, width: 6, n_heads: 2 };
             let net = FitNet::new(&shape);
-            let params: Vec<f32> = (0..net.n_params()).map(|i| (i as f32 * 0.7).sin()).collect();
+            let params: Vec<f32> = (0..net.n_params).map(|i| (i as f32 * 0.7).sin()).collect();
             let folder = tempfile::tempdir().unwrap();
             weights(folder.path(), kind, &net, &params, &[(5, 9.5), (2, 3.0), (7, 0.0)]).unwrap();
             let heads = Heads::load(folder.path(), Shape { n_embd: 4, n_vocab: 9 }, 9).unwrap();

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::config::TuneArgs;
 use crate::llama::Model;
-use crate::plot::{self, Captions, Series};
+use crate::plot::{self, Series};
 use crate::tune::{self, Candidate, Choice, Parallelism, RowCost, Spread, TOGETHER};
 
 /// A warning if the input is quantized.
@@ -178,12 +178,6 @@ impl TuneReport {
         Ok(())
     }
 
-    pub(super) fn write_json(&self, path: &Path) -> anyhow::Result<()> {
-        let text = serde_json::to_string_pretty(self)?;
-        std::fs::write(path, text + "\n")
-            .with_context(|| format!("cannot write {}", path.display()))
-    }
-
     /// A line a candidate, with the threads recommended for one sequence.
     pub(super) fn plot(&self, path: &Path) -> anyhow::Result<()> {
         let Some(t) = self.recommendations.first().map(|r| r.choice.threads) else { return Ok(()) };
@@ -197,7 +191,7 @@ impl TuneReport {
         };
         let lines: Vec<Series> = self.candidates.iter().map(line).collect();
         let title = format!("{}, threads: {}", self.model, self.recommendations[0].threads);
-        plot::lines(path, Captions { title: &title, x: "rows of a step", y: "ms" }, &lines, true)
+        plot::lines(path, &title, ["rows of a step", "ms"], &lines, true)
     }
 }
 

@@ -10,7 +10,7 @@ use crate::train::fit::evaluate::HeadScore;
 use crate::train::{le_bytes, read_tensor, write_tensors};
 
 /// The results of an epoch.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Serialize, Deserialize)]
 pub struct Epoch {
     /// Mean loss of each tenth of the epoch.
     pub train_loss: Vec<f32>,
@@ -21,11 +21,8 @@ pub struct Epoch {
 impl Epoch {
     /// The heads' mean losses, weighted as in training.
     pub(super) fn held_loss(&self, decay: f32) -> f64 {
-        self.held
-            .iter()
-            .enumerate()
-            .map(|(h, score)| f64::from(decay).powi(h as i32) * score.mean_loss())
-            .sum()
+        let weight = |h: usize| f64::from(decay).powi(h as i32);
+        self.held.iter().enumerate().map(|(h, score)| weight(h) * score.mean_loss()).sum()
     }
 }
 

@@ -19,7 +19,7 @@ const N_RANKS: usize = 16;
 const ROWS: usize = 128;
 
 /// The accuracy of one head.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Default, Serialize, Deserialize)]
 pub struct HeadScore {
     /// Tokens to predict.
     pub n: usize,

@@ -141,7 +141,7 @@ impl Shard {
 
     /// The rows from which some head has a token to predict.
     pub fn rows_to_predict_from(&self) -> impl Iterator<Item = u32> {
-        (0..self.next.len() as u32).filter(|&row| self.n_targets(row as usize) > 0)
+        (0..self.n_rows() as u32).filter(|&row| self.n_targets(row as usize) > 0)
     }
 
     /// Writes the hidden state of a row.
