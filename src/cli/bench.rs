@@ -115,10 +115,7 @@ struct Calibrated {
 }
 
 /// Runs the bench and prints its table.
-///
-/// # Errors
-/// When model, heads or prompts cannot be read, a result cannot be written, or the engine fails.
-pub fn bench(args: &BenchArgs) -> anyhow::Result<()> {
+pub(super) fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     let mut prompts = prompts::read(&args.prompts.file)?;
     let mut params = params(args)?;
     let engine = match args.acceptance.clone() {
@@ -170,7 +167,7 @@ fn params(args: &BenchArgs) -> anyhow::Result<EngineParams> {
     if drafts.heads.is_none() && modes(args).iter().any(by_heads) {
         bail!("--modes names heads, but there are none; name a folder with --heads");
     }
-    let params = args.model.engine(n_slots).map_err(|e| anyhow!(e))?;
+    let params = args.model.engine(n_slots)?;
     Ok(EngineParams { drafts: Some(drafts), ..params })
 }
 

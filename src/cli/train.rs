@@ -21,20 +21,13 @@ use crate::train::prompts::{self, Prompt};
 use crate::train::save::{self, Provenance};
 
 /// Runs all steps.
-///
-/// # Errors
-/// A file cannot be read or written, the model cannot be loaded, or the work folder belongs to
-/// another model.
-pub fn train(args: &TrainArgs) -> anyhow::Result<()> {
+pub(super) fn train(args: &TrainArgs) -> anyhow::Result<()> {
     std::fs::create_dir_all(&args.output)?;
     let work = args.work.clone().unwrap_or_else(|| args.output.join("work"));
     let prompts = prompts::read(&args.prompts.file)?;
     let folder = work.join("features");
     let (n_tokens, collect_s) = collect(args, prompts, &folder)?;
-    let model =
-        Model::load(&args.model.path().map_err(|e| anyhow!(e))?, &ModelParams::default(), |_| {
-            true
-        })?;
+    let model = Model::load(&args.model.path()?, &ModelParams::default(), |_| true)?;
     learn(args, &model, &folder, &work.join("checkpoint.safetensors"), n_tokens, collect_s)
 }
 
@@ -47,7 +40,7 @@ fn collect(
 ) -> anyhow::Result<(usize, u64)> {
     let n_ctx = args.model.context_size;
     let n_cells = args.batch_size * n_ctx.min(2 * args.max_answer + 256);
-    let params = args.model.engine(args.batch_size).map_err(|e| anyhow!(e))?;
+    let params = args.model.engine(args.batch_size)?;
     let layout = Layout::Unified {
         n_cells: n_cells.max(n_ctx),
         n_retained: n_ctx,
@@ -62,8 +55,7 @@ fn collect(
     let wanted = Wanted { n_tokens: args.tokens, max_answer: args.max_answer, seed: args.seed };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let engine = engine::spawn(params);
-    let template = "answers {bar:40} {pos}/{len} tokens {elapsed}, {eta} left";
-    let bar = bar(args.tokens, template);
+    let bar = bar(args.tokens, "answers {bar:40} {pos}/{len} tokens {elapsed}, {eta} left");
     let started = Instant::now();
     let collected = runtime.block_on(async {
         let handle = engine.ready().await.map_err(|e| anyhow!(e))?;
@@ -141,14 +133,13 @@ fn learn(
 /// The command line, quoted for a shell.
 fn command_line() -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,+@%".contains(c);
-    let quoted = |arg: String| match arg.chars().all(plain) && !arg.is_empty() {
-        true => arg,
-        false => format!("'{}'", arg.replace('\'', r"'\''")),
-    };
-    std::iter::once("medusa-llama".to_owned())
-        .chain(std::env::args().skip(1).map(quoted))
-        .collect::<Vec<_>>()
-        .join(" ")
+    std::env::args().skip(1).fold("medusa-llama".to_owned(), |line, arg| {
+        if arg.chars().all(plain) && !arg.is_empty() {
+            line + " " + &arg
+        } else {
+            format!("{line} '{}'", arg.replace('\'', r"'\''"))
+        }
+    })
 }
 
 fn draw_loss(path: &Path, fitted: &Fitted) -> anyhow::Result<()> {

@@ -4,8 +4,8 @@
 mod folder;
 mod report;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
@@ -14,13 +14,13 @@ use tokio::runtime::Runtime;
 
 use self::folder::Folder;
 use self::report::TuneReport;
-use super::{bar, bench::ask_all, quantize::write, read_text, write_json};
-use crate::config::TuneArgs;
+use super::{bar, bench::ask_all, load, quantize::write, read_text, write_json};
+use crate::config::{TuneArgs, cores};
 use crate::engine;
 use crate::engine::forward::LlamaForward;
 use crate::engine::thread::EngineParams;
 use crate::eval;
-use crate::llama::{Context, ContextParams, Model, ModelParams, Quantization, Token};
+use crate::llama::{Context, ContextParams, Quantization, Token};
 use crate::request::{Completion, Request, SamplingParams, Speculation};
 use crate::tune::{Candidate, Measured, Parallelism, StepTime, TOGETHER};
 
@@ -31,18 +31,14 @@ const PROMPT: usize = 64;
 const N_BATCH: usize = 512;
 
 /// Measures all candidates, prints the table and the recommendation, and writes the result files.
-///
-/// # Errors
-/// When model or text cannot be read or the text is too short, when threads are more than cores,
-/// when a file cannot be quantized or written, or when the engine fails.
-pub fn tune(args: &TuneArgs) -> anyhow::Result<()> {
+pub(super) fn tune(args: &TuneArgs) -> anyhow::Result<()> {
     // Check all arguments first: measuring takes long.
-    let input = args.model.path().map_err(|e| anyhow!(e))?;
+    let input = args.model.path()?;
     let threads = thread_counts(&args.threads)?;
     for path in [&args.report.json, &args.report.svg].into_iter().flatten() {
         check_output(path)?;
     }
-    let model = load(args, &input)?;
+    let model = load(&args.model, &input)?;
     let (text, tokens) = read_text(&args.file, &model)?;
     let quantization = model.quantization();
     let quantized = !["F32", "F16", "BF16"].iter().any(|full| quantization.contains(full));
@@ -113,19 +109,16 @@ pub fn tune(args: &TuneArgs) -> anyhow::Result<()> {
 
 /// The given thread counts, or powers of two below the number of cores, and that number.
 fn thread_counts(asked: &[usize]) -> anyhow::Result<Vec<usize>> {
-    let cores = report::cores();
+    let cores = cores();
     if let Some(n) = asked.iter().find(|n| **n > cores) {
         bail!(
             "--threads {n}: there are {cores} cores, and more threads than cores only wait for each other"
         );
     }
-    let mut counts = asked.to_vec();
-    if counts.is_empty() {
-        counts = (0..).map(|i| 1 << i).take_while(|n| *n < cores).chain([cores]).collect();
-    }
-    counts.sort_unstable();
-    counts.dedup();
-    Ok(counts)
+    let powers = || (0..).map(|i| 1 << i).take_while(|n| *n < cores).chain([cores]);
+    let counts: BTreeSet<usize> =
+        if asked.is_empty() { powers().collect() } else { asked.iter().copied().collect() };
+    Ok(counts.into_iter().collect())
 }
 
 /// Fails before measuring if a result cannot be written.
@@ -137,12 +130,6 @@ fn check_output(path: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn load(args: &TuneArgs, path: &Path) -> anyhow::Result<Arc<Model>> {
-    Ok(Arc::new(Model::load(path, &ModelParams { n_gpu_layers: args.model.n_gpu_layers }, |_| {
-        true
-    })?))
-}
-
 /// A candidate with what does not change from round to round.
 fn candidate(
     args: &TuneArgs,
@@ -152,9 +139,10 @@ fn candidate(
     tokens: &[Token],
     threads: &[usize],
 ) -> anyhow::Result<Candidate> {
-    let model = load(args, path)?;
+    let model = load(&args.model, path)?;
     let found = eval::perplexity(&model, tokens, args.model.threads(), |_| ())?;
-    let steps = || ROWS.map(|rows| StepTime { rows, seconds: Default::default() }).into();
+    let steps = ROWS.map(|rows| StepTime { rows, seconds: Default::default() });
+    let measured = |&threads| Measured { threads, steps: steps.to_vec(), ..Measured::default() };
     Ok(Candidate {
         name,
         quantization: model.quantization(),
@@ -162,10 +150,7 @@ fn candidate(
         bytes: std::fs::metadata(path)?.len(),
         perplexity: found.value,
         perplexity_error: found.error,
-        by_threads: threads
-            .iter()
-            .map(|&threads| Measured { threads, steps: steps(), ..Measured::default() })
-            .collect(),
+        by_threads: threads.iter().map(measured).collect(),
     })
 }
 
@@ -224,7 +209,7 @@ fn time_steps(args: &TuneArgs, path: &Path, own: &mut Measured) -> anyhow::Resul
         tap_hidden: false,
         embeddings: false,
     };
-    let mut forward = LlamaForward::new(Context::new(load(args, path)?, &params)?);
+    let mut forward = LlamaForward::new(Context::new(load(&args.model, path)?, &params)?);
     let (points, change_s) = forward.measure(&ROWS, Duration::MAX)?;
     for (step, (_, seconds)) in own.steps.iter_mut().zip(points) {
         step.seconds.add(seconds);
