@@ -154,14 +154,13 @@ pub fn reasons(
         |i: usize| 100.0 * (candidates[i].perplexity / candidates[choice.best].perplexity - 1.0);
     let (chosen, limit) = (choice.candidate, 100.0 * max_loss);
     let threads = candidates[chosen].by_threads[choice.threads].threads;
-    let what = format!(
+    let mut out = vec![format!(
         "{} with {}: {:.1} tokens/s, perplexity {:.3}",
         name(chosen),
-        counted(threads, "thread"),
+        counted(threads),
         speed(chosen),
         candidates[chosen].perplexity
-    );
-    let mut out = vec![what];
+    )];
     let allowed = if chosen == choice.best {
         "its perplexity is the lowest".to_owned()
     } else {
@@ -203,10 +202,7 @@ pub fn reasons(
     for (_, other) in
         own.iter().enumerate().filter(|(t, m)| *t != choice.threads && m.speed(load).high >= low)
     {
-        out.push(format!(
-            "{} would be as fast within the measured spread",
-            counted(other.threads, "thread")
-        ));
+        out.push(format!("{} would be as fast within the measured spread", counted(other.threads)));
     }
     out
 }
@@ -248,8 +244,8 @@ pub fn about_drafts(cost: RowCost) -> String {
     )
 }
 
-fn counted(n: usize, what: &str) -> String {
-    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
+fn counted(n: usize) -> String {
+    format!("{n} thread{}", if n == 1 { "" } else { "s" })
 }
 
 #[cfg(test)]
@@ -388,14 +384,10 @@ mod tests {
         let cost = row_cost(&steps([1.0, 1.125, 1.875])).unwrap();
         assert_eq!(cost, RowCost { second: 0.125, up_to_eight: 0.125 });
         assert!(about_drafts(cost).contains("drafts are cheap here"));
-        assert!(
-            about_drafts(row_cost(&steps([1.0, 2.0, 8.0])).unwrap()).contains("drafts seldom pay")
-        );
+        let about = |seconds| about_drafts(row_cost(&steps(seconds)).unwrap());
+        assert!(about([1.0, 2.0, 8.0]).contains("drafts seldom pay"));
         // Noise may make two rows quicker than one: they cost nothing then.
-        assert!(
-            about_drafts(row_cost(&steps([1.0, 0.9, 1.0])).unwrap())
-                .starts_with("a second row costs 0%")
-        );
+        assert!(about([1.0, 0.9, 1.0]).starts_with("a second row costs 0%"));
         assert_eq!(row_cost(&steps([1.0, 1.1, 2.0])[..2]), None);
     }
 }

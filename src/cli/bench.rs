@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::time::Instant;
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{Context as _, anyhow, bail, ensure};
 use serde::Serialize;
 use tokio::task::JoinSet;
 
@@ -80,7 +80,7 @@ impl Figures {
 /// By mode.
 type Modes = BTreeMap<&'static str, Figures>;
 
-#[derive(Debug, Serialize)]
+#[derive(Serialize)]
 struct Report {
     model: String,
     quantization: String,
@@ -198,9 +198,7 @@ fn modes(args: &BenchArgs) -> Vec<Speculation> {
 
 async fn measure(args: &BenchArgs, handle: &Handle, prompts: &[Prompt]) -> anyhow::Result<Report> {
     let (n_rates, n_heads) = (args.acceptance.as_ref().map_or(0, Vec::len), handle.n_heads());
-    if n_rates > n_heads {
-        bail!("acceptance is given for {n_rates} heads, but there are {n_heads}");
-    }
+    ensure!(n_rates <= n_heads, "acceptance is given for {n_rates} heads, but there are {n_heads}");
     // Every n-th of the file, so that all its parts are there.
     let n = args.n_prompts.min(prompts.len());
     let chosen: Vec<&Prompt> = (0..n).map(|i| &prompts[i * prompts.len() / n]).collect();
@@ -224,7 +222,7 @@ async fn measure(args: &BenchArgs, handle: &Handle, prompts: &[Prompt]) -> anyho
     };
     let template = "{bar:40} {pos}/{len} prompts {elapsed}, {eta} left";
     let bar = bar(args.parallel.len() * args.rounds * n, template);
-    ask_all(handle, [request(args, "Say hi.".into(), Speculation::Auto)].into_iter()).await?;
+    ask_all(handle, [request(args, "Say hi.".into(), Speculation::Auto)]).await?;
     for &parallel in &args.parallel {
         let all = report.by_parallel.entry(parallel).or_default();
         for round in 0..args.rounds {
@@ -308,9 +306,9 @@ fn request(args: &BenchArgs, prompt: String, speculation: Speculation) -> Reques
 /// The answers to requests that run at the same time.
 pub(super) async fn ask_all(
     handle: &Handle,
-    requests: impl Iterator<Item = Request>,
+    requests: impl IntoIterator<Item = Request>,
 ) -> anyhow::Result<Vec<Completion>> {
-    let asked = requests.map(|request| {
+    let asked = requests.into_iter().map(|request| {
         let handle = handle.clone();
         async move { Ok(handle.submit(request, Caller::default()).await?.collect().await?.1) }
     });
@@ -387,10 +385,9 @@ fn print(report: &Report) -> anyhow::Result<()> {
         "\ncandidates by source and depth   verified  predicted   accepted   expected calibration error"
     )?;
     for c in &report.calibration {
-        let sources = if c.sources.len() == 1 {
-            format!("{:?}", c.sources[0]).to_lowercase()
-        } else {
-            "all".into()
+        let sources = match c.sources[..] {
+            [source] => format!("{source:?}").to_lowercase(),
+            _ => "all".into(),
         };
         let depth = match c.depth {
             None => "all depths".into(),

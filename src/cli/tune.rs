@@ -232,7 +232,7 @@ fn time_decoding(
     let measured = runtime.block_on(async {
         let handle = engine.ready().await.map_err(|e| anyhow!(e))?;
         // The first request touches memory for the first time.
-        ask_all(&handle, [request(&prompts[0], 2)].into_iter()).await?;
+        ask_all(&handle, [request(&prompts[0], 2)]).await?;
         for load in Parallelism::ALL {
             let prompts = prompts[..load.parallel()].iter();
             let requests = prompts.map(|prompt| request(prompt, args.max_tokens));

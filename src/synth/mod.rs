@@ -51,45 +51,30 @@ pub fn model(
     seed: u64,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<(), SynthError> {
-    write_whole(path, |part| write_model(part, shape, quantization, seed, progress))
-}
+    write_whole(path, |path| {
+        let weights = weights::of(shape);
+        let meta = metadata(shape, quantization);
+        let types = stored_types(path, &weights, &meta, quantization)?;
+        let info = |w: &TensorSpec| w.info(w.n_out, types[&w.name]);
+        let tensors: Vec<TensorInfo> = weights.iter().map(info).collect();
+        llama::write_header(path, &meta, &tensors)?;
 
-fn write_model(
-    path: &Path,
-    shape: &ModelShape,
-    quantization: Quantization,
-    seed: u64,
-    progress: &mut dyn FnMut(u64, u64),
-) -> Result<(), SynthError> {
-    let weights = weights::of(shape);
-    let meta = metadata(shape, quantization);
-    let types = stored_types(path, &weights, &meta, quantization)?;
-    let info = |w: &TensorSpec| TensorInfo {
-        name: w.name.clone(),
-        n_in: w.n_in,
-        n_out: w.n_out,
-        kind: types[&w.name],
-    };
-    let tensors: Vec<TensorInfo> = weights.iter().map(info).collect();
-    llama::write_header(path, &meta, &tensors)?;
-
-    let fail = |e: std::io::Error| FileError::new(path, e);
-    let mut out = BufWriter::with_capacity(
-        1 << 20,
-        OpenOptions::new().append(true).open(path).map_err(fail)?,
-    );
-    let mut values = Values::new(seed);
-    let (mut n_done, n_all) = (0, tensors.iter().map(|t| t.bytes() as u64).sum());
-    for (weights, info) in weights.iter().zip(&tensors) {
-        let mut wrote = |n: usize| {
-            n_done += n as u64;
-            progress(n_done, n_all);
-        };
-        values.write(weights, info.kind, &mut out, &mut wrote).map_err(fail)?;
-        let padding = info.bytes().next_multiple_of(ALIGNMENT) - info.bytes();
-        out.write_all(&[0; ALIGNMENT][..padding]).map_err(fail)?;
-    }
-    Ok(out.flush().map_err(fail)?)
+        let fail = |e: std::io::Error| FileError::new(path, e);
+        let file = OpenOptions::new().append(true).open(path).map_err(fail)?;
+        let mut out = BufWriter::with_capacity(1 << 20, file);
+        let mut values = Values::new(seed);
+        let (mut n_done, n_all) = (0, tensors.iter().map(|t| t.bytes() as u64).sum());
+        for (weights, info) in weights.iter().zip(&tensors) {
+            let mut wrote = |n: usize| {
+                n_done += n as u64;
+                progress(n_done, n_all);
+            };
+            values.write(weights, info.kind, &mut out, &mut wrote).map_err(fail)?;
+            let padding = info.bytes().next_multiple_of(ALIGNMENT) - info.bytes();
+            out.write_all(&[0; ALIGNMENT][..padding]).map_err(fail)?;
+        }
+        Ok(out.flush().map_err(fail)?)
+    })
 }
 
 /// How llama.cpp stores each tensor of such a file. Its choice depends on metadata, names and row
@@ -100,9 +85,9 @@ fn stored_types(
     meta: &[(&str, Meta)],
     quantization: Quantization,
 ) -> Result<HashMap<String, TensorType>, SynthError> {
-    let before = |w: &TensorSpec| {
-        let (n_out, kind) = if w.n_out == 1 { (1, TensorType::F32) } else { (2, TensorType::F16) };
-        TensorInfo { name: w.name.clone(), n_in: w.n_in, n_out, kind }
+    let before = |w: &TensorSpec| match w.n_out {
+        1 => w.info(1, TensorType::F32),
+        _ => w.info(2, TensorType::F16),
     };
     let tensors: Vec<TensorInfo> = weights.iter().map(before).collect();
     let (from, to) = (with_suffix(beside, ".from"), with_suffix(beside, ".to"));

@@ -4,25 +4,18 @@
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ModelShape {
     /// Its name in `--like`.
-    pub name: &'static str,
-    /// Layers.
-    pub n_layer: usize,
-    /// Width of the hidden state.
-    pub n_embd: usize,
-    /// Width of the feed-forward network.
-    pub n_ff: usize,
-    /// Attention heads.
-    pub n_head: usize,
+    pub(crate) name: &'static str,
+    pub(crate) n_layer: usize,
+    pub(crate) n_embd: usize,
+    pub(crate) n_ff: usize,
+    pub(crate) n_head: usize,
     /// Attention heads with keys and values of their own.
-    pub n_head_kv: usize,
-    /// Tokens of the vocabulary.
-    pub n_vocab: usize,
-    /// Longest context, in tokens.
-    pub n_ctx: usize,
-    /// Base of the rotary positions' frequencies.
-    pub rope_base: f32,
+    pub(crate) n_head_kv: usize,
+    pub(crate) n_vocab: usize,
+    pub(crate) n_ctx: usize,
+    pub(crate) rope_base: f32,
     /// Input embeddings serve as the output matrix.
-    pub tied: bool,
+    pub(crate) tied: bool,
 }
 
 /// The sizes of published models, and a model of less than a megabyte for tests.
@@ -83,8 +76,7 @@ impl ModelShape {
         SHAPES.into_iter().find(|s| s.name == name)
     }
 
-    /// All names.
-    pub fn names() -> impl Iterator<Item = &'static str> {
+    pub(crate) fn names() -> impl Iterator<Item = &'static str> {
         SHAPES.iter().map(|s| s.name)
     }
 }

@@ -15,7 +15,7 @@ use crate::request::{Caller, Request, SamplingParams, Speculation, Trace};
 const TEMPERATURES: [f32; 4] = [0.0, 0.8, 0.0, 1.0];
 
 /// How much to collect.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct Wanted {
     /// Tokens of all answers.
     pub n_tokens: usize,
@@ -98,9 +98,8 @@ pub async fn collect(
 }
 
 fn request(prompt: String, temperature: f32, max_tokens: usize, seed: u64) -> Request {
-    let sampling = SamplingParams { temperature, seed, ..SamplingParams::default() };
     Request {
-        sampling,
+        sampling: SamplingParams { temperature, seed, ..SamplingParams::default() },
         speculation: Speculation::Off,
         share_text: false,
         ..Request::new(prompt, max_tokens)

@@ -27,17 +27,13 @@ use crate::llama::LlamaError;
 
 /// Why training stopped.
 #[derive(Debug, thiserror::Error)]
-pub enum TrainError {
-    /// A file of the work folder, or of the result.
+pub(crate) enum TrainError {
     #[error(transparent)]
     File(#[from] FileError),
-    /// The prompts.
     #[error("prompts: {0}")]
     Prompts(String),
-    /// The engine that answers.
     #[error("the engine failed: {0}")]
     Engine(String),
-    /// The model.
     #[error("{0}")]
     Llama(#[from] LlamaError),
 }
@@ -55,10 +51,9 @@ fn write_tensors<S: AsRef<str> + Ord + Display>(
         let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
             TensorView::new(*dtype, shape.clone(), bytes).map(|view| (name, view))
         });
-        views
-            .collect::<Result<Vec<_>, _>>()
-            .and_then(|views| safetensors::serialize_to_file(views, meta, part))
-            .map_err(|e| FileError::new(path, e))
+        let views = views.collect::<Result<Vec<_>, _>>();
+        let written = views.and_then(|views| safetensors::serialize_to_file(views, meta, part));
+        written.map_err(|e| FileError::new(path, e))
     })
 }
 

@@ -1,10 +1,5 @@
 //! Training data in files: hidden states and distributions of a model along its own answers. Reads
-//! safetensors shards, one at a time; knows nothing of networks.
-//!
-//! A shard's rows are positions, answers one after the other. Row i has the post-norm hidden state
-//! (`hidden` F16, n x d), the token that follows (`next` U32, n), how many rows of the same answer
-//! follow (`remaining` U32, n), and the model's most likely tokens after this row with their
-//! probabilities (`top` U32, n x k, `top_p` F16, n x k).
+//! the shards that `features` describes, one at a time; knows nothing of networks.
 
 use std::path::{Path, PathBuf};
 
@@ -190,35 +185,26 @@ impl ModelMatrices {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use super::*;
+    use crate::train::write_tensors;
 
     /// Writes a shard of sequences of `(hidden, next, top)`, with one likely token per row.
-    pub(crate) fn write(path: &Path, d: usize, sequences: &[Vec<(Vec<f32>, u32, u32)>]) {
+    fn write(path: &Path, d: usize, sequences: &[Vec<(Vec<f32>, u32, u32)>]) {
         let rows: Vec<_> = sequences.iter().flatten().collect();
         let n = rows.len();
-        let bytes =
-            |values: &[u32]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
         let halves =
             |v: &[f32]| v.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect::<Vec<u8>>();
         let hidden: Vec<f32> = rows.iter().flat_map(|r| r.0.clone()).collect();
-        let remaining: Vec<u32> =
-            sequences.iter().flat_map(|s| (0..s.len() as u32).rev()).collect();
-        let next = bytes(&rows.iter().map(|r| r.1).collect::<Vec<_>>());
-        let top = bytes(&rows.iter().map(|r| r.2).collect::<Vec<_>>());
-        let (hidden, remaining, top_p) =
-            (halves(&hidden), bytes(&remaining), halves(&vec![1.0; n]));
-        let view = |dtype, shape: &[usize], data| {
-            safetensors::tensor::TensorView::new(dtype, shape.to_vec(), data).expect("shape fits")
-        };
+        let remaining = sequences.iter().flat_map(|s| (0..s.len() as u32).rev());
         let tensors = [
-            ("hidden", view(Dtype::F16, &[n, d], &hidden)),
-            ("next", view(Dtype::U32, &[n], &next)),
-            ("remaining", view(Dtype::U32, &[n], &remaining)),
-            ("top", view(Dtype::U32, &[n, 1], &top)),
-            ("top_p", view(Dtype::F16, &[n, 1], &top_p)),
+            ("hidden", Dtype::F16, vec![n, d], halves(&hidden)),
+            ("next", Dtype::U32, vec![n], rows.iter().flat_map(|r| r.1.to_le_bytes()).collect()),
+            ("remaining", Dtype::U32, vec![n], remaining.flat_map(u32::to_le_bytes).collect()),
+            ("top", Dtype::U32, vec![n, 1], rows.iter().flat_map(|r| r.2.to_le_bytes()).collect()),
+            ("top_p", Dtype::F16, vec![n, 1], halves(&vec![1.0; n])),
         ];
-        safetensors::serialize_to_file(tensors, None, path).expect("writable");
+        write_tensors(path, &tensors, None).expect("writable");
     }
 
     #[test]
