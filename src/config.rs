@@ -285,24 +285,18 @@ impl DraftArgs {
         self.folder.as_deref().filter(|folder| folder.as_os_str() != NO_HEADS)
     }
 
-    /// The heads to use: the named ones, or those that ship for the default model.
-    fn heads(&self, model: &ModelArgs) -> Option<HeadsParams> {
-        let shipped = || {
-            let default = self.folder.is_none() && model.model_path.is_none();
-            Some(Path::new(DEFAULT_HEADS)).filter(|folder| default && folder.is_dir())
-        };
-        let folder = self.named_folder().or_else(shipped)?.to_path_buf();
-        Some(HeadsParams { folder, n_heads: self.k_heads })
-    }
-
-    /// Parameters of the draft sources; `None` without any.
+    /// Parameters of the draft sources; `None` without any. Heads are the named ones, or those that
+    /// ship for the default model.
     pub(crate) fn params(&self, model: &ModelArgs) -> Option<DraftParams> {
         let n_shared_text = match self.text_drafts {
             TextSource::Shared => Some(self.shared_text),
             TextSource::Own => Some(0),
             TextSource::Off => None,
         };
-        let heads = self.heads(model);
+        let default = self.folder.is_none() && model.model_path.is_none();
+        let shipped = Some(Path::new(DEFAULT_HEADS)).filter(|f| default && f.is_dir());
+        let folder = self.named_folder().or(shipped).map(Path::to_owned);
+        let heads = folder.map(|folder| HeadsParams { folder, n_heads: self.k_heads });
         let max_tokens_per_step = self.max_tokens_per_step;
         (heads.is_some() || n_shared_text.is_some()).then_some(DraftParams {
             heads,

@@ -385,9 +385,10 @@ fn print(report: &Report) -> anyhow::Result<()> {
         "\ncandidates by source and depth   verified  predicted   accepted   expected calibration error"
     )?;
     for c in &report.calibration {
-        let sources = match c.sources[..] {
-            [source] => format!("{source:?}").to_lowercase(),
-            _ => "all".into(),
+        let sources = if c.sources.len() == 1 {
+            format!("{:?}", c.sources[0]).to_lowercase()
+        } else {
+            "all".into()
         };
         let depth = match c.depth {
             None => "all depths".into(),

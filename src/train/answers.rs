@@ -29,6 +29,9 @@ pub struct Wanted {
 /// shared.
 const TOGETHER: usize = 2;
 
+/// A prompt, and its answers with their rounds.
+type PromptAnswers = (usize, Vec<(usize, Trace)>);
+
 /// Asks until the shards hold the wanted number of tokens, or their disk space is full. `progress`
 /// gets the number of tokens so far.
 pub async fn collect(
@@ -45,8 +48,7 @@ pub async fn collect(
         .flat_map(|rounds| order.iter().enumerate().map(move |(k, &id)| (rounds.clone(), k, id)));
     let most_prompt = handle.limits().n_ctx.saturating_sub(wanted.max_answer);
     let most_running = (handle.limits().n_slots + 4).div_ceil(TOGETHER);
-    // Prompts, each with the rounds of its answers.
-    let mut running: JoinSet<Result<(usize, Vec<(usize, Trace)>), TrainError>> = JoinSet::new();
+    let mut running: JoinSet<Result<PromptAnswers, TrainError>> = JoinSet::new();
     let mut n_refused = 0;
     progress(shards.n_tokens);
     loop {

@@ -18,7 +18,7 @@ use serde::Serialize;
 use crate::files::FileError;
 use crate::train::fit::batch::Lookup;
 use crate::train::fit::evaluate::{HeadScore, evaluate};
-use crate::train::fit::loss::{Classes, Targets};
+use crate::train::fit::loss::Classes;
 use crate::train::fit::net::{FitNet, NetShape};
 use crate::train::fit::shards::{ModelMatrices, Shard, Shards};
 pub use checkpoint::Epoch;
@@ -222,10 +222,22 @@ impl<'a> Trainer<'a> {
         let (net, lookup, n_threads) = (self.net, &self.lookup, self.grads.len());
         let loss: f64 = std::thread::scope(|scope| {
             let (weights, labels, classes) = (&state.params, &labels, &classes);
-            let work = |(i, grad): (usize, &'_ mut Vec<f32>)| {
+            // Adds the gradient of the minibatch's mean loss from one thread's rows; returns their
+            // share of that loss.
+            let work = move |(i, grad): (usize, &mut Vec<f32>)| {
                 let range = i * rows.len() / n_threads..(i + 1) * rows.len() / n_threads;
-                let part = BatchPart { shard, rows, range, labels, classes };
-                part.gradient(net, lookup, weights, params.decay, grad)
+                let (x, e) = lookup.inputs(shard, &rows[range.clone()], net.n_heads());
+                let done = net.forward(weights, &x, &e);
+                let mut loss = 0.0;
+                let mut dz = vec![Array2::zeros(x.dim()); net.n_heads()];
+                for (head, dz) in dz.iter_mut().enumerate() {
+                    let weight = params.decay.powi(head as i32) / rows.len() as f32;
+                    let first = head * rows.len() + range.start;
+                    let z = net.state(&done, head);
+                    loss += classes.cross_entropy(z, labels, first, weight, dz.view_mut());
+                }
+                net.backward(weights, &x, &e, &done, dz, grad);
+                loss
             };
             let jobs = self.grads.iter_mut().enumerate();
             let workers: Vec<_> = jobs.map(|job| scope.spawn(move || work(job))).collect();
@@ -259,41 +271,5 @@ impl<'a> Trainer<'a> {
                 scope.spawn(move || lanes::adam(adam, weights, m, v, &mut grads));
             }
         });
-    }
-}
-
-/// One thread's rows of a minibatch.
-struct BatchPart<'a> {
-    shard: &'a Shard,
-    /// The whole minibatch.
-    rows: &'a [u32],
-    range: std::ops::Range<usize>,
-    labels: &'a Targets,
-    classes: &'a Classes<'a>,
-}
-
-impl BatchPart<'_> {
-    /// Adds the gradient of the mean loss of the minibatch; returns this part's share of that loss.
-    fn gradient(
-        &self,
-        net: &FitNet,
-        lookup: &Lookup<'_>,
-        params: &[f32],
-        decay: f32,
-        grad: &mut [f32],
-    ) -> f64 {
-        let rows = &self.rows[self.range.clone()];
-        let (x, e) = lookup.inputs(self.shard, rows, net.n_heads());
-        let done = net.forward(params, &x, &e);
-        let mut loss = 0.0;
-        let mut dz = vec![Array2::zeros(x.dim()); net.n_heads()];
-        for (head, dz) in dz.iter_mut().enumerate() {
-            let weight = decay.powi(head as i32) / self.rows.len() as f32;
-            let first = head * self.rows.len() + self.range.start;
-            let z = net.state(&done, head);
-            loss += self.classes.cross_entropy(z, self.labels, first, weight, dz.view_mut());
-        }
-        net.backward(params, &x, &e, &done, dz, grad);
-        loss
     }
 }
