@@ -34,6 +34,7 @@ test: setup clients browser check
 	$(MAKE) bench-short
 
 check: tools vendor nvcc docs
+	scripts/check-imports
 	cargo fmt --check
 	cargo clippy --release --locked --all-targets -- -D warnings
 	cargo clippy --release --locked --all-targets --features cuda-kernels -- -D warnings

@@ -1,4 +1,4 @@
-//! Command-line arguments ([`Args`]) and the checked configuration made from them ([`Config`]).
+//! Command-line arguments ([`Args`]) and the checked configuration made from them (`Config`).
 //! [`ServeArgs`] declares every limit of the server with its default.
 
 mod commands;
@@ -8,6 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use anyhow::{bail, ensure};
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use hyper::Uri;
 use tracing::Level;
@@ -71,9 +72,7 @@ pub enum Command {
 }
 
 impl Command {
-    /// The log level that was chosen. By default, commands that print their own output log only
-    /// problems.
-    #[must_use]
+    /// The chosen log level. By default, commands that print their own output log only problems.
     pub fn log_level(&self) -> Level {
         let level = match self {
             Self::Serve(args) => return args.model.log_level,
@@ -240,60 +239,43 @@ pub enum LogFormat {
 }
 
 /// The checked configuration of `serve`.
-#[derive(Clone, Debug)]
-pub struct Config {
-    /// Address and port to listen on.
+pub(crate) struct Config {
     pub listen: SocketAddr,
     /// Threads of the HTTP server.
     pub workers: usize,
-    /// Parameters of the engine.
     pub engine: EngineParams,
-    /// Limits of the HTTP server.
     pub http: HttpLimits,
-    /// API keys.
     pub auth: Auth,
-    /// Origins whose pages may read answers.
     pub cors: Cors,
     /// Certificate and key; `None` serves plain HTTP.
     pub tls: Option<Tls>,
-    /// Collector of traces.
     pub otlp_endpoint: Option<Uri>,
-    /// Time for running requests after SIGTERM.
     pub drain_timeout: Duration,
 }
 
 impl ModelArgs {
     /// The model file: the named one, or else the default one.
-    ///
-    /// # Errors
-    /// When no model was named and the default one is missing.
-    pub fn path(&self) -> Result<PathBuf, String> {
+    pub(crate) fn path(&self) -> anyhow::Result<PathBuf> {
         match &self.model_path {
             Some(path) if path.as_os_str().is_empty() => {
-                Err("MODEL_PATH is empty: name a GGUF file, or leave it unset".into())
+                bail!("MODEL_PATH is empty: name a GGUF file, or leave it unset")
             }
             Some(path) => Ok(path.clone()),
             None if Path::new(DEFAULT_MODEL).is_file() => Ok(DEFAULT_MODEL.into()),
-            None => Err(format!(
+            None => bail!(
                 "MODEL_PATH is not set and {DEFAULT_MODEL} is missing: run `make model`, or name a GGUF file with -m"
-            )),
+            ),
         }
     }
 
     /// An engine of `n_slots` sequences for a command; nothing is drafted.
-    ///
-    /// # Errors
-    /// As [`path`](Self::path).
-    pub fn engine(&self, n_slots: usize) -> Result<EngineParams, String> {
+    pub(crate) fn engine(&self, n_slots: usize) -> anyhow::Result<EngineParams> {
         let params = EngineParams::new(self.path()?, self.threads(), n_slots, self.context_size);
         Ok(EngineParams { n_gpu_layers: self.n_gpu_layers, ..params })
     }
 
-    /// Threads to use on this machine.
-    #[must_use]
-    pub fn threads(&self) -> usize {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        self.n_threads.min(cores)
+    pub(crate) fn threads(&self) -> usize {
+        self.n_threads.min(cores())
     }
 }
 
@@ -303,26 +285,18 @@ impl DraftArgs {
         self.folder.as_deref().filter(|folder| folder.as_os_str() != NO_HEADS)
     }
 
-    /// The heads to use: the named ones, or those that ship for the default model.
-    #[must_use]
-    pub fn heads(&self, model: &ModelArgs) -> Option<HeadsParams> {
-        let shipped = || {
-            let default = self.folder.is_none() && model.model_path.is_none();
-            Some(Path::new(DEFAULT_HEADS)).filter(|folder| default && folder.is_dir())
-        };
-        let folder = self.named_folder().or_else(shipped)?.to_path_buf();
-        Some(HeadsParams { folder, n_heads: self.k_heads })
-    }
-
-    /// Parameters of the draft sources; `None` without any.
-    #[must_use]
-    pub fn params(&self, model: &ModelArgs) -> Option<DraftParams> {
+    /// Parameters of the draft sources; `None` without any. Heads are the named ones, or those that
+    /// ship for the default model.
+    pub(crate) fn params(&self, model: &ModelArgs) -> Option<DraftParams> {
         let n_shared_text = match self.text_drafts {
             TextSource::Shared => Some(self.shared_text),
             TextSource::Own => Some(0),
             TextSource::Off => None,
         };
-        let heads = self.heads(model);
+        let default = self.folder.is_none() && model.model_path.is_none();
+        let shipped = Some(Path::new(DEFAULT_HEADS)).filter(|f| default && f.is_dir());
+        let folder = self.named_folder().or(shipped).map(Path::to_owned);
+        let heads = folder.map(|folder| HeadsParams { folder, n_heads: self.k_heads });
         let max_tokens_per_step = self.max_tokens_per_step;
         (heads.is_some() || n_shared_text.is_some()).then_some(DraftParams {
             heads,
@@ -334,36 +308,30 @@ impl DraftArgs {
 }
 
 impl ServeArgs {
-    /// Checks values against each other.
-    ///
-    /// # Errors
-    /// One line that names the variable, its value and the limit.
-    pub fn check(&self) -> Result<Config, String> {
-        let n_ctx = self.model.context_size;
-        if self.n_batch < self.batch_size {
-            return Err(format!(
-                "N_BATCH is {}, but each of BATCH_SIZE = {} sequences needs a row",
-                self.n_batch, self.batch_size
-            ));
-        }
-        if let Some(cells) = self.kv_cells.filter(|&cells| cells < n_ctx) {
-            return Err(format!(
-                "KV_CELLS is {cells}, but one request may take MODEL_CONTEXT_SIZE = {n_ctx}"
-            ));
-        }
+    /// Checks values against each other. An error names the variable, its value and the limit.
+    pub(crate) fn check(&self) -> anyhow::Result<Config> {
+        let (n_ctx, n_batch, n_slots) = (self.model.context_size, self.n_batch, self.batch_size);
+        ensure!(
+            n_batch >= n_slots,
+            "N_BATCH is {n_batch}, but each of BATCH_SIZE = {n_slots} sequences needs a row"
+        );
+        let n_cells = self.kv_cells.unwrap_or(n_ctx);
+        ensure!(
+            n_cells >= n_ctx,
+            "KV_CELLS is {n_cells}, but one request may take MODEL_CONTEXT_SIZE = {n_ctx}"
+        );
         let streams = self.kv == KvLayout::Streams;
-        if streams && self.drafts.named_folder().is_some() {
-            let message =
-                "KV_LAYOUT is streams, which cannot hold the trees of MEDUSA_HEADS: use unified";
-            return Err(message.into());
-        }
+        ensure!(
+            !(streams && self.drafts.named_folder().is_some()),
+            "KV_LAYOUT is streams, which cannot hold the trees of MEDUSA_HEADS: use unified"
+        );
         let auth = self.network.auth()?;
         let drafts = self.drafts.params(&self.model).filter(|_| !streams);
         let drafts = drafts.map(|drafts| DraftParams { n_tenants: auth.keys.len(), ..drafts });
         let limits = Limits {
-            n_slots: self.batch_size,
+            n_slots,
             n_ctx,
-            n_batch: self.n_batch,
+            n_batch,
             n_prefill: self.prefill_chunk,
             layout: self.layout(),
         };
@@ -377,7 +345,7 @@ impl ServeArgs {
                 limits,
                 drafts,
                 traces: false,
-                n_queue: self.batch_size * self.max_concurrent_batches,
+                n_queue: n_slots * self.max_concurrent_batches,
                 max_wait: self.max_wait_time,
             },
             http: HttpLimits {
@@ -412,6 +380,11 @@ impl ServeArgs {
             n_seqs: (self.batch_size * 2).min(llama::max_sequences()).max(self.batch_size),
         }
     }
+}
+
+/// Cores that this process may use.
+pub(crate) fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// A whole number in a range; the error names both ends.
@@ -498,7 +471,7 @@ mod tests {
 
     #[test]
     fn values_that_contradict_each_other_are_rejected() {
-        let rejected = |args: &[&str]| serve(args).unwrap().check().unwrap_err();
+        let rejected = |args: &[&str]| serve(args).unwrap().check().err().unwrap().to_string();
         assert!(rejected(&["--n-batch", "2"]).contains("N_BATCH is 2"));
         assert!(rejected(&["--kv-cells", "100"]).contains("KV_CELLS is 100"));
         assert!(rejected(&["--kv", "streams", "--heads", "x"]).contains("MEDUSA_HEADS"));

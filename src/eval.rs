@@ -11,22 +11,16 @@ pub const WINDOW: usize = 512;
 const UNCOUNTED: usize = 64;
 
 /// `exp` of the mean negative log-likelihood.
-#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Perplexity {
-    /// The perplexity.
     pub value: f64,
     /// Its standard error, as if tokens were independent. Two models on the same text differ with
     /// far more certainty.
     pub error: f64,
-    /// Tokens counted.
     pub n_tokens: usize,
 }
 
 /// A model's perplexity on a text, in windows of [`WINDOW`] tokens. `progress` gets the number of
 /// tokens read.
-///
-/// # Errors
-/// A forward pass fails.
 pub fn perplexity(
     model: &Arc<Model>,
     tokens: &[Token],

@@ -20,12 +20,13 @@ impl FileError {
     }
 }
 
+pub(crate) fn write(path: &Path, text: String) -> Result<(), FileError> {
+    std::fs::write(path, text).map_err(|e| FileError::new(path, e))
+}
+
 /// Runs `write` with another path in the same folder, then renames that file to `path`: a reader
 /// never sees a part of it. Removes the file if `write` fails.
-///
-/// # Errors
-/// Those of `write`; [`FileError`] when the file cannot be renamed.
-pub fn write_whole<T, E: From<FileError>>(
+pub(crate) fn write_whole<T, E: From<FileError>>(
     path: &Path,
     write: impl FnOnce(&Path) -> Result<T, E>,
 ) -> Result<T, E> {
@@ -41,8 +42,7 @@ pub fn write_whole<T, E: From<FileError>>(
 }
 
 /// `path` with `suffix` after its extension.
-#[must_use]
-pub fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+pub(crate) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     name.into()

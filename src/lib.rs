@@ -52,8 +52,8 @@
 //! | [`chat`] | chat templates: messages to a prompt, for `http`, `train` and `bench` | requests |
 //! | [`train`] | training of heads: answers, features, fit | HTTP |
 //! | [`synth`] | models and heads with random weights in known shapes, for benchmarks | requests |
-//! | [`eval`], [`plot`], [`files`] | perplexity; SVG plots; files that appear whole | requests |
-//! | [`tune`] | recommends a quantization from measurements | files, models |
+//! | `eval`, `plot`, [`files`] | perplexity; SVG plots; files that appear whole | requests |
+//! | `tune` | recommends a quantization from measurements | files, models |
 //! | [`vector`], [`matrix`] | vectorized loops over logits; a matrix of floats | their purpose |
 //! | [`gpu`], `cuda/` | the fence around CUDA, and its kernels; `cuda/args.h` declares what both share | tokens, trees |
 //! | [`llama`] | the fence around C: model, context, samplers, and graphs on ggml's kernels | requests, slots, heads |
@@ -77,18 +77,18 @@ pub mod cli;
 pub mod config;
 pub mod engine;
 pub mod error;
-pub mod eval;
+mod eval;
 pub mod files;
 pub mod gpu;
 pub mod http;
 pub mod llama;
 pub mod matrix;
 pub mod metrics;
-pub mod plot;
+mod plot;
 pub mod request;
 pub mod speculate;
 pub mod synth;
 pub mod telemetry;
 pub mod train;
-pub mod tune;
+mod tune;
 pub mod vector;

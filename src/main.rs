@@ -3,7 +3,6 @@
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
-use anyhow::anyhow;
 use clap::Parser;
 use medusa_llama::cli;
 use medusa_llama::config::{Args, Command, LogFormat};
@@ -17,7 +16,7 @@ fn main() -> ExitCode {
     } else {
         log_text(command.log_level())
     }
-    match run(command) {
+    match cli::run(command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             if in_json {
@@ -27,19 +26,6 @@ fn main() -> ExitCode {
             }
             ExitCode::FAILURE
         }
-    }
-}
-
-fn run(command: Command) -> anyhow::Result<()> {
-    match command {
-        Command::Serve(args) => cli::serve(args.check().map_err(|e| anyhow!(e))?),
-        Command::Generate(args) => cli::generate(&args),
-        Command::Train(args) => cli::train(&args),
-        Command::Bench(args) => cli::bench(&args),
-        Command::Perplexity(args) => cli::perplexity(&args),
-        Command::Tune(args) => cli::tune(&args),
-        Command::Quantize(args) => cli::quantize(&args),
-        Command::Synth(args) => cli::synth(&args),
     }
 }
 

@@ -5,33 +5,17 @@ use std::path::Path;
 use anyhow::{Context, anyhow};
 use plotters::prelude::*;
 
-/// One line.
-#[derive(Clone, Debug)]
 pub struct Series {
-    /// Its name in the legend.
     pub name: String,
     /// Ascending in x.
     pub points: Vec<(f64, f64)>,
 }
 
-/// The texts around the lines.
-#[derive(Clone, Copy, Debug)]
-pub struct Captions<'a> {
-    /// Title above the plot.
-    pub title: &'a str,
-    /// Name of the x axis.
-    pub x: &'a str,
-    /// Name of the y axis.
-    pub y: &'a str,
-}
-
-/// Draws lines into a file. The y axis begins at 0 if `from_zero`.
-///
-/// # Errors
-/// There are no points, or the file cannot be written.
+/// Draws lines into a file; `axes` are the names of x and y. The y axis begins at 0 if `from_zero`.
 pub fn lines(
     path: &Path,
-    labels: Captions<'_>,
+    title: &str,
+    axes: [&str; 2],
     lines: &[Series],
     from_zero: bool,
 ) -> anyhow::Result<()> {
@@ -48,14 +32,15 @@ pub fn lines(
     let pad = 0.05 * (y1 - y0).max(1e-9);
     let low = if from_zero { 0.0 } else { y0 - pad };
     let mut svg = String::new();
-    draw(&mut svg, labels, lines, x0..x1.max(x0 + 1e-9), low..y1 + pad)
+    draw(&mut svg, title, axes, lines, x0..x1.max(x0 + 1e-9), low..y1 + pad)
         .map_err(|e| anyhow!("cannot plot: {e}"))?;
     std::fs::write(path, svg).with_context(|| format!("cannot write {}", path.display()))
 }
 
 fn draw(
     svg: &mut String,
-    labels: Captions<'_>,
+    title: &str,
+    axes: [&str; 2],
     lines: &[Series],
     x: std::ops::Range<f64>,
     y: std::ops::Range<f64>,
@@ -63,12 +48,12 @@ fn draw(
     let root = SVGBackend::with_string(svg, (760, 420)).into_drawing_area();
     root.fill(&WHITE)?;
     let mut chart = ChartBuilder::on(&root)
-        .caption(labels.title, ("sans-serif", 18))
+        .caption(title, ("sans-serif", 18))
         .margin(12)
         .x_label_area_size(40)
         .y_label_area_size(56)
         .build_cartesian_2d(x, y)?;
-    chart.configure_mesh().x_desc(labels.x).y_desc(labels.y).light_line_style(WHITE).draw()?;
+    chart.configure_mesh().x_desc(axes[0]).y_desc(axes[1]).light_line_style(WHITE).draw()?;
     for (i, line) in lines.iter().enumerate() {
         let colour = Palette99::pick(i).to_rgba();
         let drawn = chart.draw_series(
@@ -84,8 +69,6 @@ fn draw(
         .border_style(BLACK.mix(0.3))
         .draw()?;
     root.present()?;
-    drop(chart);
-    drop(root);
     Ok(())
 }
 
@@ -100,12 +83,13 @@ mod tests {
             name: name.into(),
             points: vec![(1.0, y), (2.0, y + 1.0)],
         };
-        let labels = Captions { title: "Speed", x: "parallel", y: "tokens/s" };
-        lines(&path, labels, &[line("plain", 1.0), line("heads", 2.0)], true).unwrap();
+        let draw =
+            |series: &[Series]| lines(&path, "Speed", ["parallel", "tokens/s"], series, true);
+        draw(&[line("plain", 1.0), line("heads", 2.0)]).unwrap();
         let svg = std::fs::read_to_string(&path).unwrap();
         assert!(
             ["Speed", "plain", "heads", "tokens/s", "</svg>"].iter().all(|text| svg.contains(text))
         );
-        assert!(lines(&path, labels, &[], true).is_err());
+        assert!(draw(&[]).is_err());
     }
 }

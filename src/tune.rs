@@ -6,11 +6,8 @@ use serde::Serialize;
 /// A figure's values over the rounds.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Spread {
-    /// The median.
     pub median: f64,
-    /// The lowest.
     pub low: f64,
-    /// The highest.
     pub high: f64,
     /// All, in the order of measurement.
     pub rounds: Vec<f64>,
@@ -31,7 +28,6 @@ impl Spread {
 /// The time of a step with a number of rows.
 #[derive(Clone, Debug, Serialize)]
 pub struct StepTime {
-    /// Rows.
     pub rows: usize,
     /// After a step of as many rows.
     pub seconds: Spread,
@@ -40,7 +36,6 @@ pub struct StepTime {
 /// The speed with a number of threads.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Measured {
-    /// Threads of a forward pass.
     pub threads: usize,
     /// Tokens per second of one sequence.
     pub alone: Spread,
@@ -53,33 +48,22 @@ pub struct Measured {
 }
 
 impl Measured {
-    /// The speed under a load.
-    #[must_use]
     pub fn speed(&self, load: Parallelism) -> &Spread {
         if load == Parallelism::Alone { &self.alone } else { &self.together }
-    }
-
-    /// The speed under a load, to add rounds to.
-    pub fn speed_mut(&mut self, load: Parallelism) -> &mut Spread {
-        if load == Parallelism::Alone { &mut self.alone } else { &mut self.together }
     }
 }
 
 /// Parallel sequences of [`Measured::together`].
 pub const TOGETHER: usize = 8;
 
-/// A form of the model.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Candidate {
-    /// Its name in the table.
     pub name: String,
     /// llama.cpp's name for the type of most tensors.
     pub quantization: String,
     /// Whether its source was quantized already.
     pub quantized_twice: bool,
-    /// Size of the file.
     pub bytes: u64,
-    /// Perplexity on the text.
     pub perplexity: f64,
     /// Its standard error.
     pub perplexity_error: f64,
@@ -90,18 +74,13 @@ pub struct Candidate {
 /// How many sequences run in parallel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub enum Parallelism {
-    /// One.
     Alone,
-    /// [`TOGETHER`].
     Together,
 }
 
 impl Parallelism {
-    /// Both.
     pub const ALL: [Self; 2] = [Self::Alone, Self::Together];
 
-    /// The number of sequences.
-    #[must_use]
     pub fn parallel(self) -> usize {
         if self == Self::Alone { 1 } else { TOGETHER }
     }
@@ -110,7 +89,6 @@ impl Parallelism {
 /// The recommendation; everything by its index.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Choice {
-    /// The candidate.
     pub candidate: usize,
     /// Which of its `by_threads`.
     pub threads: usize,
@@ -128,7 +106,6 @@ pub struct Choice {
 /// The fastest candidate, each with the threads it is fastest with, whose perplexity is at most
 /// `max_loss` (0.05: 5%) above the lowest; of those whose spread of rounds meets the fastest's, the
 /// one with the lowest perplexity. `None` without a candidate that has a perplexity and a speed.
-#[must_use]
 pub fn choose(candidates: &[Candidate], max_loss: f64, load: Parallelism) -> Option<Choice> {
     let finite = || (0..candidates.len()).filter(|&i| candidates[i].perplexity.is_finite());
     let better = |&a: &usize, &b: &usize| {
@@ -162,7 +139,6 @@ fn fastest_threads(candidate: &Candidate, load: Parallelism) -> Option<usize> {
 }
 
 /// A [`Choice`] in words: the choice, then its reasons, a sentence per item.
-#[must_use]
 pub fn reasons(
     candidates: &[Candidate],
     choice: &Choice,
@@ -178,14 +154,13 @@ pub fn reasons(
         |i: usize| 100.0 * (candidates[i].perplexity / candidates[choice.best].perplexity - 1.0);
     let (chosen, limit) = (choice.candidate, 100.0 * max_loss);
     let threads = candidates[chosen].by_threads[choice.threads].threads;
-    let what = format!(
+    let mut out = vec![format!(
         "{} with {}: {:.1} tokens/s, perplexity {:.3}",
         name(chosen),
-        counted(threads, "thread"),
+        counted(threads),
         speed(chosen),
         candidates[chosen].perplexity
-    );
-    let mut out = vec![what];
+    )];
     let allowed = if chosen == choice.best {
         "its perplexity is the lowest".to_owned()
     } else {
@@ -227,10 +202,7 @@ pub fn reasons(
     for (_, other) in
         own.iter().enumerate().filter(|(t, m)| *t != choice.threads && m.speed(load).high >= low)
     {
-        out.push(format!(
-            "{} would be as fast within the measured spread",
-            counted(other.threads, "thread")
-        ));
+        out.push(format!("{} would be as fast within the measured spread", counted(other.threads)));
     }
     out
 }
@@ -238,14 +210,12 @@ pub fn reasons(
 /// The cost of an additional row, as a share of a step of one row.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct RowCost {
-    /// The second row.
     pub second: f64,
     /// The mean of the second to the eighth row.
     pub up_to_eight: f64,
 }
 
 /// From a cost curve with 1, 2 and 8 rows; `None` without them.
-#[must_use]
 pub fn row_cost(steps: &[StepTime]) -> Option<RowCost> {
     let of = |rows: usize| {
         steps.iter().find(|s| s.rows == rows).map(|s| s.seconds.median).filter(|s| *s > 0.0)
@@ -259,7 +229,6 @@ const CHEAP: f64 = 0.2;
 const EXPENSIVE: f64 = 0.6;
 
 /// What a cost curve means for drafts, in words.
-#[must_use]
 pub fn about_drafts(cost: RowCost) -> String {
     let (second, each) = (100.0 * cost.second.max(0.0), 100.0 * cost.up_to_eight.max(0.0));
     // A candidate costs a row and gives a token if it is accepted: it pays if the acceptance rate
@@ -275,8 +244,8 @@ pub fn about_drafts(cost: RowCost) -> String {
     )
 }
 
-fn counted(n: usize, what: &str) -> String {
-    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
+fn counted(n: usize) -> String {
+    format!("{n} thread{}", if n == 1 { "" } else { "s" })
 }
 
 #[cfg(test)]
@@ -415,14 +384,10 @@ mod tests {
         let cost = row_cost(&steps([1.0, 1.125, 1.875])).unwrap();
         assert_eq!(cost, RowCost { second: 0.125, up_to_eight: 0.125 });
         assert!(about_drafts(cost).contains("drafts are cheap here"));
-        assert!(
-            about_drafts(row_cost(&steps([1.0, 2.0, 8.0])).unwrap()).contains("drafts seldom pay")
-        );
+        let about = |seconds| about_drafts(row_cost(&steps(seconds)).unwrap());
+        assert!(about([1.0, 2.0, 8.0]).contains("drafts seldom pay"));
         // Noise may make two rows quicker than one: they cost nothing then.
-        assert!(
-            about_drafts(row_cost(&steps([1.0, 0.9, 1.0])).unwrap())
-                .starts_with("a second row costs 0%")
-        );
+        assert!(about([1.0, 0.9, 1.0]).starts_with("a second row costs 0%"));
         assert_eq!(row_cost(&steps([1.0, 1.1, 2.0])[..2]), None);
     }
 }

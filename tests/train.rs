@@ -8,7 +8,7 @@ use std::process::{Command, Output};
 
 use common::context::MODEL;
 use common::{Server, model_path};
-use medusa_llama::train::prompts::Prompts;
+use medusa_llama::train::prompts;
 use serde_json::json;
 
 fn train(folder: &Path, args: &[&str]) -> Output {
@@ -94,9 +94,9 @@ fn heads_are_trained_on_the_prompts_that_are_served() {
     std::fs::write(&file, json!({ "prompt": user }).to_string()).unwrap();
     let server = Server::start(&["--ctx", "256"]);
     for system in [None, Some("Be brief."), Some("")] {
-        let mut prompts = Prompts::read(&file).unwrap();
-        prompts.render(&MODEL, system).unwrap();
-        let n_tokens = MODEL.tokenize(prompts.text(0), true).unwrap().len();
+        let mut prompts = prompts::read(&file).unwrap();
+        prompts::render(&mut prompts, &MODEL, system).unwrap();
+        let n_tokens = MODEL.tokenize(&prompts[0].text, true).unwrap().len();
 
         let system = system.map(|content| json!({ "role": "system", "content": content }));
         let messages: Vec<_> =
@@ -109,7 +109,7 @@ fn heads_are_trained_on_the_prompts_that_are_served() {
             (n(&usage["prompt_tokens"]), n(&usage["prompt_tokens_details"]["cached_tokens"]))
         };
         let chat = ask("/v1/chat/completions", json!({ "messages": messages }));
-        let text = ask("/v1/completions", json!({ "prompt": prompts.text(0) }));
+        let text = ask("/v1/completions", json!({ "prompt": prompts[0].text }));
         assert_eq!((chat.0, text), (n_tokens, (n_tokens, n_tokens - 1)));
     }
 }

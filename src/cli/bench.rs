@@ -5,20 +5,20 @@ use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::time::Instant;
 
-use anyhow::{Context as _, anyhow, bail};
-use indicatif::{ProgressBar, ProgressStyle};
+use anyhow::{Context as _, anyhow, bail, ensure};
 use serde::Serialize;
 use tokio::task::JoinSet;
 
+use super::{bar, write_json};
 use crate::config::BenchArgs;
 use crate::engine;
 use crate::engine::handle::Handle;
 use crate::engine::thread::{DraftParams, EngineParams, spawn_with};
-use crate::plot::{self, Captions, Series};
+use crate::plot::{self, Series};
 use crate::request::{Caller, Completion, Request, SamplingParams, Source, Speculation};
 use crate::speculate::reliability::{Count, N_DEPTHS, Reliability, calibration_error};
 use crate::speculate::simulated::{Acceptance, Simulated};
-use crate::train::prompts::Prompts;
+use crate::train::prompts::{self, Prompt};
 
 /// One mode at one number of parallel requests.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -80,7 +80,7 @@ impl Figures {
 /// By mode.
 type Modes = BTreeMap<&'static str, Figures>;
 
-#[derive(Debug, Serialize)]
+#[derive(Serialize)]
 struct Report {
     model: String,
     quantization: String,
@@ -115,11 +115,8 @@ struct Calibrated {
 }
 
 /// Runs the bench and prints its table.
-///
-/// # Errors
-/// When model, heads or prompts cannot be read, a result cannot be written, or the engine fails.
-pub fn bench(args: &BenchArgs) -> anyhow::Result<()> {
-    let mut prompts = Prompts::read(&args.prompts.file)?;
+pub(super) fn bench(args: &BenchArgs) -> anyhow::Result<()> {
+    let mut prompts = prompts::read(&args.prompts.file)?;
     let mut params = params(args)?;
     let engine = match args.acceptance.clone() {
         None => engine::spawn(params),
@@ -132,7 +129,7 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     let report = runtime.block_on(async {
         let handle = engine.ready().await.map_err(|e| anyhow!(e))?;
         if !args.prompts.raw {
-            prompts.render(&handle.model, args.prompts.system.as_deref())?;
+            prompts::render(&mut prompts, &handle.model, args.prompts.system.as_deref())?;
         }
         measure(args, &handle, &prompts).await
     });
@@ -140,9 +137,7 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     let report = report?;
     print(&report)?;
     if let Some(path) = &args.report.json {
-        let text = serde_json::to_string_pretty(&report)?;
-        std::fs::write(path, text + "\n")
-            .with_context(|| format!("cannot write {}", path.display()))?;
+        write_json(path, &report)?;
     }
     if let Some(path) = &args.report.svg {
         let line = |&name: &&str| Series {
@@ -156,8 +151,7 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<()> {
         let lines: Vec<Series> = report.modes.iter().map(line).collect();
         let simulated = if report.simulated { ", simulated acceptance" } else { "" };
         let title = format!("{}, {}{simulated}", report.model, report.quantization);
-        let labels = Captions { title: &title, x: "parallel requests", y: "tokens/s" };
-        plot::lines(path, labels, &lines, true)?;
+        plot::lines(path, &title, ["parallel requests", "tokens/s"], &lines, true)?;
     }
     Ok(())
 }
@@ -173,7 +167,7 @@ fn params(args: &BenchArgs) -> anyhow::Result<EngineParams> {
     if drafts.heads.is_none() && modes(args).iter().any(by_heads) {
         bail!("--modes names heads, but there are none; name a folder with --heads");
     }
-    let params = args.model.engine(n_slots).map_err(|e| anyhow!(e))?;
+    let params = args.model.engine(n_slots)?;
     Ok(EngineParams { drafts: Some(drafts), ..params })
 }
 
@@ -202,14 +196,12 @@ fn modes(args: &BenchArgs) -> Vec<Speculation> {
     modes
 }
 
-async fn measure(args: &BenchArgs, handle: &Handle, prompts: &Prompts) -> anyhow::Result<Report> {
+async fn measure(args: &BenchArgs, handle: &Handle, prompts: &[Prompt]) -> anyhow::Result<Report> {
     let (n_rates, n_heads) = (args.acceptance.as_ref().map_or(0, Vec::len), handle.n_heads);
-    if n_rates > n_heads {
-        bail!("acceptance is given for {n_rates} heads, but there are {n_heads}");
-    }
+    ensure!(n_rates <= n_heads, "acceptance is given for {n_rates} heads, but there are {n_heads}");
     // Every n-th of the file, so that all its parts are there.
     let n = args.n_prompts.min(prompts.len());
-    let chosen: Vec<usize> = (0..n).map(|i| i * prompts.len() / n).collect();
+    let chosen: Vec<&Prompt> = (0..n).map(|i| &prompts[i * prompts.len() / n]).collect();
     let modes = modes(args);
     let mut report = Report {
         model: handle.model.name().unwrap_or_else(|| "unnamed model".into()),
@@ -228,23 +220,20 @@ async fn measure(args: &BenchArgs, handle: &Handle, prompts: &Prompts) -> anyhow
         by_category: BTreeMap::new(),
         calibration: vec![],
     };
-    let bar = ProgressBar::new((args.parallel.len() * args.rounds * n) as u64);
-    bar.set_style(
-        ProgressStyle::with_template("{bar:40} {pos}/{len} prompts {elapsed}, {eta} left")
-            .expect("a valid template"),
-    );
-    ask(handle, &request(args, "Say hi.".into(), Speculation::Auto)).await?;
+    let template = "{bar:40} {pos}/{len} prompts {elapsed}, {eta} left";
+    let bar = bar(args.parallel.len() * args.rounds * n, template);
+    ask_all(handle, [request(args, "Say hi.".into(), Speculation::Auto)]).await?;
     for &parallel in &args.parallel {
         let all = report.by_parallel.entry(parallel).or_default();
         for round in 0..args.rounds {
             let mut of_round = Modes::new();
             // Together as many as run in parallel, so that all modes see the same concurrent requests.
             for (i, group) in chosen.chunks(parallel.max(1)).enumerate() {
-                let category = prompts.category(group[0]).unwrap_or("all").to_owned();
+                let category = group[0].category.as_deref().unwrap_or("all").to_owned();
                 // Which mode goes first changes, since the next one finds a warmer machine.
                 for k in 0..modes.len() {
                     let mode = modes[(round + i + k) % modes.len()];
-                    let figures = run(args, handle, prompts, group, mode).await?;
+                    let figures = run(args, handle, group, mode).await?;
                     of_round.entry(mode.name()).or_default().add(&figures);
                     if parallel == 1 {
                         let of = report.by_category.entry(category.clone()).or_default();
@@ -287,19 +276,14 @@ fn calibrated(reliability: &Reliability) -> Vec<Calibrated> {
 async fn run(
     args: &BenchArgs,
     handle: &Handle,
-    prompts: &Prompts,
-    group: &[usize],
+    group: &[&Prompt],
     mode: Speculation,
 ) -> anyhow::Result<Figures> {
     let started = Instant::now();
-    let mut running = JoinSet::new();
-    for &i in group {
-        let (handle, request) = (handle.clone(), request(args, prompts.text(i).to_owned(), mode));
-        running.spawn(async move { ask(&handle, &request).await });
-    }
     let mut figures = Figures::default();
-    while let Some(done) = running.join_next().await {
-        figures.record(&done??);
+    let requests = group.iter().map(|prompt| request(args, prompt.text.clone(), mode));
+    for done in ask_all(handle, requests).await? {
+        figures.record(&done);
     }
     figures.wall_s = started.elapsed().as_secs_f64();
     Ok(figures)
@@ -319,9 +303,16 @@ fn request(args: &BenchArgs, prompt: String, speculation: Speculation) -> Reques
     }
 }
 
-pub(super) async fn ask(handle: &Handle, request: &Request) -> anyhow::Result<Completion> {
-    let answer = handle.submit(request.clone(), Caller::default()).await?;
-    Ok(answer.collect().await?.1)
+/// The answers to requests that run at the same time.
+pub(super) async fn ask_all(
+    handle: &Handle,
+    requests: impl IntoIterator<Item = Request>,
+) -> anyhow::Result<Vec<Completion>> {
+    let asked = requests.into_iter().map(|request| {
+        let handle = handle.clone();
+        async move { Ok(handle.submit(request, Caller::default()).await?.collect().await?.1) }
+    });
+    asked.collect::<JoinSet<_>>().join_all().await.into_iter().collect()
 }
 
 fn print(report: &Report) -> anyhow::Result<()> {

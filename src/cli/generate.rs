@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 
-use anyhow::{anyhow, bail};
+use anyhow::{anyhow, ensure};
 
 use super::show_loading;
 use crate::config::GenerateArgs;
@@ -12,12 +12,9 @@ use crate::engine::thread::EngineParams;
 use crate::request::{Caller, Event, Request, SamplingParams};
 
 /// Generates and prints; a line of figures goes to standard error.
-///
-/// # Errors
-/// When the model cannot be loaded, a parameter is out of range, or the engine fails.
-pub fn generate(args: &GenerateArgs) -> anyhow::Result<()> {
+pub(super) fn generate(args: &GenerateArgs) -> anyhow::Result<()> {
     let request = request(args)?;
-    let params = args.model.engine(1).map_err(|e| anyhow!(e))?;
+    let params = args.model.engine(1)?;
     let params = EngineParams { drafts: args.drafts.params(&args.model), ..params };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let engine = engine::spawn(params);
@@ -55,10 +52,8 @@ pub fn generate(args: &GenerateArgs) -> anyhow::Result<()> {
 }
 
 fn request(args: &GenerateArgs) -> anyhow::Result<Request> {
-    let n_ctx = args.model.context_size;
-    if args.max_tokens > n_ctx {
-        bail!("--max-tokens is {}, but the context has {n_ctx} tokens", args.max_tokens);
-    }
+    let (n, n_ctx) = (args.max_tokens, args.model.context_size);
+    ensure!(n <= n_ctx, "--max-tokens is {n}, but the context has {n_ctx} tokens");
     let mut prompt = args.prompt.clone();
     if prompt == "-" {
         prompt.clear();

@@ -1,4 +1,4 @@
-//! The commands, which `main` calls with parsed arguments.
+//! The commands.
 
 mod bench;
 mod generate;
@@ -9,30 +9,46 @@ mod synth;
 mod train;
 mod tune;
 
-pub use bench::bench;
-pub use generate::generate;
-pub use perplexity::perplexity;
-pub use quantize::quantize;
-pub use serve::serve;
-pub use synth::synth;
-pub use train::train;
-pub use tune::tune;
-
 use std::io::IsTerminal;
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::{Context as _, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
 use tokio::sync::watch;
 
+use crate::config::{Command, ModelArgs};
 use crate::engine::Stage;
 use crate::eval;
-use crate::llama::{Model, Token};
+use crate::llama::{Model, ModelParams, Token};
+
+/// Runs a command to its end.
+///
+/// # Errors
+/// One line that says what cannot be read, written, loaded or bound, or which argument is invalid.
+pub fn run(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Serve(args) => serve::serve(args.check()?),
+        Command::Generate(args) => generate::generate(&args),
+        Command::Train(args) => train::train(&args),
+        Command::Bench(args) => bench::bench(&args),
+        Command::Perplexity(args) => perplexity::perplexity(&args),
+        Command::Tune(args) => tune::tune(&args),
+        Command::Quantize(args) => quantize::quantize(&args),
+        Command::Synth(args) => synth::synth(&args),
+    }
+}
 
 /// A progress bar of `n` units, in indicatif's template language.
 fn bar(n: usize, template: &str) -> ProgressBar {
     let style = ProgressStyle::with_template(template).expect("a valid template");
     ProgressBar::new(n as u64).with_style(style)
+}
+
+fn load(args: &ModelArgs, path: &Path) -> anyhow::Result<Arc<Model>> {
+    let params = ModelParams { n_gpu_layers: args.n_gpu_layers };
+    Ok(Arc::new(Model::load(path, &params, |_| true)?))
 }
 
 /// A text to measure perplexity on, with its tokens.
@@ -43,6 +59,11 @@ fn read_text(file: &Path, model: &Model) -> anyhow::Result<(String, Vec<Token>)>
     let (n, least) = (tokens.len(), 2 * eval::WINDOW);
     ensure!(n >= least, "{shown} has {n} tokens; at least {least} are needed");
     Ok((text, tokens))
+}
+
+fn write_json(path: &Path, report: &impl Serialize) -> anyhow::Result<()> {
+    let text = serde_json::to_string_pretty(report)?;
+    std::fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// Shows a progress bar on a terminal until the model is loaded or has failed to load.

@@ -9,24 +9,15 @@ use crate::files::write_whole;
 use crate::llama::{self, Quantization};
 
 /// Writes the file; it appears under its name when it is whole.
-///
-/// # Errors
-/// When the input cannot be read or quantized, or the output cannot be written.
-pub fn quantize(args: &QuantizeArgs) -> anyhow::Result<()> {
+pub(super) fn quantize(args: &QuantizeArgs) -> anyhow::Result<()> {
     let (input, output) = (&args.input, &args.output);
     if output.exists() && !args.force {
         bail!("{} is there already: remove it, or give --force", output.display());
     }
     write(input, output, args.kind, args.n_threads)?;
-    let mib =
-        |path: &Path| std::fs::metadata(path).map_or(0.0, |m| m.len() as f64 / f64::from(1 << 20));
-    println!(
-        "{}: {}, {:.1} MiB (was {:.1})",
-        output.display(),
-        args.kind.name,
-        mib(output),
-        mib(input)
-    );
+    let mib = |path| std::fs::metadata(path).map_or(0.0, |m| m.len() as f64 / f64::from(1 << 20));
+    let (name, kind, from, to) = (output.display(), args.kind.name, mib(input), mib(output));
+    println!("{name}: {kind}, {to:.1} MiB (was {from:.1})");
     Ok(())
 }
 

@@ -12,7 +12,7 @@ use tokio::sync::{oneshot, watch};
 
 use super::show_loading;
 use crate::config::Config;
-use crate::engine::{self, Handle, Layout, Stage};
+use crate::engine::{self, Layout, Stage};
 use crate::http::api::Readers;
 use crate::http::app::App;
 use crate::http::{openapi, routes, server};
@@ -23,10 +23,7 @@ use crate::telemetry::Telemetry;
 const FLUSH: Duration = Duration::from_secs(2);
 
 /// Serves until a signal; then drains.
-///
-/// # Errors
-/// When the port is taken, the model cannot be loaded, or the engine fails.
-pub fn serve(config: Config) -> anyhow::Result<()> {
+pub(super) fn serve(config: Config) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(config.workers)
         .max_blocking_threads(config.workers.max(2)) // these tokenize prompts
@@ -142,12 +139,7 @@ async fn failed(mut stage: watch::Receiver<Stage>) -> String {
 /// Logs the model and its limits once it is loaded.
 async fn announce(mut stage: watch::Receiver<Stage>) {
     let ready = stage.wait_for(|s| !matches!(s, Stage::Loading(_))).await;
-    if let Ok(Stage::Ready(handle)) = ready.as_deref() {
-        log_ready(handle);
-    }
-}
-
-fn log_ready(handle: &Handle) {
+    let Ok(Stage::Ready(handle)) = ready.as_deref() else { return };
     let (model, limits) = (&handle.model, handle.limits);
     let kv = match limits.layout {
         Layout::Unified { n_cells, .. } => format!("unified, {n_cells} cells"),

@@ -12,10 +12,7 @@ use crate::synth::{self, heads};
 use crate::train::kind::HeadKind;
 
 /// Writes the files; each appears under its name when it is whole.
-///
-/// # Errors
-/// A file exists already, or cannot be written.
-pub fn synth(args: &SynthArgs) -> anyhow::Result<()> {
+pub(super) fn synth(args: &SynthArgs) -> anyhow::Result<()> {
     let kinds = HeadKind::value_variants();
     let of_heads =
         args.heads.iter().flat_map(|folder| kinds.iter().map(move |kind| kind.file(folder)));

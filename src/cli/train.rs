@@ -1,6 +1,5 @@
 //! `medusa-llama train`: collects answers with their features, then fits heads to them.
 
-use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Instant;
 
@@ -11,37 +10,37 @@ use crate::config::TrainArgs;
 use crate::engine::thread::EngineParams;
 use crate::engine::{self, Layout, Limits};
 use crate::llama::{Model, max_sequences};
-use crate::plot::{self, Captions, Series};
+use crate::plot::{self, Series};
 use crate::train::answers::{self, Wanted};
 use crate::train::features::Writer;
 use crate::train::fit::net::{FitNet, NetShape};
 use crate::train::fit::shards::{ModelMatrices, Shards};
 use crate::train::fit::{self, FitParams, Fitted};
 use crate::train::kind::HeadKind;
-use crate::train::prompts::Prompts;
+use crate::train::prompts::{self, Prompt};
 use crate::train::save::{self, Provenance};
 
 /// Runs all steps.
-///
-/// # Errors
-/// A file cannot be read or written, the model cannot be loaded, or the work folder belongs to
-/// another model.
-pub fn train(args: &TrainArgs) -> anyhow::Result<()> {
+pub(super) fn train(args: &TrainArgs) -> anyhow::Result<()> {
     std::fs::create_dir_all(&args.output)?;
     let work = args.work.clone().unwrap_or_else(|| args.output.join("work"));
-    let prompts = Prompts::read(&args.prompts.file)?;
+    let prompts = prompts::read(&args.prompts.file)?;
     let folder = work.join("features");
     let (n_tokens, collect_s) = collect(args, prompts, &folder)?;
-    let model = Model::load(&args.model.path().map_err(|e| anyhow!(e))?, 0, |_| true)?;
+    let model = Model::load(&args.model.path()?, 0, |_| true)?;
     learn(args, &model, &folder, &work.join("checkpoint.safetensors"), n_tokens, collect_s)
 }
 
 /// Collects answers with their features. Returns the number of tokens in the work folder, and the
 /// seconds that this run spent on collecting.
-fn collect(args: &TrainArgs, mut prompts: Prompts, folder: &Path) -> anyhow::Result<(usize, u64)> {
+fn collect(
+    args: &TrainArgs,
+    mut prompts: Vec<Prompt>,
+    folder: &Path,
+) -> anyhow::Result<(usize, u64)> {
     let n_ctx = args.model.context_size;
     let n_cells = args.batch_size * n_ctx.min(2 * args.max_answer + 256);
-    let params = args.model.engine(args.batch_size).map_err(|e| anyhow!(e))?;
+    let params = args.model.engine(args.batch_size)?;
     let layout = Layout::Unified {
         n_cells: n_cells.max(n_ctx),
         n_retained: n_ctx,
@@ -56,18 +55,17 @@ fn collect(args: &TrainArgs, mut prompts: Prompts, folder: &Path) -> anyhow::Res
     let wanted = Wanted { n_tokens: args.tokens, max_answer: args.max_answer, seed: args.seed };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let engine = engine::spawn(params);
-    let template = "answers {bar:40} {pos}/{len} tokens {elapsed}, {eta} left";
-    let bar = bar(args.tokens, template);
+    let bar = bar(args.tokens, "answers {bar:40} {pos}/{len} tokens {elapsed}, {eta} left");
     let started = Instant::now();
     let collected = runtime.block_on(async {
         let handle = engine.ready().await.map_err(|e| anyhow!(e))?;
         if !args.prompts.raw {
-            prompts.render(&handle.model, args.prompts.system.as_deref())?;
+            prompts::render(&mut prompts, &handle.model, args.prompts.system.as_deref())?;
         }
         let mut shards = Writer::open(folder, &handle.model, (args.max_disk_gib as u64) << 30)?;
         answers::collect(&handle, &prompts, &mut shards, wanted, |n| bar.set_position(n as u64))
             .await?;
-        anyhow::Ok(shards.n_tokens())
+        anyhow::Ok(shards.n_tokens)
     });
     bar.finish();
     engine.stop();
@@ -103,10 +101,9 @@ fn learn(
     };
     let bar = bar(0, "heads   {bar:40} {pos}/{len} steps {elapsed}, {eta} left");
     let started = Instant::now();
-    let fitted = fit::fit(&train, &held, &matrices, &params, Some(checkpoint), &mut |p| {
-        bar.set_length(p.n_steps as u64);
-        bar.set_position(p.step as u64);
-        ControlFlow::Continue(())
+    let fitted = fit::fit(&train, &held, &matrices, &params, checkpoint, &mut |step, n_steps| {
+        bar.set_length(n_steps as u64);
+        bar.set_position(step as u64);
     })?;
     bar.finish();
 
@@ -136,14 +133,13 @@ fn learn(
 /// The command line, quoted for a shell.
 fn command_line() -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,+@%".contains(c);
-    let quoted = |arg: String| match arg.chars().all(plain) && !arg.is_empty() {
-        true => arg,
-        false => format!("'{}'", arg.replace('\'', r"'\''")),
-    };
-    std::iter::once("medusa-llama".to_owned())
-        .chain(std::env::args().skip(1).map(quoted))
-        .collect::<Vec<_>>()
-        .join(" ")
+    std::env::args().skip(1).fold("medusa-llama".to_owned(), |line, arg| {
+        if arg.chars().all(plain) && !arg.is_empty() {
+            line + " " + &arg
+        } else {
+            format!("{line} '{}'", arg.replace('\'', r"'\''"))
+        }
+    })
 }
 
 fn draw_loss(path: &Path, fitted: &Fitted) -> anyhow::Result<()> {
@@ -153,8 +149,8 @@ fn draw_loss(path: &Path, fitted: &Fitted) -> anyhow::Result<()> {
         epoch.train_loss.iter().enumerate().map(|(j, &l)| (at(j), f64::from(l))).collect::<Vec<_>>()
     };
     let points = fitted.history.iter().enumerate().flat_map(loss).collect();
-    let labels = Captions { title: "Loss of all heads, weighted", x: "epochs", y: "cross entropy" };
-    plot::lines(path, labels, &[Series { name: "training".into(), points }], false)
+    let (title, axes) = ("Loss of all heads, weighted", ["epochs", "cross entropy"]);
+    plot::lines(path, title, axes, &[Series { name: "training".into(), points }], false)
 }
 
 /// Prints the heads' accuracy on held-out answers.

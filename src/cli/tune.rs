@@ -4,25 +4,24 @@
 mod folder;
 mod report;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
 use indicatif::ProgressBar;
 use tokio::runtime::Runtime;
-use tokio::task::JoinSet;
 
 use self::folder::Folder;
 use self::report::TuneReport;
-use super::{bar, bench::ask, quantize::write, read_text};
-use crate::config::TuneArgs;
+use super::{bar, bench::ask_all, load, quantize::write, read_text, write_json};
+use crate::config::{TuneArgs, cores};
 use crate::engine;
 use crate::engine::forward::LlamaForward;
 use crate::engine::thread::EngineParams;
 use crate::eval;
-use crate::llama::{Context, ContextParams, Model, Quantization, Token};
-use crate::request::{Request, SamplingParams, Speculation};
+use crate::llama::{Context, ContextParams, Quantization, Token};
+use crate::request::{Completion, Request, SamplingParams, Speculation};
 use crate::tune::{Candidate, Measured, Parallelism, StepTime, TOGETHER};
 
 /// Row counts of the timed steps.
@@ -32,18 +31,14 @@ const PROMPT: usize = 64;
 const N_BATCH: usize = 512;
 
 /// Measures all candidates, prints the table and the recommendation, and writes the result files.
-///
-/// # Errors
-/// When model or text cannot be read or the text is too short, when threads are more than cores,
-/// when a file cannot be quantized or written, or when the engine fails.
-pub fn tune(args: &TuneArgs) -> anyhow::Result<()> {
+pub(super) fn tune(args: &TuneArgs) -> anyhow::Result<()> {
     // Check all arguments first: measuring takes long.
-    let input = args.model.path().map_err(|e| anyhow!(e))?;
+    let input = args.model.path()?;
     let threads = thread_counts(&args.threads)?;
     for path in [&args.report.json, &args.report.svg].into_iter().flatten() {
         check_output(path)?;
     }
-    let model = load(args, &input)?;
+    let model = load(&args.model, &input)?;
     let (text, tokens) = read_text(&args.file, &model)?;
     let quantization = model.quantization();
     let quantized = !["F32", "F16", "BF16"].iter().any(|full| quantization.contains(full));
@@ -102,7 +97,7 @@ pub fn tune(args: &TuneArgs) -> anyhow::Result<()> {
     report.conclude()?;
     report.print()?;
     if let Some(path) = &args.report.json {
-        report.write_json(path)?;
+        write_json(path, &report)?;
     }
     if let Some(path) = &args.report.svg {
         report.plot(path)?;
@@ -112,19 +107,16 @@ pub fn tune(args: &TuneArgs) -> anyhow::Result<()> {
 
 /// The given thread counts, or powers of two below the number of cores, and that number.
 fn thread_counts(asked: &[usize]) -> anyhow::Result<Vec<usize>> {
-    let cores = report::cores();
+    let cores = cores();
     if let Some(n) = asked.iter().find(|n| **n > cores) {
         bail!(
             "--threads {n}: there are {cores} cores, and more threads than cores only wait for each other"
         );
     }
-    let mut counts = asked.to_vec();
-    if counts.is_empty() {
-        counts = (0..).map(|i| 1 << i).take_while(|n| *n < cores).chain([cores]).collect();
-    }
-    counts.sort_unstable();
-    counts.dedup();
-    Ok(counts)
+    let powers = || (0..).map(|i| 1 << i).take_while(|n| *n < cores).chain([cores]);
+    let counts: BTreeSet<usize> =
+        if asked.is_empty() { powers().collect() } else { asked.iter().copied().collect() };
+    Ok(counts.into_iter().collect())
 }
 
 /// Fails before measuring if a result cannot be written.
@@ -136,10 +128,6 @@ fn check_output(path: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn load(args: &TuneArgs, path: &Path) -> anyhow::Result<Arc<Model>> {
-    Ok(Arc::new(Model::load(path, args.model.n_gpu_layers, |_| true)?))
-}
-
 /// A candidate with what does not change from round to round.
 fn candidate(
     args: &TuneArgs,
@@ -149,9 +137,10 @@ fn candidate(
     tokens: &[Token],
     threads: &[usize],
 ) -> anyhow::Result<Candidate> {
-    let model = load(args, path)?;
+    let model = load(&args.model, path)?;
     let found = eval::perplexity(&model, tokens, args.model.threads(), |_| ())?;
-    let steps = || ROWS.map(|rows| StepTime { rows, seconds: Default::default() }).into();
+    let steps = ROWS.map(|rows| StepTime { rows, seconds: Default::default() });
+    let measured = |&threads| Measured { threads, steps: steps.to_vec(), ..Measured::default() };
     Ok(Candidate {
         name,
         quantization: model.quantization(),
@@ -159,10 +148,7 @@ fn candidate(
         bytes: std::fs::metadata(path)?.len(),
         perplexity: found.value,
         perplexity_error: found.error,
-        by_threads: threads
-            .iter()
-            .map(|&threads| Measured { threads, steps: steps(), ..Measured::default() })
-            .collect(),
+        by_threads: threads.iter().map(measured).collect(),
     })
 }
 
@@ -189,29 +175,24 @@ fn measure(
             // The order rotates, since later candidates run on a warmer machine.
             for i in (0..n).map(|k| (round + k) % n) {
                 let (name, own) = (&candidates[i].name, &mut candidates[i].by_threads[t]);
-                bar.set_message(format!("round {}: {name}, threads: {}", round + 1, own.threads));
+                let what = format!("round {}: {name}, threads: {}", round + 1, own.threads);
+                bar.set_message(what.clone());
                 time_steps(args, &paths[i], own)?;
                 time_decoding(args, &paths[i], prompts, own, &runtime)?;
                 let [alone, together] = Parallelism::ALL
                     .map(|load| own.speed(load).rounds.last().copied().unwrap_or_default());
-                say(
-                    bar,
-                    &format!(
-                        "round {}: {name}, threads: {}: {alone:.1} and {together:.1} tokens/s",
-                        round + 1,
-                        own.threads
-                    ),
-                );
+                let line = format!("{what}: {alone:.1} and {together:.1} tokens/s");
+                // Above the bar if there is one.
+                if bar.is_hidden() {
+                    eprintln!("{line}")
+                } else {
+                    bar.println(line)
+                }
                 bar.inc(1);
             }
         }
     }
     Ok(())
-}
-
-/// Prints a line of progress, above the bar if there is one.
-fn say(bar: &ProgressBar, line: &str) {
-    if bar.is_hidden() { eprintln!("{line}") } else { bar.println(line) }
 }
 
 /// Measures step times by rows.
@@ -226,7 +207,7 @@ fn time_steps(args: &TuneArgs, path: &Path, own: &mut Measured) -> anyhow::Resul
         tap_hidden: false,
         embeddings: false,
     };
-    let mut forward = LlamaForward::new(Context::new(load(args, path)?, &params)?);
+    let mut forward = LlamaForward::new(Context::new(load(&args.model, path)?, &params)?);
     let (points, change_s) = forward.measure(&ROWS, Duration::MAX)?;
     for (step, (_, seconds)) in own.steps.iter_mut().zip(points) {
         step.seconds.add(seconds);
@@ -248,21 +229,21 @@ fn time_decoding(
     let engine = engine::spawn(EngineParams { n_gpu_layers: args.model.n_gpu_layers, ..params });
     let measured = runtime.block_on(async {
         let handle = engine.ready().await.map_err(|e| anyhow!(e))?;
-        ask(&handle, &request(&prompts[0], 2)).await?; // the first request touches memory for the first time
+        // The first request touches memory for the first time.
+        ask_all(&handle, [request(&prompts[0], 2)]).await?;
         for load in Parallelism::ALL {
-            let mut running = JoinSet::new();
-            for prompt in &prompts[..load.parallel()] {
-                let (handle, request) = (handle.clone(), request(prompt, args.max_tokens));
-                running.spawn(async move { ask(&handle, &request).await });
-            }
-            let mut rate = 0.0;
-            while let Some(done) = running.join_next().await {
-                let done = done??;
-                // From the first token to the last: one less than there are.
+            let prompts = prompts[..load.parallel()].iter();
+            let requests = prompts.map(|prompt| request(prompt, args.max_tokens));
+            // From the first token to the last: one less than there are.
+            let rate = |done: Completion| {
                 let n = done.usage.completion_tokens.saturating_sub(1);
-                rate += n as f64 / done.timings.decode_s.max(1e-9);
-            }
-            own.speed_mut(load).add(rate);
+                n as f64 / done.timings.decode_s.max(1e-9)
+            };
+            let speed = match load {
+                Parallelism::Alone => &mut own.alone,
+                Parallelism::Together => &mut own.together,
+            };
+            speed.add(ask_all(&handle, requests).await?.into_iter().map(rate).sum());
         }
         anyhow::Ok(())
     });

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use anyhow::{Context as _, Error, bail, ensure};
 use clap::Args as ClapArgs;
 use hyper::Uri;
 use hyper::header::HeaderValue;
@@ -62,43 +63,34 @@ fn secret(text: &str) -> Result<Secret, std::convert::Infallible> {
 
 impl NetworkArgs {
     /// The origins.
-    ///
-    /// # Errors
-    /// When some are named beside all.
-    pub fn cors(&self) -> Result<Cors, String> {
+    pub(super) fn cors(&self) -> anyhow::Result<Cors> {
         let origins = self.cors_origins.clone();
-        if origins.len() > 1 && origins.iter().any(|origin| origin == cors::ANY) {
-            return Err("CORS_ORIGIN has * and others: * alone is every origin".into());
-        }
+        let mixed = origins.len() > 1 && origins.iter().any(|origin| origin == cors::ANY);
+        ensure!(!mixed, "CORS_ORIGIN has * and others: * alone is every origin");
         Ok(Cors::new(origins))
     }
 
     /// What TLS needs, if it is on.
-    ///
-    /// # Errors
-    /// When a file is missing, cannot be read, or does not fit the other.
-    pub fn tls(&self) -> Result<Option<Tls>, String> {
+    pub(super) fn tls(&self) -> anyhow::Result<Option<Tls>> {
         match (&self.tls_cert, &self.tls_key) {
             (None, None) => Ok(None),
-            (Some(cert), Some(key)) => Tls::read(cert, key).map(Some),
-            (Some(cert), None) => Err(format!(
-                "TLS_CERT is {}, but its private key is missing: give TLS_KEY",
-                cert.display()
-            )),
-            (None, Some(key)) => Err(format!(
-                "TLS_KEY is {}, but its certificate is missing: give TLS_CERT",
-                key.display()
-            )),
+            (Some(cert), Some(key)) => Tls::read(cert, key).map(Some).map_err(Error::msg),
+            (Some(cert), None) => {
+                bail!(
+                    "TLS_CERT is {}, but its private key is missing: give TLS_KEY",
+                    cert.display()
+                )
+            }
+            (None, Some(key)) => {
+                bail!("TLS_KEY is {}, but its certificate is missing: give TLS_CERT", key.display())
+            }
         }
     }
 
     /// The keys, those of the file included.
-    ///
-    /// # Errors
-    /// One line that names the variable and what it must be; no key is shown.
-    pub fn auth(&self) -> Result<Auth, String> {
-        let mut keys =
-            self.api_keys.iter().map(|s| key(&s.0, "API_KEY")).collect::<Result<Vec<_>, _>>()?;
+    pub(super) fn auth(&self) -> anyhow::Result<Auth> {
+        let keys = self.api_keys.iter().map(|s| key(&s.0, "API_KEY"));
+        let mut keys = keys.collect::<Result<Vec<_>, _>>()?;
         if let Some(path) = &self.api_key_file {
             keys.extend(keys_in(path)?);
         }
@@ -107,13 +99,17 @@ impl NetworkArgs {
         let auth = Auth { keys, metrics: self.metrics, metrics_key };
         match &auth.metrics_key {
             Some(_) if auth.metrics != MetricsAccess::Key => {
-                Err("METRICS_KEY is given, but METRICS does not ask for it: set METRICS to key".into())
+                bail!("METRICS_KEY is given, but METRICS does not ask for it: set METRICS to key")
             }
             Some(key) if auth.knows(key) => {
-                Err("METRICS_KEY is one of the API keys, but it must be for /metrics alone: choose another".into())
+                bail!(
+                    "METRICS_KEY is one of the API keys, but it must be for /metrics alone: choose another"
+                )
             }
             None if auth.metrics == MetricsAccess::Key && auth.keys.is_empty() => {
-                Err("METRICS is key, but there is none: give METRICS_KEY, API_KEY or API_KEY_FILE".into())
+                bail!(
+                    "METRICS is key, but there is none: give METRICS_KEY, API_KEY or API_KEY_FILE"
+                )
             }
             _ => Ok(auth),
         }
@@ -122,23 +118,13 @@ impl NetworkArgs {
 
 /// An origin as browsers send it.
 fn origin(text: &str) -> Result<HeaderValue, String> {
-    let wanted = || {
-        "must be * or an origin such as https://example.org:8443, with no path and no / at its end"
-            .to_owned()
-    };
-    let is_origin = |text: &str| {
-        let host = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
-        host.is_some_and(|host| {
-            !host.is_empty()
-                && host
-                    .bytes()
-                    .all(|b| b.is_ascii_graphic() && b != b'/' && !b.is_ascii_uppercase())
-        })
-    };
-    if text != cors::ANY && !is_origin(text) {
-        return Err(wanted());
-    }
-    HeaderValue::from_str(text).map_err(|_| wanted())
+    let allowed = |b: u8| b.is_ascii_graphic() && b != b'/' && !b.is_ascii_uppercase();
+    let host = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
+    let is_origin = host.is_some_and(|host| !host.is_empty() && host.bytes().all(allowed));
+    let value = HeaderValue::from_str(text).ok().filter(|_| is_origin || text == cors::ANY);
+    value.ok_or_else(|| {
+        "must be * or an origin such as https://example.org:8443, with no path and no / at its end".into()
+    })
 }
 
 /// A collector's address: it is close by, so no TLS.
@@ -150,33 +136,24 @@ fn collector(text: &str) -> Result<Uri, String> {
 }
 
 /// The keys of a file.
-fn keys_in(path: &Path) -> Result<Vec<Key>, String> {
+fn keys_in(path: &Path) -> anyhow::Result<Vec<Key>> {
     let name = format!("API_KEY_FILE {}", path.display());
-    let text =
-        std::fs::read_to_string(path).map_err(|error| format!("{name} cannot be read: {error}"))?;
-    let lines = text
-        .lines()
-        .map(str::trim)
-        .enumerate()
-        .filter(|(_, line)| !line.is_empty() && !line.starts_with('#'));
-    let keys: Vec<Key> = lines
-        .map(|(i, line)| key(line, &format!("{name}: line {}", i + 1)))
-        .collect::<Result<_, _>>()?;
-    if keys.is_empty() {
-        return Err(format!("{name} holds no key: it must have one a line"));
-    }
+    let text = std::fs::read_to_string(path).with_context(|| format!("{name} cannot be read"))?;
+    let lines = text.lines().map(str::trim).zip(1..);
+    let keys = lines
+        .filter(|(line, _)| !line.is_empty() && !line.starts_with('#'))
+        .map(|(line, i)| key(line, &format!("{name}: line {i}")))
+        .collect::<Result<Vec<_>, _>>()?;
+    ensure!(!keys.is_empty(), "{name} holds no key: it must have one a line");
     Ok(keys)
 }
 
 /// A key; `name` says where it is from.
-fn key(text: &str, name: &str) -> Result<Key, String> {
-    if text.is_empty() {
-        return Err(format!("{name} is empty: give a key, or leave it unset"));
-    }
-    if !text.bytes().all(|b| b.is_ascii_graphic()) {
-        return Err(format!(
-            "{name} has a key with a space or another character that is not visible ASCII (it is not shown)"
-        ));
-    }
+fn key(text: &str, name: &str) -> anyhow::Result<Key> {
+    ensure!(!text.is_empty(), "{name} is empty: give a key, or leave it unset");
+    ensure!(
+        text.bytes().all(|b| b.is_ascii_graphic()),
+        "{name} has a key with a space or another character that is not visible ASCII (it is not shown)"
+    );
     Ok(Key::of(text))
 }

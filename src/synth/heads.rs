@@ -8,11 +8,11 @@ use std::path::Path;
 
 use serde_json::{Map, json};
 
-use super::ModelShape;
+use super::shape::ModelShape;
 use super::values::Values;
 use super::vocab::N_SPECIAL;
-use super::weights::{Fill, TensorSpec};
-use crate::files::{FileError, write_whole};
+use super::weights::TensorSpec;
+use crate::files::{self, FileError, write_whole};
 use crate::llama::TensorType;
 use crate::train::kind::HeadKind;
 
@@ -33,46 +33,11 @@ pub struct Spec<'a> {
 }
 
 /// A tensor of the file.
-struct Entry {
-    key: String,
-    dtype: &'static str,
-    shape: Vec<usize>,
-    source: EntryData,
-}
-
-/// Where its values come from.
-enum EntryData {
-    /// Random, in F16.
-    TensorSpec(TensorSpec),
-    Bytes(Vec<u8>),
-}
-
-impl Entry {
-    fn matrix(weights: TensorSpec) -> Self {
-        let shape = vec![weights.n_out, weights.n_in];
-        Self {
-            key: weights.name.clone(),
-            dtype: "F16",
-            shape,
-            source: EntryData::TensorSpec(weights),
-        }
-    }
-
-    fn zeros(name: String, n: usize) -> Self {
-        let weights = TensorSpec { name, n_in: n, n_out: 1, fill: Fill::Constant(0.0) };
-        Self { shape: vec![n], ..Self::matrix(weights) }
-    }
-
-    fn bytes(key: &str, dtype: &'static str, n: usize, bytes: Vec<u8>) -> Self {
-        Self { key: key.into(), dtype, shape: vec![n], source: EntryData::Bytes(bytes) }
-    }
-
-    fn n_bytes(&self) -> usize {
-        match &self.source {
-            EntryData::TensorSpec(w) => w.n_out * TensorType::F16.bytes(w.n_in),
-            EntryData::Bytes(bytes) => bytes.len(),
-        }
-    }
+enum Entry {
+    /// Random values in F16; a vector if it has one row.
+    Random(TensorSpec),
+    /// A vector: its name, type, length and bytes.
+    Bytes(&'static str, &'static str, usize, Vec<u8>),
 }
 
 /// Writes heads and their `config.json` to a folder, which is created if needed. Returns the size of
@@ -88,11 +53,10 @@ pub fn write(folder: &Path, spec: Spec<'_>) -> Result<u64, FileError> {
         HeadKind::Conditioned => conditioned(spec.shape, spec.n_heads),
     };
     let n_bytes = write_whole(&path, |part| stream(part, &entries, spec.seed))?;
-    let config = folder.join("config.json");
     let text = json!({
         "medusa_num_heads": spec.n_heads, "medusa_num_layers": 1, "random_weights_like": spec.shape.name, "seed": spec.seed,
     });
-    std::fs::write(&config, format!("{text:#}\n")).map_err(|e| FileError::new(&config, e))?;
+    files::write(&folder.join("config.json"), format!("{text:#}\n"))?;
     Ok(n_bytes)
 }
 
@@ -101,9 +65,9 @@ fn medusa(shape: &ModelShape, n_heads: usize) -> Vec<Entry> {
     let (d, n_vocab) = (shape.n_embd, shape.n_vocab);
     let head = |h: usize| {
         [
-            Entry::matrix(TensorSpec::matrix(format!("{h}.0.linear.weight"), d, d)),
-            Entry::zeros(format!("{h}.0.linear.bias"), d),
-            Entry::matrix(TensorSpec::output(format!("{h}.1.weight"), d, n_vocab)),
+            Entry::Random(TensorSpec::matrix(format!("{h}.0.linear.weight"), d, d)),
+            Entry::Random(TensorSpec::vector(format!("{h}.0.linear.bias"), d, 0.0)),
+            Entry::Random(TensorSpec::output(format!("{h}.1.weight"), d, n_vocab)),
         ]
     };
     (0..n_heads).flat_map(head).collect()
@@ -114,15 +78,16 @@ fn medusa(shape: &ModelShape, n_heads: usize) -> Vec<Entry> {
 fn conditioned(shape: &ModelShape, n_heads: usize) -> Vec<Entry> {
     let d = shape.n_embd;
     let head = |h: usize| {
-        let matrix = |name: &str| Entry::matrix(TensorSpec::matrix(format!("{h}.{name}"), d, d));
-        [matrix("w"), matrix("u"), matrix("v"), Entry::zeros(format!("{h}.b"), d)]
+        let matrix = |name: &str| Entry::Random(TensorSpec::matrix(format!("{h}.{name}"), d, d));
+        let bias = Entry::Random(TensorSpec::vector(format!("{h}.b"), d, 0.0));
+        [matrix("w"), matrix("u"), matrix("v"), bias]
     };
     let mut entries: Vec<Entry> = (0..n_heads).flat_map(head).collect();
     let n = DRAFT_VOCAB.min(shape.n_vocab - N_SPECIAL);
     let map = (N_SPECIAL..N_SPECIAL + n).flat_map(|t| (t as i32).to_le_bytes()).collect();
     let counts = (1..=n).flat_map(|rank| (1e6 / rank as f32).to_le_bytes()).collect();
-    entries.push(Entry::bytes("token_map", "I32", n, map));
-    entries.push(Entry::bytes("token_counts", "F32", n, counts));
+    entries.push(Entry::Bytes("token_map", "I32", n, map));
+    entries.push(Entry::Bytes("token_counts", "F32", n, counts));
     entries
 }
 
@@ -134,10 +99,18 @@ fn stream(path: &Path, entries: &[Entry], seed: u64) -> Result<u64, FileError> {
     let mut end = 0;
     for entry in entries {
         let start = end;
-        end += entry.n_bytes();
-        let tensor =
-            json!({ "dtype": entry.dtype, "shape": entry.shape, "data_offsets": [start, end] });
-        header.insert(entry.key.clone(), tensor);
+        let (name, dtype, shape) = match entry {
+            Entry::Random(w) => {
+                end += w.n_out * TensorType::F16.bytes(w.n_in);
+                (&*w.name, "F16", if w.n_out == 1 { vec![w.n_in] } else { vec![w.n_out, w.n_in] })
+            }
+            Entry::Bytes(name, dtype, n, bytes) => {
+                end += bytes.len();
+                (*name, *dtype, vec![*n])
+            }
+        };
+        let tensor = json!({ "dtype": dtype, "shape": shape, "data_offsets": [start, end] });
+        header.insert(name.to_owned(), tensor);
     }
     let mut header = serde_json::Value::Object(header).to_string();
     header.extend(std::iter::repeat_n(' ', header.len().next_multiple_of(8) - header.len()));
@@ -148,12 +121,11 @@ fn stream(path: &Path, entries: &[Entry], seed: u64) -> Result<u64, FileError> {
     // Other values than the model's.
     let mut values = Values::new(!seed);
     for entry in entries {
-        match &entry.source {
-            EntryData::TensorSpec(weights) => {
-                values.write(weights, TensorType::F16, &mut out, &mut |_| ()).map_err(fail)?
-            }
-            EntryData::Bytes(bytes) => out.write_all(bytes).map_err(fail)?,
+        match entry {
+            Entry::Random(w) => values.write(w, TensorType::F16, &mut out, &mut |_| ()),
+            Entry::Bytes(.., bytes) => out.write_all(bytes),
         }
+        .map_err(fail)?;
     }
     out.flush().map_err(fail)?;
     Ok((8 + header.len() + end) as u64)

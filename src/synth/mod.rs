@@ -12,6 +12,7 @@
 //! The same arguments give the same bytes.
 
 pub mod heads;
+mod shape;
 mod values;
 mod vocab;
 mod weights;
@@ -23,85 +24,9 @@ use std::path::Path;
 
 use crate::files::{FileError, with_suffix, write_whole};
 use crate::llama::{self, ALIGNMENT, LlamaError, Meta, Quantization, TensorInfo, TensorType};
+pub use shape::ModelShape;
 use values::Values;
 use weights::TensorSpec;
-
-/// Sizes of a model of the llama architecture.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct ModelShape {
-    /// Its name in `--like`.
-    pub name: &'static str,
-    /// Layers.
-    pub n_layer: usize,
-    /// Width of the hidden state.
-    pub n_embd: usize,
-    /// Width of the feed-forward network.
-    pub n_ff: usize,
-    /// Attention heads.
-    pub n_head: usize,
-    /// Attention heads with keys and values of their own.
-    pub n_head_kv: usize,
-    /// Tokens of the vocabulary.
-    pub n_vocab: usize,
-    /// Longest context, in tokens.
-    pub n_ctx: usize,
-    /// Base of the rotary positions' frequencies.
-    pub rope_base: f32,
-    /// Input embeddings serve as the output matrix.
-    pub tied: bool,
-}
-
-/// The sizes of published models, and a model of less than a megabyte for tests.
-const SHAPES: [ModelShape; 4] = [
-    ModelShape {
-        name: "vicuna-7b",
-        n_layer: 32,
-        n_embd: 4096,
-        n_ff: 11_008,
-        n_head: 32,
-        n_head_kv: 32,
-        n_vocab: 32_000,
-        n_ctx: 4096,
-        rope_base: 10_000.0,
-        tied: false,
-    },
-    ModelShape {
-        name: "llama-3-8b",
-        n_layer: 32,
-        n_embd: 4096,
-        n_ff: 14_336,
-        n_head: 32,
-        n_head_kv: 8,
-        n_vocab: 128_256,
-        n_ctx: 8192,
-        rope_base: 500_000.0,
-        tied: false,
-    },
-    ModelShape {
-        name: "smollm2-135m",
-        n_layer: 30,
-        n_embd: 576,
-        n_ff: 1536,
-        n_head: 9,
-        n_head_kv: 3,
-        n_vocab: 49_152,
-        n_ctx: 8192,
-        rope_base: 100_000.0,
-        tied: true,
-    },
-    ModelShape {
-        name: "tiny",
-        n_layer: 2,
-        n_embd: 64,
-        n_ff: 128,
-        n_head: 4,
-        n_head_kv: 2,
-        n_vocab: 512,
-        n_ctx: 2048,
-        rope_base: 10_000.0,
-        tied: false,
-    },
-];
 
 /// Why a file could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -112,19 +37,6 @@ pub enum SynthError {
     /// ggml or llama.cpp rejected it.
     #[error("{0}")]
     Llama(#[from] LlamaError),
-}
-
-impl ModelShape {
-    /// The shape of this name.
-    #[must_use]
-    pub fn by_name(name: &str) -> Option<Self> {
-        SHAPES.into_iter().find(|s| s.name == name)
-    }
-
-    /// All names.
-    pub fn names() -> impl Iterator<Item = &'static str> {
-        SHAPES.iter().map(|s| s.name)
-    }
 }
 
 /// Writes a model to a GGUF file, which appears under its name when it is whole. `progress` gets
@@ -139,45 +51,30 @@ pub fn model(
     seed: u64,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<(), SynthError> {
-    write_whole(path, |part| write_model(part, shape, quantization, seed, progress))
-}
+    write_whole(path, |path| {
+        let weights = weights::of(shape);
+        let meta = metadata(shape, quantization);
+        let types = stored_types(path, &weights, &meta, quantization)?;
+        let info = |w: &TensorSpec| w.info(w.n_out, types[&w.name]);
+        let tensors: Vec<TensorInfo> = weights.iter().map(info).collect();
+        llama::write_header(path, &meta, &tensors)?;
 
-fn write_model(
-    path: &Path,
-    shape: &ModelShape,
-    quantization: Quantization,
-    seed: u64,
-    progress: &mut dyn FnMut(u64, u64),
-) -> Result<(), SynthError> {
-    let weights = weights::of(shape);
-    let meta = metadata(shape, quantization);
-    let types = stored_types(path, &weights, &meta, quantization)?;
-    let info = |w: &TensorSpec| TensorInfo {
-        name: w.name.clone(),
-        n_in: w.n_in,
-        n_out: w.n_out,
-        kind: types[&w.name],
-    };
-    let tensors: Vec<TensorInfo> = weights.iter().map(info).collect();
-    llama::write_header(path, &meta, &tensors)?;
-
-    let fail = |e: std::io::Error| FileError::new(path, e);
-    let mut out = BufWriter::with_capacity(
-        1 << 20,
-        OpenOptions::new().append(true).open(path).map_err(fail)?,
-    );
-    let mut values = Values::new(seed);
-    let (mut n_done, n_all) = (0, tensors.iter().map(|t| t.bytes() as u64).sum());
-    for (weights, info) in weights.iter().zip(&tensors) {
-        let mut wrote = |n: usize| {
-            n_done += n as u64;
-            progress(n_done, n_all);
-        };
-        values.write(weights, info.kind, &mut out, &mut wrote).map_err(fail)?;
-        let padding = info.bytes().next_multiple_of(ALIGNMENT) - info.bytes();
-        out.write_all(&[0; ALIGNMENT][..padding]).map_err(fail)?;
-    }
-    Ok(out.flush().map_err(fail)?)
+        let fail = |e: std::io::Error| FileError::new(path, e);
+        let file = OpenOptions::new().append(true).open(path).map_err(fail)?;
+        let mut out = BufWriter::with_capacity(1 << 20, file);
+        let mut values = Values::new(seed);
+        let (mut n_done, n_all) = (0, tensors.iter().map(|t| t.bytes() as u64).sum());
+        for (weights, info) in weights.iter().zip(&tensors) {
+            let mut wrote = |n: usize| {
+                n_done += n as u64;
+                progress(n_done, n_all);
+            };
+            values.write(weights, info.kind, &mut out, &mut wrote).map_err(fail)?;
+            let padding = info.bytes().next_multiple_of(ALIGNMENT) - info.bytes();
+            out.write_all(&[0; ALIGNMENT][..padding]).map_err(fail)?;
+        }
+        Ok(out.flush().map_err(fail)?)
+    })
 }
 
 /// How llama.cpp stores each tensor of such a file. Its choice depends on metadata, names and row
@@ -188,9 +85,9 @@ fn stored_types(
     meta: &[(&str, Meta)],
     quantization: Quantization,
 ) -> Result<HashMap<String, TensorType>, SynthError> {
-    let before = |w: &TensorSpec| {
-        let (n_out, kind) = if w.n_out == 1 { (1, TensorType::F32) } else { (2, TensorType::F16) };
-        TensorInfo { name: w.name.clone(), n_in: w.n_in, n_out, kind }
+    let before = |w: &TensorSpec| match w.n_out {
+        1 => w.info(1, TensorType::F32),
+        _ => w.info(2, TensorType::F16),
     };
     let tensors: Vec<TensorInfo> = weights.iter().map(before).collect();
     let (from, to) = (with_suffix(beside, ".from"), with_suffix(beside, ".to"));

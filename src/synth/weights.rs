@@ -5,14 +5,13 @@
 //! together add about as much as one. The output matrix makes logits with a deviation of
 //! [`LOGIT_DEVIATION`], which leaves many tokens a chance and makes a few of them likely.
 
-use super::ModelShape;
+use super::shape::ModelShape;
 use super::vocab::N_SPECIAL;
+use crate::llama::{TensorInfo, TensorType};
 
-/// Deviation of logits.
-pub(super) const LOGIT_DEVIATION: f32 = 3.0;
+const LOGIT_DEVIATION: f32 = 3.0;
 
 /// A tensor to be filled.
-#[derive(Clone, Debug, PartialEq)]
 pub(super) struct TensorSpec {
     pub name: String,
     /// Values of a row.
@@ -23,7 +22,7 @@ pub(super) struct TensorSpec {
 }
 
 /// The values of a tensor.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy)]
 pub(super) enum Fill {
     /// One value everywhere.
     Constant(f32),
@@ -32,14 +31,14 @@ pub(super) enum Fill {
 }
 
 impl TensorSpec {
+    pub fn info(&self, n_out: usize, kind: TensorType) -> TensorInfo {
+        TensorInfo { name: self.name.clone(), n_in: self.n_in, n_out, kind }
+    }
+
     /// A matrix that keeps the size of a normalised state.
     pub fn matrix(name: String, n_in: usize, n_out: usize) -> Self {
-        Self {
-            name,
-            n_in,
-            n_out,
-            fill: Fill::Normal { deviation: (n_in as f32).sqrt().recip(), n_faint: 0 },
-        }
+        let deviation = (n_in as f32).sqrt().recip();
+        Self { name, n_in, n_out, fill: Fill::Normal { deviation, n_faint: 0 } }
     }
 
     /// A matrix from a normalised state to logits: smaller ones for control tokens and bytes, so that
@@ -49,8 +48,8 @@ impl TensorSpec {
         Self { name, n_in, n_out: n_vocab, fill: Fill::Normal { deviation, n_faint: N_SPECIAL } }
     }
 
-    fn norm(name: String, n: usize) -> Self {
-        Self { name, n_in: n, n_out: 1, fill: Fill::Constant(1.0) }
+    pub fn vector(name: String, n: usize, value: f32) -> Self {
+        Self { name, n_in: n, n_out: 1, fill: Fill::Constant(value) }
     }
 
     /// A matrix whose results each of `n_layer` layers adds to the residual stream.
@@ -74,16 +73,16 @@ pub(super) fn of(shape: &ModelShape) -> Vec<TensorSpec> {
             TensorSpec::output("output.weight".into(), n_embd, n_vocab),
         ]
     };
-    all.push(TensorSpec::norm("output_norm.weight".into(), n_embd));
+    all.push(TensorSpec::vector("output_norm.weight".into(), n_embd, 1.0));
     for layer in 0..n_layer {
         let name = |of: &str| format!("blk.{layer}.{of}.weight");
         all.extend([
-            TensorSpec::norm(name("attn_norm"), n_embd),
+            TensorSpec::vector(name("attn_norm"), n_embd, 1.0),
             TensorSpec::matrix(name("attn_q"), n_embd, n_embd),
             TensorSpec::matrix(name("attn_k"), n_embd, n_kv),
             TensorSpec::matrix(name("attn_v"), n_embd, n_kv),
             TensorSpec::residual(name("attn_output"), n_embd, n_embd, n_layer),
-            TensorSpec::norm(name("ffn_norm"), n_embd),
+            TensorSpec::vector(name("ffn_norm"), n_embd, 1.0),
             TensorSpec::matrix(name("ffn_gate"), n_embd, n_ff),
             TensorSpec::matrix(name("ffn_up"), n_embd, n_ff),
             TensorSpec::residual(name("ffn_down"), n_ff, n_embd, n_layer),

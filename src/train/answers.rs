@@ -6,7 +6,7 @@ use tokio::task::JoinSet;
 
 use super::TrainError;
 use super::features::Writer;
-use super::prompts::Prompts;
+use super::prompts::Prompt;
 use crate::engine::handle::Handle;
 use crate::request::{Caller, Request, SamplingParams, Speculation, Trace};
 
@@ -15,7 +15,7 @@ use crate::request::{Caller, Request, SamplingParams, Speculation, Trace};
 const TEMPERATURES: [f32; 4] = [0.0, 0.8, 0.0, 1.0];
 
 /// How much to collect.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct Wanted {
     /// Tokens of all answers.
     pub n_tokens: usize,
@@ -29,20 +29,14 @@ pub struct Wanted {
 /// shared.
 const TOGETHER: usize = 2;
 
-/// A prompt's answers, each with its round.
-struct PromptAnswers {
-    prompt: usize,
-    answers: Vec<(usize, Trace)>,
-}
+/// A prompt, and its answers with their rounds.
+type PromptAnswers = (usize, Vec<(usize, Trace)>);
 
 /// Asks until the shards hold the wanted number of tokens, or their disk space is full. `progress`
 /// gets the number of tokens so far.
-///
-/// # Errors
-/// A shard cannot be written, no prompt fits, or the engine fails. Written shards stay.
 pub async fn collect(
     handle: &Handle,
-    prompts: &Prompts,
+    prompts: &[Prompt],
     shards: &mut Writer,
     wanted: Wanted,
     mut progress: impl FnMut(usize),
@@ -56,18 +50,16 @@ pub async fn collect(
     let most_running = (handle.limits.n_slots + 4).div_ceil(TOGETHER);
     let mut running: JoinSet<Result<PromptAnswers, TrainError>> = JoinSet::new();
     let mut n_refused = 0;
-    progress(shards.n_tokens());
+    progress(shards.n_tokens);
     loop {
-        while shards.n_tokens() < wanted.n_tokens
-            && shards.has_room()
-            && running.len() < most_running
+        while shards.n_tokens < wanted.n_tokens && shards.has_room() && running.len() < most_running
         {
             let (rounds, k, prompt) = open.next().expect("an endless iterator");
             let rounds: Vec<usize> = rounds.filter(|&round| !shards.has(prompt, round)).collect();
             if rounds.is_empty() {
                 continue;
             }
-            let text = prompts.text(prompt).to_owned();
+            let text = prompts[prompt].text.clone();
             if handle.model.tokenize(&text, true)?.len() > most_prompt {
                 n_refused += 1;
                 if n_refused > 2 * prompts.len() {
@@ -95,23 +87,21 @@ pub async fn collect(
                     let untraced = || TrainError::Engine("it does not trace answers".into());
                     answers.push((round, done.trace.ok_or_else(untraced)?));
                 }
-                Ok(PromptAnswers { prompt, answers })
+                Ok((prompt, answers))
             });
         }
         let Some(asked) = running.join_next().await else { return Ok(shards.flush()?) };
-        let PromptAnswers { prompt, answers } =
-            asked.map_err(|e| TrainError::Engine(e.to_string()))??;
+        let (prompt, answers) = asked.map_err(|e| TrainError::Engine(e.to_string()))??;
         for (round, trace) in answers {
             shards.add(prompt, round, trace)?;
         }
-        progress(shards.n_tokens());
+        progress(shards.n_tokens);
     }
 }
 
 fn request(prompt: String, temperature: f32, max_tokens: usize, seed: u64) -> Request {
-    let sampling = SamplingParams { temperature, seed, ..SamplingParams::default() };
     Request {
-        sampling,
+        sampling: SamplingParams { temperature, seed, ..SamplingParams::default() },
         speculation: Speculation::Off,
         share_text: false,
         ..Request::new(prompt, max_tokens)

@@ -36,7 +36,6 @@ fn is_held_out(prompt: usize) -> bool {
 }
 
 /// Bytes of a row on the disk.
-#[must_use]
 pub fn row_bytes(n_embd: usize) -> usize {
     2 * n_embd + 8 + 6 * Trace::TOP
 }
@@ -50,7 +49,8 @@ pub struct Writer {
     next: usize,
     /// Answers that exist, by prompt and round.
     answered: HashSet<(usize, usize)>,
-    n_tokens: usize,
+    /// Tokens of all answers.
+    pub n_tokens: usize,
     max_tokens: usize,
     /// Answers of the pair that is being filled.
     waiting: Vec<(usize, usize)>,
@@ -60,9 +60,6 @@ pub struct Writer {
 
 impl Writer {
     /// Continues the shards of a folder, which take up to about `max_bytes`.
-    ///
-    /// # Errors
-    /// The folder cannot be read, or its shards belong to another model.
     pub fn open(folder: &Path, model: &Model, max_bytes: u64) -> Result<Self, FileError> {
         let identity =
             format!("{} {} {}", model.quantization(), model.size_bytes(), model.n_params());
@@ -91,12 +88,9 @@ impl Writer {
         };
         let entries = std::fs::read_dir(folder).map_err(|e| FileError::new(folder, e))?;
         for path in entries.flatten().map(|e| e.path()) {
-            let name =
-                path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-            let number = name
-                .strip_prefix("held-")
-                .and_then(|n| n.strip_suffix(".safetensors")?.parse::<usize>().ok());
-            if let Some(number) = number {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let number = name.strip_prefix("held-").and_then(|n| n.strip_suffix(".safetensors"));
+            if let Some(number) = number.and_then(|n| n.parse::<usize>().ok()) {
                 writer.add_pair(&path)?;
                 writer.next = writer.next.max(number + 1);
             }
@@ -108,14 +102,11 @@ impl Writer {
     fn add_pair(&mut self, path: &Path) -> Result<(), FileError> {
         let meta = read_header(path)?.metadata().clone().unwrap_or_default();
         if meta.get("model").is_none_or(|m| *m != self.identity) {
-            return Err(FileError::new(
-                path,
-                "its features belong to another model: remove the folder, or name another",
-            ));
+            let why = "its features belong to another model: remove the folder, or name another";
+            return Err(FileError::new(path, why));
         }
-        let answers = meta
-            .get("answers")
-            .and_then(|list| serde_json::from_str::<Vec<(usize, usize)>>(list).ok());
+        let answers = meta.get("answers");
+        let answers = answers.and_then(|l| serde_json::from_str::<Vec<(usize, usize)>>(l).ok());
         let n_tokens = meta.get("tokens").and_then(|n| n.parse::<usize>().ok());
         let (Some(answers), Some(n_tokens)) = (answers, n_tokens) else {
             return Err(FileError::new(path, "is not a shard"));
@@ -125,28 +116,15 @@ impl Writer {
         Ok(())
     }
 
-    /// Whether a prompt's answer exists.
-    #[must_use]
     pub fn has(&self, prompt: usize, round: usize) -> bool {
         self.answered.contains(&(prompt, round))
     }
 
-    /// Tokens of all answers.
-    #[must_use]
-    pub fn n_tokens(&self) -> usize {
-        self.n_tokens
-    }
-
     /// Whether more answers may come.
-    #[must_use]
     pub fn has_room(&self) -> bool {
         self.n_tokens < self.max_tokens
     }
 
-    /// Adds an answer.
-    ///
-    /// # Errors
-    /// A full shard cannot be written.
     pub fn add(&mut self, prompt: usize, round: usize, trace: Trace) -> Result<(), FileError> {
         self.answered.insert((prompt, round));
         self.n_tokens += trace.tokens.len();
@@ -160,21 +138,16 @@ impl Writer {
     }
 
     /// Writes the answers that wait for a full shard.
-    ///
-    /// # Errors
-    /// A file cannot be written.
     pub fn flush(&mut self) -> Result<(), FileError> {
         if self.waiting.is_empty() {
             return Ok(());
         }
         let answers = serde_json::to_string(&self.waiting).expect("numbers have a JSON form");
-        let meta = [
-            ("model", self.identity.clone()),
-            ("answers", answers),
-            ("tokens", self.n_waiting().to_string()),
-        ];
-        let meta: HashMap<String, String> =
-            meta.into_iter().map(|(k, v)| (k.to_owned(), v)).collect();
+        let meta = HashMap::from([
+            ("model".to_owned(), self.identity.clone()),
+            ("answers".to_owned(), answers),
+            ("tokens".to_owned(), self.n_waiting().to_string()),
+        ]);
         for (rows, kind) in [(&mut self.train, "train"), (&mut self.held, "held")] {
             let path = self.folder.join(format!("{kind}-{:05}.safetensors", self.next));
             rows.write(&path, meta.clone(), self.n_embd)?;
@@ -255,7 +228,7 @@ mod tests {
         first.add(held_out + 2, 0, trace(&[1, 2, 3])).unwrap(); // lost: the shard is not full
 
         let mut second = writer(folder.path(), "a").unwrap();
-        assert_eq!((second.n_tokens(), second.next, second.has_room()), (3, 1, true));
+        assert_eq!((second.n_tokens, second.next, second.has_room()), (3, 1, true));
         assert!(
             second.has(held_out + 1, 0) && second.has(held_out, 2) && !second.has(held_out + 2, 0)
         );

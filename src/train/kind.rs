@@ -17,7 +17,6 @@ pub enum HeadKind {
 
 impl HeadKind {
     /// The file of such heads in a folder.
-    #[must_use]
     pub fn file(self, folder: &Path) -> PathBuf {
         folder.join(match self {
             Self::Medusa => "medusa_lm_head.safetensors",

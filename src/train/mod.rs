@@ -1,17 +1,17 @@
 //! Training of heads, from a GGUF file and a file of prompts and nothing else.
 //!
-//! 1. [`answers`]: the model answers the prompts, in the batched engine.
-//! 2. [`features`]: hidden states and distributions at each token go to the disk.
-//! 3. [`fit`]: heads learn from them; [`save`] writes them.
+//! 1. `answers`: the model answers the prompts, in the batched engine.
+//! 2. `features`: hidden states and distributions at each token go to the disk.
+//! 3. `fit`: heads learn from them; `save` writes them.
 //!
 //! A killed run resumes in the same work folder.
 
-pub mod answers;
-pub mod features;
-pub mod fit;
+pub(crate) mod answers;
+pub(crate) mod features;
+pub(crate) mod fit;
 pub mod kind;
 pub mod prompts;
-pub mod save;
+pub(crate) mod save;
 
 use std::collections::HashMap;
 use std::fmt::Display;
@@ -19,25 +19,21 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorView};
+use safetensors::{Dtype, SafeTensors};
 
 use crate::files::{FileError, write_whole};
 use crate::llama::LlamaError;
 
 /// Why training stopped.
 #[derive(Debug, thiserror::Error)]
-pub enum TrainError {
-    /// A file of the work folder, or of the result.
+pub(crate) enum TrainError {
     #[error(transparent)]
     File(#[from] FileError),
-    /// The prompts.
     #[error("prompts: {0}")]
     Prompts(String),
-    /// The engine that answers.
     #[error("the engine failed: {0}")]
     Engine(String),
-    /// The model.
     #[error("{0}")]
     Llama(#[from] LlamaError),
 }
@@ -55,21 +51,39 @@ fn write_tensors<S: AsRef<str> + Ord + Display>(
         let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
             TensorView::new(*dtype, shape.clone(), bytes).map(|view| (name, view))
         });
-        views
-            .collect::<Result<Vec<_>, _>>()
-            .and_then(|views| safetensors::serialize_to_file(views, meta, part))
-            .map_err(|e| FileError::new(path, e))
+        let views = views.collect::<Result<Vec<_>, _>>();
+        let written = views.and_then(|views| safetensors::serialize_to_file(views, meta, part));
+        written.map_err(|e| FileError::new(path, e))
     })
 }
 
 /// The header of a safetensors file, without reading its tensors.
 fn read_header(path: &Path) -> Result<Metadata, FileError> {
-    let fail = |e: &dyn Display| FileError::new(path, e);
-    let mut file = File::open(path).map_err(|e| fail(&e))?;
-    let mut length = [0; 8];
-    file.read_exact(&mut length).map_err(|e| fail(&e))?;
-    let header = file.take(u64::from_le_bytes(length).min(1 << 24));
-    serde_json::from_reader(header).map_err(|e| fail(&e))
+    let read = || {
+        let mut file = File::open(path)?;
+        let mut length = [0; 8];
+        file.read_exact(&mut length)?;
+        let header = file.take(u64::from_le_bytes(length).min(1 << 24));
+        std::io::Result::Ok(serde_json::from_reader(header)?)
+    };
+    read().map_err(|e| FileError::new(path, e))
+}
+
+/// A tensor of the file at `path`: its shape and its values.
+fn read_tensor<T, const N: usize>(
+    path: &Path,
+    file: &SafeTensors<'_>,
+    name: &str,
+    dtype: Dtype,
+    from_le_bytes: fn([u8; N]) -> T,
+) -> Result<(Vec<usize>, Vec<T>), FileError> {
+    let view = file.tensor(name).map_err(|e| FileError::new(path, format!("{name}: {e}")))?;
+    if view.dtype() != dtype {
+        let reason = format!("{name} is {:?}, not {dtype:?}", view.dtype());
+        return Err(FileError::new(path, reason));
+    }
+    let values = view.data().as_chunks().0.iter().map(|b| from_le_bytes(*b)).collect();
+    Ok((view.shape().to_vec(), values))
 }
 
 /// The bytes of values as a safetensors file has them.

@@ -10,14 +10,11 @@ use super::fit::net::{FitNet, Parameter};
 use super::fit::{Fitted, evaluate::HeadScore};
 use super::kind::HeadKind;
 use super::{RawTensor, le_bytes, write_tensors};
-use crate::files::FileError;
+use crate::files::{self, FileError};
 
 /// Writes the weights of heads whose draft vocabulary is `vocab`, tokens with their counts, the most
 /// frequent first. Conditioned heads are stored in 8 bits with a scale for each row, Medusa heads in
 /// F16, as other projects read them.
-///
-/// # Errors
-/// The file cannot be written.
 pub fn weights(
     folder: &Path,
     kind: HeadKind,
@@ -56,10 +53,8 @@ fn medusa_v2_tensor(parameter: &Parameter, values: &[f32]) -> RawTensor<String> 
 /// A matrix as integers from -127 to 127, and the scale of each row.
 fn eight_bit(tensor: &Parameter, values: &[f32]) -> [RawTensor<String>; 2] {
     let n_in = tensor.shape[1];
-    let scales: Vec<f32> = values
-        .chunks(n_in)
-        .map(|row| row.iter().fold(0.0f32, |m, v| m.max(v.abs())) / 127.0)
-        .collect();
+    let scale = |row: &[f32]| row.iter().fold(0.0f32, |m, v| m.max(v.abs())) / 127.0;
+    let scales: Vec<f32> = values.chunks(n_in).map(scale).collect();
     let whole =
         |(i, v): (usize, &f32)| (v / scales[i / n_in].max(f32::MIN_POSITIVE)).round() as i8 as u8;
     let bytes = values.iter().enumerate().map(whole).collect();
@@ -74,42 +69,29 @@ fn eight_bit(tensor: &Parameter, values: &[f32]) -> [RawTensor<String>; 2] {
 pub struct Provenance {
     /// The model's name and quantization.
     pub model: String,
-    /// `conditioned` or `medusa`.
     pub heads: HeadKind,
-    /// Number of heads.
     pub n_heads: usize,
-    /// Width of a block.
     pub width: usize,
     /// Tokens that the heads know.
     pub n_draft_vocab: usize,
     /// Tokens of the model's own answers that were trained on.
     pub answer_tokens: usize,
-    /// Seconds that those took which the last run collected.
+    /// Of the last run.
     pub collect_s: u64,
-    /// Seconds that fitting took.
     pub fit_s: u64,
-    /// How it was called.
     pub command: String,
 }
 
 /// Writes `config.json` and the card, `README.md`.
-///
-/// # Errors
-/// When a file cannot be written.
 pub fn card(folder: &Path, origin: &Provenance, fitted: &Fitted) -> Result<(), FileError> {
-    let write = |name: &str, text: String| {
-        let path = folder.join(name);
-        std::fs::write(&path, text).map_err(|e| FileError::new(&path, e))
-    };
     let config = serde_json::to_string_pretty(origin).map_err(|e| FileError::new(folder, e))?;
-    write("config.json", config + "\n")?;
+    files::write(&folder.join("config.json"), config + "\n")?;
 
     let mut text = format!("# Heads for {}\n\n", origin.model);
     let Provenance { n_heads, width, n_draft_vocab, answer_tokens, collect_s, fit_s, .. } = origin;
-    let kind = if origin.heads == HeadKind::Medusa {
-        "Medusa heads"
-    } else {
-        "Heads conditioned on the drafted path"
+    let kind = match origin.heads {
+        HeadKind::Medusa => "Medusa heads",
+        HeadKind::Conditioned => "Heads conditioned on the drafted path",
     };
     let _ = writeln!(
         text,
@@ -123,17 +105,12 @@ pub fn card(folder: &Path, origin: &Provenance, fitted: &Fitted) -> Result<(), F
         let kept = if i == fitted.best { " (kept)" } else { "" };
         for (h, score) in epoch.held.iter().enumerate() {
             let HeadScore { n: 1.., .. } = score else { continue };
-            let (one, five) = (score.top(1), score.top(5));
-            let _ = writeln!(
-                text,
-                "| {}{kept} | {h} | {one:.3} | {five:.3} | {:.3} |",
-                i + 1,
-                score.mean_loss()
-            );
+            let (n, one, five, loss) = (i + 1, score.top(1), score.top(5), score.mean_loss());
+            let _ = writeln!(text, "| {n}{kept} | {h} | {one:.3} | {five:.3} | {loss:.3} |");
         }
     }
     text += "\n![training loss](loss.svg)\n";
-    write("README.md", text)
+    files::write(&folder.join("README.md"), text)
 }
 
 #[cfg(test)]
@@ -149,7 +126,7 @@ mod tests {
         for kind in [HeadKind::Medusa, HeadKind::Conditioned] {
             let shape = NetShape { kind, n_embd: 4, width: 6, n_heads: 2 };
             let net = FitNet::new(&shape);
-            let params: Vec<f32> = (0..net.n_params()).map(|i| (i as f32 * 0.7).sin()).collect();
+            let params: Vec<f32> = (0..net.n_params).map(|i| (i as f32 * 0.7).sin()).collect();
             let folder = tempfile::tempdir().unwrap();
             weights(folder.path(), kind, &net, &params, &[(5, 9.5), (2, 3.0), (7, 0.0)]).unwrap();
             let heads = Heads::load(folder.path(), Shape { n_embd: 4, n_vocab: 9 }, 9).unwrap();

@@ -6,9 +6,9 @@ use std::path::Path;
 use anyhow::Context as _;
 use serde::Serialize;
 
-use crate::config::TuneArgs;
+use crate::config::{TuneArgs, cores};
 use crate::llama::Model;
-use crate::plot::{self, Captions, Series};
+use crate::plot::{self, Series};
 use crate::tune::{self, Candidate, Choice, Parallelism, RowCost, Spread, TOGETHER};
 
 /// A warning if the input is quantized.
@@ -43,11 +43,6 @@ struct Recommendation {
     row_cost: Option<RowCost>,
     #[serde(skip)]
     choice: Choice,
-}
-
-/// Cores this process may use.
-pub(super) fn cores() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 impl TuneReport {
@@ -99,54 +94,36 @@ impl TuneReport {
         let best = self.candidates.iter().map(|c| c.perplexity).fold(f64::INFINITY, f64::min);
         let width =
             self.candidates.iter().map(|c| c.name.len()).max().unwrap_or(0).max("candidate".len());
-        let mut line = |name: &str,
-                        mib: &str,
-                        perplexity: &str,
-                        threads: &str,
-                        speeds: [&str; 2],
-                        steps: &str| {
-            let [alone, together] = speeds;
+        let mut line = |[name, mib, perplexity, threads, alone, together, steps]: [&str; 7]| {
             writeln!(
                 out,
                 "{name:width$}  {mib:>8}  {perplexity:>26}  {threads:>7}  {alone:>26}  {together:>26}  {steps}"
             )
         };
-        line("", "", "", "", ["", ""], "  ms of a step by its rows")?;
-        let rows: String = super::ROWS.iter().map(|rows| format!("{rows:>8}")).collect();
+        line(["", "", "", "", "", "", "  ms of a step by its rows"])?;
+        let rows: String = self.candidates[0].by_threads[0]
+            .steps
+            .iter()
+            .map(|s| format!("{:>8}", s.rows))
+            .collect();
         let together = format!("{TOGETHER} sequences, tokens/s");
-        line(
-            "candidate",
-            "MiB",
-            "perplexity",
-            "threads",
-            ["1 sequence, tokens/s", &together],
-            &rows,
-        )?;
+        let alone = "1 sequence, tokens/s";
+        line(["candidate", "MiB", "perplexity", "threads", alone, &together, &rows])?;
         for candidate in &self.candidates {
             for (i, measured) in candidate.by_threads.iter().enumerate() {
                 let above = format!("{:+.1}%", 100.0 * (candidate.perplexity / best - 1.0));
-                let perplexity = format!(
-                    "{:.3} +- {:.3} {above:>7}",
-                    candidate.perplexity, candidate.perplexity_error
-                );
+                let (value, error) = (candidate.perplexity, candidate.perplexity_error);
+                let perplexity = format!("{value:.3} +- {error:.3} {above:>7}");
                 let mib = format!("{:.1}", candidate.bytes as f64 / f64::from(1 << 20));
                 // Print what holds for all thread counts once.
                 let (name, mib, perplexity) =
                     if i == 0 { (&*candidate.name, &*mib, &*perplexity) } else { ("", "", "") };
-                let steps: String = measured
-                    .steps
-                    .iter()
-                    .map(|s| format!("{:8.2}", s.seconds.median * 1e3))
-                    .collect();
+                let steps = measured.steps.iter();
+                let steps: String =
+                    steps.map(|s| format!("{:8.2}", s.seconds.median * 1e3)).collect();
                 let (alone, together) = (spread(&measured.alone), spread(&measured.together));
-                line(
-                    name,
-                    mib,
-                    perplexity,
-                    &measured.threads.to_string(),
-                    [&alone, &together],
-                    &steps,
-                )?;
+                let threads = measured.threads.to_string();
+                line([name, mib, perplexity, &threads, &alone, &together, &steps])?;
             }
         }
         writeln!(out)?;
@@ -174,12 +151,6 @@ impl TuneReport {
         Ok(())
     }
 
-    pub(super) fn write_json(&self, path: &Path) -> anyhow::Result<()> {
-        let text = serde_json::to_string_pretty(self)?;
-        std::fs::write(path, text + "\n")
-            .with_context(|| format!("cannot write {}", path.display()))
-    }
-
     /// A line a candidate, with the threads recommended for one sequence.
     pub(super) fn plot(&self, path: &Path) -> anyhow::Result<()> {
         let Some(t) = self.recommendations.first().map(|r| r.choice.threads) else { return Ok(()) };
@@ -193,7 +164,7 @@ impl TuneReport {
         };
         let lines: Vec<Series> = self.candidates.iter().map(line).collect();
         let title = format!("{}, threads: {}", self.model, self.recommendations[0].threads);
-        plot::lines(path, Captions { title: &title, x: "rows of a step", y: "ms" }, &lines, true)
+        plot::lines(path, &title, ["rows of a step", "ms"], &lines, true)
     }
 }
 

@@ -13,8 +13,6 @@ pub struct Lookup<'a> {
 }
 
 impl<'a> Lookup<'a> {
-    /// Inverts the token map.
-    #[must_use]
     pub fn new(matrices: &'a ModelMatrices) -> Self {
         let mut output_rows = vec![NONE; matrices.embedding.nrows()];
         for (row, &token) in matrices.token_map.iter().enumerate() {
@@ -24,27 +22,24 @@ impl<'a> Lookup<'a> {
     }
 
     /// The output matrix [n, d].
-    #[must_use]
     pub fn output(&self) -> ndarray::ArrayView2<'a, f32> {
         self.matrices.output.view()
     }
 
     /// The row of a token in the output matrix, if the draft vocabulary has it.
-    #[must_use]
     pub fn output_row(&self, token: u32) -> Option<usize> {
         self.output_rows.get(token as usize).filter(|row| **row != NONE).map(|row| *row as usize)
     }
 
     /// Hidden states, and for each head the embeddings of the paths' tokens that it sees; tokens that
     /// do not exist have embedding zero.
-    #[must_use]
     pub fn inputs(
         &self,
         shard: &Shard,
         rows: &[u32],
         n_heads: usize,
     ) -> (Array2<f32>, Vec<Array2<f32>>) {
-        let (n, d) = (rows.len(), shard.n_embd());
+        let (n, d) = (rows.len(), shard.n_embd);
         let mut x = Array2::zeros((n, d));
         let mut e = vec![Array2::zeros((n, d)); n_heads];
         for (i, &row) in rows.iter().enumerate() {
@@ -61,7 +56,6 @@ impl<'a> Lookup<'a> {
 
     /// The labels of head 0 for all rows, then those of head 1, and so on: the model's distribution
     /// over the draft vocabulary, scaled to a sum of one.
-    #[must_use]
     pub fn labels(&self, shard: &Shard, rows: &[u32], n_heads: usize) -> Targets {
         let mut labels = Targets::default();
         let mut list: Vec<(u32, f32)> = Vec::new();
@@ -73,11 +67,10 @@ impl<'a> Lookup<'a> {
                     list.extend(
                         likely.filter_map(|(token, p)| Some((self.output_row(token)? as u32, p))),
                     );
-                    let mass: f32 = list.iter().map(|(_, p)| p).sum();
-                    let scale = if mass > 0.0 { 1.0 / mass } else { 1.0 };
-                    list.iter_mut().for_each(|(_, p)| *p *= scale);
                 }
-                labels.push(list.iter().copied());
+                let mass: f32 = list.iter().map(|(_, p)| p).sum();
+                let scale = if mass > 0.0 { 1.0 / mass } else { 1.0 };
+                labels.push(list.iter().map(|&(row, p)| (row, p * scale)));
             }
         }
         labels

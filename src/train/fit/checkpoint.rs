@@ -6,41 +6,45 @@ use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 
 use crate::files::FileError;
-use crate::train::fit::shards::Shards;
-use crate::train::fit::{Epoch, FitParams};
-use crate::train::{le_bytes, write_tensors};
+use crate::train::fit::evaluate::HeadScore;
+use crate::train::{le_bytes, read_tensor, write_tensors};
 
-/// The state of a run.
-#[derive(Debug)]
+/// The results of an epoch.
+#[derive(Serialize, Deserialize)]
+pub struct Epoch {
+    /// Mean loss of each tenth of the epoch.
+    pub train_loss: Vec<f32>,
+    /// Each head's accuracy on held-out rows.
+    pub held: Vec<HeadScore>,
+}
+
+impl Epoch {
+    /// The heads' mean losses, weighted as in training.
+    pub(super) fn held_loss(&self, decay: f32) -> f64 {
+        let weight = |h: usize| f64::from(decay).powi(h as i32);
+        self.held.iter().enumerate().map(|(h, score)| weight(h) * score.mean_loss()).sum()
+    }
+}
+
+/// The state of a run. What is not a tensor is stored as JSON.
+#[derive(Serialize, Deserialize)]
 pub struct FitState {
-    /// The network's parameters.
+    #[serde(skip)]
     pub params: Vec<f32>,
     /// Adam's first moments.
+    #[serde(skip)]
     pub m: Vec<f32>,
     /// Adam's second moments.
+    #[serde(skip)]
     pub v: Vec<f32>,
     /// Parameters of the best epoch.
+    #[serde(skip)]
     pub best: Vec<f32>,
-    /// Steps done.
     pub step: usize,
     /// Losses of this epoch's steps.
     pub losses: Vec<f32>,
     /// Epochs that are done.
     pub history: Vec<Epoch>,
-}
-
-/// The part of the state that is not a tensor.
-#[derive(Serialize, Deserialize)]
-struct Position {
-    step: usize,
-    losses: Vec<f32>,
-    history: Vec<Epoch>,
-}
-
-/// Names parameters and data: a run resumes only from a checkpoint of the same identity.
-pub fn identity(params: &FitParams, train: &Shards, held: &Shards) -> String {
-    let files: Vec<_> = train.files().chain(held.files()).collect();
-    serde_json::to_string(&(params, files)).expect("numbers and names have a JSON form")
 }
 
 impl FitState {
@@ -53,12 +57,7 @@ impl FitState {
 
     /// Writes the file, which appears under its name when it is whole.
     pub fn save(&self, path: &Path, identity: &str) -> Result<(), FileError> {
-        let position = Position {
-            step: self.step,
-            losses: self.losses.clone(),
-            history: self.history.clone(),
-        };
-        let position = serde_json::to_string(&position).expect("numbers have a JSON form");
+        let position = serde_json::to_string(self).expect("numbers have a JSON form");
         let metadata =
             [("identity".to_owned(), identity.to_owned()), ("position".to_owned(), position)];
         let named =
@@ -82,17 +81,16 @@ impl FitState {
                 "was written with other parameters or other data; remove it to begin anew".into(),
             ));
         }
-        let position: Position =
+        let position: Self =
             serde_json::from_str(&text("position")).map_err(|e| fail(e.to_string()))?;
         let tensor = |name: &str| {
-            let view = file.tensor(name).map_err(|e| fail(e.to_string()))?;
-            if view.dtype() != Dtype::F32 || view.shape() != [n_params] {
-                return Err(fail(format!("{name} is {:?} {:?}", view.dtype(), view.shape())));
+            let (shape, values) = read_tensor(path, &file, name, Dtype::F32, f32::from_le_bytes)?;
+            if shape != [n_params] {
+                return Err(fail(format!("{name} is {shape:?}, not [{n_params}]")));
             }
-            Ok(view.data().as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
+            Ok(values)
         };
         let (params, m, v, best) = (tensor("params")?, tensor("m")?, tensor("v")?, tensor("best")?);
-        let Position { step, losses, history } = position;
-        Ok(Self { params, m, v, best, step, losses, history })
+        Ok(Self { params, m, v, best, ..position })
     }
 }

@@ -1,6 +1,8 @@
 //! Accuracy of heads on held-out text: the rank of the token that followed, among all draft tokens,
 //! given the true path before it.
 
+use std::thread::ScopedJoinHandle;
+
 use ndarray::Axis;
 use serde::{Deserialize, Serialize};
 
@@ -17,7 +19,7 @@ const N_RANKS: usize = 16;
 const ROWS: usize = 128;
 
 /// The accuracy of one head.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Default, Serialize, Deserialize)]
 pub struct HeadScore {
     /// Tokens to predict.
     pub n: usize,
@@ -31,13 +33,11 @@ pub struct HeadScore {
 
 impl HeadScore {
     /// The share of tokens among the `k` most likely, `k` up to 16.
-    #[must_use]
     pub fn top(&self, k: usize) -> f64 {
         self.ranks[..k].iter().sum::<usize>() as f64 / self.n.max(1) as f64
     }
 
     /// Mean cross entropy of the tokens in the draft vocabulary.
-    #[must_use]
     pub fn mean_loss(&self) -> f64 {
         self.loss / (self.n - self.n_outside).max(1) as f64
     }
@@ -53,9 +53,6 @@ impl HeadScore {
 }
 
 /// Scores each head on up to `max_rows` rows of the shards.
-///
-/// # Errors
-/// A shard cannot be read.
 pub fn evaluate(
     net: &FitNet,
     params: &[f32],
@@ -68,25 +65,18 @@ pub fn evaluate(
     let mut left = max_rows;
     for i in 0..shards.len() {
         let shard = shards.load(i)?;
-        let rows: Vec<u32> = (0..shard.n_rows() as u32)
-            .filter(|r| shard.n_targets(*r as usize) > 0)
-            .take(left)
-            .collect();
+        let rows: Vec<u32> = shard.rows_to_predict_from().take(left).collect();
         left -= rows.len();
         let parts = std::thread::scope(|scope| {
             let workers: Vec<_> = rows
                 .chunks(rows.len().div_ceil(n_threads).max(1))
                 .map(|rows| scope.spawn(|| part(net, params, &shard, lookup, rows)))
                 .collect();
-            workers
-                .into_iter()
-                .map(|w| w.join().expect("a worker does not panic"))
-                .collect::<Vec<_>>()
+            let joined = |w: ScopedJoinHandle<'_, _>| w.join().expect("a worker does not panic");
+            workers.into_iter().map(joined).collect::<Vec<_>>()
         });
         for part in parts {
-            for (sum, score) in scores.iter_mut().zip(&part) {
-                sum.add(score);
-            }
+            scores.iter_mut().zip(&part).for_each(|(sum, score)| sum.add(score));
         }
     }
     Ok(scores)

@@ -20,7 +20,7 @@ pub const NONE: u32 = u32::MAX;
 
 /// The labels of a minibatch: for each pair of head and example a list of output rows and
 /// probabilities, which may be empty.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Default)]
 pub struct Targets {
     ends: Vec<usize>,
     rows: Vec<u32>,
@@ -53,12 +53,6 @@ pub struct Classes<'a> {
 }
 
 impl<'a> Classes<'a> {
-    /// All draft rows.
-    #[cfg(test)]
-    fn all(output: ArrayView2<'a, f32>) -> Self {
-        Self { n_certain: output.nrows(), output: output.into(), correction: 0.0 }
-    }
-
     /// All labels and a sample of the other classes, `n` in all, but at least a quarter of `n` others.
     /// The labels' rows become indices of the classes.
     pub fn sample(
@@ -68,34 +62,27 @@ impl<'a> Classes<'a> {
         rng: &mut fastrand::Rng,
     ) -> Self {
         let mut place = vec![NONE; output.nrows()];
-        let mut rows: Vec<u32> = Vec::with_capacity(n);
+        let mut rows: Vec<usize> = Vec::with_capacity(n);
         for row in &mut labels.rows {
             let place = &mut place[*row as usize];
             if *place == NONE {
                 *place = rows.len() as u32;
-                rows.push(*row);
+                rows.push(*row as usize);
             }
             *row = *place;
         }
         let n_certain = rows.len();
-        let mut others: Vec<u32> =
-            (0..output.nrows() as u32).filter(|&row| place[row as usize] == NONE).collect();
+        let mut others: Vec<usize> =
+            (0..output.nrows()).filter(|&row| place[row] == NONE).collect();
         let n_drawn = n.saturating_sub(n_certain).max(n / 4).min(others.len());
         for i in 0..n_drawn {
             let j = rng.usize(i..others.len());
             others.swap(i, j);
         }
         rows.extend(&others[..n_drawn]);
-        let rows: Vec<usize> = rows.into_iter().map(|row| row as usize).collect();
         let chosen = output.select(Axis(0), &rows);
         let correction = -(n_drawn.max(1) as f32 / others.len().max(1) as f32).ln();
         Self { output: chosen.into(), n_certain, correction }
-    }
-
-    /// Classes, and how many of them are certain.
-    #[cfg(test)]
-    fn len(&self) -> (usize, usize) {
-        (self.output.nrows(), self.n_certain)
     }
 
     /// The loss of states [n, d] against the labels of the pairs from `first` on, summed over
@@ -108,8 +95,7 @@ impl<'a> Classes<'a> {
         weight: f32,
         mut dz: ArrayViewMut2<'_, f32>,
     ) -> f64 {
-        let mut loss = 0.0;
-        let mut pair = first;
+        let (mut loss, mut pair) = (0.0, first);
         for (z, mut dz) in
             z.axis_chunks_iter(Axis(0), CHUNK).zip(dz.axis_chunks_iter_mut(Axis(0), CHUNK))
         {
@@ -147,6 +133,11 @@ impl<'a> Classes<'a> {
 mod tests {
     use super::*;
 
+    /// All draft rows.
+    fn all(output: &Array2<f32>) -> Classes<'_> {
+        Classes { n_certain: output.nrows(), output: output.view().into(), correction: 0.0 }
+    }
+
     fn setting() -> (Array2<f32>, Array2<f32>, Targets) {
         let mut rng = fastrand::Rng::with_seed(5);
         let output = Array2::from_shape_simple_fn((300, 8), || rng.f32() * 2.0 - 1.0);
@@ -162,7 +153,7 @@ mod tests {
     #[test]
     fn gradients_are_the_slopes_of_the_loss() {
         let (output, z, labels) = setting();
-        let classes = Classes::all(output.view());
+        let classes = all(&output);
         let mut dz = Array2::zeros(z.dim());
         classes.cross_entropy(&z, &labels, 0, 0.8, dz.view_mut());
         for at in [(0, 1), (1, 3), (2, 7), (3, 0)] {
@@ -180,25 +171,21 @@ mod tests {
     fn a_sample_of_classes_gives_the_full_gradient_on_average() {
         let (output, z, labels) = setting();
         let mut full = Array2::zeros(z.dim());
-        let full_loss =
-            Classes::all(output.view()).cross_entropy(&z, &labels, 0, 1.0, full.view_mut());
+        let full_loss = all(&output).cross_entropy(&z, &labels, 0, 1.0, full.view_mut());
         let mut rng = fastrand::Rng::with_seed(9);
         let (mut mean, mut mean_loss) = (Array2::<f32>::zeros(z.dim()), 0.0);
         let n = 2000;
         for _ in 0..n {
             let mut labels = labels.clone();
             let classes = Classes::sample(output.view(), &mut labels, 80, &mut rng);
-            assert_eq!(classes.len(), (80, 4));
+            assert_eq!((classes.output.nrows(), classes.n_certain), (80, 4));
             let mut dz = Array2::zeros(z.dim());
             mean_loss += classes.cross_entropy(&z, &labels, 0, 1.0, dz.view_mut()) / f64::from(n);
             mean += &(dz / n as f32);
         }
         assert!((mean_loss - full_loss).abs() < 0.02, "{mean_loss}, not {full_loss}");
-        let off = (&mean - &full).iter().fold(0.0f32, |m, v| m.max(v.abs()));
-        assert!(
-            off < 0.02,
-            "{off} off, gradients up to {:?}",
-            full.iter().fold(0.0f32, |m, v| m.max(v.abs()))
-        );
+        let most = |values: &Array2<f32>| values.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+        let off = most(&(&mean - &full));
+        assert!(off < 0.02, "{off} off, gradients up to {:?}", most(&full));
     }
 }

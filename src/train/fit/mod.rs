@@ -9,26 +9,25 @@ mod loss;
 pub mod net;
 pub mod shards;
 
-use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use ndarray::{Array2, s};
-use serde::{Deserialize, Serialize};
+use ndarray::Array2;
+use serde::Serialize;
 
 use crate::files::FileError;
 use crate::train::fit::batch::Lookup;
 use crate::train::fit::evaluate::{HeadScore, evaluate};
-use crate::train::fit::loss::{Classes, Targets};
+use crate::train::fit::loss::Classes;
 use crate::train::fit::net::{FitNet, NetShape};
 use crate::train::fit::shards::{ModelMatrices, Shard, Shards};
+pub use checkpoint::Epoch;
 use checkpoint::FitState;
 use lanes::AdamStep;
 
 /// How to fit.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Serialize)]
 pub struct FitParams {
-    /// The network.
     pub shape: NetShape,
     /// Passes over all rows.
     pub epochs: usize,
@@ -44,91 +43,45 @@ pub struct FitParams {
     pub n_classes: usize,
     /// Most held-out rows to score after each epoch.
     pub max_held_rows: usize,
-    /// Seeds everything random.
     pub seed: u64,
     /// Threads; each computes a part of every minibatch.
     pub n_threads: usize,
 }
 
-/// Progress after a step.
-#[derive(Clone, Copy, Debug)]
-pub struct Progress {
-    /// Steps done, those before an interruption included.
-    pub step: usize,
-    /// Steps in all.
-    pub n_steps: usize,
-    /// Rows this call has processed.
-    pub n_rows: usize,
-    /// Mean loss of the last minibatch per row.
-    pub loss: f32,
-}
-
-/// The results of an epoch.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Epoch {
-    /// Mean loss of each tenth of the epoch.
-    pub train_loss: Vec<f32>,
-    /// Each head's accuracy on held-out rows.
-    pub held: Vec<HeadScore>,
-}
-
-impl Epoch {
-    /// The heads' mean losses, weighted as in training.
-    fn held_loss(&self, decay: f32) -> f64 {
-        self.held
-            .iter()
-            .enumerate()
-            .map(|(h, score)| f64::from(decay).powi(h as i32) * score.mean_loss())
-            .sum()
-    }
-}
-
 /// Fitted heads.
-#[derive(Clone, Debug, PartialEq)]
 pub struct Fitted {
     /// Parameters of the best epoch, in [`FitNet`]'s layout.
     pub params: Vec<f32>,
     /// The index of the best epoch.
     pub best: usize,
-    /// All epochs.
     pub history: Vec<Epoch>,
 }
 
 /// Why fitting failed.
 #[derive(Debug, thiserror::Error)]
 pub enum FitError {
-    /// A shard cannot be read, or the checkpoint cannot be written or used.
     #[error(transparent)]
     File(#[from] FileError),
-    /// The shards have no rows to train on or to measure with.
     #[error(
         "no rows to {0} on: every twentieth prompt is held out, so it takes a few dozen prompts and their answers"
     )]
     Empty(&'static str),
-    /// The loss is not finite.
     #[error("the loss is {0} at step {1}: try a lower learning rate")]
     Diverged(f32, usize),
-    /// `progress` stopped the run; the checkpoint has everything so far.
-    #[error("stopped")]
-    Stopped,
 }
 
-/// Time between checkpoints.
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(120);
 
 /// Fits heads to `train`, measures them on `held` after each epoch, and keeps the best epoch's
-/// parameters. With a `checkpoint` file a killed run can resume: `fit` writes it every two minutes
-/// and at each epoch's end, and continues from it if it exists.
-///
-/// # Errors
-/// [`FitError`]; a checkpoint of other parameters or other data is refused, not overwritten.
+/// parameters. A killed run resumes from the file `checkpoint`, written every two minutes and at
+/// each epoch's end. `progress` gets the steps done and all steps.
 pub fn fit(
     train: &Shards,
     held: &Shards,
     matrices: &ModelMatrices,
     params: &FitParams,
-    checkpoint: Option<&Path>,
-    progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+    checkpoint: &Path,
+    progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Fitted, FitError> {
     let plan = Plan::new(train, params);
     if plan.n_steps() == 0 {
@@ -138,13 +91,14 @@ pub fn fit(
         return Err(FitError::Empty("measure"));
     }
     let net = FitNet::new(&params.shape);
-    let identity = checkpoint::identity(params, train, held);
-    let mut state = match checkpoint.filter(|path| path.exists()) {
-        Some(path) => FitState::load(path, &identity, net.n_params())?,
-        None => FitState::new(net.init(&mut fastrand::Rng::with_seed(params.seed))),
+    let identity = identity(params, train, held);
+    let mut state = if checkpoint.exists() {
+        FitState::load(checkpoint, &identity, net.n_params)?
+    } else {
+        FitState::new(net.init(&mut fastrand::Rng::with_seed(params.seed)))
     };
     let mut trainer = Trainer::new(&net, matrices, params);
-    let (mut saved, mut n_rows) = (Instant::now(), 0);
+    let mut saved = Instant::now();
     for epoch in state.history.len()..params.epochs {
         for (shard, first_step) in plan.epoch(epoch) {
             let batches = plan.batches[shard];
@@ -159,35 +113,26 @@ pub fn fit(
                 if !loss.is_finite() {
                     return Err(FitError::Diverged(loss, state.step));
                 }
-                n_rows += rows.len();
-                let now = Progress { step: state.step, n_steps: plan.n_steps(), n_rows, loss };
-                let stop = progress(now).is_break();
-                if let Some(path) =
-                    checkpoint.filter(|_| stop || saved.elapsed() >= CHECKPOINT_EVERY)
-                {
-                    state.save(path, &identity)?;
+                progress(state.step, plan.n_steps());
+                if saved.elapsed() >= CHECKPOINT_EVERY {
+                    state.save(checkpoint, &identity)?;
                     saved = Instant::now();
-                }
-                if stop {
-                    return Err(FitError::Stopped);
                 }
             }
         }
-        let held = evaluate(
-            &net,
-            &state.params,
-            held,
-            &trainer.lookup,
-            params.max_held_rows,
-            params.n_threads,
-        )?;
+        let (max_rows, n_threads) = (params.max_held_rows, params.n_threads);
+        let held = evaluate(&net, &state.params, held, &trainer.lookup, max_rows, n_threads)?;
         state.end_epoch(held, params.decay);
-        if let Some(path) = checkpoint {
-            state.save(path, &identity)?;
-        }
+        state.save(checkpoint, &identity)?;
     }
     let best = state.best_epoch(params.decay);
     Ok(Fitted { params: state.best, best, history: state.history })
+}
+
+/// Names parameters and data: a run resumes only from a checkpoint of the same identity.
+fn identity(params: &FitParams, train: &Shards, held: &Shards) -> String {
+    let files: Vec<_> = train.files().chain(held.files()).collect();
+    serde_json::to_string(&(params, files)).expect("numbers and names have a JSON form")
 }
 
 impl FitState {
@@ -224,11 +169,8 @@ impl Plan {
         let batches = |i: usize| {
             if shards.n_rows_of(i) == 0 { 0 } else { (shards.n_rows_of(i) / params.batch).max(1) }
         };
-        Self {
-            batches: (0..shards.len()).map(batches).collect(),
-            epochs: params.epochs,
-            seed: params.seed,
-        }
+        let batches = (0..shards.len()).map(batches).collect();
+        Self { batches, epochs: params.epochs, seed: params.seed }
     }
 
     fn n_steps(&self) -> usize {
@@ -240,23 +182,21 @@ impl Plan {
         let mut order: Vec<usize> = (0..self.batches.len()).collect();
         fastrand::Rng::with_seed(self.seed.wrapping_add(epoch as u64)).shuffle(&mut order);
         let mut step = epoch * self.batches.iter().sum::<usize>();
-        let mut first = |shard: usize| {
+        let first = |shard: usize| {
             step += self.batches[shard];
             (shard, step - self.batches[shard])
         };
-        order.into_iter().map(&mut first).collect()
+        order.into_iter().map(first).collect()
     }
 }
 
 /// Rows that have something to predict, in random order.
 fn shuffled_rows(shard: &Shard, seed: u64) -> Vec<u32> {
-    let mut rows: Vec<u32> =
-        (0..shard.n_rows() as u32).filter(|row| shard.n_targets(*row as usize) > 0).collect();
+    let mut rows: Vec<u32> = shard.rows_to_predict_from().collect();
     fastrand::Rng::with_seed(seed).shuffle(&mut rows);
     rows
 }
 
-/// Runs steps.
 struct Trainer<'a> {
     net: &'a FitNet,
     params: &'a FitParams,
@@ -267,7 +207,7 @@ struct Trainer<'a> {
 
 impl<'a> Trainer<'a> {
     fn new(net: &'a FitNet, matrices: &'a ModelMatrices, params: &'a FitParams) -> Self {
-        let grads = vec![vec![0.0; net.n_params()]; params.n_threads.max(1)];
+        let grads = vec![vec![0.0; net.n_params]; params.n_threads.max(1)];
         Self { net, params, lookup: Lookup::new(matrices), grads }
     }
 
@@ -282,17 +222,25 @@ impl<'a> Trainer<'a> {
         let (net, lookup, n_threads) = (self.net, &self.lookup, self.grads.len());
         let loss: f64 = std::thread::scope(|scope| {
             let (weights, labels, classes) = (&state.params, &labels, &classes);
-            let work = |(i, grad): (usize, &'_ mut Vec<f32>)| {
+            // Adds the gradient of the minibatch's mean loss from one thread's rows; returns their
+            // share of that loss.
+            let work = move |(i, grad): (usize, &mut Vec<f32>)| {
                 let range = i * rows.len() / n_threads..(i + 1) * rows.len() / n_threads;
-                let part = BatchPart { shard, rows, range, labels, classes };
-                part.gradient(net, lookup, weights, params.decay, grad)
+                let (x, e) = lookup.inputs(shard, &rows[range.clone()], net.n_heads());
+                let done = net.forward(weights, &x, &e);
+                let mut loss = 0.0;
+                let mut dz = vec![Array2::zeros(x.dim()); net.n_heads()];
+                for (head, dz) in dz.iter_mut().enumerate() {
+                    let weight = params.decay.powi(head as i32) / rows.len() as f32;
+                    let first = head * rows.len() + range.start;
+                    let z = net.state(&done, head);
+                    loss += classes.cross_entropy(z, labels, first, weight, dz.view_mut());
+                }
+                net.backward(weights, &x, &e, &done, dz, grad);
+                loss
             };
-            let workers: Vec<_> = self
-                .grads
-                .iter_mut()
-                .enumerate()
-                .map(|job| scope.spawn(move || work(job)))
-                .collect();
+            let jobs = self.grads.iter_mut().enumerate();
+            let workers: Vec<_> = jobs.map(|job| scope.spawn(move || work(job))).collect();
             workers.into_iter().map(|w| w.join().expect("a worker does not panic")).sum()
         });
         state.step += 1;
@@ -323,42 +271,5 @@ impl<'a> Trainer<'a> {
                 scope.spawn(move || lanes::adam(adam, weights, m, v, &mut grads));
             }
         });
-    }
-}
-
-/// One thread's rows of a minibatch.
-struct BatchPart<'a> {
-    shard: &'a Shard,
-    /// The whole minibatch.
-    rows: &'a [u32],
-    range: std::ops::Range<usize>,
-    labels: &'a Targets,
-    classes: &'a Classes<'a>,
-}
-
-impl BatchPart<'_> {
-    /// Adds the gradient of the mean loss of the minibatch; returns this part's share of that loss.
-    fn gradient(
-        &self,
-        net: &FitNet,
-        lookup: &Lookup<'_>,
-        params: &[f32],
-        decay: f32,
-        grad: &mut [f32],
-    ) -> f64 {
-        let rows = &self.rows[self.range.clone()];
-        let (x, e) = lookup.inputs(self.shard, rows, net.n_heads());
-        let done = net.forward(params, &x, &e);
-        let mut loss = 0.0;
-        let mut dz = vec![Array2::zeros(x.dim()); net.n_heads()];
-        for (head, dz) in dz.iter_mut().enumerate() {
-            let weight = decay.powi(head as i32) / self.rows.len() as f32;
-            let first = head * self.rows.len() + self.range.start;
-            let z = net.state(&done, head);
-            loss +=
-                self.classes.cross_entropy(z, self.labels, first, weight, dz.slice_mut(s![.., ..]));
-        }
-        net.backward(params, &x, &e, &done, dz, grad);
-        loss
     }
 }

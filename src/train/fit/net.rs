@@ -29,12 +29,10 @@ pub struct NetShape {
     pub n_embd: usize,
     /// Width of a block, m; Medusa heads have blocks of `n_embd`.
     pub width: usize,
-    /// Number of heads.
     pub n_heads: usize,
 }
 
 /// The places of a head's parameters.
-#[derive(Clone, Debug)]
 struct HeadRanges {
     w: Range<usize>,
     b: Range<usize>,
@@ -43,14 +41,12 @@ struct HeadRanges {
 }
 
 /// A network's shape with the place of each parameter.
-#[derive(Clone, Debug)]
 pub struct FitNet {
     n_embd: usize,
     /// Rows of W, U and b.
     width: usize,
-    /// One per head.
     blocks: Vec<HeadRanges>,
-    n_params: usize,
+    pub n_params: usize,
 }
 
 /// What the backward pass needs of the forward pass.
@@ -60,7 +56,6 @@ pub struct Activations {
 }
 
 /// A named parameter of a network.
-#[derive(Clone, Debug, PartialEq)]
 pub struct Parameter {
     /// `{head}.w`, and so on.
     pub name: String,
@@ -76,8 +71,6 @@ fn add_product(a: &ArrayRef2<f32>, b: &ArrayRef2<f32>, sum: &mut ArrayRef2<f32>)
 }
 
 impl FitNet {
-    /// Lays out the parameters.
-    #[must_use]
     pub fn new(shape: &NetShape) -> Self {
         let (d, conditioned) = (shape.n_embd, shape.kind == HeadKind::Conditioned);
         let m = if conditioned { shape.width } else { d };
@@ -86,23 +79,15 @@ impl FitNet {
             n_params += n;
             n_params - n..n_params
         };
-        let mut block = |_: usize| HeadRanges {
+        let block = |_| HeadRanges {
             w: take(m * d),
             b: take(m),
             path: conditioned.then(|| [take(m * d), take(d * m)]),
         };
-        let blocks = (0..shape.n_heads).map(&mut block).collect();
+        let blocks = (0..shape.n_heads).map(block).collect();
         Self { n_embd: d, width: m, blocks, n_params }
     }
 
-    /// Number of parameters.
-    #[must_use]
-    pub fn n_params(&self) -> usize {
-        self.n_params
-    }
-
-    /// The parameters by name.
-    #[must_use]
     pub fn parameters(&self) -> Vec<Parameter> {
         let (m, d) = (self.width, self.n_embd);
         let mut all = Vec::new();
@@ -123,7 +108,6 @@ impl FitNet {
     /// Initial parameters: W and U uniform with deviation `1/sqrt(d)`, V zero, so that every head
     /// begins as the model's own prediction of the next token. Medusa heads have no V: their W is
     /// zero.
-    #[must_use]
     pub fn init(&self, rng: &mut fastrand::Rng) -> Vec<f32> {
         let mut params = vec![0.0; self.n_params];
         let limit = (3.0 / self.n_embd as f32).sqrt();
@@ -158,7 +142,6 @@ impl FitNet {
 
     /// The states of all heads for hidden states `x` [b, d] and the embeddings `e` of the tokens c_0,
     /// c_1, ..., one [b, d] per head.
-    #[must_use]
     pub fn forward(&self, params: &[f32], x: &Array2<f32>, e: &[Array2<f32>]) -> Activations {
         let (m, d) = (self.width, self.n_embd);
         let mut done = Activations { heads: Vec::with_capacity(self.blocks.len()) };
@@ -203,10 +186,8 @@ impl FitNet {
                 }
                 None => dout.clone(),
             };
-            lanes::silu_backward(
-                a.as_slice().expect("as made"),
-                da.as_slice_mut().expect("as made"),
-            );
+            let (a, da_slice) = (a.as_slice().expect("as made"), da.as_slice_mut());
+            lanes::silu_backward(a, da_slice.expect("as made"));
             let z = self.input(head, x, done);
             add_product(&da.t(), z, &mut Self::matrix_mut(grad, &block.w, m));
             for (g, d) in grad[block.b.clone()].iter_mut().zip(da.sum_axis(Axis(0))) {
@@ -221,14 +202,11 @@ impl FitNet {
         }
     }
 
-    /// Number of heads.
-    #[must_use]
     pub fn n_heads(&self) -> usize {
         self.blocks.len()
     }
 
     /// The state of a head, one row per example.
-    #[must_use]
     pub fn state<'a>(&self, done: &'a Activations, head: usize) -> &'a Array2<f32> {
         &done.heads[head].2
     }
@@ -249,7 +227,7 @@ mod tests {
         for kind in [HeadKind::Medusa, HeadKind::Conditioned] {
             let shape = NetShape { kind, n_embd: 6, width: 9, n_heads: 3 };
             let (net, mut rng) = (FitNet::new(&shape), fastrand::Rng::with_seed(3));
-            let params: Vec<f32> = (0..net.n_params()).map(|_| rng.f32() - 0.5).collect();
+            let params: Vec<f32> = (0..net.n_params).map(|_| rng.f32() - 0.5).collect();
             let x = random(5, 6, &mut rng);
             let e: Vec<_> = (0..3).map(|_| random(5, 6, &mut rng)).collect();
             let r: Vec<_> = (0..3).map(|_| random(5, 6, &mut rng)).collect();
@@ -260,7 +238,7 @@ mod tests {
                     .map(|(h, r)| f64::from((r * net.state(&trace, h)).sum()))
                     .sum::<f64>()
             };
-            let mut grad = vec![0.0; net.n_params()];
+            let mut grad = vec![0.0; net.n_params];
             net.backward(&params, &x, &e, &net.forward(&params, &x, &e), r.clone(), &mut grad);
             for parameter in net.parameters() {
                 let mut direction = vec![0.0; params.len()];

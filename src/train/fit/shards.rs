@@ -1,30 +1,25 @@
 //! Training data in files: hidden states and distributions of a model along its own answers. Reads
-//! safetensors shards, one at a time; knows nothing of networks.
-//!
-//! A shard's rows are positions, answers one after the other. Row i has the post-norm hidden state
-//! (`hidden` F16, n x d), the token that follows (`next` U32, n), how many rows of the same answer
-//! follow (`remaining` U32, n), and the model's most likely tokens after this row with their
-//! probabilities (`top` U32, n x k, `top_p` F16, n x k).
+//! the shards that `features` describes, one at a time; knows nothing of networks.
 
 use std::path::{Path, PathBuf};
 
 use crate::files::FileError;
 use crate::llama::{LlamaError, Model};
-use crate::train::read_header;
+use crate::train::{read_header, read_tensor};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use ndarray::Array2;
 use safetensors::{Dtype, SafeTensors};
 
 /// The shards of one kind in a folder.
-#[derive(Clone, Debug, PartialEq)]
 pub struct Shards {
+    /// Each with its number of rows.
     files: Vec<(PathBuf, usize)>,
 }
 
 /// One shard in memory.
 pub struct Shard {
-    n_embd: usize,
+    pub n_embd: usize,
     k: usize,
     hidden: Vec<f16>,
     next: Vec<u32>,
@@ -46,9 +41,6 @@ pub struct ModelMatrices {
 impl Shards {
     /// Finds the shards named `{prefix}*.safetensors`, in order of their names, and reads how many
     /// rows each has.
-    ///
-    /// # Errors
-    /// When the folder or a shard's header cannot be read.
     pub fn open(folder: &Path, prefix: &str) -> Result<Self, FileError> {
         let fail = |e: std::io::Error| FileError::new(folder, e);
         let mut files = Vec::new();
@@ -56,24 +48,18 @@ impl Shards {
             let path = entry.map_err(fail)?.path();
             let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
             if name.starts_with(prefix) && name.ends_with(".safetensors") {
-                let n_rows = n_rows(&path)?;
-                files.push((path, n_rows));
+                let n =
+                    read_header(&path)?.info("next").and_then(|next| next.shape.first().copied());
+                let n = n.ok_or_else(|| FileError::new(&path, "has no list `next`"))?;
+                files.push((path, n));
             }
         }
         files.sort();
         Ok(Self { files })
     }
 
-    /// Number of shards.
-    #[must_use]
     pub fn len(&self) -> usize {
         self.files.len()
-    }
-
-    /// Whether there are no shards.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.files.is_empty()
     }
 
     /// The name of each file and its number of rows: they identify the data.
@@ -84,21 +70,14 @@ impl Shards {
     }
 
     /// Rows of all shards.
-    #[must_use]
     pub fn n_rows(&self) -> usize {
         self.files.iter().map(|(_, n)| n).sum()
     }
 
-    /// Rows of one shard.
-    #[must_use]
     pub fn n_rows_of(&self, shard: usize) -> usize {
         self.files[shard].1
     }
 
-    /// Reads one shard.
-    ///
-    /// # Errors
-    /// When the file cannot be read or its tensors do not fit together.
     pub fn load(&self, shard: usize) -> Result<Shard, FileError> {
         Shard::read(&self.files[shard].0)
     }
@@ -106,9 +85,6 @@ impl Shards {
     /// The draft vocabulary: the `n` most frequent tokens of the answers with their counts, the most
     /// frequent first. Tokens that the model found likely count by their probability, so that a
     /// small sample of text suffices.
-    ///
-    /// # Errors
-    /// When a shard cannot be read.
     pub fn frequent_tokens(&self, n: usize, n_vocab: usize) -> Result<Vec<(u32, f64)>, FileError> {
         let mut counts = vec![0.0f64; n_vocab];
         for i in 0..self.len() {
@@ -128,81 +104,39 @@ impl Shards {
     }
 }
 
-/// The number of rows of a shard, from its header.
-fn n_rows(path: &Path) -> Result<usize, FileError> {
-    let header = read_header(path)?;
-    let n = header.info("next").and_then(|next| next.shape.first().copied());
-    n.ok_or_else(|| FileError::new(path, "has no list `next`"))
-}
-
 impl Shard {
     fn read(path: &Path) -> Result<Self, FileError> {
+        let fail = |reason: String| Err(FileError::new(path, reason));
         let bytes = std::fs::read(path).map_err(|e| FileError::new(path, e))?;
         let file = SafeTensors::deserialize(&bytes).map_err(|e| FileError::new(path, e))?;
-        let tensor = |name: &str, dtype: Dtype| {
-            let view =
-                file.tensor(name).map_err(|e| FileError::new(path, format!("{name}: {e}")))?;
-            if view.dtype() != dtype {
-                return Err(FileError::new(
-                    path,
-                    format!("{name} is {:?}, not {dtype:?}", view.dtype()),
-                ));
-            }
-            Ok((view.shape().to_vec(), view.data().to_vec()))
-        };
-        let u32s = |data: &[u8]| {
-            data.as_chunks().0.iter().map(|b| u32::from_le_bytes(*b)).collect::<Vec<_>>()
-        };
-        let f16s = |data: &[u8]| {
-            data.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b)).collect::<Vec<_>>()
-        };
-        let (hidden_shape, hidden) = tensor("hidden", Dtype::F16)?;
-        let (next_shape, next) = tensor("next", Dtype::U32)?;
-        let (remaining_shape, remaining) = tensor("remaining", Dtype::U32)?;
-        let (top_shape, top) = tensor("top", Dtype::U32)?;
-        let (top_p_shape, top_p) = tensor("top_p", Dtype::F16)?;
+        let u32s = |name| read_tensor(path, &file, name, Dtype::U32, u32::from_le_bytes);
+        let f16s = |name| read_tensor(path, &file, name, Dtype::F16, f16::from_le_bytes);
+        let (hidden_shape, hidden) = f16s("hidden")?;
+        let (next_shape, next) = u32s("next")?;
+        let (remaining_shape, remaining) = u32s("remaining")?;
+        let (top_shape, top) = u32s("top")?;
+        let (top_p_shape, top_p) = f16s("top_p")?;
         let (&[n, n_embd], &[n_top, k]) = (&hidden_shape[..], &top_shape[..]) else {
-            return Err(FileError::new(
-                path,
-                format!("hidden is {hidden_shape:?} and top {top_shape:?}: not matrices"),
-            ));
+            return fail(format!("hidden is {hidden_shape:?} and top {top_shape:?}: not matrices"));
         };
         if next_shape != [n] || remaining_shape != [n] || n_top != n || top_p_shape != top_shape {
             let all =
                 format!("{next_shape:?}, {remaining_shape:?}, {top_shape:?}, {top_p_shape:?}");
-            return Err(FileError::new(
-                path,
-                format!("next, remaining, top, top_p are {all} for {n} rows"),
-            ));
+            return fail(format!("next, remaining, top, top_p are {all} for {n} rows"));
         }
-        let (next, remaining) = (u32s(&next), u32s(&remaining));
         if let Some(row) = (0..n).find(|&i| remaining[i] as usize >= n - i) {
-            return Err(FileError::new(
-                path,
-                format!("row {row} of {n} says that {} follow", remaining[row]),
-            ));
+            return fail(format!("row {row} of {n} says that {} follow", remaining[row]));
         }
-        Ok(Self {
-            n_embd,
-            k,
-            hidden: f16s(&hidden),
-            next,
-            remaining,
-            top: u32s(&top),
-            top_p: f16s(&top_p),
-        })
+        Ok(Self { n_embd, k, hidden, next, remaining, top, top_p })
     }
 
-    /// Number of rows.
-    #[must_use]
     pub fn n_rows(&self) -> usize {
         self.next.len()
     }
 
-    /// Width of the hidden states.
-    #[must_use]
-    pub fn n_embd(&self) -> usize {
-        self.n_embd
+    /// The rows from which some head has a token to predict.
+    pub fn rows_to_predict_from(&self) -> impl Iterator<Item = u32> {
+        (0..self.n_rows() as u32).filter(|&row| self.n_targets(row as usize) > 0)
     }
 
     /// Writes the hidden state of a row.
@@ -211,7 +145,6 @@ impl Shard {
     }
 
     /// The number of heads that have a token to predict from this row.
-    #[must_use]
     pub fn n_targets(&self, row: usize) -> usize {
         self.remaining[row] as usize
     }
@@ -219,7 +152,6 @@ impl Shard {
     /// The path's token in column `column` of this row: 0 is the token at the row's own position
     /// (the first row of an answer does not know it), 1 the one that follows, and so on; `None`
     /// past the answer's end.
-    #[must_use]
     pub fn path(&self, row: usize, column: usize) -> Option<u32> {
         if column == 0 {
             let before = row.checked_sub(1)?;
@@ -237,9 +169,6 @@ impl Shard {
 
 impl ModelMatrices {
     /// A model's own, with the output rows of `token_map`.
-    ///
-    /// # Errors
-    /// When the model's file cannot be read any more, or a token is not in its vocabulary.
     pub fn of(model: &Model, token_map: Vec<u32>) -> Result<Self, LlamaError> {
         let whole = model.embedding_rows()?.matrix()?;
         let rows = model.output_rows()?;
@@ -256,35 +185,26 @@ impl ModelMatrices {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use super::*;
+    use crate::train::write_tensors;
 
     /// Writes a shard of sequences of `(hidden, next, top)`, with one likely token per row.
-    pub(crate) fn write(path: &Path, d: usize, sequences: &[Vec<(Vec<f32>, u32, u32)>]) {
+    fn write(path: &Path, d: usize, sequences: &[Vec<(Vec<f32>, u32, u32)>]) {
         let rows: Vec<_> = sequences.iter().flatten().collect();
         let n = rows.len();
-        let bytes =
-            |values: &[u32]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
         let halves =
             |v: &[f32]| v.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect::<Vec<u8>>();
         let hidden: Vec<f32> = rows.iter().flat_map(|r| r.0.clone()).collect();
-        let remaining: Vec<u32> =
-            sequences.iter().flat_map(|s| (0..s.len() as u32).rev()).collect();
-        let next = bytes(&rows.iter().map(|r| r.1).collect::<Vec<_>>());
-        let top = bytes(&rows.iter().map(|r| r.2).collect::<Vec<_>>());
-        let (hidden, remaining, top_p) =
-            (halves(&hidden), bytes(&remaining), halves(&vec![1.0; n]));
-        let view = |dtype, shape: &[usize], data| {
-            safetensors::tensor::TensorView::new(dtype, shape.to_vec(), data).expect("shape fits")
-        };
+        let remaining = sequences.iter().flat_map(|s| (0..s.len() as u32).rev());
         let tensors = [
-            ("hidden", view(Dtype::F16, &[n, d], &hidden)),
-            ("next", view(Dtype::U32, &[n], &next)),
-            ("remaining", view(Dtype::U32, &[n], &remaining)),
-            ("top", view(Dtype::U32, &[n, 1], &top)),
-            ("top_p", view(Dtype::F16, &[n, 1], &top_p)),
+            ("hidden", Dtype::F16, vec![n, d], halves(&hidden)),
+            ("next", Dtype::U32, vec![n], rows.iter().flat_map(|r| r.1.to_le_bytes()).collect()),
+            ("remaining", Dtype::U32, vec![n], remaining.flat_map(u32::to_le_bytes).collect()),
+            ("top", Dtype::U32, vec![n, 1], rows.iter().flat_map(|r| r.2.to_le_bytes()).collect()),
+            ("top_p", Dtype::F16, vec![n, 1], halves(&vec![1.0; n])),
         ];
-        safetensors::serialize_to_file(tensors, None, path).expect("writable");
+        write_tensors(path, &tensors, None).expect("writable");
     }
 
     #[test]
@@ -317,6 +237,6 @@ pub(crate) mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         std::fs::write(folder.path().join("train-0.safetensors"), b"no tensors").expect("writable");
         assert!(Shards::open(folder.path(), "train-").is_err());
-        assert!(Shards::open(folder.path(), "held-").expect("none of these").is_empty());
+        assert_eq!(Shards::open(folder.path(), "held-").expect("none of these").len(), 0);
     }
 }
