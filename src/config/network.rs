@@ -70,7 +70,7 @@ impl NetworkArgs {
         if origins.len() > 1 && origins.iter().any(|origin| origin == cors::ANY) {
             return Err("CORS_ORIGIN has * and others: * alone is every origin".into());
         }
-        Ok(Cors::new(origins))
+        Ok(Cors(origins))
     }
 
     /// What TLS needs, if it is on.

@@ -45,7 +45,6 @@ pub async fn information(cx: RequestContext, request: Request<Incoming>) -> Resu
     Ok(reply)
 }
 
-/// Adds what is known once the model is read.
 fn describe(handle: &Handle, body: &mut Information<'_>) {
     let (model, limits, load) = (handle.model(), handle.limits(), handle.stats());
     let (layout, cells) = match limits.layout {

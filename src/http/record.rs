@@ -12,19 +12,16 @@ use crate::telemetry::ChoiceRecord;
 pub struct AccessRecord(Mutex<Vec<ChoiceRecord>>);
 
 impl AccessRecord {
-    /// Records that the next choice is submitted to the engine.
     pub fn submit(&self) {
         self.0.lock().push(ChoiceRecord { submitted: SystemTime::now(), done: None });
     }
 
-    /// Records that a choice is complete.
     pub fn complete(&self, choice: usize, done: &Completion) {
         if let Some(record) = self.0.lock().get_mut(choice) {
             record.done = Some((done.usage, done.timings));
         }
     }
 
-    /// All choices so far.
     pub fn choices(&self) -> MutexGuard<'_, Vec<ChoiceRecord>> {
         self.0.lock()
     }

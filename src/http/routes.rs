@@ -1,6 +1,6 @@
 //! The routes, each declared once, and how a request gets to its handler.
 //!
-//! A route is one entry of [`routes`]: path, method and documentation are in the handler's
+//! A route is one entry of [`ROUTES`]: path, method and documentation are in the handler's
 //! `utoipa::path` attribute, which generates `__path_...`; the entry adds who may ask. The 404's
 //! list of paths, `Allow`, the labels of metrics and traces, `GET /`'s endpoints and
 //! `/openapi.json` derive from it.
@@ -24,7 +24,8 @@ use super::problem::Problem;
 use super::record::AccessRecord;
 use super::reply::{self, Reply};
 
-fn routes() -> Vec<Route> {
+/// All of them.
+pub static ROUTES: LazyLock<Vec<Route>> = LazyLock::new(|| {
     vec![
         route(information::__path_information, Access::Key, information).open_if(page::is_wanted),
         route(health::__path_health, Access::Open, health),
@@ -41,9 +42,7 @@ fn routes() -> Vec<Route> {
         route(docs::__path_docs_file, Access::Open, docs_file),
         route(page::__path_page_file, Access::Key, page_file).open_if(page::is_wanted),
     ]
-}
-
-static ROUTES: LazyLock<Vec<Route>> = LazyLock::new(routes);
+});
 
 /// A path, and what it does.
 pub struct Route {
@@ -51,12 +50,11 @@ pub struct Route {
     pub path: String,
     /// Its methods, as `Allow` lists them.
     allow: &'static str,
-    /// Who may ask.
     pub access: Access,
     /// Requests that anybody may make, whatever `access` is.
     is_open: fn(&Request<Incoming>) -> bool,
     handler: Handler,
-    /// Adds it to a document's paths.
+    /// Adds it to a document.
     pub document: fn(&mut Paths),
 }
 
@@ -96,20 +94,11 @@ impl Route {
     }
 }
 
-/// All of them.
-#[must_use]
-pub fn all() -> &'static [Route] {
-    &ROUTES
-}
-
-/// The route of a path.
-#[must_use]
 pub fn find(path: &str) -> Option<&'static Route> {
     ROUTES.iter().find(|route| route.tail(path).is_some())
 }
 
 /// Method and path of each route, for `GET /`.
-#[must_use]
 pub fn endpoints() -> Vec<String> {
     let method = |route: &Route| if route.allow == "POST" { "POST" } else { "GET" };
     ROUTES.iter().map(|route| format!("{} {}", method(route), route.path)).collect()
@@ -124,7 +113,27 @@ pub async fn dispatch(
     record: &Arc<AccessRecord>,
 ) -> Reply {
     let is_openai = request.uri().path().starts_with("/v1"); // its clients expect OpenAI's errors
-    let reply = handle(app, route, request, id, record).await.unwrap_or_else(|problem| {
+    let handled = async {
+        // An unknown path needs a key, too: so does what may come to be.
+        let access = match route {
+            Some(route) if (route.is_open)(&request) => Access::Open,
+            Some(route) => route.access,
+            None => Access::Key,
+        };
+        let tenant = app.auth.admit(access, request.headers())?;
+        let path = request.uri().path();
+        let Some((route, tail)) = route.and_then(|route| Some((route, route.tail(path)?))) else {
+            let known: Vec<&str> = ROUTES.iter().map(|route| route.path.as_str()).collect();
+            return Err(Problem::UnknownPath { path: path.to_owned(), known: known.join(", ") });
+        };
+        if !route.allow.split(", ").any(|allowed| allowed == request.method().as_str()) {
+            return Err(Problem::MethodNotAllowed { path: &route.path, allow: route.allow });
+        }
+        let (app, id, record) = (Arc::clone(app), Arc::clone(id), Arc::clone(record));
+        let cx = RequestContext { app, id, tenant, tail: tail.to_owned(), record };
+        (route.handler)(cx, request).await
+    };
+    let reply = handled.await.unwrap_or_else(|problem| {
         app.metrics.count_refusal(problem.kind());
         reply::error(&problem, is_openai)
     });
@@ -132,40 +141,4 @@ pub async fn dispatch(
     let label = route.map_or("other", |route| &route.path);
     app.metrics.count_answer(label, reply.status().as_u16());
     reply
-}
-
-async fn handle(
-    app: &Arc<App>,
-    route: Option<&'static Route>,
-    request: Request<Incoming>,
-    id: &Arc<str>,
-    record: &Arc<AccessRecord>,
-) -> Result<Reply, Problem> {
-    // An unknown path needs a key, too: so does what may come to be.
-    let access = match route {
-        Some(route) if (route.is_open)(&request) => Access::Open,
-        Some(route) => route.access,
-        None => Access::Key,
-    };
-    let tenant = app.auth.admit(access, request.headers())?;
-    let path = request.uri().path();
-    let Some((route, tail)) = route.and_then(|route| Some((route, route.tail(path)?))) else {
-        return Err(not_found(path));
-    };
-    if !route.allow.split(", ").any(|allowed| allowed == request.method().as_str()) {
-        return Err(Problem::MethodNotAllowed { path: &route.path, allow: route.allow });
-    }
-    let cx = RequestContext {
-        app: Arc::clone(app),
-        id: Arc::clone(id),
-        tenant,
-        tail: tail.to_owned(),
-        record: Arc::clone(record),
-    };
-    (route.handler)(cx, request).await
-}
-
-fn not_found(path: &str) -> Problem {
-    let known: Vec<&str> = ROUTES.iter().map(|route| route.path.as_str()).collect();
-    Problem::UnknownPath { path: path.to_owned(), known: known.join(", ") }
 }

@@ -25,15 +25,12 @@ impl fmt::Debug for Tls {
 
 impl Tls {
     /// From files in PEM: the certificate with those that lead to its root, and its private key.
-    ///
-    /// # Errors
-    /// One line that names the file and what is wrong with it.
     pub fn read(cert: &Path, key: &Path) -> Result<Self, String> {
-        let (cert_name, key_name) =
-            (format!("TLS_CERT {}", cert.display()), format!("TLS_KEY {}", key.display()));
-        let chain =
-            CertificateDer::pem_file_iter(cert).and_then(Iterator::collect::<Result<Vec<_>, _>>);
-        let chain = chain.map_err(|error| format!("{cert_name} cannot be read: {error}"))?;
+        let cert_name = format!("TLS_CERT {}", cert.display());
+        let key_name = format!("TLS_KEY {}", key.display());
+        let chain: Vec<_> = CertificateDer::pem_file_iter(cert)
+            .and_then(Iterator::collect)
+            .map_err(|error| format!("{cert_name} cannot be read: {error}"))?;
         if chain.is_empty() {
             return Err(format!(
                 "{cert_name} holds no certificate: it must be a PEM file with at least one"
@@ -54,10 +51,7 @@ impl Tls {
         Ok(Self(TlsAcceptor::from(Arc::new(config))))
     }
 
-    /// Shakes hands.
-    ///
-    /// # Errors
-    /// When the client does not speak TLS, or takes longer than `timeout`.
+    /// Shakes hands, for at most `timeout`.
     pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         &self,
         stream: S,

@@ -1,12 +1,12 @@
 //! The bodies of requests and answers. Each field is declared once: its type is what is read or
 //! written, and what `/openapi.json` documents.
 //!
-//! A new field of a request is one field of its body: in `request_body!` if all dialects have it,
-//! else in [`generate`] or [`openai`]. Its doc comment is its documentation; [`Reader`] takes its
-//! default and its range from its `schema` attribute. The format `tokens` makes the context's size
-//! its maximum. Each body turns itself into the engine's [`Request`](crate::request::Request)s.
+//! A new field of a request is declared in `request_body!` if all dialects have it, else in
+//! [`generate`] or [`openai`]. Its doc comment is its documentation; [`Reader`] takes its default
+//! and range from its `schema` attribute. The format `tokens` limits it to the context's size. Each
+//! body turns itself into the engine's [`Request`](crate::request::Request)s.
 
-pub mod answers;
+pub(crate) mod answers;
 mod fields;
 pub mod generate;
 pub mod openai;
@@ -29,17 +29,16 @@ const MAX_SAFE: f64 = ((1u64 << 53) - 1) as f64;
 
 /// What reads each body.
 pub struct Readers {
-    /// Of `/generate`.
+    /// Reads `/generate`'s.
     pub generate: Reader<GenerateRequest>,
-    /// Of `/v1/completions`.
+    /// Reads `/v1/completions`'.
     pub completion: Reader<CompletionRequest>,
-    /// Of `/v1/chat/completions`.
+    /// Reads `/v1/chat/completions`'.
     pub chat: Reader<ChatRequest>,
 }
 
 impl Readers {
     /// Of a server with contexts of `n_ctx` tokens.
-    #[must_use]
     pub fn new(n_ctx: usize) -> Self {
         Self {
             generate: Reader::new(n_ctx),
@@ -120,9 +119,10 @@ impl<B: DeserializeOwned + ToSchema> Reader<B> {
 
 /// A text's beginning, with dots if there is more.
 fn shortened(text: &str, n: usize) -> Cow<'_, str> {
-    text.char_indices()
-        .nth(n)
-        .map_or_else(|| text.into(), |(end, _)| format!("{}...", &text[..end]).into())
+    match text.char_indices().nth(n) {
+        Some((end, _)) => format!("{}...", &text[..end]).into(),
+        None => text.into(),
+    }
 }
 
 /// Checks a value's range, or its number of characters or items, and makes a whole number of one
@@ -132,8 +132,8 @@ fn check(field: &Schema, value: &mut Value) -> Result<(), String> {
     match (field, value) {
         (Schema::Object(field), Value::Number(number)) => {
             let n = number.as_f64().unwrap_or(f64::NAN);
-            let (min, max) = (field.minimum.as_ref().map(bound), field.maximum.as_ref().map(bound));
-            let (min, max) = (min.unwrap_or(f64::MIN), max.unwrap_or(f64::MAX));
+            let min = field.minimum.as_ref().map_or(f64::MIN, bound);
+            let max = field.maximum.as_ref().map_or(f64::MAX, bound);
             if !(min..=max).contains(&n) {
                 let end = if max < f64::MAX { format!(" to {max}") } else { String::new() };
                 return Err(format!("a number from {min}{end}"));
