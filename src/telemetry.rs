@@ -1,5 +1,5 @@
-//! Traces for OpenTelemetry: a span for each request when its answer has ended, with a child span
-//! for each stage of each choice.
+//! Traces for OpenTelemetry: a span for each request that has ended, with a child span for each stage
+//! of each choice.
 //!
 //! A thread of OpenTelemetry's SDK sends spans in batches over OTLP (HTTP, protobuf). A slow or
 //! absent collector loses spans and nothing else: the queue is bounded. OpenTelemetry's crates read `OTEL_EXPORTER_OTLP_HEADERS`, `OTEL_SERVICE_NAME`,
@@ -24,6 +24,7 @@ use opentelemetry_otlp::{Protocol, SpanExporter, WithExportConfig, WithHttpConfi
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::{SdkTracer, SdkTracerProvider};
+use parking_lot::Mutex;
 use tokio::net::TcpStream;
 
 use crate::request::{Timings, Usage};
@@ -67,6 +68,9 @@ pub struct ChoiceRecord {
     /// What it took; `None` if it did not come to its end.
     pub done: Option<(Usage, Timings)>,
 }
+
+/// A request's choices, each added when it is submitted and completed when it ends.
+pub type ChoiceRecords = Mutex<Vec<ChoiceRecord>>;
 
 /// Tokens of the prompts and answers of all complete choices; `None` if there is none.
 pub fn tokens(choices: &[ChoiceRecord]) -> Option<(usize, usize)> {

@@ -1,10 +1,9 @@
-//! `Accept`: how much a client wants a type of content.
+//! `Accept`: which type of content a client prefers.
 
 use hyper::header::{ACCEPT, HeaderMap};
 
-/// How much a type is wanted, from 0 to 1, and how clearly it is named: the most specific range
-/// that it is in decides (RFC 9110, 12.5.1). Of two that are wanted as much, a client means the one
-/// that it names.
+/// A type's weight, from 0 to 1, and its specificity, which breaks ties: those of the most specific
+/// range that it is in (RFC 9110, 12.5.1).
 pub fn quality(headers: &HeaderMap, kind: &str, subtype: &str) -> (f32, u8) {
     let ranges = headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok());
     let matching = ranges.flat_map(|value| value.split(',')).filter_map(|range| {

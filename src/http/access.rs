@@ -1,5 +1,5 @@
-//! Around every request: the id that its answer and all its log lines carry, and one line in the
-//! access log, and a trace, when the answer has ended.
+//! Around every request: the id that its answer and all its log lines carry; when the answer has
+//! ended, a line in the access log and a trace.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -13,11 +13,10 @@ use hyper::{Method, Request, Response};
 use tracing::{Instrument, Span};
 
 use super::app::App;
-use super::record::AccessRecord;
 use super::reply::Content;
 use super::routes;
 use crate::request::span;
-use crate::telemetry::{self, Served};
+use crate::telemetry::{self, ChoiceRecords, Served};
 
 /// Names a request, in both directions.
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -82,12 +81,12 @@ struct Line {
     span: Span,
     began: Instant,
     served: Served,
-    record: Arc<AccessRecord>,
+    record: Arc<ChoiceRecords>,
 }
 
 impl Drop for Line {
     fn drop(&mut self) {
-        let (served, choices) = (&self.served, self.record.choices());
+        let (served, choices) = (&self.served, self.record.lock());
         let tokens = telemetry::tokens(&choices);
         tracing::info!(
             parent: &self.span,

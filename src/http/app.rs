@@ -12,12 +12,11 @@ use super::api::answers::HealthStatus;
 use super::auth::Auth;
 use super::cors::Cors;
 use super::problem::Problem;
-use super::record::AccessRecord;
 use super::tls::Tls;
 use crate::chat::Template;
 use crate::engine::{Handle, Stage, SubmitError};
 use crate::metrics::Metrics;
-use crate::telemetry::Telemetry;
+use crate::telemetry::{ChoiceRecords, Telemetry};
 
 /// What every connection shares.
 pub struct App {
@@ -34,8 +33,6 @@ pub struct App {
     pub model_id: String,
     pub readers: Readers,
     pub openapi: Bytes,
-    /// What `GET /` lists: method and path of each route.
-    pub endpoints: Vec<String>,
     /// The model's chat template, read at the first chat; or why there is none.
     pub template: OnceLock<Result<Template, String>>,
 }
@@ -92,5 +89,5 @@ pub struct RequestContext {
     pub tenant: u32,
     /// What its path has in place of its route's `{...}`.
     pub tail: String,
-    pub record: Arc<AccessRecord>,
+    pub record: Arc<ChoiceRecords>,
 }

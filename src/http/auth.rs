@@ -1,5 +1,4 @@
-//! Who may ask for what. Keys are kept as digests: what was typed is forgotten, and comparing them
-//! reveals nothing of their length.
+//! Who may ask for what. Keys are kept as digests, so that comparing them reveals no length.
 
 use std::fmt;
 

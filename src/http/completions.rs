@@ -1,6 +1,7 @@
 //! The handlers of requests for text: a body to the engine's requests, their events to an answer.
 
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::Request;
@@ -18,6 +19,7 @@ use crate::chat::Template;
 use crate::engine::{Failed, Handle};
 use crate::error::Invalid;
 use crate::request::{self, Caller, Completion, Event, FinishReason};
+use crate::telemetry::ChoiceRecord;
 
 /// Text from a prompt
 #[utoipa::path(post, path = "/generate", tag = "text", request_body = GenerateRequest, responses(
@@ -93,7 +95,8 @@ async fn answer(
 ) -> Result<Reply, Problem> {
     let mut answers = Vec::with_capacity(requests.len());
     for request in requests {
-        cx.record.submit();
+        let record = ChoiceRecord { submitted: SystemTime::now(), done: None };
+        cx.record.lock().push(record);
         let (id, timeout) = (Arc::clone(&cx.id), cx.app.limits.timeout);
         // Those that were taken are cancelled if one is refused.
         answers.push(handle.submit(request, Caller { id, tenant: cx.tenant, timeout }).await?);
@@ -109,8 +112,9 @@ async fn answer(
     }
     let mut done = Vec::with_capacity(answers.len());
     for (choice, answer) in answers.into_iter().enumerate() {
-        done.push(answer.collect().await?);
-        cx.record.complete(choice, &done[choice].1);
+        let (whole, end) = answer.collect().await?;
+        cx.record.lock()[choice].done = Some((end.usage, end.timings));
+        done.push((whole, end));
     }
     if done.iter().all(|(_, done)| is_too_late(done)) {
         return Err(Problem::Deadline);

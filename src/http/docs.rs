@@ -1,5 +1,4 @@
-//! `/docs`: Swagger UI for `/openapi.json`. Its files are part of the program, so that it works
-//! without a network.
+//! `/docs`: Swagger UI for `/openapi.json`. Its files are part of the program.
 
 use std::sync::Arc;
 

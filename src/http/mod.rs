@@ -1,13 +1,11 @@
 //! The network side: bytes on a socket to a checked [`Request`](crate::request::Request), events
 //! back to bytes.
 //!
-//! `server` accepts connections. Around each request `access` assigns an id and writes the access log
-//! (`record` collects what goes into it); `routes` finds the path's entry in the one table of routes,
-//! lets `auth` admit the request, and calls the handler: `information`, `health`, `completions`, `page`
-//! or `docs`. [`api`] has the bodies of requests and answers, [`openai`] and [`reply`] write answers,
-//! `problem` errors; `app` is what they share, `openapi` documents it all. None of them sees a KV cell,
-//! a batch or llama.cpp: they know the engine's [`Handle`](crate::engine::Handle) only, and the model's
-//! template.
+//! `server` accepts connections. Around each request `access` assigns an id and writes the access log;
+//! `routes` finds the path's entry in the one table of routes, lets `auth` admit the request, and calls
+//! its handler. [`api`] has the bodies of requests and answers, [`reply`] writes answers, `problem`
+//! errors; `app` is what they share. None of them sees a KV cell, a batch or llama.cpp: they know the
+//! engine's [`Handle`](crate::engine::Handle) only, and the model's template.
 
 mod accept;
 mod access;
@@ -23,7 +21,6 @@ pub mod openai;
 pub(crate) mod openapi;
 mod page;
 mod problem;
-mod record;
 pub mod reply;
 pub(crate) mod routes;
 pub(crate) mod server;

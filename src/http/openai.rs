@@ -24,8 +24,8 @@ pub enum Endpoint {
     Chat,
 }
 
-/// Writes an answer whole, or in chunks: for each choice of a chat first the role, then pieces, then
-/// the reason of the end; after all of them, if asked for, the counts; and `[DONE]`.
+/// Writes an answer whole, or in chunks: for each choice a chat's role, pieces, the finish reason;
+/// after all of them, if asked for, the counts; and `[DONE]`.
 pub struct Chunks {
     endpoint: Endpoint,
     id: String,
@@ -84,8 +84,7 @@ impl Chunks {
         OpenAiAnswer { id, object, created: *created, model, choices, usage }
     }
 
-    /// A choice, or a part of one, without its text. The part begins at `offset` of the text, in
-    /// characters, which is moved to its end.
+    /// A choice, or a part of one, without its text. Moves `offset` as [`TextLogprobs::new`] does.
     fn choice<'a>(
         &self,
         index: usize,
@@ -115,14 +114,10 @@ impl Chunks {
 
     /// A prompt counts once for all choices that have it.
     fn usage(&self, by_choice: &[(usize, request::Usage)]) -> OpenAiUsage {
-        let (mut prompt_tokens, mut cached_tokens, mut completion_tokens) = (0, 0, 0);
-        for &(index, usage) in by_choice {
-            if index % self.n == 0 {
-                prompt_tokens += usage.prompt_tokens;
-                cached_tokens += usage.cached_tokens;
-            }
-            completion_tokens += usage.completion_tokens;
-        }
+        let prompts = || by_choice.iter().filter(|(index, _)| index % self.n == 0);
+        let prompt_tokens = prompts().map(|(_, usage)| usage.prompt_tokens).sum();
+        let cached_tokens = prompts().map(|(_, usage)| usage.cached_tokens).sum();
+        let completion_tokens = by_choice.iter().map(|(_, usage)| usage.completion_tokens).sum();
         OpenAiUsage {
             prompt_tokens,
             completion_tokens,

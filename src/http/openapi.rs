@@ -61,8 +61,7 @@ pub fn json(readers: &Readers) -> Bytes {
 )]
 struct Document;
 
-/// Which operations: all, those that need a key where there are keys, those that have a body, or
-/// those of these in this server's own dialect.
+/// Which operations: `Keyed` where keys are set, `Posts` have a body, `Own` of this server's dialect.
 enum Of {
     All,
     Keyed,

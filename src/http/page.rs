@@ -1,5 +1,5 @@
-//! The page for browsers at `/`: "watch it think". Its files are part of the program, so that it
-//! works without a network; it knows of the engine what the API reports to any client.
+//! The page for browsers at `/`: "watch it think". Its files are part of the program; it knows of the
+//! engine what the API reports to any client.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
@@ -27,8 +27,7 @@ const FILES: [(&str, &str, &str); 4] = [
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; \
                       base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
-/// `true` if the page or one of its files answers this request. Those are for anybody: the page
-/// asks for a key where the API does.
+/// `true` if the page or one of its files answers this request. Both are open: the page asks for keys.
 pub fn is_wanted(request: &Request<Incoming>) -> bool {
     find(request).is_some()
 }

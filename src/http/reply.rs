@@ -13,9 +13,9 @@ use hyper::{Response, StatusCode};
 use serde::Serialize;
 
 use super::problem::Problem;
-use super::record::AccessRecord;
 use crate::engine::Answer;
 use crate::request::{Completion, Event, Piece};
+use crate::telemetry::ChoiceRecords;
 
 /// Any answer's body: whole, or a stream.
 pub type Content = Either<Full<Bytes>, EventStream>;
@@ -75,12 +75,16 @@ pub struct EventStream {
     /// By choice; `None` for those that ended.
     choices: Vec<Option<Answer>>,
     dialect: Box<dyn Dialect>,
-    record: Arc<AccessRecord>,
+    record: Arc<ChoiceRecords>,
     ended: bool,
 }
 
 /// An answer that streams.
-pub fn stream(choices: Vec<Answer>, dialect: Box<dyn Dialect>, record: Arc<AccessRecord>) -> Reply {
+pub fn stream(
+    choices: Vec<Answer>,
+    dialect: Box<dyn Dialect>,
+    record: Arc<ChoiceRecords>,
+) -> Reply {
     let choices = choices.into_iter().map(Some).collect();
     let body = EventStream { choices, dialect, record, ended: false };
     let mut reply = Response::new(Either::Right(body));
@@ -99,7 +103,7 @@ impl EventStream {
             match event {
                 Event::Piece(_) => {}
                 Event::Done(done) => {
-                    self.record.complete(choice, &done);
+                    self.record.lock()[choice].done = Some((done.usage, done.timings));
                     self.choices[choice] = None;
                 }
                 Event::Failed { .. } => {

@@ -1,9 +1,8 @@
 //! The routes, each declared once, and how a request gets to its handler.
 //!
-//! A route is one entry of [`ROUTES`]: path, method and documentation are in the handler's
-//! `utoipa::path` attribute, which generates `__path_...`; the entry adds who may ask. The 404's
-//! list of paths, `Allow`, the labels of metrics and traces, `GET /`'s endpoints and
-//! `/openapi.json` derive from it.
+//! A route is one entry of [`ROUTES`]: the handler's `utoipa::path` attribute, which generates
+//! `__path_...`, has path, method and documentation; the entry adds who may ask. All lists of paths,
+//! `Allow`, labels and `/openapi.json` derive from it.
 
 use std::pin::Pin;
 use std::sync::{Arc, LazyLock};
@@ -21,13 +20,13 @@ use super::health::{self, health, metrics, ready, v1_health};
 use super::information::{self, information, model, models};
 use super::page::{self, page_file};
 use super::problem::Problem;
-use super::record::AccessRecord;
 use super::reply::{self, Reply};
+use crate::telemetry::ChoiceRecords;
 
 /// All of them.
 pub static ROUTES: LazyLock<Vec<Route>> = LazyLock::new(|| {
     vec![
-        route(information::__path_information, Access::Key, information).open_if(page::is_wanted),
+        route(information::__path_information, Access::Key, information),
         route(health::__path_health, Access::Open, health),
         route(health::__path_v1_health, Access::Open, v1_health),
         route(health::__path_ready, Access::Open, ready),
@@ -40,7 +39,7 @@ pub static ROUTES: LazyLock<Vec<Route>> = LazyLock::new(|| {
         route(docs::__path_document, Access::Open, document),
         route(docs::__path_docs, Access::Open, docs),
         route(docs::__path_docs_file, Access::Open, docs_file),
-        route(page::__path_page_file, Access::Key, page_file).open_if(page::is_wanted),
+        route(page::__path_page_file, Access::Key, page_file),
     ]
 });
 
@@ -51,8 +50,6 @@ pub struct Route {
     /// Its methods, as `Allow` lists them.
     allow: &'static str,
     pub access: Access,
-    /// Requests that anybody may make, whatever `access` is.
-    is_open: fn(&Request<Incoming>) -> bool,
     handler: Handler,
     /// Adds it to a document.
     pub document: fn(&mut Paths),
@@ -74,17 +71,12 @@ where
         path: P::path(),
         allow: if P::methods() == [HttpMethod::Get] { "GET, HEAD" } else { "POST" },
         access,
-        is_open: |_| false,
         handler: Box::new(move |cx, request| Box::pin(handler(cx, request))),
         document: |paths| paths.add_path_operation(P::path(), P::methods(), P::operation()),
     }
 }
 
 impl Route {
-    fn open_if(self, is_open: fn(&Request<Incoming>) -> bool) -> Self {
-        Self { is_open, ..self }
-    }
-
     /// What `path` has in place of `{...}`, if it is this route's.
     fn tail<'a>(&self, path: &'a str) -> Option<&'a str> {
         match self.path.split_once('{') {
@@ -110,15 +102,14 @@ pub async fn dispatch(
     route: Option<&'static Route>,
     request: Request<Incoming>,
     id: &Arc<str>,
-    record: &Arc<AccessRecord>,
+    record: &Arc<ChoiceRecords>,
 ) -> Reply {
     let is_openai = request.uri().path().starts_with("/v1"); // its clients expect OpenAI's errors
     let handled = async {
-        // An unknown path needs a key, too: so does what may come to be.
         let access = match route {
-            Some(route) if (route.is_open)(&request) => Access::Open,
+            _ if page::is_wanted(&request) => Access::Open,
             Some(route) => route.access,
-            None => Access::Key,
+            None => Access::Key, // a later version may have the path
         };
         let tenant = app.auth.admit(access, request.headers())?;
         let path = request.uri().path();

@@ -1,9 +1,9 @@
 //! TLS: a certificate and its key, read once at the start, and handshakes that are bounded in time.
 
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
-use std::{fmt, io};
 
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::TlsAcceptor;
@@ -14,14 +14,8 @@ use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::server::TlsStream;
 
 /// What a handshake needs.
-#[derive(Clone)]
-pub struct Tls(TlsAcceptor);
-
-impl fmt::Debug for Tls {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Tls")
-    }
-}
+#[derive(Clone, Debug)]
+pub struct Tls(Arc<ServerConfig>);
 
 impl Tls {
     /// From files in PEM: the certificate with those that lead to its root, and its private key.
@@ -48,7 +42,7 @@ impl Tls {
                 format!("{cert_name} and {key_name} cannot be used together: {error}")
             })?;
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
-        Ok(Self(TlsAcceptor::from(Arc::new(config))))
+        Ok(Self(Arc::new(config)))
     }
 
     /// Shakes hands, for at most `timeout`.
@@ -58,6 +52,7 @@ impl Tls {
         timeout: Duration,
     ) -> io::Result<TlsStream<S>> {
         let late = |_| io::Error::new(io::ErrorKind::TimedOut, "the TLS handshake took too long");
-        tokio::time::timeout(timeout, self.0.accept(stream)).await.map_err(late)?
+        let acceptor = TlsAcceptor::from(Arc::clone(&self.0));
+        tokio::time::timeout(timeout, acceptor.accept(stream)).await.map_err(late)?
     }
 }

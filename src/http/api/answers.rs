@@ -1,5 +1,5 @@
-//! The bodies of answers and of a stream's events. OpenAI's chunks are answers whose choices hold a
-//! part of the text and no finish reason yet.
+//! The bodies of answers and of a stream's events. A chunk of OpenAI's is an answer with a part of
+//! each text.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -184,8 +184,8 @@ pub struct TextLogprobs {
 }
 
 impl TextLogprobs {
-    /// `None` if they were not asked for. `offset` is where the tokens' text begins in the answer, in
-    /// characters, and is moved to its end.
+    /// `None` if they were not asked for. Moves `offset`, in characters, from the tokens' begin to
+    /// their end.
     pub fn new(
         tokens: &[TokenReport],
         detokenize: &Detokenize,
@@ -410,7 +410,7 @@ pub enum HealthStatus {
 
 /// What is served. After `endpoints` either `loading`, while the model is read, or the rest.
 #[derive(Debug, Default, Serialize, ToSchema)]
-pub struct Information<'a> {
+pub struct Information {
     /// `medusa-llama`.
     pub name: &'static str,
     /// Its version.
@@ -420,7 +420,7 @@ pub struct Information<'a> {
     /// What this build can compute on: `cpu` or `cuda`.
     pub backend: &'static str,
     /// Methods and paths.
-    pub endpoints: &'a [String],
+    pub endpoints: Vec<String>,
     /// How much of the model is read, from 0 to 1.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub loading: Option<f32>,

@@ -69,8 +69,7 @@ macro_rules! request_body {
         }
 
         impl $name {
-            /// A request to the engine. `n_top` most likely tokens are reported with each token's
-            /// log probability; `None`: neither.
+            /// A request to the engine; `n_top` as in [`Report`].
             fn request(
                 self,
                 prompt: String,

@@ -1,10 +1,9 @@
-//! The bodies of requests and answers. Each field is declared once: its type is what is read or
-//! written, and what `/openapi.json` documents.
+//! The bodies of requests and answers, each the type that is read or written and that
+//! `/openapi.json` documents.
 //!
-//! A new field of a request is declared in `request_body!` if all dialects have it, else in
-//! [`generate`] or [`openai`]. Its doc comment is its documentation; [`Reader`] takes its default
-//! and range from its `schema` attribute. The format `tokens` limits it to the context's size. Each
-//! body turns itself into the engine's [`Request`](crate::request::Request)s.
+//! A request's new field is declared in `request_body!` if all dialects have it, else in [`generate`]
+//! or [`openai`]. Its doc comment documents it; [`Reader`] takes its default and range from its
+//! `schema` attribute. The format `tokens` limits it to the context's size.
 
 pub(crate) mod answers;
 mod fields;
@@ -56,8 +55,7 @@ pub struct Reader<B> {
 }
 
 impl<B: DeserializeOwned + ToSchema> Reader<B> {
-    /// Takes the type's schema: a field that has a default may be absent or null, and `n_ctx` is
-    /// the maximum of fields that count tokens.
+    /// A field that has a default may be absent or null; `n_ctx` limits fields that count tokens.
     fn new(n_ctx: usize) -> Self {
         let RefOr::T(Schema::Object(mut schema)) = B::schema() else {
             panic!("a body is a struct")
@@ -125,8 +123,8 @@ fn shortened(text: &str, n: usize) -> Cow<'_, str> {
     }
 }
 
-/// Checks a value's range, or its number of characters or items, and makes a whole number of one
-/// like 128.0. Types are left to the deserializer. The error is what the value must be.
+/// Checks a value's range or length, and makes an integer of one like 128.0. The deserializer checks
+/// types. The error is what the value must be.
 fn check(field: &Schema, value: &mut Value) -> Result<(), String> {
     let unsupported = "empty: it is not supported";
     match (field, value) {
