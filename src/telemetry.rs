@@ -1,12 +1,10 @@
-//! Traces for OpenTelemetry: of each request one span, when its answer has ended, with what it
-//! spent where below it.
+//! Traces for OpenTelemetry: a span for each request that has ended, with a child span for each stage
+//! of each choice.
 //!
-//! Spans go to a collector over OTLP (HTTP, protobuf) in batches, from a thread of their own. A
-//! collector that is slow or not there costs its spans and nothing else: the queue before it is
-//! bounded. OpenTelemetry's own crates read `OTEL_EXPORTER_OTLP_HEADERS`, `OTEL_SERVICE_NAME`,
+//! A thread of OpenTelemetry's SDK sends spans in batches over OTLP (HTTP, protobuf). A slow or
+//! absent collector loses spans and nothing else: the queue is bounded. OpenTelemetry's crates read `OTEL_EXPORTER_OTLP_HEADERS`, `OTEL_SERVICE_NAME`,
 //! `OTEL_RESOURCE_ATTRIBUTES`, `OTEL_TRACES_SAMPLER` and `OTEL_BSP_*`.
 
-use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
@@ -19,22 +17,21 @@ use hyper::header::{HOST, HeaderMap, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode, Uri};
 use hyper_util::rt::TokioIo;
 use opentelemetry::propagation::TextMapPropagator;
-use opentelemetry::trace::{
-    Span, SpanContext, SpanKind, Status, TraceContextExt, Tracer, TracerProvider,
-};
+use opentelemetry::trace::{Span, SpanKind, Status, TraceContextExt, Tracer, TracerProvider};
 use opentelemetry::{Context, KeyValue};
 use opentelemetry_http::{HeaderExtractor, HttpClient, HttpError};
 use opentelemetry_otlp::{Protocol, SpanExporter, WithExportConfig, WithHttpConfig};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::{SdkTracer, SdkTracerProvider};
+use parking_lot::Mutex;
 use tokio::net::TcpStream;
 
 use crate::request::{Timings, Usage};
 
-/// Where a collector takes traces, below its address.
+/// A collector's path for traces.
 const PATH: &str = "/v1/traces";
-/// Longest time that a batch may take, and that spans have at the end to leave.
+/// Time limits to send a batch, and to send what is left at the end.
 const SENDING: Duration = Duration::from_secs(5);
 const FLUSH: Duration = Duration::from_secs(3);
 /// Longest answer of a collector, in bytes.
@@ -43,11 +40,11 @@ const MAX_ANSWER: usize = 1 << 16;
 /// A request that was served, or left.
 #[derive(Debug)]
 pub struct Served {
-    /// Its id.
+    /// Its `x-request-id`.
     pub id: Arc<str>,
-    /// As it was asked.
+    /// Of the request line.
     pub method: Method,
-    /// As it was asked, or its beginning.
+    /// The path asked for, or its beginning.
     pub path: String,
     /// The path, if it is one of the server's.
     pub route: Option<&'static str>,
@@ -59,8 +56,8 @@ pub struct Served {
     pub is_complete: bool,
     /// When its head had arrived.
     pub began: SystemTime,
-    /// Of whose trace it is a part; else it begins one.
-    pub parent: Option<SpanContext>,
+    /// Holds the span it is a part of, if any; otherwise it begins a trace.
+    pub parent: Context,
 }
 
 /// One choice of a request, as the engine answered it.
@@ -72,13 +69,14 @@ pub struct ChoiceRecord {
     pub done: Option<(Usage, Timings)>,
 }
 
+/// A request's choices, each added when it is submitted and completed when it ends.
+pub type ChoiceRecords = Mutex<Vec<ChoiceRecord>>;
+
 /// Tokens of the prompts and answers of all complete choices; `None` if there is none.
-#[must_use]
 pub fn tokens(choices: &[ChoiceRecord]) -> Option<(usize, usize)> {
     let usages = choices.iter().filter_map(|choice| Some(choice.done?.0));
-    usages
-        .map(|usage| (usage.prompt_tokens, usage.completion_tokens))
-        .reduce(|a, b| (a.0 + b.0, a.1 + b.1))
+    let counts = usages.map(|usage| (usage.prompt_tokens, usage.completion_tokens));
+    counts.reduce(|a, b| (a.0 + b.0, a.1 + b.1))
 }
 
 /// Where spans go.
@@ -89,17 +87,15 @@ pub struct Telemetry {
 }
 
 impl Telemetry {
-    /// Begins to send, from the runtime this is called in. `endpoint` is a collector's address,
-    /// `model` the name of what is served.
+    /// Begins to send to the collector at `endpoint`, on the runtime this is called in. `model` names
+    /// what is served.
     ///
     /// # Errors
-    /// When what the environment says of OpenTelemetry cannot be.
+    /// The endpoint or OpenTelemetry's variables in the environment are invalid.
     pub fn start(endpoint: &Uri, model: &str) -> Result<Self, String> {
         let base = endpoint.to_string();
-        let collector = Collector {
-            runtime: tokio::runtime::Handle::current(),
-            is_down: AtomicBool::new(false),
-        };
+        let runtime = tokio::runtime::Handle::current();
+        let collector = Collector { runtime, is_down: AtomicBool::new(false) };
         let exporter = SpanExporter::builder()
             .with_http()
             .with_http_client(collector)
@@ -122,30 +118,31 @@ impl Telemetry {
         Ok(Self { tracer: provider.tracer("medusa-llama"), provider, model: model.to_owned() })
     }
 
-    /// Takes the spans of a request and of its choices; they are sent later.
+    /// Queues the spans of a request and of its choices.
     pub fn record(&self, served: &Served, choices: &[ChoiceRecord]) {
-        let name = served.route.map_or_else(
-            || served.method.to_string(),
-            |route| format!("{} {route}", served.method),
-        );
-        let parent = served
-            .parent
-            .clone()
-            .map_or_else(Context::new, |parent| Context::new().with_remote_span_context(parent));
-        let span = self
-            .tracer
-            .span_builder(name)
-            .with_kind(SpanKind::Server)
-            .with_start_time(served.began);
-        let mut span = span
-            .with_attributes(self.attributes(served, choices))
-            .start_with_context(&self.tracer, &parent);
+        let method = served.method.as_str();
+        let name = served.route.map_or(method.to_owned(), |route| format!("{method} {route}"));
+        let span = self.tracer.span_builder(name).with_kind(SpanKind::Server);
+        let span =
+            span.with_start_time(served.began).with_attributes(self.attributes(served, choices));
+        let mut span = span.start_with_context(&self.tracer, &served.parent);
         if served.status.is_some_and(|status| status.is_server_error()) {
             span.set_status(Status::error(""));
         }
         let below = Context::new().with_remote_span_context(span.span_context().clone());
         for (choice, record) in choices.iter().enumerate() {
-            self.record_stages(choice, record, &below);
+            let Some((_, timings)) = record.done else { continue };
+            let mut at = record.submitted;
+            for (name, seconds) in [
+                ("queue", timings.queue_s),
+                ("prefill", timings.prefill_s),
+                ("decode", timings.decode_s),
+            ] {
+                let stage = self.tracer.span_builder(name).with_start_time(at);
+                let stage = stage.with_attributes([KeyValue::new("medusa.choice", choice as i64)]);
+                at += Duration::from_secs_f64(seconds);
+                stage.start_with_context(&self.tracer, &below).end_with_timestamp(at);
+            }
         }
         span.end();
     }
@@ -158,12 +155,9 @@ impl Telemetry {
             KeyValue::new("http.response.body.size", served.n_bytes as i64),
             KeyValue::new("medusa.request.id", served.id.to_string()),
         ];
-        if let Some(route) = served.route {
-            attributes.push(KeyValue::new("http.route", route));
-        }
-        if let Some(status) = served.status {
-            attributes.push(KeyValue::new("http.response.status_code", i64::from(status.as_u16())));
-        }
+        let status = served.status.map(|status| i64::from(status.as_u16()));
+        attributes.extend(served.route.map(|route| KeyValue::new("http.route", route)));
+        attributes.extend(status.map(|status| KeyValue::new("http.response.status_code", status)));
         if !served.is_complete {
             attributes.push(KeyValue::new("error.type", "aborted"));
         }
@@ -176,21 +170,6 @@ impl Telemetry {
         attributes
     }
 
-    fn record_stages(&self, choice: usize, record: &ChoiceRecord, below: &Context) {
-        let Some((_, timings)) = record.done else { return };
-        let mut at = record.submitted;
-        for (name, seconds) in [
-            ("queue", timings.queue_s),
-            ("prefill", timings.prefill_s),
-            ("decode", timings.decode_s),
-        ] {
-            let span = self.tracer.span_builder(name).with_start_time(at);
-            let span = span.with_attributes([KeyValue::new("medusa.choice", choice as i64)]);
-            at += Duration::from_secs_f64(seconds);
-            span.start_with_context(&self.tracer, below).end_with_timestamp(at);
-        }
-    }
-
     /// Sends what is left, for a short while. Blocks.
     pub fn stop(&self) {
         if let Err(error) = self.provider.shutdown_with_timeout(FLUSH) {
@@ -199,26 +178,16 @@ impl Telemetry {
     }
 }
 
-impl fmt::Debug for Telemetry {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Telemetry").field("model", &self.model).finish_non_exhaustive()
-    }
+/// The context of a request with these headers: it holds the span that a valid `traceparent` names.
+pub fn parent(headers: &HeaderMap) -> Context {
+    TraceContextPropagator::new().extract_with_context(&Context::new(), &HeaderExtractor(headers))
 }
 
-/// Of whose trace a request is a part: its `traceparent`, if it has a valid one.
-#[must_use]
-pub fn parent(headers: &HeaderMap) -> Option<SpanContext> {
-    let context = TraceContextPropagator::new()
-        .extract_with_context(&Context::new(), &HeaderExtractor(headers));
-    Some(context.span().span_context().clone()).filter(SpanContext::is_valid)
-}
-
-/// The way to a collector. OpenTelemetry's thread calls it and has no runtime: the network's own
-/// does the work.
+/// The client of a collector. OpenTelemetry's thread, which calls it, has no runtime: it lends one.
 #[derive(Debug)]
 struct Collector {
     runtime: tokio::runtime::Handle,
-    /// Told once, until it is up again.
+    /// Logged once, until it is up again.
     is_down: AtomicBool,
 }
 
@@ -249,11 +218,8 @@ impl HttpClient for Collector {
 async fn send(request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
     let (mut parts, body) = request.into_parts();
     let authority = parts.uri.authority().ok_or("no host")?.clone();
-    let stream = TcpStream::connect((
-        authority.host().trim_matches(['[', ']']),
-        authority.port_u16().unwrap_or(80),
-    ))
-    .await?;
+    let host = authority.host().trim_matches(['[', ']']);
+    let stream = TcpStream::connect((host, authority.port_u16().unwrap_or(80))).await?;
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
     tokio::spawn(connection); // it ends with `sender`
     parts.headers.insert(HOST, HeaderValue::from_str(authority.as_str())?);

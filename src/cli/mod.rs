@@ -21,7 +21,7 @@ use tokio::sync::watch;
 use crate::config::{Command, ModelArgs};
 use crate::engine::Stage;
 use crate::eval;
-use crate::llama::{Model, ModelParams, Token};
+use crate::llama::{Model, Token};
 
 /// Runs a command to its end.
 ///
@@ -47,8 +47,7 @@ fn bar(n: usize, template: &str) -> ProgressBar {
 }
 
 fn load(args: &ModelArgs, path: &Path) -> anyhow::Result<Arc<Model>> {
-    let params = ModelParams { n_gpu_layers: args.n_gpu_layers };
-    Ok(Arc::new(Model::load(path, &params, |_| true)?))
+    Ok(Arc::new(Model::load(path, args.n_gpu_layers, |_| true)?))
 }
 
 /// A text to measure perplexity on, with its tokens.

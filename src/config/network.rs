@@ -67,7 +67,7 @@ impl NetworkArgs {
         let origins = self.cors_origins.clone();
         let mixed = origins.len() > 1 && origins.iter().any(|origin| origin == cors::ANY);
         ensure!(!mixed, "CORS_ORIGIN has * and others: * alone is every origin");
-        Ok(Cors::new(origins))
+        Ok(Cors(origins))
     }
 
     /// What TLS needs, if it is on.

@@ -1,18 +1,12 @@
-//! `Accept`: how much a client wants a type of content.
+//! `Accept`: which type of content a client prefers.
 
 use hyper::header::{ACCEPT, HeaderMap};
 
-/// How much a type is wanted, from 0 to 1, and how clearly it is named: the most specific range
-/// that it is in decides (RFC 9110, 12.5.1). Of two that are wanted as much, a client means the one
-/// that it names.
-#[must_use]
+/// A type's weight, from 0 to 1, and its specificity, which breaks ties: those of the most specific
+/// range that it is in (RFC 9110, 12.5.1).
 pub fn quality(headers: &HeaderMap, kind: &str, subtype: &str) -> (f32, u8) {
-    let ranges = headers
-        .get_all(ACCEPT)
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','));
-    let matching = ranges.filter_map(|range| {
+    let ranges = headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok());
+    let matching = ranges.flat_map(|value| value.split(',')).filter_map(|range| {
         let mut parts = range.split(';').map(str::trim);
         let (k, s) = parts.next()?.split_once('/')?;
         let specificity = match (k, s) {
@@ -23,10 +17,8 @@ pub fn quality(headers: &HeaderMap, kind: &str, subtype: &str) -> (f32, u8) {
         };
         let weight = parts.find_map(|part| part.strip_prefix("q=").or(part.strip_prefix("Q=")));
         // An invalid weight asks for nothing.
-        let weight: f32 = weight.map_or(1.0, |weight| {
-            weight.parse().ok().filter(|q| (0.0..=1.0).contains(q)).unwrap_or(0.0)
-        });
-        Some((specificity, weight))
+        let valid = |q: &str| q.parse().ok().filter(|q: &f32| (0.0..=1.0).contains(q));
+        Some((specificity, weight.map_or(1.0, |q| valid(q).unwrap_or(0.0))))
     });
     let decisive = matching.max_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)));
     decisive

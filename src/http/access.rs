@@ -1,5 +1,5 @@
-//! Around every request: the id that its answer and all its log lines carry, and one line in the
-//! access log, and a trace, when the answer has ended.
+//! Around every request: the id that its answer and all its log lines carry; when the answer has
+//! ended, a line in the access log and a trace.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -13,11 +13,10 @@ use hyper::{Method, Request, Response};
 use tracing::{Instrument, Span};
 
 use super::app::App;
-use super::record::AccessRecord;
 use super::reply::Content;
-use super::routes::{self, Route};
+use super::routes;
 use crate::request::span;
-use crate::telemetry::{self, Served};
+use crate::telemetry::{self, ChoiceRecords, Served};
 
 /// Names a request, in both directions.
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -26,11 +25,34 @@ const MAX_ID: usize = 128;
 /// Characters of a path that are logged.
 const MAX_PATH: usize = 200;
 
-/// Handles a request; its line is logged when the answer has ended.
+/// Handles a request. Its line is logged when the answer has ended.
 pub async fn log_access(app: Arc<App>, request: Request<Incoming>) -> Response<Logged> {
     let id = id_of(request.headers());
     let route = routes::find(request.uri().path());
-    let mut line = Line::begin(&app, &request, route, &id);
+    // Not the query: it might hold what should stay with the client.
+    let path = request.uri().path().chars().take(MAX_PATH);
+    let served = Served {
+        id: Arc::clone(&id),
+        method: request.method().clone(),
+        path: path.flat_map(char::escape_debug).collect(),
+        route: route.map(|route| route.path.as_str()),
+        status: None,
+        n_bytes: 0,
+        is_complete: false,
+        began: SystemTime::now(),
+        parent: app
+            .telemetry
+            .as_ref()
+            .map(|_| telemetry::parent(request.headers()))
+            .unwrap_or_default(),
+    };
+    let mut line = Line {
+        app: Arc::clone(&app),
+        span: span(&id),
+        began: Instant::now(),
+        served,
+        record: Arc::default(),
+    };
     let allowed = app.cors.allowed(request.headers());
     let mut reply = match app.cors.preflight(&request) {
         Some(reply) => reply,
@@ -45,15 +67,12 @@ pub async fn log_access(app: Arc<App>, request: Request<Incoming>) -> Response<L
     reply.map(|body| Logged { body, line })
 }
 
-/// The client's id, if it can stand in a header and in a line of a log; otherwise a new one.
+/// The client's id, if it fits in a header and in a line of a log; otherwise a new one.
 fn id_of(headers: &HeaderMap) -> Arc<str> {
-    let given = headers.get(REQUEST_ID).and_then(|id| id.to_str().ok());
-    match given
-        .filter(|id| (1..=MAX_ID).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic()))
-    {
-        Some(id) => id.into(),
-        None => format!("req-{:016x}", fastrand::u64(..)).into(),
-    }
+    let fits =
+        |id: &&str| (1..=MAX_ID).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic());
+    let given = headers.get(REQUEST_ID).and_then(|id| id.to_str().ok()).filter(fits);
+    given.map_or_else(|| format!("req-{:016x}", fastrand::u64(..)).into(), Into::into)
 }
 
 /// The log line of one request. It is written on drop: the answer has ended, or its client left.
@@ -62,37 +81,12 @@ struct Line {
     span: Span,
     began: Instant,
     served: Served,
-    record: Arc<AccessRecord>,
-}
-
-impl Line {
-    fn begin(
-        app: &Arc<App>,
-        request: &Request<Incoming>,
-        route: Option<&'static Route>,
-        id: &Arc<str>,
-    ) -> Self {
-        // Not the query: it might hold what should stay with the client.
-        let path = request.uri().path().chars().take(MAX_PATH);
-        let served = Served {
-            id: Arc::clone(id),
-            method: request.method().clone(),
-            path: path.flat_map(char::escape_debug).collect(),
-            route: route.map(|route| route.path.as_str()),
-            status: None,
-            n_bytes: 0,
-            is_complete: false,
-            began: SystemTime::now(),
-            parent: app.telemetry.as_ref().and_then(|_| telemetry::parent(request.headers())),
-        };
-        let (app, record) = (Arc::clone(app), Arc::default());
-        Self { app, span: span(id), began: Instant::now(), served, record }
-    }
+    record: Arc<ChoiceRecords>,
 }
 
 impl Drop for Line {
     fn drop(&mut self) {
-        let (served, choices) = (&self.served, self.record.choices());
+        let (served, choices) = (&self.served, self.record.lock());
         let tokens = telemetry::tokens(&choices);
         tracing::info!(
             parent: &self.span,
@@ -165,14 +159,9 @@ mod tests {
         for kept in ["a", "7f2b-{\"}~!", &longest] {
             assert_eq!(&*id(kept.as_bytes()), kept);
         }
-        for odd in [
-            "".as_bytes(),
-            b"a b",
-            b"tab\t",
-            "\u{e9}".as_bytes(),
-            "x".repeat(MAX_ID + 1).as_bytes(),
-        ] {
-            assert!(id(odd).starts_with("req-"), "{odd:?}");
+        let too_long = "x".repeat(MAX_ID + 1);
+        for odd in ["", "a b", "tab\t", "\u{e9}", &too_long] {
+            assert!(id(odd.as_bytes()).starts_with("req-"), "{odd:?}");
         }
         assert_ne!(id_of(&HeaderMap::new()), id_of(&HeaderMap::new()));
     }

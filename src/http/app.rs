@@ -1,4 +1,4 @@
-//! What every connection shares, and what is known of one request beside what it says.
+//! What all connections share, and what is known of a request beside what it says.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -12,39 +12,27 @@ use super::api::answers::HealthStatus;
 use super::auth::Auth;
 use super::cors::Cors;
 use super::problem::Problem;
-use super::record::AccessRecord;
 use super::tls::Tls;
 use crate::chat::Template;
 use crate::engine::{Handle, Stage, SubmitError};
 use crate::metrics::Metrics;
-use crate::telemetry::Telemetry;
+use crate::telemetry::{ChoiceRecords, Telemetry};
 
 /// What every connection shares.
 pub struct App {
-    /// How far the engine is.
     pub stage: watch::Receiver<Stage>,
     /// Set once: new work is refused from then on.
     pub draining: AtomicBool,
-    /// What a client may take.
     pub limits: HttpLimits,
-    /// Who may ask.
     pub auth: Auth,
-    /// Which pages may read answers.
     pub cors: Cors,
-    /// Where connections are to be encrypted.
     pub tls: Option<Tls>,
-    /// What Prometheus reads.
     pub metrics: Metrics,
-    /// Where requests are traced.
     pub telemetry: Option<Telemetry>,
     /// How OpenAI's clients name the model.
     pub model_id: String,
-    /// What reads bodies.
     pub readers: Readers,
-    /// `/openapi.json`.
     pub openapi: Bytes,
-    /// What `GET /` lists: method and path of each route.
-    pub endpoints: Vec<String>,
     /// The model's chat template, read at the first chat; or why there is none.
     pub template: OnceLock<Result<Template, String>>,
 }
@@ -52,9 +40,7 @@ pub struct App {
 /// Limits of the HTTP server, per client or in total.
 #[derive(Clone, Copy, Debug)]
 pub struct HttpLimits {
-    /// Maximum bytes of a body.
     pub max_body_bytes: usize,
-    /// Maximum open connections.
     pub max_connections: usize,
     /// Maximum bytes of a request's head.
     pub max_header_bytes: usize,
@@ -69,10 +55,7 @@ pub struct HttpLimits {
 }
 
 impl App {
-    /// The engine, if it takes work.
-    ///
-    /// # Errors
-    /// While the model loads, after the engine has stopped, and while the server shuts down.
+    /// The engine, unless it is loading or stopped, or the server shuts down.
     pub fn engine(&self) -> Result<Handle, Problem> {
         if self.draining.load(Ordering::Relaxed) {
             return Err(Problem::Draining);
@@ -84,13 +67,9 @@ impl App {
         }
     }
 
-    /// How the server is.
-    #[must_use]
     pub fn status(&self) -> HealthStatus {
-        let is_stalled = |handle: &Handle| {
-            let limit = self.limits.stall_timeout;
-            limit.is_some() && handle.stats.pass_elapsed() > limit
-        };
+        let limit = self.limits.stall_timeout;
+        let is_stalled = |handle: &Handle| limit.is_some() && handle.stats.pass_elapsed() > limit;
         match &*self.stage.borrow() {
             Stage::Failed(_) => HealthStatus::Failed,
             _ if self.draining.load(Ordering::Relaxed) => HealthStatus::Draining,
@@ -101,9 +80,8 @@ impl App {
     }
 }
 
-/// What is known of an admitted request beside what it says.
+/// An admitted request, beside what it says.
 pub struct RequestContext {
-    /// What it shares with all others.
     pub app: Arc<App>,
     /// Its id, in the log and in its answer.
     pub id: Arc<str>,
@@ -111,6 +89,5 @@ pub struct RequestContext {
     pub tenant: u32,
     /// What its path has in place of its route's `{...}`.
     pub tail: String,
-    /// What its answers take.
-    pub record: Arc<AccessRecord>,
+    pub record: Arc<ChoiceRecords>,
 }

@@ -1,5 +1,4 @@
-//! Who may ask for what. Keys are kept as digests: what was typed is forgotten, and comparing them
-//! reveals nothing of their length.
+//! Who may ask for what. Keys are kept as digests, so that comparing them reveals no length.
 
 use std::fmt;
 
@@ -15,14 +14,8 @@ use super::problem::Problem;
 pub struct Key([u8; 32]);
 
 impl Key {
-    /// Of a key as it is typed and sent.
-    #[must_use]
     pub fn of(text: &str) -> Self {
         Self(Sha256::digest(text.as_bytes()).into())
-    }
-
-    fn is(&self, other: &Self) -> Choice {
-        self.0.ct_eq(&other.0)
     }
 }
 
@@ -60,7 +53,6 @@ pub enum MetricsAccess {
 pub struct Auth {
     /// For everything. Without any, nothing but metrics asks for a key.
     pub keys: Vec<Key>,
-    /// Who may read `/metrics`.
     pub metrics: MetricsAccess,
     /// For `/metrics` and nothing else.
     pub metrics_key: Option<Key>,
@@ -69,10 +61,6 @@ pub struct Auth {
 impl Auth {
     /// Admits a request to a route and returns its tenant: the number of its key; 0 where there are
     /// none.
-    ///
-    /// # Errors
-    /// 401 without a key or with a wrong one, 403 with one that is for something else, 404 for
-    /// metrics that are off.
     pub fn admit(&self, access: Access, headers: &HeaderMap) -> Result<u32, Problem> {
         match (access, self.metrics) {
             (Access::Open, _) | (Access::Metrics, MetricsAccess::Open) => return Ok(0),
@@ -80,10 +68,8 @@ impl Auth {
             (Access::Key, _) | (Access::Metrics, MetricsAccess::Key) => {}
         }
         let given = bearer(headers).map(Key::of);
-        let is_for_metrics = given
-            .as_ref()
-            .zip(self.metrics_key.as_ref())
-            .is_some_and(|(given, key)| key.is(given).into());
+        let keys = given.as_ref().zip(self.metrics_key.as_ref());
+        let is_for_metrics = keys.is_some_and(|(given, key)| key.0.ct_eq(&given.0).into());
         match (access, is_for_metrics) {
             (Access::Metrics, true) => Ok(0),
             (_, true) => Err(Problem::MetricsKey),
@@ -96,7 +82,7 @@ impl Auth {
     fn tenant(&self, given: &Key) -> Option<u32> {
         let (mut known, mut tenant) = (Choice::from(0), 0);
         for (i, key) in (0..).zip(&self.keys) {
-            let same = key.is(given);
+            let same = key.0.ct_eq(&given.0);
             tenant.conditional_assign(&i, same);
             known |= same;
         }
@@ -104,7 +90,6 @@ impl Auth {
     }
 
     /// `true` if `key` is one of those for everything.
-    #[must_use]
     pub fn knows(&self, key: &Key) -> bool {
         self.tenant(key).is_some()
     }

@@ -1,8 +1,8 @@
 //! The handlers of requests for text: a body to the engine's requests, their events to an answer.
 
 use std::sync::Arc;
+use std::time::SystemTime;
 
-use bytes::Bytes;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::Request;
 use hyper::body::Incoming;
@@ -16,9 +16,10 @@ use super::openai::{Chunks, Endpoint};
 use super::problem::Problem;
 use super::reply::{self, Dialect, Reply};
 use crate::chat::Template;
-use crate::engine::{Answer, Failed, Handle};
+use crate::engine::{Failed, Handle};
 use crate::error::Invalid;
 use crate::request::{self, Caller, Completion, Event, FinishReason};
+use crate::telemetry::ChoiceRecord;
 
 /// Text from a prompt
 #[utoipa::path(post, path = "/generate", tag = "text", request_body = GenerateRequest, responses(
@@ -94,19 +95,26 @@ async fn answer(
 ) -> Result<Reply, Problem> {
     let mut answers = Vec::with_capacity(requests.len());
     for request in requests {
-        cx.record.submit();
+        let record = ChoiceRecord { submitted: SystemTime::now(), done: None };
+        cx.record.lock().push(record);
         let (id, timeout) = (Arc::clone(&cx.id), cx.app.limits.timeout);
         // Those that were taken are cancelled if one is refused.
         answers.push(handle.submit(request, Caller { id, tenant: cx.tenant, timeout }).await?);
     }
     if stream {
-        check_first(&mut answers[0]).await?;
+        // An error before the first piece is still a plain one.
+        match answers[0].peek().await {
+            Event::Failed { id } => return Err(Failed { id: id.clone() }.into()),
+            Event::Done(done) if is_too_late(done) => return Err(Problem::Deadline),
+            Event::Piece(_) | Event::Done(_) => {}
+        }
         return Ok(reply::stream(answers, Box::new(dialect), cx.record));
     }
     let mut done = Vec::with_capacity(answers.len());
     for (choice, answer) in answers.into_iter().enumerate() {
-        done.push(answer.collect().await?);
-        cx.record.complete(choice, &done[choice].1);
+        let (whole, end) = answer.collect().await?;
+        cx.record.lock()[choice].done = Some((end.usage, end.timings));
+        done.push((whole, end));
     }
     if done.iter().all(|(_, done)| is_too_late(done)) {
         return Err(Problem::Deadline);
@@ -129,20 +137,7 @@ fn is_too_late(done: &Completion) -> bool {
     done.finish_reason == FinishReason::Deadline && done.usage.completion_tokens == 0
 }
 
-/// An error before the first piece is still a plain one.
-async fn check_first(answer: &mut Answer) -> Result<(), Problem> {
-    match answer.peek().await {
-        Event::Failed { id } => Err(Failed { id: id.clone() }.into()),
-        Event::Done(done) if is_too_late(done) => Err(Problem::Deadline),
-        Event::Piece(_) | Event::Done(_) => Ok(()),
-    }
-}
-
 async fn read_json(app: &App, request: Request<Incoming>) -> Result<Value, Problem> {
-    Ok(serde_json::from_slice(&read_body(app, request).await?)?)
-}
-
-async fn read_body(app: &App, request: Request<Incoming>) -> Result<Bytes, Problem> {
     let limit = app.limits.max_body_bytes;
     // What is announced need not be sent.
     let announced = hyper::body::Body::size_hint(request.body()).exact();
@@ -151,7 +146,7 @@ async fn read_body(app: &App, request: Request<Incoming>) -> Result<Bytes, Probl
     }
     let body = Limited::new(request.into_body(), limit).collect();
     match tokio::time::timeout(app.limits.read_timeout, body).await {
-        Ok(Ok(collected)) => Ok(collected.to_bytes()),
+        Ok(Ok(collected)) => Ok(serde_json::from_slice(&collected.to_bytes())?),
         Ok(Err(e)) if e.is::<LengthLimitError>() => Err(Problem::BodyTooLarge(limit)),
         Ok(Err(e)) => Err(Problem::BrokenBody(e)),
         Err(_) => Err(Problem::BodyTimeout),

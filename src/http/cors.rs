@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 use http_body_util::{Either, Full};
+use hyper::body::Incoming;
 use hyper::header::{
     ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
     ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, ACCESS_CONTROL_REQUEST_HEADERS,
@@ -16,20 +17,13 @@ pub const ANY: &str = "*";
 /// Seconds that a browser may remember a preflight's answer.
 const MAX_AGE: &str = "600";
 
-/// The origins whose pages may read answers; none by default.
+/// The origins whose pages may read answers, as browsers send them, or [`ANY`]; none by default.
 #[derive(Clone, Debug, Default)]
-pub struct Cors(Vec<HeaderValue>);
+pub struct Cors(pub Vec<HeaderValue>);
 
 impl Cors {
-    /// For origins as browsers send them, or [`ANY`].
-    #[must_use]
-    pub fn new(origins: Vec<HeaderValue>) -> Self {
-        Self(origins)
-    }
-
     /// The answer to a preflight, which has no key yet.
-    #[must_use]
-    pub fn preflight<B>(&self, request: &Request<B>) -> Option<Reply> {
+    pub fn preflight(&self, request: &Request<Incoming>) -> Option<Reply> {
         let asks = request.method() == Method::OPTIONS
             && request.headers().contains_key(ACCESS_CONTROL_REQUEST_METHOD);
         self.allowed(request.headers()).filter(|_| asks)?;
@@ -46,7 +40,6 @@ impl Cors {
     }
 
     /// The origin that an answer to a page with these headers allows.
-    #[must_use]
     pub fn allowed(&self, asked: &HeaderMap) -> Option<HeaderValue> {
         let origin = asked.get(ORIGIN)?;
         self.0.iter().find(|allowed| *allowed == ANY || *allowed == origin).cloned()
@@ -61,10 +54,8 @@ impl Cors {
         headers.append(VARY, HeaderValue::from_static("origin"));
         if let Some(allowed) = allowed {
             headers.insert(ACCESS_CONTROL_ALLOW_ORIGIN, allowed);
-            headers.insert(
-                ACCESS_CONTROL_EXPOSE_HEADERS,
-                HeaderValue::from_static("x-request-id, retry-after"),
-            );
+            let exposed = HeaderValue::from_static("x-request-id, retry-after");
+            headers.insert(ACCESS_CONTROL_EXPOSE_HEADERS, exposed);
         }
     }
 }

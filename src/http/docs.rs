@@ -1,10 +1,9 @@
-//! `/docs`: Swagger UI for `/openapi.json`. Its files are part of the program, so that it works
-//! without a network.
+//! `/docs`: Swagger UI for `/openapi.json`. Its files are part of the program.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
-use hyper::Request;
 use hyper::body::Incoming;
+use hyper::{Request, StatusCode};
 use utoipa_swagger_ui::{Config, serve};
 
 use super::api::answers::ErrorBody;
@@ -15,7 +14,7 @@ use super::reply::{self, Reply};
 /// This document
 #[utoipa::path(get, path = "/openapi.json", tag = "server", responses((status = 200, description = "OpenAPI 3.1", body = serde_json::Value)))]
 pub async fn document(cx: RequestContext, _: Request<Incoming>) -> Result<Reply, Problem> {
-    Ok(reply::plain("application/json", cx.app.openapi.clone()))
+    Ok(reply::whole(StatusCode::OK, "application/json", cx.app.openapi.clone()))
 }
 
 /// This document as a page to read and try
@@ -36,15 +35,14 @@ pub async fn docs_file(cx: RequestContext, _: Request<Incoming>) -> Result<Reply
 fn answer(name: &str) -> Result<Reply, Problem> {
     let (bytes, content_type) =
         file(name).ok_or_else(|| Problem::NotFound(format!("/docs/{name}")))?;
-    Ok(reply::plain(&content_type, bytes))
+    Ok(reply::whole(StatusCode::OK, &content_type, bytes))
 }
 
 /// A file of the page, and its type; the page itself is the one without a name.
 fn file(name: &str) -> Option<(Vec<u8>, String)> {
-    static CONFIG: OnceLock<Arc<Config<'static>>> = OnceLock::new();
     // Relative to the folder of the page's files.
-    let config = CONFIG.get_or_init(|| Arc::new(Config::from("../openapi.json")));
-    let file = serve(name, Arc::clone(config)).ok().flatten()?;
+    let config = Arc::new(Config::from("../openapi.json"));
+    let file = serve(name, config).ok().flatten()?;
     let mut bytes = file.bytes.into_owned();
     if name.is_empty() {
         // The page is beside its folder, not in it.

@@ -62,7 +62,8 @@ pub async fn ready(cx: RequestContext, _: Request<Incoming>) -> Result<Reply, Pr
 ))]
 pub async fn metrics(cx: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
     let format = format(request.headers());
-    let mut reply = reply::plain(format.content_type(), cx.app.metrics.text(format));
+    let mut reply =
+        reply::whole(StatusCode::OK, format.content_type(), cx.app.metrics.text(format));
     reply.headers_mut().insert(VARY, HeaderValue::from_name(ACCEPT));
     Ok(reply)
 }

@@ -11,6 +11,7 @@ use super::app::{App, RequestContext};
 use super::page;
 use super::problem::Problem;
 use super::reply::{self, Reply};
+use super::routes;
 use crate::engine::{Handle, Layout, Stage};
 use crate::llama;
 
@@ -32,7 +33,7 @@ pub async fn information(cx: RequestContext, request: Request<Incoming>) -> Resu
         version: env!("CARGO_PKG_VERSION"),
         llama_cpp: llama::version(),
         backend: if llama::supports_gpu_offload() { "cuda" } else { "cpu" },
-        endpoints: &cx.app.endpoints,
+        endpoints: routes::endpoints(),
         ..Information::default()
     };
     match &*cx.app.stage.borrow() {
@@ -45,8 +46,7 @@ pub async fn information(cx: RequestContext, request: Request<Incoming>) -> Resu
     Ok(reply)
 }
 
-/// Adds what is known once the model is read.
-fn describe(handle: &Handle, body: &mut Information<'_>) {
+fn describe(handle: &Handle, body: &mut Information) {
     let (model, limits, load) = (&handle.model, handle.limits, &handle.stats);
     let (layout, cells) = match limits.layout {
         Layout::Unified { n_cells, .. } => ("unified", n_cells),

@@ -1,4 +1,4 @@
-//! OpenAI's dialect: completions to its objects, whole or in chunks.
+//! OpenAI's dialect: the engine's events to its objects, whole or in chunks.
 
 use std::time::UNIX_EPOCH;
 
@@ -7,7 +7,7 @@ use hyper::StatusCode;
 
 use super::api::answers::{
     AnswerMessage, ChatLogprobs, ChoiceLogprobs, Delta, Detokenize, OpenAiAnswer, OpenAiChoice,
-    OpenAiUsage, PromptTokensDetails, TextLogprobs, details, stop_reason,
+    OpenAiUsage, PromptTokensDetails, TextLogprobs, details, finish,
 };
 use super::api::openai::Choices;
 use super::problem::Problem;
@@ -15,7 +15,7 @@ use super::reply::{self, Dialect, Reply, event};
 use crate::engine::Failed;
 use crate::request::{self, Completion, Event, Piece, Report};
 
-/// Which of the two.
+/// A path of the dialect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Endpoint {
     /// `/v1/completions`.
@@ -24,8 +24,8 @@ pub enum Endpoint {
     Chat,
 }
 
-/// Writes an answer whole, or in chunks: for each choice of a chat first the role, then pieces, then
-/// the reason of the end; after all of them, if asked for, the counts; and `[DONE]`.
+/// Writes an answer whole, or in chunks: for each choice a chat's role, pieces, the finish reason;
+/// after all of them, if asked for, the counts; and `[DONE]`.
 pub struct Chunks {
     endpoint: Endpoint,
     id: String,
@@ -33,7 +33,6 @@ pub struct Chunks {
     model: String,
     /// Choices of each prompt.
     n: usize,
-    /// What is reported of tokens.
     report: Report,
     detokenize: Detokenize,
     include_usage: bool,
@@ -46,8 +45,7 @@ pub struct Chunks {
 }
 
 impl Chunks {
-    /// Of an answer that begins now.
-    #[must_use]
+    /// An answer that begins now.
     pub fn new(
         endpoint: Endpoint,
         model: String,
@@ -86,8 +84,7 @@ impl Chunks {
         OpenAiAnswer { id, object, created: *created, model, choices, usage }
     }
 
-    /// What is reported of a choice, or of a part of it, beside its text; and how it ended, if it
-    /// did. The part begins at `offset` of the text, in characters, which is moved to its end.
+    /// A choice, or a part of one, without its text. Moves `offset` as [`TextLogprobs::new`] does.
     fn choice<'a>(
         &self,
         index: usize,
@@ -97,36 +94,30 @@ impl Chunks {
     ) -> OpenAiChoice<'a> {
         let (report, detokenize) = (self.report, &self.detokenize);
         let tokens = piece.map(|piece| piece.tokens.as_slice());
-        let logprobs =
-            tokens.filter(|_| report.n_top.is_some()).and_then(|tokens| match self.endpoint {
-                Endpoint::Text => {
-                    TextLogprobs::new(tokens, detokenize, offset).map(ChoiceLogprobs::Text)
-                }
-                Endpoint::Chat => ChatLogprobs::new(tokens, detokenize).map(ChoiceLogprobs::Chat),
-            });
+        let logprobs = tokens.and_then(|tokens| match self.endpoint {
+            Endpoint::Text => {
+                TextLogprobs::new(tokens, detokenize, offset).map(ChoiceLogprobs::Text)
+            }
+            Endpoint::Chat => ChatLogprobs::new(tokens, detokenize).map(ChoiceLogprobs::Chat),
+        });
+        let (finish_reason, stop_reason) = done.map(finish).unzip();
         OpenAiChoice {
             index,
-            text: None,
-            message: None,
-            delta: None,
             logprobs,
-            finish_reason: done.map(|done| (&done.finish_reason).into()),
-            stop_reason: done.and_then(stop_reason),
+            finish_reason,
+            stop_reason: stop_reason.flatten(),
             tokens: tokens.filter(|_| report.details).map(|tokens| details(tokens, detokenize)),
             speculation: done.map(Into::into),
+            ..OpenAiChoice::default()
         }
     }
 
     /// A prompt counts once for all choices that have it.
     fn usage(&self, by_choice: &[(usize, request::Usage)]) -> OpenAiUsage {
-        let (mut prompt_tokens, mut cached_tokens, mut completion_tokens) = (0, 0, 0);
-        for &(index, usage) in by_choice {
-            if index % self.n == 0 {
-                prompt_tokens += usage.prompt_tokens;
-                cached_tokens += usage.cached_tokens;
-            }
-            completion_tokens += usage.completion_tokens;
-        }
+        let prompts = || by_choice.iter().filter(|(index, _)| index % self.n == 0);
+        let prompt_tokens = prompts().map(|(_, usage)| usage.prompt_tokens).sum();
+        let cached_tokens = prompts().map(|(_, usage)| usage.cached_tokens).sum();
+        let completion_tokens = by_choice.iter().map(|(_, usage)| usage.completion_tokens).sum();
         OpenAiUsage {
             prompt_tokens,
             completion_tokens,
@@ -218,11 +209,11 @@ mod tests {
     use serde_json::{Value, json};
     use std::sync::Arc;
 
-    fn done(tail: &str, prompt_tokens: usize, completion_tokens: usize) -> Completion {
+    fn done(tail: &str, completion_tokens: usize) -> Completion {
         Completion {
             tail: Piece { text: tail.into(), tokens: vec![] },
             finish_reason: FinishReason::EndOfText,
-            usage: Usage { prompt_tokens, cached_tokens: 0, completion_tokens },
+            usage: Usage { prompt_tokens: 5, cached_tokens: 0, completion_tokens },
             timings: Timings::default(),
             speculation: SpeculationUsage::default(),
             trace: None,
@@ -237,8 +228,8 @@ mod tests {
         let mut chunks = Chunks::new(Endpoint::Chat, "m".into(), &choices, detokenize);
         let mut out = BytesMut::new();
         chunks.write(0, &Event::Piece(Piece { text: "Hi".into(), tokens: vec![] }), &mut out);
-        chunks.write(1, &Event::Done(done("you", 5, 2)), &mut out);
-        chunks.write(0, &Event::Done(done("", 5, 3)), &mut out);
+        chunks.write(1, &Event::Done(done("you", 2)), &mut out);
+        chunks.write(0, &Event::Done(done("", 3)), &mut out);
         chunks.end(&mut out);
         let text = String::from_utf8(out.to_vec()).unwrap();
         let mut events: Vec<&str> =
@@ -246,35 +237,23 @@ mod tests {
         assert_eq!(events.pop(), Some("[DONE]"));
         let events: Vec<Value> =
             events.into_iter().map(|e| serde_json::from_str(e).unwrap()).collect();
-        let seen: Vec<(Option<u64>, Value, Option<&str>)> = events
-            .iter()
-            .map(|e| {
-                (
-                    e["choices"][0]["index"].as_u64(),
-                    e["choices"][0]["delta"]["content"].clone(),
-                    e["choices"][0]["finish_reason"].as_str(),
-                )
-            })
-            .collect();
-        let null = Value::Null;
-        assert_eq!(
-            seen,
-            [
-                (Some(0), json!(""), None),
-                (Some(0), json!("Hi"), None),
-                (Some(1), json!(""), None),
-                (Some(1), json!("you"), None),
-                (Some(1), null.clone(), Some("stop")),
-                (Some(0), null.clone(), Some("stop")),
-                (None, null, None),
-            ]
-        );
+        let seen = events.iter().map(|e| {
+            let choice = &e["choices"][0];
+            json!([choice["index"], choice["delta"]["content"], choice["finish_reason"]])
+        });
+        let expected = json!([
+            [0, "", null],
+            [0, "Hi", null],
+            [1, "", null],
+            [1, "you", null],
+            [1, null, "stop"],
+            [0, null, "stop"],
+            [null, null, null],
+        ]);
+        assert_eq!(Value::from_iter(seen), expected);
         let usage = &events.last().unwrap()["usage"];
-        assert_eq!(
-            (&usage["prompt_tokens"], &usage["completion_tokens"]),
-            (&json!(5), &json!(5)),
-            "the prompt counts once"
-        );
+        assert_eq!(usage["prompt_tokens"], 5, "the prompt counts once");
+        assert_eq!(usage["completion_tokens"], 5);
         assert!(events[0]["usage"].is_null() && events[0]["object"] == "chat.completion.chunk");
     }
 }

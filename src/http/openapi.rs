@@ -5,7 +5,7 @@
 use bytes::Bytes;
 use utoipa::OpenApi as _;
 use utoipa::openapi::response::{Response, ResponseBuilder};
-use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme};
+use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::openapi::{ContentBuilder, OpenApi, Ref, RefOr, Schema};
 
 use super::api::Readers;
@@ -15,22 +15,24 @@ use super::api::answers::{
 use super::api::generate::GenerateRequest;
 use super::api::openai::{ChatRequest, CompletionRequest};
 use super::auth::Access;
-use super::routes;
+use super::routes::ROUTES;
 
 /// The document of a server that reads bodies with `readers`, as JSON.
-#[must_use]
 pub fn json(readers: &Readers) -> Bytes {
     let mut document = Document::openapi();
-    routes::all().iter().for_each(|route| (route.document)(&mut document.paths));
+    ROUTES.iter().for_each(|route| (route.document)(&mut document.paths));
     add_refusals(&mut document);
-    add_keys(&mut document);
-    let schemas = &mut document.components.get_or_insert_default().schemas;
+    let components = document.components.get_or_insert_default();
+    let key = HttpBuilder::new()
+        .scheme(HttpAuthScheme::Bearer)
+        .description(Some("Where the server asks for keys"));
+    components.add_security_scheme("key", SecurityScheme::Http(key.build()));
     for (name, schema) in [
         ("GenerateRequest", &readers.generate.schema),
         ("CompletionRequest", &readers.completion.schema),
         ("ChatRequest", &readers.chat.schema),
     ] {
-        schemas.insert(name.into(), RefOr::T(Schema::Object(schema.clone())));
+        components.schemas.insert(name.into(), RefOr::T(Schema::Object(schema.clone())));
     }
     document.to_json().expect("utoipa's types have string keys and no failing parts").into()
 }
@@ -42,6 +44,7 @@ pub fn json(readers: &Readers) -> Bytes {
         description = "Text from a GGUF model. `/generate` is this server's own dialect, `/v1/...` OpenAI's. A field that is not \
                        documented is refused, null is a field's default."
     ),
+    security((), ("key" = [])), // a bearer token, for servers that ask for one
     components(schemas(
         ChatRequest,
         CompletionRequest,
@@ -58,20 +61,15 @@ pub fn json(readers: &Readers) -> Bytes {
 )]
 struct Document;
 
-/// Which operations.
-#[derive(Clone, Copy, PartialEq, Eq)]
+/// Which operations: `Keyed` where keys are set, `Posts` have a body, `Own` of this server's dialect.
 enum Of {
-    /// All.
     All,
-    /// Those that need a key, where there are keys.
     Keyed,
-    /// Those that have a body.
     Posts,
-    /// Those of these in this server's own dialect.
     Own,
 }
 
-/// Errors: status, where they come from, and why.
+/// Errors: status, the operations that can answer with it, and why.
 const REFUSALS: [(u16, Of, &str); 12] = [
     (
         400,
@@ -105,7 +103,7 @@ const REFUSALS: [(u16, Of, &str); 12] = [
 
 /// Adds [`REFUSALS`] to every operation that they can come from.
 fn add_refusals(document: &mut OpenApi) {
-    for route in routes::all() {
+    for route in ROUTES.iter() {
         let is_openai = route.path.starts_with("/v1");
         let item = document.paths.paths.get_mut(&route.path).expect("each route is documented");
         for operation in [&mut item.get, &mut item.post].into_iter().flatten() {
@@ -126,26 +124,13 @@ fn add_refusals(document: &mut OpenApi) {
     }
 }
 
-/// What the network's library refuses by itself has no body.
 fn refusal(status: u16, why: &str) -> Response {
     let response = ResponseBuilder::new().description(why);
     if matches!(status, 414 | 431) {
-        return response.build();
+        return response.build(); // hyper's own answers have no body
     }
     let schema = Ref::from_schema_name("ErrorBody");
     response.content("application/json", ContentBuilder::new().schema(Some(schema)).build()).build()
-}
-
-/// Adds a key as a bearer token, for servers that ask for one.
-fn add_keys(document: &mut OpenApi) {
-    let scheme = HttpBuilder::new()
-        .scheme(HttpAuthScheme::Bearer)
-        .description(Some("Where the server asks for keys"));
-    let components = document.components.get_or_insert_default();
-    components.add_security_scheme("key", SecurityScheme::Http(scheme.build()));
-    let nothing: [&str; 0] = [];
-    document.security =
-        Some(vec![SecurityRequirement::default(), SecurityRequirement::new("key", nothing)]);
 }
 
 #[cfg(test)]

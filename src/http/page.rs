@@ -1,22 +1,20 @@
-//! The page for browsers at `/`: "watch it think". Its files are part of the program, so that it
-//! works without a network; it knows of the engine what the API reports to any client.
+//! The page for browsers at `/`: "watch it think". Its files are part of the program; it knows of the
+//! engine what the API reports to any client.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
-use bytes::Bytes;
-use http_body_util::{Either, Full};
 use hyper::body::Incoming;
 use hyper::header::{
-    ACCEPT, CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, ETAG, HeaderMap, HeaderValue,
-    IF_NONE_MATCH, REFERRER_POLICY, VARY, X_CONTENT_TYPE_OPTIONS,
+    ACCEPT, CACHE_CONTROL, CONTENT_SECURITY_POLICY, ETAG, HeaderMap, HeaderValue, IF_NONE_MATCH,
+    REFERRER_POLICY, VARY, X_CONTENT_TYPE_OPTIONS,
 };
-use hyper::{Method, Request, Response, StatusCode};
+use hyper::{Method, Request, StatusCode};
 
 use super::accept::quality;
 use super::api::answers::ErrorBody;
 use super::app::RequestContext;
 use super::problem::Problem;
-use super::reply::Reply;
+use super::reply::{self, Reply};
 
 /// Path, type and content.
 const FILES: [(&str, &str, &str); 4] = [
@@ -29,13 +27,14 @@ const FILES: [(&str, &str, &str); 4] = [
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; \
                       base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
-/// `true` if the page or one of its files answers this request. Those are for anybody: the page
-/// asks for a key where the API does.
-pub fn is_wanted<B>(request: &Request<B>) -> bool {
+/// `true` if the page or one of its files answers this request. Both are open: the page asks for keys.
+pub fn is_wanted(request: &Request<Incoming>) -> bool {
     find(request).is_some()
 }
 
-fn find<B>(request: &Request<B>) -> Option<&'static (&'static str, &'static str, &'static str)> {
+fn find(
+    request: &Request<Incoming>,
+) -> Option<&'static (&'static str, &'static str, &'static str)> {
     let is_read = matches!(*request.method(), Method::GET | Method::HEAD);
     let found = FILES.iter().find(|(path, ..)| *path == request.uri().path());
     found.filter(|(path, ..)| is_read && (*path != "/" || prefers_html(request.headers())))
@@ -53,24 +52,23 @@ pub async fn page_file(_: RequestContext, request: Request<Incoming>) -> Result<
 }
 
 /// The page or one of its files, if that is what is asked for.
-pub fn file<B>(request: &Request<B>) -> Option<Reply> {
+pub fn file(request: &Request<Incoming>) -> Option<Reply> {
     let &(path, content_type, content) = find(request)?;
-    let tag = tag(content);
+    // The hasher has no keys: the same content has the same name in every process.
+    let mut hasher = DefaultHasher::new();
+    content.hash(&mut hasher);
+    let tag = format!("\"{:016x}\"", hasher.finish());
     let seen =
         request.headers().get_all(IF_NONE_MATCH).iter().filter_map(|tags| tags.to_str().ok());
-    let is_known = seen
-        .flat_map(|tags| tags.split(','))
-        .any(|seen| seen.trim().trim_start_matches("W/") == tag);
-    let body = if is_known { Bytes::new() } else { Bytes::from_static(content.as_bytes()) };
-    let mut reply = Response::new(Either::Left(Full::new(body)));
-    if is_known {
-        *reply.status_mut() = StatusCode::NOT_MODIFIED;
-    }
+    let mut seen = seen.flat_map(|tags| tags.split(','));
+    let is_known = seen.any(|seen| seen.trim().trim_start_matches("W/") == tag);
+    let (status, body) =
+        if is_known { (StatusCode::NOT_MODIFIED, "") } else { (StatusCode::OK, content) };
+    let mut reply = reply::whole(status, content_type, body);
     let headers = reply.headers_mut();
     // Kept, but revalidated each time: another version of the server may take over the address.
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
     headers.insert(ETAG, HeaderValue::from_str(&tag).expect("hexadecimal"));
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     if path == "/" {
         headers.insert(VARY, HeaderValue::from_name(ACCEPT));
@@ -78,13 +76,6 @@ pub fn file<B>(request: &Request<B>) -> Option<Reply> {
         headers.insert(REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
     }
     Some(reply)
-}
-
-/// Names this content. The hasher has no keys: the same content has the same name in every process.
-fn tag(content: &str) -> String {
-    let mut hasher = DefaultHasher::new();
-    content.hash(&mut hasher);
-    format!("\"{:016x}\"", hasher.finish())
 }
 
 /// Browsers name `text/html`. Programs name JSON, take anything or say nothing, and get JSON.
@@ -97,9 +88,8 @@ mod tests {
     use super::*;
 
     fn prefers_html(accept: &[&'static str]) -> bool {
-        let headers =
-            accept.iter().map(|value| (ACCEPT, HeaderValue::from_static(value))).collect();
-        super::prefers_html(&headers)
+        let headers = accept.iter().map(|value| (ACCEPT, HeaderValue::from_static(value)));
+        super::prefers_html(&headers.collect())
     }
 
     #[test]

@@ -9,9 +9,7 @@ use super::api::answers::{ErrorBody, ErrorDetails};
 use crate::engine::{Failed, SubmitError};
 use crate::error::Invalid;
 
-/// An error, as every client gets it.
 #[derive(Debug, thiserror::Error)]
-#[allow(missing_docs)] // the messages say it
 pub enum Problem {
     #[error("there is no {0:.100}")]
     NotFound(String),
@@ -59,7 +57,6 @@ impl From<Invalid> for Problem {
 
 impl Problem {
     /// Status and type. Only the status of what is invalid differs: OpenAI's is 400.
-    #[must_use]
     pub fn status_and_kind(&self, is_openai: bool) -> (StatusCode, &'static str) {
         let (status, kind) = match self {
             Self::NotFound(_) | Self::UnknownPath { .. } | Self::MetricsOff => (404, "not_found"),
@@ -71,9 +68,8 @@ impl Problem {
             Self::BodyTooLarge(_) => (413, "body_too_large"),
             Self::BrokenBody(_) => (400, "broken_body"),
             Self::BodyTimeout => (408, "timeout"),
-            Self::Refused(SubmitError::Invalid(_)) => {
-                (if is_openai { 400 } else { 422 }, "invalid_request")
-            }
+            Self::Refused(SubmitError::Invalid(_)) if is_openai => (400, "invalid_request"),
+            Self::Refused(SubmitError::Invalid(_)) => (422, "invalid_request"),
             Self::Refused(SubmitError::QueueFull { .. }) => (429, "queue_full"),
             Self::Refused(SubmitError::Stopped) => (503, "stopped"),
             Self::Deadline => (408, "deadline"),
@@ -84,8 +80,6 @@ impl Problem {
         (StatusCode::from_u16(status).expect("a status"), kind)
     }
 
-    /// The header that the status calls for.
-    #[must_use]
     pub fn header(&self) -> Option<(HeaderName, &'static str)> {
         match self {
             Self::MethodNotAllowed { allow, .. } => Some((ALLOW, allow)),
@@ -100,13 +94,11 @@ impl Problem {
     }
 
     /// `type` of the body, or `code` of OpenAI's.
-    #[must_use]
     pub fn kind(&self) -> &'static str {
         self.status_and_kind(false).1
     }
 
     /// The body, in OpenAI's shape or this server's own.
-    #[must_use]
     pub fn body(&self, is_openai: bool) -> ErrorBody<'_> {
         let (status, kind) = self.status_and_kind(is_openai);
         let param = match self {

@@ -13,9 +13,9 @@ use hyper::{Response, StatusCode};
 use serde::Serialize;
 
 use super::problem::Problem;
-use super::record::AccessRecord;
 use crate::engine::Answer;
 use crate::request::{Completion, Event, Piece};
+use crate::telemetry::ChoiceRecords;
 
 /// Any answer's body: whole, or a stream.
 pub type Content = Either<Full<Bytes>, EventStream>;
@@ -23,21 +23,22 @@ pub type Content = Either<Full<Bytes>, EventStream>;
 /// Any answer.
 pub type Reply = Response<Content>;
 
-/// A JSON answer.
-pub fn json(status: StatusCode, body: &impl Serialize) -> Reply {
-    let bytes = serde_json::to_vec(body).expect("our types have string keys and no failing parts");
-    let mut reply = Response::new(Either::Left(Full::new(bytes.into())));
-    *reply.status_mut() = status;
-    reply.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    reply
-}
-
-/// An answer of another type.
-pub fn plain(content_type: &str, body: impl Into<Bytes>) -> Reply {
+/// A whole answer. `content_type` is visible ASCII.
+pub fn whole(status: StatusCode, content_type: &str, body: impl Into<Bytes>) -> Reply {
     let mut reply = Response::new(Either::Left(Full::new(body.into())));
+    *reply.status_mut() = status;
     let content_type = HeaderValue::from_str(content_type).expect("names of types are plain text");
     reply.headers_mut().insert(CONTENT_TYPE, content_type);
     reply
+}
+
+/// A JSON answer.
+pub fn json(status: StatusCode, body: &impl Serialize) -> Reply {
+    whole(status, "application/json", to_json(body))
+}
+
+fn to_json(body: &impl Serialize) -> Vec<u8> {
+    serde_json::to_vec(body).expect("our types have string keys and no failing parts")
 }
 
 /// An error, in OpenAI's shape or this server's own.
@@ -64,10 +65,7 @@ pub trait Dialect: Send {
 /// Appends one server-sent event.
 pub fn event(data: &impl Serialize, out: &mut BytesMut) {
     out.extend_from_slice(b"data: ");
-    // One line: JSON escapes line ends.
-    out.extend_from_slice(
-        &serde_json::to_vec(data).expect("our types have string keys and no failing parts"),
-    );
+    out.extend_from_slice(&to_json(data)); // one line: JSON escapes line ends
     out.extend_from_slice(b"\n\n");
 }
 
@@ -77,12 +75,16 @@ pub struct EventStream {
     /// By choice; `None` for those that ended.
     choices: Vec<Option<Answer>>,
     dialect: Box<dyn Dialect>,
-    record: Arc<AccessRecord>,
+    record: Arc<ChoiceRecords>,
     ended: bool,
 }
 
 /// An answer that streams.
-pub fn stream(choices: Vec<Answer>, dialect: Box<dyn Dialect>, record: Arc<AccessRecord>) -> Reply {
+pub fn stream(
+    choices: Vec<Answer>,
+    dialect: Box<dyn Dialect>,
+    record: Arc<ChoiceRecords>,
+) -> Reply {
     let choices = choices.into_iter().map(Some).collect();
     let body = EventStream { choices, dialect, record, ended: false };
     let mut reply = Response::new(Either::Right(body));
@@ -92,28 +94,21 @@ pub fn stream(choices: Vec<Answer>, dialect: Box<dyn Dialect>, record: Arc<Acces
     reply
 }
 
-impl std::fmt::Debug for EventStream {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("EventStream").field("ended", &self.ended).finish_non_exhaustive()
-    }
-}
-
 impl EventStream {
     /// Writes what has arrived for a choice.
     fn drain(&mut self, choice: usize, cx: &mut Context<'_>, out: &mut BytesMut) {
-        while let Some(answer) = &mut self.choices[choice] {
+        while let Some(Some(answer)) = self.choices.get_mut(choice) {
             let Poll::Ready(event) = answer.poll_next(cx) else { return };
             self.dialect.write(choice, &event, out);
             match event {
                 Event::Piece(_) => {}
                 Event::Done(done) => {
-                    self.record.complete(choice, &done);
+                    self.record.lock()[choice].done = Some((done.usage, done.timings));
                     self.choices[choice] = None;
                 }
                 Event::Failed { .. } => {
                     self.choices.clear();
                     self.ended = true;
-                    return;
                 }
             }
         }
@@ -133,10 +128,8 @@ impl Body for EventStream {
             return Poll::Ready(None);
         }
         let mut out = BytesMut::new();
-        let mut choice = 0;
-        while choice < self.choices.len() {
+        for choice in 0..self.choices.len() {
             self.drain(choice, cx, &mut out);
-            choice += 1;
         }
         if !self.ended && self.choices.iter().all(Option::is_none) {
             self.ended = true;

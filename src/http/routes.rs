@@ -1,9 +1,8 @@
 //! The routes, each declared once, and how a request gets to its handler.
 //!
-//! A route is one entry of [`routes`]: path, method and documentation are in the handler's
-//! `utoipa::path` attribute, which generates `__path_...`; the entry adds who may ask. The 404's
-//! list of paths, `Allow`, the labels of metrics and traces, `GET /`'s endpoints and
-//! `/openapi.json` derive from it.
+//! A route is one entry of [`ROUTES`]: the handler's `utoipa::path` attribute, which generates
+//! `__path_...`, has path, method and documentation; the entry adds who may ask. All lists of paths,
+//! `Allow`, labels and `/openapi.json` derive from it.
 
 use std::pin::Pin;
 use std::sync::{Arc, LazyLock};
@@ -21,12 +20,13 @@ use super::health::{self, health, metrics, ready, v1_health};
 use super::information::{self, information, model, models};
 use super::page::{self, page_file};
 use super::problem::Problem;
-use super::record::AccessRecord;
 use super::reply::{self, Reply};
+use crate::telemetry::ChoiceRecords;
 
-fn routes() -> Vec<Route> {
+/// All of them.
+pub static ROUTES: LazyLock<Vec<Route>> = LazyLock::new(|| {
     vec![
-        route(information::__path_information, Access::Key, information).open_if(page::is_wanted),
+        route(information::__path_information, Access::Key, information),
         route(health::__path_health, Access::Open, health),
         route(health::__path_v1_health, Access::Open, v1_health),
         route(health::__path_ready, Access::Open, ready),
@@ -39,11 +39,9 @@ fn routes() -> Vec<Route> {
         route(docs::__path_document, Access::Open, document),
         route(docs::__path_docs, Access::Open, docs),
         route(docs::__path_docs_file, Access::Open, docs_file),
-        route(page::__path_page_file, Access::Key, page_file).open_if(page::is_wanted),
+        route(page::__path_page_file, Access::Key, page_file),
     ]
-}
-
-static ROUTES: LazyLock<Vec<Route>> = LazyLock::new(routes);
+});
 
 /// A path, and what it does.
 pub struct Route {
@@ -51,12 +49,9 @@ pub struct Route {
     pub path: String,
     /// Its methods, as `Allow` lists them.
     allow: &'static str,
-    /// Who may ask.
     pub access: Access,
-    /// Requests that anybody may make, whatever `access` is.
-    is_open: fn(&Request<Incoming>) -> bool,
     handler: Handler,
-    /// Adds it to a document's paths.
+    /// Adds it to a document.
     pub document: fn(&mut Paths),
 }
 
@@ -76,17 +71,12 @@ where
         path: P::path(),
         allow: if P::methods() == [HttpMethod::Get] { "GET, HEAD" } else { "POST" },
         access,
-        is_open: |_| false,
         handler: Box::new(move |cx, request| Box::pin(handler(cx, request))),
         document: |paths| paths.add_path_operation(P::path(), P::methods(), P::operation()),
     }
 }
 
 impl Route {
-    fn open_if(self, is_open: fn(&Request<Incoming>) -> bool) -> Self {
-        Self { is_open, ..self }
-    }
-
     /// What `path` has in place of `{...}`, if it is this route's.
     fn tail<'a>(&self, path: &'a str) -> Option<&'a str> {
         match self.path.split_once('{') {
@@ -96,20 +86,11 @@ impl Route {
     }
 }
 
-/// All of them.
-#[must_use]
-pub fn all() -> &'static [Route] {
-    &ROUTES
-}
-
-/// The route of a path.
-#[must_use]
 pub fn find(path: &str) -> Option<&'static Route> {
     ROUTES.iter().find(|route| route.tail(path).is_some())
 }
 
 /// Method and path of each route, for `GET /`.
-#[must_use]
 pub fn endpoints() -> Vec<String> {
     let method = |route: &Route| if route.allow == "POST" { "POST" } else { "GET" };
     ROUTES.iter().map(|route| format!("{} {}", method(route), route.path)).collect()
@@ -121,10 +102,29 @@ pub async fn dispatch(
     route: Option<&'static Route>,
     request: Request<Incoming>,
     id: &Arc<str>,
-    record: &Arc<AccessRecord>,
+    record: &Arc<ChoiceRecords>,
 ) -> Reply {
     let is_openai = request.uri().path().starts_with("/v1"); // its clients expect OpenAI's errors
-    let reply = handle(app, route, request, id, record).await.unwrap_or_else(|problem| {
+    let handled = async {
+        let access = match route {
+            _ if page::is_wanted(&request) => Access::Open,
+            Some(route) => route.access,
+            None => Access::Key, // a later version may have the path
+        };
+        let tenant = app.auth.admit(access, request.headers())?;
+        let path = request.uri().path();
+        let Some((route, tail)) = route.and_then(|route| Some((route, route.tail(path)?))) else {
+            let known: Vec<&str> = ROUTES.iter().map(|route| route.path.as_str()).collect();
+            return Err(Problem::UnknownPath { path: path.to_owned(), known: known.join(", ") });
+        };
+        if !route.allow.split(", ").any(|allowed| allowed == request.method().as_str()) {
+            return Err(Problem::MethodNotAllowed { path: &route.path, allow: route.allow });
+        }
+        let (app, id, record) = (Arc::clone(app), Arc::clone(id), Arc::clone(record));
+        let cx = RequestContext { app, id, tenant, tail: tail.to_owned(), record };
+        (route.handler)(cx, request).await
+    };
+    let reply = handled.await.unwrap_or_else(|problem| {
         app.metrics.count_refusal(problem.kind());
         reply::error(&problem, is_openai)
     });
@@ -132,40 +132,4 @@ pub async fn dispatch(
     let label = route.map_or("other", |route| &route.path);
     app.metrics.count_answer(label, reply.status().as_u16());
     reply
-}
-
-async fn handle(
-    app: &Arc<App>,
-    route: Option<&'static Route>,
-    request: Request<Incoming>,
-    id: &Arc<str>,
-    record: &Arc<AccessRecord>,
-) -> Result<Reply, Problem> {
-    // An unknown path needs a key, too: so does what may come to be.
-    let access = match route {
-        Some(route) if (route.is_open)(&request) => Access::Open,
-        Some(route) => route.access,
-        None => Access::Key,
-    };
-    let tenant = app.auth.admit(access, request.headers())?;
-    let path = request.uri().path();
-    let Some((route, tail)) = route.and_then(|route| Some((route, route.tail(path)?))) else {
-        return Err(not_found(path));
-    };
-    if !route.allow.split(", ").any(|allowed| allowed == request.method().as_str()) {
-        return Err(Problem::MethodNotAllowed { path: &route.path, allow: route.allow });
-    }
-    let cx = RequestContext {
-        app: Arc::clone(app),
-        id: Arc::clone(id),
-        tenant,
-        tail: tail.to_owned(),
-        record: Arc::clone(record),
-    };
-    (route.handler)(cx, request).await
-}
-
-fn not_found(path: &str) -> Problem {
-    let known: Vec<&str> = ROUTES.iter().map(|route| route.path.as_str()).collect();
-    Problem::UnknownPath { path: path.to_owned(), known: known.join(", ") }
 }

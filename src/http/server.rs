@@ -63,7 +63,6 @@ pub async fn serve(
     }
 }
 
-/// One connection, from its handshake to its end.
 async fn handle_connection(
     stream: TcpStream,
     app: &Arc<App>,
@@ -71,8 +70,7 @@ async fn handle_connection(
 ) -> Result<(), Box<dyn Error + Send + Sync>> {
     // Pieces are small and must not wait for each other.
     let _ = stream.set_nodelay(true);
-    // A reader that stalls ends its connection, and that drops its answer, which cancels the
-    // request.
+    // A stalled reader ends its connection; that drops its answer, which cancels the request.
     let mut stream = Box::pin(TimeoutStream::new(stream));
     stream.as_mut().set_write_timeout_pinned(Some(app.limits.write_timeout));
     match &app.tls {

@@ -1,9 +1,9 @@
 //! TLS: a certificate and its key, read once at the start, and handshakes that are bounded in time.
 
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
-use std::{fmt, io};
 
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::TlsAcceptor;
@@ -14,26 +14,17 @@ use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::server::TlsStream;
 
 /// What a handshake needs.
-#[derive(Clone)]
-pub struct Tls(TlsAcceptor);
-
-impl fmt::Debug for Tls {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Tls")
-    }
-}
+#[derive(Clone, Debug)]
+pub struct Tls(Arc<ServerConfig>);
 
 impl Tls {
     /// From files in PEM: the certificate with those that lead to its root, and its private key.
-    ///
-    /// # Errors
-    /// One line that names the file and what is wrong with it.
     pub fn read(cert: &Path, key: &Path) -> Result<Self, String> {
-        let (cert_name, key_name) =
-            (format!("TLS_CERT {}", cert.display()), format!("TLS_KEY {}", key.display()));
-        let chain =
-            CertificateDer::pem_file_iter(cert).and_then(Iterator::collect::<Result<Vec<_>, _>>);
-        let chain = chain.map_err(|error| format!("{cert_name} cannot be read: {error}"))?;
+        let cert_name = format!("TLS_CERT {}", cert.display());
+        let key_name = format!("TLS_KEY {}", key.display());
+        let chain: Vec<_> = CertificateDer::pem_file_iter(cert)
+            .and_then(Iterator::collect)
+            .map_err(|error| format!("{cert_name} cannot be read: {error}"))?;
         if chain.is_empty() {
             return Err(format!(
                 "{cert_name} holds no certificate: it must be a PEM file with at least one"
@@ -51,19 +42,17 @@ impl Tls {
                 format!("{cert_name} and {key_name} cannot be used together: {error}")
             })?;
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
-        Ok(Self(TlsAcceptor::from(Arc::new(config))))
+        Ok(Self(Arc::new(config)))
     }
 
-    /// Shakes hands.
-    ///
-    /// # Errors
-    /// When the client does not speak TLS, or takes longer than `timeout`.
+    /// Shakes hands, for at most `timeout`.
     pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         &self,
         stream: S,
         timeout: Duration,
     ) -> io::Result<TlsStream<S>> {
         let late = |_| io::Error::new(io::ErrorKind::TimedOut, "the TLS handshake took too long");
-        tokio::time::timeout(timeout, self.0.accept(stream)).await.map_err(late)?
+        let acceptor = TlsAcceptor::from(Arc::clone(&self.0));
+        tokio::time::timeout(timeout, acceptor.accept(stream)).await.map_err(late)?
     }
 }

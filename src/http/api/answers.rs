@@ -1,5 +1,5 @@
-//! The bodies of answers, and of a stream's events. OpenAI's objects serve both: a chunk is an
-//! answer whose choice holds a part of the text, and not yet a reason for its end.
+//! The bodies of answers and of a stream's events. A chunk of OpenAI's is an answer with a part of
+//! each text.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -8,7 +8,9 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::llama::Token;
-use crate::request::{self, Completion, Logprobs, Piece, Source, Timings, TokenReport};
+use crate::request::{
+    Completion, FinishReason, Logprobs, Piece, Source, SpeculationUsage, Timings, TokenReport,
+};
 
 /// A token's bytes; of a control token its name's.
 pub type Detokenize = Arc<dyn Fn(Token) -> Vec<u8> + Send + Sync>;
@@ -16,28 +18,18 @@ pub type Detokenize = Arc<dyn Fn(Token) -> Vec<u8> + Send + Sync>;
 /// Why an answer ended: by itself or at a stop string, or because it was long enough.
 #[derive(Clone, Copy, Debug, Serialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
-#[allow(missing_docs)]
 pub enum FinishKind {
     Stop,
     Length,
 }
 
-impl From<&request::FinishReason> for FinishKind {
-    fn from(reason: &request::FinishReason) -> Self {
-        match reason {
-            request::FinishReason::Length | request::FinishReason::Deadline => Self::Length,
-            request::FinishReason::EndOfText | request::FinishReason::StopString(_) => Self::Stop,
-        }
-    }
-}
-
-/// The stop string that ended an answer, or `deadline`.
-#[must_use]
-pub fn stop_reason(done: &Completion) -> Option<&str> {
+/// Why an answer ended, and beside that the stop string or `deadline`.
+pub fn finish(done: &Completion) -> (FinishKind, Option<&str>) {
     match &done.finish_reason {
-        request::FinishReason::StopString(stop) => Some(stop),
-        request::FinishReason::Deadline => Some("deadline"),
-        request::FinishReason::EndOfText | request::FinishReason::Length => None,
+        FinishReason::EndOfText => (FinishKind::Stop, None),
+        FinishReason::StopString(stop) => (FinishKind::Stop, Some(stop)),
+        FinishReason::Length => (FinishKind::Length, None),
+        FinishReason::Deadline => (FinishKind::Length, Some("deadline")),
     }
 }
 
@@ -56,23 +48,16 @@ pub struct SpeculationReport {
 
 impl From<&Completion> for SpeculationReport {
     fn from(done: &Completion) -> Self {
-        let drafts = done.speculation;
-        let per_step = done.usage.completion_tokens as f64 / drafts.steps.max(1) as f64;
-        Self {
-            steps: drafts.steps,
-            drafted: drafts.drafted,
-            accepted: drafts.accepted,
-            tokens_per_step: (per_step * 1e3).round() / 1e3,
-        }
+        let SpeculationUsage { steps, drafted, accepted } = done.speculation;
+        let per_step = done.usage.completion_tokens as f64 / steps.max(1) as f64;
+        Self { steps, drafted, accepted, tokens_per_step: (per_step * 1e3).round() / 1e3 }
     }
 }
 
-/// An event of `/generate`'s stream, but for the last one.
+/// An event of `/generate`'s stream before the last one, a [`GenerateAnswer`].
 #[derive(Debug, Serialize)]
 pub struct GeneratePiece<'a> {
-    /// More of the text.
     pub generated_text: &'a str,
-    /// With `details` or `logprobs`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tokens: Option<Vec<TokenDetails>>,
 }
@@ -99,14 +84,14 @@ pub struct GenerateAnswer<'a> {
 }
 
 impl<'a> GenerateAnswer<'a> {
-    /// The answer with `piece`, which is all of its text or the rest.
-    #[must_use]
+    /// `piece` is all of the text, or the rest of a stream's.
     pub fn new(done: &'a Completion, piece: &'a Piece, detokenize: Option<&Detokenize>) -> Self {
         let usage = done.usage;
+        let (finish_reason, stop_reason) = finish(done);
         Self {
             generated_text: &piece.text,
-            finish_reason: (&done.finish_reason).into(),
-            stop_reason: stop_reason(done),
+            finish_reason,
+            stop_reason,
             usage: GenerateUsage {
                 prompt_tokens: usage.prompt_tokens,
                 cached_tokens: usage.cached_tokens,
@@ -167,17 +152,15 @@ pub struct TopToken {
     pub logprob: f32,
 }
 
-/// For each token where it came from, and its log probability if that was asked for.
-#[must_use]
 pub fn details(tokens: &[TokenReport], detokenize: &Detokenize) -> Vec<TokenDetails> {
     let top = |&(token, p): &(Token, f32)| TopToken {
         id: token.0,
-        text: text(detokenize(token)),
+        text: text(&detokenize(token)),
         logprob: finite(p),
     };
     let one = |t: &TokenReport| TokenDetails {
         id: t.token.0,
-        text: text(detokenize(t.token)),
+        text: text(&detokenize(t.token)),
         source: t.source,
         step: t.step,
         rows: t.n_rows,
@@ -201,9 +184,8 @@ pub struct TextLogprobs {
 }
 
 impl TextLogprobs {
-    /// Those of `tokens`; `None` if they were not asked for. `offset` is where their text begins in
-    /// the answer, in characters, and is moved to its end.
-    #[must_use]
+    /// `None` if they were not asked for. Moves `offset`, in characters, from the tokens' begin to
+    /// their end.
     pub fn new(
         tokens: &[TokenReport],
         detokenize: &Detokenize,
@@ -211,10 +193,10 @@ impl TextLogprobs {
     ) -> Option<Self> {
         let mut lists = Self::default();
         for (token, logprobs) in with_logprobs(tokens) {
-            let (own, logprob) = (text(detokenize(token)), finite(logprobs.logprob));
+            let (own, logprob) = (text(&detokenize(token)), finite(logprobs.logprob));
             lists.text_offset.push(*offset);
             *offset += own.chars().count();
-            let top = logprobs.top.iter().map(|&(token, p)| (text(detokenize(token)), finite(p)));
+            let top = logprobs.top.iter().map(|&(token, p)| (text(&detokenize(token)), finite(p)));
             lists.top_logprobs.push(top.chain([(own.clone(), logprob)]).collect());
             lists.token_logprobs.push(logprob);
             lists.tokens.push(own);
@@ -234,12 +216,11 @@ pub struct ChatLogprobs {
 }
 
 impl ChatLogprobs {
-    /// Those of `tokens`; `None` if they were not asked for.
-    #[must_use]
+    /// `None` if they were not asked for.
     pub fn new(tokens: &[TokenReport], detokenize: &Detokenize) -> Option<Self> {
         let entry = |token: Token, logprob: f32, top_logprobs| {
             let bytes = detokenize(token);
-            ChatToken { token: text(bytes.clone()), logprob: finite(logprob), bytes, top_logprobs }
+            ChatToken { token: text(&bytes), logprob: finite(logprob), bytes, top_logprobs }
         };
         let one = |(token, logprobs): (Token, &Logprobs)| {
             let top = logprobs.top.iter().map(|&(token, p)| entry(token, p, None));
@@ -270,13 +251,12 @@ fn with_logprobs(tokens: &[TokenReport]) -> impl Iterator<Item = (Token, &Logpro
     tokens.iter().filter_map(|t| t.logprobs.as_ref().map(|logprobs| (t.token, logprobs)))
 }
 
-/// A token may be a part of a character, which no string holds; `bytes` beside it is exact.
-fn text(bytes: Vec<u8>) -> String {
-    String::from_utf8(bytes)
-        .unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned())
+/// A token may be a part of a character, which no string holds; [`ChatToken::bytes`] is exact.
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// In place of minus infinity, which JSON does not have: the number that vLLM uses.
+/// JSON has no minus infinity; vLLM writes this number.
 fn finite(logprob: f32) -> f32 {
     logprob.max(-9999.0)
 }
@@ -301,7 +281,7 @@ pub struct OpenAiAnswer<'a> {
 }
 
 /// One of the texts or messages.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Default, Serialize, ToSchema)]
 pub struct OpenAiChoice<'a> {
     /// Its place.
     pub index: usize,
@@ -334,7 +314,6 @@ pub struct OpenAiChoice<'a> {
 /// Log probabilities of a text's or a message's tokens.
 #[derive(Debug, Serialize, ToSchema)]
 #[serde(untagged)]
-#[allow(missing_docs)]
 pub enum ChoiceLogprobs {
     Text(TextLogprobs),
     Chat(ChatLogprobs),
@@ -421,7 +400,6 @@ pub struct Health {
 /// `ok` alone means that requests are taken; only `failed` is worth a restart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
-#[allow(missing_docs)]
 pub enum HealthStatus {
     Ok,
     Loading,
@@ -432,7 +410,7 @@ pub enum HealthStatus {
 
 /// What is served. After `endpoints` either `loading`, while the model is read, or the rest.
 #[derive(Debug, Default, Serialize, ToSchema)]
-pub struct Information<'a> {
+pub struct Information {
     /// `medusa-llama`.
     pub name: &'static str,
     /// Its version.
@@ -442,7 +420,7 @@ pub struct Information<'a> {
     /// What this build can compute on: `cpu` or `cuda`.
     pub backend: &'static str,
     /// Methods and paths.
-    pub endpoints: &'a [String],
+    pub endpoints: Vec<String>,
     /// How much of the model is read, from 0 to 1.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub loading: Option<f32>,
@@ -522,7 +500,8 @@ pub struct EngineLoad {
 }
 
 /// An event of a stream.
-#[derive(Debug, ToSchema)]
+#[derive(ToSchema)]
+#[allow(dead_code)] // it is documented only: `reply` writes events
 pub struct StreamEvent {
     /// `error` if the engine failed after the first piece.
     #[schema(required = false)]

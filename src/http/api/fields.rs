@@ -1,4 +1,4 @@
-//! The fields that all dialects share, and the types of fields that are no plain numbers or texts.
+//! The fields that all dialects share, and the types of their values.
 
 use std::collections::BTreeMap;
 
@@ -69,8 +69,7 @@ macro_rules! request_body {
         }
 
         impl $name {
-            /// A request to the engine. `n_top` most likely tokens are reported with each token's
-            /// log probability; `None`: neither.
+            /// A request to the engine; `n_top` as in [`Report`].
             fn request(
                 self,
                 prompt: String,
@@ -188,18 +187,17 @@ impl TryFrom<BTreeMap<String, f32>> for LogitBias {
     type Error = String;
 
     fn try_from(biases: BTreeMap<String, f32>) -> Result<Self, String> {
-        let wanted = || {
+        let bias = |(id, bias): (String, f32)| {
+            let token = id.parse().ok().filter(|&id: &i32| id >= 0)?;
+            (bias.abs() <= MAX_BIAS).then_some((Token(token), bias))
+        };
+        let list: Option<Vec<_>> = biases.into_iter().map(bias).collect();
+        list.filter(|list| list.len() <= MAX_BIASES).map(Self).ok_or_else(|| {
             format!(
                 "it must be an object of at most {MAX_BIASES} token ids, each with a number from \
                  -{MAX_BIAS} to {MAX_BIAS}"
             )
-        };
-        let bias = |(id, bias): (&String, &f32)| {
-            let token = id.parse().ok().filter(|&id: &i32| id >= 0).map(Token);
-            token.filter(|_| bias.abs() <= MAX_BIAS).map(|token| (token, *bias))
-        };
-        let list: Option<Vec<_>> = biases.iter().map(bias).collect();
-        list.filter(|list| list.len() <= MAX_BIASES).map(Self).ok_or_else(wanted)
+        })
     }
 }
 
@@ -257,13 +255,10 @@ pub fn grammar(
         Some(ResponseFormat::JsonObject) => Some(json!({ "type": "object" })),
         Some(ResponseFormat::JsonSchema { json_schema }) => Some(json_schema.schema.into()),
     };
-    match (schema, lark.filter(|lark| !lark.is_empty())) {
-        (Some(_), Some(_)) => Err(Invalid::new(
-            "grammar",
-            "grammar and response_format both say what the answer must be: give one of them",
-        )),
-        (schema, lark) => {
-            Ok(schema.map(GrammarSource::JsonSchema).or(lark.map(GrammarSource::Lark)))
-        }
+    let lark = lark.filter(|lark| !lark.is_empty());
+    if schema.is_some() && lark.is_some() {
+        let message = "grammar and response_format exclude each other: give one of them";
+        return Err(Invalid::new("grammar", message));
     }
+    Ok(schema.map(GrammarSource::JsonSchema).or(lark.map(GrammarSource::Lark)))
 }

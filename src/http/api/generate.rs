@@ -53,7 +53,7 @@ impl GenerateRequest {
     /// The request to the engine; `random_seed` is for one without a seed.
     ///
     /// # Errors
-    /// [`Invalid`] if two of the fields exclude each other.
+    /// Two fields exclude each other.
     pub fn into_request(mut self, random_seed: u64) -> Result<Request, Invalid> {
         let prompt = std::mem::take(&mut self.prompt);
         let (max_tokens, window) = (self.max_tokens, self.repeat_last_n);
@@ -62,8 +62,7 @@ impl GenerateRequest {
     }
 }
 
-/// Writes an answer of `/generate`, whole or in pieces; with the details of its tokens if there is a
-/// way to detokenize them.
+/// Writes an answer of `/generate`, whole or in pieces; with a [`Detokenize`], tokens' details too.
 pub struct Pieces(pub Option<Detokenize>);
 
 impl Dialect for Pieces {

@@ -1,12 +1,11 @@
-//! The bodies of requests and answers. Each field is declared once: its type is what is read or
-//! written, and what `/openapi.json` documents.
+//! The bodies of requests and answers, each the type that is read or written and that
+//! `/openapi.json` documents.
 //!
-//! A new field of a request is one field of its body: in `request_body!` if all dialects have it,
-//! else in [`generate`] or [`openai`]. Its doc comment is its documentation; [`Reader`] takes its
-//! default and its range from its `schema` attribute. The format `tokens` makes the context's size
-//! its maximum. Each body turns itself into the engine's [`Request`](crate::request::Request)s.
+//! A request's new field is declared in `request_body!` if all dialects have it, else in [`generate`]
+//! or [`openai`]. Its doc comment documents it; [`Reader`] takes its default and range from its
+//! `schema` attribute. The format `tokens` limits it to the context's size.
 
-pub mod answers;
+pub(crate) mod answers;
 mod fields;
 pub mod generate;
 pub mod openai;
@@ -29,17 +28,16 @@ const MAX_SAFE: f64 = ((1u64 << 53) - 1) as f64;
 
 /// What reads each body.
 pub struct Readers {
-    /// Of `/generate`.
+    /// Reads `/generate`'s.
     pub generate: Reader<GenerateRequest>,
-    /// Of `/v1/completions`.
+    /// Reads `/v1/completions`'.
     pub completion: Reader<CompletionRequest>,
-    /// Of `/v1/chat/completions`.
+    /// Reads `/v1/chat/completions`'.
     pub chat: Reader<ChatRequest>,
 }
 
 impl Readers {
     /// Of a server with contexts of `n_ctx` tokens.
-    #[must_use]
     pub fn new(n_ctx: usize) -> Self {
         Self {
             generate: Reader::new(n_ctx),
@@ -57,8 +55,7 @@ pub struct Reader<B> {
 }
 
 impl<B: DeserializeOwned + ToSchema> Reader<B> {
-    /// Takes the type's schema: a field that has a default may be absent or null, and `n_ctx` is
-    /// the maximum of fields that count tokens.
+    /// A field that has a default may be absent or null; `n_ctx` limits fields that count tokens.
     fn new(n_ctx: usize) -> Self {
         let RefOr::T(Schema::Object(mut schema)) = B::schema() else {
             panic!("a body is a struct")
@@ -120,20 +117,21 @@ impl<B: DeserializeOwned + ToSchema> Reader<B> {
 
 /// A text's beginning, with dots if there is more.
 fn shortened(text: &str, n: usize) -> Cow<'_, str> {
-    text.char_indices()
-        .nth(n)
-        .map_or_else(|| text.into(), |(end, _)| format!("{}...", &text[..end]).into())
+    match text.char_indices().nth(n) {
+        Some((end, _)) => format!("{}...", &text[..end]).into(),
+        None => text.into(),
+    }
 }
 
-/// Checks a value's range, or its number of characters or items, and makes a whole number of one
-/// like 128.0. Types are left to the deserializer. The error is what the value must be.
+/// Checks a value's range or length, and makes an integer of one like 128.0. The deserializer checks
+/// types. The error is what the value must be.
 fn check(field: &Schema, value: &mut Value) -> Result<(), String> {
     let unsupported = "empty: it is not supported";
     match (field, value) {
         (Schema::Object(field), Value::Number(number)) => {
             let n = number.as_f64().unwrap_or(f64::NAN);
-            let (min, max) = (field.minimum.as_ref().map(bound), field.maximum.as_ref().map(bound));
-            let (min, max) = (min.unwrap_or(f64::MIN), max.unwrap_or(f64::MAX));
+            let min = field.minimum.as_ref().map_or(f64::MIN, bound);
+            let max = field.maximum.as_ref().map_or(f64::MAX, bound);
             if !(min..=max).contains(&n) {
                 let end = if max < f64::MAX { format!(" to {max}") } else { String::new() };
                 return Err(format!("a number from {min}{end}"));

@@ -1,13 +1,13 @@
 //! OpenAI's dialect: the bodies of `/v1/completions` and `/v1/chat/completions`.
 //!
-//! Field names and defaults are those of OpenAI's API reference. Its fields that would change an
-//! answer in a way that is not supported are refused by name; those that do not change it (`user`,
-//! `metadata`) are ignored. The fields of all dialects are extensions.
+//! Field names and defaults are those of OpenAI's API reference. Unsupported fields that would
+//! change an answer are refused by name, those that would not (`user`, `metadata`) are ignored.
+//! The fields that all dialects share are extensions.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Number, Value, json};
 use utoipa::{PartialSchema, ToSchema};
 
@@ -126,16 +126,14 @@ macro_rules! openai_body {
                     let message = "stream_options is for streams; set stream to true";
                     return Err(Invalid::new("stream_options", message));
                 }
-                let (n, stream) = (self.n, self.stream);
-                if n * prompts.len() > MAX_CHOICES {
-                    let message = format!(
-                        "{} prompts with n {n} ask for more than {MAX_CHOICES} answers",
-                        prompts.len()
-                    );
+                let (n, n_prompts, stream) = (self.n, prompts.len(), self.stream);
+                if n * n_prompts > MAX_CHOICES {
+                    let message =
+                        format!("{n_prompts} prompts with n {n} ask for over {MAX_CHOICES} answers");
                     return Err(Invalid::new("n", message));
                 }
                 let include_usage =
-                    self.stream_options.as_ref().and_then(|options| options.include_usage) == Some(true);
+                    self.stream_options.as_ref().is_some_and(|o| o.include_usage == Some(true));
                 let seed = self.seed.as_ref().map_or(Ok(random_seed), seed)?;
                 // OpenAI's penalties look at the whole text.
                 let window = self.repeat_last_n.unwrap_or(n_ctx);
@@ -154,7 +152,7 @@ macro_rules! openai_body {
 }
 
 openai_body! {
-    /// PromptList to continue, as OpenAI's clients ask.
+    /// Prompts to continue, as OpenAI's clients ask.
     CompletionRequest {
         /// The texts to continue.
         #[schema(schema_with = PromptList::schema)]
@@ -170,10 +168,10 @@ openai_body! {
 }
 
 impl CompletionRequest {
-    /// The requests to the engine.
+    /// The requests to the engine; `random_seed` is for a body without a seed.
     ///
     /// # Errors
-    /// [`Invalid`] if fields exclude each other, or one is not supported.
+    /// Fields exclude each other, or one is not supported.
     pub fn into_choices(mut self, n_ctx: usize, random_seed: u64) -> Result<Choices, Invalid> {
         let prompts = std::mem::take(&mut self.prompt.0);
         let (max_tokens, n_top) = (self.max_tokens, self.logprobs);
@@ -207,8 +205,7 @@ impl ChatRequest {
     /// The requests to the engine; `template` makes a prompt of the messages.
     ///
     /// # Errors
-    /// [`Invalid`] if fields exclude each other, one is not supported, or the template refuses the
-    /// messages.
+    /// As above, or the template refuses the messages.
     pub fn into_choices(
         self,
         n_ctx: usize,
@@ -267,24 +264,18 @@ pub struct Message {
     pub role: String,
     /// Its text.
     #[schema(value_type = TextOrParts)]
-    pub content: MessageContent,
+    #[serde(deserialize_with = "joined")]
+    pub content: String,
     /// Whatever else the template knows.
     #[serde(flatten)]
     pub more: BTreeMap<String, Value>,
 }
 
-/// A message's text.
-#[derive(Debug, Deserialize, Serialize)]
-#[serde(from = "TextOrParts")]
-pub struct MessageContent(String);
-
-impl From<TextOrParts> for MessageContent {
-    fn from(content: TextOrParts) -> Self {
-        Self(match content {
-            TextOrParts::Text(text) => text,
-            TextOrParts::Parts(parts) => parts.into_iter().map(|part| part.text).collect(),
-        })
-    }
+fn joined<'de, D: Deserializer<'de>>(content: D) -> Result<String, D::Error> {
+    Ok(match TextOrParts::deserialize(content)? {
+        TextOrParts::Text(text) => text,
+        TextOrParts::Parts(parts) => parts.into_iter().map(|part| part.text).collect(),
+    })
 }
 
 /// A text, whole or in parts, which are joined.
@@ -369,10 +360,8 @@ mod tests {
             json!("hi"),
             json!([1]),
         ] {
-            assert!(
-                chat(messages.clone()).unwrap_err().param.unwrap().starts_with("messages"),
-                "{messages}"
-            );
+            let param = chat(messages.clone()).unwrap_err().param.unwrap();
+            assert!(param.starts_with("messages"), "{messages}");
         }
         assert_eq!(chat(json!([{ "role": "user", "content": "x" }])).unwrap_err().message, "none");
     }
