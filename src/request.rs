@@ -64,6 +64,10 @@ pub struct Request {
     pub sampling: SamplingParams,
     /// The text ends before the first of these to be complete. None is empty.
     pub stop: Vec<String>,
+    /// Tokens before the answer may end by the model's choice or at a stop string.
+    pub min_tokens: usize,
+    /// The text also ends before any of these tokens.
+    pub stop_token_ids: Vec<Token>,
     /// Never choose the model's end-of-text tokens.
     pub ignore_eos: bool,
     /// Start from what is cached of the prompt's beginning.
@@ -88,6 +92,8 @@ impl Request {
             max_tokens,
             sampling: SamplingParams::default(),
             stop: Vec::new(),
+            min_tokens: 0,
+            stop_token_ids: Vec::new(),
             ignore_eos: false,
             cache_prompt: true,
             speculation: Speculation::Auto,
@@ -302,6 +308,8 @@ pub enum FinishReason {
     EndOfText,
     /// This stop string appeared; the text ends before it.
     StopString(String),
+    /// This token of `stop_token_ids` was chosen; the text ends before it.
+    StopToken(Token),
     /// `max_tokens` or the context's end was reached.
     Length,
     /// The request's time was over; perhaps before its first token.

@@ -118,6 +118,46 @@ fn a_stop_string_ends_the_text_before_it() {
 }
 
 #[test]
+fn stop_tokens_end_an_answer_and_min_tokens_keep_it_going() {
+    let server = server();
+    let ask = |more: Value| {
+        let mut body = json!({ "prompt": "1 2 3 4 5 6 7", "max_tokens": 40, "temperature": 0 });
+        body["details"] = true.into();
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        server.generate(&body).json()
+    };
+    let free = ask(json!({}));
+    let tokens = free["tokens"].as_array().unwrap();
+    let stop = &tokens[6]["id"];
+    let at = tokens.iter().position(|token| token["id"] == *stop).unwrap();
+    let text =
+        |n: usize| tokens[..n].iter().map(|t| t["text"].as_str().unwrap()).collect::<String>();
+
+    let stopped = ask(json!({ "stop_token_ids": [stop] }));
+    assert_eq!(stopped["generated_text"].as_str().unwrap(), text(at));
+    assert_eq!((&stopped["finish_reason"], &stopped["stop_reason"]), (&json!("stop"), stop));
+    assert_eq!(stopped["usage"]["completion_tokens"].as_u64().unwrap() as usize, at + 1);
+
+    // Nothing ends the answer before its least length, and drafts do not change it.
+    let least = at + 9;
+    for more in [json!({ "stop_token_ids": [stop] }), json!({ "stop": [" ", "\n"] })] {
+        let mut body = more.clone();
+        body["min_tokens"] = least.into();
+        let long = ask(body.clone());
+        let n = long["usage"]["completion_tokens"].as_u64().unwrap() as usize;
+        assert!(n > least || (n == least && more.get("stop").is_none()), "{n} of {least}: {long}");
+        let before = &long["tokens"].as_array().unwrap()[..least.min(n)];
+        assert!(more.get("stop").is_some() || before.iter().all(|t| t["id"] != *stop), "{long}");
+        body["speculation"] = "off".into();
+        assert_eq!(ask(body)["generated_text"], long["generated_text"]);
+    }
+    for (name, bad) in [("min_tokens", json!(41)), ("stop_token_ids", json!([1 << 20]))] {
+        let answer = server.generate(&json!({ "prompt": "x", "max_tokens": 40, name: bad }));
+        assert_eq!((answer.status, &answer.json()["error"]["param"]), (422, &json!(name)));
+    }
+}
+
+#[test]
 fn the_context_ends_an_answer_and_a_longer_prompt_is_refused() {
     let server = server();
     let words = |n: usize| "word ".repeat(n);

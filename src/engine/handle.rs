@@ -167,11 +167,13 @@ impl Handle {
 
     /// Tokenises the prompt and checks what only the model can tell.
     fn check(&self, request: &Request) -> Result<Vec<Token>, Invalid> {
-        let mut biased = request.sampling.logit_bias.iter().map(|(token, _)| *token);
-        if let Some(Token(bad)) = biased.find(|&token| !self.model.contains(token)) {
+        let biased = request.sampling.logit_bias.iter().map(|(token, _)| ("logit_bias", *token));
+        let stops = request.stop_token_ids.iter().map(|token| ("stop_token_ids", *token));
+        let unknown = biased.chain(stops).find(|&(_, token)| !self.model.contains(token));
+        if let Some((field, Token(bad))) = unknown {
             let n_vocab = self.model.n_vocab();
-            let message = format!("logit_bias names token {bad}, but the vocabulary has {n_vocab}");
-            return Err(Invalid::new("logit_bias", message));
+            let message = format!("{field} names token {bad}, but the vocabulary has {n_vocab}");
+            return Err(Invalid::new(field, message));
         }
         let prompt = self.model.tokenize(&request.prompt, true);
         let prompt = prompt.map_err(|e| Invalid::new("prompt", e.to_string()))?;

@@ -217,8 +217,13 @@ impl<F: Forward> Engine<F> {
                 self.stats.prefix_hits.inc_by(place.n_cached as u64);
             }
             let banned: &[Token] = if job.request.ignore_eos { &self.end_tokens } else { &[] };
-            let sampler =
-                Sampler::new(&job.request.sampling, banned, &job.prompt, self.forward.n_vocab());
+            let n_vocab = self.forward.n_vocab();
+            let mut sampler = Sampler::new(&job.request.sampling, banned, &job.prompt, n_vocab);
+            if job.request.min_tokens > 0 {
+                let ends = [&self.end_tokens[..], &job.request.stop_token_ids].concat();
+                let position = job.prompt.len() + job.request.min_tokens;
+                sampler = sampler.map(|sampler| sampler.not_before(position, ends));
+            }
             let ready = apply(&mut self.forward, &place.ops).and(sampler.map_err(StepError::from));
             match ready {
                 Ok(sampler) => self.start(job, sampler, &place),

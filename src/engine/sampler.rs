@@ -16,6 +16,8 @@ pub struct Sampler {
     chain: Option<SamplerChain>,
     /// `None`: greedy.
     filter: Option<Filter>,
+    /// Tokens that are never chosen before a position, and that position.
+    late: (Vec<Token>, usize),
     seed: u64,
 }
 
@@ -71,10 +73,16 @@ impl Sampler {
             }
             chain = Some(new);
         }
-        let mut sampler = Self { chain, filter, seed };
+        let mut sampler = Self { chain, filter, late: (Vec::new(), 0), seed };
         let window = prompt.len().saturating_sub(params.repeat_last_n);
         prompt[window..].iter().for_each(|&t| sampler.accept(t));
         Ok(sampler)
+    }
+
+    /// Bans tokens before a position of the sequence.
+    #[must_use]
+    pub fn not_before(self, position: usize, tokens: Vec<Token>) -> Self {
+        Self { late: (tokens, position), ..self }
     }
 
     /// The token at `position` of the sequence, given the logits of the row before it. A `drafted`
@@ -93,15 +101,18 @@ impl Sampler {
         scratch: &mut Scratch,
     ) -> Token {
         let Scratch { candidates, logits: changed, kept } = scratch;
-        let logits = match &mut self.chain {
-            None => logits,
-            Some(chain) => {
-                changed.clear();
-                // All of them, by token.
-                changed.extend(candidates.filter(chain, logits).map(|(_, logit)| logit));
-                changed
-            }
-        };
+        changed.clear();
+        let is_early = position < self.late.1;
+        match &mut self.chain {
+            // All of them, by token.
+            Some(chain) => changed.extend(candidates.filter(chain, logits).map(|(_, logit)| logit)),
+            None if is_early => changed.extend_from_slice(logits),
+            None => {}
+        }
+        if is_early {
+            self.late.0.iter().for_each(|token| changed[token.0 as usize] = f32::NEG_INFINITY);
+        }
+        let logits = if changed.is_empty() { logits } else { changed };
         let Some(filter) = &self.filter else { return argmax(logits) };
         filter.apply(logits, kept);
         let sum: f64 = kept.iter().map(|k| f64::from(k.1)).sum();
@@ -118,11 +129,12 @@ impl Sampler {
         argmax(logits) // rounding left some weight after the last token, or there is no token
     }
 
-    /// How the token at `position` is chosen; `None` where bias or penalties change the logits
+    /// How the token at `position` is chosen; `None` where bias, penalties or bans change the logits
     /// first.
     pub fn rule(&self, position: usize) -> Option<Rule> {
         let Self { filter, seed, .. } = *self;
-        self.chain.is_none().then_some(Rule { filter, seed, position })
+        let is_plain = self.chain.is_none() && position >= self.late.1;
+        is_plain.then_some(Rule { filter, seed, position })
     }
 
     /// Records the token that was chosen.

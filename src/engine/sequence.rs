@@ -226,7 +226,7 @@ impl Sequence {
         self.reports.push((self.n_bytes, report));
     }
 
-    /// Takes the next token. `bytes` are its text; `is_end` says that it ends the answer and has
+    /// Takes the next token. `bytes` are its text; `is_end` says that it ends any answer and has
     /// none. Returns `true` if the answer is complete and its last event sent.
     ///
     /// # Errors
@@ -246,13 +246,17 @@ impl Sequence {
         self.sampler.accept(token);
         self.first_token.get_or_insert(now);
         self.last_token = now;
-        if is_end {
+        let is_stop = self.job.request.stop_token_ids.contains(&token);
+        if is_end || is_stop {
             self.reports.pop_if(|(start, _)| *start == self.n_bytes);
-            self.finish(FinishReason::EndOfText);
+            let reason = FinishReason::StopToken(token);
+            self.finish(if is_end { FinishReason::EndOfText } else { reason });
             return Ok(true);
         }
         self.n_bytes += bytes.len();
-        let text = match self.text.push(bytes) {
+        let may_stop = self.n_answer() > self.job.request.min_tokens;
+        let text = &mut self.text;
+        let text = match if may_stop { text.push(bytes) } else { text.pass(bytes) } {
             Pushed::Text(text) => text,
             Pushed::Stopped { text, stop } => {
                 let stop = self.job.request.stop[stop].clone();
@@ -324,7 +328,9 @@ impl Sequence {
         self.ended = Some(match finish_reason {
             FinishReason::Length => Ended::Length,
             FinishReason::Deadline => Ended::Deadline,
-            FinishReason::EndOfText | FinishReason::StopString(_) => Ended::Stop,
+            FinishReason::EndOfText | FinishReason::StopString(_) | FinishReason::StopToken(_) => {
+                Ended::Stop
+            }
         });
         let completion = Completion {
             tail: self.piece(tail),

@@ -35,6 +35,12 @@ impl TextAssembler {
         Self { stops, partial: Vec::new(), held: String::new() }
     }
 
+    /// Takes a token's bytes without looking for stop strings in them.
+    pub fn pass(&mut self, bytes: &[u8]) -> Pushed {
+        self.decode(bytes);
+        Pushed::Text(std::mem::take(&mut self.held))
+    }
+
     /// Takes a token's bytes.
     pub fn push(&mut self, bytes: &[u8]) -> Pushed {
         let scanned = self.held.len();

@@ -23,13 +23,23 @@ pub enum FinishKind {
     Length,
 }
 
-/// Why an answer ended, and beside that the stop string or `deadline`.
-pub fn finish(done: &Completion) -> (FinishKind, Option<&str>) {
+/// What ended an answer before the model did: a stop string, a token of `stop_token_ids`, or
+/// `deadline` if its time was over.
+#[derive(Clone, Copy, Debug, Serialize, ToSchema)]
+#[serde(untagged)]
+pub enum StopReason<'a> {
+    Text(&'a str),
+    Token(i32),
+}
+
+/// Why an answer ended, and what ended it.
+pub fn finish(done: &Completion) -> (FinishKind, Option<StopReason<'_>>) {
     match &done.finish_reason {
         FinishReason::EndOfText => (FinishKind::Stop, None),
-        FinishReason::StopString(stop) => (FinishKind::Stop, Some(stop)),
+        FinishReason::StopString(stop) => (FinishKind::Stop, Some(StopReason::Text(stop))),
+        FinishReason::StopToken(Token(id)) => (FinishKind::Stop, Some(StopReason::Token(*id))),
         FinishReason::Length => (FinishKind::Length, None),
-        FinishReason::Deadline => (FinishKind::Length, Some("deadline")),
+        FinishReason::Deadline => (FinishKind::Length, Some(StopReason::Text("deadline"))),
     }
 }
 
@@ -69,9 +79,9 @@ pub struct GenerateAnswer<'a> {
     pub generated_text: &'a str,
     /// Why it ended.
     pub finish_reason: FinishKind,
-    /// The stop string that ended it, if one did; `deadline` if its time was over.
+    /// The stop string or token that ended it, if one did; `deadline` if its time was over.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub stop_reason: Option<&'a str>,
+    pub stop_reason: Option<StopReason<'a>>,
     /// Counts of tokens.
     pub usage: GenerateUsage,
     /// Where the time went.
@@ -300,9 +310,9 @@ pub struct OpenAiChoice<'a> {
     /// Why it ended; null in a stream until it does.
     #[schema(required = true)]
     pub finish_reason: Option<FinishKind>,
-    /// The stop string that ended it, if one did; `deadline` if its time was over.
+    /// The stop string or token that ended it, if one did; `deadline` if its time was over.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub stop_reason: Option<&'a str>,
+    pub stop_reason: Option<StopReason<'a>>,
     /// With `details`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tokens: Option<Vec<TokenDetails>>,

@@ -37,6 +37,14 @@ macro_rules! request_body {
             #[serde(default)]
             #[schema(schema_with = Stops::schema)]
             pub stop: Stops,
+            /// Tokens before the answer may end by itself: until then no token that ends it is chosen,
+            /// and stop strings are not looked for. At most `max_tokens`.
+            #[schema(default = 0, format = "tokens")]
+            pub min_tokens: usize,
+            /// The answer also ends at any of these tokens, by id; their text is left out.
+            #[serde(default)]
+            #[schema(max_items = 64, example = json!([0]))]
+            pub stop_token_ids: Vec<i32>,
             /// Never choose a token that ends the text.
             #[schema(default = false)]
             pub ignore_eos: bool,
@@ -79,6 +87,10 @@ macro_rules! request_body {
                 n_top: Option<usize>,
             ) -> Result<Request, Invalid> {
                 let report = Report { details: self.details, n_top };
+                if self.min_tokens > max_tokens {
+                    let message = format!("min_tokens is {}, above max_tokens", self.min_tokens);
+                    return Err(Invalid::new("min_tokens", message));
+                }
                 Ok(Request {
                     prompt,
                     max_tokens,
@@ -95,6 +107,8 @@ macro_rules! request_body {
                         seed,
                     },
                     stop: self.stop.0,
+                    min_tokens: self.min_tokens,
+                    stop_token_ids: self.stop_token_ids.into_iter().map(crate::llama::Token).collect(),
                     ignore_eos: self.ignore_eos,
                     cache_prompt: self.cache_prompt,
                     speculation: self.speculation.unwrap_or_default(),
