@@ -144,11 +144,11 @@ impl Collector for Derived {
         }
         let reliability = stats.reliability();
         let sources = Source::ALL.map(|source| (source, reliability.ranges(&[source], None)));
-        let counters: [(_, _, fn(&Count) -> u64); 2] = [
+        let counters = [
             (
                 "medusa_llama:spec_decode_source_draft_tokens",
                 "Candidates verified and either accepted or rejected, by what offered them",
-                |range| range.n,
+                (|range| range.n) as fn(&Count) -> u64,
             ),
             (
                 "medusa_llama:spec_decode_source_accepted_tokens",

@@ -2,7 +2,7 @@
 
 use crate::llama::Token;
 
-/// Values that are worked on together: eight registers of the smallest x86-64, two of the largest.
+/// Values per iteration: eight registers of the smallest x86-64, two of the largest.
 const LANES: usize = 32;
 
 /// The largest value; NaN never is. Negative infinity for none.
@@ -22,8 +22,8 @@ fn largest_lanes(values: &[f32]) -> f32 {
     lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m })
 }
 
-/// Fills `best` with the `k` largest values and their places, best first; of equal ones the first
-/// places. NaN never is.
+/// Fills `best` with the `k` largest values and their indices, best first; of equal ones the first
+/// indices. NaN never is among them.
 pub fn largest_k(values: &[f32], k: usize, best: &mut Vec<(Token, f32)>) {
     best.clear();
     if k > 0 {
@@ -73,8 +73,7 @@ fn sum_exp_lanes(values: &[f32], max: f32) -> f32 {
     lanes.iter().sum::<f32>() + rest.iter().map(|&v| exp_below(v - max)).sum::<f32>()
 }
 
-/// Behind `e^-NEGLIGIBLE`, what all tokens of a vocabulary have together is less than rounding
-/// loses.
+/// All tokens of a vocabulary below `e^-NEGLIGIBLE` together are less than rounding loses.
 pub const NEGLIGIBLE: f32 = 32.0;
 
 /// `e^x` for x at most 0; 0 below `-NEGLIGIBLE` and for NaN.
@@ -122,9 +121,7 @@ mod tests {
             let (ours, exact) = (f64::from(exp_below(x)), f64::from(x).exp());
             assert!((ours - exact).abs() <= exact * 4e-7, "{x}: {ours} {exact}");
         }
-        assert_eq!(
-            (exp_below(-40.0), exp_below(f32::NEG_INFINITY), exp_below(f32::NAN), exp_below(0.0)),
-            (0.0, 0.0, 0.0, 1.0)
-        );
+        let edges = [-40.0, f32::NEG_INFINITY, f32::NAN, 0.0].map(exp_below);
+        assert_eq!(edges, [0.0, 0.0, 0.0, 1.0]);
     }
 }

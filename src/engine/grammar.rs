@@ -1,9 +1,8 @@
-//! Grammars: which tokens may come next, by llguidance. No other file knows that library.
+//! Grammars: which tokens may come next, by llguidance. No other file uses that library.
 //!
 //! A [`Grammar`] has consumed the tokens chosen so far. It masks the row of logits that the next
-//! one is chosen from, and cuts the candidates that it forbids out of a tree before they are
-//! computed. So what is verified is what the model would choose under the grammar without drafts:
-//! the text is the same with them and without.
+//! one is chosen from, and cuts forbidden candidates out of a tree before they are computed. So the
+//! text is the same with drafts and without.
 
 use std::sync::Arc;
 
@@ -17,8 +16,8 @@ use crate::llama::{Model, Token};
 use crate::request::GrammarSource;
 use crate::speculate::Tree;
 
-/// Between two parts of JSON: a space, or a line's end and what it takes to indent the next. A
-/// model left free may go on until its tokens run out.
+/// Between two parts of JSON: a space, or a line's end and indentation. Without a limit a model may
+/// write white space until its tokens run out.
 const WHITESPACE: &str = r"( |\n {0,16})?";
 
 /// Compiles grammars for one model's vocabulary.
@@ -78,8 +77,7 @@ impl Grammars {
     }
 }
 
-/// A schema with how its JSON is to be spaced. One that is no object (`true`) takes no options and
-/// needs none.
+/// A schema with the white space allowed in its JSON. One that is no object (`true`) takes no options.
 fn with_options(schema: &Value) -> Value {
     let options = JsonCompileOptions {
         whitespace_pattern: Some(WHITESPACE.into()),
@@ -131,8 +129,7 @@ impl Grammar {
         let children = tree.nodes().iter().enumerate().filter(|(_, n)| n.parent == at);
         for (i, node) in children {
             let token = node.token.0.cast_unsigned();
-            // The mask is at hand for the first place only; and there it spares most candidates the
-            // parser.
+            // The mask holds for the first place only, where it rejects most candidates cheaply.
             if at.is_none() && !self.allowed.is_allowed(token) {
                 continue;
             }

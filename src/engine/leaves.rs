@@ -17,7 +17,6 @@ use crate::llama::SeqId;
 pub struct Leaves {
     /// Most leaves of a tree: a block, and the sequence's own id.
     n_leaves: usize,
-    n_blocks: usize,
     free: Vec<Block>,
     /// By sequence id.
     held: Vec<Option<Block>>,
@@ -34,7 +33,6 @@ impl Leaves {
         let block = |slot| (0..n_each).map(|i| (id(slot * n_each + i), 0)).collect();
         Self {
             n_leaves: n_each + 1,
-            n_blocks: n_slots,
             free: (0..n_slots).rev().map(block).collect(),
             held: vec![None; n_seqs],
         }
@@ -115,6 +113,6 @@ impl Leaves {
 
     /// `true` if no sequence holds a block.
     pub fn is_whole(&self) -> bool {
-        self.free.len() == self.n_blocks
+        self.held.iter().all(Option::is_none)
     }
 }

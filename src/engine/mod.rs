@@ -125,9 +125,7 @@ impl<F: Forward> Engine<F> {
             waiting: VecDeque::new(),
             running: BTreeMap::new(),
             n_admitted: 0,
-            pace: limits
-                .n_prefill
-                .map_or_else(|| Pace::new(limits.n_batch), |n| Pace::fixed(n, limits.n_batch)),
+            pace: Pace::new(limits.n_batch, limits.n_prefill),
             speculator: None,
             leaves: Leaves::new(0, 0, 0),
             traces: false,
@@ -170,7 +168,7 @@ impl<F: Forward> Engine<F> {
         self.waiting.is_empty() && self.running.is_empty()
     }
 
-    /// `true` if more requests wait than could start.
+    /// `true` if no slot is left for another request.
     pub fn is_full(&self) -> bool {
         self.waiting.len() + self.running.len() >= self.limits.n_slots
     }
@@ -389,7 +387,7 @@ impl<F: Forward> Engine<F> {
         self.stats.cells_retained.set(self.ledger.n_cells_retained() as i64);
         self.stats.steps.inc();
         if let Some(speculator) = &self.speculator {
-            self.stats.publish_reliability(&speculator.reliability);
+            self.stats.reliability.lock().clone_from(&speculator.reliability);
         }
     }
 

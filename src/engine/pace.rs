@@ -49,14 +49,10 @@ impl Load {
 }
 
 impl Pace {
-    /// For steps of at most `n_batch` rows.
-    pub fn new(n_batch: usize) -> Self {
-        Self { decode_s: Vec::new(), chunk: FIRST_CHUNK, n_batch, is_fixed: false }
-    }
-
-    /// Always `n` rows of prompts, whatever steps take and however many wait.
-    pub fn fixed(n: usize, n_batch: usize) -> Self {
-        Self { chunk: n as f64, is_fixed: true, ..Self::new(n_batch) }
+    /// For steps of at most `n_batch` rows; always with `fixed` rows of prompts, if given.
+    pub fn new(n_batch: usize, fixed: Option<usize>) -> Self {
+        let chunk = fixed.map_or(FIRST_CHUNK, |n| n as f64);
+        Self { decode_s: Vec::new(), chunk, n_batch, is_fixed: fixed.is_some() }
     }
 
     /// Records what a step took under this load, where `n_prompt` rows were prompts'.
@@ -126,34 +122,28 @@ mod tests {
             (streams(32), 0.02, 0.0005),
             (Load { n_decode: 2, n_prompts: 6 }, 0.004, 0.002),
         ] {
-            let mut pace = Pace::new(512);
+            let mut pace = Pace::new(512, None);
             let (took, allowed) = settle(&mut pace, load, pass_s, row_s);
-            assert!(
-                (0.85..=1.05).contains(&(took / allowed)),
-                "{load:?}, {} rows: {took} of {allowed}",
-                pace.n_prefill(load)
-            );
+            let (n, share) = (pace.n_prefill(load), took / allowed);
+            assert!((0.85..=1.05).contains(&share), "{load:?}, {n} rows: {took} of {allowed}");
         }
     }
 
     #[test]
     fn the_prompts_of_a_burst_are_read_together() {
-        let mut pace = Pace::new(512);
+        let mut pace = Pace::new(512, None);
         settle(&mut pace, streams(8), 0.005, 0.001);
         let lone = pace.n_prefill(streams(7));
-        assert_eq!(
-            pace.n_prefill(Load { n_decode: 7, n_prompts: 7 }),
-            lone,
-            "as many as run: no crowd"
-        );
-        let many = pace.n_prefill(Load { n_decode: 1, n_prompts: 7 });
+        let chunk = |n_decode, n_prompts| pace.n_prefill(Load { n_decode, n_prompts });
+        assert_eq!(chunk(7, 7), lone, "as many as run: no crowd");
+        let many = chunk(1, 7);
         assert!((6 * lone..=8 * lone).contains(&many), "{lone} {many}");
-        assert!(pace.n_prefill(Load { n_decode: 1, n_prompts: 200 }) <= 512);
+        assert!(chunk(1, 200) <= 512);
     }
 
     #[test]
     fn where_nothing_fits_there_is_still_some_progress_and_it_recovers() {
-        let mut pace = Pace::new(512);
+        let mut pace = Pace::new(512, None);
         settle(&mut pace, streams(1), 0.1, 0.05);
         assert_eq!(pace.n_prefill(streams(1)), MIN_CHUNK);
         settle(&mut pace, streams(8), 0.005, 0.001);
@@ -163,7 +153,7 @@ mod tests {
     #[test]
     fn the_chunk_keeps_to_the_batch() {
         for n_batch in [1, 8, 64] {
-            let mut pace = Pace::new(n_batch);
+            let mut pace = Pace::new(n_batch, None);
             assert!(pace.n_prefill(streams(4)) <= n_batch);
             settle(&mut pace, streams(4), 1e-4, 1e-6);
             assert_eq!(pace.n_prefill(streams(4)), n_batch);
@@ -172,7 +162,7 @@ mod tests {
 
     #[test]
     fn a_chunk_that_fills_the_batch_still_shrinks_where_steps_become_slow() {
-        let mut pace = Pace::new(64);
+        let mut pace = Pace::new(64, None);
         settle(&mut pace, streams(4), 1e-4, 1e-6);
         for _ in 0..20 {
             pace.record(streams(4), 60, 1.0);
@@ -182,14 +172,14 @@ mod tests {
 
     #[test]
     fn a_fixed_chunk_stays() {
-        let mut pace = Pace::fixed(48, 512);
+        let mut pace = Pace::new(512, Some(48));
         settle(&mut pace, streams(4), 1e-4, 1e-6);
         assert_eq!(pace.n_prefill(Load { n_decode: 1, n_prompts: 9 }), 48);
     }
 
     #[test]
     fn a_prompt_that_ends_says_nothing_about_the_chunk() {
-        let mut pace = Pace::new(512);
+        let mut pace = Pace::new(512, None);
         let before = pace.n_prefill(streams(4));
         pace.record(streams(4), 0, 0.01);
         pace.record(streams(4), 3, 0.5);

@@ -1,9 +1,8 @@
 //! One token from one row of logits: bias and penalties by llama.cpp, then
 //! [`filter`](super::filter), then the draw.
 //!
-//! The draw is keyed by (seed, position) with a counter-based generator, so what a position gets
-//! depends neither on how many draws came before nor on who else is in the batch: the same request
-//! with the same seed gives the same text alone, in a crowd, and with speculation.
+//! The draw is keyed by (seed, position) with a counter-based generator, so the same request with
+//! the same seed gives the same text alone, among concurrent requests, and with speculation.
 
 use super::filter::Filter;
 use crate::llama::{Candidates, LlamaError, SamplerChain, Token};

@@ -1,7 +1,7 @@
 //! What the engine counts; `/metrics` shows it. One thread writes, others read at any time.
 //!
 //! Counters are atomics, so that counting neither allocates nor locks. Only [`Reliability`] and the
-//! start of the pass are behind locks, each taken once or twice a step.
+//! start of the pass are locked, once or twice a step.
 
 use std::fmt::Error;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -49,12 +49,6 @@ pub enum Ended {
     Failed,
 }
 
-impl Ended {
-    /// All of them.
-    pub const ALL: [Self; 5] =
-        [Self::Stop, Self::Length, Self::Deadline, Self::Cancelled, Self::Failed];
-}
-
 /// Counters by one label.
 type Labelled<V> = Family<[(&'static str, V); 1], Counter>;
 
@@ -74,7 +68,7 @@ macro_rules! stats {
             pub cells_retained: Gauge,
             /// `accepted_by_depth`'s counters, from depth 1.
             by_depth: OnceLock<Vec<Counter>>,
-            reliability: Mutex<Reliability>,
+            pub(super) reliability: Mutex<Reliability>,
             /// When the pass in progress began; `None` between two passes.
             pub(super) pass_began: Mutex<Option<Instant>>,
         }
@@ -90,7 +84,9 @@ macro_rules! stats {
                     pass_began: Mutex::default(),
                 };
                 // Every series exists from the start, at 0.
-                Ended::ALL.into_iter().for_each(|ended| stats.count_ends(ended, 0));
+                let all =
+                    [Ended::Stop, Ended::Length, Ended::Deadline, Ended::Cancelled, Ended::Failed];
+                all.into_iter().for_each(|ended| stats.count_ends(ended, 0));
                 stats
             }
         }
@@ -158,10 +154,6 @@ stats! {
 }
 
 impl Stats {
-    pub(super) fn publish_reliability(&self, reliability: &Reliability) {
-        self.reliability.lock().clone_from(reliability);
-    }
-
     /// Sets how long the longest path of a draft can be.
     pub(super) fn set_deepest(&self, deepest: usize) {
         let counter =
@@ -172,12 +164,6 @@ impl Stats {
     /// How long the pass in progress has taken so far; `None` between two passes.
     pub fn pass_elapsed(&self) -> Option<Duration> {
         self.pass_began.lock().map(|began| began.elapsed())
-    }
-
-    /// Counts the `n` candidates of one sequence that were computed.
-    pub(super) fn count_draft(&self, n: usize) {
-        self.drafts.inc_by(u64::from(n > 0));
-        self.drafted.inc_by(n as u64);
     }
 
     /// Counts an accepted candidate, `depth` tokens after its sequence's last one.

@@ -1,7 +1,5 @@
 //! From token bytes to text that may be shown: whole characters only, and nothing that could still
-//! become a stop string.
-//!
-//! Pure. The result depends on the bytes only, not on how tokens divide them.
+//! become a stop string. Pure. The result does not depend on how tokens divide the bytes.
 
 /// Assembles one request's text.
 #[derive(Debug)]
@@ -86,38 +84,31 @@ impl TextAssembler {
     /// Start and index of the stop string that is complete first, the longest of those that end
     /// together. A match must end beyond the first `scanned` bytes, which held none before.
     fn first_stop(&self, scanned: usize) -> Option<(usize, usize)> {
-        let matches =
-            self.stops.iter().enumerate().filter(|(_, stop)| !stop.is_empty()).filter_map(
-                |(index, stop)| {
-                    let mut from = (scanned + 1).saturating_sub(stop.len());
-                    while !self.held.is_char_boundary(from) {
-                        from -= 1;
-                    }
-                    let start = from + self.held[from..].find(stop.as_str())?;
-                    Some((start + stop.len(), start, index))
-                },
-            );
-        matches.min().map(|(_, start, index)| (start, index))
+        let found = |(index, stop): (usize, &String)| {
+            let mut from = (scanned + 1).saturating_sub(stop.len());
+            while !self.held.is_char_boundary(from) {
+                from -= 1;
+            }
+            let start = from + self.held[from..].find(stop.as_str())?;
+            Some((start + stop.len(), start, index))
+        };
+        let stops = self.stops.iter().enumerate().filter(|(_, stop)| !stop.is_empty());
+        stops.filter_map(found).min().map(|(_, start, index)| (start, index))
     }
 
     /// Length of the longest suffix of `held` that a stop string begins with.
     fn longest_beginning(&self) -> usize {
         let longest = |stop: &String| {
-            let at_most = self.held.len().min(stop.len().saturating_sub(1));
-            (1..=at_most)
-                .rev()
-                .find(|&n| stop.is_char_boundary(n) && self.held.ends_with(&stop[..n]))
-                .unwrap_or(0)
+            let mut lengths = (1..stop.len().min(self.held.len() + 1)).rev();
+            lengths.find(|&n| stop.is_char_boundary(n) && self.held.ends_with(&stop[..n]))
         };
-        self.stops.iter().map(longest).max().unwrap_or(0)
+        self.stops.iter().filter_map(longest).max().unwrap_or(0)
     }
 }
 
-/// `true` for bytes that more bytes could complete to a character. `bad` is what `utf8_chunks`
-/// calls invalid at the end of the input: the beginning of a character, or bytes that are none.
+/// `true` for bytes that more bytes could complete to a character.
 fn may_continue(bad: &[u8]) -> bool {
-    let Err(e) = std::str::from_utf8(bad) else { return false };
-    e.error_len().is_none()
+    std::str::from_utf8(bad).is_err_and(|e| e.error_len().is_none())
 }
 
 #[cfg(test)]

@@ -45,9 +45,11 @@ impl<F: Forward> Walker<'_, F> {
         s: &mut Sequence,
         now: Instant,
     ) -> Result<(), StepError> {
+        let n_drafted = turn.tree.len();
         s.drafts.steps += 1;
-        s.drafts.drafted += turn.tree.len();
-        self.stats.count_draft(turn.tree.len());
+        s.drafts.drafted += n_drafted;
+        self.stats.drafts.inc_by(u64::from(n_drafted > 0));
+        self.stats.drafted.inc_by(n_drafted as u64);
         s.record_wait(self.stats, now);
         let mut at = None;
         loop {
