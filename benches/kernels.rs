@@ -187,7 +187,8 @@ impl Bench {
             for n in N_SEQUENCES {
                 // One matrix for all heads: one product over the rows of all.
                 let n_rows = if name == "outputs" && !own_outputs { n * n_heads } else { n };
-                let mut y = Buffer::zeros(&self.device, n_nets * n_rows * matrix.n_out)?;
+                let n_y = n_nets * n_rows * matrix.n_out;
+                let mut y = Buffer::zeros(&self.device, n_y)?;
                 let rows = Rows { values: d_x.slice(), index: None, by_net };
                 let (residual, finish) = if name == "blocks" {
                     (Some(rows), Finish::SiluResidual)
@@ -202,11 +203,11 @@ impl Bench {
                 launch(0)?;
                 let seconds = self.median((0..N_LAUNCHES).map(&mut launch))?;
                 if finish == Finish::Plain {
-                    let mut got = vec![0.0; y.len()];
+                    let mut got = vec![0.0; n_y];
                     y.download(&mut got)?;
                     check_product(matrix, &x, &got[..matrix.n_out]);
                 }
-                let moved = n_bytes + 4 * n_rows * d + 4 * y.len();
+                let moved = n_bytes + 4 * n_rows * d + 4 * n_y;
                 self.report(
                     shape,
                     &format!("{name} {precision:?}, {n_rows} rows"),

@@ -46,10 +46,8 @@ pub struct Matrices {
 
 impl Matrices {
     /// Copies matrices to the device. Each is given as parts that are concatenated along their
-    /// columns: `[W | U]` for a product with `[x, e]`. Weights are clamped to the range of F16.
-    ///
-    /// # Errors
-    /// [`GpuError::Shape`] for empty matrices or differing shapes, [`GpuError::Memory`].
+    /// columns: `[W | U]` for a product with `[x, e]`. Weights are clamped to the range of F16. Empty
+    /// matrices and differing shapes are [`GpuError::Shape`].
     pub fn new(
         device: &Rc<dyn Device>,
         nets: &[Vec<&Matrix>],
@@ -100,10 +98,7 @@ pub struct Table {
 }
 
 impl Table {
-    /// Copies a matrix to the device.
-    ///
-    /// # Errors
-    /// [`GpuError::Shape`] for an empty one, [`GpuError::Memory`].
+    /// Copies a matrix to the device; [`GpuError::Shape`] for an empty one.
     pub fn new(device: &Rc<dyn Device>, matrix: &Matrix) -> Result<Self, GpuError> {
         if !matrix.is(matrix.n_out, matrix.n_in) {
             return Err(GpuError::Shape { kernel: "product", reason: "an empty table".into() });

@@ -30,8 +30,7 @@ pub fn max_sequences() -> usize {
     unsafe { sys::max_parallel_sequences() }
 }
 
-/// The instruction sets that the CPU kernels were compiled for, as llama.cpp prints them ("CPU :
-/// SSE3 = 1 | AVX2 = 1 ...").
+/// The instruction sets of the CPU kernels, as llama.cpp prints them ("CPU : SSE3 = 1 | ...").
 #[must_use]
 pub fn system_info() -> String {
     start_backend();

@@ -264,10 +264,8 @@ impl Store {
             .ok_or_else(|| LlamaError::Misuse("weights of another net".into()))
     }
 
-    /// The first `n_out` rows of a matrix, a multiple of eight, without copying them.
-    ///
-    /// # Errors
-    /// [`LlamaError::Misuse`] for another number of rows.
+    /// The first `n_out` rows of a matrix, without copying them; [`LlamaError::Misuse`] unless they
+    /// are a multiple of eight.
     pub fn first_rows(&mut self, matrix: Weight, n_out: usize) -> Result<Weight, LlamaError> {
         let &Stored { tensor: whole, kind, n_in, n_out: n_whole } = self.stored(matrix)?;
         if n_out > n_whole || !n_out.is_multiple_of(8) {

@@ -1,9 +1,9 @@
 //! The fence around llama.cpp: all calls to C are in this folder, and none of C's types leave it.
 //!
-//! A [`Model`] is shared by reference count and read from any thread. A [`Context`] (KV cache and
-//! compute buffers) belongs to the thread that built it and keeps its model alive. A [`Batch`] holds
-//! the rows of one forward pass, checked as they are added. A [`SamplerChain`] changes one row of
-//! logits; it does not draw from it. [`ggml`] computes small networks on the same kernels.
+//! Any thread may read a [`Model`]. A [`Context`] (KV cache and compute buffers) belongs to the thread
+//! that built it and keeps its model alive. A [`Batch`] holds the rows of one forward pass. A
+//! [`SamplerChain`] changes one row of logits; it does not draw from it. [`ggml`] computes small
+//! networks on the same kernels.
 //!
 //! Nothing in this folder knows of requests, slots, heads or HTTP.
 #![allow(unsafe_code)]

@@ -8,7 +8,8 @@ use super::error::LlamaError;
 use super::ids::Token;
 use super::sys;
 
-/// A chain of filters, applied in the order they were added.
+/// A chain of filters, applied in the order they were added; [`LlamaError::Sampler`] names one with
+/// invalid parameters.
 pub struct SamplerChain {
     ptr: NonNull<sys::sampler>,
     n_vocab: i32,
@@ -50,9 +51,6 @@ impl SamplerChain {
     }
 
     /// Adds `bias` to the logits of single tokens.
-    ///
-    /// # Errors
-    /// [`LlamaError::Sampler`] for a token outside the vocabulary, or when llama.cpp refuses.
     pub fn logit_bias(self, bias: &[(Token, f32)]) -> Result<Self, LlamaError> {
         if bias.iter().any(|(t, _)| !(0..self.n_vocab).contains(&t.0)) {
             return Err(LlamaError::Sampler("logit_bias"));
@@ -67,10 +65,7 @@ impl SamplerChain {
 
     /// Makes tokens among the last `last_n` accepted less likely: `repeat` divides positive logits
     /// and multiplies negative ones (1 is off), `frequency` is subtracted per occurrence,
-    /// `presence` once (0 is off).
-    ///
-    /// # Errors
-    /// [`LlamaError::Sampler`] for a `repeat` that is not positive, or a value that is not finite.
+    /// `presence` once (0 is off). All must be finite, and `repeat` positive.
     pub fn penalties(
         self,
         last_n: usize,

@@ -91,10 +91,7 @@ pub fn write_header(
     Err(fail(log::take_last_error().unwrap_or_else(|| "ggml gave no reason".into())))
 }
 
-/// Names and types of a file's tensors.
-///
-/// # Errors
-/// [`LlamaError::File`] when the file is not a GGUF.
+/// Names and types of a file's tensors; [`LlamaError::File`] when it is not a GGUF.
 pub fn tensor_types(path: &Path) -> Result<Vec<(String, TensorType)>, LlamaError> {
     let header = Gguf::open(path)?;
     let gguf = header.0.as_ptr();

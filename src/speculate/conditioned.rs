@@ -82,10 +82,7 @@ impl Conditioned {
         embeddings: MatrixRows,
         n_threads: usize,
     ) -> Result<Self, HeadsError> {
-        let output = match &weights.output {
-            Some(own) => own.clone(),
-            None => pick(output, token_map.as_deref())?,
-        };
+        let output = pick(output, token_map.as_deref())?;
         let cuts: &[usize] = if token_counts.is_some() { &CUTS } else { &[] };
         let mut net = ConditionedNet::new(weights, &output, cuts, n_threads)?;
         let counts = token_counts.unwrap_or_else(|| vec![1.0; output.n_out]);

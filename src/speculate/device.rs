@@ -91,18 +91,17 @@ impl DeviceHeads {
         precision: Precision,
     ) -> Result<Self, HeadsError> {
         let map = heads.token_map.as_deref();
-        let shared = || pick(&model.output_rows()?, map);
+        let output = || pick(&model.output_rows()?, map);
         let weights = match heads.nets {
             HeadNets::Plain(mut weights) => {
                 if weights.outputs.is_empty() {
-                    weights.outputs.push(shared()?);
+                    weights.outputs.push(output()?);
                 }
                 DeviceWeights::medusa(&device, &weights, precision)?
             }
             HeadNets::Conditioned(weights) => {
-                let output = weights.output.clone().map_or_else(shared, Ok)?;
                 let embeddings = model.embedding_rows()?.matrix()?;
-                DeviceWeights::conditioned(&device, &weights, &output, &embeddings, precision)?
+                DeviceWeights::conditioned(&device, &weights, &output()?, &embeddings, precision)?
             }
         };
         let nets = DeviceNets::new(&device, weights, model.n_embd(), map, WIDTH)?;

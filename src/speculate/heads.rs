@@ -286,7 +286,7 @@ impl Tensors {
             return Err(self.error(&format!("{h}.w"), "is not as wide as the first head's"));
         }
         steps.truncate(n_heads);
-        Ok(ConditionedWeights { n_embd: d, steps, output: None })
+        Ok(ConditionedWeights { n_embd: d, steps })
     }
 
     /// Multiplies the rows of matrices by their scales.

@@ -21,15 +21,13 @@ pub struct ConditionedHead {
     pub b: Vec<f32>,
 }
 
-/// Heads in the order of their depth, and the output matrix they share.
+/// Heads in the order of their depth; they share the model's output matrix, or rows of it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ConditionedWeights {
     /// Width of states and embeddings.
     pub n_embd: usize,
     /// The heads.
     pub steps: Vec<ConditionedHead>,
-    /// `Out`; `None`: rows of the model's own.
-    pub output: Option<Matrix>,
 }
 
 /// Heads ready to compute. Belongs to one thread.
@@ -157,8 +155,7 @@ mod tests {
                 b: random(width, i + 3, 1.0),
             };
             let output = Matrix { values: on_grid(n_out * d, 40), ..matrix(n_out, d, 0) };
-            let weights =
-                ConditionedWeights { n_embd: d, steps: vec![step(1), step(11)], output: None };
+            let weights = ConditionedWeights { n_embd: d, steps: vec![step(1), step(11)] };
             let mut net = ConditionedNet::new(&weights, &output, &[8, 32], 2).unwrap();
             let (z, e) = (random(n_rows * d, 5, 4.0), random(n_rows * d, 6, 4.0));
             let whole = net.n_outs().count() - 1;

@@ -77,10 +77,8 @@ impl MedusaNet {
         self.n_out
     }
 
-    /// Computes all heads for `input`, rows of `n_embd` values. Returns `[n_heads, n_rows, n_out]`.
-    ///
-    /// # Errors
-    /// [`HeadsError::Llama`] for a part of a row, or without memory.
+    /// Computes all heads for `input`, whole rows of `n_embd` values. Returns
+    /// `[n_heads, n_rows, n_out]`.
     pub fn forward(&mut self, input: &[f32]) -> Result<&[f32], HeadsError> {
         let mut graph = Graph::default();
         let x = graph.push(Op::Input(input, self.n_embd));
