@@ -29,7 +29,7 @@ impl Spread {
 #[derive(Clone, Debug, Serialize)]
 pub struct StepTime {
     pub rows: usize,
-    /// After a step of as many rows.
+    /// After a step of the same number of rows.
     pub seconds: Spread,
 }
 

@@ -9,7 +9,7 @@ use anyhow::{Context as _, anyhow, bail, ensure};
 use serde::Serialize;
 use tokio::task::JoinSet;
 
-use super::{bar, write_json};
+use super::shared::{bar, write_json};
 use crate::config::BenchArgs;
 use crate::engine;
 use crate::engine::handle::Handle;

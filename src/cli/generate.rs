@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 
 use anyhow::{anyhow, ensure};
 
-use super::show_loading;
+use super::shared::show_loading;
 use crate::config::GenerateArgs;
 use crate::engine;
 use crate::engine::Failed;

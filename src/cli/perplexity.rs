@@ -1,6 +1,6 @@
 //! `medusa-llama perplexity`: how well a model predicts a text.
 
-use super::{bar, load, read_text};
+use super::shared::{bar, load, read_text};
 use crate::config::PerplexityArgs;
 use crate::eval;
 

@@ -10,7 +10,7 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{oneshot, watch};
 
-use super::show_loading;
+use super::shared::show_loading;
 use crate::config::Config;
 use crate::engine::{self, Layout, Stage};
 use crate::http::api::Readers;

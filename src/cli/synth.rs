@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::bail;
 use clap::ValueEnum as _;
 
-use super::bar;
+use super::shared::bar;
 use crate::config::SynthArgs;
 use crate::synth::{self, heads};
 use crate::train::kind::HeadKind;

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::anyhow;
 
-use super::bar;
+use super::shared::bar;
 use crate::config::TrainArgs;
 use crate::engine::thread::EngineParams;
 use crate::engine::{self, Layout, Limits};

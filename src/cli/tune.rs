@@ -14,7 +14,8 @@ use tokio::runtime::Runtime;
 
 use self::folder::Folder;
 use self::report::TuneReport;
-use super::{bar, bench::ask_all, load, quantize::write, read_text, write_json};
+use super::shared::{bar, load, read_text, write_json};
+use super::{bench::ask_all, quantize::write};
 use crate::config::{TuneArgs, cores};
 use crate::engine;
 use crate::engine::forward::LlamaForward;

@@ -1,0 +1,56 @@
+//! What several commands use.
+
+use std::io::IsTerminal;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context as _, ensure};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+use tokio::sync::watch;
+
+use crate::config::ModelArgs;
+use crate::engine::Stage;
+use crate::eval;
+use crate::llama::{Model, Token};
+
+/// A progress bar of `n` units, in indicatif's template language.
+pub(super) fn bar(n: usize, template: &str) -> ProgressBar {
+    let style = ProgressStyle::with_template(template).expect("a valid template");
+    ProgressBar::new(n as u64).with_style(style)
+}
+
+pub(super) fn load(args: &ModelArgs, path: &Path) -> anyhow::Result<Arc<Model>> {
+    Ok(Arc::new(Model::load(path, args.n_gpu_layers, |_| true)?))
+}
+
+/// A text to measure perplexity on, with its tokens.
+pub(super) fn read_text(file: &Path, model: &Model) -> anyhow::Result<(String, Vec<Token>)> {
+    let shown = file.display();
+    let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {shown}"))?;
+    let tokens = model.tokenize(&text, false)?;
+    let (n, least) = (tokens.len(), 2 * eval::WINDOW);
+    ensure!(n >= least, "{shown} has {n} tokens; at least {least} are needed");
+    Ok((text, tokens))
+}
+
+pub(super) fn write_json(path: &Path, report: &impl Serialize) -> anyhow::Result<()> {
+    let text = serde_json::to_string_pretty(report)?;
+    std::fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// Shows a progress bar on a terminal until the model is loaded or has failed to load.
+pub(super) async fn show_loading(mut stage: watch::Receiver<Stage>) {
+    if !std::io::stderr().is_terminal() {
+        return;
+    }
+    let bar = bar(100, "loading model {bar:40} {percent:>3}% {eta}");
+    loop {
+        let Stage::Loading(progress) = *stage.borrow_and_update() else { break };
+        bar.set_position((progress * 100.0) as u64);
+        if stage.changed().await.is_err() {
+            break;
+        }
+    }
+    bar.finish_and_clear();
+}
