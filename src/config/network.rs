@@ -109,7 +109,7 @@ impl NetworkArgs {
             Some(_) if auth.metrics != MetricsAccess::Key => {
                 Err("METRICS_KEY is given, but METRICS does not ask for it: set METRICS to key".into())
             }
-            Some(key) if auth.knows(key) => {
+            Some(key) if auth.tenant(key).is_some() => {
                 Err("METRICS_KEY is one of the API keys, but it must be for /metrics alone: choose another".into())
             }
             None if auth.metrics == MetricsAccess::Key && auth.keys.is_empty() => {
