@@ -59,7 +59,7 @@ impl GenerateRequest {
     }
 }
 
-/// Writes an answer of `/generate`, whole or in pieces; with a [`Detokenize`], tokens' details too.
+/// Writes an answer of `/generate`, whole or in pieces; with a `Detokenize`, tokens' details too.
 pub struct Pieces(pub Option<Detokenize>);
 
 impl Dialect for Pieces {
