@@ -34,19 +34,14 @@ const PATH: &str = "/v1/traces";
 /// Time limits to send a batch, and to send what is left at the end.
 const SENDING: Duration = Duration::from_secs(5);
 const FLUSH: Duration = Duration::from_secs(3);
-/// Longest answer of a collector, in bytes.
-const MAX_ANSWER: usize = 1 << 16;
+const MAX_ANSWER: usize = 1 << 16; // bytes
 
 /// A request that was served, or left.
-#[derive(Debug)]
-pub struct Served {
-    /// Its `x-request-id`.
+pub(crate) struct Served {
     pub id: Arc<str>,
-    /// Of the request line.
     pub method: Method,
-    /// The path asked for, or its beginning.
+    /// The request's, or its beginning.
     pub path: String,
-    /// The path, if it is one of the server's.
     pub route: Option<&'static str>,
     /// `None` while there is no answer.
     pub status: Option<StatusCode>,
@@ -54,14 +49,12 @@ pub struct Served {
     pub n_bytes: usize,
     /// All of the body was handed to the connection.
     pub is_complete: bool,
-    /// When its head had arrived.
     pub began: SystemTime,
     /// Holds the span it is a part of, if any; otherwise it begins a trace.
     pub parent: Context,
 }
 
 /// One choice of a request, as the engine answered it.
-#[derive(Clone, Copy, Debug)]
 pub struct ChoiceRecord {
     /// When it was submitted.
     pub submitted: SystemTime,
@@ -73,7 +66,7 @@ pub struct ChoiceRecord {
 pub type ChoiceRecords = Mutex<Vec<ChoiceRecord>>;
 
 /// Tokens of the prompts and answers of all complete choices; `None` if there is none.
-pub fn tokens(choices: &[ChoiceRecord]) -> Option<(usize, usize)> {
+pub(crate) fn tokens(choices: &[ChoiceRecord]) -> Option<(usize, usize)> {
     let usages = choices.iter().filter_map(|choice| Some(choice.done?.0));
     let counts = usages.map(|usage| (usage.prompt_tokens, usage.completion_tokens));
     counts.reduce(|a, b| (a.0 + b.0, a.1 + b.1))
@@ -87,11 +80,8 @@ pub struct Telemetry {
 }
 
 impl Telemetry {
-    /// Begins to send to the collector at `endpoint`, on the runtime this is called in. `model` names
-    /// what is served.
-    ///
-    /// # Errors
-    /// The endpoint or OpenTelemetry's variables in the environment are invalid.
+    /// Begins to send traces of `model` to the collector at `endpoint`, on the current runtime, unless
+    /// the endpoint or OpenTelemetry's environment variables are invalid.
     pub fn start(endpoint: &Uri, model: &str) -> Result<Self, String> {
         let base = endpoint.to_string();
         let runtime = tokio::runtime::Handle::current();
@@ -119,7 +109,7 @@ impl Telemetry {
     }
 
     /// Queues the spans of a request and of its choices.
-    pub fn record(&self, served: &Served, choices: &[ChoiceRecord]) {
+    pub(crate) fn record(&self, served: &Served, choices: &[ChoiceRecord]) {
         let method = served.method.as_str();
         let name = served.route.map_or(method.to_owned(), |route| format!("{method} {route}"));
         let span = self.tracer.span_builder(name).with_kind(SpanKind::Server);
@@ -179,7 +169,7 @@ impl Telemetry {
 }
 
 /// The context of a request with these headers: it holds the span that a valid `traceparent` names.
-pub fn parent(headers: &HeaderMap) -> Context {
+pub(crate) fn parent(headers: &HeaderMap) -> Context {
     TraceContextPropagator::new().extract_with_context(&Context::new(), &HeaderExtractor(headers))
 }
 

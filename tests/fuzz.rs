@@ -19,7 +19,7 @@ use medusa_llama::engine::grammar::Grammars;
 use medusa_llama::http::api::Readers;
 use medusa_llama::http::api::generate::Pieces;
 use medusa_llama::http::api::openai::Choices;
-use medusa_llama::http::openai::{Chunks, Endpoint};
+use medusa_llama::http::chunks::{Chunks, Endpoint};
 use medusa_llama::http::reply::{self, Dialect};
 use medusa_llama::llama::Model;
 use medusa_llama::request::{

@@ -101,7 +101,7 @@ impl NetworkArgs {
             Some(_) if auth.metrics != MetricsAccess::Key => {
                 bail!("METRICS_KEY is given, but METRICS does not ask for it: set METRICS to key")
             }
-            Some(key) if auth.knows(key) => {
+            Some(key) if auth.tenant(key).is_some() => {
                 bail!(
                     "METRICS_KEY is one of the API keys, but it must be for /metrics alone: choose another"
                 )

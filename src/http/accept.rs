@@ -18,10 +18,10 @@ pub fn quality(headers: &HeaderMap, kind: &str, subtype: &str) -> (f32, u8) {
         let weight = parts.find_map(|part| part.strip_prefix("q=").or(part.strip_prefix("Q=")));
         // An invalid weight asks for nothing.
         let valid = |q: &str| q.parse().ok().filter(|q: &f32| (0.0..=1.0).contains(q));
-        Some((specificity, weight.map_or(1.0, |q| valid(q).unwrap_or(0.0))))
+        Some((weight.map_or(1.0, |q| valid(q).unwrap_or(0.0)), specificity))
     });
-    let decisive = matching.max_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)));
-    decisive
-        .filter(|&(_, weight)| weight > 0.0)
-        .map_or((0.0, 0), |(specificity, weight)| (weight, specificity))
+    matching
+        .max_by(|a, b| a.1.cmp(&b.1).then(a.0.total_cmp(&b.0)))
+        .filter(|&(weight, _)| weight > 0.0)
+        .unwrap_or_default()
 }

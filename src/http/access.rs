@@ -18,12 +18,9 @@ use super::routes;
 use crate::request::span;
 use crate::telemetry::{self, ChoiceRecords, Served};
 
-/// Names a request, in both directions.
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-/// Longest id that is taken from a client.
-const MAX_ID: usize = 128;
-/// Characters of a path that are logged.
-const MAX_PATH: usize = 200;
+const MAX_ID: usize = 128; // bytes
+const MAX_PATH: usize = 200; // characters in the log
 
 /// Handles a request. Its line is logged when the answer has ended.
 pub async fn log_access(app: Arc<App>, request: Request<Incoming>) -> Response<Logged> {
@@ -57,8 +54,9 @@ pub async fn log_access(app: Arc<App>, request: Request<Incoming>) -> Response<L
     let mut reply = match app.cors.preflight(&request) {
         Some(reply) => reply,
         None => {
-            let reply = routes::dispatch(&app, route, request, &id, &line.record);
-            reply.instrument(line.span.clone()).await
+            routes::dispatch(&app, route, request, &id, &line.record)
+                .instrument(line.span.clone())
+                .await
         }
     };
     app.cors.mark(allowed, reply.headers_mut());
@@ -106,7 +104,6 @@ impl Drop for Line {
     }
 }
 
-/// An answer's body, whose end is logged.
 pub struct Logged {
     body: Content,
     line: Line,

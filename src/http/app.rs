@@ -37,12 +37,10 @@ pub struct App {
     pub template: OnceLock<Result<Template, String>>,
 }
 
-/// Limits of the HTTP server, per client or in total.
 #[derive(Clone, Copy, Debug)]
 pub struct HttpLimits {
     pub max_body_bytes: usize,
     pub max_connections: usize,
-    /// Maximum bytes of a request's head.
     pub max_header_bytes: usize,
     /// Time to receive a request's head, and then its body.
     pub read_timeout: Duration,
@@ -80,7 +78,6 @@ impl App {
     }
 }
 
-/// An admitted request, beside what it says.
 pub struct RequestContext {
     pub app: Arc<App>,
     /// Its id, in the log and in its answer.

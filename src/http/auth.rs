@@ -25,14 +25,11 @@ impl fmt::Debug for Key {
     }
 }
 
-/// Who may use a route.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// Anybody.
     Open,
     /// Who has an API key, if there are any.
     Key,
-    /// As [`MetricsAccess`] says.
     Metrics,
 }
 
@@ -48,7 +45,6 @@ pub enum MetricsAccess {
     Off,
 }
 
-/// The keys there are.
 #[derive(Clone, Debug, Default)]
 pub struct Auth {
     /// For everything. Without any, nothing but metrics asks for a key.
@@ -78,8 +74,8 @@ impl Auth {
         }
     }
 
-    /// Looks at all keys, whichever it is.
-    fn tenant(&self, given: &Key) -> Option<u32> {
+    /// The number of a key. Looks at all keys, whichever it is.
+    pub fn tenant(&self, given: &Key) -> Option<u32> {
         let (mut known, mut tenant) = (Choice::from(0), 0);
         for (i, key) in (0..).zip(&self.keys) {
             let same = key.0.ct_eq(&given.0);
@@ -87,11 +83,6 @@ impl Auth {
             known |= same;
         }
         bool::from(known).then_some(tenant)
-    }
-
-    /// `true` if `key` is one of those for everything.
-    pub fn knows(&self, key: &Key) -> bool {
-        self.tenant(key).is_some()
     }
 }
 

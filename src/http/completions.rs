@@ -12,7 +12,7 @@ use super::api::answers::{Detokenize, GenerateAnswer, OpenAiAnswer, StreamEvent}
 use super::api::generate::{GenerateRequest, Pieces};
 use super::api::openai::{ChatRequest, Choices, CompletionRequest};
 use super::app::{App, RequestContext};
-use super::openai::{Chunks, Endpoint};
+use super::chunks::{Chunks, Endpoint};
 use super::problem::Problem;
 use super::reply::{self, Dialect, Reply};
 use crate::chat::Template;
@@ -95,8 +95,7 @@ async fn answer(
 ) -> Result<Reply, Problem> {
     let mut answers = Vec::with_capacity(requests.len());
     for request in requests {
-        let record = ChoiceRecord { submitted: SystemTime::now(), done: None };
-        cx.record.lock().push(record);
+        cx.record.lock().push(ChoiceRecord { submitted: SystemTime::now(), done: None });
         let (id, timeout) = (Arc::clone(&cx.id), cx.app.limits.timeout);
         // Those that were taken are cancelled if one is refused.
         answers.push(handle.submit(request, Caller { id, tenant: cx.tenant, timeout }).await?);
@@ -122,7 +121,6 @@ async fn answer(
     Ok(dialect.whole(&done))
 }
 
-/// How this model's tokens become text.
 fn detokenize(handle: &Handle) -> Detokenize {
     let handle = handle.clone();
     Arc::new(move |token| {

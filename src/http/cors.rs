@@ -12,10 +12,8 @@ use hyper::{Method, Request, Response, StatusCode};
 
 use super::reply::Reply;
 
-/// Every origin.
 pub const ANY: &str = "*";
-/// Seconds that a browser may remember a preflight's answer.
-const MAX_AGE: &str = "600";
+const MAX_AGE_S: &str = "600";
 
 /// The origins whose pages may read answers, as browsers send them, or [`ANY`]; none by default.
 #[derive(Clone, Debug, Default)]
@@ -35,7 +33,7 @@ impl Cors {
         if let Some(wanted) = request.headers().get(ACCESS_CONTROL_REQUEST_HEADERS) {
             headers.insert(ACCESS_CONTROL_ALLOW_HEADERS, wanted.clone());
         }
-        headers.insert(ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static(MAX_AGE));
+        headers.insert(ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static(MAX_AGE_S));
         Some(reply)
     }
 

@@ -80,8 +80,7 @@ fn describe(handle: &Handle, body: &mut Information) {
 /// The served model
 #[utoipa::path(get, path = "/v1/models", tag = "openai", responses((status = 200, description = "A list of one", body = Models)))]
 pub async fn models(cx: RequestContext, _: Request<Incoming>) -> Result<Reply, Problem> {
-    let list = Models { object: "list", data: vec![entry(&cx.app)?] };
-    Ok(reply::json(StatusCode::OK, &list))
+    Ok(reply::json(StatusCode::OK, &Models { object: "list", data: vec![entry(&cx.app)?] }))
 }
 
 /// The served model, by its id

@@ -20,8 +20,7 @@ use super::routes::ROUTES;
 /// The document of a server that reads bodies with `readers`, as JSON.
 pub fn json(readers: &Readers) -> Bytes {
     let mut document = Document::openapi();
-    ROUTES.iter().for_each(|route| (route.document)(&mut document.paths));
-    add_refusals(&mut document);
+    add_paths(&mut document);
     let components = document.components.get_or_insert_default();
     let key = HttpBuilder::new()
         .scheme(HttpAuthScheme::Bearer)
@@ -101,26 +100,25 @@ const REFUSALS: [(u16, Of, &str); 12] = [
     (503, Of::Keyed, "The model still loads, or the server shuts down"),
 ];
 
-/// Adds [`REFUSALS`] to every operation that they can come from.
-fn add_refusals(document: &mut OpenApi) {
+/// Adds each route's operation, with the [`REFUSALS`] that it can answer with.
+fn add_paths(document: &mut OpenApi) {
     for route in ROUTES.iter() {
+        let (methods, mut operation) = (route.operation)();
         let is_openai = route.path.starts_with("/v1");
-        let item = document.paths.paths.get_mut(&route.path).expect("each route is documented");
-        for operation in [&mut item.get, &mut item.post].into_iter().flatten() {
-            let has_body = operation.request_body.is_some();
-            for (status, of, why) in REFUSALS {
-                let applies = match of {
-                    Of::All => true,
-                    Of::Keyed => route.access == Access::Key && (has_body || is_openai),
-                    Of::Posts => has_body,
-                    Of::Own => has_body && !is_openai,
-                };
-                if applies {
-                    let known = &mut operation.responses.responses;
-                    known.entry(status.to_string()).or_insert_with(|| refusal(status, why).into());
-                }
+        let has_body = operation.request_body.is_some();
+        for (status, of, why) in REFUSALS {
+            let applies = match of {
+                Of::All => true,
+                Of::Keyed => route.access == Access::Key && (has_body || is_openai),
+                Of::Posts => has_body,
+                Of::Own => has_body && !is_openai,
+            };
+            if applies {
+                let known = &mut operation.responses.responses;
+                known.entry(status.to_string()).or_insert_with(|| refusal(status, why).into());
             }
         }
+        document.paths.add_path_operation(&route.path, methods, operation);
     }
 }
 

@@ -16,7 +16,6 @@ use super::app::RequestContext;
 use super::problem::Problem;
 use super::reply::{self, Reply};
 
-/// Path, type and content.
 const FILES: [(&str, &str, &str); 4] = [
     ("/", "text/html; charset=utf-8", include_str!("page/index.html")),
     ("/page/page.css", "text/css; charset=utf-8", include_str!("page/page.css")),
@@ -27,12 +26,8 @@ const FILES: [(&str, &str, &str); 4] = [
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; \
                       base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
-/// `true` if the page or one of its files answers this request. Both are open: the page asks for keys.
-pub fn is_wanted(request: &Request<Incoming>) -> bool {
-    find(request).is_some()
-}
-
-fn find(
+/// The page or a file of it, if this request gets one: path, type and content.
+pub fn find(
     request: &Request<Incoming>,
 ) -> Option<&'static (&'static str, &'static str, &'static str)> {
     let is_read = matches!(*request.method(), Method::GET | Method::HEAD);
@@ -51,7 +46,6 @@ pub async fn page_file(_: RequestContext, request: Request<Incoming>) -> Result<
     file(&request).ok_or_else(|| Problem::NotFound(request.uri().path().to_owned()))
 }
 
-/// The page or one of its files, if that is what is asked for.
 pub fn file(request: &Request<Incoming>) -> Option<Reply> {
     let &(path, content_type, content) = find(request)?;
     // The hasher has no keys: the same content has the same name in every process.

@@ -56,7 +56,7 @@ impl From<Invalid> for Problem {
 }
 
 impl Problem {
-    /// Status and type. Only the status of what is invalid differs: OpenAI's is 400.
+    /// Status, and `type` of the body or `code` of OpenAI's, whose status of what is invalid is 400.
     pub fn status_and_kind(&self, is_openai: bool) -> (StatusCode, &'static str) {
         let (status, kind) = match self {
             Self::NotFound(_) | Self::UnknownPath { .. } | Self::MetricsOff => (404, "not_found"),
@@ -93,12 +93,6 @@ impl Problem {
         }
     }
 
-    /// `type` of the body, or `code` of OpenAI's.
-    pub fn kind(&self) -> &'static str {
-        self.status_and_kind(false).1
-    }
-
-    /// The body, in OpenAI's shape or this server's own.
     pub fn body(&self, is_openai: bool) -> ErrorBody<'_> {
         let (status, kind) = self.status_and_kind(is_openai);
         let param = match self {

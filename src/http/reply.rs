@@ -95,7 +95,6 @@ pub fn stream(
 }
 
 impl EventStream {
-    /// Writes what has arrived for a choice.
     fn drain(&mut self, choice: usize, cx: &mut Context<'_>, out: &mut BytesMut) {
         while let Some(Some(answer)) = self.choices.get_mut(choice) {
             let Poll::Ready(event) = answer.poll_next(cx) else { return };

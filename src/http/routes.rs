@@ -9,8 +9,7 @@ use std::sync::{Arc, LazyLock};
 
 use hyper::Request;
 use hyper::body::Incoming;
-use utoipa::openapi::Paths;
-use utoipa::openapi::path::HttpMethod;
+use utoipa::openapi::path::{HttpMethod, Operation};
 
 use super::app::{App, RequestContext};
 use super::auth::Access;
@@ -23,7 +22,6 @@ use super::problem::Problem;
 use super::reply::{self, Reply};
 use crate::telemetry::ChoiceRecords;
 
-/// All of them.
 pub static ROUTES: LazyLock<Vec<Route>> = LazyLock::new(|| {
     vec![
         route(information::__path_information, Access::Key, information),
@@ -43,7 +41,6 @@ pub static ROUTES: LazyLock<Vec<Route>> = LazyLock::new(|| {
     ]
 });
 
-/// A path, and what it does.
 pub struct Route {
     /// The path; `{...}` at its end is for any text.
     pub path: String,
@@ -51,8 +48,8 @@ pub struct Route {
     allow: &'static str,
     pub access: Access,
     handler: Handler,
-    /// Adds it to a document.
-    pub document: fn(&mut Paths),
+    /// Its methods and their documentation.
+    pub operation: fn() -> (Vec<HttpMethod>, Operation),
 }
 
 type Handler = Box<dyn Fn(RequestContext, Request<Incoming>) -> Answering + Send + Sync>;
@@ -72,7 +69,7 @@ where
         allow: if P::methods() == [HttpMethod::Get] { "GET, HEAD" } else { "POST" },
         access,
         handler: Box::new(move |cx, request| Box::pin(handler(cx, request))),
-        document: |paths| paths.add_path_operation(P::path(), P::methods(), P::operation()),
+        operation: || (P::methods(), P::operation()),
     }
 }
 
@@ -107,7 +104,7 @@ pub async fn dispatch(
     let is_openai = request.uri().path().starts_with("/v1"); // its clients expect OpenAI's errors
     let handled = async {
         let access = match route {
-            _ if page::is_wanted(&request) => Access::Open,
+            _ if page::find(&request).is_some() => Access::Open,
             Some(route) => route.access,
             None => Access::Key, // a later version may have the path
         };
@@ -125,7 +122,7 @@ pub async fn dispatch(
         (route.handler)(cx, request).await
     };
     let reply = handled.await.unwrap_or_else(|problem| {
-        app.metrics.count_refusal(problem.kind());
+        app.metrics.count_refusal(problem.status_and_kind(false).1);
         reply::error(&problem, is_openai)
     });
     // An unknown path must not become a label.

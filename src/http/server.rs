@@ -17,7 +17,6 @@ use tokio_io_timeout::TimeoutStream;
 use super::access::log_access;
 use super::app::App;
 
-/// Most headers of a request.
 const MAX_HEADERS: usize = 100;
 
 /// Accepts connections until `end` completes, then lets open ones finish their current answer for

@@ -13,7 +13,6 @@ use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::server::TlsStream;
 
-/// What a handshake needs.
 #[derive(Clone, Debug)]
 pub struct Tls(Arc<ServerConfig>);
 
@@ -45,7 +44,6 @@ impl Tls {
         Ok(Self(Arc::new(config)))
     }
 
-    /// Shakes hands, for at most `timeout`.
     pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         &self,
         stream: S,

@@ -10,6 +10,7 @@ use utoipa::ToSchema;
 use crate::llama::Token;
 use crate::request::{
     Completion, FinishReason, Logprobs, Piece, Source, SpeculationUsage, Timings, TokenReport,
+    Usage,
 };
 
 /// A token's bytes; of a control token its name's.
@@ -94,20 +95,15 @@ pub struct GenerateAnswer<'a> {
 }
 
 impl<'a> GenerateAnswer<'a> {
-    /// `piece` is all of the text, or the rest of a stream's.
     pub fn new(done: &'a Completion, piece: &'a Piece, detokenize: Option<&Detokenize>) -> Self {
-        let usage = done.usage;
+        let Usage { prompt_tokens, cached_tokens, completion_tokens } = done.usage;
+        let total_tokens = prompt_tokens + completion_tokens;
         let (finish_reason, stop_reason) = finish(done);
         Self {
             generated_text: &piece.text,
             finish_reason,
             stop_reason,
-            usage: GenerateUsage {
-                prompt_tokens: usage.prompt_tokens,
-                cached_tokens: usage.cached_tokens,
-                completion_tokens: usage.completion_tokens,
-                total_tokens: usage.prompt_tokens + usage.completion_tokens,
-            },
+            usage: GenerateUsage { prompt_tokens, cached_tokens, completion_tokens, total_tokens },
             timings: done.timings,
             speculation: done.into(),
             tokens: detokenize.map(|text| details(&piece.tokens, text)),

@@ -128,13 +128,10 @@ pub(super) use request_body;
 #[serde(try_from = "OneOrMany")]
 pub struct Texts<const MIN: usize, const MAX: usize, const BYTES: usize>(pub Vec<String>);
 
-/// Stop strings: each is looked for after every token.
 pub type Stops = Texts<0, 16, 1024>;
 
-/// Most answers to one request.
 pub const MAX_CHOICES: usize = 16;
 
-/// Prompts; whether they fit into the context, the engine knows.
 pub type PromptList = Texts<1, MAX_CHOICES, { usize::MAX }>;
 
 #[derive(Deserialize)]
@@ -183,7 +180,6 @@ impl<const MIN: usize, const MAX: usize, const BYTES: usize> PartialSchema
     }
 }
 
-/// A schema that no type has.
 fn schema_of(json: Value) -> RefOr<Schema> {
     RefOr::T(serde_json::from_value(json).expect("a schema that tests read"))
 }
@@ -193,7 +189,6 @@ fn schema_of(json: Value) -> RefOr<Schema> {
 #[serde(try_from = "BTreeMap<String, f32>")]
 pub struct LogitBias(pub Vec<(Token, f32)>);
 
-/// Most tokens with a bias, and the largest one.
 const MAX_BIASES: usize = 1024;
 const MAX_BIAS: f32 = 100.0;
 
@@ -219,15 +214,12 @@ impl PartialSchema for LogitBias {
     fn schema() -> RefOr<Schema> {
         schema_of(json!({
             "description": "Added to the logits of single tokens, by token id",
-            "oneOf": [
-                {
-                    "type": "object",
-                    "propertyNames": { "type": "string", "pattern": "^[0-9]{1,9}$" },
-                    "additionalProperties": { "type": "number", "minimum": -MAX_BIAS, "maximum": MAX_BIAS },
-                    "maxProperties": MAX_BIASES,
-                },
-                { "type": "null" },
-            ],
+            "oneOf": [{
+                "type": "object",
+                "propertyNames": { "type": "string", "pattern": "^[0-9]{1,9}$" },
+                "additionalProperties": { "type": "number", "minimum": -MAX_BIAS, "maximum": MAX_BIAS },
+                "maxProperties": MAX_BIASES,
+            }, { "type": "null" }],
             "examples": [{ "5": -100 }],
         }))
     }

@@ -50,10 +50,7 @@ request_body! {
 }
 
 impl GenerateRequest {
-    /// The request to the engine; `random_seed` is for one without a seed.
-    ///
-    /// # Errors
-    /// Two fields exclude each other.
+    /// The request to the engine, unless fields exclude each other. `random_seed` is the default seed.
     pub fn into_request(mut self, random_seed: u64) -> Result<Request, Invalid> {
         let prompt = std::mem::take(&mut self.prompt);
         let (max_tokens, window) = (self.max_tokens, self.repeat_last_n);
@@ -62,7 +59,7 @@ impl GenerateRequest {
     }
 }
 
-/// Writes an answer of `/generate`, whole or in pieces; with a [`Detokenize`], tokens' details too.
+/// Writes an answer of `/generate`, whole or in pieces; with a `Detokenize`, tokens' details too.
 pub struct Pieces(pub Option<Detokenize>);
 
 impl Dialect for Pieces {

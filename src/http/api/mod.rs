@@ -14,7 +14,7 @@ use std::borrow::Cow;
 use std::marker::PhantomData;
 
 use serde::de::DeserializeOwned;
-use serde_json::{Number, Value};
+use serde_json::{Number, Value, json};
 use utoipa::openapi::schema::{Schema, SchemaFormat, SchemaType, Type};
 use utoipa::openapi::{Object, RefOr};
 use utoipa::{Number as Bound, ToSchema};
@@ -27,12 +27,10 @@ use openai::{ChatRequest, CompletionRequest};
 const MAX_SAFE: f64 = ((1u64 << 53) - 1) as f64;
 
 /// What reads each body.
+#[allow(missing_docs)] // their types say it
 pub struct Readers {
-    /// Reads `/generate`'s.
     pub generate: Reader<GenerateRequest>,
-    /// Reads `/v1/completions`'.
     pub completion: Reader<CompletionRequest>,
-    /// Reads `/v1/chat/completions`'.
     pub chat: Reader<ChatRequest>,
 }
 
@@ -77,11 +75,8 @@ impl<B: DeserializeOwned + ToSchema> Reader<B> {
         Self { schema, body: PhantomData }
     }
 
-    /// Reads a body. Null counts as absent, 128.0 as a whole number.
-    ///
-    /// # Errors
-    /// [`Invalid`] names the first field that is unknown, missing, of the wrong type or out of
-    /// range.
+    /// Reads a body. Null counts as absent, 128.0 as an integer. The error names the first field
+    /// that is unknown, missing, of the wrong type or out of range.
     pub fn read(&self, body: Value) -> Result<B, Invalid> {
         let Value::Object(mut body) = body else {
             return Err(Invalid { param: None, message: "the body must be a JSON object".into() });
@@ -130,8 +125,9 @@ fn check(field: &Schema, value: &mut Value) -> Result<(), String> {
     match (field, value) {
         (Schema::Object(field), Value::Number(number)) => {
             let n = number.as_f64().unwrap_or(f64::NAN);
-            let min = field.minimum.as_ref().map_or(f64::MIN, bound);
-            let max = field.maximum.as_ref().map_or(f64::MAX, bound);
+            let bound = |n: &Option<Bound>| json!(n).as_f64();
+            let min = bound(&field.minimum).unwrap_or(f64::MIN);
+            let max = bound(&field.maximum).unwrap_or(f64::MAX);
             if !(min..=max).contains(&n) {
                 let end = if max < f64::MAX { format!(" to {max}") } else { String::new() };
                 return Err(format!("a number from {min}{end}"));
@@ -162,12 +158,4 @@ fn check(field: &Schema, value: &mut Value) -> Result<(), String> {
         _ => {}
     }
     Ok(())
-}
-
-fn bound(bound: &Bound) -> f64 {
-    match *bound {
-        Bound::Int(n) => n as f64,
-        Bound::UInt(n) => n as f64,
-        Bound::Float(n) => n,
-    }
 }

@@ -168,10 +168,8 @@ openai_body! {
 }
 
 impl CompletionRequest {
-    /// The requests to the engine; `random_seed` is for a body without a seed.
-    ///
-    /// # Errors
-    /// Fields exclude each other, or one is not supported.
+    /// The requests to the engine, unless fields exclude each other or one is not supported.
+    /// `random_seed` is the default seed.
     pub fn into_choices(mut self, n_ctx: usize, random_seed: u64) -> Result<Choices, Invalid> {
         let prompts = std::mem::take(&mut self.prompt.0);
         let (max_tokens, n_top) = (self.max_tokens, self.logprobs);
@@ -202,10 +200,8 @@ openai_body! {
 }
 
 impl ChatRequest {
-    /// The requests to the engine; `template` makes a prompt of the messages.
-    ///
-    /// # Errors
-    /// As above, or the template refuses the messages.
+    /// The requests to the engine, unless fields exclude each other, one is not supported, or
+    /// `template`, which makes a prompt of the messages, refuses them.
     pub fn into_choices(
         self,
         n_ctx: usize,

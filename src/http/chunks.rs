@@ -80,8 +80,8 @@ impl Chunks {
             (Endpoint::Chat, false) => "chat.completion",
             (Endpoint::Chat, true) => "chat.completion.chunk",
         };
-        let Self { id, created, model, .. } = self;
-        OpenAiAnswer { id, object, created: *created, model, choices, usage }
+        let (id, model) = (&self.id, &self.model);
+        OpenAiAnswer { id, object, created: self.created, model, choices, usage }
     }
 
     /// A choice, or a part of one, without its text. Moves `offset` as [`TextLogprobs::new`] does.
@@ -115,15 +115,13 @@ impl Chunks {
     /// A prompt counts once for all choices that have it.
     fn usage(&self, by_choice: &[(usize, request::Usage)]) -> OpenAiUsage {
         let prompts = || by_choice.iter().filter(|(index, _)| index % self.n == 0);
-        let prompt_tokens = prompts().map(|(_, usage)| usage.prompt_tokens).sum();
+        let prompt_tokens: usize = prompts().map(|(_, usage)| usage.prompt_tokens).sum();
         let cached_tokens = prompts().map(|(_, usage)| usage.cached_tokens).sum();
-        let completion_tokens = by_choice.iter().map(|(_, usage)| usage.completion_tokens).sum();
-        OpenAiUsage {
-            prompt_tokens,
-            completion_tokens,
-            total_tokens: prompt_tokens + completion_tokens,
-            prompt_tokens_details: PromptTokensDetails { cached_tokens },
-        }
+        let completion_tokens: usize =
+            by_choice.iter().map(|(_, usage)| usage.completion_tokens).sum();
+        let total_tokens = prompt_tokens + completion_tokens;
+        let prompt_tokens_details = PromptTokensDetails { cached_tokens };
+        OpenAiUsage { prompt_tokens, completion_tokens, total_tokens, prompt_tokens_details }
     }
 
     /// Writes a part of a choice: of a chat `delta`, else the piece's text.
@@ -161,7 +159,7 @@ impl Dialect for Chunks {
                 Endpoint::Text => choice.text = Some(content),
                 Endpoint::Chat => {
                     choice.message =
-                        Some(AnswerMessage { role: "assistant", content, refusal: None });
+                        Some(AnswerMessage { role: "assistant", content, refusal: None })
                 }
             }
             choice
