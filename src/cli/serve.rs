@@ -15,7 +15,7 @@ use crate::config::Config;
 use crate::engine::{self, Layout, Stage};
 use crate::http::api::Readers;
 use crate::http::app::App;
-use crate::http::{openapi, server};
+use crate::http::{openapi, routes, server};
 use crate::metrics::Metrics;
 use crate::telemetry::Telemetry;
 
@@ -65,6 +65,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
         model_id,
         readers,
         openapi: document,
+        endpoints: routes::endpoints(),
         template: OnceLock::new(),
     });
 

@@ -33,6 +33,8 @@ pub struct App {
     pub model_id: String,
     pub readers: Readers,
     pub openapi: Bytes,
+    /// Method and path of each route, for `GET /`.
+    pub endpoints: Vec<String>,
     /// The model's chat template, read at the first chat; or why there is none.
     pub template: OnceLock<Result<Template, String>>,
 }

@@ -11,7 +11,6 @@ use super::app::{App, RequestContext};
 use super::page;
 use super::problem::Problem;
 use super::reply::{self, Reply};
-use super::routes;
 use crate::engine::{Handle, Layout, Stage};
 use crate::llama;
 
@@ -33,7 +32,7 @@ pub async fn information(cx: RequestContext, request: Request<Incoming>) -> Resu
         version: env!("CARGO_PKG_VERSION"),
         llama_cpp: llama::version(),
         backend: if llama::supports_gpu_offload() { "cuda" } else { "cpu" },
-        endpoints: routes::endpoints(),
+        endpoints: cx.app.endpoints.clone(),
         ..Information::default()
     };
     match &*cx.app.stage.borrow() {

@@ -231,9 +231,15 @@ impl PartialSchema for LogitBias {
 #[schema(example = json!({ "type": "json_schema", "json_schema": { "name": "answer", "schema": { "enum": ["yes", "no"] } } }))]
 pub enum ResponseFormat {
     /// Any text.
-    Text,
+    Text {
+        /// Checked and ignored.
+        json_schema: Option<NamedSchema>,
+    },
     /// Any JSON object.
-    JsonObject,
+    JsonObject {
+        /// Checked and ignored.
+        json_schema: Option<NamedSchema>,
+    },
     /// JSON that follows a schema.
     JsonSchema {
         /// The schema.
@@ -257,8 +263,8 @@ pub fn grammar(
     lark: Option<String>,
 ) -> Result<Option<GrammarSource>, Invalid> {
     let schema = match format {
-        None | Some(ResponseFormat::Text) => None,
-        Some(ResponseFormat::JsonObject) => Some(json!({ "type": "object" })),
+        None | Some(ResponseFormat::Text { .. }) => None,
+        Some(ResponseFormat::JsonObject { .. }) => Some(json!({ "type": "object" })),
         Some(ResponseFormat::JsonSchema { json_schema }) => Some(json_schema.schema.into()),
     };
     let lark = lark.filter(|lark| !lark.is_empty());
