@@ -200,7 +200,7 @@ mod tests {
                 for (end, beyond) in [("minimum", -1.0), ("maximum", 1.0)] {
                     let Some(at_end) = about[end].as_f64() else { continue };
                     // What else these ask of the body no range says.
-                    let is_free = !["n", "top_logprobs"].contains(&field.as_str());
+                    let is_free = !["n", "top_logprobs", "min_tokens"].contains(&field.as_str());
                     assert!(with(field, &about[end]).is_ok() || !is_free, "{at} {end}");
                     let error = with(field, &json!(at_end + beyond)).unwrap_err();
                     assert_eq!(error.param.as_deref(), Some(field.as_str()), "{at} {end}");

@@ -102,7 +102,9 @@ impl EventStream {
             match event {
                 Event::Piece(_) => {}
                 Event::Done(done) => {
-                    self.record.lock()[choice].done = Some((done.usage, done.timings));
+                    if let Some(record) = self.record.lock().get_mut(choice) {
+                        record.done = Some((done.usage, done.timings));
+                    }
                     self.choices[choice] = None;
                 }
                 Event::Failed { .. } => {
