@@ -56,8 +56,8 @@ impl Default for SamplingParams {
 /// [`Handle::submit`](crate::engine::Handle::submit) does.
 #[derive(Clone, Debug)]
 pub struct Request {
-    /// The text to continue; it may name control tokens.
-    pub prompt: String,
+    /// What to continue.
+    pub prompt: Prompt,
     /// Most tokens to generate; at least 1. The context's end may come first.
     pub max_tokens: usize,
     /// How to choose tokens.
@@ -86,7 +86,7 @@ pub struct Request {
 
 impl Request {
     /// With nothing asked for but an answer of at most `max_tokens` tokens.
-    pub fn new(prompt: impl Into<String>, max_tokens: usize) -> Self {
+    pub fn new(prompt: impl Into<Prompt>, max_tokens: usize) -> Self {
         Self {
             prompt: prompt.into(),
             max_tokens,
@@ -102,6 +102,37 @@ impl Request {
             report: None,
             timeout: None,
         }
+    }
+}
+
+/// What to continue.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Prompt {
+    /// A text. Parts meet at control tokens, so that each can be tokenised alone.
+    Text(Vec<Part>),
+    /// Tokens, taken as they are.
+    Tokens(Vec<Token>),
+}
+
+/// A part of a prompt's text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Its text.
+    pub text: String,
+    /// Names of control tokens in it become those tokens; otherwise they are text.
+    pub special: bool,
+}
+
+/// A text whose names of control tokens become those tokens.
+impl From<String> for Prompt {
+    fn from(text: String) -> Self {
+        Self::Text(vec![Part { text, special: true }])
+    }
+}
+
+impl From<&str> for Prompt {
+    fn from(text: &str) -> Self {
+        text.to_owned().into()
     }
 }
 

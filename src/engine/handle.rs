@@ -13,7 +13,7 @@ use super::stats::Stats;
 use super::{Job, Limits};
 use crate::error::{Invalid, incident_id};
 use crate::llama::{Model, Token};
-use crate::request::{Caller, Completion, Event, Piece, Request};
+use crate::request::{Caller, Completion, Event, Piece, Prompt, Request};
 
 /// Why a request was not accepted.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -165,6 +165,33 @@ impl Handle {
         })
     }
 
+    /// The tokens of a prompt. Only a text's first part gets the token that begins a text.
+    ///
+    /// # Errors
+    /// [`Invalid`] for a token that is not in the vocabulary, or a text that is too long.
+    pub fn tokenize(&self, prompt: &Prompt) -> Result<Vec<Token>, Invalid> {
+        let parts = match prompt {
+            Prompt::Tokens(tokens) => {
+                return match tokens.iter().find(|&&token| !self.model.contains(token)) {
+                    None => Ok(tokens.clone()),
+                    Some(Token(bad)) => {
+                        let n_vocab = self.model.n_vocab();
+                        let message =
+                            format!("prompt has token {bad}, but the vocabulary has {n_vocab}");
+                        Err(Invalid::new("prompt", message))
+                    }
+                };
+            }
+            Prompt::Text(parts) => parts,
+        };
+        let mut tokens = Vec::new();
+        for (i, part) in parts.iter().enumerate() {
+            let of_part = self.model.tokenize_part(&part.text, i == 0, part.special);
+            tokens.extend(of_part.map_err(|e| Invalid::new("prompt", e.to_string()))?);
+        }
+        Ok(tokens)
+    }
+
     /// Tokenises the prompt and checks what only the model can tell.
     fn check(&self, request: &Request) -> Result<Vec<Token>, Invalid> {
         let biased = request.sampling.logit_bias.iter().map(|(token, _)| ("logit_bias", *token));
@@ -175,8 +202,7 @@ impl Handle {
             let message = format!("{field} names token {bad}, but the vocabulary has {n_vocab}");
             return Err(Invalid::new(field, message));
         }
-        let prompt = self.model.tokenize(&request.prompt, true);
-        let prompt = prompt.map_err(|e| Invalid::new("prompt", e.to_string()))?;
+        let prompt = self.tokenize(&request.prompt)?;
         if prompt.is_empty() {
             return Err(Invalid::new("prompt", "prompt is empty: it must have at least one token"));
         }

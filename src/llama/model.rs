@@ -222,8 +222,21 @@ impl Model {
     /// become those tokens. The beginning-of-sequence token is added where the model asks for it.
     ///
     /// # Errors
-    /// [`LlamaError::Tokenize`] for text over 2 GiB or with more tokens than that.
+    /// As [`tokenize_part`](Self::tokenize_part).
     pub fn tokenize(&self, input: &str, special: bool) -> Result<Vec<Token>, LlamaError> {
+        self.tokenize_part(input, true, special)
+    }
+
+    /// Splits a part of a text into tokens, the first part if it `begins` the text.
+    ///
+    /// # Errors
+    /// [`LlamaError::Tokenize`] for text over 2 GiB or with more tokens than that.
+    pub fn tokenize_part(
+        &self,
+        input: &str,
+        begins: bool,
+        special: bool,
+    ) -> Result<Vec<Token>, LlamaError> {
         let error = LlamaError::Tokenize { bytes: input.len() };
         let Ok(len) = i32::try_from(input.len()) else { return Err(error) };
         let mut ids: Vec<sys::token> = Vec::with_capacity(input.len() / 3 + 8);
@@ -238,7 +251,7 @@ impl Model {
                     len,
                     ids.as_mut_ptr(),
                     room,
-                    true,
+                    begins,
                     special,
                 )
             }

@@ -80,7 +80,7 @@ macro_rules! request_body {
             /// A request to the engine; `n_top` as in [`Report`].
             fn request(
                 self,
-                prompt: String,
+                prompt: Prompt,
                 max_tokens: usize,
                 repeat_last_n: usize,
                 seed: u64,

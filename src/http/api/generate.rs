@@ -12,7 +12,7 @@ use crate::engine::Failed;
 use crate::error::Invalid;
 use crate::http::problem::Problem;
 use crate::http::reply::{self, Dialect, Reply, event};
-use crate::request::{Completion, Event, Piece, Report, Request, SamplingParams, Speculation};
+use crate::request::{Completion, Event, Piece, Prompt, Report, Request, SamplingParams, Speculation};
 
 request_body! {
     /// A prompt to continue, and how.
@@ -55,7 +55,7 @@ impl GenerateRequest {
         let prompt = std::mem::take(&mut self.prompt);
         let (max_tokens, window) = (self.max_tokens, self.repeat_last_n);
         let (seed, n_top) = (self.seed.unwrap_or(random_seed), self.logprobs);
-        self.request(prompt, max_tokens, window, seed, n_top)
+        self.request(prompt.into(), max_tokens, window, seed, n_top)
     }
 }
 

@@ -16,7 +16,7 @@ use super::fields::{
 };
 use crate::chat::Template;
 use crate::error::Invalid;
-use crate::request::{Report, Request, SamplingParams, Speculation};
+use crate::request::{Prompt, Report, Request, SamplingParams, Speculation};
 
 /// What a body asks for.
 #[derive(Debug)]
@@ -113,7 +113,7 @@ macro_rules! openai_body {
             /// `n` requests for each prompt.
             fn choices(
                 self,
-                prompts: &[String],
+                prompts: &[Prompt],
                 max_tokens: usize,
                 n_top: Option<usize>,
                 n_ctx: usize,
@@ -137,8 +137,8 @@ macro_rules! openai_body {
                 let seed = self.seed.as_ref().map_or(Ok(random_seed), seed)?;
                 // OpenAI's penalties look at the whole text.
                 let window = self.repeat_last_n.unwrap_or(n_ctx);
-                let of_all = self.request(String::new(), max_tokens, window, seed, n_top)?;
-                let request = |prompt: &String, i: usize| {
+                let of_all = self.request("".into(), max_tokens, window, seed, n_top)?;
+                let request = |prompt: &Prompt, i: usize| {
                     let mut request = Request { prompt: prompt.clone(), ..of_all.clone() };
                     request.sampling.seed = seed.wrapping_add(i as u64);
                     request
@@ -172,6 +172,7 @@ impl CompletionRequest {
     /// `random_seed` is the default seed.
     pub fn into_choices(mut self, n_ctx: usize, random_seed: u64) -> Result<Choices, Invalid> {
         let prompts = std::mem::take(&mut self.prompt.0);
+        let prompts: Vec<Prompt> = prompts.into_iter().map(Prompt::from).collect();
         let (max_tokens, n_top) = (self.max_tokens, self.logprobs);
         self.choices(&prompts, max_tokens, n_top, n_ctx, random_seed)
     }
@@ -219,7 +220,7 @@ impl ChatRequest {
         let template = template.as_ref().map_err(|why| Invalid::new("messages", why.as_str()))?;
         let prompt = template.render(&json!(self.messages))?;
         let max_tokens = self.max_completion_tokens.or(self.max_tokens).unwrap_or(n_ctx);
-        self.choices(&[prompt], max_tokens, n_top, n_ctx, random_seed)
+        self.choices(&[prompt.into()], max_tokens, n_top, n_ctx, random_seed)
     }
 }
 
@@ -324,9 +325,10 @@ mod tests {
     #[test]
     fn choices_have_seeds_of_their_own_and_prompts_their_order() {
         let choices = read_text(json!({ "prompt": ["a", "b"], "n": 2, "seed": -1 })).unwrap();
-        let of: Vec<(&str, u64)> =
-            choices.requests.iter().map(|r| (r.prompt.as_str(), r.sampling.seed)).collect();
-        assert_eq!(of, [("a", u64::MAX), ("a", 0), ("b", u64::MAX), ("b", 0)]);
+        let of: Vec<(Prompt, u64)> =
+            choices.requests.into_iter().map(|r| (r.prompt, r.sampling.seed)).collect();
+        let expected = [("a", u64::MAX), ("a", 0), ("b", u64::MAX), ("b", 0)];
+        assert_eq!(of, expected.map(|(prompt, seed)| (prompt.into(), seed)));
     }
 
     #[test]
