@@ -27,7 +27,7 @@ def main():
     a = ap.parse_args()
 
     def text(seed, mode):
-        body = {"prompt": a.prompt, "max_tokens": a.n, "temperature": a.temperature, "seed": seed, "cache_prompt": False}
+        body = {"prompt": a.prompt, "raw": True, "max_tokens": a.n, "temperature": a.temperature, "seed": seed, "cache_prompt": False}
         request = urllib.request.Request(f"{url}/generate", json.dumps({**body, "speculation": mode}).encode())
         return json.load(urllib.request.urlopen(request))["generated_text"]
 

@@ -33,7 +33,7 @@ def run(url, n_streams, n_prompt, seed):
     for t in threads: t.start()
     while min(map(len, times)) < 40 and all(t.is_alive() for t in threads): time.sleep(0.05)
     joined = time.perf_counter()
-    with post(url, {"prompt": f"{seed} " + "word " * (n_prompt - 4), "max_tokens": 1, "temperature": 0}) as answer:
+    with post(url, {"prompt": f"{seed} " + "word " * (n_prompt - 4), "raw": True, "max_tokens": 1, "temperature": 0}) as answer:
         usage = json.load(answer)["usage"]
     read = time.perf_counter()
     time.sleep(0.5)

@@ -4,9 +4,11 @@
 use minijinja::value::Kwargs;
 use minijinja::{Environment, Error, ErrorKind, Value, context};
 use minijinja_contrib::pycompat::unknown_method_callback;
+use serde_json::json;
 
 use crate::error::Invalid;
 use crate::llama::Model;
+use crate::request::Prompt;
 
 /// Instructions per rendering: a template that runs longer is an error.
 const FUEL: u64 = 10_000_000;
@@ -21,6 +23,8 @@ pub struct Template {
     eos: String,
     /// The tokenizer adds `bos`, so the prompt must not begin with it.
     adds_bos: bool,
+    /// Names of the control tokens that it writes around a message.
+    marks: Vec<String>,
 }
 
 impl Template {
@@ -32,7 +36,11 @@ impl Template {
         let source = model.chat_template().ok_or(
             "the model has no chat template (tokenizer.chat_template in its GGUF file); send a whole prompt to /v1/completions",
         )?;
-        Self::new(source, model.bos_text(), model.eos_text(), model.adds_bos())
+        let mut template = Self::new(source, model.bos_text(), model.eos_text(), model.adds_bos())?;
+        let turn = template.render(&json!([{ "role": "user", "content": "" }])).unwrap_or_default();
+        template.marks = model.control_names();
+        template.marks.retain(|name| turn.contains(name));
+        Ok(template)
     }
 
     /// Compiles a template, given the texts of the tokens that begin and end a text.
@@ -55,7 +63,7 @@ impl Template {
         environment
             .add_template_owned(NAME, source)
             .map_err(|error| format!("the model's chat template cannot be read: {error}"))?;
-        Ok(Self { environment, bos, eos, adds_bos })
+        Ok(Self { environment, bos, eos, adds_bos, marks: Vec::new() })
     }
 
     /// The prompt for an assistant's answer to `messages`, a list of objects with `role` and
@@ -85,6 +93,39 @@ impl Template {
     }
 }
 
+/// What a model continues to answer `prompt`: a user's message, after the `system` message if there is
+/// one, as `template` renders them. A prompt is continued as it is if `raw`, if the model has no
+/// template, or if the prompt holds control tokens as the template writes them.
+///
+/// # Errors
+/// [`Invalid`] if the template refuses the messages, or if there is a `system` message where the
+/// prompt is continued as it is.
+pub fn turn(
+    template: &Result<Template, String>,
+    prompt: String,
+    system: Option<&str>,
+    raw: bool,
+) -> Result<Prompt, Invalid> {
+    let rendering = template.as_ref().ok().filter(|template| {
+        !raw && !template.marks.iter().any(|mark| prompt.contains(mark.as_str()))
+    });
+    let system = system.map(|content| json!({ "role": "system", "content": content }));
+    let Some(template) = rendering else {
+        let why = match template {
+            _ if system.is_none() => return Ok(prompt.into()),
+            Err(why) => why,
+            Ok(_) if raw => "a raw prompt is continued as it is",
+            Ok(_) => {
+                "the prompt holds the chat template's control tokens and is continued as it is"
+            }
+        };
+        return Err(Invalid::new("system", format!("system cannot be used: {why}")));
+    };
+    let user = json!({ "role": "user", "content": prompt });
+    let messages = system.into_iter().chain([user]).collect();
+    Ok(template.render(&serde_json::Value::Array(messages))?.into())
+}
+
 /// JSON with `indent` spaces of indentation, if given. Unlike minijinja's own filter it does not
 /// escape for HTML.
 fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
@@ -106,7 +147,6 @@ fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     fn render(source: &str, messages: &serde_json::Value) -> Result<String, String> {
         let template = Template::new(source.into(), "<s>".into(), "</s>".into(), true)?;
@@ -120,6 +160,28 @@ mod tests {
         let messages = json!([{ "role": "user", "content": " hi " }]);
         assert_eq!(render(source, &messages).unwrap(), "[U]hi[A]", "the tokenizer adds <s>");
         assert_eq!(render("{{ messages[0].content | tojson }}", &messages).unwrap(), r#"" hi ""#);
+    }
+
+    #[test]
+    fn a_prompt_is_a_users_message_unless_it_is_a_whole_turn() {
+        let source = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}";
+        let mut template = Template::new(source.into(), String::new(), String::new(), false);
+        template.as_mut().unwrap().marks = vec!["<|end|>".into()];
+        let prompt = |text: &str, system, raw| turn(&template, text.into(), system, raw);
+        assert_eq!(prompt("hi", None, false).unwrap(), "<|user|>hi<|end|>".into());
+        let both = "<|system|>be brief<|end|><|user|>hi<|end|>";
+        assert_eq!(prompt("hi", Some("be brief"), false).unwrap(), both.into());
+        assert_eq!(prompt("hi", None, true).unwrap(), "hi".into());
+        let whole = "<|user|>hi<|end|><|assistant|>";
+        assert_eq!(prompt(whole, None, false).unwrap(), whole.into());
+        for (text, raw) in [(whole, false), ("hi", true)] {
+            let error = prompt(text, Some("be brief"), raw).unwrap_err();
+            assert_eq!(error.param.as_deref(), Some("system"));
+        }
+        let none = Err("no template".to_owned());
+        assert_eq!(turn(&none, "hi".into(), None, false).unwrap(), "hi".into());
+        let error = turn(&none, "hi".into(), Some("be brief"), false).unwrap_err();
+        assert!(error.message.ends_with("no template"), "{error}");
     }
 
     #[test]

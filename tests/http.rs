@@ -85,7 +85,7 @@ fn a_stream_gives_the_same_text_in_pieces_and_ends_with_usage() {
     let server = server();
     let ask = |stream: bool| {
         server.generate(
-            &json!({ "prompt": "Count: one, two,", "max_tokens": 24, "seed": 5, "stream": stream }),
+            &json!({ "prompt": "Count: one, two,", "raw": true, "max_tokens": 24, "seed": 5, "stream": stream }),
         )
     };
     let (whole, streamed) = (ask(false), ask(true));
@@ -103,7 +103,7 @@ fn a_stream_gives_the_same_text_in_pieces_and_ends_with_usage() {
 #[test]
 fn a_stop_string_ends_the_text_before_it() {
     let server = server();
-    let body = |stop: Value| json!({ "prompt": "1 2 3 4 5 6 7", "max_tokens": 40, "temperature": 0, "stop": stop });
+    let body = |stop: Value| json!({ "prompt": "1 2 3 4 5 6 7", "raw": true, "max_tokens": 40, "temperature": 0, "stop": stop });
     let free = server.generate(&body(json!(null))).json();
     let text = free["generated_text"].as_str().unwrap();
     // From the middle of one token into another.
@@ -121,7 +121,8 @@ fn a_stop_string_ends_the_text_before_it() {
 fn stop_tokens_end_an_answer_and_min_tokens_keep_it_going() {
     let server = server();
     let ask = |more: Value| {
-        let mut body = json!({ "prompt": "1 2 3 4 5 6 7", "max_tokens": 40, "temperature": 0 });
+        let mut body =
+            json!({ "prompt": "1 2 3 4 5 6 7", "raw": true, "max_tokens": 40, "temperature": 0 });
         body["details"] = true.into();
         body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         server.generate(&body).json()
@@ -162,12 +163,12 @@ fn the_context_ends_an_answer_and_a_longer_prompt_is_refused() {
     let server = server();
     let words = |n: usize| "word ".repeat(n);
     let body = server.generate(
-        &json!({ "prompt": words(500), "max_tokens": 512, "temperature": 0, "ignore_eos": true }),
+        &json!({ "prompt": words(500), "raw": true, "max_tokens": 512, "temperature": 0, "ignore_eos": true }),
     );
     let body = body.json();
     assert_eq!(body["finish_reason"], "length");
     assert_eq!(body["usage"]["total_tokens"], 512);
-    let refused = server.generate(&json!({ "prompt": words(600) }));
+    let refused = server.generate(&json!({ "prompt": words(600), "raw": true }));
     assert_eq!(refused.status, 422);
     let error = &refused.json()["error"];
     assert_eq!((&error["type"], &error["param"]), (&json!("invalid_request"), &json!("prompt")));
@@ -341,7 +342,7 @@ fn browsers_get_a_page_and_programs_json() {
 #[test]
 fn characters_of_several_tokens_arrive_whole() {
     let server = server();
-    let body = json!({ "prompt": "Emoji list: 😀 😃 😄 😁 😆 😅", "max_tokens": 48, "temperature": 0, "stream": true });
+    let body = json!({ "prompt": "Emoji list: 😀 😃 😄 😁 😆 😅", "raw": true, "max_tokens": 48, "temperature": 0, "stream": true });
     let answer = server.generate(&body);
     let text = answer.streamed_text();
     assert!(text.chars().any(|c| c as u32 > 0xFFFF), "the model continues with emoji: {text}");

@@ -13,7 +13,7 @@ fn server() -> Arc<Server> {
 }
 
 fn generate(server: &Server, more: &Value) -> Value {
-    let mut body = json!({ "prompt": "One, two, three,", "max_tokens": 40, "temperature": 0, "ignore_eos": true });
+    let mut body = json!({ "prompt": "One, two, three,", "raw": true, "max_tokens": 40, "temperature": 0, "ignore_eos": true });
     body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
     let answer = server.generate(&body);
     assert_eq!(answer.status, 200, "{}", answer.text());
@@ -39,7 +39,7 @@ fn details_name_each_token_its_step_and_who_drafted_it() {
     assert!(tokens.iter().all(|t| t["rows"].as_u64().unwrap() >= 1 && t.get("logprob").is_none()));
     assert!(generate(&server, &json!({})).get("tokens").is_none(), "not requested");
 
-    let body = json!({ "prompt": "One, two, three,", "max_tokens": 40, "temperature": 0, "ignore_eos": true, "stream": true, "details": true });
+    let body = json!({ "prompt": "One, two, three,", "raw": true, "max_tokens": 40, "temperature": 0, "ignore_eos": true, "stream": true, "details": true });
     let events = server.generate(&body).events();
     let streamed = events
         .iter()

@@ -173,7 +173,7 @@ fn greedy_text_is_llama_cpps_own() {
             for (prompt, text) in prompts.iter().zip(&texts) {
                 let server = &server;
                 scope.spawn(move || {
-                    let body = json!({ "prompt": prompt, "max_tokens": 48, "temperature": 0 });
+                    let body = json!({ "prompt": prompt, "raw": true, "max_tokens": 48, "temperature": 0 });
                     let ours = server.generate(&body).json()["generated_text"]
                         .as_str()
                         .unwrap()
@@ -184,7 +184,7 @@ fn greedy_text_is_llama_cpps_own() {
         });
         assert_eq!(server.get("/").json()["drafting_on"], "cpu");
         assert_eq!(server.get("/").json()["heads"], if layout[0] == "--heads" { 3 } else { 0 });
-        let off = json!({ "prompt": prompts[6], "max_tokens": 8, "temperature": 0, "speculation": "off" });
+        let off = json!({ "prompt": prompts[6], "raw": true, "max_tokens": 8, "temperature": 0, "speculation": "off" });
         assert_eq!(server.generate(&off).json()["speculation"]["drafted"], 0);
     }
     // A server drafts where that pays; here rows are said to cost nothing, so trees of all sizes

@@ -35,8 +35,8 @@ def prompts(path, how_many):
 def body_of(kind, prompt, max_tokens, extra):
     """Greedy, streamed, from no cached prompt."""
     body = {"prompt": prompt, "temperature": 0, "stream": True, "cache_prompt": False}
-    body["n_predict" if kind == "llama" else "max_tokens"] = max_tokens
-    return body | extra
+    ours = {"max_tokens": max_tokens, "raw": True}
+    return body | ({"n_predict": max_tokens} if kind == "llama" else ours) | extra
 
 
 def ask(kind, url, prompt, category, max_tokens, extra=None, stopped=lambda: False):

@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use anyhow::{anyhow, ensure};
 
 use super::shared::show_loading;
+use crate::chat::{self, Template};
 use crate::config::GenerateArgs;
 use crate::engine;
 use crate::engine::Failed;
@@ -13,7 +14,7 @@ use crate::request::{Caller, Event, Request, SamplingParams};
 
 /// Generates and prints; a line of figures goes to standard error.
 pub(super) fn generate(args: &GenerateArgs) -> anyhow::Result<()> {
-    let request = request(args)?;
+    let (prompt, request) = (prompt(args)?, request(args)?);
     let params = args.model.engine(1)?;
     let params = EngineParams { drafts: args.drafts.params(&args.model), ..params };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -21,6 +22,9 @@ pub(super) fn generate(args: &GenerateArgs) -> anyhow::Result<()> {
     let done = runtime.block_on(async {
         show_loading(engine.stage()).await;
         let handle = engine.ready().await.map_err(|e| anyhow!(e))?;
+        let prompt =
+            chat::turn(&Template::of(&handle.model), prompt, args.system.as_deref(), args.raw)?;
+        let request = Request { prompt, ..request };
         let mut answer = handle.submit(request, Caller::default()).await?;
         let mut out = std::io::stdout().lock();
         loop {
@@ -51,14 +55,19 @@ pub(super) fn generate(args: &GenerateArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
+fn prompt(args: &GenerateArgs) -> anyhow::Result<String> {
+    if args.prompt != "-" {
+        return Ok(args.prompt.clone());
+    }
+    let mut prompt = String::new();
+    std::io::stdin().read_to_string(&mut prompt)?;
+    Ok(prompt)
+}
+
+/// All but the prompt.
 fn request(args: &GenerateArgs) -> anyhow::Result<Request> {
     let (n, n_ctx) = (args.max_tokens, args.model.context_size);
     ensure!(n <= n_ctx, "--max-tokens is {n}, but the context has {n_ctx} tokens");
-    let mut prompt = args.prompt.clone();
-    if prompt == "-" {
-        prompt.clear();
-        std::io::stdin().read_to_string(&mut prompt)?;
-    }
     let sampling = SamplingParams {
         temperature: args.temperature,
         top_p: args.top_p,
@@ -68,5 +77,5 @@ fn request(args: &GenerateArgs) -> anyhow::Result<Request> {
         ..SamplingParams::default()
     };
     let stop = args.stop.clone();
-    Ok(Request { sampling, stop, ..Request::new(prompt, args.max_tokens) })
+    Ok(Request { sampling, stop, ..Request::new("", args.max_tokens) })
 }

@@ -46,9 +46,15 @@ pub struct GenerateArgs {
     pub(crate) model: ModelArgs,
     #[command(flatten)]
     pub(crate) drafts: DraftArgs,
-    /// Text to continue; `-` reads standard input
+    /// User's message to answer, or the model's own format of a chat; `-` reads standard input
     #[arg(short = 'p', long)]
     pub prompt: String,
+    /// System message before the prompt
+    #[arg(long)]
+    pub system: Option<String>,
+    /// Continue the prompt as it is, without the model's chat template
+    #[arg(long)]
+    pub raw: bool,
     /// Maximum tokens to generate
     #[arg(short = 'n', long, default_value_t = 128, value_parser = between(1, 1 << 20))]
     pub max_tokens: usize,

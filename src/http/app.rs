@@ -67,6 +67,11 @@ impl App {
         }
     }
 
+    /// The model's chat template; or why there is none.
+    pub fn template(&self, handle: &Handle) -> &Result<Template, String> {
+        self.template.get_or_init(|| Template::of(&handle.model))
+    }
+
     pub fn status(&self) -> HealthStatus {
         let limit = self.limits.stall_timeout;
         let is_stalled = |handle: &Handle| limit.is_some() && handle.stats.pass_elapsed() > limit;

@@ -15,7 +15,6 @@ use super::app::{App, RequestContext};
 use super::chunks::{Chunks, Endpoint};
 use super::problem::Problem;
 use super::reply::{self, Dialect, Reply};
-use crate::chat::Template;
 use crate::engine::{Failed, Handle};
 use crate::error::Invalid;
 use crate::request::{self, Caller, Completion, Event, FinishReason};
@@ -33,7 +32,7 @@ pub async fn generate(cx: RequestContext, request: Request<Incoming>) -> Result<
     let handle = cx.app.engine()?;
     let body = cx.app.readers.generate.read(read_json(&cx.app, request).await?)?;
     let stream = body.stream;
-    let request = body.into_request(fastrand::u64(..))?;
+    let request = body.into_request(fastrand::u64(..), cx.app.template(&handle))?;
     let dialect = Pieces(request.report.map(|_| detokenize(&handle)));
     answer(cx, &handle, vec![request], stream, dialect).await
 }
@@ -62,7 +61,7 @@ pub async fn complete(cx: RequestContext, request: Request<Incoming>) -> Result<
 pub async fn chat(cx: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
     let handle = cx.app.engine()?;
     let body = cx.app.readers.chat.read(read_json(&cx.app, request).await?)?;
-    let template = cx.app.template.get_or_init(|| Template::of(&handle.model));
+    let template = cx.app.template(&handle);
     let choices = body.into_choices(handle.limits.n_ctx, fastrand::u64(..), template)?;
     answer_openai(cx, &handle, choices, Endpoint::Chat).await
 }
@@ -135,7 +134,7 @@ fn is_too_late(done: &Completion) -> bool {
     done.finish_reason == FinishReason::Deadline && done.usage.completion_tokens == 0
 }
 
-async fn read_json(app: &App, request: Request<Incoming>) -> Result<Value, Problem> {
+pub(super) async fn read_json(app: &App, request: Request<Incoming>) -> Result<Value, Problem> {
     let limit = app.limits.max_body_bytes;
     // What is announced need not be sent.
     let announced = hyper::body::Body::size_hint(request.body()).exact();

@@ -1,11 +1,12 @@
-//! What is served: `GET /` and `GET /v1/models`.
+//! What is served: `GET /`, `GET /v1/models` and `GET /props`.
 
 use hyper::body::Incoming;
 use hyper::header::{ACCEPT, HeaderValue, VARY};
 use hyper::{Request, StatusCode};
 
 use super::api::answers::{
-    EngineLoad, ErrorBody, Information, KvInformation, ModelEntry, ModelInformation, Models,
+    EngineLoad, ErrorBody, GenerationSettings, Information, KvInformation, Modalities, ModelEntry,
+    ModelInformation, Models, Props,
 };
 use super::app::{App, RequestContext};
 use super::page;
@@ -13,6 +14,7 @@ use super::problem::Problem;
 use super::reply::{self, Reply};
 use crate::engine::{Handle, Layout, Stage};
 use crate::llama;
+use crate::request::SamplingParams;
 
 /// What is served
 ///
@@ -93,6 +95,26 @@ pub async fn model(cx: RequestContext, _: Request<Incoming>) -> Result<Reply, Pr
         return Err(Problem::ModelNotFound(String::from_utf8_lossy(&id).into_owned()));
     }
     Ok(reply::json(StatusCode::OK, &model))
+}
+
+/// What is served, as llama-server has it
+#[utoipa::path(get, path = "/props", tag = "server", responses((status = 200, description = "Settings, files and the chat template", body = Props)))]
+pub async fn props(cx: RequestContext, _: Request<Incoming>) -> Result<Reply, Problem> {
+    let handle = cx.app.engine()?;
+    let (model, limits) = (&handle.model, handle.limits);
+    let params = SamplingParams::default().into();
+    let props = Props {
+        default_generation_settings: GenerationSettings { n_ctx: limits.n_ctx, params },
+        total_slots: limits.n_slots,
+        model_alias: &cx.app.model_id,
+        model_path: model.path().display().to_string(),
+        chat_template: model.chat_template().unwrap_or_default(),
+        bos_token: model.bos_text(),
+        eos_token: model.eos_text(),
+        modalities: Modalities::default(),
+        build_info: concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION")),
+    };
+    Ok(reply::json(StatusCode::OK, &props))
 }
 
 fn entry(app: &App) -> Result<ModelEntry<'_>, Problem> {

@@ -25,3 +25,4 @@ pub mod reply;
 pub(crate) mod routes;
 pub(crate) mod server;
 pub(crate) mod tls;
+mod vocabulary;

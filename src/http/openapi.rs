@@ -10,10 +10,14 @@ use utoipa::openapi::{ContentBuilder, OpenApi, Ref, RefOr, Schema};
 
 use super::api::Readers;
 use super::api::answers::{
-    ErrorBody, GenerateAnswer, Health, Information, ModelEntry, Models, OpenAiAnswer, StreamEvent,
+    ErrorBody, GenerateAnswer, Health, Information, ModelEntry, Models, OpenAiAnswer, Props,
+    StreamEvent,
 };
 use super::api::generate::GenerateRequest;
 use super::api::openai::{ChatRequest, CompletionRequest};
+use super::api::vocabulary::{
+    DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, TokenizeRequest,
+};
 use super::auth::Access;
 use super::routes::ROUTES;
 
@@ -30,6 +34,8 @@ pub fn json(readers: &Readers) -> Bytes {
         ("GenerateRequest", &readers.generate.schema),
         ("CompletionRequest", &readers.completion.schema),
         ("ChatRequest", &readers.chat.schema),
+        ("TokenizeRequest", &readers.tokenize.schema),
+        ("DetokenizeRequest", &readers.detokenize.schema),
     ] {
         components.schemas.insert(name.into(), RefOr::T(Schema::Object(schema.clone())));
     }
@@ -47,6 +53,8 @@ pub fn json(readers: &Readers) -> Bytes {
     components(schemas(
         ChatRequest,
         CompletionRequest,
+        DetokenizeAnswer,
+        DetokenizeRequest,
         ErrorBody,
         GenerateAnswer,
         GenerateRequest,
@@ -55,7 +63,10 @@ pub fn json(readers: &Readers) -> Bytes {
         ModelEntry,
         Models,
         OpenAiAnswer,
+        Props,
         StreamEvent,
+        TokenizeAnswer,
+        TokenizeRequest,
     ))
 )]
 struct Document;
@@ -143,16 +154,15 @@ mod tests {
 
     fn read_one(schema: &str, body: Value) -> Result<String, Invalid> {
         let readers = Readers::new(N_CTX);
+        let (none, template) = (String::new(), "{{ messages }}".into());
+        let template = Template::new(template, none.clone(), none, false);
         let choices = match schema {
             "GenerateRequest" => {
-                return Ok(format!("{:?}", readers.generate.read(body)?.into_request(1)?));
+                let request = readers.generate.read(body)?.into_request(1, &template)?;
+                return Ok(format!("{request:?}"));
             }
             "CompletionRequest" => readers.completion.read(body)?.into_choices(N_CTX, 1)?,
-            _ => {
-                let (none, template) = (String::new(), "{{ messages }}".into());
-                let template = Template::new(template, none.clone(), none, false);
-                readers.chat.read(body)?.into_choices(N_CTX, 1, &template)?
-            }
+            _ => readers.chat.read(body)?.into_choices(N_CTX, 1, &template)?,
         };
         Ok(format!("{choices:?}"))
     }

@@ -16,10 +16,11 @@ use super::auth::Access;
 use super::completions::{self, chat, complete, generate};
 use super::docs::{self, docs, docs_file, document};
 use super::health::{self, health, metrics, ready, v1_health};
-use super::information::{self, information, model, models};
+use super::information::{self, information, model, models, props};
 use super::page::{self, page_file};
 use super::problem::Problem;
 use super::reply::{self, Reply};
+use super::vocabulary::{self, detokenize, tokenize};
 use crate::telemetry::ChoiceRecords;
 
 pub static ROUTES: LazyLock<Vec<Route>> = LazyLock::new(|| {
@@ -34,6 +35,9 @@ pub static ROUTES: LazyLock<Vec<Route>> = LazyLock::new(|| {
         route(information::__path_model, Access::Key, model),
         route(completions::__path_complete, Access::Key, complete),
         route(completions::__path_chat, Access::Key, chat),
+        route(vocabulary::__path_tokenize, Access::Key, tokenize),
+        route(vocabulary::__path_detokenize, Access::Key, detokenize),
+        route(information::__path_props, Access::Key, props),
         route(docs::__path_document, Access::Open, document),
         route(docs::__path_docs, Access::Open, docs),
         route(docs::__path_docs_file, Access::Open, docs_file),

@@ -73,6 +73,12 @@ impl Model {
         Ok(model)
     }
 
+    /// The file it was loaded from.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The output matrix in the file, `n_vocab` rows of `n_embd` values.
     ///
     /// # Errors
@@ -305,6 +311,20 @@ impl Model {
         let mut bytes = Vec::new();
         tokens.iter().for_each(|&t| self.piece(t, true, &mut bytes));
         String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// The names of the control tokens, as texts write them.
+    #[must_use]
+    pub fn control_names(&self) -> Vec<String> {
+        let tokens = (0..i32::try_from(self.n_vocab()).unwrap_or(i32::MAX)).map(Token);
+        let names = tokens.filter(|&t| self.is_control(t)).map(|t| self.detokenize(&[t]));
+        names.filter(|name| !name.is_empty()).collect()
+    }
+
+    /// `true` for a token that marks the structure of a text: only `special` texts can name it.
+    fn is_control(&self, token: Token) -> bool {
+        // SAFETY: the token is in the vocabulary.
+        self.contains(token) && unsafe { sys::vocab_is_control(self.vocab.as_ptr(), token.0) }
     }
 
     /// `true` for a token of the vocabulary.

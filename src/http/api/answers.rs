@@ -9,8 +9,8 @@ use utoipa::ToSchema;
 
 use crate::llama::Token;
 use crate::request::{
-    Completion, FinishReason, Logprobs, Piece, Source, SpeculationUsage, Timings, TokenReport,
-    Usage,
+    Completion, FinishReason, Logprobs, Piece, SamplingParams, Source, SpeculationUsage, Timings,
+    TokenReport, Usage,
 };
 
 /// A token's bytes; of a control token its name's.
@@ -503,6 +503,78 @@ pub struct EngineLoad {
     pub steps: u64,
     /// Since the start.
     pub tokens_generated: u64,
+}
+
+/// What is served, with llama-server's fields.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Props<'a> {
+    /// Of requests that say nothing else.
+    #[schema(inline)]
+    pub default_generation_settings: GenerationSettings,
+    /// Sequences decoded together.
+    pub total_slots: usize,
+    /// As OpenAI's clients name the model.
+    pub model_alias: &'a str,
+    /// The model's file.
+    pub model_path: String,
+    /// The source of the chat template; empty if there is none.
+    pub chat_template: String,
+    /// The token that begins a text; empty if there is none.
+    pub bos_token: String,
+    /// The token that ends a text; empty if there is none.
+    pub eos_token: String,
+    /// What else than text the model takes.
+    #[schema(inline)]
+    pub modalities: Modalities,
+    /// This server's name and version.
+    pub build_info: &'static str,
+}
+
+/// Settings of requests that say nothing else.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct GenerationSettings {
+    /// Longest prompt plus answer, in tokens.
+    pub n_ctx: usize,
+    /// Of `/generate`.
+    #[schema(inline)]
+    pub params: GenerationParams,
+}
+
+/// `/generate`'s defaults under llama-server's names.
+#[derive(Debug, Serialize, ToSchema)]
+#[allow(missing_docs)] // `GenerateRequest` says it
+pub struct GenerationParams {
+    pub temperature: f32,
+    pub top_k: usize,
+    pub top_p: f32,
+    pub min_p: f32,
+    pub repeat_last_n: usize,
+    pub repeat_penalty: f32,
+    pub presence_penalty: f32,
+    pub frequency_penalty: f32,
+}
+
+impl From<SamplingParams> for GenerationParams {
+    fn from(sampling: SamplingParams) -> Self {
+        Self {
+            temperature: sampling.temperature,
+            top_k: sampling.top_k,
+            top_p: sampling.top_p,
+            min_p: sampling.min_p,
+            repeat_last_n: sampling.repeat_last_n,
+            repeat_penalty: sampling.repetition_penalty,
+            presence_penalty: sampling.presence_penalty,
+            frequency_penalty: sampling.frequency_penalty,
+        }
+    }
+}
+
+/// What else than text the model takes: nothing.
+#[derive(Debug, Default, Serialize, ToSchema)]
+#[allow(missing_docs)]
+pub struct Modalities {
+    pub vision: bool,
+    pub audio: bool,
 }
 
 /// An event of a stream.

@@ -8,18 +8,29 @@ use utoipa::PartialSchema;
 
 use super::answers::{Detokenize, GenerateAnswer, GeneratePiece, details};
 use super::fields::{LogitBias, ResponseFormat, Stops, grammar, request_body};
+use crate::chat::{self, Template};
 use crate::engine::Failed;
 use crate::error::Invalid;
 use crate::http::problem::Problem;
 use crate::http::reply::{self, Dialect, Reply, event};
-use crate::request::{Completion, Event, Piece, Prompt, Report, Request, SamplingParams, Speculation};
+use crate::request::{
+    Completion, Event, Piece, Prompt, Report, Request, SamplingParams, Speculation,
+};
 
 request_body! {
-    /// A prompt to continue, and how.
+    /// A prompt to answer or to continue, and how.
     GenerateRequest {
-        /// The text to continue. Control tokens are recognised by name.
-        #[schema(example = "The old lighthouse", min_length = 1)]
+        /// A user's message, which the model's chat template makes a prompt of. A prompt that holds
+        /// control tokens as the template writes them is continued as it is; so is any if the model
+        /// has no template.
+        #[schema(example = "Write a poem about artificial intelligence.", min_length = 1)]
         pub prompt: String,
+        /// A system message before the prompt.
+        #[schema(example = "Answer in one sentence.")]
+        pub system: Option<String>,
+        /// Continue the prompt as it is. Names of control tokens in it become those tokens.
+        #[schema(default = false)]
+        pub raw: bool,
         /// Most tokens to generate, up to the context's size; the context's end may come first.
         #[schema(default = 128, minimum = 1, format = "tokens")]
         pub max_tokens: usize,
@@ -50,12 +61,18 @@ request_body! {
 }
 
 impl GenerateRequest {
-    /// The request to the engine, unless fields exclude each other. `random_seed` is the default seed.
-    pub fn into_request(mut self, random_seed: u64) -> Result<Request, Invalid> {
-        let prompt = std::mem::take(&mut self.prompt);
+    /// The request to the engine, unless fields exclude each other or `template` refuses the prompt.
+    /// `random_seed` is the default seed.
+    pub fn into_request(
+        mut self,
+        random_seed: u64,
+        template: &Result<Template, String>,
+    ) -> Result<Request, Invalid> {
+        let text = std::mem::take(&mut self.prompt);
+        let prompt = chat::turn(template, text, self.system.as_deref(), self.raw)?;
         let (max_tokens, window) = (self.max_tokens, self.repeat_last_n);
         let (seed, n_top) = (self.seed.unwrap_or(random_seed), self.logprobs);
-        self.request(prompt.into(), max_tokens, window, seed, n_top)
+        self.request(prompt, max_tokens, window, seed, n_top)
     }
 }
 
@@ -94,7 +111,7 @@ mod tests {
     fn read(body: Value) -> Result<(Request, bool), Invalid> {
         let body = Readers::new(2048).generate.read(body)?;
         let stream = body.stream;
-        Ok((body.into_request(99)?, stream))
+        Ok((body.into_request(99, &Err("no template".into()))?, stream))
     }
 
     #[test]

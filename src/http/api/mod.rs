@@ -9,6 +9,7 @@ pub(crate) mod answers;
 mod fields;
 pub mod generate;
 pub mod openai;
+pub mod vocabulary;
 
 use std::borrow::Cow;
 use std::marker::PhantomData;
@@ -22,6 +23,7 @@ use utoipa::{Number as Bound, ToSchema};
 use crate::error::Invalid;
 use generate::GenerateRequest;
 use openai::{ChatRequest, CompletionRequest};
+use vocabulary::{DetokenizeRequest, TokenizeRequest};
 
 /// Integers that JSON numbers hold exactly.
 const MAX_SAFE: f64 = ((1u64 << 53) - 1) as f64;
@@ -32,6 +34,8 @@ pub struct Readers {
     pub generate: Reader<GenerateRequest>,
     pub completion: Reader<CompletionRequest>,
     pub chat: Reader<ChatRequest>,
+    pub tokenize: Reader<TokenizeRequest>,
+    pub detokenize: Reader<DetokenizeRequest>,
 }
 
 impl Readers {
@@ -41,6 +45,8 @@ impl Readers {
             generate: Reader::new(n_ctx),
             completion: Reader::new(n_ctx),
             chat: Reader::new(n_ctx),
+            tokenize: Reader::new(n_ctx),
+            detokenize: Reader::new(n_ctx),
         }
     }
 }
@@ -144,6 +150,7 @@ fn check(field: &Schema, value: &mut Value) -> Result<(), String> {
         (Schema::Object(field), Value::String(text)) => match field.max_length {
             Some(0) if !text.is_empty() => return Err(unsupported.into()),
             Some(max) if text.len() > max => return Err(format!("of at most {max} bytes")),
+            _ if text.len() < field.min_length.unwrap_or(0) => return Err("not empty".into()),
             _ => {}
         },
         (Schema::Array(field), Value::Array(list)) => {
