@@ -15,8 +15,7 @@ use super::app::{App, RequestContext};
 use super::chunks::{Chunks, Endpoint};
 use super::problem::Problem;
 use super::reply::{self, Dialect, Reply};
-use crate::chat::Template;
-use crate::engine::{Failed, Handle};
+use crate::engine::{Failed, Handle, SubmitError};
 use crate::error::Invalid;
 use crate::request::{self, Caller, Completion, Event, FinishReason};
 use crate::telemetry::ChoiceRecord;
@@ -62,8 +61,12 @@ pub async fn complete(cx: RequestContext, request: Request<Incoming>) -> Result<
 pub async fn chat(cx: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
     let handle = cx.app.engine()?;
     let body = cx.app.readers.chat.read(read_json(&cx.app, request).await?)?;
-    let template = cx.app.template.get_or_init(|| Template::of(&handle.model));
-    let choices = body.into_choices(handle.limits.n_ctx, fastrand::u64(..), template)?;
+    let (app, model) = (Arc::clone(&cx.app), Arc::clone(&handle.model));
+    let (n_ctx, seed) = (handle.limits.n_ctx, fastrand::u64(..));
+    // Off the network's threads: a template takes milliseconds, and more for a long conversation.
+    let rendered =
+        tokio::task::spawn_blocking(move || body.into_choices(n_ctx, seed, app.template(&model)));
+    let choices = rendered.await.map_err(|_| SubmitError::Stopped)??;
     answer_openai(cx, &handle, choices, Endpoint::Chat).await
 }
 

@@ -135,7 +135,7 @@ fn refusal(status: u16, why: &str) -> Response {
 mod tests {
     use serde_json::{Value, json};
 
-    use crate::chat::Template;
+    use crate::chat::{Template, Vocabulary};
     use crate::error::Invalid;
     use crate::http::api::Readers;
 
@@ -149,8 +149,7 @@ mod tests {
             }
             "CompletionRequest" => readers.completion.read(body)?.into_choices(N_CTX, 1)?,
             _ => {
-                let (none, template) = (String::new(), "{{ messages }}".into());
-                let template = Template::new(template, none.clone(), none, false);
+                let template = Template::new("{{ messages }}".into(), Vocabulary::default());
                 readers.chat.read(body)?.into_choices(N_CTX, 1, &template)?
             }
         };

@@ -12,7 +12,9 @@ use crate::engine::Failed;
 use crate::error::Invalid;
 use crate::http::problem::Problem;
 use crate::http::reply::{self, Dialect, Reply, event};
-use crate::request::{Completion, Event, Piece, Prompt, Report, Request, SamplingParams, Speculation};
+use crate::request::{
+    Completion, Event, Piece, Prompt, Report, Request, SamplingParams, Speculation,
+};
 
 request_body! {
     /// A prompt to continue, and how.
