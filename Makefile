@@ -1,5 +1,5 @@
 # make serve   sets up what is missing, builds, serves the default model on :8000
-# make test    the same set-up, CUDA's compiler, OpenAI's client and a browser, then runs every test,
+# make test    the same set-up, CUDA's compiler, OpenAI's client, a browser and chat templates, then runs every test,
 #              and every bench in its short form
 # make check   formatting, lints, documentation
 # make docs    the book in target/book/html, with all links checked
@@ -9,15 +9,15 @@
 # make schemathesis   tests with thousands of requests generated from /openapi.json, for ten minutes at most; ARGS=... goes to scripts/schemathesis
 # make deny    checks licences and duplicate dependencies; installs cargo-deny once
 # make gpu     packs a CUDA build with its tests and benches for a host with a GPU
-# Steps of the set-up, each idempotent: make tools, make vendor, make model, make clients, make browser (for tests); for CUDA make nvcc, make cuda.
+# Steps of the set-up, each idempotent: make tools, make vendor, make model, make clients, make browser, make templates (for tests); for CUDA make nvcc, make cuda.
 
-.PHONY: serve test check docs bench bench-short compare schemathesis build gpu setup tools vendor model clients browser nvcc cuda deny help
+.PHONY: serve test check docs bench bench-short compare schemathesis build gpu setup tools vendor model clients browser templates nvcc cuda deny help
 .DEFAULT_GOAL := help
 
 help:
 	@sed -n 's/^# //p' Makefile
 
-tools vendor model clients browser nvcc cuda:
+tools vendor model clients browser templates nvcc cuda:
 	@scripts/setup $@
 
 setup:
@@ -29,7 +29,7 @@ build: setup
 serve: build
 	./target/release/medusa-llama serve
 
-test: setup clients browser check
+test: setup clients browser templates check
 	cargo test --release --locked
 	$(MAKE) bench-short
 

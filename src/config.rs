@@ -4,11 +4,12 @@
 mod commands;
 pub mod network;
 
+use std::fmt::Display;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{bail, ensure};
+use anyhow::{anyhow, bail, ensure};
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use hyper::Uri;
 use tracing::Level;
@@ -25,7 +26,7 @@ use crate::http::app::HttpLimits;
 use crate::http::auth::Auth;
 use crate::http::cors::Cors;
 use crate::http::tls::Tls;
-use crate::llama;
+use crate::{jinja, llama};
 
 /// Where `make model` puts the default model.
 pub const DEFAULT_MODEL: &str = "models/smollm2-135m-instruct-q4_1.gguf";
@@ -176,6 +177,9 @@ pub struct ServeArgs {
     /// their pace]
     #[arg(long, env = "PREFILL_CHUNK", value_parser = between(1, 8192))]
     pub prefill_chunk: Option<usize>,
+    /// File with a chat template (Jinja) to use instead of the model's own [default: none]
+    #[arg(long, env = "CHAT_TEMPLATE_FILE", value_name = "FILE")]
+    pub chat_template_file: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) drafts: DraftArgs,
     /// Address to listen on
@@ -251,6 +255,8 @@ pub(crate) struct Config {
     pub tls: Option<Tls>,
     pub otlp_endpoint: Option<Uri>,
     pub drain_timeout: Duration,
+    /// The source of a chat template to use instead of the model's.
+    pub chat_template: Option<String>,
 }
 
 impl ModelArgs {
@@ -362,7 +368,17 @@ impl ServeArgs {
             tls: self.network.tls()?,
             otlp_endpoint: self.network.otlp_endpoint.clone(),
             drain_timeout: self.drain_timeout,
+            chat_template: self.chat_template()?,
         })
+    }
+
+    /// The chat template of the file, which must be valid.
+    fn chat_template(&self) -> anyhow::Result<Option<String>> {
+        let Some(path) = &self.chat_template_file else { return Ok(None) };
+        let fail = |why: &dyn Display| anyhow!("CHAT_TEMPLATE_FILE is {}: {why}", path.display());
+        let source = std::fs::read_to_string(path).map_err(|error| fail(&error))?;
+        jinja::Template::new(&source).map_err(|error| fail(&error))?;
+        Ok(Some(source))
     }
 
     /// `auto` is the pool: it shares prefixes and holds trees. With our attention kernel a row reads

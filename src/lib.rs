@@ -50,6 +50,7 @@
 //! | [`metrics`] | `/metrics`: names for the counters of engine and HTTP | sockets, cells |
 //! | [`speculate`] | `heads` and `pickle` (files), `medusa` and `conditioned` (heads), `nets` (their networks), `suffix` and `text` (text drafts), `tree`, `calibration`, `reliability`, `cost`, `policy`; `device` (heads and verification on a GPU); `simulated`, which `bench` wraps around a model | requests, cells |
 //! | [`chat`] | chat templates: messages to a prompt, for `http`, `train` and `bench` | requests |
+//! | [`jinja`] | Jinja as Python's library renders it, with texts that know what came from outside | chats |
 //! | [`train`] | training of heads: answers, features, fit | HTTP |
 //! | [`synth`] | models and heads with random weights in known shapes, for benchmarks | requests |
 //! | `eval`, `plot`, [`files`] | perplexity; SVG plots; files that appear whole | requests |
@@ -81,6 +82,7 @@ mod eval;
 pub mod files;
 pub mod gpu;
 pub mod http;
+pub mod jinja;
 pub mod llama;
 pub mod matrix;
 pub mod metrics;

@@ -114,6 +114,17 @@ pub enum Prompt {
     Tokens(Vec<Token>),
 }
 
+impl Prompt {
+    /// Its text, as far as it is one.
+    #[must_use]
+    pub fn text(&self) -> String {
+        match self {
+            Self::Text(parts) => parts.iter().map(|part| part.text.as_str()).collect(),
+            Self::Tokens(_) => String::new(),
+        }
+    }
+}
+
 /// A part of a prompt's text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Part {

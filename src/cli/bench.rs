@@ -15,7 +15,7 @@ use crate::engine;
 use crate::engine::handle::Handle;
 use crate::engine::thread::{DraftParams, EngineParams, spawn_with};
 use crate::plot::{self, Series};
-use crate::request::{Caller, Completion, Request, SamplingParams, Source, Speculation};
+use crate::request::{self, Caller, Completion, Request, SamplingParams, Source, Speculation};
 use crate::speculate::reliability::{Count, N_DEPTHS, Reliability, calibration_error};
 use crate::speculate::simulated::{Acceptance, Simulated};
 use crate::train::prompts::{self, Prompt};
@@ -281,7 +281,7 @@ async fn run(
 ) -> anyhow::Result<Figures> {
     let started = Instant::now();
     let mut figures = Figures::default();
-    let requests = group.iter().map(|prompt| request(args, prompt.text.clone(), mode));
+    let requests = group.iter().map(|prompt| request(args, prompt.prompt.clone(), mode));
     for done in ask_all(handle, requests).await? {
         figures.record(&done);
     }
@@ -289,7 +289,7 @@ async fn run(
     Ok(figures)
 }
 
-fn request(args: &BenchArgs, prompt: String, speculation: Speculation) -> Request {
+fn request(args: &BenchArgs, prompt: request::Prompt, speculation: Speculation) -> Request {
     let temperature = args.temperature as f32;
     let sampling = SamplingParams { temperature, seed: 1, ..SamplingParams::default() };
     Request {

@@ -66,6 +66,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
         readers,
         openapi: document,
         endpoints: routes::endpoints(),
+        template_source: config.chat_template,
         template: OnceLock::new(),
     });
 

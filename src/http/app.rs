@@ -13,8 +13,9 @@ use super::auth::Auth;
 use super::cors::Cors;
 use super::problem::Problem;
 use super::tls::Tls;
-use crate::chat::Template;
+use crate::chat::{Template, Vocabulary};
 use crate::engine::{Handle, Stage, SubmitError};
+use crate::llama::Model;
 use crate::metrics::Metrics;
 use crate::telemetry::{ChoiceRecords, Telemetry};
 
@@ -35,7 +36,9 @@ pub struct App {
     pub openapi: Bytes,
     /// Method and path of each route, for `GET /`.
     pub endpoints: Vec<String>,
-    /// The model's chat template, read at the first chat; or why there is none.
+    /// The source of the chat template, if it is not the model's own.
+    pub template_source: Option<String>,
+    /// The chat template, read at the first chat; or why there is none.
     pub template: OnceLock<Result<Template, String>>,
 }
 
@@ -67,9 +70,12 @@ impl App {
         }
     }
 
-    /// The model's chat template; or why there is none.
-    pub fn template(&self, handle: &Handle) -> &Result<Template, String> {
-        self.template.get_or_init(|| Template::of(&handle.model))
+    /// The chat template for `model`, or why there is none.
+    pub fn template(&self, model: &Model) -> &Result<Template, String> {
+        self.template.get_or_init(|| match &self.template_source {
+            Some(source) => Template::new(source.clone(), Vocabulary::of(model)),
+            None => Template::of(model),
+        })
     }
 
     pub fn status(&self) -> HealthStatus {

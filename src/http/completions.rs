@@ -15,7 +15,7 @@ use super::app::{App, RequestContext};
 use super::chunks::{Chunks, Endpoint};
 use super::problem::Problem;
 use super::reply::{self, Dialect, Reply};
-use crate::engine::{Failed, Handle};
+use crate::engine::{Failed, Handle, SubmitError};
 use crate::error::Invalid;
 use crate::request::{self, Caller, Completion, Event, FinishReason};
 use crate::telemetry::ChoiceRecord;
@@ -32,7 +32,10 @@ pub async fn generate(cx: RequestContext, request: Request<Incoming>) -> Result<
     let handle = cx.app.engine()?;
     let body = cx.app.readers.generate.read(read_json(&cx.app, request).await?)?;
     let stream = body.stream;
-    let request = body.into_request(fastrand::u64(..), cx.app.template(&handle))?;
+    let (app, model, seed) = (Arc::clone(&cx.app), Arc::clone(&handle.model), fastrand::u64(..));
+    let rendered =
+        tokio::task::spawn_blocking(move || body.into_request(seed, app.template(&model)));
+    let request = rendered.await.map_err(|_| SubmitError::Stopped)??;
     let dialect = Pieces(request.report.map(|_| detokenize(&handle)));
     answer(cx, &handle, vec![request], stream, dialect).await
 }
@@ -61,8 +64,12 @@ pub async fn complete(cx: RequestContext, request: Request<Incoming>) -> Result<
 pub async fn chat(cx: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
     let handle = cx.app.engine()?;
     let body = cx.app.readers.chat.read(read_json(&cx.app, request).await?)?;
-    let template = cx.app.template(&handle);
-    let choices = body.into_choices(handle.limits.n_ctx, fastrand::u64(..), template)?;
+    let (app, model) = (Arc::clone(&cx.app), Arc::clone(&handle.model));
+    let (n_ctx, seed) = (handle.limits.n_ctx, fastrand::u64(..));
+    // Off the network's threads: a template takes milliseconds, and more for a long conversation.
+    let rendered =
+        tokio::task::spawn_blocking(move || body.into_choices(n_ctx, seed, app.template(&model)));
+    let choices = rendered.await.map_err(|_| SubmitError::Stopped)??;
     answer_openai(cx, &handle, choices, Endpoint::Chat).await
 }
 

@@ -146,7 +146,7 @@ fn refusal(status: u16, why: &str) -> Response {
 mod tests {
     use serde_json::{Value, json};
 
-    use crate::chat::Template;
+    use crate::chat::{Template, Vocabulary};
     use crate::error::Invalid;
     use crate::http::api::Readers;
 
@@ -154,8 +154,7 @@ mod tests {
 
     fn read_one(schema: &str, body: Value) -> Result<String, Invalid> {
         let readers = Readers::new(N_CTX);
-        let (none, template) = (String::new(), "{{ messages }}".into());
-        let template = Template::new(template, none.clone(), none, false);
+        let template = Template::new("{{ messages }}".into(), Vocabulary::default());
         let choices = match schema {
             "GenerateRequest" => {
                 let request = readers.generate.read(body)?.into_request(1, &template)?;

@@ -210,11 +210,34 @@ impl Model {
         self.detokenize(&[Token(unsafe { sys::vocab_bos(self.vocab.as_ptr()) })])
     }
 
+    /// The text of the token that fills up a batch; empty where there is none.
+    #[must_use]
+    pub fn pad_text(&self) -> String {
+        // SAFETY: as above.
+        self.detokenize(&[Token(unsafe { sys::vocab_pad(self.vocab.as_ptr()) })])
+    }
+
     /// The text of the token that ends a text; empty where there is none.
     #[must_use]
     pub fn eos_text(&self) -> String {
         // SAFETY: as above.
         self.detokenize(&[Token(unsafe { sys::vocab_eos(self.vocab.as_ptr()) })])
+    }
+
+    /// The names of the tokens that only [`tokenize`](Self::tokenize) with `special` finds in a
+    /// text: control tokens, and the one for what is unknown.
+    #[must_use]
+    pub fn control_names(&self) -> Vec<String> {
+        let special = sys::LLAMA_TOKEN_ATTR_CONTROL | sys::LLAMA_TOKEN_ATTR_UNKNOWN;
+        let mut names = Vec::new();
+        for token in 0..i32::try_from(self.n_vocab()).unwrap_or(i32::MAX) {
+            // SAFETY: the token is in the vocabulary, which lives as long as the model.
+            if unsafe { sys::vocab_get_attr(self.vocab.as_ptr(), token) } & special != 0 {
+                names.push(self.detokenize(&[Token(token)]));
+            }
+        }
+        names.retain(|name| !name.is_empty());
+        names
     }
 
     /// Whether [`tokenize`](Self::tokenize) puts the token that begins a text there.
@@ -311,20 +334,6 @@ impl Model {
         let mut bytes = Vec::new();
         tokens.iter().for_each(|&t| self.piece(t, true, &mut bytes));
         String::from_utf8_lossy(&bytes).into_owned()
-    }
-
-    /// The names of the control tokens, as texts write them.
-    #[must_use]
-    pub fn control_names(&self) -> Vec<String> {
-        let tokens = (0..i32::try_from(self.n_vocab()).unwrap_or(i32::MAX)).map(Token);
-        let names = tokens.filter(|&t| self.is_control(t)).map(|t| self.detokenize(&[t]));
-        names.filter(|name| !name.is_empty()).collect()
-    }
-
-    /// `true` for a token that marks the structure of a text: only `special` texts can name it.
-    fn is_control(&self, token: Token) -> bool {
-        // SAFETY: the token is in the vocabulary.
-        self.contains(token) && unsafe { sys::vocab_is_control(self.vocab.as_ptr(), token.0) }
     }
 
     /// `true` for a token of the vocabulary.

@@ -8,7 +8,7 @@ use super::TrainError;
 use super::features::Writer;
 use super::prompts::Prompt;
 use crate::engine::handle::Handle;
-use crate::request::{Caller, Request, SamplingParams, Speculation, Trace};
+use crate::request::{self, Caller, Request, SamplingParams, Speculation, Trace};
 
 /// Temperatures in turn: half of the answers are greedy, as are most requests for which speed
 /// matters.
@@ -59,8 +59,9 @@ pub async fn collect(
             if rounds.is_empty() {
                 continue;
             }
-            let text = prompts[prompt].text.clone();
-            if handle.model.tokenize(&text, true)?.len() > most_prompt {
+            let text = prompts[prompt].prompt.clone();
+            let tokens = handle.tokenize(&text).map_err(|e| TrainError::Prompts(e.to_string()))?;
+            if tokens.len() > most_prompt {
                 n_refused += 1;
                 if n_refused > 2 * prompts.len() {
                     return Err(TrainError::Prompts("no prompt fits into the context".into()));
@@ -99,7 +100,7 @@ pub async fn collect(
     }
 }
 
-fn request(prompt: String, temperature: f32, max_tokens: usize, seed: u64) -> Request {
+fn request(prompt: request::Prompt, temperature: f32, max_tokens: usize, seed: u64) -> Request {
     Request {
         sampling: SamplingParams { temperature, seed, ..SamplingParams::default() },
         speculation: Speculation::Off,

@@ -9,12 +9,15 @@ use crate::chat::Template;
 use crate::error::Invalid;
 use crate::files::FileError;
 use crate::llama::Model;
+use crate::request;
 
 /// A prompt of a file.
 #[derive(Debug)]
 pub struct Prompt {
-    /// A user's message; after [`render`] what the model continues.
-    pub text: String,
+    /// A user's message.
+    pub message: String,
+    /// What the model continues: the message, or after [`render`] a chat with it.
+    pub prompt: request::Prompt,
     /// Its `category`, if it has one.
     pub category: Option<String>,
 }
@@ -32,7 +35,12 @@ pub fn read(path: &Path) -> Result<Vec<Prompt>, FileError> {
         let value: Value = serde_json::from_str(line).map_err(|e| fail(i, &e))?;
         let text = value["prompt"].as_str().or_else(|| value["turns"][0].as_str());
         let text = text.ok_or_else(|| fail(i, &"has no string \"prompt\""))?.to_owned();
-        prompts.push(Prompt { text, category: value["category"].as_str().map(str::to_owned) });
+        let prompt = text.as_str().into();
+        prompts.push(Prompt {
+            message: text,
+            prompt,
+            category: value["category"].as_str().map(str::to_owned),
+        });
     }
     if prompts.is_empty() {
         return Err(FileError::new(path, "holds no prompts"));
@@ -52,9 +60,9 @@ pub fn render(prompts: &mut [Prompt], model: &Model, system: Option<&str>) -> Re
     let template = Template::of(model).map_err(|why| Invalid::new("chat_template", why))?;
     let system = system.map(|content| json!({ "role": "system", "content": content }));
     for prompt in prompts {
-        let user = json!({ "role": "user", "content": prompt.text });
+        let user = json!({ "role": "user", "content": prompt.message });
         let messages = system.iter().cloned().chain([user]).collect();
-        prompt.text = template.render(&Value::Array(messages))?;
+        prompt.prompt = template.render(&Value::Array(messages))?;
     }
     Ok(())
 }

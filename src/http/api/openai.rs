@@ -4,17 +4,16 @@
 //! change an answer are refused by name, those that would not (`user`, `metadata`) are ignored.
 //! The fields that all dialects share are extensions.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
-use serde::{Deserialize, Deserializer, Serialize};
-use serde_json::{Number, Value, json};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Number, Value, json};
 use utoipa::{PartialSchema, ToSchema};
 
 use super::fields::{
     LogitBias, MAX_CHOICES, PromptList, ResponseFormat, Stops, grammar, request_body,
 };
-use crate::chat::Template;
+use crate::chat::{Conversation, Ending, Template};
 use crate::error::Invalid;
 use crate::request::{Prompt, Report, Request, SamplingParams, Speculation};
 
@@ -191,6 +190,20 @@ openai_body! {
         /// The same by its older name.
         #[schema(example = 64, minimum = 1, format = "tokens")]
         pub max_tokens: Option<usize>,
+        /// More variables for the chat template, by name.
+        #[schema(value_type = Option<Object>, example = json!({ "enable_thinking": false }))]
+        pub chat_template_kwargs: Option<Map<String, Value>>,
+        /// Documents for the chat template.
+        #[schema(value_type = Option<Vec<Object>>, example = json!([{ "title": "Sky", "text": "It is blue." }]))]
+        pub documents: Option<Vec<Map<String, Value>>>,
+        /// End the prompt with the beginning of an assistant's message. If neither this nor
+        /// `continue_final_message` is given, the answer begins a message, or continues the last
+        /// one if that is the assistant's.
+        #[schema(example = true)]
+        pub add_generation_prompt: Option<bool>,
+        /// End the prompt where the text of the last message ends, for the answer to continue it.
+        #[schema(example = false)]
+        pub continue_final_message: Option<bool>,
         /// Report for each token its log probability, as the model gives it.
         #[schema(default = false)]
         pub logprobs: bool,
@@ -204,7 +217,7 @@ impl ChatRequest {
     /// The requests to the engine, unless fields exclude each other, one is not supported, or
     /// `template`, which makes a prompt of the messages, refuses them.
     pub fn into_choices(
-        self,
+        mut self,
         n_ctx: usize,
         random_seed: u64,
         template: &Result<Template, String>,
@@ -217,10 +230,34 @@ impl ChatRequest {
                 return Err(Invalid::new("top_logprobs", message));
             }
         };
+        let conversation = self.conversation()?;
         let template = template.as_ref().map_err(|why| Invalid::new("messages", why.as_str()))?;
-        let prompt = template.render(&json!(self.messages))?;
+        let prompt = template.prompt(conversation)?;
         let max_tokens = self.max_completion_tokens.or(self.max_tokens).unwrap_or(n_ctx);
-        self.choices(&[prompt.into()], max_tokens, n_top, n_ctx, random_seed)
+        self.choices(&[prompt], max_tokens, n_top, n_ctx, random_seed)
+    }
+
+    /// What the template gets.
+    fn conversation(&mut self) -> Result<Conversation, Invalid> {
+        let ending = match (self.continue_final_message, self.add_generation_prompt) {
+            (Some(true), Some(true)) => {
+                let message = "continue_final_message and add_generation_prompt exclude each other";
+                return Err(Invalid::new("continue_final_message", message));
+            }
+            (Some(true), _) => Ending::Continue,
+            (_, Some(false)) => Ending::Closed,
+            (None, None) => Ending::Prefill,
+            (Some(false), None) | (_, Some(true)) => Ending::Answer,
+        };
+        let messages = std::mem::take(&mut self.messages);
+        let messages = messages.into_iter().enumerate().map(|(i, message)| message.into_object(i));
+        Ok(Conversation {
+            messages: messages.collect::<Result<_, _>>()?,
+            tools: None,
+            documents: self.documents.take().map(|documents| json!(documents)),
+            variables: self.chat_template_kwargs.take().unwrap_or_default(),
+            ending,
+        })
     }
 }
 
@@ -256,27 +293,38 @@ pub enum Nothing {
 /// One message. The template sees its other fields, too.
 #[derive(Debug, Deserialize, Serialize, ToSchema)]
 pub struct Message {
-    /// `system`, `user` or `assistant`; the template decides what there is.
+    /// `system`, `developer`, `user`, `assistant`, `tool`, `function`, or what else the template
+    /// knows.
     #[schema(example = "user")]
     pub role: String,
-    /// Its text.
-    #[schema(value_type = TextOrParts)]
-    #[serde(deserialize_with = "joined")]
-    pub content: String,
+    /// Its text. Only an assistant's message with `tool_calls` may have none.
+    pub content: Option<TextOrParts>,
     /// Whatever else the template knows.
     #[serde(flatten)]
-    pub more: BTreeMap<String, Value>,
+    pub more: Map<String, Value>,
 }
 
-fn joined<'de, D: Deserializer<'de>>(content: D) -> Result<String, D::Error> {
-    Ok(match TextOrParts::deserialize(content)? {
-        TextOrParts::Text(text) => text,
-        TextOrParts::Parts(parts) => parts.into_iter().map(|part| part.text).collect(),
-    })
+impl Message {
+    /// The message `i` as the template sees it.
+    fn into_object(self, i: usize) -> Result<Map<String, Value>, Invalid> {
+        let calls = self.more.get("tool_calls").and_then(Value::as_array);
+        let has_calls = self.role == "assistant" && calls.is_some_and(|calls| !calls.is_empty());
+        if self.content.is_none() && !has_calls {
+            let message =
+                "content is missing: only an assistant's message with tool_calls has none";
+            return Err(Invalid::new(&format!("messages[{i}].content"), message));
+        }
+        let mut object = Map::from_iter([
+            ("role".into(), self.role.into()),
+            ("content".into(), json!(self.content)),
+        ]);
+        object.extend(self.more);
+        Ok(object)
+    }
 }
 
-/// A text, whole or in parts, which are joined.
-#[derive(Debug, Deserialize, ToSchema)]
+/// A text, whole or in parts, which are joined unless the template expects parts.
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
 #[serde(untagged, expecting = "it must be a string, or a list of parts of type text")]
 pub enum TextOrParts {
     /// Whole.
@@ -286,7 +334,7 @@ pub enum TextOrParts {
 }
 
 /// A part of a message.
-#[derive(Debug, Deserialize, ToSchema)]
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
 pub struct Part {
     /// Only text.
     #[serde(rename = "type")]
@@ -296,7 +344,7 @@ pub struct Part {
 }
 
 /// What parts there are.
-#[derive(Debug, Deserialize, ToSchema)]
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 #[allow(missing_docs)]
 pub enum PartKind {
@@ -353,6 +401,8 @@ mod tests {
         for messages in [
             json!([]),
             json!([{ "role": "user" }]),
+            json!([{ "role": "user", "content": null }]),
+            json!([{ "role": "assistant", "content": null, "tool_calls": [] }]),
             json!([{ "content": "x" }]),
             json!([{ "role": "user", "content": [{ "type": "image", "text": "x" }] }]),
             json!("hi"),

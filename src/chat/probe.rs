@@ -1,0 +1,97 @@
+//! What shapes a template expects, found out by rendering small conversations when it is read: as
+//! llama.cpp does it, there is no other way to know.
+
+use serde_json::{Map, Value, json};
+
+use crate::jinja::Text;
+
+/// A text, and a name, that no template has in it.
+const NEEDLE: &str = "n33dle";
+const NEEDLE_NAME: &str = "n4me";
+
+/// The shapes in which a template takes what clients send in several.
+#[derive(Debug, Default)]
+pub struct Expects {
+    /// `content` as a list of parts; otherwise as a text.
+    parts: bool,
+    /// None for the `content` of a message that has none; otherwise an empty text.
+    none: bool,
+    /// `arguments` of calls as JSON in a text, as OpenAI has it; otherwise as an object.
+    arguments_as_text: bool,
+}
+
+/// Finds out what a template expects; `render` renders messages with it, or fails.
+pub fn probe(render: impl Fn(Vec<Map<String, Value>>) -> Option<Text>) -> Expects {
+    let printed = |messages: Value| {
+        let messages = serde_json::from_value(messages).expect("a list of objects");
+        render(messages).map(|text| text.to_string()).unwrap_or_default()
+    };
+    let asked = |content: Value| printed(json!([{ "role": "user", "content": content }]));
+    let called = |content: Value, arguments: Value| {
+        let call = json!({ "id": "call12345", "type": "function", "function": { "name": NEEDLE_NAME, "arguments": arguments } });
+        printed(json!([
+            { "role": "user", "content": "x" },
+            { "role": "assistant", "content": content, "tool_calls": [call] },
+        ]))
+    };
+    let parts = !asked(json!(NEEDLE)).contains(NEEDLE)
+        && asked(json!([{ "type": "text", "text": NEEDLE }])).contains(NEEDLE);
+    let empty = if parts { json!([]) } else { json!("") };
+    let object = json!({ NEEDLE: NEEDLE });
+    let of_object = called(empty.clone(), object.clone());
+    let of_text = called(empty, json!(object.to_string()));
+    // A dictionary that is only printed has Python's quotes.
+    let takes_object = of_object.contains(NEEDLE) && !of_object.contains(&format!("'{NEEDLE}': "));
+    let arguments_as_text = of_text.contains(NEEDLE) && !takes_object;
+    let arguments = if arguments_as_text { json!(object.to_string()) } else { object };
+    let of_none = called(Value::Null, arguments);
+    let none = of_none.contains(NEEDLE_NAME) && !of_none.contains("None");
+    Expects { parts, none, arguments_as_text }
+}
+
+/// The text of a content, whole or in parts.
+pub fn joined(content: &Value) -> String {
+    let text_of = |part: &Value| part["text"].as_str().unwrap_or_default().to_owned();
+    match content {
+        Value::Array(parts) => parts.iter().map(text_of).collect(),
+        content => content.as_str().unwrap_or_default().to_owned(),
+    }
+}
+
+/// Whether a message calls tools.
+pub fn has_calls(message: &Map<String, Value>) -> bool {
+    message.get("tool_calls").and_then(Value::as_array).is_some_and(|calls| !calls.is_empty())
+}
+
+impl Expects {
+    /// Brings a message into the shapes that the template expects.
+    pub fn shape(&self, message: &mut Map<String, Value>) {
+        let content = message.entry("content").or_insert(Value::Null);
+        match content {
+            Value::Null if self.none => {}
+            Value::Null if self.parts => *content = json!([]),
+            Value::Null => *content = json!(""),
+            Value::String(text) if self.parts => {
+                *content = json!([{ "type": "text", "text": text }])
+            }
+            Value::Array(_) if !self.parts => *content = joined(content).into(),
+            _ => {}
+        }
+        for call in
+            message.get_mut("tool_calls").and_then(Value::as_array_mut).into_iter().flatten()
+        {
+            let Some(arguments) = call.pointer_mut("/function/arguments") else { continue };
+            match arguments {
+                Value::String(text) if !self.arguments_as_text => {
+                    if let Ok(object @ Value::Object(_)) = serde_json::from_str(text) {
+                        *arguments = object;
+                    }
+                }
+                Value::Object(_) if self.arguments_as_text => {
+                    *arguments = arguments.to_string().into()
+                }
+                _ => {}
+            }
+        }
+    }
+}
