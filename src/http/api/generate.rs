@@ -7,19 +7,24 @@ use hyper::StatusCode;
 use utoipa::PartialSchema;
 
 use super::answers::{Detokenize, GenerateAnswer, GeneratePiece, details};
-use super::fields::{LogitBias, ResponseFormat, Stops, grammar, request_body};
+use super::fields::{
+    BreakerList, LogitBias, OnePrompt, ResponseFormat, Stops, default_breakers, grammar,
+    request_body,
+};
 use crate::engine::Failed;
 use crate::error::Invalid;
 use crate::http::problem::Problem;
 use crate::http::reply::{self, Dialect, Reply, event};
-use crate::request::{Completion, Event, Piece, Prompt, Report, Request, SamplingParams, Speculation};
+use crate::request::{
+    Completion, Event, Piece, Prompt, Report, Request, SamplingParams, Speculation,
+};
 
 request_body! {
     /// A prompt to continue, and how.
     GenerateRequest {
-        /// The text to continue. Control tokens are recognised by name.
-        #[schema(example = "The old lighthouse", min_length = 1)]
-        pub prompt: String,
+        /// What to continue.
+        #[schema(schema_with = OnePrompt::schema)]
+        pub prompt: OnePrompt,
         /// Most tokens to generate, up to the context's size; the context's end may come first.
         #[schema(default = 128, minimum = 1, format = "tokens")]
         pub max_tokens: usize,
@@ -52,10 +57,10 @@ request_body! {
 impl GenerateRequest {
     /// The request to the engine, unless fields exclude each other. `random_seed` is the default seed.
     pub fn into_request(mut self, random_seed: u64) -> Result<Request, Invalid> {
-        let prompt = std::mem::take(&mut self.prompt);
+        let prompt = std::mem::take(&mut self.prompt.0);
         let (max_tokens, window) = (self.max_tokens, self.repeat_last_n);
         let (seed, n_top) = (self.seed.unwrap_or(random_seed), self.logprobs);
-        self.request(prompt.into(), max_tokens, window, seed, n_top)
+        self.request(prompt, max_tokens, window, seed, n_top)
     }
 }
 
@@ -136,6 +141,9 @@ mod tests {
         );
         let bad = [
             ("prompt", json!({ "prompt": 1 })),
+            ("prompt", json!({ "prompt": "" })),
+            ("prompt", json!({ "prompt": [] })),
+            ("prompt", json!({ "prompt": ["x"] })),
             ("prompt", json!({})),
             ("max_tokens", json!({ "prompt": "x", "max_tokens": 0 })),
             ("max_tokens", json!({ "prompt": "x", "max_tokens": 2049 })),

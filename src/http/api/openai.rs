@@ -12,7 +12,8 @@ use serde_json::{Number, Value, json};
 use utoipa::{PartialSchema, ToSchema};
 
 use super::fields::{
-    LogitBias, MAX_CHOICES, PromptList, ResponseFormat, Stops, grammar, request_body,
+    BreakerList, LogitBias, MAX_CHOICES, Prompts, ResponseFormat, Stops, default_breakers, grammar,
+    request_body,
 };
 use crate::chat::Template;
 use crate::error::Invalid;
@@ -79,9 +80,6 @@ macro_rules! openai_body {
                 /// Only text.
                 #[schema(example = json!(["text"]), min_items = 1, max_items = 1)]
                 pub modalities: Option<Vec<PartKind>>,
-                /// Not supported: false is taken.
-                #[schema(default = false)]
-                pub echo: bool,
                 /// Not supported: 1 is taken.
                 #[schema(example = 1, minimum = 1, maximum = 1)]
                 pub best_of: Option<u64>,
@@ -119,9 +117,6 @@ macro_rules! openai_body {
                 n_ctx: usize,
                 random_seed: u64,
             ) -> Result<Choices, Invalid> {
-                if self.echo {
-                    return Err(Invalid::new("echo", "echo is not supported by this server"));
-                }
                 if self.stream_options.is_some() && !self.stream {
                     let message = "stream_options is for streams; set stream to true";
                     return Err(Invalid::new("stream_options", message));
@@ -154,12 +149,16 @@ macro_rules! openai_body {
 openai_body! {
     /// Prompts to continue, as OpenAI's clients ask.
     CompletionRequest {
-        /// The texts to continue.
-        #[schema(schema_with = PromptList::schema)]
-        pub prompt: PromptList,
-        /// Most tokens to generate, up to the context's size.
-        #[schema(default = 16, minimum = 1, format = "tokens")]
+        /// What to continue.
+        #[schema(schema_with = Prompts::schema)]
+        pub prompt: Prompts,
+        /// Most tokens to generate, up to the context's size; with 0 the prompt is only read.
+        #[schema(default = 16, minimum = 0, format = "tokens")]
         pub max_tokens: usize,
+        /// Begin the text with the prompt; with `logprobs`, report its tokens too, and the one that
+        /// ends the text.
+        #[schema(default = false)]
+        pub echo: bool,
         /// Report for each token its log probability, as the model gives it, and those of this many
         /// most likely tokens.
         #[schema(example = 3, maximum = 20)]
@@ -172,9 +171,10 @@ impl CompletionRequest {
     /// `random_seed` is the default seed.
     pub fn into_choices(mut self, n_ctx: usize, random_seed: u64) -> Result<Choices, Invalid> {
         let prompts = std::mem::take(&mut self.prompt.0);
-        let prompts: Vec<Prompt> = prompts.into_iter().map(Prompt::from).collect();
-        let (max_tokens, n_top) = (self.max_tokens, self.logprobs);
-        self.choices(&prompts, max_tokens, n_top, n_ctx, random_seed)
+        let (max_tokens, n_top, echo) = (self.max_tokens, self.logprobs, self.echo);
+        let mut choices = self.choices(&prompts, max_tokens, n_top, n_ctx, random_seed)?;
+        choices.requests.iter_mut().for_each(|request| request.echo = echo);
+        Ok(choices)
     }
 }
 
@@ -197,6 +197,9 @@ openai_body! {
         /// And those of this many most likely tokens; with `logprobs` only.
         #[schema(example = 0, maximum = 20)]
         pub top_logprobs: Option<usize>,
+        /// Not supported: false is taken.
+        #[schema(default = false)]
+        pub echo: bool,
     }
 }
 
@@ -217,6 +220,9 @@ impl ChatRequest {
                 return Err(Invalid::new("top_logprobs", message));
             }
         };
+        if self.echo {
+            return Err(Invalid::new("echo", "echo is not supported in chats"));
+        }
         let template = template.as_ref().map_err(|why| Invalid::new("messages", why.as_str()))?;
         let prompt = template.render(&json!(self.messages))?;
         let max_tokens = self.max_completion_tokens.or(self.max_tokens).unwrap_or(n_ctx);
@@ -307,6 +313,7 @@ pub enum PartKind {
 mod tests {
     use super::*;
     use crate::http::api::Readers;
+    use crate::llama::Token;
 
     fn read_text(body: Value) -> Result<Choices, Invalid> {
         Readers::new(2048).completion.read(body)?.into_choices(2048, 7)
@@ -332,11 +339,27 @@ mod tests {
     }
 
     #[test]
+    fn prompts_are_texts_or_tokens_one_or_several() {
+        let prompts = |prompt: Value| {
+            let choices = read_text(json!({ "prompt": prompt }))?;
+            Ok::<_, Invalid>(choices.requests.into_iter().map(|r| r.prompt).collect::<Vec<_>>())
+        };
+        let tokens = |ids: &[i32]| Prompt::Tokens(ids.iter().map(|&id| Token(id)).collect());
+        assert_eq!(prompts(json!(["a", "b"])).unwrap(), ["a", "b"].map(Prompt::from));
+        assert_eq!(prompts(json!([1, 2])).unwrap(), [tokens(&[1, 2])]);
+        assert_eq!(prompts(json!([[1, 2], [3]])).unwrap(), [tokens(&[1, 2]), tokens(&[3])]);
+        for bad in [json!([]), json!([[]]), json!([1, "a"]), json!(["a", [1]]), json!([1.5])] {
+            assert_eq!(prompts(bad).unwrap_err().param.as_deref(), Some("prompt"));
+        }
+        let beyond = prompts(json!([1, 3_000_000_000_u64])).unwrap_err();
+        assert!(beyond.message.contains("3000000000"), "{beyond}");
+    }
+
+    #[test]
     fn what_is_not_supported_is_refused_by_name() {
         for (name, value) in [
             ("suffix", json!("s")),
             ("best_of", json!(2)),
-            ("echo", json!(true)),
             ("tools", json!([{}])),
             ("tool_choice", json!("auto")),
             ("seed", json!(1.5)),
