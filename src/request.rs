@@ -21,6 +21,17 @@ pub struct SamplingParams {
     pub top_k: usize,
     /// Keep tokens at least this fraction as likely as the most likely one; 0 keeps all.
     pub min_p: f32,
+    /// Keep the tokens whose surprise is closest to the entropy, up to this probability together; 1
+    /// keeps all.
+    pub typical_p: f32,
+    /// Keep tokens at most this many standard deviations below the largest logit; 0 keeps all.
+    pub top_n_sigma: f32,
+    /// How often the tokens above `xtc_threshold` are dropped but for the least likely of them.
+    pub xtc_probability: f32,
+    /// Above 0.5 no two tokens are.
+    pub xtc_threshold: f32,
+    /// Makes repetitions less likely.
+    pub dry: Option<DryParams>,
     /// Divides the logits of tokens in the window; 1 is off.
     pub repetition_penalty: f32,
     /// Subtracted from a token's logit for each time it occurs in the window; 0 is off.
@@ -42,6 +53,11 @@ impl Default for SamplingParams {
             top_p: 0.95,
             top_k: 0,
             min_p: 0.0,
+            typical_p: 1.0,
+            top_n_sigma: 0.0,
+            xtc_probability: 0.0,
+            xtc_threshold: 0.1,
+            dry: None,
             repetition_penalty: 1.0,
             frequency_penalty: 0.0,
             presence_penalty: 0.0,
@@ -52,14 +68,33 @@ impl Default for SamplingParams {
     }
 }
 
+/// The penalty DRY: `multiplier * base^(n - allowed_length)` is subtracted from the logit of a token
+/// that would continue a repetition of `n` tokens.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DryParams {
+    /// Above 0.
+    pub multiplier: f32,
+    /// At least 1.
+    pub base: f32,
+    /// Shorter repetitions cost nothing.
+    pub allowed_length: usize,
+    /// Repetitions of this many last tokens, the prompt's included.
+    pub last_n: usize,
+    /// No repetition goes across these strings.
+    pub breakers: Vec<String>,
+}
+
 /// A request whose every field is in range. Only the prompt's length in tokens is not checked yet:
 /// [`Handle::submit`](crate::engine::Handle::submit) does.
 #[derive(Clone, Debug)]
 pub struct Request {
     /// What to continue.
     pub prompt: Prompt,
-    /// Most tokens to generate; at least 1. The context's end may come first.
+    /// Most tokens to generate; with 0 the answer is empty, or the prompt if it is echoed. The
+    /// context's end may come first.
     pub max_tokens: usize,
+    /// The answer begins with the prompt: its text, and if there is a report, with its tokens'.
+    pub echo: bool,
     /// How to choose tokens.
     pub sampling: SamplingParams,
     /// The text ends before the first of these to be complete. None is empty.
@@ -90,6 +125,7 @@ impl Request {
         Self {
             prompt: prompt.into(),
             max_tokens,
+            echo: false,
             sampling: SamplingParams::default(),
             stop: Vec::new(),
             min_tokens: 0,
@@ -105,6 +141,13 @@ impl Request {
     }
 }
 
+impl Request {
+    /// `true` if the log probabilities of the prompt's tokens are asked for.
+    pub fn scores_prompt(&self) -> bool {
+        self.echo && self.report.is_some_and(|report| report.n_top.is_some())
+    }
+}
+
 /// What to continue.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Prompt {
@@ -115,12 +158,11 @@ pub enum Prompt {
 }
 
 impl Prompt {
-    /// Its text, as far as it is one.
-    #[must_use]
-    pub fn text(&self) -> String {
+    /// Its text, unless it is tokens.
+    pub fn text(&self) -> Option<String> {
         match self {
-            Self::Text(parts) => parts.iter().map(|part| part.text.as_str()).collect(),
-            Self::Tokens(_) => String::new(),
+            Self::Text(parts) => Some(parts.iter().map(|part| part.text.as_str()).collect()),
+            Self::Tokens(_) => None,
         }
     }
 }
@@ -138,6 +180,13 @@ pub struct Part {
 impl From<String> for Prompt {
     fn from(text: String) -> Self {
         Self::Text(vec![Part { text, special: true }])
+    }
+}
+
+/// An empty text.
+impl Default for Prompt {
+    fn default() -> Self {
+        Self::Text(Vec::new())
     }
 }
 
@@ -183,12 +232,20 @@ pub struct TokenReport {
     pub token: Token,
     /// Where it was drafted; `None` if it was not, and a step went by for it.
     pub source: Option<Source>,
-    /// The request's step that decided it; 1 is the first.
+    /// The request's step that decided it; 1 is the first, and 0 stands for the prompt's tokens.
     pub step: usize,
     /// Rows of that step, those of other requests included.
     pub n_rows: usize,
-    /// What the model thought of it, where that was asked for.
+    /// What the model thought of it, where that was asked for. Of a prompt's first token it thinks
+    /// nothing.
     pub logprobs: Option<Logprobs>,
+}
+
+impl TokenReport {
+    /// `true` for a token of the prompt.
+    pub fn is_prompt(&self) -> bool {
+        self.step == 0
+    }
 }
 
 /// Where a drafted token came from.
@@ -296,7 +353,7 @@ pub struct Piece {
     /// Its text.
     pub text: String,
     /// The tokens whose text begins in it, if a [`Report`] was asked for. One that ends the text is
-    /// not among them.
+    /// not among them, unless the prompt's were scored.
     pub tokens: Vec<TokenReport>,
 }
 

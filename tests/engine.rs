@@ -11,7 +11,9 @@ use std::sync::Arc;
 use medusa_llama::engine::stats::Stats;
 use medusa_llama::engine::{Engine, Forward, Job, Layout, Limits};
 use medusa_llama::llama::Token;
-use medusa_llama::request::{Event, FinishReason, Request, SamplingParams, Speculation, Trace};
+use medusa_llama::request::{
+    DryParams, Event, FinishReason, Report, Request, SamplingParams, Speculation, Trace,
+};
 use medusa_llama::speculate::calibration::Calibration;
 use medusa_llama::speculate::cost::Cost;
 use medusa_llama::speculate::paths::fill;
@@ -29,11 +31,31 @@ fn limits(layout: Layout, n_slots: usize, n_ctx: usize, n_batch: usize) -> Limit
 }
 
 fn job(prompt: &[i32], max_tokens: usize, temperature: f32) -> (Job, Receiver<Event>) {
-    let (events, receiver) = mpsc::channel(max_tokens + 1);
+    let (events, receiver) = mpsc::channel(max_tokens + 2);
     let sampling = SamplingParams { temperature, seed: 3, ..SamplingParams::default() };
     let request = Request { sampling, ..Request::new("", max_tokens) };
     let prompt = prompt.iter().map(|&t| Token(t)).collect();
     (Job::new(prompt, request, events), receiver)
+}
+
+/// With every sampler that looks at more than a row of logits.
+fn repeats_nothing(mut job: Job) -> Job {
+    let dry = DryParams {
+        multiplier: 2.0,
+        base: 2.0,
+        allowed_length: 1,
+        last_n: usize::MAX,
+        breakers: vec![],
+    };
+    job.request.sampling = SamplingParams {
+        typical_p: 0.9,
+        top_n_sigma: 3.0,
+        xtc_probability: 0.5,
+        xtc_threshold: 0.02,
+        dry: Some(dry),
+        ..job.request.sampling
+    };
+    Job::new(job.prompt, job.request, job.events)
 }
 
 /// Everything that came: text, and how it ended.
@@ -185,12 +207,14 @@ proptest! {
         engine.check_nothing_left();
     }
 
-    /// The same request with the same seed: alone, among others, with drafts and without.
+    /// The same request with the same seed: alone, among others, with drafts and without; also where
+    /// what is drawn from depends on a coin and on the text before.
     #[test]
     fn sampled_text_depends_neither_on_company_nor_on_drafts(
         others in prop::collection::vec(client(), 0..6),
         n_batch in 4usize..20,
         drafting in drafting(),
+        is_plain in any::<bool>(),
     ) {
         let layout = Layout::Unified { n_cells: 200, n_retained: 60, n_seqs: 8 };
         let run = |others: &[Client], drafting: Option<&Drafting>| {
@@ -204,8 +228,8 @@ proptest! {
                 engine.enqueue(job);
                 kept.push(events);
             }
-            let (job, mut events) = job(&[7, 7, 7, 1, 2], 20, 1.5);
-            engine.enqueue(job);
+            let (plain, mut events) = job(&[7, 7, 7, 1, 2], 20, 1.5);
+            engine.enqueue(if is_plain { plain } else { repeats_nothing(plain) });
             run_to_end(&mut engine);
             read(&mut events).0
         };
@@ -568,6 +592,135 @@ fn a_failed_pass_ends_its_requests_and_the_engine_goes_on() {
         assert_eq!(text, expected(&[1, 2, 3], 5));
         assert!(matches!(end, Some(Event::Done(_))));
     }
+}
+
+/// Choices of one prompt that start together: one reads it, the others share its cells, and each has
+/// the text that it has alone.
+#[test]
+fn requests_with_one_prompt_that_start_together_compute_it_once() {
+    let prompt: Vec<i32> = (1..40).collect();
+    for (n, drafts) in [(2, false), (4, true), (16, false), (16, true)] {
+        let layout = Layout::Unified { n_cells: 2000, n_retained: 0, n_seqs: 20 };
+        let engine = |n_slots, n_batch| {
+            let mut engine = Engine::new(
+                Stub::new(N_VOCAB),
+                limits(layout, n_slots, 80, n_batch),
+                Arc::default(),
+            );
+            if drafts {
+                let guess = Guess { n_vocab: N_VOCAB, n_levels: 3, width: 2 };
+                let cost = Cost::from_points(&[(1, 1.0), (64, 1.5)]);
+                engine.speculate(Speculator::new(Some(Box::new(guess)), 4, cost), 40);
+            }
+            engine
+        };
+        let choice = |seed: u64| {
+            let (mut job, events) = job(&prompt, 20, 1.0);
+            job.request.sampling.seed = seed;
+            (job, events)
+        };
+        let mut together = engine(n, 16);
+        let start = |seed: usize| {
+            let (job, events) = choice(seed as u64);
+            together.enqueue(job);
+            events
+        };
+        let mut answers: Vec<_> = (0..n).map(start).collect();
+        run_to_end(&mut together);
+        let mut n_computed = 0;
+        for (seed, events) in answers.iter_mut().enumerate() {
+            let (text, Some(Event::Done(done))) = read(events) else { panic!("not done") };
+            n_computed += done.usage.prompt_tokens - done.usage.cached_tokens;
+            let mut alone = engine(1, 16);
+            let (job, mut events) = choice(seed as u64);
+            alone.enqueue(job);
+            run_to_end(&mut alone);
+            assert_eq!(text, read(&mut events).0, "choice {seed} of {n}");
+        }
+        assert_eq!(n_computed, prompt.len() + n - 1, "the prompt, and each choice's last row");
+        together.check_nothing_left();
+    }
+}
+
+/// Whoever waits for another's prompt keeps nobody else waiting, and goes on when that one leaves.
+#[test]
+fn a_request_that_waits_for_a_prompt_outlives_the_one_that_reads_it() {
+    let layout = Layout::Unified { n_cells: 400, n_retained: 0, n_seqs: 8 };
+    let mut engine = Engine::new(Stub::new(N_VOCAB), limits(layout, 3, 80, 8), Arc::default());
+    let prompt: Vec<i32> = (1..60).collect();
+    let ((first, reader), (second, mut waits)) = (job(&prompt, 5, 0.0), job(&prompt, 5, 0.0));
+    let ((third, mut other), (fourth, mut late)) = (job(&[7, 8], 1, 0.0), job(&[9], 5, 0.0));
+    [first, second, third, fourth].into_iter().for_each(|job| engine.enqueue(job));
+    engine.step();
+    engine.step();
+    assert!(read(&mut other).1.is_some(), "it passes the one that waits");
+    drop(reader);
+    run_to_end(&mut engine);
+    assert_eq!(read(&mut waits).0, expected(&prompt, 5));
+    assert_eq!(read(&mut late).0, expected(&[9], 5));
+    engine.check_nothing_left();
+}
+
+/// The log probability of each of a prompt's tokens is what the model says after those before it,
+/// whatever the chunks; the cache is not asked.
+#[test]
+fn a_prompt_is_scored_at_every_token() {
+    let prompt: Vec<i32> = (1..300).map(|i| 1 + i * i % 49).collect();
+    for (n_batch, max_tokens) in [(7, 3), (512, 3), (512, 0), (64, 0)] {
+        let layout = Layout::Unified { n_cells: 1000, n_retained: 400, n_seqs: 4 };
+        let mut engine =
+            Engine::new(Stub::new(N_VOCAB), limits(layout, 2, 400, n_batch), Arc::default());
+        let (before, _events) = job(&prompt, 1, 0.0);
+        engine.enqueue(before);
+        run_to_end(&mut engine);
+        let (mut job, mut received) = job(&prompt, max_tokens, 0.0);
+        (job.echo, job.request.echo) = (Some("the prompt".into()), true);
+        job.request.report = Some(Report { n_top: Some(2), ..Report::default() });
+        engine.enqueue(job);
+        run_to_end(&mut engine);
+        let Ok(Event::Piece(echo)) = received.try_recv() else { panic!("no echo") };
+        assert_eq!((echo.text.as_str(), echo.tokens.len()), ("the prompt", prompt.len()));
+        let tokens: Vec<Token> = prompt.iter().map(|&t| Token(t)).collect();
+        for (i, report) in echo.tokens.iter().enumerate() {
+            assert_eq!((report.token, report.is_prompt()), (tokens[i], true));
+            let Some(logprobs) = &report.logprobs else {
+                assert_eq!(i, 0, "before the first token there is nothing");
+                continue;
+            };
+            let logits = Stub::logits_of(N_VOCAB, &tokens[..i]);
+            let norm = logits.iter().map(|l| l.exp()).sum::<f32>().ln();
+            assert!((logprobs.logprob - (logits[prompt[i] as usize] - norm)).abs() < 1e-4);
+            assert_eq!(logprobs.top.len(), 2);
+        }
+        let (mut n, mut done) = (0, None);
+        while let Ok(event) = received.try_recv() {
+            match event {
+                Event::Piece(piece) => n += piece.tokens.len(),
+                Event::Done(end) => done = Some(end),
+                other => panic!("{other:?}"),
+            }
+        }
+        let done = done.expect("an end");
+        n += done.tail.tokens.len();
+        assert_eq!((done.usage.cached_tokens, done.usage.completion_tokens), (0, n));
+        assert!(n <= max_tokens && (max_tokens == 0 || n > 0), "the end's token is reported too");
+        engine.check_nothing_left();
+    }
+}
+
+#[test]
+fn a_request_for_no_tokens_needs_no_model() {
+    let layout = Layout::Streams { n_cells: 40 };
+    let mut stub = Stub::new(N_VOCAB);
+    stub.fail_at = Some(0);
+    let mut engine = Engine::new(stub, limits(layout, 1, 40, 8), Arc::default());
+    let (mut echoes, mut received) = job(&[1, 2, 3], 0, 0.0);
+    echoes.echo = Some("abc".into());
+    engine.enqueue(echoes);
+    run_to_end(&mut engine);
+    let Some(Event::Done(done)) = read(&mut received).1 else { panic!("not done") };
+    assert_eq!((done.tail.text.as_str(), done.finish_reason), ("abc", FinishReason::Length));
+    assert_eq!((done.usage.prompt_tokens, done.usage.completion_tokens), (3, 0));
 }
 
 #[test]

@@ -487,6 +487,7 @@ fn distance(params: &SamplingParams, logits: &[f32], position: usize, token: usi
         top_p: params.top_p,
         min_p: params.min_p,
         temperature: params.temperature,
+        ..Filter::default()
     };
     f.apply(logits, &mut kept);
     // The draw's uniform number, from a row in which each token is one of 2^20 equal shares.

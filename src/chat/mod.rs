@@ -126,7 +126,7 @@ impl Template {
         this.expects =
             probe::probe(|messages| this.text(messages, &Conversation::default(), true).ok());
         let turn = this.render(&json!([{ "role": "user", "content": "" }])).ok();
-        let turn = turn.as_ref().map(Prompt::text).unwrap_or_default();
+        let turn = turn.as_ref().and_then(Prompt::text).unwrap_or_default();
         this.marks.retain(|name| turn.contains(name));
         Ok(this)
     }

@@ -8,24 +8,26 @@ use crate::request::Prompt;
 
 /// What a model continues to answer `prompt`: a user's message, after the `system` message if there is
 /// one, as `template` renders them. A prompt is continued as it is if `raw`, if the model has no
-/// template, or if the prompt holds control tokens as the template writes them.
+/// template, or if the prompt is tokens or holds control tokens as the template writes them.
 ///
 /// # Errors
 /// [`Invalid`] if the template refuses the messages, or if there is a `system` message where the
 /// prompt is continued as it is.
 pub fn turn(
     template: &Result<Template, String>,
-    prompt: String,
+    prompt: Prompt,
     system: Option<&str>,
     raw: bool,
 ) -> Result<Prompt, Invalid> {
-    let rendering = template.as_ref().ok().filter(|template| {
-        !raw && !template.marks.iter().any(|mark| prompt.contains(mark.as_str()))
-    });
+    let text = prompt.text().filter(|_| !raw);
+    let rendering =
+        template.as_ref().ok().zip(text).filter(|(template, text)| {
+            !template.marks.iter().any(|mark| text.contains(mark.as_str()))
+        });
     let system = system.map(|content| json!({ "role": "system", "content": content }));
-    let Some(template) = rendering else {
+    let Some((template, text)) = rendering else {
         let why = match template {
-            _ if system.is_none() => return Ok(prompt.into()),
+            _ if system.is_none() => return Ok(prompt),
             Err(why) => why,
             Ok(_) if raw => "a raw prompt is continued as it is",
             Ok(_) => {
@@ -34,7 +36,7 @@ pub fn turn(
         };
         return Err(Invalid::new("system", format!("system cannot be used: {why}")));
     };
-    let user = json!({ "role": "user", "content": prompt });
+    let user = json!({ "role": "user", "content": text });
     let messages = system.into_iter().chain([user]).collect();
     template.render(&Value::Array(messages))
 }

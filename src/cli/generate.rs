@@ -22,8 +22,12 @@ pub(super) fn generate(args: &GenerateArgs) -> anyhow::Result<()> {
     let done = runtime.block_on(async {
         show_loading(engine.stage()).await;
         let handle = engine.ready().await.map_err(|e| anyhow!(e))?;
-        let prompt =
-            chat::turn(&Template::of(&handle.model), prompt, args.system.as_deref(), args.raw)?;
+        let prompt = chat::turn(
+            &Template::of(&handle.model),
+            prompt.into(),
+            args.system.as_deref(),
+            args.raw,
+        )?;
         let request = Request { prompt, ..request };
         let mut answer = handle.submit(request, Caller::default()).await?;
         let mut out = std::io::stdout().lock();

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::turn::Turn;
 use super::walk::Walker;
-use super::{Engine, Forward, StepError, apply, n_decode};
+use super::{Engine, Forward, StepError, apply, n_decode, report};
 use crate::llama::{SeqId, Token};
 use crate::request::{Speculation, span};
 use crate::speculate::device::{Ask, OutputRow, Verified};
@@ -45,7 +45,8 @@ impl<F: Forward> Engine<F> {
         work.outputs.clear();
         work.verified.clear();
         work.chosen.clear();
-        if !self.forward.verifies() {
+        // The device takes rows that end a sequence or belong to its tree, and no others.
+        if !self.forward.verifies() || turns.iter().any(|turn| turn.n_scored > 0) {
             return;
         }
         let mut any_drafts = false;
@@ -86,6 +87,16 @@ impl<F: Forward> Engine<F> {
         let s = running.get_mut(&turn.share.seq).expect("a turn is of a running sequence");
         s.started.get_or_insert(started);
         turn.walk.done = s.job.events.is_closed() || s.expire(now);
+        for (row, position) in turn.share_rows().zip(s.n_computed..) {
+            if let (Some(next), Some(report)) = (s.scored_after(position), s.job.request.report) {
+                let n_top = report.n_top.unwrap_or(0);
+                let logprobs = report::logprobs(next, forward.logits(row)?, n_top);
+                s.push_prompt_logprobs(logprobs);
+            }
+        }
+        if turn.share.to_end && !turn.walk.done {
+            turn.walk.done = s.begin_answer(stats, now);
+        }
         if turn.share.to_end && !turn.walk.done {
             let walker = Walker {
                 forward: &*forward,

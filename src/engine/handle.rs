@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use tokio::sync::{Semaphore, mpsc};
 
+use super::dry::{Breakers, Dry};
 use super::grammar::Grammars;
 use super::stats::Stats;
 use super::{Job, Limits};
@@ -144,14 +145,23 @@ impl Handle {
             let prompt = this.check(&request)?;
             let compile = |source| this.grammars()?.compile(source);
             let grammar = request.grammar.as_ref().map(compile).transpose()?;
-            Ok::<_, Invalid>((prompt, grammar, request))
+            let dry = request.sampling.dry.as_ref().map(|params| {
+                let breakers = Breakers::new(&this.model, &params.breakers);
+                let breakers =
+                    breakers.map_err(|e| Invalid::new("dry_sequence_breakers", e.to_string()))?;
+                Ok::<_, Invalid>(Dry::new(params, breakers, &prompt))
+            });
+            let detokenized = || this.model.detokenize(&prompt);
+            let echo = request.echo.then(|| request.prompt.text().unwrap_or_else(detokenized));
+            Ok::<_, Invalid>((prompt, grammar, dry.transpose()?, echo, request))
         });
-        let (prompt, grammar, request) = checked.await.map_err(|_| SubmitError::Stopped)??;
-        // Every event this request can cause: a piece a token, and an end.
-        let most = request.max_tokens.min(self.limits.n_ctx - prompt.len()) + 1;
+        let (prompt, grammar, dry, echo, request) =
+            checked.await.map_err(|_| SubmitError::Stopped)??;
+        // Every event this request can cause: the prompt, a piece a token, and an end.
+        let most = request.max_tokens.min(self.limits.n_ctx - prompt.len()) + 2;
         let (events, receiver) = mpsc::channel(most);
         let permit = Some(permit);
-        let job = Job { prompt, request, caller, events, permit, accepted, grammar };
+        let job = Job { prompt, request, caller, events, permit, accepted, grammar, dry, echo };
         // The channel has a place for every permit.
         self.jobs.try_send(job).map_err(|_| SubmitError::Stopped)?;
         Ok(Answer::from(receiver))

@@ -8,6 +8,7 @@
 
 mod bursts;
 mod commit;
+pub mod dry;
 pub mod filter;
 pub mod forward;
 pub mod grammar;
@@ -20,7 +21,7 @@ mod scheduler;
 mod sequence;
 pub mod slots;
 pub mod stats;
-mod text;
+pub(crate) mod text;
 pub mod thread;
 mod turn;
 mod walk;
@@ -37,7 +38,7 @@ pub use thread::{Stage, spawn};
 
 use crate::error::incident_id;
 use crate::llama::{SeqId, Token};
-use crate::request::{Event, Trace, span};
+use crate::request::{Event, Timings, Trace, span};
 use crate::speculate::device::{OutputRow, Verified};
 use crate::speculate::speculator::Verifying;
 use crate::speculate::tree::Below;
@@ -76,6 +77,9 @@ impl Limits {
         }
     }
 }
+
+/// Most rows of a step that score one prompt: each has logits of the whole vocabulary.
+const MOST_SCORED: usize = 128;
 
 /// The state of the loop. Lives on the engine's thread.
 pub struct Engine<F> {
@@ -195,28 +199,42 @@ impl<F: Forward> Engine<F> {
     }
 
     /// Gives waiting requests their places, in order; the first that does not fit keeps the rest
-    /// waiting.
+    /// waiting. Those whose prompt is being read for another request wait until they can share its
+    /// cells, and those behind them leave them their slots.
     fn admit(&mut self) {
         self.expire_waiting();
-        while let Some(job) = self.waiting.front() {
+        let mut n_following = 0;
+        while let Some(job) = self.waiting.get(n_following) {
             if job.events.is_closed() {
-                self.waiting.pop_front();
+                self.waiting.remove(n_following);
                 self.stats.count_end(Ended::Cancelled);
                 continue;
             }
-            let n_max = job.prompt.len() + job.n_generate(self.limits.n_ctx);
-            let Some(place) = self.ledger.admit(&job.prompt, n_max, job.request.cache_prompt)
-            else {
+            if job.is_trivial() {
+                if let Some(job) = self.waiting.remove(n_following) {
+                    self.answer_trivially(job);
+                }
+                continue;
+            }
+            if self.running.len() + n_following >= self.limits.n_slots {
                 return;
-            };
-            let job = self.waiting.pop_front().expect("it was at the front");
-            if job.request.cache_prompt {
+            }
+            if self.follows(job) {
+                n_following += 1;
+                continue;
+            }
+            let n_max = job.prompt.len() + job.n_generate(self.limits.n_ctx);
+            let reuse = job.reuses_cells();
+            let Some(place) = self.ledger.admit(&job.prompt, n_max, reuse) else { return };
+            let mut job = self.waiting.remove(n_following).expect("it was there");
+            if reuse {
                 self.stats.prefix_queries.inc_by(job.prompt.len() as u64);
                 self.stats.prefix_hits.inc_by(place.n_cached as u64);
             }
             let banned: &[Token] = if job.request.ignore_eos { &self.end_tokens } else { &[] };
             let n_vocab = self.forward.n_vocab();
-            let mut sampler = Sampler::new(&job.request.sampling, banned, &job.prompt, n_vocab);
+            let mut sampler = Sampler::new(&job.request.sampling, banned, &job.prompt, n_vocab)
+                .map(|sampler| sampler.with_dry(job.dry.take()));
             if job.request.min_tokens > 0 {
                 let ends = [&self.end_tokens[..], &job.request.stop_token_ids].concat();
                 let position = job.prompt.len() + job.request.min_tokens;
@@ -228,6 +246,14 @@ impl<F: Forward> Engine<F> {
                 Err(error) => self.fail_job(job, place.seq, &error),
             }
         }
+    }
+
+    /// `true` if all that this request could share is being computed for a running one.
+    fn follows(&self, job: &Job) -> bool {
+        let shares = matches!(self.limits.layout, Layout::Unified { .. }) && job.reuses_cells();
+        let shared = &job.prompt[..job.prompt.len() - 1];
+        let reads = |s: &Sequence| s.n_computed < shared.len() && s.tokens.starts_with(shared);
+        shares && self.running.values().any(reads)
     }
 
     fn start(&mut self, job: Job, sampler: Sampler, &Admission { seq, n_cached, .. }: &Admission) {
@@ -243,6 +269,14 @@ impl<F: Forward> Engine<F> {
         }
         self.running.insert(seq, sequence);
         self.n_admitted += 1;
+    }
+
+    /// Answers a request that needs no computation.
+    fn answer_trivially(&self, job: Job) {
+        let now = Instant::now();
+        let queue_s = (now - job.accepted).as_secs_f64();
+        self.stats.record_answer(Ended::Length, Timings { queue_s, ..Timings::default() }, 0);
+        job.answer_trivially(now);
     }
 
     /// Ends waiting requests whose time is over.
@@ -263,7 +297,12 @@ impl<F: Forward> Engine<F> {
     fn plan(&mut self, turns: &mut Vec<Turn>) {
         let work = &mut self.work;
         work.demands.clear();
-        let demand = |s: &Sequence| Demand { seq: s.seq, n_pending: s.n_pending(), order: s.order };
+        let demand = |s: &Sequence| Demand {
+            seq: s.seq,
+            n_pending: s.n_pending(),
+            most: if s.job.request.scores_prompt() { MOST_SCORED } else { usize::MAX },
+            order: s.order,
+        };
         work.demands.extend(self.running.values().map(demand));
         let n_decode = work.demands.iter().filter(|d| d.decodes()).count();
         work.load = Load { n_decode, n_prompts: work.demands.len() - n_decode };
@@ -332,11 +371,15 @@ impl<F: Forward> Engine<F> {
             let s = &self.running[&share.seq];
             let end = s.n_computed + share.n_rows;
             turn.rows = RowRange(rows.len() + share.n_rows - 1);
+            let is_scored = |pos: usize| s.scored_after(pos).is_some();
+            turn.n_scored = (s.n_computed..end).filter(|&pos| is_scored(pos)).count();
+            n_outputs += turn.n_scored;
             turn.outputs = RowRange(n_outputs);
             n_outputs += if share.to_end { 1 + tree.len() } else { 0 };
             if tree.is_empty() {
                 for pos in s.n_computed..end {
-                    rows.push(s.tokens[pos], pos, [s.seq], share.to_end && pos + 1 == end);
+                    let is_last = share.to_end && pos + 1 == end;
+                    rows.push(s.tokens[pos], pos, [s.seq], is_last || is_scored(pos));
                 }
                 continue;
             }

@@ -1,9 +1,10 @@
-//! One token from one row of logits: bias and penalties by llama.cpp, then
-//! [`filter`](super::filter), then the draw.
+//! One token from one row of logits: bias and penalties by llama.cpp, [`dry`](super::dry),
+//! [`filter`](super::filter), and the draw.
 //!
 //! The draw is keyed by (seed, position) with a counter-based generator, so the same request with
 //! the same seed gives the same text alone, among concurrent requests, and with speculation.
 
+use super::dry::Dry;
 use super::filter::Filter;
 use crate::llama::{Candidates, LlamaError, SamplerChain, Token};
 use crate::request::SamplingParams;
@@ -13,8 +14,11 @@ use crate::vector::largest;
 pub struct Sampler {
     /// Bias and penalties: llama.cpp's. `None` if neither is asked for.
     chain: Option<SamplerChain>,
+    dry: Option<Dry>,
     /// `None`: greedy.
     filter: Option<Filter>,
+    /// How often XTC excludes tokens, and from which probability on.
+    xtc: Option<(f32, f32)>,
     /// Tokens that are never chosen before a position, and that position.
     late: (Vec<Token>, usize),
     seed: u64,
@@ -40,8 +44,9 @@ pub struct Scratch {
 }
 
 impl Sampler {
-    /// In llama.cpp's order: bias, penalties, top-k, top-p, min-p, temperature. `banned` tokens are
-    /// never chosen. `prompt` fills the penalties' window.
+    /// In llama.cpp's order: bias, penalties, DRY, top-n-sigma, top-k, typical sampling, top-p, min-p,
+    /// XTC, temperature. `banned` tokens are never chosen. `prompt` fills the penalties' window. DRY
+    /// is given [later](Self::with_dry).
     ///
     /// # Errors
     /// [`LlamaError::Sampler`] for a parameter that llama.cpp refuses.
@@ -52,7 +57,12 @@ impl Sampler {
         n_vocab: usize,
     ) -> Result<Self, LlamaError> {
         let SamplingParams { top_k, top_p, min_p, temperature, seed, .. } = *params;
-        let filter = (temperature > 0.0).then_some(Filter { top_k, top_p, min_p, temperature });
+        let SamplingParams { typical_p, top_n_sigma, xtc_probability, xtc_threshold, .. } = *params;
+        let excludes = xtc_probability > 0.0 && xtc_threshold <= 0.5;
+        let xtc = excludes.then_some((xtc_probability, xtc_threshold));
+        let filter = Filter { top_n_sigma, top_k, typical_p, top_p, min_p, xtc: None, temperature };
+        // Only these two may drop the most likely token.
+        let filter = (temperature > 0.0 || typical_p < 1.0 || excludes).then_some(filter);
         let penalties = params.repeat_last_n > 0
             && (params.repetition_penalty != 1.0
                 || params.frequency_penalty != 0.0
@@ -72,10 +82,16 @@ impl Sampler {
             }
             chain = Some(new);
         }
-        let mut sampler = Self { chain, filter, late: (Vec::new(), 0), seed };
+        let mut sampler = Self { chain, dry: None, filter, xtc, late: (Vec::new(), 0), seed };
         let window = prompt.len().saturating_sub(params.repeat_last_n);
         prompt[window..].iter().for_each(|&t| sampler.accept(t));
         Ok(sampler)
+    }
+
+    /// Adds DRY, which knows the prompt.
+    #[must_use]
+    pub fn with_dry(self, dry: Option<Dry>) -> Self {
+        Self { dry, ..self }
     }
 
     /// Bans tokens before a position of the sequence.
@@ -105,20 +121,28 @@ impl Sampler {
         match &mut self.chain {
             // All of them, by token.
             Some(chain) => changed.extend(candidates.filter(chain, logits).map(|(_, logit)| logit)),
-            None if is_early => changed.extend_from_slice(logits),
+            None if is_early || self.dry.is_some() => changed.extend_from_slice(logits),
             None => {}
+        }
+        if let Some(dry) = &mut self.dry {
+            dry.apply(changed);
         }
         if is_early {
             self.late.0.iter().for_each(|token| changed[token.0 as usize] = f32::NEG_INFINITY);
         }
         let logits = if changed.is_empty() { logits } else { changed };
-        let Some(filter) = &self.filter else { return argmax(logits) };
+        let Some(mut filter) = self.filter else { return argmax(logits) };
+        let position = position as u64;
+        let excludes = |(often, _): &(f32, f32)| {
+            uniform(self.seed, position, Lane::Exclusion) < f64::from(*often)
+        };
+        filter.xtc = self.xtc.filter(excludes).map(|(_, threshold)| threshold);
         filter.apply(logits, kept);
         let sum: f64 = kept.iter().map(|k| f64::from(k.1)).sum();
         if let Some(token) = typical(kept, sum, drafted) {
             return token;
         }
-        let mut left = uniform(self.seed, position as u64) * sum;
+        let mut left = uniform(self.seed, position, Lane::Draw) * sum;
         for &(token, weight) in kept.iter() {
             left -= f64::from(weight);
             if left < 0.0 {
@@ -129,10 +153,12 @@ impl Sampler {
     }
 
     /// How the token at `position` is chosen; `None` where bias, penalties or bans change the logits
-    /// first.
+    /// first, or filters that a rule's reader need not know apply.
     pub fn rule(&self, position: usize) -> Option<Rule> {
         let Self { filter, seed, .. } = *self;
-        let is_plain = self.chain.is_none() && position >= self.late.1;
+        let is_unchanged = self.chain.is_none() && self.dry.is_none() && position >= self.late.1;
+        let is_common = |f: Filter| f.typical_p >= 1.0 && f.top_n_sigma <= 0.0;
+        let is_plain = is_unchanged && self.xtc.is_none() && filter.is_none_or(is_common);
         is_plain.then_some(Rule { filter, seed, position })
     }
 
@@ -140,6 +166,9 @@ impl Sampler {
     pub fn accept(&mut self, token: Token) {
         if let Some(chain) = &mut self.chain {
             chain.accept(token);
+        }
+        if let Some(dry) = &mut self.dry {
+            dry.accept(token);
         }
     }
 }
@@ -176,10 +205,17 @@ pub fn argmax(logits: &[f32]) -> Token {
     Token((best.1 + at) as i32)
 }
 
+/// What a random number is for. Numbers for one position have nothing to do with each other.
+#[derive(Clone, Copy)]
+enum Lane {
+    Draw,
+    Exclusion,
+}
+
 /// A number in [0, 1) for a position: 53 bits of Philox.
-fn uniform(seed: u64, position: u64) -> f64 {
+fn uniform(seed: u64, position: u64, lane: Lane) -> f64 {
     let [a, b, ..] = philox(
-        [position as u32, (position >> 32) as u32, 0, 0],
+        [position as u32, (position >> 32) as u32, lane as u32, 0],
         [seed as u32, (seed >> 32) as u32],
     );
     let bits = (u64::from(a) << 32 | u64::from(b)) >> 11;
@@ -229,15 +265,16 @@ mod tests {
         counts
     }
 
+    fn chi2(counts: &[u32], p: &[f64]) -> f64 {
+        let n = f64::from(counts.iter().sum::<u32>());
+        let counted = counts.iter().zip(p).filter(|(_, p)| **p > 0.0);
+        counted.map(|(&c, p)| (f64::from(c) - n * p).powi(2) / (n * p)).sum()
+    }
+
     #[test]
     fn draws_follow_the_distribution() {
         let logits: Vec<f32> = [0.4f32, 0.3, 0.15, 0.1, 0.05].map(f32::ln).to_vec();
         let open = SamplingParams { temperature: 1.0, top_p: 1.0, ..SamplingParams::default() };
-        let chi2 = |counts: &[u32], p: &[f64]| -> f64 {
-            let n = f64::from(counts.iter().sum::<u32>());
-            let counted = counts.iter().zip(p).filter(|(_, p)| **p > 0.0);
-            counted.map(|(&c, p)| (f64::from(c) - n * p).powi(2) / (n * p)).sum()
-        };
         // 18.47: p = 0.001 with four degrees of freedom.
         assert!(chi2(&histogram(&open, &logits), &[0.4, 0.3, 0.15, 0.1, 0.05]) < 18.47);
         let top2 = histogram(&SamplingParams { top_k: 2, ..open.clone() }, &logits);
@@ -249,6 +286,24 @@ mod tests {
         let squared = [0.16, 0.09, 0.0225, 0.01, 0.0025].map(|p| p / 0.285);
         let cold = histogram(&SamplingParams { temperature: 0.5, ..open }, &logits);
         assert!(chi2(&cold, &squared) < 18.47);
+    }
+
+    #[test]
+    fn xtc_excludes_as_often_as_asked_and_the_draw_does_not_follow_its_coin() {
+        let p = [0.4f32, 0.3, 0.15, 0.1, 0.05];
+        let params = SamplingParams {
+            temperature: 1.0,
+            top_p: 1.0,
+            xtc_probability: 0.5,
+            xtc_threshold: 0.25,
+            ..SamplingParams::default()
+        };
+        // Without the first token the others have 0.6.
+        let mixed = [0.2, 0.15 + 0.25, 0.075 + 0.125, 0.05 + 0.5 / 6.0, 0.025 + 0.25 / 6.0];
+        let counts = histogram(&params, &p.map(f32::ln));
+        assert!(chi2(&counts, &mixed) < 18.47, "{counts:?}");
+        let s = sampler(&params, 5);
+        assert_eq!(s.rule(0), None, "a device knows no XTC");
     }
 
     #[test]

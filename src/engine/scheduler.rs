@@ -12,6 +12,8 @@ pub struct Demand {
     pub seq: SeqId,
     /// Tokens known but not computed: 1 while decoding, more while a prompt is read. Never 0.
     pub n_pending: usize,
+    /// Most rows that it may have in a step; at least 1.
+    pub most: usize,
     /// Admission order.
     pub order: u64,
 }
@@ -65,7 +67,7 @@ pub fn plan(demands: &[Demand], budget: Budget, scratch: &mut Vec<Demand>, plan:
     scratch.extend(demands.iter().filter(|d| !d.decodes()));
     scratch.sort_unstable_by_key(|d| d.order);
     for demand in scratch.iter() {
-        let n_rows = demand.n_pending.min(left);
+        let n_rows = demand.n_pending.min(left).min(demand.most);
         if n_rows == 0 {
             break;
         }
@@ -87,7 +89,7 @@ mod tests {
     }
 
     fn demand(seq: u32, n_pending: usize, order: u64) -> Demand {
-        Demand { seq: SeqId(seq), n_pending, order }
+        Demand { seq: SeqId(seq), n_pending, most: usize::MAX, order }
     }
 
     #[test]

@@ -4,14 +4,15 @@ use std::time::Instant;
 
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
+use super::dry::{Breakers, Dry};
 use super::grammar::{Grammar, GrammarError};
 use super::sampler::Sampler;
 use super::stats::{Ended, Stats};
 use super::text::{Pushed, TextAssembler};
 use crate::llama::{SeqId, Token};
 use crate::request::{
-    Caller, Completion, Event, FinishReason, Piece, Request, Speculation, SpeculationUsage,
-    Timings, TokenReport, Trace, Usage,
+    Caller, Completion, Event, FinishReason, Logprobs, Piece, Request, Speculation,
+    SpeculationUsage, Timings, TokenReport, Trace, Usage,
 };
 use crate::speculate::Origin;
 use crate::speculate::calibration::Trusts;
@@ -34,13 +35,20 @@ pub struct Job {
     pub accepted: Instant,
     /// The request's grammar, compiled.
     pub grammar: Option<Grammar>,
+    /// What [`DryParams`](crate::request::DryParams) ask for.
+    pub dry: Option<Dry>,
+    /// The prompt's text, if it is echoed.
+    pub echo: Option<String>,
 }
 
 impl Job {
-    /// One that is accepted now, outside the queue's count and without a grammar.
+    /// One that is accepted now, outside the queue's count, without a grammar and DRY's breakers.
     pub fn new(prompt: Vec<Token>, request: Request, events: mpsc::Sender<Event>) -> Self {
         let (caller, accepted) = (Caller::default(), Instant::now());
-        Self { prompt, request, caller, events, permit: None, accepted, grammar: None }
+        let dry = request.sampling.dry.as_ref();
+        let dry = dry.map(|params| Dry::new(params, Breakers::default(), &prompt));
+        let (permit, grammar, echo) = (None, None, None);
+        Self { prompt, request, caller, events, permit, accepted, grammar, dry, echo }
     }
 
     /// `true` once its time is over.
@@ -50,16 +58,50 @@ impl Job {
     }
 
     /// Ends it before it began, because its time is over.
-    pub fn expire(mut self, now: Instant) {
+    pub fn expire(self, now: Instant) {
+        self.end_unstarted(Piece::default(), FinishReason::Deadline, now);
+    }
+
+    /// `true` if it may start from cached cells. Scores need each row's logits.
+    pub fn reuses_cells(&self) -> bool {
+        self.request.cache_prompt && !self.request.scores_prompt()
+    }
+
+    /// `true` if the model has nothing to compute for it.
+    pub fn is_trivial(&self) -> bool {
+        self.request.max_tokens == 0 && !self.request.scores_prompt()
+    }
+
+    /// Ends it if it [is trivial](Self::is_trivial).
+    pub fn answer_trivially(mut self, now: Instant) {
+        let echo = self.echoed(Vec::new()).unwrap_or_default();
+        self.end_unstarted(echo, FinishReason::Length, now);
+    }
+
+    fn end_unstarted(mut self, tail: Piece, finish_reason: FinishReason, now: Instant) {
         let queue_s = (now - self.accepted).as_secs_f64();
         self.end(Event::Done(Completion {
-            tail: Piece::default(),
-            finish_reason: FinishReason::Deadline,
+            tail,
+            finish_reason,
             usage: Usage { prompt_tokens: self.prompt.len(), ..Usage::default() },
             timings: Timings { queue_s, ..Timings::default() },
             speculation: SpeculationUsage::default(),
             trace: None,
         }));
+    }
+
+    /// The prompt as the beginning of the answer, if it is echoed and was not yet. `logprobs` are
+    /// those of its tokens from the second one on, or none.
+    fn echoed(&mut self, logprobs: Vec<Logprobs>) -> Option<Piece> {
+        let text = self.echo.take()?;
+        let mut logprobs = logprobs.into_iter();
+        let report = |(i, &token): (usize, &Token)| {
+            let logprobs = if i == 0 { None } else { logprobs.next() };
+            TokenReport { token, source: None, step: 0, n_rows: 0, logprobs }
+        };
+        let is_reported = self.request.report.is_some();
+        let tokens = self.prompt.iter().enumerate().map(report);
+        Some(Piece { text, tokens: if is_reported { tokens.collect() } else { Vec::new() } })
     }
 
     /// Sends the last event. The permit is free before: the client may send its next request at once.
@@ -104,6 +146,8 @@ pub struct Sequence {
     hidden: Vec<f32>,
     /// Index of `tokens`, to draft from.
     suffixes: Option<Suffixes>,
+    /// Of the prompt's tokens from the second one on, if they are scored and not yet sent.
+    prompt_logprobs: Vec<Logprobs>,
     /// Sent with the next piece: reports, and where their tokens' text begins, in bytes of the
     /// answer.
     reports: Vec<(usize, TokenReport)>,
@@ -141,6 +185,7 @@ impl Sequence {
             n_generate: job.n_generate(n_ctx),
             hidden: Vec::new(),
             suffixes: None,
+            prompt_logprobs: Vec::new(),
             reports: Vec::new(),
             n_bytes: 0,
             n_shown: 0,
@@ -221,6 +266,32 @@ impl Sequence {
         is_over
     }
 
+    /// The token after `position` if it is the prompt's and its log probability is asked for.
+    pub fn scored_after(&self, position: usize) -> Option<Token> {
+        let next = self.job.prompt.get(position + 1).filter(|_| self.job.request.scores_prompt());
+        next.copied()
+    }
+
+    /// Records the log probabilities at the next of the prompt's tokens.
+    pub fn push_prompt_logprobs(&mut self, logprobs: Logprobs) {
+        self.prompt_logprobs.push(logprobs);
+    }
+
+    /// Sends the prompt, now computed, if it is echoed. Ends the answer if it is to have no more,
+    /// and returns `true` then.
+    pub fn begin_answer(&mut self, stats: &Stats, now: Instant) -> bool {
+        if let Some(echo) = self.job.echoed(std::mem::take(&mut self.prompt_logprobs)) {
+            self.job.send(Event::Piece(echo));
+        }
+        let is_all = self.n_generate == 0;
+        if is_all {
+            stats.prompt_tokens.inc_by(self.job.prompt.len() as u64);
+            (self.first_token, self.last_token) = (Some(now), now);
+            self.finish(FinishReason::Length);
+        }
+        is_all
+    }
+
     /// Records the report of the next token.
     pub fn push_report(&mut self, report: TokenReport) {
         self.reports.push((self.n_bytes, report));
@@ -248,7 +319,9 @@ impl Sequence {
         self.last_token = now;
         let is_stop = self.job.request.stop_token_ids.contains(&token);
         if is_end || is_stop {
-            self.reports.pop_if(|(start, _)| *start == self.n_bytes);
+            if !self.job.request.scores_prompt() {
+                self.reports.pop_if(|(start, _)| *start == self.n_bytes);
+            }
             let reason = FinishReason::StopToken(token);
             self.finish(if is_end { FinishReason::EndOfText } else { reason });
             return Ok(true);

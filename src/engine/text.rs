@@ -5,8 +5,7 @@
 #[derive(Debug)]
 pub struct TextAssembler {
     stops: Vec<String>,
-    /// An incomplete character at the end of the bytes so far: at most 3 bytes.
-    partial: Vec<u8>,
+    decoder: Decoder,
     /// Text that is, or ends in, a possible beginning of a stop string; shorter than the longest
     /// one.
     held: String,
@@ -30,7 +29,7 @@ impl TextAssembler {
     /// For an answer that ends before the first of `stops` to be complete. Empty strings among them
     /// are ignored.
     pub fn new(stops: Vec<String>) -> Self {
-        Self { stops, partial: Vec::new(), held: String::new() }
+        Self { stops, decoder: Decoder::default(), held: String::new() }
     }
 
     /// Takes a token's bytes without looking for stop strings in them.
@@ -55,30 +54,13 @@ impl TextAssembler {
     /// What was held back, at the end of an answer that no stop string ended. Half a character is
     /// not text and goes.
     pub fn finish(&mut self) -> String {
-        self.partial.clear();
+        self.decoder = Decoder::default();
         std::mem::take(&mut self.held)
     }
 
-    /// Appends whole characters to `held`; bytes that can never become one turn into U+FFFD.
     fn decode(&mut self, bytes: &[u8]) {
-        let joined;
-        let all = if self.partial.is_empty() {
-            bytes
-        } else {
-            self.partial.extend_from_slice(bytes);
-            joined = std::mem::take(&mut self.partial);
-            &joined
-        };
-        let mut chunks = all.utf8_chunks().peekable();
-        while let Some(chunk) = chunks.next() {
-            self.held.push_str(chunk.valid());
-            let bad = chunk.invalid();
-            if chunks.peek().is_none() && may_continue(bad) {
-                self.partial.extend_from_slice(bad);
-            } else if !bad.is_empty() {
-                self.held.push(char::REPLACEMENT_CHARACTER);
-            }
-        }
+        let Self { decoder, held, .. } = self;
+        decoder.push(bytes, |text, _| held.push_str(text));
     }
 
     /// Start and index of the stop string that is complete first, the longest of those that end
@@ -103,6 +85,43 @@ impl TextAssembler {
             lengths.find(|&n| stop.is_char_boundary(n) && self.held.ends_with(&stop[..n]))
         };
         self.stops.iter().filter_map(longest).max().unwrap_or(0)
+    }
+}
+
+/// Bytes to whole characters.
+#[derive(Clone, Debug, Default)]
+pub struct Decoder {
+    /// An incomplete character at the end of the bytes so far: at most 3 bytes.
+    partial: Vec<u8>,
+}
+
+impl Decoder {
+    /// Gives `each` the text that is whole now, in parts, with the number of bytes that each was.
+    /// Bytes that can never become a character turn into U+FFFD.
+    pub fn push(&mut self, bytes: &[u8], mut each: impl FnMut(&str, usize)) {
+        let joined;
+        let all = if self.partial.is_empty() {
+            bytes
+        } else {
+            self.partial.extend_from_slice(bytes);
+            joined = std::mem::take(&mut self.partial);
+            &joined
+        };
+        let mut chunks = all.utf8_chunks().peekable();
+        while let Some(chunk) = chunks.next() {
+            each(chunk.valid(), chunk.valid().len());
+            let bad = chunk.invalid();
+            if chunks.peek().is_none() && may_continue(bad) {
+                self.partial.extend_from_slice(bad);
+            } else if !bad.is_empty() {
+                each("\u{FFFD}", bad.len());
+            }
+        }
+    }
+
+    /// Bytes of the incomplete character at the end.
+    pub fn n_partial(&self) -> usize {
+        self.partial.len()
     }
 }
 

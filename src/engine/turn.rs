@@ -1,6 +1,7 @@
 //! A sequence's part in a step: its rows, its candidates, and how far it came. Pure.
 
 use std::borrow::{Borrow, BorrowMut};
+use std::ops::Range;
 
 use super::scheduler::Share;
 use crate::llama::{SeqId, Token};
@@ -27,6 +28,8 @@ pub struct Turn {
     pub leaves: Vec<SeqId>,
     /// Its rows in the batch.
     pub rows: RowRange,
+    /// Rows of its share whose logits score a token of the prompt.
+    pub n_scored: usize,
     /// Its rows among those with outputs.
     pub outputs: RowRange,
     pub walk: Walk,
@@ -44,6 +47,12 @@ pub struct Walk {
 }
 
 impl Turn {
+    /// The rows of its share in the batch.
+    pub fn share_rows(&self) -> Range<usize> {
+        let last = self.rows.of(None);
+        last + 1 - self.share.n_rows..last + 1
+    }
+
     /// Begins another one.
     pub fn begin(&mut self, share: Share) {
         self.share = share;

@@ -6,8 +6,8 @@ use bytes::BytesMut;
 use hyper::StatusCode;
 
 use super::api::answers::{
-    AnswerMessage, ChatLogprobs, ChoiceLogprobs, Delta, Detokenize, OpenAiAnswer, OpenAiChoice,
-    OpenAiUsage, PromptTokensDetails, TextLogprobs, details, finish,
+    AnswerMessage, ChatLogprobs, ChoiceLogprobs, Delta, Detokenize, Offsets, OpenAiAnswer,
+    OpenAiChoice, OpenAiUsage, PromptTokensDetails, TextLogprobs, details, finish,
 };
 use super::api::openai::Choices;
 use super::problem::Problem;
@@ -24,6 +24,11 @@ pub enum Endpoint {
     Chat,
 }
 
+/// Where the tokens of a request's answer begin.
+fn offsets(request: &request::Request) -> Offsets {
+    Offsets::after(request.prompt.text().filter(|_| request.echo).as_deref())
+}
+
 /// Writes an answer whole, or in chunks: for each choice a chat's role, pieces, the finish reason;
 /// after all of them, if asked for, the counts; and `[DONE]`.
 pub struct Chunks {
@@ -38,8 +43,8 @@ pub struct Chunks {
     include_usage: bool,
     /// By choice: whether its role was sent.
     has_begun: Vec<bool>,
-    /// By choice: characters of its tokens so far.
-    offsets: Vec<usize>,
+    /// By choice: where its next token begins.
+    offsets: Vec<Offsets>,
     /// Of the choices that ended, with their numbers.
     usages: Vec<(usize, request::Usage)>,
 }
@@ -64,7 +69,7 @@ impl Chunks {
             detokenize,
             include_usage: choices.include_usage,
             has_begun: vec![false; n_choices],
-            offsets: vec![0; n_choices],
+            offsets: choices.requests.iter().map(offsets).collect(),
             usages: Vec::new(),
         }
     }
@@ -84,19 +89,20 @@ impl Chunks {
         OpenAiAnswer { id, object, created: self.created, model, choices, usage }
     }
 
-    /// A choice, or a part of one, without its text. Moves `offset` as [`TextLogprobs::new`] does.
+    /// A choice, or a part of one, without its text.
     fn choice<'a>(
         &self,
         index: usize,
         piece: Option<&Piece>,
-        offset: &mut usize,
+        offsets: &mut Offsets,
         done: Option<&'a Completion>,
     ) -> OpenAiChoice<'a> {
         let (report, detokenize) = (self.report, &self.detokenize);
         let tokens = piece.map(|piece| piece.tokens.as_slice());
-        let logprobs = tokens.and_then(|tokens| match self.endpoint {
+        let reported = tokens.filter(|_| report.n_top.is_some());
+        let logprobs = reported.and_then(|tokens| match self.endpoint {
             Endpoint::Text => {
-                TextLogprobs::new(tokens, detokenize, offset).map(ChoiceLogprobs::Text)
+                TextLogprobs::new(tokens, detokenize, offsets).map(ChoiceLogprobs::Text)
             }
             Endpoint::Chat => ChatLogprobs::new(tokens, detokenize).map(ChoiceLogprobs::Chat),
         });
@@ -133,15 +139,15 @@ impl Chunks {
         done: Option<&Completion>,
         out: &mut BytesMut,
     ) {
-        let mut offset = self.offsets[index];
-        let mut choice = self.choice(index, piece, &mut offset, done);
+        let mut offsets = std::mem::take(&mut self.offsets[index]);
+        let mut choice = self.choice(index, piece, &mut offsets, done);
         match self.endpoint {
             Endpoint::Text => choice.text = Some(delta.content.unwrap_or_default()),
             Endpoint::Chat => choice.delta = Some(delta),
         }
         let usage = self.include_usage.then_some(None);
         event(&self.object(true, vec![choice], usage), out);
-        self.offsets[index] = offset;
+        self.offsets[index] = offsets;
     }
 
     fn piece(&mut self, index: usize, piece: &Piece, out: &mut BytesMut) {
@@ -153,7 +159,8 @@ impl Chunks {
 impl Dialect for Chunks {
     fn whole(&self, done: &[(Piece, Completion)]) -> Reply {
         let choices = done.iter().enumerate().map(|(index, (whole, done))| {
-            let mut choice = self.choice(index, Some(whole), &mut 0, Some(done));
+            let offsets = &mut self.offsets[index].clone();
+            let mut choice = self.choice(index, Some(whole), offsets, Some(done));
             let content = whole.text.as_str();
             match self.endpoint {
                 Endpoint::Text => choice.text = Some(content),
@@ -222,7 +229,7 @@ mod tests {
     fn a_stream_has_role_pieces_reason_counts_and_done_in_this_order() {
         let requests = vec![request::Request::new("x", 1); 2];
         let choices = Choices { requests, n: 2, stream: true, include_usage: true };
-        let detokenize = Arc::new(|_| Vec::new());
+        let detokenize = Arc::new(|_, _| Vec::new());
         let mut chunks = Chunks::new(Endpoint::Chat, "m".into(), &choices, detokenize);
         let mut out = BytesMut::new();
         chunks.write(0, &Event::Piece(Piece { text: "Hi".into(), tokens: vec![] }), &mut out);

@@ -129,9 +129,9 @@ async fn answer(
 
 fn detokenize(handle: &Handle) -> Detokenize {
     let handle = handle.clone();
-    Arc::new(move |token| {
+    Arc::new(move |token, by_name| {
         let mut bytes = Vec::new();
-        handle.model.piece(token, true, &mut bytes);
+        handle.model.piece(token, by_name, &mut bytes);
         bytes
     })
 }

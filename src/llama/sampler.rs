@@ -128,14 +128,63 @@ impl Candidates {
         unsafe { sys::sampler_apply(chain.ptr.as_ptr(), &raw mut array) };
         let kept = array.size.min(self.data.len());
         if array.data != self.data.as_mut_ptr() {
-            // SAFETY: `size` entries in memory of the chain, unchanged until it is applied again; it
-            // does not overlap our buffer.
-            unsafe { std::ptr::copy_nonoverlapping(array.data, self.data.as_mut_ptr(), kept) };
+            // SAFETY: `size` entries, in memory of the chain, unchanged until it is applied again, or
+            // farther on in our buffer: they may overlap their place.
+            unsafe { std::ptr::copy(array.data, self.data.as_mut_ptr(), kept) };
         }
         self.data.truncate(kept);
         if !self.data.is_sorted_by_key(|d| d.id) {
             self.data.sort_unstable_by_key(|d| d.id);
         }
         self.data.iter().map(|d| (Token(d.id), d.logit))
+    }
+}
+
+/// llama.cpp's own filters, which ours are compared with.
+#[cfg(test)]
+impl SamplerChain {
+    /// Adds those that `filter` asks for, in llama.cpp's default order; XTC always excludes.
+    pub(crate) fn filters(self, filter: &crate::engine::filter::Filter) -> Self {
+        let top_k = i32::try_from(filter.top_k).unwrap();
+        // SAFETY: values only. The chain takes ownership of each.
+        let all = unsafe {
+            [
+                sys::sampler_init_top_n_sigma(filter.top_n_sigma),
+                sys::sampler_init_top_k(top_k),
+                sys::sampler_init_typical(filter.typical_p, 0),
+                sys::sampler_init_top_p(filter.top_p, 0),
+                sys::sampler_init_min_p(filter.min_p, 0),
+                sys::sampler_init_xtc(
+                    filter.xtc.map_or(0.0, |_| 1.0),
+                    filter.xtc.unwrap_or(0.0),
+                    0,
+                    1,
+                ),
+                sys::sampler_init_temp(filter.temperature),
+            ]
+        };
+        all.into_iter().fold(self, |chain, sampler| chain.push("reference", sampler).unwrap())
+    }
+
+    /// Adds DRY.
+    pub(crate) fn dry(self, model: &super::Model, params: &crate::request::DryParams) -> Self {
+        let strings = params.breakers.iter().map(|s| std::ffi::CString::new(s.as_str()).unwrap());
+        let strings: Vec<_> = strings.collect();
+        let mut pointers: Vec<_> = strings.iter().map(|s| s.as_ptr()).collect();
+        let [allowed, last_n] =
+            [params.allowed_length, params.last_n].map(|n| i32::try_from(n).unwrap());
+        // SAFETY: the vocabulary is the model's; C copies the strings, which are zero-terminated.
+        let sampler = unsafe {
+            sys::sampler_init_dry(
+                sys::model_get_vocab(model.as_ptr()),
+                params.multiplier,
+                params.base,
+                allowed,
+                last_n,
+                pointers.as_mut_ptr(),
+                pointers.len(),
+            )
+        };
+        self.push("dry", sampler).unwrap()
     }
 }

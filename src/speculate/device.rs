@@ -220,7 +220,7 @@ fn row_rule(Rule { filter, seed, position }: Rule) -> RowRule {
     let halves = |n: u64| [n as u32, (n >> 32) as u32];
     let rule =
         RowRule { seed: halves(seed), position: halves(position as u64), ..RowRule::default() };
-    let Some(Filter { top_k, top_p, min_p, temperature }) = filter else { return rule };
+    let Some(Filter { top_k, top_p, min_p, temperature, .. }) = filter else { return rule };
     RowRule {
         inverse_temperature: 1.0 / temperature,
         top_p,

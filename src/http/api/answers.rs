@@ -7,14 +7,15 @@ use std::sync::Arc;
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use crate::engine::text::Decoder;
 use crate::llama::Token;
 use crate::request::{
     Completion, FinishReason, Logprobs, Piece, SamplingParams, Source, SpeculationUsage, Timings,
     TokenReport, Usage,
 };
 
-/// A token's bytes; of a control token its name's.
-pub type Detokenize = Arc<dyn Fn(Token) -> Vec<u8> + Send + Sync>;
+/// A token's bytes in a text. Those of a control token are its name's if `true` is given, else none.
+pub type Detokenize = Arc<dyn Fn(Token, bool) -> Vec<u8> + Send + Sync>;
 
 /// Why an answer ended: by itself or at a stop string, or because it was long enough.
 #[derive(Clone, Copy, Debug, Serialize, ToSchema)]
@@ -134,7 +135,7 @@ pub struct TokenDetails {
     /// What drafted it: `heads`, `text` or `both`; null: the model alone.
     #[schema(required = true)]
     pub source: Option<Source>,
-    /// The answer's step that decided it, from 1.
+    /// The answer's step that decided it, from 1; 0 for a token of the prompt.
     pub step: usize,
     /// Rows of that step, those of other requests included.
     pub rows: usize,
@@ -161,12 +162,12 @@ pub struct TopToken {
 pub fn details(tokens: &[TokenReport], detokenize: &Detokenize) -> Vec<TokenDetails> {
     let top = |&(token, p): &(Token, f32)| TopToken {
         id: token.0,
-        text: text(&detokenize(token)),
+        text: text(&detokenize(token, true)),
         logprob: finite(p),
     };
     let one = |t: &TokenReport| TokenDetails {
         id: t.token.0,
-        text: text(&detokenize(t.token)),
+        text: text(&detokenize(t.token, true)),
         source: t.source,
         step: t.step,
         rows: t.n_rows,
@@ -176,38 +177,120 @@ pub fn details(tokens: &[TokenReport], detokenize: &Detokenize) -> Vec<TokenDeta
     tokens.iter().map(one).collect()
 }
 
-/// Log probabilities of a text's tokens: lists with an entry for each.
+/// Log probabilities of a text's tokens: lists with an entry for each. A token is named by its text,
+/// or by its bytes, as in `bytes:\xf0\x9f`, where they are no text by themselves.
 #[derive(Debug, Default, Serialize, ToSchema)]
 pub struct TextLogprobs {
-    /// Their texts.
+    /// Their names.
     pub tokens: Vec<String>,
-    /// Natural logarithms of their probabilities.
-    pub token_logprobs: Vec<f32>,
-    /// The same of the most likely ones, by their texts.
-    pub top_logprobs: Vec<BTreeMap<String, f32>>,
-    /// Where they begin in the answer, in characters.
+    /// Natural logarithms of their probabilities; null for the first token of a prompt.
+    pub token_logprobs: Vec<Option<f32>>,
+    /// The same of as many most likely ones as were asked for, by their names. Of two with one text
+    /// the less likely one is named by its bytes.
+    pub top_logprobs: Vec<Option<BTreeMap<String, f32>>>,
+    /// Where they begin in the text, in characters; a part of a character where that begins.
     pub text_offset: Vec<usize>,
 }
 
 impl TextLogprobs {
-    /// `None` if they were not asked for. Moves `offset`, in characters, from the tokens' begin to
-    /// their end.
+    /// Of the tokens after those that `offsets` has counted, all of the prompt's together; `None`
+    /// without tokens.
     pub fn new(
         tokens: &[TokenReport],
         detokenize: &Detokenize,
-        offset: &mut usize,
+        offsets: &mut Offsets,
     ) -> Option<Self> {
         let mut lists = Self::default();
-        for (token, logprobs) in with_logprobs(tokens) {
-            let (own, logprob) = (text(&detokenize(token)), finite(logprobs.logprob));
-            lists.text_offset.push(*offset);
-            *offset += own.chars().count();
-            let top = logprobs.top.iter().map(|&(token, p)| (text(&detokenize(token)), finite(p)));
-            lists.top_logprobs.push(top.chain([(own.clone(), logprob)]).collect());
-            lists.token_logprobs.push(logprob);
-            lists.tokens.push(own);
+        let n_prompt = tokens.iter().take_while(|report| report.is_prompt()).count();
+        let (prompt, answer) = tokens.split_at(n_prompt);
+        let mut bytes: Vec<_> = prompt.iter().map(|t| detokenize(t.token, true)).collect();
+        offsets.begin_prompt(&bytes.concat());
+        bytes.extend(answer.iter().map(|t| detokenize(t.token, false)));
+        for (i, (report, bytes)) in tokens.iter().zip(bytes).enumerate() {
+            lists.text_offset.push(offsets.next(&bytes));
+            if i + 1 == n_prompt {
+                offsets.end_prompt();
+            }
+            let mut names = Names::default();
+            let top = report.logprobs.as_ref().map(|logprobs| {
+                let named = |&(token, p): &(Token, f32)| (names.of(token, detokenize), finite(p));
+                logprobs.top.iter().map(named).collect()
+            });
+            lists.top_logprobs.push(top);
+            lists.token_logprobs.push(report.logprobs.as_ref().map(|l| finite(l.logprob)));
+            lists.tokens.push(names.of(report.token, detokenize));
         }
         Some(lists).filter(|lists| !lists.tokens.is_empty())
+    }
+}
+
+/// Names of tokens that stand together, each another one.
+#[derive(Default)]
+struct Names(Vec<(Token, String)>);
+
+impl Names {
+    fn of(&mut self, token: Token, detokenize: &Detokenize) -> String {
+        if let Some((_, name)) = self.0.iter().find(|(known, _)| *known == token) {
+            return name.clone();
+        }
+        let bytes = detokenize(token, true);
+        let escaped = || bytes.iter().fold("bytes:".to_owned(), |s, b| s + &format!("\\x{b:02x}"));
+        let mut name = std::str::from_utf8(&bytes).map_or_else(|_| escaped(), str::to_owned);
+        let numbered = || format!("token_id:{}", token.0);
+        for other in [&escaped as &dyn Fn() -> String, &numbered] {
+            if self.0.iter().any(|(_, taken)| *taken == name) {
+                name = other();
+            }
+        }
+        self.0.push((token, name.clone()));
+        name
+    }
+}
+
+/// Where tokens begin in a text, in characters.
+#[derive(Clone, Debug, Default)]
+pub struct Offsets {
+    decoder: Decoder,
+    n_chars: usize,
+    /// Characters of the prompt's text, where it is echoed as it was sent.
+    n_prompt: Option<usize>,
+    /// Characters at the beginning that tokens have and the text has not: what tokenising adds.
+    n_added: usize,
+}
+
+impl Offsets {
+    /// In a text that begins with its prompt, as it was sent or as its tokens have it.
+    pub fn after(prompt: Option<&str>) -> Self {
+        Self { n_prompt: prompt.map(|text| text.chars().count()), ..Self::default() }
+    }
+
+    /// The next tokens are the prompt's, and these are their bytes; perhaps none.
+    fn begin_prompt(&mut self, bytes: &[u8]) {
+        if let Some(n_prompt) = self.n_prompt.take_if(|_| !bytes.is_empty()) {
+            let n_chars = String::from_utf8_lossy(bytes).chars().count();
+            self.n_added = n_chars.saturating_sub(n_prompt);
+        }
+    }
+
+    /// The answer's characters begin anew.
+    fn end_prompt(&mut self) {
+        self.n_chars += usize::from(self.decoder.n_partial() > 0);
+        self.decoder = Decoder::default();
+    }
+
+    /// Of a token with these bytes, which comes next.
+    fn next(&mut self, bytes: &[u8]) -> usize {
+        let Self { decoder, n_chars, .. } = self;
+        let (before, mut begin, mut n_bytes) = (decoder.n_partial(), *n_chars, 0);
+        decoder.push(bytes, |text, n| {
+            let lengths = text.chars().map(|c| if text.len() == n { c.len_utf8() } else { n });
+            for length in lengths {
+                n_bytes += length;
+                *n_chars += 1;
+                begin += usize::from(n_bytes <= before); // of tokens before: never to be whole
+            }
+        });
+        begin.saturating_sub(self.n_added)
     }
 }
 
@@ -225,14 +308,15 @@ impl ChatLogprobs {
     /// `None` if they were not asked for.
     pub fn new(tokens: &[TokenReport], detokenize: &Detokenize) -> Option<Self> {
         let entry = |token: Token, logprob: f32, top_logprobs| {
-            let bytes = detokenize(token);
+            let bytes = detokenize(token, true);
             ChatToken { token: text(&bytes), logprob: finite(logprob), bytes, top_logprobs }
         };
         let one = |(token, logprobs): (Token, &Logprobs)| {
             let top = logprobs.top.iter().map(|&(token, p)| entry(token, p, None));
             entry(token, logprobs.logprob, Some(top.collect()))
         };
-        let content: Vec<ChatToken> = with_logprobs(tokens).map(one).collect();
+        let given = tokens.iter().filter_map(|t| Some((t.token, t.logprobs.as_ref()?)));
+        let content: Vec<ChatToken> = given.map(one).collect();
         Some(Self { content, refusal: None }).filter(|logprobs| !logprobs.content.is_empty())
     }
 }
@@ -251,10 +335,6 @@ pub struct ChatToken {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(no_recursion)]
     pub top_logprobs: Option<Vec<ChatToken>>,
-}
-
-fn with_logprobs(tokens: &[TokenReport]) -> impl Iterator<Item = (Token, &Logprobs)> {
-    tokens.iter().filter_map(|t| t.logprobs.as_ref().map(|logprobs| (t.token, logprobs)))
 }
 
 /// A token may be a part of a character, which no string holds; [`ChatToken::bytes`] is exact.
@@ -291,7 +371,7 @@ pub struct OpenAiAnswer<'a> {
 pub struct OpenAiChoice<'a> {
     /// Its place.
     pub index: usize,
-    /// Of `/v1/completions`: the text, without the prompt.
+    /// Of `/v1/completions`: the text; the prompt's is before it with `echo` only.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub text: Option<&'a str>,
     /// Of a chat: the whole answer.
@@ -611,4 +691,56 @@ pub struct ErrorDetails<'a> {
     /// In OpenAI's dialect, for programs: `invalid_request`, `queue_full`, ...
     #[serde(skip_serializing_if = "Option::is_none")]
     pub code: Option<&'static str>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A vocabulary with parts of characters, a text that two tokens have, and a control token.
+    fn detokenize() -> Detokenize {
+        const TEXTS: [&[u8]; 7] = [b"a", b"\xf0\x9f", b"\x98", b"\x80b", b"a", b"\xe4", b"<end>"];
+        Arc::new(
+            |Token(id), by_name| {
+                if id == 6 && !by_name { vec![] } else { TEXTS[id as usize].to_vec() }
+            },
+        )
+    }
+
+    fn report(token: i32, top: &[i32]) -> TokenReport {
+        let top = top.iter().zip(1i16..).map(|(&id, n)| (Token(id), -f32::from(n))).collect();
+        let logprobs = Some(Logprobs { logprob: -0.5, top });
+        TokenReport { token: Token(token), source: None, step: 1, n_rows: 1, logprobs }
+    }
+
+    #[test]
+    fn each_token_has_a_name_of_its_own() {
+        let of = |token, top: &[i32]| {
+            let offsets = &mut Offsets::default();
+            TextLogprobs::new(&[report(token, top)], &detokenize(), offsets).unwrap()
+        };
+        let lists = of(4, &[0, 1, 2, 5, 4]);
+        let names = ["a", r"bytes:\x61", r"bytes:\x98", r"bytes:\xe4", r"bytes:\xf0\x9f"];
+        let top = lists.top_logprobs[0].as_ref().unwrap();
+        assert!(top.keys().eq(names.iter()), "{top:?}");
+        assert_eq!((top["a"], top[names[1]]), (-1.0, -5.0));
+        assert_eq!(lists.tokens, [names[1]], "by the name that it has among the likely ones");
+        let lists = of(4, &[0]);
+        assert_eq!(
+            (lists.top_logprobs[0].as_ref().unwrap().len(), lists.tokens[0].as_str()),
+            (1, names[1])
+        );
+    }
+
+    #[test]
+    fn tokens_begin_where_their_characters_begin_in_the_text() {
+        // a 😀b <end> a; then a character that never comes to be, and one that does.
+        let tokens = [0, 1, 2, 3, 6, 4, 5, 0, 1, 5, 1, 2, 3].map(|token| report(token, &[]));
+        let mut offsets = Offsets::default();
+        let lists = tokens
+            .chunks(2)
+            .map(|part| TextLogprobs::new(part, &detokenize(), &mut offsets).unwrap().text_offset);
+        let expected = [0, 1, 1, 1, 3, 3, 4, 5, 6, 7, 8, 8, 8];
+        assert_eq!(lists.flatten().collect::<Vec<_>>(), expected);
+    }
 }

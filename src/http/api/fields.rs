@@ -10,7 +10,7 @@ use utoipa::{PartialSchema, ToSchema};
 
 use crate::error::Invalid;
 use crate::llama::Token;
-use crate::request::GrammarSource;
+use crate::request::{GrammarSource, Prompt};
 
 /// Declares a body: its own fields, and those that all dialects share.
 macro_rules! request_body {
@@ -26,6 +26,37 @@ macro_rules! request_body {
             /// Keep tokens at least this fraction as likely as the most likely one; 0 keeps all.
             #[schema(default = 0.0, minimum = 0.0, maximum = 1.0)]
             pub min_p: f32,
+            /// Keep the tokens whose surprise is closest to the entropy, up to this probability
+            /// together; 1 keeps all.
+            #[schema(default = 1.0, minimum = 0.0, maximum = 1.0)]
+            pub typical_p: f32,
+            /// Keep tokens at most this many standard deviations below the largest logit; 0 and
+            /// below keep all.
+            #[schema(default = -1.0, minimum = -1.0, maximum = 100.0)]
+            pub top_n_sigma: f32,
+            /// XTC: how often the tokens of at least `xtc_threshold` are dropped but for the least
+            /// likely of them.
+            #[schema(default = 0.0, minimum = 0.0, maximum = 1.0)]
+            pub xtc_probability: f32,
+            /// The probability from which XTC drops tokens; above 0.5 it is off.
+            #[schema(default = 0.1, minimum = 0.0, maximum = 1.0)]
+            pub xtc_threshold: f32,
+            /// DRY: subtracted, times `dry_base` for each token beyond `dry_allowed_length`, from the
+            /// logit of a token that would continue a repetition; 0 is off.
+            #[schema(default = 0.0, minimum = 0.0, maximum = 100.0)]
+            pub dry_multiplier: f32,
+            /// By how much DRY grows for each token of a repetition.
+            #[schema(default = 1.75, minimum = 1.0, maximum = 100.0)]
+            pub dry_base: f32,
+            /// Repetitions of fewer tokens cost nothing.
+            #[schema(default = 2, maximum = 2147483647)]
+            pub dry_allowed_length: usize,
+            /// DRY's window: this many last tokens, the prompt's included; -1 for all, 0 is off.
+            #[schema(default = -1, minimum = -1, maximum = 2147483647)]
+            pub dry_penalty_last_n: i64,
+            /// No repetition goes across these strings; by default a line's end, `:`, `"` and `*`.
+            #[schema(schema_with = BreakerList::schema)]
+            pub dry_sequence_breakers: Option<BreakerList>,
             /// Divides the logits of tokens in the penalties' window; 1 is off.
             #[schema(default = 1.0, minimum = 0.01, maximum = 100.0)]
             pub repetition_penalty: f32,
@@ -87,6 +118,14 @@ macro_rules! request_body {
                 n_top: Option<usize>,
             ) -> Result<Request, Invalid> {
                 let report = Report { details: self.details, n_top };
+                let (breakers, dry_window) = (self.dry_sequence_breakers, self.dry_penalty_last_n);
+                let dry = crate::request::DryParams {
+                    multiplier: self.dry_multiplier,
+                    base: self.dry_base,
+                    allowed_length: self.dry_allowed_length,
+                    last_n: usize::try_from(dry_window).unwrap_or(usize::MAX),
+                    breakers: breakers.map_or_else(default_breakers, |list| list.0),
+                };
                 if self.min_tokens > max_tokens {
                     let message = format!("min_tokens is {}, above max_tokens", self.min_tokens);
                     return Err(Invalid::new("min_tokens", message));
@@ -94,11 +133,17 @@ macro_rules! request_body {
                 Ok(Request {
                     prompt,
                     max_tokens,
+                    echo: false,
                     sampling: SamplingParams {
                         temperature: self.temperature,
                         top_p: self.top_p,
                         top_k: self.top_k,
                         min_p: self.min_p,
+                        typical_p: self.typical_p,
+                        top_n_sigma: self.top_n_sigma.max(0.0),
+                        xtc_probability: self.xtc_probability,
+                        xtc_threshold: self.xtc_threshold,
+                        dry: Some(dry).filter(|dry| dry.multiplier > 0.0 && dry.last_n > 0),
                         repetition_penalty: self.repetition_penalty,
                         frequency_penalty: self.frequency_penalty,
                         presence_penalty: self.presence_penalty,
@@ -123,16 +168,19 @@ macro_rules! request_body {
 }
 pub(super) use request_body;
 
-/// One text, or a list of `MIN` to `MAX` of them, each of 1 to `BYTES` bytes.
+/// One text, or a list of up to `MAX`, each of 1 to `BYTES` bytes.
 #[derive(Debug, Default, Deserialize)]
 #[serde(try_from = "OneOrMany")]
-pub struct Texts<const MIN: usize, const MAX: usize, const BYTES: usize>(pub Vec<String>);
+pub struct Texts<const MAX: usize, const BYTES: usize>(pub Vec<String>);
 
-pub type Stops = Texts<0, 16, 1024>;
+pub type Stops = Texts<16, 1024>;
 
-pub const MAX_CHOICES: usize = 16;
+pub type BreakerList = Texts<16, 40>;
 
-pub type PromptList = Texts<1, MAX_CHOICES, { usize::MAX }>;
+/// llama.cpp's.
+pub fn default_breakers() -> Vec<String> {
+    ["\n", ":", "\"", "*"].map(String::from).to_vec()
+}
 
 #[derive(Deserialize)]
 #[serde(untagged, expecting = "it must be a string or a list of strings")]
@@ -141,9 +189,7 @@ enum OneOrMany {
     Many(Vec<String>),
 }
 
-impl<const MIN: usize, const MAX: usize, const BYTES: usize> TryFrom<OneOrMany>
-    for Texts<MIN, MAX, BYTES>
-{
+impl<const MAX: usize, const BYTES: usize> TryFrom<OneOrMany> for Texts<MAX, BYTES> {
     type Error = String;
 
     fn try_from(texts: OneOrMany) -> Result<Self, String> {
@@ -152,30 +198,122 @@ impl<const MIN: usize, const MAX: usize, const BYTES: usize> TryFrom<OneOrMany>
             OneOrMany::Many(list) => list,
         };
         let fits = |text: &String| (1..=BYTES).contains(&text.len());
-        if (MIN..=MAX).contains(&list.len()) && list.iter().all(fits) {
+        if list.len() <= MAX && list.iter().all(fits) {
             return Ok(Self(list));
         }
-        let longest =
-            if BYTES < usize::MAX { format!(" of at most {BYTES} bytes") } else { String::new() };
-        Err(format!("it must be a string, not empty{longest}, or a list of {MIN} to {MAX} of them"))
+        Err(format!(
+            "it must be a string, not empty, of at most {BYTES} bytes, or a list of 0 to {MAX} of them"
+        ))
     }
 }
 
-impl<const MIN: usize, const MAX: usize, const BYTES: usize> PartialSchema
-    for Texts<MIN, MAX, BYTES>
-{
+impl<const MAX: usize, const BYTES: usize> PartialSchema for Texts<MAX, BYTES> {
     fn schema() -> RefOr<Schema> {
-        let mut text = json!({ "type": "string", "minLength": 1 });
-        if BYTES < usize::MAX {
-            text["maxLength"] = BYTES.into();
-        }
-        let list = json!({ "type": "array", "items": text, "minItems": MIN, "maxItems": MAX });
-        let mut either = vec![text, list];
-        either.extend((MIN == 0).then(|| json!({ "type": "null" })));
+        let text = json!({ "type": "string", "minLength": 1, "maxLength": BYTES });
+        let list = json!({ "type": "array", "items": text, "maxItems": MAX });
         schema_of(json!({
             "description": format!("A text, or a list of up to {MAX}"),
-            "oneOf": either,
+            "oneOf": [text, list, { "type": "null" }],
             "examples": ["END"],
+        }))
+    }
+}
+
+pub const MAX_CHOICES: usize = 16;
+
+/// A text or the ids of tokens: what one answer continues. Neither is empty.
+#[derive(Debug, Deserialize)]
+#[serde(try_from = "TextOrTokens")]
+pub struct OnePrompt(pub Prompt);
+
+/// Up to [`MAX_CHOICES`] prompts.
+#[derive(Debug, Default, Deserialize)]
+#[serde(try_from = "AnyPrompts")]
+pub struct Prompts(pub Vec<Prompt>);
+
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "it must be a string or a list of token ids")]
+enum TextOrTokens {
+    Text(String),
+    Tokens(Vec<i64>),
+}
+
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "it must be a string, a list of token ids, or a list of either")]
+enum AnyPrompts {
+    One(TextOrTokens),
+    Texts(Vec<String>),
+    Lists(Vec<Vec<i64>>),
+}
+
+impl TryFrom<TextOrTokens> for OnePrompt {
+    type Error = String;
+
+    fn try_from(prompt: TextOrTokens) -> Result<Self, String> {
+        match prompt {
+            TextOrTokens::Text(text) if !text.is_empty() => Ok(Self(text.into())),
+            TextOrTokens::Tokens(ids) if !ids.is_empty() => {
+                let token = |id: i64| {
+                    let known = i32::try_from(id).map(Token);
+                    known.map_err(|_| format!("it has token {id}, which no vocabulary has"))
+                };
+                let tokens: Result<Vec<Token>, String> = ids.into_iter().map(token).collect();
+                Ok(Self(Prompt::Tokens(tokens?)))
+            }
+            _ => Err("it must not be empty".into()),
+        }
+    }
+}
+
+impl TryFrom<AnyPrompts> for Prompts {
+    type Error = String;
+
+    fn try_from(prompts: AnyPrompts) -> Result<Self, String> {
+        let list: Vec<TextOrTokens> = match prompts {
+            AnyPrompts::One(one) => vec![one],
+            AnyPrompts::Texts(list) => list.into_iter().map(TextOrTokens::Text).collect(),
+            AnyPrompts::Lists(list) => list.into_iter().map(TextOrTokens::Tokens).collect(),
+        };
+        if !(1..=MAX_CHOICES).contains(&list.len()) {
+            return Err(format!("it must be a prompt, or a list of 1 to {MAX_CHOICES}"));
+        }
+        let prompt = |prompt| OnePrompt::try_from(prompt).map(|one| one.0);
+        Ok(Self(list.into_iter().map(prompt).collect::<Result<_, _>>()?))
+    }
+}
+
+/// A text, and a list of token ids.
+fn one_prompt() -> [Value; 2] {
+    let ids = json!({ "type": "integer", "minimum": 0, "maximum": i32::MAX });
+    [
+        json!({ "type": "string", "minLength": 1 }),
+        json!({ "type": "array", "items": ids, "minItems": 1 }),
+    ]
+}
+
+impl PartialSchema for OnePrompt {
+    fn schema() -> RefOr<Schema> {
+        schema_of(json!({
+            "description": "A user's message, which the model's chat template makes a prompt of. \
+                            A text that holds control tokens as the template writes them, and a list \
+                            of token ids, are continued as they are; so is any if the model has no \
+                            template.",
+            "oneOf": one_prompt(),
+            "examples": ["Write a poem about artificial intelligence."],
+        }))
+    }
+}
+
+impl PartialSchema for Prompts {
+    fn schema() -> RefOr<Schema> {
+        let list = |of: &Value| json!({ "type": "array", "items": of, "minItems": 1, "maxItems": MAX_CHOICES });
+        let [text, ids] = one_prompt();
+        let lists = [list(&text), list(&ids)];
+        let shapes = [[text, ids], lists].concat();
+        schema_of(json!({
+            "description": format!("A text to continue, a list of token ids, or a list of up to {MAX_CHOICES} texts or such lists"),
+            "oneOf": shapes,
+            "examples": ["The old lighthouse"],
         }))
     }
 }

@@ -7,7 +7,10 @@ use hyper::StatusCode;
 use utoipa::PartialSchema;
 
 use super::answers::{Detokenize, GenerateAnswer, GeneratePiece, details};
-use super::fields::{LogitBias, ResponseFormat, Stops, grammar, request_body};
+use super::fields::{
+    BreakerList, LogitBias, OnePrompt, ResponseFormat, Stops, default_breakers, grammar,
+    request_body,
+};
 use crate::chat::{self, Template};
 use crate::engine::Failed;
 use crate::error::Invalid;
@@ -20,11 +23,9 @@ use crate::request::{
 request_body! {
     /// A prompt to answer or to continue, and how.
     GenerateRequest {
-        /// A user's message, which the model's chat template makes a prompt of. A prompt that holds
-        /// control tokens as the template writes them is continued as it is; so is any if the model
-        /// has no template.
-        #[schema(example = "Write a poem about artificial intelligence.", min_length = 1)]
-        pub prompt: String,
+        /// What to continue.
+        #[schema(schema_with = OnePrompt::schema)]
+        pub prompt: OnePrompt,
         /// A system message before the prompt.
         #[schema(example = "Answer in one sentence.")]
         pub system: Option<String>,
@@ -68,8 +69,8 @@ impl GenerateRequest {
         random_seed: u64,
         template: &Result<Template, String>,
     ) -> Result<Request, Invalid> {
-        let text = std::mem::take(&mut self.prompt);
-        let prompt = chat::turn(template, text, self.system.as_deref(), self.raw)?;
+        let prompt = std::mem::take(&mut self.prompt.0);
+        let prompt = chat::turn(template, prompt, self.system.as_deref(), self.raw)?;
         let (max_tokens, window) = (self.max_tokens, self.repeat_last_n);
         let (seed, n_top) = (self.seed.unwrap_or(random_seed), self.logprobs);
         self.request(prompt, max_tokens, window, seed, n_top)
@@ -153,6 +154,9 @@ mod tests {
         );
         let bad = [
             ("prompt", json!({ "prompt": 1 })),
+            ("prompt", json!({ "prompt": "" })),
+            ("prompt", json!({ "prompt": [] })),
+            ("prompt", json!({ "prompt": ["x"] })),
             ("prompt", json!({})),
             ("max_tokens", json!({ "prompt": "x", "max_tokens": 0 })),
             ("max_tokens", json!({ "prompt": "x", "max_tokens": 2049 })),

@@ -11,7 +11,8 @@ use serde_json::{Map, Number, Value, json};
 use utoipa::{PartialSchema, ToSchema};
 
 use super::fields::{
-    LogitBias, MAX_CHOICES, PromptList, ResponseFormat, Stops, grammar, request_body,
+    BreakerList, LogitBias, MAX_CHOICES, Prompts, ResponseFormat, Stops, default_breakers, grammar,
+    request_body,
 };
 use crate::chat::{Conversation, Ending, Template};
 use crate::error::Invalid;
@@ -78,9 +79,6 @@ macro_rules! openai_body {
                 /// Only text.
                 #[schema(example = json!(["text"]), min_items = 1, max_items = 1)]
                 pub modalities: Option<Vec<PartKind>>,
-                /// Not supported: false is taken.
-                #[schema(default = false)]
-                pub echo: bool,
                 /// Not supported: 1 is taken.
                 #[schema(example = 1, minimum = 1, maximum = 1)]
                 pub best_of: Option<u64>,
@@ -118,9 +116,6 @@ macro_rules! openai_body {
                 n_ctx: usize,
                 random_seed: u64,
             ) -> Result<Choices, Invalid> {
-                if self.echo {
-                    return Err(Invalid::new("echo", "echo is not supported by this server"));
-                }
                 if self.stream_options.is_some() && !self.stream {
                     let message = "stream_options is for streams; set stream to true";
                     return Err(Invalid::new("stream_options", message));
@@ -153,12 +148,16 @@ macro_rules! openai_body {
 openai_body! {
     /// Prompts to continue, as OpenAI's clients ask.
     CompletionRequest {
-        /// The texts to continue.
-        #[schema(schema_with = PromptList::schema)]
-        pub prompt: PromptList,
-        /// Most tokens to generate, up to the context's size.
-        #[schema(default = 16, minimum = 1, format = "tokens")]
+        /// What to continue.
+        #[schema(schema_with = Prompts::schema)]
+        pub prompt: Prompts,
+        /// Most tokens to generate, up to the context's size; with 0 the prompt is only read.
+        #[schema(default = 16, minimum = 0, format = "tokens")]
         pub max_tokens: usize,
+        /// Begin the text with the prompt; with `logprobs`, report its tokens too, and the one that
+        /// ends the text.
+        #[schema(default = false)]
+        pub echo: bool,
         /// Report for each token its log probability, as the model gives it, and those of this many
         /// most likely tokens.
         #[schema(example = 3, maximum = 20)]
@@ -171,9 +170,10 @@ impl CompletionRequest {
     /// `random_seed` is the default seed.
     pub fn into_choices(mut self, n_ctx: usize, random_seed: u64) -> Result<Choices, Invalid> {
         let prompts = std::mem::take(&mut self.prompt.0);
-        let prompts: Vec<Prompt> = prompts.into_iter().map(Prompt::from).collect();
-        let (max_tokens, n_top) = (self.max_tokens, self.logprobs);
-        self.choices(&prompts, max_tokens, n_top, n_ctx, random_seed)
+        let (max_tokens, n_top, echo) = (self.max_tokens, self.logprobs, self.echo);
+        let mut choices = self.choices(&prompts, max_tokens, n_top, n_ctx, random_seed)?;
+        choices.requests.iter_mut().for_each(|request| request.echo = echo);
+        Ok(choices)
     }
 }
 
@@ -210,6 +210,9 @@ openai_body! {
         /// And those of this many most likely tokens; with `logprobs` only.
         #[schema(example = 0, maximum = 20)]
         pub top_logprobs: Option<usize>,
+        /// Not supported: false is taken.
+        #[schema(default = false)]
+        pub echo: bool,
     }
 }
 
@@ -230,6 +233,9 @@ impl ChatRequest {
                 return Err(Invalid::new("top_logprobs", message));
             }
         };
+        if self.echo {
+            return Err(Invalid::new("echo", "echo is not supported in chats"));
+        }
         let conversation = self.conversation()?;
         let template = template.as_ref().map_err(|why| Invalid::new("messages", why.as_str()))?;
         let prompt = template.prompt(conversation)?;
@@ -355,6 +361,7 @@ pub enum PartKind {
 mod tests {
     use super::*;
     use crate::http::api::Readers;
+    use crate::llama::Token;
 
     fn read_text(body: Value) -> Result<Choices, Invalid> {
         Readers::new(2048).completion.read(body)?.into_choices(2048, 7)
@@ -380,11 +387,27 @@ mod tests {
     }
 
     #[test]
+    fn prompts_are_texts_or_tokens_one_or_several() {
+        let prompts = |prompt: Value| {
+            let choices = read_text(json!({ "prompt": prompt }))?;
+            Ok::<_, Invalid>(choices.requests.into_iter().map(|r| r.prompt).collect::<Vec<_>>())
+        };
+        let tokens = |ids: &[i32]| Prompt::Tokens(ids.iter().map(|&id| Token(id)).collect());
+        assert_eq!(prompts(json!(["a", "b"])).unwrap(), ["a", "b"].map(Prompt::from));
+        assert_eq!(prompts(json!([1, 2])).unwrap(), [tokens(&[1, 2])]);
+        assert_eq!(prompts(json!([[1, 2], [3]])).unwrap(), [tokens(&[1, 2]), tokens(&[3])]);
+        for bad in [json!([]), json!([[]]), json!([1, "a"]), json!(["a", [1]]), json!([1.5])] {
+            assert_eq!(prompts(bad).unwrap_err().param.as_deref(), Some("prompt"));
+        }
+        let beyond = prompts(json!([1, 3_000_000_000_u64])).unwrap_err();
+        assert!(beyond.message.contains("3000000000"), "{beyond}");
+    }
+
+    #[test]
     fn what_is_not_supported_is_refused_by_name() {
         for (name, value) in [
             ("suffix", json!("s")),
             ("best_of", json!(2)),
-            ("echo", json!(true)),
             ("tools", json!([{}])),
             ("tool_choice", json!("auto")),
             ("seed", json!(1.5)),
