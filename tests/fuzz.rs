@@ -264,6 +264,7 @@ fn expected(events: &[Event]) -> (String, bool) {
     let mut text = String::new();
     for event in events {
         match event {
+            Event::Progress(_) => {}
             Event::Piece(piece) => text += &piece.text,
             Event::Done(done) => text += &done.tail.text,
             Event::Failed { .. } => return (text, true),
