@@ -113,6 +113,8 @@ pub struct Request {
     pub share_text: bool,
     /// What the text must be; `None`: any text.
     pub grammar: Option<GrammarSource>,
+    /// Tell how far the prompt is while it is read.
+    pub progress: bool,
     /// What to report of each token beside its text; `None`: nothing.
     pub report: Option<Report>,
     /// The answer ends where it is when this much time has passed since the request was accepted.
@@ -135,6 +137,7 @@ impl Request {
             speculation: Speculation::Auto,
             share_text: true,
             grammar: None,
+            progress: false,
             report: None,
             timeout: None,
         }
@@ -336,6 +339,8 @@ impl Speculation {
 /// What a request gets back: any number of pieces, then one end.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
+    /// How far the prompt is, if that was asked for; before all pieces.
+    Progress(Progress),
     /// More text; never empty, never half a character.
     Piece(Piece),
     /// The answer is complete. The last event.
@@ -345,6 +350,19 @@ pub enum Event {
         /// Names the failure in the log.
         id: String,
     },
+}
+
+/// How far a prompt is read: tokens, and the time since that began.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, ToSchema)]
+pub struct Progress {
+    /// All of the prompt's tokens.
+    pub total: usize,
+    /// Those that were in the cache.
+    pub cache: usize,
+    /// Those read so far, the cached ones included.
+    pub processed: usize,
+    /// Milliseconds.
+    pub time_ms: u64,
 }
 
 /// A part of an answer.

@@ -264,6 +264,7 @@ fn expected(events: &[Event]) -> (String, bool) {
     let mut text = String::new();
     for event in events {
         match event {
+            Event::Progress(_) => {}
             Event::Piece(piece) => text += &piece.text,
             Event::Done(done) => text += &done.tail.text,
             Event::Failed { .. } => return (text, true),
@@ -328,7 +329,7 @@ proptest! {
         let endpoint = if is_chat { Endpoint::Chat } else { Endpoint::Text };
         let n = choices.len();
         let wanted = Choices { requests: vec![Request::new("x", 1); n], n, stream: true, include_usage };
-        let chunks = Chunks::new(endpoint, "m".into(), &wanted, Arc::new(|_| Vec::new()));
+        let chunks = Chunks::new(endpoint, "m".into(), &wanted, Arc::new(|_, _| Vec::new()));
         let mut sent = stream(&choices, &turns, Box::new(chunks));
         let fails = choices.iter().any(|c| expected(c).1);
         let is_done = sent.last().is_some_and(|e| e == "data: [DONE]");

@@ -77,3 +77,137 @@ fn the_wire_is_as_openai_has_it() {
     assert_eq!(method.status, 405);
     server.wait(|| server.is_idle());
 }
+
+/// What OpenAI's completions tell of each token: as many likely ones as were asked for, each with a
+/// name of its own, and where it begins in the text, whole or in a stream.
+#[test]
+fn parts_of_characters_have_names_and_offsets() {
+    let server = common::shared(&["--ctx", "512"]);
+    let body =
+        json!({ "prompt": "x", "logprobs": 20, "grammar": "start: \"😀漢\"", "max_tokens": 20 });
+    let choice = server.post_to("/v1/completions", &body).json()["choices"][0].clone();
+    assert_eq!(choice["text"], "😀漢");
+    let lists = &choice["logprobs"];
+    let top = lists["top_logprobs"].as_array().unwrap();
+    assert!(top.len() > 2 && top.iter().all(|top| top.as_object().unwrap().len() == 20), "{top:?}");
+    let names: Vec<&str> =
+        lists["tokens"].as_array().unwrap().iter().map(|t| t.as_str().unwrap()).collect();
+    let bytes = names.iter().map(|name| name.strip_prefix("bytes:").expect("parts of characters"));
+    let all: String = bytes.collect();
+    assert_eq!(all, r"\xf0\x9f\x98\x80\xe6\xbc\xa2");
+    let offsets: Vec<u64> =
+        lists["text_offset"].as_array().unwrap().iter().map(|n| n.as_u64().unwrap()).collect();
+    let second = names.iter().position(|name| name.starts_with(r"bytes:\xe6")).unwrap();
+    let expected = (0..names.len()).map(|i| u64::from(i >= second));
+    assert!(expected.eq(offsets.iter().copied()), "{offsets:?}");
+    let mut body = body;
+    body["stream"] = true.into();
+    let chunks = events(server.post_to("/v1/completions", &body).text());
+    let streamed =
+        chunks.iter().filter_map(|c| c["choices"][0]["logprobs"]["text_offset"].as_array());
+    assert_eq!(streamed.flatten().map(|n| n.as_u64().unwrap()).collect::<Vec<_>>(), offsets);
+}
+
+/// The data of a stream's events but for the last one.
+fn events(text: &str) -> Vec<Value> {
+    let data = text.lines().filter_map(|line| line.strip_prefix("data: "));
+    data.filter(|data| *data != "[DONE]").map(|data| serde_json::from_str(data).unwrap()).collect()
+}
+
+/// What an evaluator sends: a prompt of tokens with `echo`, and one token or none beside it. The log
+/// probabilities are those that the model has when it generates the same tokens.
+#[test]
+fn an_evaluator_gets_the_log_probability_of_each_token_of_a_prompt() {
+    let server = common::shared(&["--ctx", "512"]);
+    let ask = |body: Value| {
+        let answer = server.post_to("/v1/completions", &body);
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        answer.json()
+    };
+    let greedy = json!({ "prompt": "The capital of France is", "max_tokens": 8, "logprobs": 1, "temperature": 0,
+        "ignore_eos": true, "details": true });
+    let generated = &ask(greedy)["choices"][0];
+    let text = format!("The capital of France is{}", generated["text"].as_str().unwrap());
+    let echo = |max_tokens: usize, prompt: Value| {
+        ask(json!({ "prompt": prompt, "max_tokens": max_tokens, "logprobs": 1, "temperature": 0,
+            "seed": 1234, "echo": true, "details": true }))
+    };
+    let whole = echo(0, json!(text));
+    let (choice, usage) = (&whole["choices"][0], &whole["usage"]);
+    assert_eq!((&choice["text"], &choice["finish_reason"]), (&json!(text), &json!("length")));
+    assert_eq!(usage["completion_tokens"], 0);
+    let n = usage["prompt_tokens"].as_u64().unwrap() as usize;
+    let lists = &choice["logprobs"];
+    let list = |name: &str| lists[name].as_array().unwrap().clone();
+    for name in ["tokens", "token_logprobs", "top_logprobs", "text_offset"] {
+        assert_eq!(list(name).len(), n, "{name}");
+    }
+    assert!(lists["token_logprobs"][0].is_null() && lists["top_logprobs"][0].is_null());
+    let expected = generated["logprobs"]["token_logprobs"].as_array().unwrap();
+    for (scored, (i, made)) in
+        list("token_logprobs")[n - 8..].iter().zip(expected.iter().enumerate())
+    {
+        let (scored, made) = (scored.as_f64().unwrap(), made.as_f64().unwrap());
+        assert!((scored - made).abs() < 1e-2, "token {i}: {scored}, not {made}");
+        let top = &lists["top_logprobs"][n - 8 + i];
+        let best = top.as_object().unwrap().values().next().unwrap().as_f64().unwrap();
+        assert_eq!(best, scored, "it was the most likely one");
+    }
+    let begins: Vec<usize> =
+        list("text_offset").iter().map(|at| at.as_u64().unwrap() as usize).collect();
+    let names: Vec<String> =
+        list("tokens").iter().map(|name| name.as_str().unwrap().to_owned()).collect();
+    assert!(begins.iter().zip(&names).all(|(&at, name)| text[at..].starts_with(name)), "{lists}");
+
+    // As token ids, with a token more; with another prompt beside it; and in a stream.
+    let tokens = choice["tokens"].as_array().unwrap();
+    let ids: Vec<i64> = tokens.iter().map(|t| t["id"].as_i64().unwrap()).collect();
+    let one = &echo(1, json!([ids, ids[..3]]))["choices"];
+    let same = &one[0]["logprobs"]["token_logprobs"].as_array().unwrap()[..n];
+    assert_eq!(same[0], Value::Null);
+    for (a, b) in same[1..].iter().zip(&list("token_logprobs")[1..]) {
+        assert!((a.as_f64().unwrap() - b.as_f64().unwrap()).abs() < 1e-2);
+    }
+    assert_eq!(one[1]["logprobs"]["tokens"].as_array().unwrap().len(), 4, "the prompt and one");
+    let streamed = server.post_to(
+        "/v1/completions",
+        &json!({ "prompt": ids, "max_tokens": 2, "echo": true, "stream": true }),
+    );
+    assert_eq!(events(streamed.text())[0]["choices"][0]["text"], json!(text), "it comes first");
+
+    let silent = ask(json!({ "prompt": text, "max_tokens": 0 }));
+    assert_eq!(
+        (&silent["choices"][0]["text"], &silent["usage"]["prompt_tokens"]),
+        (&json!(""), &json!(n))
+    );
+    let beyond = server.post_to("/v1/completions", &json!({ "prompt": [1, 2, 49_152] }));
+    assert_eq!((beyond.status, &beyond.json()["error"]["param"]), (400, &json!("prompt")));
+    assert!(beyond.text().contains("49152"), "{}", beyond.text());
+}
+
+#[test]
+fn a_stream_tells_how_far_the_prompt_is() {
+    let server = common::shared(&["--ctx", "512"]);
+    let prompt = "one two three ".repeat(30);
+    for (path, body) in [
+        ("/v1/completions", json!({ "prompt": prompt })),
+        ("/v1/chat/completions", json!({ "messages": [{ "role": "user", "content": prompt }] })),
+    ] {
+        let mut body = body;
+        body["max_tokens"] = 2.into();
+        let asks = |body: &Value| events(server.post_to(path, body).text());
+        body["stream"] = true.into();
+        assert!(asks(&body).iter().all(|chunk| chunk.get("prompt_progress").is_none()));
+        (body["return_progress"], body["cache_prompt"]) = (true.into(), false.into());
+        let chunks = asks(&body);
+        let told = |chunk: &Value| {
+            let progress = chunk.get("prompt_progress")?;
+            Some(["total", "cache", "processed"].map(|name| progress[name].as_u64().unwrap()))
+        };
+        let all: Vec<[u64; 3]> = chunks.iter().filter_map(told).collect();
+        let total = all[0][0];
+        assert!(total > 90 && all.len() >= 2 && all[0] == [total, 0, 0], "{all:?}");
+        assert_eq!(all.last().unwrap(), &[total, 0, total]);
+        assert!(all.is_sorted_by(|a, b| a[2] < b[2]), "{all:?}");
+    }
+}

@@ -590,6 +590,7 @@ fn run(
         let mut text = String::new();
         while let Ok(event) = receiver.try_recv() {
             match event {
+                Event::Progress(_) => {}
                 Event::Piece(piece) => text += &piece.text,
                 Event::Done(done) => {
                     text += &done.tail.text;

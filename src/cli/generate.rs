@@ -33,6 +33,7 @@ pub(super) fn generate(args: &GenerateArgs) -> anyhow::Result<()> {
         let mut out = std::io::stdout().lock();
         loop {
             match answer.next().await {
+                Event::Progress(_) => {}
                 Event::Piece(piece) => {
                     out.write_all(piece.text.as_bytes())?;
                     out.flush()?;

@@ -94,6 +94,7 @@ impl<F: Forward> Engine<F> {
                 s.push_prompt_logprobs(logprobs);
             }
         }
+        s.tell_progress(s.n_computed + turn.share.n_rows, now);
         if turn.share.to_end && !turn.walk.done {
             turn.walk.done = s.begin_answer(stats, now);
         }

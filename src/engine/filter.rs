@@ -281,10 +281,12 @@ mod tests {
             let mut some = |at: f32, off: f32| {
                 if random.bool() { at * (0.05 + 0.95 * random.f32()) } else { off }
             };
+            let (top_n_sigma, typical_p) = (some(3.0, 0.0), some(1.0, 1.0));
             let filter = Filter {
-                top_n_sigma: some(3.0, 0.0),
+                top_n_sigma,
                 top_k: some(40.0, 0.0) as usize,
-                typical_p: some(1.0, 1.0),
+                // After the other llama.cpp's entropy is NaN, and what it keeps anything.
+                typical_p: if top_n_sigma > 0.0 { 1.0 } else { typical_p },
                 top_p: some(1.0, 1.0),
                 min_p: some(0.2, 0.0),
                 xtc: Some(some(0.4, 1.0)).filter(|&threshold| threshold < 1.0),

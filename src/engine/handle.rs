@@ -90,6 +90,7 @@ impl Answer {
         let mut whole = Piece::default();
         loop {
             match self.next().await {
+                Event::Progress(_) => {}
                 Event::Piece(piece) => whole.append(piece),
                 Event::Done(mut done) => {
                     whole.append(std::mem::take(&mut done.tail));
@@ -157,8 +158,10 @@ impl Handle {
         });
         let (prompt, grammar, dry, echo, request) =
             checked.await.map_err(|_| SubmitError::Stopped)??;
-        // Every event this request can cause: the prompt, a piece a token, and an end.
-        let most = request.max_tokens.min(self.limits.n_ctx - prompt.len()) + 2;
+        // Every event this request can cause: the prompt, a piece a token, and an end; before them
+        // its progress, with at least a row of the prompt each.
+        let n_progress = if request.progress { prompt.len() + 1 } else { 0 };
+        let most = n_progress + request.max_tokens.min(self.limits.n_ctx - prompt.len()) + 2;
         let (events, receiver) = mpsc::channel(most);
         let permit = Some(permit);
         let job = Job { prompt, request, caller, events, permit, accepted, grammar, dry, echo };

@@ -78,9 +78,6 @@ impl Limits {
     }
 }
 
-/// Most rows of a step that score one prompt: each has logits of the whole vocabulary.
-const MOST_SCORED: usize = 128;
-
 /// The state of the loop. Lives on the engine's thread.
 pub struct Engine<F> {
     forward: F,
@@ -267,6 +264,7 @@ impl<F: Forward> Engine<F> {
         if drafts_text {
             sequence.index_text();
         }
+        sequence.tell_progress(n_cached, Instant::now());
         self.running.insert(seq, sequence);
         self.n_admitted += 1;
     }
@@ -300,7 +298,7 @@ impl<F: Forward> Engine<F> {
         let demand = |s: &Sequence| Demand {
             seq: s.seq,
             n_pending: s.n_pending(),
-            most: if s.job.request.scores_prompt() { MOST_SCORED } else { usize::MAX },
+            scores: s.job.request.scores_prompt(),
             order: s.order,
         };
         work.demands.extend(self.running.values().map(demand));

@@ -12,8 +12,8 @@ pub struct Demand {
     pub seq: SeqId,
     /// Tokens known but not computed: 1 while decoding, more while a prompt is read. Never 0.
     pub n_pending: usize,
-    /// Most rows that it may have in a step; at least 1.
-    pub most: usize,
+    /// Its rows have logits.
+    pub scores: bool,
     /// Admission order.
     pub order: u64,
 }
@@ -33,6 +33,9 @@ pub struct Budget {
     /// Rows of prompts while other sequences decode; at least 1.
     pub n_prefill: usize,
 }
+
+/// Most rows of a step that score prompts: each has logits of the whole vocabulary.
+const MOST_SCORED: usize = 128;
 
 /// The first `n_rows` pending tokens of `seq` go into the step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -66,12 +69,18 @@ pub fn plan(demands: &[Demand], budget: Budget, scratch: &mut Vec<Demand>, plan:
     scratch.clear();
     scratch.extend(demands.iter().filter(|d| !d.decodes()));
     scratch.sort_unstable_by_key(|d| d.order);
+    let mut left_scored = MOST_SCORED;
     for demand in scratch.iter() {
-        let n_rows = demand.n_pending.min(left).min(demand.most);
-        if n_rows == 0 {
+        let room = if demand.scores { left.min(left_scored) } else { left };
+        let n_rows = demand.n_pending.min(room);
+        if left == 0 {
             break;
         }
+        if n_rows == 0 {
+            continue;
+        }
         left -= n_rows;
+        left_scored -= if demand.scores { n_rows } else { 0 };
         plan.push(Share { seq: demand.seq, n_rows, to_end: n_rows == demand.n_pending });
     }
     plan.sort_unstable_by_key(|s| s.seq);
@@ -89,7 +98,16 @@ mod tests {
     }
 
     fn demand(seq: u32, n_pending: usize, order: u64) -> Demand {
-        Demand { seq: SeqId(seq), n_pending, most: usize::MAX, order }
+        Demand { seq: SeqId(seq), n_pending, scores: false, order }
+    }
+
+    #[test]
+    fn prompts_that_are_scored_share_few_rows_and_hold_up_no_other() {
+        let scored = |seq, n_pending| Demand { scores: true, ..demand(seq, n_pending, seq.into()) };
+        let all = [scored(0, 100), scored(1, 100), scored(2, 100), demand(3, 600, 3)];
+        let shares = planned(&all, Budget { n_batch: 512, n_prefill: 16 });
+        let rows: Vec<_> = shares.iter().map(|s| (s.seq.0, s.n_rows)).collect();
+        assert_eq!(rows, [(0, 100), (1, 28), (3, 384)]);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use super::stats::{Ended, Stats};
 use super::text::{Pushed, TextAssembler};
 use crate::llama::{SeqId, Token};
 use crate::request::{
-    Caller, Completion, Event, FinishReason, Logprobs, Piece, Request, Speculation,
+    Caller, Completion, Event, FinishReason, Logprobs, Piece, Progress, Request, Speculation,
     SpeculationUsage, Timings, TokenReport, Trace, Usage,
 };
 use crate::speculate::Origin;
@@ -275,6 +275,16 @@ impl Sequence {
     /// Records the log probabilities at the next of the prompt's tokens.
     pub fn push_prompt_logprobs(&mut self, logprobs: Logprobs) {
         self.prompt_logprobs.push(logprobs);
+    }
+
+    /// Tells that `processed` tokens of the prompt are computed, if that was asked for.
+    pub fn tell_progress(&self, processed: usize, now: Instant) {
+        let (total, cache) = (self.job.prompt.len(), self.n_cached);
+        if self.job.request.progress && self.n_computed < total {
+            let elapsed = now - self.started.unwrap_or(now);
+            let time_ms = elapsed.as_millis() as u64;
+            self.job.send(Event::Progress(Progress { total, cache, processed, time_ms }));
+        }
     }
 
     /// Sends the prompt, now computed, if it is echoed. Ends the answer if it is to have no more,

@@ -13,7 +13,7 @@ use super::api::openai::Choices;
 use super::problem::Problem;
 use super::reply::{self, Dialect, Reply, event};
 use crate::engine::Failed;
-use crate::request::{self, Completion, Event, Piece, Report};
+use crate::request::{self, Completion, Event, Piece, Progress, Report};
 
 /// A path of the dialect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,7 +86,8 @@ impl Chunks {
             (Endpoint::Chat, true) => "chat.completion.chunk",
         };
         let (id, model) = (&self.id, &self.model);
-        OpenAiAnswer { id, object, created: self.created, model, choices, usage }
+        let (created, prompt_progress) = (self.created, None);
+        OpenAiAnswer { id, object, created, model, choices, usage, prompt_progress }
     }
 
     /// A choice, or a part of one, without its text.
@@ -150,6 +151,17 @@ impl Chunks {
         self.offsets[index] = offsets;
     }
 
+    fn progress(&self, index: usize, progress: Progress, out: &mut BytesMut) {
+        let mut choice = OpenAiChoice { index, ..OpenAiChoice::default() };
+        match self.endpoint {
+            Endpoint::Text => choice.text = Some(""),
+            Endpoint::Chat => choice.delta = Some(Delta::default()),
+        }
+        let usage = self.include_usage.then_some(None);
+        let chunk = self.object(true, vec![choice], usage);
+        event(&OpenAiAnswer { prompt_progress: Some(progress), ..chunk }, out);
+    }
+
     fn piece(&mut self, index: usize, piece: &Piece, out: &mut BytesMut) {
         let delta = Delta { content: Some(&piece.text), ..Delta::default() };
         self.chunk(index, delta, Some(piece), None, out);
@@ -184,6 +196,7 @@ impl Dialect for Chunks {
             self.chunk(index, begin, None, None, out);
         }
         match what {
+            Event::Progress(progress) => self.progress(index, *progress, out),
             Event::Piece(piece) => self.piece(index, piece, out),
             Event::Done(done) => {
                 if !done.tail.text.is_empty() || !done.tail.tokens.is_empty() {

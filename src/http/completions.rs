@@ -111,7 +111,7 @@ async fn answer(
         match answers[0].peek().await {
             Event::Failed { id } => return Err(Failed { id: id.clone() }.into()),
             Event::Done(done) if is_too_late(done) => return Err(Problem::Deadline),
-            Event::Piece(_) | Event::Done(_) => {}
+            Event::Progress(_) | Event::Piece(_) | Event::Done(_) => {}
         }
         return Ok(reply::stream(answers, Box::new(dialect), cx.record));
     }

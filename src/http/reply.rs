@@ -100,7 +100,7 @@ impl EventStream {
             let Poll::Ready(event) = answer.poll_next(cx) else { return };
             self.dialect.write(choice, &event, out);
             match event {
-                Event::Piece(_) => {}
+                Event::Progress(_) | Event::Piece(_) => {}
                 Event::Done(done) => {
                     if let Some(record) = self.record.lock().get_mut(choice) {
                         record.done = Some((done.usage, done.timings));

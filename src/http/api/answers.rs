@@ -10,8 +10,8 @@ use utoipa::ToSchema;
 use crate::engine::text::Decoder;
 use crate::llama::Token;
 use crate::request::{
-    Completion, FinishReason, Logprobs, Piece, SamplingParams, Source, SpeculationUsage, Timings,
-    TokenReport, Usage,
+    Completion, FinishReason, Logprobs, Piece, Progress, SamplingParams, Source, SpeculationUsage,
+    Timings, TokenReport, Usage,
 };
 
 /// A token's bytes in a text. Those of a control token are its name's if `true` is given, else none.
@@ -364,6 +364,9 @@ pub struct OpenAiAnswer<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<OpenAiUsage>)]
     pub usage: Option<Option<OpenAiUsage>>,
+    /// In a stream with `return_progress`, before the first text.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_progress: Option<Progress>,
 }
 
 /// One of the texts or messages.

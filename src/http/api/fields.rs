@@ -134,6 +134,7 @@ macro_rules! request_body {
                     prompt,
                     max_tokens,
                     echo: false,
+                    progress: false,
                     sampling: SamplingParams {
                         temperature: self.temperature,
                         top_p: self.top_p,

@@ -89,6 +89,7 @@ impl Dialect for Pieces {
     fn write(&mut self, _: usize, what: &Event, out: &mut BytesMut) {
         let detokenize = self.0.as_ref();
         match what {
+            Event::Progress(_) => {}
             Event::Piece(piece) => {
                 let tokens = detokenize.map(|text| details(&piece.tokens, text));
                 event(&GeneratePiece { generated_text: &piece.text, tokens }, out);

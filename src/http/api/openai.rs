@@ -64,6 +64,10 @@ macro_rules! openai_body {
                 /// Random by default.
                 #[schema(example = 7, value_type = Option<i64>, format = "int64-or-uint64")]
                 pub seed: Option<Number>,
+                /// In a stream, tell how far the prompt is while it is read, in llama.cpp's chunks with
+                /// `prompt_progress`.
+                #[schema(default = false)]
+                pub return_progress: bool,
                 /// Of streams only.
                 pub stream_options: Option<StreamOptions>,
                 /// Not supported: an empty list is taken.
@@ -131,9 +135,10 @@ macro_rules! openai_body {
                 let seed = self.seed.as_ref().map_or(Ok(random_seed), seed)?;
                 // OpenAI's penalties look at the whole text.
                 let window = self.repeat_last_n.unwrap_or(n_ctx);
+                let progress = self.return_progress && stream;
                 let of_all = self.request("".into(), max_tokens, window, seed, n_top)?;
                 let request = |prompt: &Prompt, i: usize| {
-                    let mut request = Request { prompt: prompt.clone(), ..of_all.clone() };
+                    let mut request = Request { prompt: prompt.clone(), progress, ..of_all.clone() };
                     request.sampling.seed = seed.wrapping_add(i as u64);
                     request
                 };
