@@ -103,6 +103,12 @@ fn templates_of_the_pypi_package_render_as_jinja2_does() {
     }
 }
 
+/// A vocabulary with tokens for a text's ends, as all models have them.
+fn vocabulary(control_names: Vec<String>) -> chat::Vocabulary {
+    let tokens = vec![("bos_token", "<s>".to_owned()), ("eos_token", "</s>".to_owned())];
+    chat::Vocabulary { tokens, control_names, ..chat::Vocabulary::default() }
+}
+
 fn parts(prompt: Prompt) -> Vec<Part> {
     let Prompt::Text(parts) = prompt else { panic!("tokens") };
     parts
@@ -125,9 +131,7 @@ fn text_stays_text_in_templates_of_the_pypi_package() {
     let mut n = 0;
     for (name, source) in sources() {
         let names: Vec<String> = control_names(&source).into_iter().collect();
-        let vocabulary =
-            chat::Vocabulary { control_names: names.clone(), ..chat::Vocabulary::default() };
-        let template = chat::Template::new(source, vocabulary).unwrap();
+        let template = chat::Template::new(source, vocabulary(names.clone())).unwrap();
         let counted = |prompt: Prompt| -> usize {
             let special = parts(prompt).into_iter().filter(|part| part.special);
             special
@@ -151,6 +155,35 @@ fn text_stays_text_in_templates_of_the_pypi_package() {
         }
     }
     assert!(n > 300, "{n}");
+}
+
+/// Calls as OpenAI's clients send them, with `arguments` in a string and no content, reach a template
+/// that prints them at all as it expects them: never as a string in a string, or as Python's.
+#[test]
+fn calls_reach_templates_of_the_pypi_package() {
+    let mut n = 0;
+    for (name, source) in sources() {
+        let template = chat::Template::new(source, vocabulary(Vec::new())).unwrap();
+        let render = |arguments: Value| -> Option<String> {
+            let call = json!({ "id": "call12345", "type": "function", "function": { "name": "weather", "arguments": arguments } });
+            let messages = json!([
+                { "role": "user", "content": "x" },
+                { "role": "assistant", "content": null, "tool_calls": [call] },
+                { "role": "tool", "tool_call_id": "call12345", "name": "weather", "content": "rain" },
+            ]);
+            let prompt = template.render(&messages).ok()?;
+            Some(parts(prompt).into_iter().map(|part| part.text).collect())
+        };
+        let (of_text, of_object) =
+            (render(json!("{\"place\": \"Berne\"}")), render(json!({ "place": "Berne" })));
+        let Some(text) = of_text.filter(|text| text.contains("weather")) else { continue };
+        n += 1;
+        assert!(text.contains("Berne"), "{name}: {text}");
+        assert!(!text.contains("\\\"place") && !text.contains("'place': '"), "{name}: {text}");
+        assert!(!text.contains("None"), "{name}: {text}");
+        assert!(of_object.is_some_and(|text| text.contains("Berne")), "{name}");
+    }
+    assert!(n > 40, "{n}");
 }
 
 /// On the default model, token for token.

@@ -27,25 +27,43 @@ pub fn probe(render: impl Fn(Vec<Map<String, Value>>) -> Option<Text>) -> Expect
         render(messages).map(|text| text.to_string()).unwrap_or_default()
     };
     let asked = |content: Value| printed(json!([{ "role": "user", "content": content }]));
+    // As the last message but for the result, and as an earlier one: templates tell them apart.
     let called = |content: Value, arguments: Value| {
         let call = json!({ "id": "call12345", "type": "function", "function": { "name": NEEDLE_NAME, "arguments": arguments } });
-        printed(json!([
-            { "role": "user", "content": "x" },
+        let text = |text: &str| {
+            if content.is_array() { json!([{ "type": "text", "text": text }]) } else { json!(text) }
+        };
+        let open = json!([
+            { "role": "user", "content": text("x") },
             { "role": "assistant", "content": content, "tool_calls": [call] },
-        ]))
+            { "role": "tool", "content": text("x"), "tool_call_id": "call12345", "name": "x" },
+        ]);
+        let mut closed = open.clone();
+        let more = [
+            json!({ "role": "assistant", "content": text("x") }),
+            json!({ "role": "user", "content": text("x") }),
+        ];
+        closed.as_array_mut().expect("a list").extend(more);
+        [printed(open), printed(closed)]
     };
     let parts = !asked(json!(NEEDLE)).contains(NEEDLE)
         && asked(json!([{ "type": "text", "text": NEEDLE }])).contains(NEEDLE);
     let empty = if parts { json!([]) } else { json!("") };
     let object = json!({ NEEDLE: NEEDLE });
-    let of_object = called(empty.clone(), object.clone());
-    let of_text = called(empty, json!(object.to_string()));
+    let text = json!(object.to_string());
+    // A template may print calls only where content is none.
+    let of_object = [called(empty.clone(), object.clone()), called(Value::Null, object)];
+    let of_text = [called(empty, text.clone()), called(Value::Null, text)];
     // A dictionary that is only printed has Python's quotes.
-    let takes_object = of_object.contains(NEEDLE) && !of_object.contains(&format!("'{NEEDLE}': "));
-    let arguments_as_text = of_text.contains(NEEDLE) && !takes_object;
-    let arguments = if arguments_as_text { json!(object.to_string()) } else { object };
-    let of_none = called(Value::Null, arguments);
-    let none = of_none.contains(NEEDLE_NAME) && !of_none.contains("None");
+    let takes_object = of_object.iter().any(|texts| {
+        let all = texts.concat();
+        all.contains(NEEDLE) && !all.contains(&format!("'{NEEDLE}': "))
+    });
+    let arguments_as_text =
+        !takes_object && of_text.iter().any(|texts| texts.concat().contains(NEEDLE));
+    let [_, of_none] = if arguments_as_text { of_text } else { of_object };
+    let none = of_none.concat().contains(NEEDLE_NAME)
+        && of_none.iter().all(|text| !text.is_empty() && !text.contains("None"));
     Expects { parts, none, arguments_as_text }
 }
 

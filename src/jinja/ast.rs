@@ -142,9 +142,12 @@ pub struct For {
 
 #[derive(Debug)]
 pub struct Macro {
-    pub parameters: Vec<(Arc<str>, Option<Expr>)>,
+    pub parameters: Vec<Parameter>,
     pub body: Vec<Node>,
 }
+
+/// A name and its default.
+pub type Parameter = (Arc<str>, Option<Expr>);
 
 /// What is set.
 #[derive(Debug)]

@@ -1,7 +1,7 @@
 //! Jinja2's tests: what may follow `is`.
 
 use super::ast::Comparison;
-use super::render::compare;
+use super::ops::compare;
 use super::text::Text;
 use super::value::Value;
 use super::{Args, Error};

@@ -24,7 +24,7 @@ pub fn filter(r: &mut Renderer<'_>, name: &str, value: &Value, args: Args) -> Re
         },
         "attr" => {
             let [name] = args.bind(["name"])?;
-            r.attribute(value, &*text_of(&name.unwrap_or(Value::None))?)
+            r.attribute(value, &text_of(&name.unwrap_or(Value::None))?)
         }
         "batch" | "slice" => batches(value, name, args),
         "default" | "d" => {

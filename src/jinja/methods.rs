@@ -175,13 +175,12 @@ fn of_text(text: &Text, name: &str, args: Args) -> Result<Value, Error> {
         }
         "isprintable" => Ok(Value::Bool(!text.chars().any(char::is_control))),
         "isspace" => Ok(all(is_space)),
-        "islower" | "isupper" => {
-            let (is, other): (fn(char) -> bool, fn(char) -> bool) = match name {
-                "islower" => (char::is_lowercase, char::is_uppercase),
-                _ => (char::is_uppercase, char::is_lowercase),
-            };
-            Ok(Value::Bool(text.chars().any(is) && !text.chars().any(other)))
-        }
+        "islower" => Ok(Value::Bool(
+            text.chars().any(char::is_lowercase) && !text.chars().any(char::is_uppercase),
+        )),
+        "isupper" => Ok(Value::Bool(
+            text.chars().any(char::is_uppercase) && !text.chars().any(char::is_lowercase),
+        )),
         "istitle" => Ok(Value::Bool(
             title(text)? == Value::Text(text.clone()) && text.chars().any(char::is_alphabetic),
         )),

@@ -1,6 +1,6 @@
 //! Python's operators on values.
 
-use super::ast::Operator;
+use super::ast::{Comparison, Operator};
 use super::format::percent;
 use super::text::{Builder, Text};
 use super::value::Value;
@@ -116,6 +116,25 @@ fn floats(operator: Operator, a: f64, b: f64) -> Result<Value, Error> {
         Operator::Rem => rem(a, b),
         Operator::Pow => a.powf(b),
     }))
+}
+
+/// Whether a comparison holds.
+pub fn compare(comparison: Comparison, a: &Value, b: &Value) -> Result<bool, Error> {
+    Ok(match comparison {
+        Comparison::Eq => a == b,
+        Comparison::Ne => a != b,
+        Comparison::In => b.contains(a)?,
+        Comparison::NotIn => !b.contains(a)?,
+        ordered => {
+            let order = a.compare(b)?;
+            match ordered {
+                Comparison::Lt => order.is_lt(),
+                Comparison::Le => order.is_le(),
+                Comparison::Gt => order.is_gt(),
+                _ => order.is_ge(),
+            }
+        }
+    })
 }
 
 /// `-value` or `+value`.

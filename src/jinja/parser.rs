@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::ast::{
-    Arguments, Comparison, Expr, Filter, For, Macro, Node, Operator, Postfix, Target,
+    Arguments, Comparison, Expr, Filter, For, Macro, Node, Operator, Parameter, Postfix, Target,
 };
 use super::lexer::{Token, tokens};
 use super::value::Value;
@@ -277,7 +277,7 @@ impl Parser {
         Ok(Target::Tuple(targets))
     }
 
-    fn parameters(&mut self) -> Result<Vec<(Arc<str>, Option<Expr>)>, Error> {
+    fn parameters(&mut self) -> Result<Vec<Parameter>, Error> {
         self.expect_symbol("(")?;
         let mut parameters = Vec::new();
         while !self.take_symbol(")") {
@@ -448,11 +448,24 @@ impl Parser {
             }
             _ => self.primary()?,
         };
+        let mut chain = self.postfixes()?;
+        if with_filters {
+            self.filters_and_tests(&mut chain)?;
+        }
+        Ok(if chain.is_empty() { value } else { Expr::Postfix(Box::new(value), chain) })
+    }
+
+    /// What may stand right behind a value, as often as it does.
+    fn postfixes(&mut self) -> Result<Vec<Postfix>, Error> {
         let mut chain = Vec::new();
         while self.is_symbol(".") || self.is_symbol("[") || self.is_symbol("(") {
             chain.push(self.postfix()?);
         }
-        while with_filters {
+        Ok(chain)
+    }
+
+    fn filters_and_tests(&mut self, chain: &mut Vec<Postfix>) -> Result<(), Error> {
+        loop {
             chain.push(if self.take_symbol("|") {
                 Postfix::Filter(self.filter()?)
             } else if self.take_name("is") {
@@ -460,10 +473,9 @@ impl Parser {
             } else if self.is_symbol("(") {
                 Postfix::Call(self.arguments()?)
             } else {
-                break;
+                return Ok(());
             });
         }
-        Ok(if chain.is_empty() { value } else { Expr::Postfix(Box::new(value), chain) })
     }
 
     fn primary(&mut self) -> Result<Expr, Error> {
@@ -588,14 +600,10 @@ impl Parser {
         let arguments = if self.is_symbol("(") {
             self.arguments()?
         } else if takes_value {
-            let mut value = self.nested(Self::primary)?;
-            let mut chain = Vec::new();
-            while self.is_symbol(".") || self.is_symbol("[") || self.is_symbol("(") {
-                chain.push(self.postfix()?);
-            }
-            if !chain.is_empty() {
-                value = Expr::Postfix(Box::new(value), chain);
-            }
+            let value = self.nested(Self::primary)?;
+            let chain = self.postfixes()?;
+            let value =
+                if chain.is_empty() { value } else { Expr::Postfix(Box::new(value), chain) };
             Arguments { positional: vec![value], ..Arguments::default() }
         } else {
             Arguments::default()
