@@ -217,6 +217,22 @@ pub enum GrammarSource {
     JsonSchema(Value),
     /// In llguidance's dialect of Lark.
     Lark(String),
+    /// In llama.cpp's GBNF.
+    Gbnf(String),
+}
+
+impl GrammarSource {
+    /// A grammar as a text, which is GBNF if a line of it begins a rule with `::=`, or else Lark.
+    #[must_use]
+    pub fn of_text(text: String) -> Self {
+        let name = |c: char| c.is_ascii_alphanumeric() || c == '-';
+        let is_rule = |line: &str| {
+            let line = line.trim_start();
+            let rest = line.trim_start_matches(name);
+            rest.len() < line.len() && rest.trim_start().starts_with("::=")
+        };
+        if text.lines().any(is_rule) { Self::Gbnf(text) } else { Self::Lark(text) }
+    }
 }
 
 /// What to report of each token of an answer.
@@ -431,6 +447,8 @@ pub enum FinishReason {
     Length,
     /// The request's time was over; perhaps before its first token.
     Deadline,
+    /// Its grammar could not be followed any further; why.
+    Grammar(String),
 }
 
 /// Token counts of one request.

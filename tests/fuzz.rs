@@ -239,6 +239,7 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
         Just(FinishReason::EndOfText),
         Just(FinishReason::Length),
         Just(FinishReason::Deadline),
+        text.clone().prop_map(FinishReason::Grammar),
         text.clone().prop_map(FinishReason::StopString),
     ];
     let done =

@@ -26,7 +26,7 @@ const FLUSH: Duration = Duration::from_secs(2);
 pub(super) fn serve(config: Config) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(config.workers)
-        .max_blocking_threads(config.workers.max(2)) // these tokenize prompts
+        .max_blocking_threads(2) // the telemetry's end, and its collector's address
         .thread_name("http")
         .enable_all()
         .build()

@@ -6,7 +6,6 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::grammar::GrammarError;
 use super::slots::KvOp;
 use crate::llama::{Batch, Context, LlamaError, Model, SeqId, Tapped, Token};
 use crate::speculate::cost;
@@ -99,9 +98,6 @@ pub enum StepError {
     /// llama.cpp failed, or refused.
     #[error(transparent)]
     Llama(#[from] LlamaError),
-    /// The sequence's grammar cannot be followed.
-    #[error(transparent)]
-    Grammar(#[from] GrammarError),
     /// A row whose logits were asked for has none.
     #[error("row {0} has no logits")]
     NoLogits(usize),

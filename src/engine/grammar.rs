@@ -9,8 +9,10 @@ use std::sync::Arc;
 use llguidance::api::{ParserLimits, TopLevelGrammar};
 use llguidance::toktrie::{ApproximateTokEnv, SimpleVob, TokEnv, TokRxInfo, TokTrie};
 use llguidance::{JsonCompileOptions, Matcher, ParserFactory};
-use serde_json::Value;
+use serde_json::{Map, Value, json};
 
+use super::digits::Digits;
+use super::gbnf;
 use crate::error::Invalid;
 use crate::llama::{Model, Token};
 use crate::request::GrammarSource;
@@ -20,8 +22,24 @@ use crate::speculate::Tree;
 /// write white space until its tokens run out.
 const WHITESPACE: &str = r"( |\n {0,16})?";
 
+/// Bytes of stack to compile on. llguidance descends as deep as schemas refer to each other, or
+/// objects have properties; only what is used becomes memory.
+const STACK: usize = 512 << 20;
+
+/// Bytes of the longest grammar, and of the longest schema as JSON.
+pub const MAX_BYTES: usize = 256 << 10;
+
+/// Characters of the longest reason that a client is told.
+const MAX_REASON: usize = 300;
+
 /// Compiles grammars for one model's vocabulary.
-pub struct Grammars(ParserFactory);
+pub struct Grammars {
+    factory: ParserFactory,
+    numerals: Arc<Numerals>,
+}
+
+/// Tokens that begin with digits, and how many.
+struct Numerals(Vec<(u32, usize)>);
 
 impl Grammars {
     /// Reads a vocabulary, which takes tens of milliseconds.
@@ -45,13 +63,19 @@ impl Grammars {
         let ends: Vec<u32> =
             tokens().filter(|&t| model.is_end(t)).map(|t| t.0.cast_unsigned()).collect();
         let first = *ends.first().ok_or("the model has no end-of-text token")?;
+        let n_digits = |word: &Vec<u8>| word.iter().take_while(|b| b.is_ascii_digit()).count();
+        let numerals = (0..).zip(words.iter().map(n_digits)).filter(|&(_, n)| n > 0).collect();
         let trie = TokTrie::from(&TokRxInfo::new(words.len() as u32, first), &words)
             .with_eos_tokens(&ends);
         let env: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
         let mut factory = ParserFactory::new_simple(&env).map_err(|e| e.to_string())?;
-        *factory.limits_mut() = ParserLimits { verbose_errors: false, ..ParserLimits::default() };
+        *factory.limits_mut() = ParserLimits {
+            max_items_in_row: 1000 + 4 * MAX_OPTIONAL, // an optional property takes four
+            verbose_errors: false,
+            ..ParserLimits::default()
+        };
         factory.quiet();
-        Ok(Self(factory))
+        Ok(Self { factory, numerals: Arc::new(Numerals(numerals)) })
     }
 
     /// A grammar at its beginning. A large one takes milliseconds.
@@ -60,34 +84,162 @@ impl Grammars {
     /// [`Invalid`] for one that is malformed, that no text follows, or that is beyond llguidance's
     /// limits.
     pub fn compile(&self, source: &GrammarSource) -> Result<Grammar, Invalid> {
-        let (param, grammar) = match source {
-            GrammarSource::JsonSchema(schema) => {
-                ("response_format", TopLevelGrammar::from_json_schema(with_options(schema)))
-            }
-            GrammarSource::Lark(lark) => ("grammar", TopLevelGrammar::from_lark(lark.clone())),
+        let param = match source {
+            GrammarSource::JsonSchema(_) => "response_format",
+            GrammarSource::Lark(_) | GrammarSource::Gbnf(_) => "grammar",
         };
-        let mut matcher = Matcher::new(self.0.create_parser(grammar));
-        let refused =
-            |why: &str| Invalid::new(param, format!("{param} cannot be followed: {}", why.trim()));
+        let compiled = std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().name("grammar".into()).stack_size(STACK);
+            let thread = thread.spawn_scoped(scope, || self.compile_here(source));
+            let thread = thread.map_err(|e| format!("there is no thread to compile it: {e}"))?;
+            thread.join().unwrap_or_else(|_| Err("it cannot be compiled".into()))
+        });
+        compiled.map_err(|why| {
+            Invalid::new(param, format!("{param} cannot be followed: {}", brief(&why)))
+        })
+    }
+
+    fn compile_here(&self, source: &GrammarSource) -> Result<Grammar, String> {
+        let (grammar, digits) = match source {
+            GrammarSource::JsonSchema(schema) => {
+                limit_bytes(schema.to_string().len())?;
+                let schema = with_options(schema)?;
+                (TopLevelGrammar::from_json_schema(schema), Some(Digits::default()))
+            }
+            GrammarSource::Lark(lark) => {
+                limit_bytes(lark.len())?;
+                (TopLevelGrammar::from_lark(lark.clone()), None)
+            }
+            GrammarSource::Gbnf(gbnf) => {
+                limit_bytes(gbnf.len())?;
+                (TopLevelGrammar::from_lark(gbnf::to_lark(gbnf)?), None)
+            }
+        };
+        let parser = self.factory.create_parser(grammar).map_err(|e| e.to_string())?;
+        let goes_back = parser.parser.grammar().lexer_spec().can_rollback();
+        let mut matcher = Matcher::new(Ok(parser));
         if let Some(why) = matcher.get_error() {
-            return Err(refused(&why));
+            return Err(why);
         }
-        let allowed = matcher.compute_mask().map_err(|e| refused(&e.to_string()))?;
-        Ok(Grammar { matcher, allowed })
+        let allowed = matcher.compute_mask().map_err(|e| e.to_string())?;
+        let numerals = Arc::clone(&self.numerals);
+        Ok(Grammar { matcher, allowed, goes_back, digits, numerals })
     }
 }
 
-/// A schema with the white space allowed in its JSON. One that is no object (`true`) takes no options.
-fn with_options(schema: &Value) -> Value {
+fn limit_bytes(n: usize) -> Result<(), String> {
+    if n <= MAX_BYTES {
+        return Ok(());
+    }
+    Err(format!("it has {n} bytes, but the limit is {MAX_BYTES}"))
+}
+
+/// A reason of llguidance's for a client: its first line, not too long.
+fn brief(why: &str) -> String {
+    let line = match why.trim().lines().next().unwrap_or_default() {
+        "NoExtensionBias" => "no text can follow",
+        line if line.starts_with("panic: ") => {
+            tracing::warn!("llguidance failed on a grammar: {line}");
+            "it cannot be read"
+        }
+        line => line,
+    };
+    match line.char_indices().nth(MAX_REASON) {
+        Some((end, _)) => format!("{}...", &line[..end]),
+        None => line.to_owned(),
+    }
+}
+
+/// A schema with the white space allowed in its JSON, and an end to its formats. One that is no
+/// object (`true`) takes no options.
+///
+/// # Errors
+/// For an object that has too many properties.
+fn with_options(schema: &Value) -> Result<Value, String> {
     let options = JsonCompileOptions {
         whitespace_pattern: Some(WHITESPACE.into()),
         ..JsonCompileOptions::default()
     };
     let mut schema = schema.clone();
+    prepare(&mut schema)?;
     if schema.is_object() {
         options.apply_to(&mut schema);
     }
-    schema
+    Ok(schema)
+}
+
+/// Properties of one object that may be left out. The time to compile grows with their square.
+const MAX_OPTIONAL: usize = 1000;
+
+/// Formats whose texts may go on for ever, in fractions of a second or in counts, and characters
+/// that are enough for nanoseconds with an offset, or nine digits of a unit.
+const ENDLESS_FORMATS: [(&str, u64); 3] = [("date-time", 35), ("time", 24), ("duration", 32)];
+
+/// Prepares a schema and those below it.
+fn prepare(schema: &mut Value) -> Result<(), String> {
+    if let Value::Array(schemas) = schema {
+        return schemas.iter_mut().try_for_each(prepare);
+    }
+    let Value::Object(keywords) = schema else { return Ok(()) };
+    bound_format(keywords);
+    name_patterns(keywords);
+    let n_properties = keywords.get("properties").and_then(Value::as_object).map_or(0, Map::len);
+    let n_required = keywords.get("required").and_then(Value::as_array).map_or(0, Vec::len);
+    let n_optional = n_properties.saturating_sub(n_required);
+    if n_optional > MAX_OPTIONAL {
+        return Err(format!(
+            "an object has {n_optional} optional properties, but the limit is {MAX_OPTIONAL}"
+        ));
+    }
+    keywords.iter_mut().try_for_each(|(keyword, value)| match (keyword.as_str(), value) {
+        ("const" | "enum" | "default" | "examples", _) => Ok(()), // data
+        ("properties" | "patternProperties" | "$defs" | "definitions", Value::Object(named)) => {
+            named.values_mut().try_for_each(prepare)
+        }
+        (_, value) => prepare(value),
+    })
+}
+
+/// Limits the length of a text in an endless format.
+fn bound_format(keywords: &mut Map<String, Value>) {
+    let format = keywords.get("format").and_then(Value::as_str);
+    let bound = ENDLESS_FORMATS.iter().find(|(name, _)| format == Some(name));
+    let Some(&(_, most)) = bound else { return };
+    let length = keywords.entry("maxLength").or_insert(most.into());
+    if length.as_u64().is_some_and(|n| n > most) {
+        *length = most.into();
+    }
+}
+
+/// Makes properties of patterns that match one name: llguidance finds no text after a property
+/// that was written already.
+fn name_patterns(keywords: &mut Map<String, Value>) {
+    let is_name = |c: char| c.is_alphanumeric() || c == '_';
+    let name = |pattern: &String| {
+        let name = pattern.strip_prefix('^')?.strip_suffix('$')?;
+        name.chars().all(is_name).then(|| (pattern.clone(), name.to_owned()))
+    };
+    let Some(Value::Object(patterns)) = keywords.get_mut("patternProperties") else { return };
+    let named: Vec<(String, String)> = patterns.keys().filter_map(name).collect();
+    let named: Vec<(String, Value)> = named
+        .into_iter()
+        .filter_map(|(pattern, name)| Some((name, patterns.remove(&pattern)?)))
+        .collect();
+    if named.is_empty() {
+        return;
+    }
+    if patterns.is_empty() {
+        keywords.remove("patternProperties");
+    }
+    let properties = keywords.entry("properties").or_insert_with(|| Map::new().into());
+    let Value::Object(properties) = properties else { return };
+    for (name, schema) in named {
+        let both = match properties.remove(&name) {
+            Some(own) => json!({ "allOf": [own, schema] }),
+            None => schema,
+        };
+        properties.insert(name, both);
+    }
 }
 
 /// What may follow the tokens chosen so far.
@@ -95,12 +247,17 @@ pub struct Grammar {
     matcher: Matcher,
     /// Tokens that may come next, those that end the text among them if it may end here.
     allowed: SimpleVob,
+    /// Whether a token that was consumed can be given back.
+    goes_back: bool,
+    /// Where in JSON the text is; `None` if it is no JSON.
+    digits: Option<Digits>,
+    numerals: Arc<Numerals>,
 }
 
 /// What llguidance could not go on with: beyond its limits.
 #[derive(Debug, thiserror::Error)]
 #[error("the grammar cannot be followed any further: {0}")]
-pub struct GrammarError(String);
+pub struct GrammarError(pub String);
 
 impl Grammar {
     /// Copies `logits` with those of forbidden tokens lowered to minus infinity.
@@ -117,6 +274,10 @@ impl Grammar {
     /// Cuts forbidden candidates out of a tree.
     pub fn prune(&mut self, tree: &mut Tree) {
         if tree.is_empty() {
+            return;
+        }
+        if !self.goes_back {
+            tree.clear();
             return;
         }
         let mut keeps = vec![false; tree.len()];
@@ -150,20 +311,65 @@ impl Grammar {
     /// # Errors
     /// [`GrammarError`] when llguidance gives up.
     pub fn accept(&mut self, token: Token) -> Result<bool, GrammarError> {
-        self.matcher
-            .consume_token(token.0.cast_unsigned())
-            .map_err(|e| GrammarError(e.to_string()))?;
-        if !self.matcher.is_stopped() {
-            match self.matcher.compute_mask() {
-                Ok(allowed) => {
-                    self.allowed = allowed;
-                    return Ok(false);
-                }
-                Err(_) if self.matcher.stop_reason().is_ok() => return Ok(true),
-                Err(error) => return Err(GrammarError(error.to_string())),
+        let token = token.0.cast_unsigned();
+        let failed = |why: String| GrammarError(brief(&why));
+        self.matcher.consume_token(token).map_err(|e| failed(e.to_string()))?;
+        if self.matcher.is_stopped() {
+            let reason = self.matcher.stop_reason();
+            return if reason.is_ok() { Ok(true) } else { Err(failed(reason.to_string())) };
+        }
+        match self.matcher.compute_mask() {
+            Ok(allowed) => self.allowed = allowed,
+            Err(error) => return Err(failed(error.to_string())),
+        }
+        let Ok(env) = self.matcher.tok_env() else { return Ok(false) };
+        let Some(digits) = &mut self.digits else { return Ok(false) };
+        digits.push(env.tok_trie().token(token));
+        let Some(left) = digits.left() else { return Ok(false) };
+        Ok(self.bound_digits(left, env.tok_trie()))
+    }
+
+    /// Forbids tokens with more than `left` digits where the number can end without them. Returns
+    /// `true` if then nothing may follow but the text's end.
+    fn bound_digits(&mut self, left: usize, trie: &TokTrie) -> bool {
+        let mut bounded = self.allowed.clone();
+        for &(token, n) in &self.numerals.0 {
+            if n > left {
+                bounded.disallow_token(token);
             }
         }
-        let reason = self.matcher.stop_reason();
-        if reason.is_ok() { Ok(true) } else { Err(GrammarError(reason.to_string())) }
+        if !bounded.is_zero() {
+            self.allowed = bounded;
+            let ends = trie.eos_token_set();
+            return left == 0 && self.allowed.iter().all(|token| ends.is_allowed(token));
+        }
+        // It may not end here: with a digit after which it may, if there is one.
+        let digits =
+            self.numerals.0.iter().filter(|&&(token, n)| n == 1 && trie.token_len(token) == 1);
+        let digits: Vec<u32> = digits.map(|(token, _)| *token).collect();
+        let allowed: Vec<u32> =
+            digits.into_iter().filter(|&t| self.allowed.is_allowed(t)).collect();
+        let last: Vec<u32> =
+            allowed.into_iter().filter(|&token| self.may_end_after(token)).collect();
+        if !last.is_empty() {
+            let mut only = trie.alloc_token_set();
+            last.into_iter().for_each(|token| only.allow_token(token));
+            self.allowed = only;
+        }
+        false
+    }
+
+    /// Whether something other than a digit may follow a token that may come next.
+    fn may_end_after(&mut self, token: u32) -> bool {
+        if !self.goes_back || !self.matcher.try_consume_tokens(&[token]).is_ok_and(|n| n == 1) {
+            return false;
+        }
+        let may_end = self.matcher.is_stopped()
+            || self.matcher.compute_mask().is_ok_and(|mut after| {
+                self.numerals.0.iter().for_each(|(token, _)| after.disallow_token(*token));
+                !after.is_zero()
+            });
+        let _ = self.matcher.rollback(1);
+        may_end
     }
 }

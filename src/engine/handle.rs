@@ -10,6 +10,7 @@ use tokio::sync::{Semaphore, mpsc};
 
 use super::dry::{Breakers, Dry};
 use super::grammar::Grammars;
+use super::lanes::{Lane, Lanes};
 use super::stats::Stats;
 use super::{Job, Limits};
 use crate::error::{Invalid, incident_id};
@@ -123,6 +124,8 @@ pub struct Handle {
     pub(super) jobs: SyncSender<Job>,
     pub(super) permits: Arc<Semaphore>,
     pub(super) grammars: Arc<OnceLock<Result<Grammars, String>>>,
+    /// Where requests are read; it ends with the last clone.
+    pub(super) lanes: Arc<Lanes>,
 }
 
 impl Handle {
@@ -140,10 +143,11 @@ impl Handle {
         // The place first: a full server must not spend time on tokenising.
         let permit = Arc::clone(&self.permits).try_acquire_owned();
         let permit = permit.map_err(|_| SubmitError::QueueFull { limit: self.n_queue })?;
+        self.check_fields(&request)?;
         let this = self.clone();
         // Off the network's threads: a long prompt, or a large grammar, takes milliseconds.
-        let checked = tokio::task::spawn_blocking(move || {
-            let prompt = this.check(&request)?;
+        let read = self.lanes.run(lane(&request), move || {
+            let prompt = this.read(&request.prompt)?;
             let compile = |source| this.grammars()?.compile(source);
             let grammar = request.grammar.as_ref().map(compile).transpose()?;
             let dry = request.sampling.dry.as_ref().map(|params| {
@@ -156,8 +160,7 @@ impl Handle {
             let echo = request.echo.then(|| request.prompt.text().unwrap_or_else(detokenized));
             Ok::<_, Invalid>((prompt, grammar, dry.transpose()?, echo, request))
         });
-        let (prompt, grammar, dry, echo, request) =
-            checked.await.map_err(|_| SubmitError::Stopped)??;
+        let (prompt, grammar, dry, echo, request) = read.await.ok_or(SubmitError::Stopped)??;
         // Every event this request can cause: the prompt, a piece a token, and an end; before them
         // its progress, with at least a row of the prompt each.
         let n_progress = if request.progress { prompt.len() + 1 } else { 0 };
@@ -205,26 +208,58 @@ impl Handle {
         Ok(tokens)
     }
 
-    /// Tokenises the prompt and checks what only the model can tell.
-    fn check(&self, request: &Request) -> Result<Vec<Token>, Invalid> {
+    /// Checks the tokens that fields name.
+    fn check_fields(&self, request: &Request) -> Result<(), Invalid> {
         let biased = request.sampling.logit_bias.iter().map(|(token, _)| ("logit_bias", *token));
         let stops = request.stop_token_ids.iter().map(|token| ("stop_token_ids", *token));
         let unknown = biased.chain(stops).find(|&(_, token)| !self.model.contains(token));
-        if let Some((field, Token(bad))) = unknown {
-            let n_vocab = self.model.n_vocab();
-            let message = format!("{field} names token {bad}, but the vocabulary has {n_vocab}");
-            return Err(Invalid::new(field, message));
-        }
-        let prompt = self.tokenize(&request.prompt)?;
-        if prompt.is_empty() {
-            return Err(Invalid::new("prompt", "prompt is empty: it must have at least one token"));
-        }
+        let Some((field, Token(bad))) = unknown else { return Ok(()) };
+        let n_vocab = self.model.n_vocab();
+        let message = format!("{field} names token {bad}, but the vocabulary has {n_vocab}");
+        Err(Invalid::new(field, message))
+    }
+
+    /// The tokens of a prompt that the context has room for. A longer one is refused before it is
+    /// tokenised if its bytes tell.
+    fn read(&self, prompt: &Prompt) -> Result<Vec<Token>, Invalid> {
         let most = self.limits.n_ctx - 1;
-        if prompt.len() > most {
-            let n = prompt.len();
+        let refused = |n: String| {
             let message = format!("prompt has {n} tokens, but the context leaves room for {most}");
-            return Err(Invalid::new("prompt", message));
+            Invalid::new("prompt", message)
+        };
+        let n_least = n_bytes(prompt).div_ceil(self.model.longest_token());
+        if n_least > most {
+            return Err(refused(format!("at least {n_least}")));
         }
-        Ok(prompt)
+        let tokens = self.tokenize(prompt)?;
+        match tokens.len() {
+            0 => {
+                let message = "prompt is empty: it must have at least one token";
+                Err(Invalid::new("prompt", message))
+            }
+            n if n > most => Err(refused(n.to_string())),
+            _ => Ok(tokens),
+        }
+    }
+}
+
+/// Bytes of a prompt's text; none if it is tokens.
+fn n_bytes(prompt: &Prompt) -> usize {
+    match prompt {
+        Prompt::Text(parts) => parts.iter().map(|part| part.text.len()).sum(),
+        Prompt::Tokens(_) => 0,
+    }
+}
+
+/// Bytes of a prompt that is tokenised in less time than a step takes.
+const SHORT: usize = 16 << 10;
+
+fn lane(request: &Request) -> Lane {
+    if n_bytes(&request.prompt) > SHORT {
+        Lane::Long
+    } else if request.grammar.is_some() {
+        Lane::Grammar
+    } else {
+        Lane::Short
     }
 }

@@ -3,16 +3,19 @@
 //! A step is: admit, plan, draft, forward, commit (in `commit`). Each sequence that takes part has a
 //! `Turn`. [`slots`] records who holds which cells, [`leaves`] lends ids to trees, `scheduler` picks
 //! the next rows, [`sampler`] the next token, `text` what of it may be shown; `pace` and `bursts`
-//! limit how long things take; [`speculate`](crate::speculate) drafts. They are pure: only this file
-//! and `commit` read the clock, and only [`forward`] calls llama.cpp. [`stats`] counts.
+//! limit how long things take; [`speculate`](crate::speculate) drafts. They are pure: only this file,
+//! `commit` and `grammar` read a clock, and only [`forward`] calls llama.cpp. [`stats`] counts.
 
 mod bursts;
 mod commit;
+mod digits;
 pub mod dry;
 pub mod filter;
 pub mod forward;
+mod gbnf;
 pub mod grammar;
 pub mod handle;
+mod lanes;
 pub mod leaves;
 mod pace;
 pub(crate) mod report;

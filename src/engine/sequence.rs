@@ -309,17 +309,7 @@ impl Sequence {
 
     /// Takes the next token. `bytes` are its text; `is_end` says that it ends any answer and has
     /// none. Returns `true` if the answer is complete and its last event sent.
-    ///
-    /// # Errors
-    /// [`GrammarError`] when the grammar cannot be followed any further; the answer is not complete
-    /// then.
-    pub fn accept(
-        &mut self,
-        token: Token,
-        bytes: &[u8],
-        is_end: bool,
-        now: Instant,
-    ) -> Result<bool, GrammarError> {
+    pub fn accept(&mut self, token: Token, bytes: &[u8], is_end: bool, now: Instant) -> bool {
         self.tokens.push(token);
         if let Some(suffixes) = &mut self.suffixes {
             suffixes.push(token);
@@ -334,7 +324,7 @@ impl Sequence {
             }
             let reason = FinishReason::StopToken(token);
             self.finish(if is_end { FinishReason::EndOfText } else { reason });
-            return Ok(true);
+            return true;
         }
         self.n_bytes += bytes.len();
         let may_stop = self.n_answer() > self.job.request.min_tokens;
@@ -346,22 +336,26 @@ impl Sequence {
                 let n_shown = self.n_shown + text.len();
                 self.reports.retain(|(start, _)| *start < n_shown);
                 self.complete(text, FinishReason::StopString(stop));
-                return Ok(true);
+                return true;
             }
         };
         if !text.is_empty() {
             let piece = self.piece(text);
             self.job.send(Event::Piece(piece));
         }
-        let is_whole = match &mut self.job.grammar {
-            Some(grammar) => grammar.accept(token)?,
-            None => false,
-        };
+        let followed = self.job.grammar.as_mut().map_or(Ok(false), |g| g.accept(token));
         let is_full = self.n_answer() == self.n_generate;
-        if is_whole || is_full {
-            self.finish(if is_whole { FinishReason::EndOfText } else { FinishReason::Length });
-        }
-        Ok(is_whole || is_full)
+        let end = match followed {
+            Ok(true) => FinishReason::EndOfText,
+            _ if is_full => FinishReason::Length,
+            Err(GrammarError(why)) => {
+                tracing::debug!(why, "a grammar cannot be followed any further");
+                FinishReason::Grammar(why)
+            }
+            Ok(false) => return false,
+        };
+        self.finish(end);
+        true
     }
 
     /// Text to show, with its tokens' reports.
@@ -384,7 +378,7 @@ impl Sequence {
     /// Records that it ended: with its answer, or because the client left.
     pub fn record_end(&self, stats: &Stats) {
         match self.ended {
-            Some(Ended::Deadline) => stats.count_end(Ended::Deadline),
+            Some(ended @ (Ended::Deadline | Ended::Grammar)) => stats.count_end(ended),
             Some(ended) => stats.record_answer(ended, self.timings(), self.n_answer()),
             None => stats.count_end(Ended::Cancelled),
         }
@@ -411,6 +405,7 @@ impl Sequence {
         self.ended = Some(match finish_reason {
             FinishReason::Length => Ended::Length,
             FinishReason::Deadline => Ended::Deadline,
+            FinishReason::Grammar(_) => Ended::Grammar,
             FinishReason::EndOfText | FinishReason::StopString(_) | FinishReason::StopToken(_) => {
                 Ended::Stop
             }

@@ -43,10 +43,17 @@ pub enum Ended {
     Length,
     /// Its time was over.
     Deadline,
+    /// Its grammar could not be followed any further.
+    Grammar,
     /// Its client went away.
     Cancelled,
     /// The engine failed.
     Failed,
+}
+
+impl Ended {
+    const ALL: [Self; 6] =
+        [Self::Stop, Self::Length, Self::Deadline, Self::Grammar, Self::Cancelled, Self::Failed];
 }
 
 /// Counters by one label.
@@ -84,9 +91,7 @@ macro_rules! stats {
                     pass_began: Mutex::default(),
                 };
                 // Every series exists from the start, at 0.
-                let all =
-                    [Ended::Stop, Ended::Length, Ended::Deadline, Ended::Cancelled, Ended::Failed];
-                all.into_iter().for_each(|ended| stats.count_ends(ended, 0));
+                Ended::ALL.into_iter().for_each(|ended| stats.count_ends(ended, 0));
                 stats
             }
         }
@@ -184,6 +189,7 @@ impl Stats {
             Ended::Stop => (&self.success, ("finished_reason", "stop")),
             Ended::Length => (&self.success, ("finished_reason", "length")),
             Ended::Deadline => (&self.failures, ("reason", "deadline")),
+            Ended::Grammar => (&self.failures, ("reason", "grammar")),
             Ended::Cancelled => (&self.failures, ("reason", "cancelled")),
             Ended::Failed => (&self.failures, ("reason", "engine")),
         };

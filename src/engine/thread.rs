@@ -15,6 +15,7 @@ use tokio::sync::{Semaphore, watch};
 use super::bursts::Bursts;
 use super::forward::LlamaForward;
 use super::handle::Handle;
+use super::lanes::Lanes;
 use super::stats::Stats;
 use super::{Engine, Forward, Job, Layout, Limits};
 use crate::gpu::Device;
@@ -99,6 +100,8 @@ enum StartError {
     Llama(#[from] LlamaError),
     #[error("{0}")]
     Heads(#[from] HeadsError),
+    #[error("there are no threads to read requests: {0}")]
+    Threads(#[from] std::io::Error),
 }
 
 /// How far the engine is.
@@ -238,6 +241,7 @@ fn serve<F: Forward>(
         jobs,
         permits: Arc::new(Semaphore::new(n_queue)),
         grammars: Arc::default(),
+        lanes: Arc::new(Lanes::start()?),
     };
     stage.send_replace(Stage::Ready(handle));
     run(engine, &receiver, params.max_wait, stop);

@@ -38,7 +38,7 @@ impl<F: Forward> Walker<'_, F> {
     /// Chooses tokens: after the sequence's last one, and on as long as its tree holds them.
     ///
     /// # Errors
-    /// When the model has no logits for a row, or the sequence's grammar fails.
+    /// When the model has no logits for a row.
     pub fn walk(
         mut self,
         turn: &mut Turn,
@@ -64,7 +64,7 @@ impl<F: Forward> Walker<'_, F> {
                 self.forward.piece(token, piece);
             }
             turn.walk.last = Some(token);
-            turn.walk.done = s.accept(token, piece, is_end, now)?;
+            turn.walk.done = s.accept(token, piece, is_end, now);
             if turn.walk.done {
                 return Ok(());
             }

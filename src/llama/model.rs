@@ -4,6 +4,7 @@
 use std::ffi::{CString, c_char, c_void};
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
+use std::sync::OnceLock;
 
 use super::backend::{start_backend, text};
 use super::error::LlamaError;
@@ -17,6 +18,7 @@ pub struct Model {
     ptr: NonNull<sys::llama_model>,
     vocab: NonNull<sys::vocab>,
     path: PathBuf,
+    longest_token: OnceLock<usize>,
 }
 
 // SAFETY: after loading nothing in llama.cpp writes to a model; tokenising and metadata are `const`
@@ -68,7 +70,8 @@ impl Model {
         let vocab = unsafe { sys::model_get_vocab(ptr.as_ptr()) };
         let vocab = NonNull::new(vocab.cast_mut())
             .ok_or_else(|| fail("the model has no vocabulary".into()))?;
-        let model = Self { ptr, vocab, path: path.to_owned() };
+        let longest_token = OnceLock::new();
+        let model = Self { ptr, vocab, path: path.to_owned(), longest_token };
         model.check_kind().map_err(fail)?;
         Ok(model)
     }
@@ -334,6 +337,20 @@ impl Model {
         let mut bytes = Vec::new();
         tokens.iter().for_each(|&t| self.piece(t, true, &mut bytes));
         String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// Bytes of the longest text that one token stands for; at least 1. Looked up once.
+    #[must_use]
+    pub fn longest_token(&self) -> usize {
+        *self.longest_token.get_or_init(|| {
+            let mut bytes = Vec::new();
+            let mut length = |token| {
+                bytes.clear();
+                self.piece(Token(token), true, &mut bytes);
+                bytes.len()
+            };
+            (0..self.n_vocab() as i32).map(&mut length).max().unwrap_or(1).max(1)
+        })
     }
 
     /// `true` for a token of the vocabulary.

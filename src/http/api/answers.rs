@@ -25,8 +25,8 @@ pub enum FinishKind {
     Length,
 }
 
-/// What ended an answer before the model did: a stop string, a token of `stop_token_ids`, or
-/// `deadline` if its time was over.
+/// What ended an answer before the model did: a stop string, a token of `stop_token_ids`,
+/// `deadline` if its time was over, or `grammar` if its grammar could not be followed any further.
 #[derive(Clone, Copy, Debug, Serialize, ToSchema)]
 #[serde(untagged)]
 pub enum StopReason<'a> {
@@ -42,6 +42,7 @@ pub fn finish(done: &Completion) -> (FinishKind, Option<StopReason<'_>>) {
         FinishReason::StopToken(Token(id)) => (FinishKind::Stop, Some(StopReason::Token(*id))),
         FinishReason::Length => (FinishKind::Length, None),
         FinishReason::Deadline => (FinishKind::Length, Some(StopReason::Text("deadline"))),
+        FinishReason::Grammar(_) => (FinishKind::Length, Some(StopReason::Text("grammar"))),
     }
 }
 

@@ -91,8 +91,8 @@ macro_rules! request_body {
             pub share_text: bool,
             /// What the answer must be.
             pub response_format: Option<ResponseFormat>,
-            /// What the answer must be, in llguidance's dialect of Lark; not with
-            /// `response_format`.
+            /// What the answer must be, in llguidance's dialect of Lark or in llama.cpp's GBNF, which
+            /// is known by its `::=`; not with `response_format`.
             #[schema(example = "start: \"yes\" | \"no\"")]
             pub grammar: Option<String>,
             /// Report for each token who drafted it, and which step decided it.
@@ -399,17 +399,17 @@ pub struct NamedSchema {
 /// What the answer must be; `None`: any text.
 pub fn grammar(
     format: Option<ResponseFormat>,
-    lark: Option<String>,
+    text: Option<String>,
 ) -> Result<Option<GrammarSource>, Invalid> {
     let schema = match format {
         None | Some(ResponseFormat::Text { .. }) => None,
         Some(ResponseFormat::JsonObject { .. }) => Some(json!({ "type": "object" })),
         Some(ResponseFormat::JsonSchema { json_schema }) => Some(json_schema.schema.into()),
     };
-    let lark = lark.filter(|lark| !lark.is_empty());
-    if schema.is_some() && lark.is_some() {
+    let text = text.filter(|text| !text.is_empty());
+    if schema.is_some() && text.is_some() {
         let message = "grammar and response_format exclude each other: give one of them";
         return Err(Invalid::new("grammar", message));
     }
-    Ok(schema.map(GrammarSource::JsonSchema).or(lark.map(GrammarSource::Lark)))
+    Ok(schema.map(GrammarSource::JsonSchema).or(text.map(GrammarSource::of_text)))
 }
