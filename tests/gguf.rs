@@ -209,7 +209,7 @@ fn a_file_that_is_no_model_is_refused_in_one_line_with_the_reason() {
         (without("tokenizer.ggml.tokens"), "vocab"),
         (without("llama.block_count"), "llama.block_count"),
         (without("general.architecture"), "unknown model architecture"),
-        (with_tensor(&|tensor| tensor.1[0] = 0), "token_embd.weight"),
+        (with_tensor(&|tensor| tensor.1[0] = 0), "offset"),
         (with_tensor(&|tensor| tensor.1[1] = 1 << 60), "token_embd.weight"),
         (with_tensor(&|tensor| tensor.2 = 99), "type 99"),
         (with_tensor(&|tensor| tensor.3 = 1 << 40), "offset"),

@@ -206,11 +206,8 @@ impl Handle {
         if prompt.is_empty() {
             return Err(Invalid::new("prompt", "prompt is empty: it must have at least one token"));
         }
-        let most = self.limits.n_ctx - 1;
-        if prompt.len() > most {
-            let n = prompt.len();
-            let message = format!("prompt has {n} tokens, but the context leaves room for {most}");
-            return Err(Invalid::new("prompt", message));
+        if prompt.len() >= self.limits.n_ctx {
+            return Err(Invalid::too_long(self.limits.n_ctx, prompt.len()));
         }
         Ok(prompt)
     }
