@@ -93,7 +93,7 @@ class Server(Process):
 
 
 def request(method, path, body=b"", key=KEY, more=""):
-    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n{more}"
+    head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}\r\n{more}"
     if key:
         head += f"Authorization: Bearer {key}\r\n"
     return head.encode() + b"\r\n" + body

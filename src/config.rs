@@ -22,9 +22,11 @@ use network::NetworkArgs;
 
 use crate::engine::thread::{DraftParams, EngineParams, HeadsParams};
 use crate::engine::{Layout, Limits};
+use crate::http::api::Unknown;
 use crate::http::app::HttpLimits;
 use crate::http::auth::Auth;
 use crate::http::cors::Cors;
+use crate::http::host::Hosts;
 use crate::http::tls::Tls;
 use crate::{jinja, llama};
 
@@ -215,6 +217,10 @@ pub struct ServeArgs {
     /// cancelled, in seconds
     #[arg(long, env = "WRITE_TIMEOUT", default_value = "60", value_parser = seconds(0.1))]
     pub write_timeout: Duration,
+    /// Time without an event after which a stream gets a comment, so that proxies and clients keep
+    /// waiting, in seconds; its head is sent by then, too. 0 sends none
+    #[arg(long, env = "SSE_KEEP_ALIVE", default_value = "10", value_parser = seconds(0.0))]
+    pub sse_keep_alive: Duration,
     /// Time for a forward pass, after which /ready answers 503, in seconds; 0 sets no limit
     #[arg(long, env = "STALL_TIMEOUT", default_value = "60", value_parser = seconds(0.0))]
     pub stall_timeout: Duration,
@@ -251,6 +257,8 @@ pub(crate) struct Config {
     pub http: HttpLimits,
     pub auth: Auth,
     pub cors: Cors,
+    pub hosts: Hosts,
+    pub unknown_fields: Unknown,
     /// Certificate and key; `None` serves plain HTTP.
     pub tls: Option<Tls>,
     pub otlp_endpoint: Option<Uri>,
@@ -361,8 +369,11 @@ impl ServeArgs {
                 read_timeout: self.read_timeout,
                 timeout: self.request_timeout,
                 write_timeout: self.write_timeout,
+                sse_keep_alive: Some(self.sse_keep_alive).filter(|period| !period.is_zero()),
                 stall_timeout: Some(self.stall_timeout).filter(|limit| !limit.is_zero()),
             },
+            unknown_fields: self.network.unknown_fields(),
+            hosts: self.network.hosts(self.host, !auth.keys.is_empty()),
             auth,
             cors: self.network.cors()?,
             tls: self.network.tls()?,
@@ -506,5 +517,26 @@ mod tests {
         ));
         assert_eq!(layout(&["--kv", "streams"]), Layout::Streams { n_cells: 2048 });
         assert!(matches!(layout(&["--batch-size", "256"]), Layout::Unified { n_seqs: 256, .. }));
+    }
+
+    #[test]
+    fn names_are_checked_where_a_server_trusts_whoever_reaches_it() {
+        let hosts = |args: &[&str], has_keys: bool| {
+            let args = serve(args).unwrap();
+            args.network.hosts(args.host, has_keys)
+        };
+        let only = |names: &[&str]| Hosts::Only(names.iter().map(ToString::to_string).collect());
+        assert_eq!(hosts(&[], false), Hosts::Any);
+        assert_eq!(hosts(&["--host", "127.0.0.1"], true), Hosts::Any);
+        for loopback in ["127.0.0.1", "127.1.2.3", "::1"] {
+            assert_eq!(hosts(&["--host", loopback], false), only(&[]), "{loopback}");
+        }
+        assert_eq!(hosts(&["--host", "::1", "--allowed-hosts", "*"], false), Hosts::Any);
+        let named = ["--allowed-hosts", "a.example.,[::2]"];
+        assert_eq!(hosts(&named, true), only(&["a.example", "[::2]"]));
+        for bad in ["", "a b", "a:80", "http://a"] {
+            let text = serve(&["--allowed-hosts", bad]).unwrap_err().to_string();
+            assert!(text.contains("ALLOWED_HOSTS") && text.contains("example.org"), "{text}");
+        }
     }
 }

@@ -2,6 +2,8 @@
 //! [`SubmitError`](crate::engine::SubmitError)), or the operator ([`incident_id`] leads from an
 //! answer to the log).
 
+use std::borrow::Cow;
+use std::fmt::Display;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// An invalid field of a request.
@@ -12,12 +14,35 @@ pub struct Invalid {
     pub param: Option<String>,
     /// What is wrong, with the value and the limit.
     pub message: String,
+    /// What clients tell apart.
+    pub kind: InvalidKind,
+}
+
+/// The kinds of invalid fields that clients handle differently.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InvalidKind {
+    /// A value, or its absence.
+    Field,
+    /// A prompt that is longer than the context: clients shorten it and try again.
+    ContextLength,
 }
 
 impl Invalid {
     /// Blames `param`.
     pub fn new(param: &str, message: impl Into<String>) -> Self {
-        Self { param: Some(param.to_owned()), message: message.into() }
+        let param = Some(param.to_owned());
+        Self { param, message: message.into(), kind: InvalidKind::Field }
+    }
+
+    /// A prompt of `n_prompt` tokens ("601", "at least 601") that a context of `n_ctx` cannot hold
+    /// with room for an answer. Clients look for the words "maximum context length".
+    pub fn too_long(n_ctx: usize, n_prompt: impl Display) -> Self {
+        let most = n_ctx - 1;
+        let message = format!(
+            "this model's maximum context length is {n_ctx} tokens, but the prompt has {n_prompt} \
+             tokens; shorten it to {most} tokens or fewer"
+        );
+        Self { kind: InvalidKind::ContextLength, ..Self::new("prompt", message) }
     }
 }
 
@@ -25,4 +50,13 @@ impl Invalid {
 pub fn incident_id() -> String {
     static NEXT: AtomicU64 = AtomicU64::new(1);
     format!("err-{:x}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// For messages: a text's beginning, of `n` characters, with dots if there is more.
+#[must_use]
+pub fn shortened(text: &str, n: usize) -> Cow<'_, str> {
+    match text.char_indices().nth(n) {
+        Some((end, _)) => format!("{}...", &text[..end]).into(),
+        None => text.into(),
+    }
 }

@@ -74,10 +74,12 @@ fn malformed(fields: Vec<String>) -> impl Strategy<Value = Vec<u8>> {
         .prop_map(|b| post_bytes(&[b"\xFF", b.as_slice()].concat()));
     let long_prompt = (3000usize..4000)
         .prop_map(|n| post_bytes(json!({ "prompt": "a b ".repeat(n) }).to_string().as_bytes()));
-    let wrong_place = ("(GET|PUT|DELETE|PATCH|OPTIONS)", "/(generate|x|generate/|v1|health/x)")
-        .prop_map(|(method, path)| {
-            format!("{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").into_bytes()
-        });
+    let wrong_place = ("(GET|PUT|DELETE|PATCH)", "/(generate|x|generate/|v1|health/x)").prop_map(
+        |(method, path)| {
+            format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                .into_bytes()
+        },
+    );
     let no_http = "[A-Za-z0-9 :/]{1,40}\r\n\r\n".prop_map(String::into_bytes);
     prop_oneof![4 => bad_field, 3 => bad_prompt, 2 => bad_body, 2 => unknown, 2 => cut_json, 1 => deep, 2 => noise,
         1 => long_prompt, 2 => wrong_place, 1 => no_http]
@@ -101,6 +103,83 @@ fn a_thousand_malformed_requests_get_4xx_and_the_engine_still_answers() {
         if !answer.body.is_empty() {
             assert!(answer.json()["error"]["message"].is_string(), "{i}: {shown}");
         }
+    }
+    healthy(&server);
+    assert!(!server.log().contains("panicked"), "{}", server.log());
+}
+
+/// Bodies of about `n` bytes, most of them in one place: path, what makes them large, and the body.
+fn large_bodies(n: usize) -> Vec<(&'static str, &'static str, String)> {
+    let own = |field: &str| format!(r#"{{"prompt":"x","max_tokens":1,{field}}}"#);
+    let list = |item: &str| vec![item; n / (item.len() + 1)].join(",");
+    let named = |value: &str| -> String {
+        let fields = (0..n / (value.len() + 11)).map(|i| format!(r#""k{i:06}":{value}"#));
+        fields.collect::<Vec<_>>().join(",")
+    };
+    let nested = |open: &str, close: &str| {
+        let depth = n / (open.len() + close.len());
+        format!("{}1{}", open.repeat(depth), close.repeat(depth))
+    };
+    let text = "a".repeat(n);
+    let parts = list(r#"{"type":"text","text":"a "}"#);
+    let messages = list(r#"{"role":"user","content":"a "}"#);
+    let (completions, chat) = ("/v1/completions", "/v1/chat/completions");
+    vec![
+        ("/generate", "nested lists", own(&format!(r#""stop":{}"#, nested("[", "]")))),
+        ("/generate", "nested objects", own(&format!(r#""stop":{}"#, nested("{\"a\":", "}")))),
+        (completions, "fields", own(&named("1"))),
+        (completions, "objects", own(&format!(r#""user":{{{}}}"#, named("{\"a\":[]}")))),
+        (
+            completions,
+            "fields of an object",
+            own(&format!(r#""stream_options":{{{}}}"#, named("1"))),
+        ),
+        (completions, "a field's name", own(&format!(r#""{text}":1"#))),
+        (completions, "an ignored text", own(&format!(r#""user":"{text}""#))),
+        (completions, "escapes", own(&format!(r#""user":"{}""#, r"\u0061".repeat(n / 6)))),
+        (completions, "digits", own(&format!(r#""user":{}"#, "1".repeat(n)))),
+        (completions, "digits of a field", own(&format!(r#""seed":0.{}"#, "1".repeat(n)))),
+        ("/generate", "stop strings", own(&format!(r#""stop":[{}]"#, list("\"a\"")))),
+        ("/generate", "a stop string", own(&format!(r#""stop":"{text}""#))),
+        ("/generate", "stop tokens", own(&format!(r#""stop_token_ids":[{}]"#, list("1")))),
+        ("/generate", "biases", own(&format!(r#""logit_bias":{{{}}}"#, named("1")))),
+        ("/generate", "spaces", own(&format!(r#"{}"top_k":1"#, " ".repeat(n)))),
+        (chat, "parts", format!(r#"{{"messages":[{{"role":"user","content":[{parts}]}}]}}"#)),
+        (chat, "messages", format!(r#"{{"messages":[{messages}]}}"#)),
+        (
+            chat,
+            "ignored values",
+            format!(
+                r#"{{"messages":[{{"role":"user","content":"x","a":[{}]}}],"max_tokens":1}}"#,
+                list("0")
+            ),
+        ),
+    ]
+}
+
+/// The best of three, as others use the machine, too.
+fn seconds(server: &Server, what: &str, bytes: &[u8]) -> f64 {
+    let time = |_| {
+        let start = std::time::Instant::now();
+        let answer = exchange(server.addr, bytes);
+        let is_fine = [200, 400, 422].contains(&answer.status);
+        assert!(is_fine, "{what}: {} {}", answer.status, answer.text());
+        start.elapsed().as_secs_f64()
+    };
+    (0..3).map(time).fold(f64::MAX, f64::min)
+}
+
+#[test]
+fn bodies_up_to_the_limit_take_time_linear_in_their_bytes() {
+    let server = server();
+    healthy(&server);
+    let (small, large) = (large_bodies(100_000), large_bodies(1_000_000));
+    for ((path, what, small), (.., large)) in small.iter().zip(&large) {
+        let bytes = |body: &str| request_bytes(&format!("POST {path}"), &[], body.as_bytes());
+        let (few, many) = (bytes(small), bytes(large));
+        let (short, long) = (seconds(&server, what, &few), seconds(&server, what, &many));
+        // Ten times the bytes; what is quadratic takes a hundred times as long.
+        assert!(long < short.max(0.01) * 40.0, "{what}: {short} s and {long} s");
     }
     healthy(&server);
     assert!(!server.log().contains("panicked"), "{}", server.log());
@@ -203,7 +282,7 @@ fn connections_without_a_whole_request_are_closed() {
     let server = server();
     let mut socket = TcpStream::connect(server.addr).unwrap();
     socket
-        .write_all(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        .write_all(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
         .unwrap();
     assert_eq!(read_answer(socket).status, 408);
     let mut silent = TcpStream::connect(server.addr).unwrap();

@@ -287,7 +287,7 @@ fn stream(
     };
     let (senders, answers): (Vec<_>, Vec<_>) = choices.iter().map(channel).unzip();
     let mut rest: Vec<_> = choices.iter().map(|events| events.iter().cloned().peekable()).collect();
-    let mut body = reply::stream(answers, dialect, Arc::default()).into_body();
+    let mut body = reply::stream(answers, dialect, Arc::default(), None).into_body();
     let mut bytes = Vec::new();
     let mut turns = turns.iter().cycle();
     loop {
@@ -385,7 +385,7 @@ fn bodies_on_the_wire_get_an_answer_or_a_refusal() {
     let run = runner.run(&(paths, body()), |(path, body)| {
         let shown = body.to_string();
         let head = format!(
-            "POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
+            "POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
             shown.len()
         );
         let answer = exchange(server.addr, (head + &shown).as_bytes());

@@ -90,6 +90,7 @@ fn a_stream_gives_the_same_text_in_pieces_and_ends_with_usage() {
     };
     let (whole, streamed) = (ask(false), ask(true));
     assert!(streamed.head.contains("content-type: text/event-stream"));
+    assert_eq!(streamed.header("x-accel-buffering"), Some("no"), "nginx would hold it back");
     let events = streamed.events();
     let (last, pieces) = events.split_last().unwrap();
     assert!(pieces.len() > 2, "{events:?}");
@@ -221,7 +222,7 @@ fn errors_have_one_shape_and_the_right_status() {
     let post = |head: &str, body: &str| {
         exchange(
             server.addr,
-            format!("POST /generate HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{head}\r\n{body}")
+            format!("POST /generate HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{head}\r\n{body}")
                 .as_bytes(),
         )
     };
@@ -268,7 +269,7 @@ fn one_connection_serves_request_after_request() {
     let mut socket = std::net::TcpStream::connect(server.addr).unwrap();
     socket.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
     for _ in 0..3 {
-        socket.write_all(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+        socket.write_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
         let mut seen = Vec::new();
         while !seen.ends_with(b"{\"status\":\"ok\"}") {
             let mut byte = [0];
@@ -276,8 +277,112 @@ fn one_connection_serves_request_after_request() {
             seen.push(byte[0]);
         }
     }
-    socket.write_all(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+    socket
+        .write_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        .unwrap();
     assert_eq!(read_answer(socket).status, 200);
+}
+
+#[test]
+fn a_prompt_beyond_the_context_is_told_as_openais_clients_look_for_it() {
+    let server = server();
+    let long = "word ".repeat(600);
+    let message = json!([{ "role": "user", "content": long }]);
+    for (path, body) in [
+        ("/v1/completions", json!({ "prompt": long })),
+        ("/v1/completions", json!({ "prompt": ["x", long], "stream": true })),
+        ("/v1/chat/completions", json!({ "messages": message })),
+    ] {
+        let refused = server.post_to(path, &body);
+        let error = &refused.json()["error"];
+        assert_eq!((refused.status, &error["code"]), (400, &json!("context_length_exceeded")));
+        let text = error["message"].as_str().unwrap();
+        assert!(text.contains("maximum context length is 512 tokens"), "{text}");
+    }
+}
+
+#[test]
+fn a_request_is_read_as_http_has_it() {
+    let server = server();
+    let raw = |head: &str| {
+        let head = format!("{head}Connection: close\r\n\r\n");
+        exchange(server.addr, head.as_bytes())
+    };
+    for (head, status) in [
+        ("GET /health HTTP/1.1\r\n", 400),
+        ("GET /health HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n", 400),
+        ("GET /health HTTP/1.1\r\nHost: a b/c\r\n", 400),
+        ("GET /health HTTP/1.0\r\n", 200),
+        ("GET http://localhost:1/health HTTP/1.1\r\nHost: localhost\r\n", 200),
+        ("GET /health HTTP/1.1\r\nHost: [::1]:8000\r\n", 200),
+        // No key, and on loopback: a name that leads here is none of this server's.
+        ("GET /health HTTP/1.1\r\nHost: rebound.example\r\n", 403),
+        ("GET /%68ealth HTTP/1.1\r\nHost: localhost\r\n", 200),
+        ("GET /%zzhealth HTTP/1.1\r\nHost: localhost\r\n", 404),
+        ("OPTIONS * HTTP/1.1\r\nHost: localhost\r\n", 204),
+        ("OPTIONS /nothing HTTP/1.1\r\nHost: localhost\r\n", 404),
+    ] {
+        let answer = raw(head);
+        assert_eq!(answer.status, status, "{head}");
+        assert!(answer.header("x-request-id").is_some(), "{head}");
+        if status >= 400 {
+            assert!(answer.json()["error"]["message"].is_string(), "{head}");
+        }
+    }
+    let all = server.ask("OPTIONS *", &[], b"");
+    assert_eq!(all.header("allow"), Some("get, head, post, options"));
+    let one = server.ask("OPTIONS /v1/completions", &[], b"");
+    assert_eq!((one.status, one.header("allow")), (204, Some("post, options")));
+    let rebound = raw("GET /health HTTP/1.1\r\nHost: rebound.example\r\n");
+    assert!(rebound.text().contains("--allowed-hosts"), "{}", rebound.text());
+
+    let body = br#"{"prompt": "x", "max_tokens": 1}"#;
+    let encoded = |coding: &str| {
+        server.ask("POST /generate", &[&format!("Content-Encoding: {coding}")], body)
+    };
+    for coding in ["gzip", "identity, GZIP", "br"] {
+        let refused = encoded(coding);
+        assert_eq!((refused.status, refused.header("accept-encoding")), (415, Some("identity")));
+    }
+    assert_eq!(encoded("Identity").status, 200);
+    let twice = br#"{"prompt": "x", "max_tokens": 1, "prompt": "y"}"#;
+    let refused = server.post(twice);
+    assert_eq!((refused.status, &refused.json()["error"]["param"]), (422, &json!("prompt")));
+    let twice = br#"{"messages": [{"role": "user", "content": "x", "role": "system"}]}"#;
+    let refused = server.ask("POST /v1/chat/completions", &[], twice);
+    assert_eq!((refused.status, &refused.json()["error"]["param"]), (400, &json!("role")));
+}
+
+/// Editors and frameworks add fields of their own, and servers before this one had others.
+#[test]
+fn fields_that_nobody_knows_are_ignored_and_named_unless_they_would_change_the_answer() {
+    let server = Server::start(&["--ctx", "256"]);
+    let strict = Server::start(&["--ctx", "256", "--strict-fields"]);
+    let body = |more: Value| {
+        let mut body = json!({ "prompt": "x", "max_tokens": 1 });
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        body
+    };
+    let odd = body(json!({ "x_editor": 1, "a\r\nb": 2, "stream_options": null, "id_slot": 0 }));
+    for stream in [false, true] {
+        let mut odd = odd.clone();
+        odd["stream"] = stream.into();
+        let answer = server.post_to("/v1/completions", &odd);
+        assert_eq!(
+            (answer.status, answer.header("x-ignored-fields")),
+            (200, Some("a??b,x_editor"))
+        );
+    }
+    assert_eq!(server.log().matches("x_editor").count(), 1, "one line a minute: {}", server.log());
+    let plain = server.post_to("/v1/completions", &body(json!({ "id_slot": 0, "mirostat": 0 })));
+    assert_eq!((plain.status, plain.header("x-ignored-fields")), (200, None));
+    for (path, field) in [("/v1/completions", "mirostat"), ("/generate", "x_editor")] {
+        let refused = server.post_to(path, &body(json!({ field: 2 })));
+        assert!([400, 422].contains(&refused.status), "{refused:?}");
+        assert_eq!(refused.json()["error"]["param"], field);
+    }
+    let refused = strict.post_to("/v1/completions", &body(json!({ "x_editor": 1 })));
+    assert_eq!((refused.status, &refused.json()["error"]["param"]), (400, &json!("x_editor")));
 }
 
 /// One address serves browsers and programs.
@@ -285,8 +390,9 @@ fn one_connection_serves_request_after_request() {
 fn browsers_get_a_page_and_programs_json() {
     let server = server();
     let ask = |method: &str, path: &str, more: &str| {
-        let head =
-            format!("{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{more}\r\n");
+        let head = format!(
+            "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{more}\r\n"
+        );
         exchange(server.addr, head.as_bytes())
     };
     let browser = "Accept: text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8\r\n";

@@ -136,7 +136,7 @@ fn answers_are_as_documented() {
     for path in ["/generate", "/v1/completions", "/v1/chat/completions"] {
         post(path, 413, &long);
         let head = format!(
-            "POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 1\r\n\r\n{{"
+            "POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 1\r\n\r\n{{"
         );
         check("post", path, 400, &exchange(server.addr, head.as_bytes()));
         check("post", path, 405, &server.get(path));

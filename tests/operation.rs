@@ -211,6 +211,33 @@ fn a_server_whose_pass_takes_too_long_is_alive_but_not_ready() {
     drop(waiting);
 }
 
+/// A long prompt takes seconds, in which proxies and clients should see that an answer will come.
+#[test]
+fn a_stream_without_events_has_comments_and_its_head_in_time() {
+    let server = Server::start(&[
+        "--ctx",
+        "1024",
+        "--n-batch",
+        "1024",
+        "--prefill-chunk",
+        "1024",
+        "--sse-keep-alive",
+        "0.05",
+    ]);
+    let prompt = "one two three ".repeat(200);
+    let body = json!({ "prompt": prompt, "max_tokens": 2, "stream": true, "ignore_eos": true });
+    let answer = server.generate(&body);
+    let text = answer.text();
+    assert!(answer.status == 200 && text.starts_with(": keep-alive\n\n"), "{text}");
+    assert_eq!(answer.events().last().unwrap()["usage"]["completion_tokens"], 2);
+    let late = json!({ "prompt": format!("a {prompt}"), "stream": true, "timeout_s": 0.2 });
+    let late = server.generate(&late);
+    assert_eq!((late.status, &late.events()[0]["stop_reason"]), (200, &json!("deadline")));
+
+    let silent = Server::start(&["--ctx", "1024", "--sse-keep-alive", "0"]);
+    assert!(!silent.generate(&body).text().contains("keep-alive"));
+}
+
 #[test]
 fn work_and_information_need_a_key_where_there_are_keys() {
     let folder = tempfile::tempdir().unwrap();
@@ -347,7 +374,7 @@ fn heads_that_are_too_large_and_connections_that_idle_are_let_go() {
     assert_eq!(server.ask("GET /health", &many, b"").status, 431);
     assert_eq!(server.ask("GET /health", &many[..90], b"").status, 200);
 
-    let mut idle = server.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n");
+    let mut idle = server.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n");
     idle.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     let mut all = String::new();
     idle.read_to_string(&mut all).expect("the server closes the connection");
@@ -478,7 +505,7 @@ fn answers_and_streams_go_over_tls_and_bad_handshakes_are_nobody_elses_affair() 
     assert!(server.log().contains("https://"));
 
     let mut silent = TcpStream::connect(server.addr).unwrap();
-    let mut plain = server.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n");
+    let mut plain = server.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n");
     let ready = request_bytes("GET /ready", &[], b"");
     server.wait(|| certificate.exchange(&server, &ready).starts_with("HTTP/1.1 200"));
     let body =

@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
+use parking_lot::Mutex;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{oneshot, watch};
@@ -50,7 +51,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let telemetry =
         config.otlp_endpoint.map(|collector| Telemetry::start(&collector, &model_id)).transpose();
     let telemetry = telemetry.map_err(|error| anyhow!(error))?;
-    let readers = Readers::new(config.engine.limits.n_ctx);
+    let readers = Readers::with_policy(config.engine.limits.n_ctx, config.unknown_fields);
     let document = openapi::json(&readers);
     let engine = engine::spawn(config.engine);
     let app = Arc::new(App {
@@ -59,6 +60,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
         limits: config.http,
         auth: config.auth,
         cors: config.cors,
+        hosts: config.hosts,
         tls: config.tls,
         metrics: Metrics::new(&model_id, engine.stage()),
         telemetry,
@@ -67,6 +69,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
         openapi: document,
         endpoints: routes::endpoints(),
         template_source: config.chat_template,
+        ignored_logged: Mutex::default(),
         template: OnceLock::new(),
     });
 

@@ -1,15 +1,19 @@
 //! The part of `serve`'s table that is about clients: who may ask, from where, and how.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Error, bail, ensure};
 use clap::Args as ClapArgs;
+use clap::builder::BoolishValueParser;
 use hyper::Uri;
 use hyper::header::HeaderValue;
 
+use crate::http::api::Unknown;
 use crate::http::auth::{Auth, Key, MetricsAccess};
 use crate::http::cors::{self, Cors};
+use crate::http::host::{self, Hosts};
 use crate::http::tls::Tls;
 
 /// Flags about clients.
@@ -33,6 +37,15 @@ pub struct NetworkArgs {
     /// repeat it, or separate several by commas [default: none]
     #[arg(long = "cors-origin", env = "CORS_ORIGIN", value_name = "CORS_ORIGIN", value_delimiter = ',', value_parser = origin)]
     pub cors_origins: Vec<HeaderValue>,
+    /// Name that clients may ask for this server by, beside those of loopback, or * for any;
+    /// repeat it, or separate several by commas [default: none if HOST is a loopback address and
+    /// there is no key, else *]
+    #[arg(long, env = "ALLOWED_HOSTS", value_name = "ALLOWED_HOSTS", value_delimiter = ',', value_parser = host)]
+    pub allowed_hosts: Vec<String>,
+    /// Refuse fields that nobody knows in OpenAI's dialect too, where they are ignored and named in
+    /// a header otherwise
+    #[arg(long, env = "STRICT_FIELDS", value_parser = BoolishValueParser::new())]
+    pub strict_fields: bool,
     /// Certificate chain in PEM, for HTTPS [default: none]
     #[arg(long, env = "TLS_CERT")]
     pub tls_cert: Option<PathBuf>,
@@ -68,6 +81,21 @@ impl NetworkArgs {
         let mixed = origins.len() > 1 && origins.iter().any(|origin| origin == cors::ANY);
         ensure!(!mixed, "CORS_ORIGIN has * and others: * alone is every origin");
         Ok(Cors(origins))
+    }
+
+    /// The names that a server on `listen`, with or without keys, answers to. Without a key a
+    /// server on loopback trusts whoever reaches it, so it must know pages of other names.
+    pub(super) fn hosts(&self, listen: IpAddr, has_keys: bool) -> Hosts {
+        let any = match self.allowed_hosts.as_slice() {
+            [] => has_keys || !listen.is_loopback(),
+            names => names.iter().any(|name| name == host::ANY),
+        };
+        if any { Hosts::Any } else { Hosts::Only(self.allowed_hosts.clone()) }
+    }
+
+    /// What becomes of fields that nobody knows, in OpenAI's dialect.
+    pub(super) fn unknown_fields(&self) -> Unknown {
+        if self.strict_fields { Unknown::Refused } else { Unknown::Ignored }
     }
 
     /// What TLS needs, if it is on.
@@ -124,6 +152,14 @@ fn origin(text: &str) -> Result<HeaderValue, String> {
     let value = HeaderValue::from_str(text).ok().filter(|_| is_origin || text == cors::ANY);
     value.ok_or_else(|| {
         "must be * or an origin such as https://example.org:8443, with no path and no / at its end".into()
+    })
+}
+
+/// A host's name or address, without a port.
+fn host(text: &str) -> Result<String, String> {
+    let is_host = !text.is_empty() && host::host_of(text) == Some(text);
+    is_host.then(|| text.trim_end_matches('.').to_owned()).ok_or_else(|| {
+        "must be * or a host's name or address, such as example.org, with no port".into()
     })
 }
 

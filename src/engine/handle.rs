@@ -222,14 +222,11 @@ impl Handle {
     /// The tokens of a prompt that the context has room for. A longer one is refused before it is
     /// tokenised if its bytes tell.
     fn read(&self, prompt: &Prompt) -> Result<Vec<Token>, Invalid> {
-        let most = self.limits.n_ctx - 1;
-        let refused = |n: String| {
-            let message = format!("prompt has {n} tokens, but the context leaves room for {most}");
-            Invalid::new("prompt", message)
-        };
+        let n_ctx = self.limits.n_ctx;
+        let most = n_ctx - 1;
         let n_least = n_bytes(prompt).div_ceil(self.model.longest_token());
         if n_least > most {
-            return Err(refused(format!("at least {n_least}")));
+            return Err(Invalid::too_long(n_ctx, format!("at least {n_least}")));
         }
         let tokens = self.tokenize(prompt)?;
         match tokens.len() {
@@ -237,7 +234,7 @@ impl Handle {
                 let message = "prompt is empty: it must have at least one token";
                 Err(Invalid::new("prompt", message))
             }
-            n if n > most => Err(refused(n.to_string())),
+            n if n > most => Err(Invalid::too_long(n_ctx, n)),
             _ => Ok(tokens),
         }
     }

@@ -25,7 +25,8 @@ const MAX_PATH: usize = 200; // characters in the log
 /// Handles a request. Its line is logged when the answer has ended.
 pub async fn log_access(app: Arc<App>, request: Request<Incoming>) -> Response<Logged> {
     let id = id_of(request.headers());
-    let route = routes::find(request.uri().path());
+    let decoded = routes::decoded(request.uri().path()).into_owned();
+    let route = routes::find(&decoded);
     // Not the query: it might hold what should stay with the client.
     let path = request.uri().path().chars().take(MAX_PATH);
     let served = Served {
@@ -51,14 +52,9 @@ pub async fn log_access(app: Arc<App>, request: Request<Incoming>) -> Response<L
         record: Arc::default(),
     };
     let allowed = app.cors.allowed(request.headers());
-    let mut reply = match app.cors.preflight(&request) {
-        Some(reply) => reply,
-        None => {
-            routes::dispatch(&app, route, request, &id, &line.record)
-                .instrument(line.span.clone())
-                .await
-        }
-    };
+    let mut reply = routes::dispatch(&app, &decoded, route, request, &id, &line.record)
+        .instrument(line.span.clone())
+        .await;
     app.cors.mark(allowed, reply.headers_mut());
     reply.headers_mut().insert(REQUEST_ID, HeaderValue::from_str(&id).expect("visible ASCII"));
     line.served.status = Some(reply.status());

@@ -1,16 +1,19 @@
 //! What all connections share, and what is known of a request beside what it says.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use super::api::Readers;
 use super::api::answers::HealthStatus;
 use super::auth::Auth;
 use super::cors::Cors;
+use super::host::Hosts;
 use super::problem::Problem;
 use super::tls::Tls;
 use crate::chat::{Template, Vocabulary};
@@ -18,6 +21,9 @@ use crate::engine::{Handle, Stage, SubmitError};
 use crate::llama::Model;
 use crate::metrics::Metrics;
 use crate::telemetry::{ChoiceRecords, Telemetry};
+
+/// Between two lines about ignored fields.
+const IGNORED_PAUSE: Duration = Duration::from_secs(60);
 
 /// What every connection shares.
 pub struct App {
@@ -27,6 +33,7 @@ pub struct App {
     pub limits: HttpLimits,
     pub auth: Auth,
     pub cors: Cors,
+    pub hosts: Hosts,
     pub tls: Option<Tls>,
     pub metrics: Metrics,
     pub telemetry: Option<Telemetry>,
@@ -36,6 +43,8 @@ pub struct App {
     pub openapi: Bytes,
     /// Method and path of each route, for `GET /`.
     pub endpoints: Vec<String>,
+    /// When ignored fields were last logged.
+    pub ignored_logged: Mutex<Option<Instant>>,
     /// The source of the chat template, if it is not the model's own.
     pub template_source: Option<String>,
     /// The chat template, read at the first chat; or why there is none.
@@ -53,6 +62,8 @@ pub struct HttpLimits {
     pub timeout: Option<Duration>,
     /// Time for a client to read some bytes of its answer.
     pub write_timeout: Duration,
+    /// Between comments in a stream without events; `None`: there are none.
+    pub sse_keep_alive: Option<Duration>,
     /// Time for a forward pass, after which the server is not ready; `None`: no limit.
     pub stall_timeout: Option<Duration>,
 }
@@ -76,6 +87,18 @@ impl App {
             Some(source) => Template::new(source.clone(), Vocabulary::of(model)),
             None => Template::of(model),
         })
+    }
+
+    /// Logs the fields of a request that nobody knew, once a minute at most.
+    pub fn note_ignored(&self, paths: &BTreeSet<String>) {
+        if paths.is_empty() {
+            return;
+        }
+        let mut last = self.ignored_logged.lock();
+        if last.is_none_or(|at| at.elapsed() >= IGNORED_PAUSE) {
+            *last = Some(Instant::now());
+            tracing::info!(fields = ?paths, "ignored fields that are unknown here; --strict-fields refuses them");
+        }
     }
 
     pub fn status(&self) -> HealthStatus {

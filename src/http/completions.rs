@@ -1,21 +1,23 @@
 //! The handlers of requests for text: a body to the engine's requests, their events to an answer.
 
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::Request;
 use hyper::body::Incoming;
+use hyper::header::{CONTENT_ENCODING, HeaderMap};
 use serde_json::Value;
 
 use super::api::answers::{Detokenize, GenerateAnswer, OpenAiAnswer, StreamEvent};
 use super::api::generate::{GenerateRequest, Pieces};
+use super::api::json;
 use super::api::openai::{ChatRequest, Choices, CompletionRequest};
 use super::app::{App, RequestContext};
 use super::chunks::{Chunks, Endpoint};
 use super::problem::Problem;
 use super::reply::{self, Dialect, Reply};
-use crate::engine::{Failed, Handle, SubmitError};
+use crate::engine::{Answer, Failed, Handle, SubmitError};
 use crate::error::Invalid;
 use crate::request::{self, Caller, Completion, Event, FinishReason};
 use crate::telemetry::ChoiceRecord;
@@ -49,9 +51,13 @@ pub async fn generate(cx: RequestContext, request: Request<Incoming>) -> Result<
 ))]
 pub async fn complete(cx: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
     let handle = cx.app.engine()?;
-    let body = cx.app.readers.completion.read(read_json(&cx.app, request).await?)?;
+    let body = read_json(&cx.app, request).await?;
+    let (body, ignored) = cx.app.readers.completion.read_noting(body)?;
+    cx.app.note_ignored(&ignored);
     let choices = body.into_choices(handle.limits.n_ctx, fastrand::u64(..))?;
-    answer_openai(cx, &handle, choices, Endpoint::Text).await
+    let mut reply = answer_openai(cx, &handle, choices, Endpoint::Text).await?;
+    reply::name_ignored(&ignored, reply.headers_mut());
+    Ok(reply)
 }
 
 /// Answers to messages, as OpenAI has it
@@ -63,14 +69,18 @@ pub async fn complete(cx: RequestContext, request: Request<Incoming>) -> Result<
 ))]
 pub async fn chat(cx: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
     let handle = cx.app.engine()?;
-    let body = cx.app.readers.chat.read(read_json(&cx.app, request).await?)?;
+    let body = read_json(&cx.app, request).await?;
+    let (body, ignored) = cx.app.readers.chat.read_noting(body)?;
+    cx.app.note_ignored(&ignored);
     let (app, model) = (Arc::clone(&cx.app), Arc::clone(&handle.model));
     let (n_ctx, seed) = (handle.limits.n_ctx, fastrand::u64(..));
     // Off the network's threads: a template takes milliseconds, and more for a long conversation.
     let rendered =
         tokio::task::spawn_blocking(move || body.into_choices(n_ctx, seed, app.template(&model)));
     let choices = rendered.await.map_err(|_| SubmitError::Stopped)??;
-    answer_openai(cx, &handle, choices, Endpoint::Chat).await
+    let mut reply = answer_openai(cx, &handle, choices, Endpoint::Chat).await?;
+    reply::name_ignored(&ignored, reply.headers_mut());
+    Ok(reply)
 }
 
 async fn answer_openai(
@@ -107,13 +117,14 @@ async fn answer(
         answers.push(handle.submit(request, Caller { id, tenant: cx.tenant, timeout }).await?);
     }
     if stream {
-        // An error before the first piece is still a plain one.
-        match answers[0].peek().await {
-            Event::Failed { id } => return Err(Failed { id: id.clone() }.into()),
-            Event::Done(done) if is_too_late(done) => return Err(Problem::Deadline),
-            Event::Progress(_) | Event::Piece(_) | Event::Done(_) => {}
+        let keep_alive = cx.app.limits.sse_keep_alive;
+        // An error before the first piece is still a plain one, unless that takes too long.
+        match first_event(&mut answers[0], keep_alive).await {
+            Some(Event::Failed { id }) => return Err(Failed { id: id.clone() }.into()),
+            Some(Event::Done(done)) if is_too_late(done) => return Err(Problem::Deadline),
+            Some(Event::Progress(_) | Event::Piece(_) | Event::Done(_)) | None => {}
         }
-        return Ok(reply::stream(answers, Box::new(dialect), cx.record));
+        return Ok(reply::stream(answers, Box::new(dialect), cx.record, keep_alive));
     }
     let mut done = Vec::with_capacity(answers.len());
     for (choice, answer) in answers.into_iter().enumerate() {
@@ -125,6 +136,14 @@ async fn answer(
         return Err(Problem::Deadline);
     }
     Ok(dialect.whole(&done))
+}
+
+/// Waits for the first event; `None` if there is none in this time.
+async fn first_event(answer: &mut Answer, limit: Option<Duration>) -> Option<&Event> {
+    match limit {
+        Some(limit) => tokio::time::timeout(limit, answer.peek()).await.ok(),
+        None => Some(answer.peek().await),
+    }
 }
 
 fn detokenize(handle: &Handle) -> Detokenize {
@@ -142,6 +161,9 @@ fn is_too_late(done: &Completion) -> bool {
 }
 
 pub(super) async fn read_json(app: &App, request: Request<Incoming>) -> Result<Value, Problem> {
+    if is_compressed(request.headers()) {
+        return Err(Problem::CompressedBody);
+    }
     let limit = app.limits.max_body_bytes;
     // What is announced need not be sent.
     let announced = hyper::body::Body::size_hint(request.body()).exact();
@@ -150,9 +172,18 @@ pub(super) async fn read_json(app: &App, request: Request<Incoming>) -> Result<V
     }
     let body = Limited::new(request.into_body(), limit).collect();
     match tokio::time::timeout(app.limits.read_timeout, body).await {
-        Ok(Ok(collected)) => Ok(serde_json::from_slice(&collected.to_bytes())?),
+        Ok(Ok(collected)) => json::parse(&collected.to_bytes()),
         Ok(Err(e)) if e.is::<LengthLimitError>() => Err(Problem::BodyTooLarge(limit)),
         Ok(Err(e)) => Err(Problem::BrokenBody(e)),
         Err(_) => Err(Problem::BodyTimeout),
     }
+}
+
+/// Whether a body is encoded in any way; `identity` is none.
+fn is_compressed(headers: &HeaderMap) -> bool {
+    let mut values = headers.get_all(CONTENT_ENCODING).iter();
+    values.any(|value| {
+        let mut codings = value.as_bytes().split(|&b| b == b',').map(<[u8]>::trim_ascii);
+        codings.any(|coding| !coding.is_empty() && !coding.eq_ignore_ascii_case(b"identity"))
+    })
 }

@@ -1,16 +1,14 @@
 //! Answers that pages of other origins may read (CORS): only of those that were named.
 
-use bytes::Bytes;
-use http_body_util::{Either, Full};
 use hyper::body::Incoming;
 use hyper::header::{
     ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
     ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, ACCESS_CONTROL_REQUEST_HEADERS,
     ACCESS_CONTROL_REQUEST_METHOD, HeaderMap, HeaderValue, ORIGIN, VARY,
 };
-use hyper::{Method, Request, Response, StatusCode};
+use hyper::{Method, Request};
 
-use super::reply::Reply;
+use super::reply::{self, Reply};
 
 pub const ANY: &str = "*";
 const MAX_AGE_S: &str = "600";
@@ -25,8 +23,7 @@ impl Cors {
         let asks = request.method() == Method::OPTIONS
             && request.headers().contains_key(ACCESS_CONTROL_REQUEST_METHOD);
         self.allowed(request.headers()).filter(|_| asks)?;
-        let mut reply = Response::new(Either::Left(Full::new(Bytes::new())));
-        *reply.status_mut() = StatusCode::NO_CONTENT;
+        let mut reply = reply::no_content();
         let headers = reply.headers_mut();
         headers.insert(ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static("GET, HEAD, POST"));
         // `*` would not cover Authorization; OpenAI's client sends headers of its own.
@@ -52,7 +49,7 @@ impl Cors {
         headers.append(VARY, HeaderValue::from_static("origin"));
         if let Some(allowed) = allowed {
             headers.insert(ACCESS_CONTROL_ALLOW_ORIGIN, allowed);
-            let exposed = HeaderValue::from_static("x-request-id, retry-after");
+            let exposed = HeaderValue::from_static("x-request-id, retry-after, x-ignored-fields");
             headers.insert(ACCESS_CONTROL_EXPOSE_HEADERS, exposed);
         }
     }

@@ -26,7 +26,7 @@ use crate::request::SamplingParams;
     (status = 403, description = "The key does not allow this", body = ErrorBody),
 ))]
 pub async fn information(cx: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
-    if let Some(page) = page::file(&request) {
+    if let Some(page) = page::file("/", &request) {
         return Ok(page);
     }
     let mut body = Information {
@@ -90,9 +90,9 @@ pub async fn models(cx: RequestContext, _: Request<Incoming>) -> Result<Reply, P
     (status = 404, description = "The server does not serve this model", body = ErrorBody),
 ))]
 pub async fn model(cx: RequestContext, _: Request<Incoming>) -> Result<Reply, Problem> {
-    let (model, id) = (entry(&cx.app)?, percent_decode(&cx.tail));
-    if id != model.id.as_bytes() {
-        return Err(Problem::ModelNotFound(String::from_utf8_lossy(&id).into_owned()));
+    let model = entry(&cx.app)?;
+    if cx.tail != model.id {
+        return Err(Problem::ModelNotFound(cx.tail));
     }
     Ok(reply::json(StatusCode::OK, &model))
 }
@@ -125,18 +125,4 @@ fn entry(app: &App) -> Result<ModelEntry<'_>, Problem> {
         owned_by: env!("CARGO_PKG_NAME"),
         max_model_len: app.engine()?.limits.n_ctx,
     })
-}
-
-/// The bytes of a path; an invalid escape stays as it is.
-fn percent_decode(path: &str) -> Vec<u8> {
-    let (mut bytes, mut rest) = (Vec::new(), path.as_bytes());
-    while let [first, after @ ..] = rest {
-        let escaped = after
-            .get(..2)
-            .filter(|_| *first == b'%')
-            .and_then(|hex| u8::from_str_radix(std::str::from_utf8(hex).ok()?, 16).ok());
-        bytes.push(escaped.unwrap_or(*first));
-        rest = if escaped.is_some() { &after[2..] } else { after };
-    }
-    bytes
 }

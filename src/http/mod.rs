@@ -17,6 +17,7 @@ mod completions;
 pub(crate) mod cors;
 mod docs;
 mod health;
+pub(crate) mod host;
 mod information;
 pub(crate) mod openapi;
 mod page;

@@ -28,10 +28,11 @@ const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; i
 
 /// The page or a file of it, if this request gets one: path, type and content.
 pub fn find(
+    path: &str,
     request: &Request<Incoming>,
 ) -> Option<&'static (&'static str, &'static str, &'static str)> {
     let is_read = matches!(*request.method(), Method::GET | Method::HEAD);
-    let found = FILES.iter().find(|(path, ..)| *path == request.uri().path());
+    let found = FILES.iter().find(|(of, ..)| *of == path);
     found.filter(|(path, ..)| is_read && (*path != "/" || prefers_html(request.headers())))
 }
 
@@ -42,12 +43,13 @@ pub fn find(
     (status = 401, description = "There is no such file, and the request has no key", body = ErrorBody),
     (status = 404, description = "There is no such file", body = ErrorBody),
 ))]
-pub async fn page_file(_: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
-    file(&request).ok_or_else(|| Problem::NotFound(request.uri().path().to_owned()))
+pub async fn page_file(cx: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
+    let path = format!("/page/{}", cx.tail);
+    file(&path, &request).ok_or(Problem::NotFound(path))
 }
 
-pub fn file(request: &Request<Incoming>) -> Option<Reply> {
-    let &(path, content_type, content) = find(request)?;
+pub fn file(path: &str, request: &Request<Incoming>) -> Option<Reply> {
+    let &(_, content_type, content) = find(path, request)?;
     // The hasher has no keys: the same content has the same name in every process.
     let mut hasher = DefaultHasher::new();
     content.hash(&mut hasher);

@@ -3,11 +3,13 @@
 use std::error::Error;
 
 use hyper::StatusCode;
-use hyper::header::{ALLOW, CONNECTION, HeaderName, RETRY_AFTER, WWW_AUTHENTICATE};
+use hyper::header::{
+    ACCEPT_ENCODING, ALLOW, CONNECTION, HeaderName, RETRY_AFTER, WWW_AUTHENTICATE,
+};
 
 use super::api::answers::{ErrorBody, ErrorDetails};
 use crate::engine::{Failed, SubmitError};
-use crate::error::Invalid;
+use crate::error::{Invalid, InvalidKind};
 
 #[derive(Debug, thiserror::Error)]
 pub enum Problem {
@@ -21,6 +23,12 @@ pub enum Problem {
     ModelNotFound(String),
     #[error("this server has its metrics off")]
     MetricsOff,
+    #[error("the Host header {0}: HTTP/1.1 asks for one that names this server")]
+    InvalidHost(&'static str),
+    #[error(
+        "this server does not answer to the name {0:.100}: if it is one of its names, set --allowed-hosts (ALLOWED_HOSTS)"
+    )]
+    HostNotAllowed(String),
     #[error("this needs an API key: send `Authorization: Bearer KEY`")]
     KeyMissing,
     #[error("the API key in Authorization is not known here")]
@@ -29,6 +37,8 @@ pub enum Problem {
     MetricsKey,
     #[error("the body is not JSON: {0}")]
     NotJson(#[from] serde_json::Error),
+    #[error("the body is compressed, but this server takes only what is not")]
+    CompressedBody,
     #[error("the body is larger than {0} bytes")]
     BodyTooLarge(usize),
     #[error("the body could not be read: {0}")]
@@ -63,12 +73,18 @@ impl Problem {
             Self::MethodNotAllowed { .. } => (405, "method_not_allowed"),
             Self::ModelNotFound(_) => (404, "model_not_found"),
             Self::KeyMissing | Self::KeyUnknown => (401, "invalid_api_key"),
+            Self::InvalidHost(_) => (400, "invalid_host"),
+            Self::HostNotAllowed(_) => (403, "host_not_allowed"),
             Self::MetricsKey => (403, "forbidden"),
+            Self::CompressedBody => (415, "compressed_body"),
             Self::NotJson(_) => (400, "invalid_json"),
             Self::BodyTooLarge(_) => (413, "body_too_large"),
             Self::BrokenBody(_) => (400, "broken_body"),
             Self::BodyTimeout => (408, "timeout"),
-            Self::Refused(SubmitError::Invalid(_)) if is_openai => (400, "invalid_request"),
+            Self::Refused(SubmitError::Invalid(Invalid { kind, .. })) if is_openai => match kind {
+                InvalidKind::Field => (400, "invalid_request"),
+                InvalidKind::ContextLength => (400, "context_length_exceeded"),
+            },
             Self::Refused(SubmitError::Invalid(_)) => (422, "invalid_request"),
             Self::Refused(SubmitError::QueueFull { .. }) => (429, "queue_full"),
             Self::Refused(SubmitError::Stopped) => (503, "stopped"),
@@ -83,6 +99,7 @@ impl Problem {
     pub fn header(&self) -> Option<(HeaderName, &'static str)> {
         match self {
             Self::MethodNotAllowed { allow, .. } => Some((ALLOW, allow)),
+            Self::CompressedBody => Some((ACCEPT_ENCODING, "identity")),
             Self::KeyMissing | Self::KeyUnknown => Some((WWW_AUTHENTICATE, "Bearer")),
             // The rest of the body is not worth reading.
             Self::BodyTooLarge(_) | Self::BodyTimeout => Some((CONNECTION, "close")),

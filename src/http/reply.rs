@@ -1,21 +1,30 @@
 //! How answers are written: JSON, errors, and server-sent events.
 
+use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http_body_util::{Either, Full};
 use hyper::body::{Body, Frame};
-use hyper::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
+use hyper::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 use hyper::{Response, StatusCode};
 use serde::Serialize;
+use tokio::time::{Instant, Interval, interval_at};
 
 use super::problem::Problem;
 use crate::engine::Answer;
 use crate::request::{Completion, Event, Piece};
 use crate::telemetry::ChoiceRecords;
+
+/// Fields of a request that were ignored as nobody knows them.
+pub const IGNORED_FIELDS: HeaderName = HeaderName::from_static("x-ignored-fields");
+
+/// Asks nginx, and proxies that follow it, to pass events on as they come.
+const ACCEL_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
 
 /// Any answer's body: whole, or a stream.
 pub type Content = Either<Full<Bytes>, EventStream>;
@@ -29,6 +38,13 @@ pub fn whole(status: StatusCode, content_type: &str, body: impl Into<Bytes>) -> 
     *reply.status_mut() = status;
     let content_type = HeaderValue::from_str(content_type).expect("names of types are plain text");
     reply.headers_mut().insert(CONTENT_TYPE, content_type);
+    reply
+}
+
+/// An answer without a body.
+pub fn no_content() -> Reply {
+    let mut reply = Response::new(Either::Left(Full::new(Bytes::new())));
+    *reply.status_mut() = StatusCode::NO_CONTENT;
     reply
 }
 
@@ -50,6 +66,21 @@ pub fn error(problem: &Problem, is_openai: bool) -> Reply {
     reply
 }
 
+/// Names the fields of a request that nobody knew. A path's characters that are of no known field
+/// become question marks, so that nothing of a client's choice gets into the head.
+pub fn name_ignored(paths: &BTreeSet<String>, headers: &mut HeaderMap) {
+    if paths.is_empty() {
+        return;
+    }
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "_-.[]".contains(c);
+    let plain = |path: &String| -> String {
+        path.chars().map(|c| if is_plain(c) { c } else { '?' }).collect()
+    };
+    let names: Vec<String> = paths.iter().map(plain).collect();
+    let names = HeaderValue::from_str(&names.join(",")).expect("visible ASCII");
+    headers.insert(IGNORED_FIELDS, names);
+}
+
 /// How an API writes events.
 pub trait Dialect: Send {
     /// Writes the whole answer: each choice's text, and how it ended.
@@ -69,6 +100,9 @@ pub fn event(data: &impl Serialize, out: &mut BytesMut) {
     out.extend_from_slice(b"\n\n");
 }
 
+/// A comment, which clients skip: it shows proxies and clients that an answer is still to come.
+const KEEP_ALIVE: &[u8] = b": keep-alive\n\n";
+
 /// The events of one or several choices as server-sent events. Dropping it drops their answers,
 /// which cancels the requests.
 pub struct EventStream {
@@ -77,20 +111,25 @@ pub struct EventStream {
     dialect: Box<dyn Dialect>,
     record: Arc<ChoiceRecords>,
     ended: bool,
+    /// When the next comment is due, if no event comes before.
+    keep_alive: Option<Interval>,
 }
 
-/// An answer that streams.
+/// An answer that streams, with a comment wherever no event came for the time of `keep_alive`.
 pub fn stream(
     choices: Vec<Answer>,
     dialect: Box<dyn Dialect>,
     record: Arc<ChoiceRecords>,
+    keep_alive: Option<Duration>,
 ) -> Reply {
     let choices = choices.into_iter().map(Some).collect();
-    let body = EventStream { choices, dialect, record, ended: false };
+    let keep_alive = keep_alive.map(|period| interval_at(Instant::now() + period, period));
+    let body = EventStream { choices, dialect, record, ended: false, keep_alive };
     let mut reply = Response::new(Either::Right(body));
     let headers = reply.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    headers.insert(ACCEL_BUFFERING, HeaderValue::from_static("no"));
     reply
 }
 
@@ -136,10 +175,17 @@ impl Body for EventStream {
             self.ended = true;
             self.dialect.end(&mut out);
         }
-        match (out.is_empty(), self.ended) {
-            (false, _) => Poll::Ready(Some(Ok(Frame::data(out.freeze())))),
-            (true, true) => Poll::Ready(None),
-            (true, false) => Poll::Pending,
+        match (out.is_empty(), self.ended, &mut self.keep_alive) {
+            (false, _, keep_alive) => {
+                keep_alive.iter_mut().for_each(Interval::reset);
+                Poll::Ready(Some(Ok(Frame::data(out.freeze()))))
+            }
+            (true, true, _) => Poll::Ready(None),
+            (true, false, None) => Poll::Pending,
+            (true, false, Some(keep_alive)) => {
+                let due = keep_alive.poll_tick(cx);
+                due.map(|_| Some(Ok(Frame::data(Bytes::from_static(KEEP_ALIVE)))))
+            }
         }
     }
 

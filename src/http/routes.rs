@@ -4,11 +4,14 @@
 //! `__path_...`, has path, method and documentation; the entry adds who may ask. All lists of paths,
 //! `Allow`, labels and `/openapi.json` derive from it.
 
+use std::borrow::Cow;
 use std::pin::Pin;
 use std::sync::{Arc, LazyLock};
 
-use hyper::Request;
 use hyper::body::Incoming;
+use hyper::header::{ALLOW, HeaderValue};
+use hyper::{Method, Request};
+use percent_encoding::percent_decode_str;
 use utoipa::openapi::path::{HttpMethod, Operation};
 
 use super::app::{App, RequestContext};
@@ -45,6 +48,14 @@ pub static ROUTES: LazyLock<Vec<Route>> = LazyLock::new(|| {
     ]
 });
 
+/// Methods of routes, as `Allow` lists them.
+const READ: &str = "GET, HEAD, OPTIONS";
+const POST: &str = "POST, OPTIONS";
+const ALL: &str = "GET, HEAD, POST, OPTIONS";
+
+/// What `OPTIONS` has in place of a path to ask about the server (RFC 9110, 9.3.7).
+const WHOLE_SERVER: &str = "*";
+
 pub struct Route {
     /// The path; `{...}` at its end is for any text.
     pub path: String,
@@ -70,7 +81,7 @@ where
 {
     Route {
         path: P::path(),
-        allow: if P::methods() == [HttpMethod::Get] { "GET, HEAD" } else { "POST" },
+        allow: if P::methods() == [HttpMethod::Get] { READ } else { POST },
         access,
         handler: Box::new(move |cx, request| Box::pin(handler(cx, request))),
         operation: || (P::methods(), P::operation()),
@@ -87,37 +98,54 @@ impl Route {
     }
 }
 
+/// A path as routes have it: without escapes. One that is invalid stays, and bytes that are no UTF-8
+/// become U+FFFD, so that neither leads anywhere.
+pub fn decoded(path: &str) -> Cow<'_, str> {
+    percent_decode_str(path).decode_utf8_lossy()
+}
+
 pub fn find(path: &str) -> Option<&'static Route> {
     ROUTES.iter().find(|route| route.tail(path).is_some())
 }
 
 /// Method and path of each route, for `GET /`.
 pub fn endpoints() -> Vec<String> {
-    let method = |route: &Route| if route.allow == "POST" { "POST" } else { "GET" };
+    let method = |route: &Route| if route.allow == POST { "POST" } else { "GET" };
     ROUTES.iter().map(|route| format!("{} {}", method(route), route.path)).collect()
 }
 
-/// Admits a request and calls the handler of its route; errors become answers.
+/// Admits a request for a [`decoded`] path and calls the handler of its route; errors become answers.
 pub async fn dispatch(
     app: &Arc<App>,
+    path: &str,
     route: Option<&'static Route>,
     request: Request<Incoming>,
     id: &Arc<str>,
     record: &Arc<ChoiceRecords>,
 ) -> Reply {
-    let is_openai = request.uri().path().starts_with("/v1"); // its clients expect OpenAI's errors
+    let is_openai = path.starts_with("/v1"); // its clients expect OpenAI's errors
     let handled = async {
+        app.hosts.check(&request)?;
+        if let Some(preflight) = app.cors.preflight(&request) {
+            return Ok(preflight);
+        }
+        let asks_for_methods = request.method() == Method::OPTIONS;
+        if asks_for_methods && path == WHOLE_SERVER {
+            return Ok(methods(ALL));
+        }
         let access = match route {
-            _ if page::find(&request).is_some() => Access::Open,
+            _ if page::find(path, &request).is_some() => Access::Open,
             Some(route) => route.access,
             None => Access::Key, // a later version may have the path
         };
         let tenant = app.auth.admit(access, request.headers())?;
-        let path = request.uri().path();
         let Some((route, tail)) = route.and_then(|route| Some((route, route.tail(path)?))) else {
             let known: Vec<&str> = ROUTES.iter().map(|route| route.path.as_str()).collect();
             return Err(Problem::UnknownPath { path: path.to_owned(), known: known.join(", ") });
         };
+        if asks_for_methods {
+            return Ok(methods(route.allow));
+        }
         if !route.allow.split(", ").any(|allowed| allowed == request.method().as_str()) {
             return Err(Problem::MethodNotAllowed { path: &route.path, allow: route.allow });
         }
@@ -133,4 +161,30 @@ pub async fn dispatch(
     let label = route.map_or("other", |route| &route.path);
     app.metrics.count_answer(label, reply.status().as_u16());
     reply
+}
+
+/// The answer to a question about methods.
+fn methods(allow: &'static str) -> Reply {
+    let mut reply = reply::no_content();
+    reply.headers_mut().insert(ALLOW, HeaderValue::from_static(allow));
+    reply
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_is_found_however_it_is_escaped() {
+        let route = |path: &str| find(&decoded(path)).map(|route| route.path.as_str());
+        for path in ["/health", "/%68ealth", "/%68%65%61%6C%74%68", "%2fhealth"] {
+            assert_eq!(route(path), Some("/health"), "{path}");
+        }
+        for path in
+            ["/%zzhealth", "/health%", "/health%2", "/health%00", "/%ffhealth", "/%2568ealth"]
+        {
+            assert_eq!(route(path), None, "{path}");
+        }
+        assert_eq!(route("/v1%2Fmodels/a%2Fb"), Some("/v1/models/{id}"));
+    }
 }

@@ -3,13 +3,14 @@
 use std::ffi::{CStr, c_char};
 use std::sync::Once;
 
-use super::{log, sys};
+use super::{loading, log, sys};
 
 /// Starts llama.cpp once per process and sends its log to `tracing`.
 pub(super) fn start_backend() {
     static STARTED: Once = Once::new();
     STARTED.call_once(|| {
         log::install();
+        loading::install();
         // SAFETY: no arguments; llama.cpp asks for one call before any other, which `Once` gives.
         unsafe { sys::backend_init() };
     });

@@ -9,6 +9,7 @@ use super::backend::max_sequences;
 use super::batch::{Batch, Limits};
 use super::error::LlamaError;
 use super::ids::SeqId;
+use super::loading::Loading;
 use super::model::Model;
 use super::tap::{HiddenTap, Tapped, on_tensor};
 use super::{log, sys};
@@ -102,11 +103,12 @@ impl Context {
             c.cb_eval = Some(on_tensor);
             c.cb_eval_user_data = (&raw mut **tap).cast();
         }
-        log::take_last_error();
+        log::take_errors();
+        let _loading = Loading::begin(model.path()); // the first graphs show what sizes do not fit
         // SAFETY: the model is loaded and kept by the new value; the tap is boxed and kept too.
         let ptr = unsafe { sys::init_from_model(model.as_ptr(), c) };
         let ptr = NonNull::new(ptr)
-            .ok_or_else(|| LlamaError::Context(log::take_last_error().unwrap_or_default()))?;
+            .ok_or_else(|| LlamaError::Context(log::take_errors().unwrap_or_default()))?;
         // SAFETY: a live context; the memory belongs to it.
         let memory = unsafe { sys::get_memory(ptr.as_ptr()) };
         let limits = Limits {
@@ -188,9 +190,9 @@ impl Context {
                 Ok(())
             }
             1 => Err(LlamaError::NoRoom { rows: batch.len() }),
-            -1 => Err(LlamaError::Batch(log::take_last_error().unwrap_or_default())),
+            -1 => Err(LlamaError::Batch(log::take_errors().unwrap_or_default())),
             code => {
-                Err(LlamaError::Decode { code, reason: log::take_last_error().unwrap_or_default() })
+                Err(LlamaError::Decode { code, reason: log::take_errors().unwrap_or_default() })
             }
         }
     }

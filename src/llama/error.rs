@@ -12,7 +12,7 @@ pub enum LlamaError {
         action: &'static str,
         /// The file.
         path: PathBuf,
-        /// llama.cpp's last log line, or what was checked here.
+        /// What llama.cpp logged, or what was checked here.
         reason: String,
     },
     /// A context could not be created, usually for lack of memory.
@@ -38,7 +38,7 @@ pub enum LlamaError {
     Decode {
         /// What `llama_decode` returned.
         code: i32,
-        /// llama.cpp's last log line.
+        /// What llama.cpp logged.
         reason: String,
     },
     /// ggml could not compute a graph.

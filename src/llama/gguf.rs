@@ -6,8 +6,10 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::ptr::NonNull;
 
+use super::backend::start_backend;
 use super::error::LlamaError;
-use super::sys;
+use super::loading::Loading;
+use super::{log, sys};
 use crate::matrix::Matrix;
 
 /// A file's header.
@@ -27,10 +29,16 @@ impl Gguf {
             |reason: String| LlamaError::File { action: "load", path: path.to_owned(), reason };
         let c_path =
             CString::new(path.as_os_str().as_encoded_bytes()).map_err(|e| fail(e.to_string()))?;
+        start_backend(); // whose log has the reason
+        let _loading = Loading::begin(path);
+        log::take_errors();
         let params = sys::gguf_init_params { no_alloc: true, ctx: std::ptr::null_mut() };
         // SAFETY: a zero-terminated path; no tensors are asked for.
         let header = NonNull::new(unsafe { sys::gguf_init_from_file(c_path.as_ptr(), params) });
-        header.map(Self).ok_or_else(|| fail("not a GGUF file".into()))
+        header.map(Self).ok_or_else(|| {
+            let why = log::take_errors().map(|why| format!(": {why}")).unwrap_or_default();
+            fail(format!("not a GGUF file{why}"))
+        })
     }
 }
 

@@ -10,11 +10,13 @@
 
 mod backend;
 mod batch;
+mod check;
 mod context;
 mod error;
 pub mod ggml;
 mod gguf;
 mod ids;
+mod loading;
 mod log;
 mod model;
 mod quantize;

@@ -7,9 +7,11 @@ use std::ptr::NonNull;
 use std::sync::OnceLock;
 
 use super::backend::{start_backend, text};
+use super::check::check;
 use super::error::LlamaError;
-use super::gguf::MatrixRows;
+use super::gguf::{Gguf, MatrixRows};
 use super::ids::Token;
+use super::loading::Loading;
 use super::{log, sys};
 
 /// A model and its vocabulary.
@@ -41,7 +43,8 @@ impl Model {
     ///
     /// # Errors
     /// [`LlamaError::File`] with llama.cpp's reason: no such file, not a GGUF, an unknown
-    /// architecture, no memory, or a model that is no plain decoder.
+    /// architecture, no memory, or a model that is no plain decoder. Where llama.cpp asserts that a
+    /// file is as it must be, the process ends with one line and status 1.
     pub fn load(
         path: &Path,
         n_gpu_layers: u32,
@@ -51,6 +54,8 @@ impl Model {
         let fail =
             |reason: String| LlamaError::File { action: "load", path: path.to_owned(), reason };
         std::fs::File::open(path).map_err(|e| fail(e.to_string()))?;
+        let _loading = Loading::begin(path);
+        check(&Gguf::open(path)?).map_err(fail)?;
         let c_path =
             CString::new(path.as_os_str().as_encoded_bytes()).map_err(|e| fail(e.to_string()))?;
 
@@ -60,12 +65,11 @@ impl Model {
         c.n_gpu_layers = i32::try_from(n_gpu_layers).unwrap_or(i32::MAX);
         c.progress_callback = Some(on_progress);
         c.progress_callback_user_data = (&raw mut callback).cast::<c_void>();
-        log::take_last_error();
+        log::take_errors();
         // SAFETY: the path is zero-terminated; C uses `callback` during the call only.
         let ptr = unsafe { sys::model_load_from_file(c_path.as_ptr(), c) };
-        let ptr = NonNull::new(ptr).ok_or_else(|| {
-            fail(log::take_last_error().unwrap_or_else(|| "no reason given".into()))
-        })?;
+        let ptr = NonNull::new(ptr)
+            .ok_or_else(|| fail(log::take_errors().unwrap_or_else(|| "no reason given".into())))?;
         // SAFETY: `ptr` is a loaded model; the vocabulary is a part of it.
         let vocab = unsafe { sys::model_get_vocab(ptr.as_ptr()) };
         let vocab = NonNull::new(vocab.cast_mut())
@@ -111,6 +115,11 @@ impl Model {
         };
         let Some((_, kind)) = kinds.iter().find(|(is, _)| *is) else { return Ok(()) };
         Err(format!("this is {kind}; only attention decoders are supported"))
+    }
+
+    /// The file that it was loaded from.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
     }
 
     pub(super) fn as_ptr(&self) -> *mut sys::llama_model {

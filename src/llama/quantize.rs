@@ -73,13 +73,13 @@ pub fn quantize(
     params.nthread = i32::try_from(n_threads).unwrap_or(1);
     params.ftype = kind.file_type;
     params.allow_requantize = true;
-    log::take_last_error();
+    log::take_errors();
     // SAFETY: zero-terminated paths and parameters that outlive the call.
     let code = unsafe { sys::model_quantize(c_from.as_ptr(), c_to.as_ptr(), &raw const params) };
     if code == 0 {
         return Ok(());
     }
     Err(fail(
-        log::take_last_error().unwrap_or_else(|| format!("llama.cpp's quantizer returned {code}")),
+        log::take_errors().unwrap_or_else(|| format!("llama.cpp's quantizer returned {code}")),
     ))
 }

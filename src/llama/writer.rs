@@ -83,12 +83,12 @@ pub fn write_header(
         // SAFETY: a live header and tensor, which is copied; its name is unique.
         unsafe { sys::gguf_add_tensor(header.0.as_ptr(), tensor.as_ptr()) };
     }
-    log::take_last_error();
+    log::take_errors();
     // SAFETY: a live header and a zero-terminated path; tensors' data is not read.
     if unsafe { sys::gguf_write_to_file(header.0.as_ptr(), c_path.as_ptr(), true) } {
         return Ok(());
     }
-    Err(fail(log::take_last_error().unwrap_or_else(|| "ggml gave no reason".into())))
+    Err(fail(log::take_errors().unwrap_or_else(|| "ggml gave no reason".into())))
 }
 
 /// Names and types of a file's tensors; [`LlamaError::File`] when it is not a GGUF.

@@ -215,7 +215,8 @@ pub fn request_bytes(what: &str, headers: &[&str], body: &[u8]) -> Vec<u8> {
     let more: String = headers.iter().map(|line| format!("{line}\r\n")).collect();
     let length =
         if body.is_empty() { String::new() } else { format!("Content-Length: {}\r\n", body.len()) };
-    let head = format!("{what} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{more}{length}\r\n");
+    let head =
+        format!("{what} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{more}{length}\r\n");
     [head.as_bytes(), body].concat()
 }
 

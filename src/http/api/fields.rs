@@ -20,9 +20,9 @@ macro_rules! request_body {
         #[serde(deny_unknown_fields)]
         pub struct $name {
             $($own)*
-            /// Keep this many most likely tokens; 0 keeps all.
+            /// Keep this many most likely tokens; 0 or less keeps all.
             #[schema(default = 0, maximum = 2147483647)]
-            pub top_k: usize,
+            pub top_k: i64,
             /// Keep tokens at least this fraction as likely as the most likely one; 0 keeps all.
             #[schema(default = 0.0, minimum = 0.0, maximum = 1.0)]
             pub min_p: f32,
@@ -138,7 +138,7 @@ macro_rules! request_body {
                     sampling: SamplingParams {
                         temperature: self.temperature,
                         top_p: self.top_p,
-                        top_k: self.top_k,
+                        top_k: usize::try_from(self.top_k).unwrap_or(0),
                         min_p: self.min_p,
                         typical_p: self.typical_p,
                         top_n_sigma: self.top_n_sigma.max(0.0),
@@ -391,6 +391,10 @@ pub enum ResponseFormat {
 pub struct NamedSchema {
     /// Any.
     pub name: Option<String>,
+    /// Ignored.
+    pub description: Option<Value>,
+    /// Ignored.
+    pub strict: Option<Value>,
     /// The JSON schema, as far as llguidance can follow it.
     #[schema(value_type = Object)]
     pub schema: Map<String, Value>,

@@ -48,8 +48,8 @@ request_body! {
         #[schema(default = 0.0, minimum = -100.0, maximum = 100.0)]
         pub presence_penalty: f32,
         /// The penalties' window: this many last tokens, the prompt's included; up to the context's
-        /// size.
-        #[schema(default = 64, format = "tokens")]
+        /// size, which is also -1.
+        #[schema(default = 64, minimum = -1, format = "tokens")]
         pub repeat_last_n: usize,
         /// The same request and seed give the same text; random by default.
         #[schema(example = 7, format = "uint64")]

@@ -1,7 +1,8 @@
 //! OpenAI's dialect: the bodies of `/v1/completions` and `/v1/chat/completions`.
 //!
 //! Field names and defaults are those of OpenAI's API reference. Unsupported fields that would
-//! change an answer are refused by name, those that would not (`user`, `metadata`) are ignored.
+//! change an answer are refused by name, those that would not (`user`, `metadata`) are ignored,
+//! and so are those that nobody knows.
 //! The fields that all dialects share are extensions.
 
 use std::time::Duration;
@@ -57,11 +58,11 @@ macro_rules! openai_body {
                 #[schema(default = 0.0, minimum = -2.0, maximum = 2.0)]
                 pub presence_penalty: f32,
                 /// The penalties' window: this many last tokens, the prompt's included; the
-                /// context's size by default.
-                #[schema(example = 64, format = "tokens")]
+                /// context's size by default, and for -1.
+                #[schema(example = 64, minimum = -1, format = "tokens")]
                 pub repeat_last_n: Option<usize>,
                 /// The same request and seed give the same text; choice i has the seed plus i.
-                /// Random by default.
+                /// Random by default, and for -1.
                 #[schema(example = 7, value_type = Option<i64>, format = "int64-or-uint64")]
                 pub seed: Option<Number>,
                 /// In a stream, tell how far the prompt is while it is read, in llama.cpp's chunks with
@@ -132,7 +133,10 @@ macro_rules! openai_body {
                 }
                 let include_usage =
                     self.stream_options.as_ref().is_some_and(|o| o.include_usage == Some(true));
-                let seed = self.seed.as_ref().map_or(Ok(random_seed), seed)?;
+                let seed = match &self.seed {
+                    Some(given) if given.as_i64() != Some(-1) => seed(given)?,
+                    _ => random_seed,
+                };
                 // OpenAI's penalties look at the whole text.
                 let window = self.repeat_last_n.unwrap_or(n_ctx);
                 let progress = self.return_progress && stream;
@@ -156,8 +160,9 @@ openai_body! {
         /// What to continue.
         #[schema(schema_with = Prompts::schema)]
         pub prompt: Prompts,
-        /// Most tokens to generate, up to the context's size; with 0 the prompt is only read.
-        #[schema(default = 16, minimum = 0, format = "tokens")]
+        /// Most tokens to generate, up to the context's size, which is also -1; with 0 the prompt is
+        /// only read.
+        #[schema(default = 16, minimum = -1, format = "tokens")]
         pub max_tokens: usize,
         /// Begin the text with the prompt; with `logprobs`, report its tokens too, and the one that
         /// ends the text.
@@ -189,11 +194,12 @@ openai_body! {
         /// The conversation so far.
         #[schema(min_items = 1, example = json!([{ "role": "user", "content": "Why is the sky blue?" }]))]
         pub messages: Vec<Message>,
-        /// Most tokens to generate, up to the context's size, which is the default.
-        #[schema(example = 64, minimum = 1, format = "tokens")]
+        /// Most tokens to generate, up to the context's size, which is the default, and also -1;
+        /// not 0.
+        #[schema(example = 64, minimum = -1, format = "tokens")]
         pub max_completion_tokens: Option<usize>,
         /// The same by its older name.
-        #[schema(example = 64, minimum = 1, format = "tokens")]
+        #[schema(example = 64, minimum = -1, format = "tokens")]
         pub max_tokens: Option<usize>,
         /// More variables for the chat template, by name.
         #[schema(value_type = Option<Object>, example = json!({ "enable_thinking": false }))]
@@ -245,6 +251,10 @@ impl ChatRequest {
         let template = template.as_ref().map_err(|why| Invalid::new("messages", why.as_str()))?;
         let prompt = template.prompt(conversation)?;
         let max_tokens = self.max_completion_tokens.or(self.max_tokens).unwrap_or(n_ctx);
+        if max_tokens == 0 {
+            let message = "max_tokens is 0; it must be at least 1, or -1 for no limit";
+            return Err(Invalid::new("max_tokens", message));
+        }
         self.choices(&[prompt], max_tokens, n_top, n_ctx, random_seed)
     }
 
@@ -282,7 +292,6 @@ fn seed(given: &Number) -> Result<u64, Invalid> {
 
 /// Of streams only.
 #[derive(Debug, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
 #[schema(example = json!({ "include_usage": true }))]
 pub struct StreamOptions {
     /// Close the stream with a chunk that has the counts of tokens.
@@ -365,7 +374,7 @@ pub enum PartKind {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::http::api::Readers;
+    use crate::http::api::{Readers, Unknown};
     use crate::llama::Token;
 
     fn read_text(body: Value) -> Result<Choices, Invalid> {
@@ -384,11 +393,80 @@ mod tests {
 
     #[test]
     fn choices_have_seeds_of_their_own_and_prompts_their_order() {
-        let choices = read_text(json!({ "prompt": ["a", "b"], "n": 2, "seed": -1 })).unwrap();
+        let choices = read_text(json!({ "prompt": ["a", "b"], "n": 2, "seed": u64::MAX })).unwrap();
         let of: Vec<(Prompt, u64)> =
             choices.requests.into_iter().map(|r| (r.prompt, r.sampling.seed)).collect();
         let expected = [("a", u64::MAX), ("a", 0), ("b", u64::MAX), ("b", 0)];
         assert_eq!(of, expected.map(|(prompt, seed)| (prompt.into(), seed)));
+    }
+
+    /// The values of llama-server's clients, and integers as JavaScript's and Lua's write them.
+    #[test]
+    fn minus_one_is_what_it_is_elsewhere_and_whole_floats_are_integers() {
+        let body = json!({
+            "prompt": "x", "max_tokens": -1, "seed": -1, "top_k": -1, "repeat_last_n": -1.0,
+        });
+        let request = read_text(body).unwrap().requests.remove(0);
+        let s = &request.sampling;
+        assert_eq!((request.max_tokens, s.seed, s.top_k, s.repeat_last_n), (2048, 7, 0, 2048));
+        let body = json!({
+            "prompt": "x", "max_tokens": 8.0, "seed": 2.0, "top_k": 3.0, "n": 1.0, "min_tokens": 1.0,
+            "stop_token_ids": [5.0], "logprobs": 2.0, "best_of": 1.0,
+        });
+        let request = read_text(body).unwrap().requests.remove(0);
+        let s = &request.sampling;
+        assert_eq!((request.max_tokens, s.seed, s.top_k), (8, 2, 3));
+        assert_eq!(request.stop_token_ids, [crate::llama::Token(5)]);
+        for (seed, expected) in [
+            (json!(-2), (-2i64).cast_unsigned()),
+            (json!(-2.0), (-2i64).cast_unsigned()),
+            (json!(1e19), 10_000_000_000_000_000_000),
+        ] {
+            let choices = read_text(json!({ "prompt": "x", "seed": seed })).unwrap();
+            assert_eq!(choices.requests[0].sampling.seed, expected);
+        }
+        for (name, bad) in [
+            ("max_tokens", json!(-2)),
+            ("repeat_last_n", json!(-2)),
+            ("seed", json!(2e19)),
+            ("top_k", json!(0.5)),
+            ("stop_token_ids", json!([0.5])),
+        ] {
+            let error = read_text(json!({ "prompt": "x", name: bad })).unwrap_err();
+            assert!(error.param.unwrap().starts_with(name));
+        }
+    }
+
+    #[test]
+    fn what_nobody_knows_is_ignored_and_named_or_refused() {
+        let body = json!({
+            "prompt": "x", "zzz": 1, "id_slot": 3, "stream": true, "n_predict": null,
+            "stream_options": { "include_usage": true, "zzz": 1, "more": [1] },
+            "response_format": { "type": "text", "zzz": {} },
+        });
+        let (read, ignored) = Readers::new(64).completion.read_noting(body.clone()).unwrap();
+        let ignored: Vec<&str> = ignored.iter().map(String::as_str).collect();
+        let nested = ["response_format.zzz", "stream_options.more", "stream_options.zzz", "zzz"];
+        assert_eq!(ignored, nested);
+        assert!(read.into_choices(64, 0).unwrap().include_usage);
+        let message = json!({ "role": "user", "name": "me", "content": [{ "type": "text", "text": "x", "zzz": 1 }] });
+        let chat = json!({ "messages": [message, message] });
+        let (_, ignored) = Readers::new(64).chat.read_noting(chat).unwrap();
+        assert_eq!(ignored.into_iter().collect::<Vec<_>>(), ["messages[].content[].zzz"]);
+        let many: serde_json::Map<_, _> = (0..99).map(|i| (format!("z{i}"), json!(i))).collect();
+        let body_of_many = json!({ "prompt": "x", "many": 1 }).as_object().unwrap().clone();
+        let body_of_many = body_of_many.into_iter().chain(many).collect::<Value>();
+        assert_eq!(Readers::new(64).completion.read_noting(body_of_many).unwrap().1.len(), 16);
+
+        let strict = Readers::with_policy(64, Unknown::Refused).completion;
+        let refused = |body: Value| strict.read(body).unwrap_err().param.unwrap();
+        assert_eq!(refused(body), "zzz");
+        let nested = json!({ "prompt": "x", "stream_options": { "zzz": 1 } });
+        assert_eq!(refused(nested.clone()), "stream_options.zzz");
+        assert!(Readers::new(64).generate.read(json!({ "prompt": "x", "user": 1 })).is_ok());
+        let own = json!({ "prompt": "x", "response_format": { "type": "text", "zzz": 1 } });
+        let error = Readers::new(64).generate.read(own).unwrap_err();
+        assert_eq!(error.param.as_deref(), Some("response_format.zzz"));
     }
 
     #[test]
@@ -416,7 +494,7 @@ mod tests {
             ("tools", json!([{}])),
             ("tool_choice", json!("auto")),
             ("seed", json!(1.5)),
-            ("max_token", json!(1)),
+            ("mirostat", json!(2)),
             ("stream_options", json!({ "include_usage": true })),
         ] {
             let error = read_text(json!({ "prompt": "x", name: value })).unwrap_err();
