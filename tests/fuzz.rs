@@ -133,7 +133,7 @@ const N_CTX: usize = 64;
 /// Every field is in the range that its type says.
 fn check(request: &Request) {
     let s = &request.sampling;
-    assert!((1..=N_CTX).contains(&request.max_tokens) && s.repeat_last_n <= N_CTX);
+    assert!(request.max_tokens <= N_CTX && s.repeat_last_n <= N_CTX);
     assert!(
         s.temperature >= 0.0 && (0.0..=1.0).contains(&s.top_p) && (0.0..=1.0).contains(&s.min_p)
     );

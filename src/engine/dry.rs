@@ -179,7 +179,7 @@ mod tests {
         for breakers in [&[][..], &["\n", ":", "\"", "*"], &[" b", "c", "a b"]] {
             let breakers: Vec<String> = breakers.iter().map(|s| (*s).to_owned()).collect();
             let found = Breakers::new(&model, &breakers).unwrap();
-            for _ in 0..100 {
+            for _ in 0..15 {
                 let params = DryParams {
                     multiplier: 2.0 * random.f32(),
                     base: 1.0 + random.f32(),
@@ -212,7 +212,7 @@ mod tests {
                 }
             }
         }
-        assert!(n_penalties > 300, "{n_penalties}");
+        assert!(n_penalties > 100, "{n_penalties}");
         let mut tokens = model.tokenize("a漢b", false).unwrap();
         assert!(tokens.len() > 3, "a character of several tokens");
         tokens.reverse();
