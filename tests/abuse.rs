@@ -109,8 +109,9 @@ fn a_thousand_malformed_requests_get_4xx_and_the_engine_still_answers() {
 }
 
 /// Bodies of about `n` bytes, most of them in one place: path, what makes them large, and the body.
+/// None is answered with text, so that all the time is the reading's.
 fn large_bodies(n: usize) -> Vec<(&'static str, &'static str, String)> {
-    let own = |field: &str| format!(r#"{{"prompt":"x","max_tokens":1,{field}}}"#);
+    let own = |field: &str| format!(r#"{{"prompt":"x","timeout_s":0,{field}}}"#);
     let list = |item: &str| vec![item; n / (item.len() + 1)].join(",");
     let named = |value: &str| -> String {
         let fields = (0..n / (value.len() + 11)).map(|i| format!(r#""k{i:06}":{value}"#));
@@ -122,7 +123,6 @@ fn large_bodies(n: usize) -> Vec<(&'static str, &'static str, String)> {
     };
     let text = "a".repeat(n);
     let parts = list(r#"{"type":"text","text":"a "}"#);
-    let messages = list(r#"{"role":"user","content":"a "}"#);
     let (completions, chat) = ("/v1/completions", "/v1/chat/completions");
     vec![
         ("/generate", "nested lists", own(&format!(r#""stop":{}"#, nested("[", "]")))),
@@ -145,12 +145,11 @@ fn large_bodies(n: usize) -> Vec<(&'static str, &'static str, String)> {
         ("/generate", "biases", own(&format!(r#""logit_bias":{{{}}}"#, named("1")))),
         ("/generate", "spaces", own(&format!(r#"{}"top_k":1"#, " ".repeat(n)))),
         (chat, "parts", format!(r#"{{"messages":[{{"role":"user","content":[{parts}]}}]}}"#)),
-        (chat, "messages", format!(r#"{{"messages":[{messages}]}}"#)),
         (
             chat,
             "ignored values",
             format!(
-                r#"{{"messages":[{{"role":"user","content":"x","a":[{}]}}],"max_tokens":1}}"#,
+                r#"{{"messages":[{{"role":"user","content":"x","a":[{}]}}],"timeout_s":0}}"#,
                 list("0")
             ),
         ),
@@ -162,7 +161,7 @@ fn seconds(server: &Server, what: &str, bytes: &[u8]) -> f64 {
     let time = |_| {
         let start = std::time::Instant::now();
         let answer = exchange(server.addr, bytes);
-        let is_fine = [200, 400, 422].contains(&answer.status);
+        let is_fine = [400, 408, 422].contains(&answer.status);
         assert!(is_fine, "{what}: {} {}", answer.status, answer.text());
         start.elapsed().as_secs_f64()
     };
@@ -179,7 +178,7 @@ fn bodies_up_to_the_limit_take_time_linear_in_their_bytes() {
         let (few, many) = (bytes(small), bytes(large));
         let (short, long) = (seconds(&server, what, &few), seconds(&server, what, &many));
         // Ten times the bytes; what is quadratic takes a hundred times as long.
-        assert!(long < short.max(0.01) * 40.0, "{what}: {short} s and {long} s");
+        assert!(long < short.max(0.05) * 40.0, "{what}: {short} s and {long} s");
     }
     healthy(&server);
     assert!(!server.log().contains("panicked"), "{}", server.log());
