@@ -41,7 +41,7 @@ const MAX_ITEMS: usize = 1 << 20;
 /// Bytes of a template's source.
 const MAX_SOURCE_BYTES: usize = 4 << 20;
 /// Of a stack with room for nesting up to the limit, in a build without optimization too.
-const STACK_BYTES: usize = 256 << 20;
+const STACK_BYTES: usize = 64 << 20;
 
 /// Why a template cannot be read, or rendered with some values.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
