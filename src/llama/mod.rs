@@ -17,6 +17,7 @@ mod gguf;
 mod ids;
 mod log;
 mod model;
+mod pieces;
 mod quantize;
 mod sampler;
 mod sys;
