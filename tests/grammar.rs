@@ -112,6 +112,116 @@ fn what_is_no_grammar_is_refused_with_its_reason() {
     }
 }
 
+/// The grammar takes time with the cube of the text's length, and all streams wait for it.
+#[test]
+fn a_grammar_that_takes_ever_more_time_ends() {
+    let mut grammar = lark("start: s\ns: s s | \"a\" | \"b\"");
+    let followed = tokens(&"abba".repeat(1000))
+        .into_iter()
+        .try_for_each(|token| grammar.accept(token).map(|whole| assert!(!whole)));
+    assert!(followed.unwrap_err().to_string().contains("too much time"));
+}
+
+/// Schemas whose texts have an end, however the model likes digits: each token is a digit if it may
+/// be one, and the text ends if it may.
+#[test]
+fn numbers_and_times_come_to_their_end() {
+    let digit = |text: &str| text.bytes().all(|b| b.is_ascii_digit());
+    let open = json!({ "type": "number" });
+    for schema in [
+        json!({ "type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1 }),
+        json!({ "type": "number", "minimum": -1.5, "maximum": 1e6 }),
+        json!({ "type": "number", "maximum": -2 }),
+        json!({ "type": "number", "multipleOf": 0.25 }),
+        json!({ "type": "integer" }),
+        json!({ "type": "string", "format": "date-time" }),
+        json!({ "type": "string", "format": "time" }),
+        json!({ "type": "string", "format": "duration" }),
+        open.clone(),
+        json!({ "type": "array", "items": open, "minItems": 2, "maxItems": 2 }),
+        json!({ "type": "object", "properties": { "x": open }, "required": ["x"], "additionalProperties": false }),
+        json!({}),
+    ] {
+        let mut grammar = GRAMMARS.compile(&GrammarSource::JsonSchema(schema.clone())).unwrap();
+        let mut text = String::new();
+        for _ in 0..120 {
+            let allowed = allowed(&grammar);
+            let texts = allowed.iter().map(|&t| (t, MODEL.detokenize(&[t])));
+            let texts: Vec<(Token, String)> = texts.filter(|(t, _)| !MODEL.is_end(*t)).collect();
+            let zero = texts.iter().find(|(_, text)| text == "0");
+            let next = zero.or_else(|| texts.iter().find(|(_, text)| digit(text)));
+            let point = || texts.iter().find(|(_, text)| text == ".");
+            let Some((token, piece)) = next.or_else(point).or_else(|| {
+                texts.iter().min_by_key(|(_, text)| (text.trim().is_empty(), text.len()))
+            }) else {
+                break;
+            };
+            text += piece;
+            if grammar.accept(*token).unwrap() {
+                break;
+            }
+        }
+        let value: Value =
+            serde_json::from_str(&text).unwrap_or_else(|e| panic!("{schema}: {text}: {e}"));
+        assert!(jsonschema::is_valid(&schema, &value), "{schema}: {text}");
+    }
+}
+
+#[test]
+fn a_property_that_a_pattern_names_too_is_written_once() {
+    let schema = json!({
+        "type": "object", "properties": { "a": { "type": "integer" } }, "required": ["a"],
+        "patternProperties": { "^a$": { "maximum": 5 } }, "additionalProperties": false,
+    });
+    let mut grammar = GRAMMARS.compile(&GrammarSource::JsonSchema(schema)).unwrap();
+    let whole = tokens("{\"a\":5").into_iter().map(|t| grammar.accept(t).unwrap()).last();
+    assert_eq!(whole, Some(false));
+    let next: Vec<String> = allowed(&grammar).iter().map(|&t| MODEL.detokenize(&[t])).collect();
+    assert!(next.iter().any(|t| t == "}") && !next.iter().any(|t| t.contains(',')), "{next:?}");
+}
+
+#[test]
+fn large_grammars_are_followed_or_refused_by_name() {
+    let optional = |n: usize| {
+        let each = (0..n).map(|i| (format!("p{i}"), json!({ "type": "integer" })));
+        let properties: serde_json::Map<_, _> = each.collect();
+        GrammarSource::JsonSchema(
+            json!({ "type": "object", "properties": properties, "additionalProperties": false }),
+        )
+    };
+    let mut grammar = GRAMMARS.compile(&optional(600)).unwrap();
+    for token in tokens("{\"p5\":1,\"p77\":2") {
+        assert!(!grammar.accept(token).unwrap());
+    }
+    let chain = |n: usize| {
+        let link = |i: usize| (format!("d{i}"), json!({ "$ref": format!("#/$defs/d{}", i + 1) }));
+        let mut links: serde_json::Map<_, _> = (0..n).map(link).collect();
+        links.insert(format!("d{n}"), json!({ "type": "integer" }));
+        GrammarSource::JsonSchema(json!({ "$ref": "#/$defs/d0", "$defs": links }))
+    };
+    assert!(GRAMMARS.compile(&chain(5000)).is_ok(), "deep, but within the stack");
+    for (source, why) in [
+        (optional(1001), "1001 optional properties"),
+        (chain(20_000), "bytes, but the limit is"),
+        (
+            GrammarSource::Lark(format!(
+                "start: {}\"a\"{}",
+                "(".repeat(50_000),
+                ")".repeat(50_000)
+            )),
+            "nested",
+        ),
+        (
+            GrammarSource::Lark(format!("start: /{}a{}/", "(".repeat(50_000), ")".repeat(50_000))),
+            "invalid regex",
+        ),
+        (GrammarSource::JsonSchema(json!({ "type": "\u{20ac}".repeat(99) })), "cannot be"),
+    ] {
+        let error = GRAMMARS.compile(&source).err().expect(why);
+        assert!(error.message.contains(why) && error.message.len() < 1500, "{error}");
+    }
+}
+
 fn ask(topic: &str) -> String {
     format!("<|im_start|>user\n{topic}, as JSON.<|im_end|>\n<|im_start|>assistant\n")
 }
@@ -151,6 +261,30 @@ fn a_schema_gives_one_text_with_drafts_and_without() {
     }
 }
 
+/// llguidance allows a comma after the only property: a text that has it leads nowhere.
+#[test]
+fn a_grammar_that_leads_nowhere_ends_its_choices_alone() {
+    let server = Server::start(&["--ctx", "256"]);
+    let dead = json!({
+        "type": "object", "properties": { "a": { "type": "integer" } }, "required": ["a"],
+        "patternProperties": { "^[a]$": { "type": "integer" } }, "additionalProperties": false,
+    });
+    let [comma] = tokens(",")[..] else { panic!("one token") };
+    let body = json!({
+        "prompt": ask("One"), "n": 2, "max_tokens": 60, "logit_bias": { comma.0.to_string(): 100 },
+        "response_format": { "type": "json_schema", "json_schema": { "name": "x", "schema": dead } },
+    });
+    let answer = server.post_to("/v1/completions", &body);
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    for choice in answer.json()["choices"].as_array().unwrap() {
+        let ended = (&choice["finish_reason"], &choice["stop_reason"]);
+        assert_eq!(ended, (&json!("length"), &json!("grammar")), "{choice}");
+        assert!(choice["text"].as_str().unwrap().starts_with('{'));
+    }
+    let failures = |reason| server.metric("request_failures_total", &[reason]);
+    assert_eq!((failures(r#"reason="grammar""#), failures(r#"reason="engine""#)), (2.0, 0.0));
+}
+
 #[test]
 fn grammars_are_asked_for_by_their_fields() {
     let server = Server::start(&["--ctx", "256"]);
@@ -159,6 +293,9 @@ fn grammars_are_asked_for_by_their_fields() {
     let answer = text(
         json!({ "prompt": "The colour is", "raw": true, "grammar": "start: \" \" (\"red\" | \"blue\") \".\"" }),
     );
+    assert!([" red.", " blue."].contains(&answer.as_str()), "{answer}");
+    let gbnf = "root ::= \" \" colour \".\"\ncolour ::= \"red\" | \"blue\"";
+    let answer = text(json!({ "prompt": "The colour is", "grammar": gbnf }));
     assert!([" red.", " blue."].contains(&answer.as_str()), "{answer}");
     let format = json!({ "type": "json_object" });
     let body = json!({ "prompt": ask("A cat"), "response_format": format, "ignore_eos": true, "max_tokens": 9 });

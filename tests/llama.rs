@@ -148,3 +148,24 @@ fn the_tap_sees_the_hidden_state_of_output_rows() {
     }
     assert!(context(&params()).hidden(0).is_err(), "a context without the tap");
 }
+
+/// A long text is cut at its control tokens, which changes no token, and takes a time linear in its
+/// length: the square of 8 would be 64.
+#[test]
+fn control_tokens_cut_a_long_text_without_changing_its_tokens() {
+    let unit = "<|im_start|>user\nhow  are you?<|im_end|>\n  so<|im_end|>";
+    let units = [unit, " <|im_end|>", "<|im_end", "<|im_start|> |>  "].repeat(300);
+    let text = units.concat();
+    let parts = text.split_inclusive("<|im_end|>").enumerate();
+    let each = parts.flat_map(|(i, part)| MODEL.tokenize_part(part, i == 0, true).unwrap());
+    assert_eq!(MODEL.tokenize(&text, true).unwrap(), each.collect::<Vec<_>>());
+    assert_eq!(MODEL.detokenize(&MODEL.tokenize(&text, false).unwrap()), text, "names are text");
+    let seconds = |n: usize| {
+        let text = "<|im_end|>".repeat(n);
+        let begun = std::time::Instant::now();
+        assert_eq!(MODEL.tokenize(&text, true).unwrap().len(), n);
+        begun.elapsed().as_secs_f64()
+    };
+    let (short, long) = (seconds(12_500), seconds(100_000));
+    assert!(long < 24.0 * short.max(0.01), "{short} s, and {long} s for eight times as many");
+}

@@ -5,10 +5,12 @@
 //! text is the same with drafts and without.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use llguidance::api::{ParserLimits, TopLevelGrammar};
 use llguidance::toktrie::{ApproximateTokEnv, SimpleVob, TokEnv, TokRxInfo, TokTrie};
 use llguidance::{JsonCompileOptions, Matcher, ParserFactory};
+use rustix::time::{ClockId, clock_gettime};
 use serde_json::{Map, Value, json};
 
 use super::digits::Digits;
@@ -123,7 +125,7 @@ impl Grammars {
         }
         let allowed = matcher.compute_mask().map_err(|e| e.to_string())?;
         let numerals = Arc::clone(&self.numerals);
-        Ok(Grammar { matcher, allowed, goes_back, digits, numerals })
+        Ok(Grammar { matcher, allowed, goes_back, digits, numerals, time: MOST_TIME })
     }
 }
 
@@ -252,6 +254,19 @@ pub struct Grammar {
     /// Where in JSON the text is; `None` if it is no JSON.
     digits: Option<Digits>,
     numerals: Arc<Numerals>,
+    /// Processor time that it may still take.
+    time: Duration,
+}
+
+/// Processor time that a grammar may take at once, and for each token again. All streams wait for
+/// it, and an ambiguous grammar takes more with each token.
+const MOST_TIME: Duration = Duration::from_millis(250);
+const TIME_PER_TOKEN: Duration = Duration::from_millis(20);
+
+/// Processor time of this thread so far.
+fn processor_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    time.try_into().unwrap_or_default() // it is never negative
 }
 
 /// What llguidance could not go on with: beyond its limits.
@@ -280,9 +295,11 @@ impl Grammar {
             tree.clear();
             return;
         }
+        let begun = processor_time();
         let mut keeps = vec![false; tree.len()];
         self.walk(tree, None, &mut keeps);
         tree.retain(&keeps);
+        self.time = self.time.saturating_sub(processor_time() - begun);
     }
 
     /// Marks the candidates after node `at` that may follow there, and goes on after each.
@@ -309,9 +326,17 @@ impl Grammar {
     /// may follow, or only its end.
     ///
     /// # Errors
-    /// [`GrammarError`] when llguidance gives up.
+    /// [`GrammarError`] when llguidance gives up, or took too much time.
     pub fn accept(&mut self, token: Token) -> Result<bool, GrammarError> {
-        let token = token.0.cast_unsigned();
+        let begun = processor_time();
+        let is_whole = self.follow(token.0.cast_unsigned())?;
+        let left = (self.time + TIME_PER_TOKEN).checked_sub(processor_time() - begun);
+        let late = || GrammarError("it takes too much time for each token".into());
+        self.time = left.ok_or_else(late)?.min(MOST_TIME);
+        Ok(is_whole)
+    }
+
+    fn follow(&mut self, token: u32) -> Result<bool, GrammarError> {
         let failed = |why: String| GrammarError(brief(&why));
         self.matcher.consume_token(token).map_err(|e| failed(e.to_string()))?;
         if self.matcher.is_stopped() {

@@ -19,6 +19,7 @@ mod ids;
 mod loading;
 mod log;
 mod model;
+mod pieces;
 mod quantize;
 mod sampler;
 mod sys;

@@ -1,7 +1,7 @@
 //! A loaded GGUF model: weights, vocabulary, metadata. Immutable after loading, so any thread may
 //! read it.
 
-use std::ffi::{CString, c_char, c_void};
+use std::ffi::{CStr, CString, c_char, c_void};
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 use std::sync::OnceLock;
@@ -12,6 +12,7 @@ use super::error::LlamaError;
 use super::gguf::{Gguf, MatrixRows};
 use super::ids::Token;
 use super::loading::Loading;
+use super::pieces::{Special, Specials};
 use super::{log, sys};
 
 /// A model and its vocabulary.
@@ -21,6 +22,8 @@ pub struct Model {
     vocab: NonNull<sys::vocab>,
     path: PathBuf,
     longest_token: OnceLock<usize>,
+    /// `None` if a text cannot be cut at them.
+    specials: OnceLock<Option<Specials>>,
 }
 
 // SAFETY: after loading nothing in llama.cpp writes to a model; tokenising and metadata are `const`
@@ -74,8 +77,8 @@ impl Model {
         let vocab = unsafe { sys::model_get_vocab(ptr.as_ptr()) };
         let vocab = NonNull::new(vocab.cast_mut())
             .ok_or_else(|| fail("the model has no vocabulary".into()))?;
-        let longest_token = OnceLock::new();
-        let model = Self { ptr, vocab, path: path.to_owned(), longest_token };
+        let (longest_token, specials) = (OnceLock::new(), OnceLock::new());
+        let model = Self { ptr, vocab, path: path.to_owned(), longest_token, specials };
         model.check_kind().map_err(fail)?;
         Ok(model)
     }
@@ -273,6 +276,45 @@ impl Model {
     /// # Errors
     /// [`LlamaError::Tokenize`] for text over 2 GiB or with more tokens than that.
     pub fn tokenize_part(
+        &self,
+        input: &str,
+        begins: bool,
+        special: bool,
+    ) -> Result<Vec<Token>, LlamaError> {
+        let specials = self.specials.get_or_init(|| self.read_specials());
+        // SAFETY: the vocabulary lives as long as the model.
+        let ends = begins && unsafe { sys::vocab_get_add_eos(self.vocab.as_ptr()) };
+        let pieces = match specials {
+            Some(specials) if !ends => specials.cut(input, special),
+            _ => vec![input], // a token that ends the text comes with the piece that begins it
+        };
+        let mut tokens = Vec::new();
+        for (i, piece) in pieces.into_iter().enumerate() {
+            tokens.extend(self.tokenize_piece(piece, begins && i == 0, special)?);
+        }
+        Ok(tokens)
+    }
+
+    /// The tokens that llama.cpp looks for in a text before it reads what is between.
+    fn read_specials(&self) -> Option<Specials> {
+        let read = |token| {
+            // SAFETY: the token is in the vocabulary; its text lives as long as the model.
+            let (attr, text) = unsafe {
+                let attr = sys::vocab_get_attr(self.vocab.as_ptr(), token);
+                (attr, CStr::from_ptr(sys::vocab_get_text(self.vocab.as_ptr(), token)))
+            };
+            let control =
+                attr & (sys::LLAMA_TOKEN_ATTR_CONTROL | sys::LLAMA_TOKEN_ATTR_UNKNOWN) != 0;
+            let is_special = control || attr & sys::LLAMA_TOKEN_ATTR_USER_DEFINED != 0;
+            let text = text.to_str().ok().filter(|text| is_special && !text.is_empty())?.to_owned();
+            let strips_before = attr & sys::LLAMA_TOKEN_ATTR_LSTRIP != 0;
+            let strips_after = attr & sys::LLAMA_TOKEN_ATTR_RSTRIP != 0;
+            Some(Special { text, control, strips_before, strips_after })
+        };
+        Specials::new((0..self.n_vocab() as i32).filter_map(read).collect())
+    }
+
+    fn tokenize_piece(
         &self,
         input: &str,
         begins: bool,
