@@ -8,6 +8,7 @@ use std::process::{Command, Output};
 
 use common::context::MODEL;
 use common::{Server, model_path};
+use medusa_llama::request::Prompt;
 use medusa_llama::train::prompts;
 use serde_json::json;
 
@@ -96,7 +97,9 @@ fn heads_are_trained_on_the_prompts_that_are_served() {
     for system in [None, Some("Be brief."), Some("")] {
         let mut prompts = prompts::read(&file).unwrap();
         prompts::render(&mut prompts, &MODEL, system).unwrap();
-        let n_tokens = MODEL.tokenize(&prompts[0].text, true).unwrap().len();
+        let Prompt::Text(parts) = &prompts[0].prompt else { panic!("tokens") };
+        let prompt: String = parts.iter().map(|part| part.text.as_str()).collect();
+        let n_tokens = MODEL.tokenize(&prompt, true).unwrap().len();
 
         let system = system.map(|content| json!({ "role": "system", "content": content }));
         let messages: Vec<_> =
@@ -109,7 +112,7 @@ fn heads_are_trained_on_the_prompts_that_are_served() {
             (n(&usage["prompt_tokens"]), n(&usage["prompt_tokens_details"]["cached_tokens"]))
         };
         let chat = ask("/v1/chat/completions", json!({ "messages": messages }));
-        let text = ask("/v1/completions", json!({ "prompt": prompts[0].text }));
+        let text = ask("/v1/completions", json!({ "prompt": prompt }));
         assert_eq!((chat.0, text), (n_tokens, (n_tokens, n_tokens - 1)));
     }
 }

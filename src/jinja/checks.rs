@@ -1,10 +1,11 @@
 //! Jinja2's tests: what may follow `is`.
 
+use super::args::Args;
 use super::ast::Comparison;
+use super::error::Error;
 use super::ops::compare;
 use super::text::Text;
 use super::value::Value;
-use super::{Args, Error};
 
 /// `value is name(args)`, but for the tests that ask the renderer.
 pub fn check(name: &str, value: &Value, args: Args) -> Result<bool, Error> {

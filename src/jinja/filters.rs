@@ -2,13 +2,14 @@
 
 use std::cmp::Ordering;
 
+use super::args::Args;
+use super::error::{Error, MAX_ITEMS};
 use super::methods::{capitalize, is_space, items, lines, lower, replace, strip};
 use super::ops;
 use super::print::{print, text_of, to_json};
 use super::render::Renderer;
 use super::text::{Builder, Text};
 use super::value::{Key, Value};
-use super::{Args, Error, MAX_ITEMS};
 
 /// `value | name(args)`.
 pub fn filter(r: &mut Renderer<'_>, name: &str, value: &Value, args: Args) -> Result<Value, Error> {

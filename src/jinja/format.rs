@@ -1,10 +1,10 @@
 //! Python's two ways to put values into a text: `text % values` and `text.format(values)`.
 
-use super::ops;
+use super::args::Args;
+use super::error::Error;
 use super::print::{exponent, print, represent, scientific, text_of};
 use super::text::{Builder, Text};
-use super::value::Value;
-use super::{Args, Error};
+use super::value::{Value, item};
 
 /// Digits behind a point, at most.
 const MAX_PRECISION: usize = 1000;
@@ -61,7 +61,7 @@ pub fn percent(format: &Text, value: &Value) -> Result<Text, Error> {
             let end = rest.find(')').ok_or_else(|| Error::new("incomplete format key"))?;
             let key = Value::Text(format.slice(at + 1..at + 1 + end));
             let found = match value {
-                Value::Dict(_) => ops::item(value, &key)?,
+                Value::Dict(_) => item(value, &key)?,
                 _ => return Err(Error::new("format requires a mapping")),
             };
             named =
@@ -279,8 +279,7 @@ fn field_value(name: &str, args: &Args, next: &mut usize) -> Result<Value, Error
     while let Some(inside) = rest.strip_prefix('[') {
         let end = inside.find(']').ok_or_else(|| Error::new("a format lacks ']'"))?;
         let key = inside[..end].parse().map_or_else(|_| Value::own(&inside[..end]), Value::Int);
-        value =
-            ops::item(&value, &key)?.ok_or_else(|| Error::new("a format names a missing item"))?;
+        value = item(&value, &key)?.ok_or_else(|| Error::new("a format names a missing item"))?;
         rest = &inside[end + 1..];
     }
     if rest.is_empty() { Ok(value) } else { Err(Error::new("a format reads an attribute")) }

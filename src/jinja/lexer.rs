@@ -1,7 +1,7 @@
 //! Splits a template into tokens, with white space around tags trimmed as transformers asks for
 //! (`trim_blocks`, `lstrip_blocks`).
 
-use super::Error;
+use super::error::Error;
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum Token {

@@ -3,10 +3,11 @@
 
 use std::ops::Range;
 
+use super::args::Args;
+use super::error::Error;
 use super::format::brace;
 use super::text::{Builder, Text};
 use super::value::{Key, Value};
-use super::{Args, Error};
 
 const OF_TEXTS: &[&str] = &[
     "capitalize",

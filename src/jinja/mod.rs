@@ -8,8 +8,10 @@
 //! Sources and values may be anybody's: nesting, steps, and the sizes of texts and lists have
 //! limits, and all work is done on a stack that has room for the deepest nesting.
 
+mod args;
 mod ast;
 mod checks;
+mod error;
 mod filters;
 mod format;
 mod lexer;
@@ -21,38 +23,19 @@ mod render;
 mod text;
 mod value;
 
-use std::sync::Arc;
-
 use jiff::Zoned;
 use serde_json::{Map, Value as Json};
 
 use ast::Node;
+pub use error::Error;
 use render::Renderer;
 pub use text::Text;
 use value::Value;
 
-/// Brackets and blocks in each other; lists and dictionaries in each other; a macro's calls of
-/// itself, and all that they nest.
-const MAX_NESTING: usize = 200;
-/// Bytes of one text.
-const MAX_TEXT_BYTES: usize = 64 << 20;
-/// Items of one list that the template makes.
-const MAX_ITEMS: usize = 1 << 20;
 /// Bytes of a template's source.
 const MAX_SOURCE_BYTES: usize = 4 << 20;
 /// Of a stack with room for nesting up to the limit, in a build without optimization too.
 const STACK_BYTES: usize = 64 << 20;
-
-/// Why a template cannot be read, or rendered with some values.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub struct Error(String);
-
-impl Error {
-    fn new(message: impl Into<String>) -> Self {
-        Self(message.into())
-    }
-}
 
 /// A parsed template.
 #[derive(Debug)]
@@ -103,44 +86,6 @@ fn on_large_stack<T: Send>(work: impl FnOnce() -> T + Send) -> T {
             Err(panic) => std::panic::resume_unwind(panic),
         }
     })
-}
-
-/// Arguments of a call.
-#[derive(Clone, Debug, Default)]
-struct Args {
-    positional: Vec<Value>,
-    named: Vec<(Arc<str>, Value)>,
-}
-
-impl Args {
-    /// The value of each of `names`, by place or by name.
-    fn bind<const N: usize>(self, names: [&str; N]) -> Result<[Option<Value>; N], Error> {
-        if self.positional.len() > N {
-            let n = self.positional.len();
-            return Err(Error::new(format!("takes {N} arguments, but {n} are given")));
-        }
-        let mut bound = [const { None }; N];
-        for (place, value) in bound.iter_mut().zip(self.positional) {
-            *place = Some(value);
-        }
-        for (name, value) in self.named {
-            match names.iter().position(|known| **known == *name) {
-                Some(i) if bound[i].is_none() => bound[i] = Some(value),
-                Some(_) => {
-                    return Err(Error::new(format!("got multiple values for argument '{name}'")));
-                }
-                None => {
-                    return Err(Error::new(format!("got an unexpected keyword argument '{name}'")));
-                }
-            }
-        }
-        Ok(bound)
-    }
-
-    /// The value of each of `names`, by name only.
-    fn bind_named<const N: usize>(self, names: [&str; N]) -> Result<[Option<Value>; N], Error> {
-        Self { positional: Vec::new(), named: self.named }.bind(names)
-    }
 }
 
 #[cfg(test)]

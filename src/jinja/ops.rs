@@ -1,10 +1,10 @@
 //! Python's operators on values.
 
 use super::ast::{Comparison, Operator};
+use super::error::{Error, MAX_ITEMS, MAX_TEXT_BYTES};
 use super::format::percent;
 use super::text::{Builder, Text};
 use super::value::Value;
-use super::{Error, MAX_ITEMS, MAX_TEXT_BYTES};
 
 /// `a operator b`.
 pub fn binary(operator: Operator, a: &Value, b: &Value) -> Result<Value, Error> {
@@ -146,37 +146,6 @@ pub fn signed(value: &Value, minus: bool) -> Result<Value, Error> {
             Err(Error::new(format!("bad operand type for unary -: '{}'", value.kind())))
         }
     }
-}
-
-/// `value[item]`; undefined where there is none.
-pub fn item(value: &Value, item: &Value) -> Result<Option<Value>, Error> {
-    Ok(match value {
-        Value::Undefined(name) => return Err(Error::new(format!("'{name}' is undefined"))),
-        Value::Dict(dict) => match item {
-            Value::Text(text) => dict.items.get(&**text).cloned(),
-            Value::List(_) | Value::Dict(_) => None,
-            item => dict.items.get(&super::value::Key::new(item.clone())?).cloned(),
-        },
-        Value::List(list) | Value::Tuple(list) => {
-            index(item, list.items.len()).map(|i| list.items[i].clone())
-        }
-        Value::Text(text) => {
-            let Some(n) = item.as_int() else { return Ok(None) };
-            let at = if n >= 0 {
-                usize::try_from(n).ok().and_then(|n| text.char_indices().nth(n))
-            } else {
-                usize::try_from(-1 - n).ok().and_then(|n| text.char_indices().nth_back(n))
-            };
-            at.map(|(i, c)| Value::Text(text.slice(i..i + c.len_utf8())))
-        }
-        _ => None,
-    })
-}
-
-fn index(item: &Value, n: usize) -> Option<usize> {
-    let i = item.as_int()?;
-    let i = if i < 0 { i + n as i128 } else { i };
-    usize::try_from(i).ok().filter(|&i| i < n)
 }
 
 /// `value[from:to:step]`.

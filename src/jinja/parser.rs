@@ -5,9 +5,9 @@ use std::sync::Arc;
 use super::ast::{
     Arguments, Comparison, Expr, Filter, For, Macro, Node, Operator, Parameter, Postfix, Target,
 };
+use super::error::{Error, MAX_NESTING};
 use super::lexer::{Token, tokens};
 use super::value::Value;
-use super::{Error, MAX_NESTING};
 
 /// Parses a template's source.
 pub fn parse(source: &str) -> Result<Vec<Node>, Error> {

@@ -1,8 +1,9 @@
 //! Values as Python prints them (`str` and `repr`), and as its `json` module writes them.
 
+use super::args::Args;
+use super::error::{Error, MAX_TEXT_BYTES};
 use super::text::{Builder, Text};
 use super::value::{Key, Value};
-use super::{Args, Error, MAX_TEXT_BYTES};
 
 /// Appends `str(value)`.
 pub fn print(value: &Value, out: &mut Builder) {

@@ -4,7 +4,7 @@ use std::fmt;
 use std::ops::{Deref, Range};
 use std::sync::Arc;
 
-use super::{Error, MAX_TEXT_BYTES};
+use super::error::{Error, MAX_TEXT_BYTES};
 
 /// A text of a rendering.
 #[derive(Clone, Debug)]

@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use indexmap::{Equivalent, IndexMap};
 
+use super::error::{Error, MAX_NESTING, MAX_TEXT_BYTES};
 use super::text::Text;
-use super::{Error, MAX_NESTING, MAX_TEXT_BYTES};
 
 /// A value. What a renderer owns is known by its number there.
 #[derive(Clone, Debug)]
@@ -263,6 +263,37 @@ impl Value {
             _ => Err(Error::new(format!("argument of type '{}' is not iterable", self.kind()))),
         }
     }
+}
+
+/// `value[item]`, if there is one.
+pub fn item(value: &Value, item: &Value) -> Result<Option<Value>, Error> {
+    Ok(match value {
+        Value::Undefined(name) => return Err(Error::new(format!("'{name}' is undefined"))),
+        Value::Dict(dict) => match item {
+            Value::Text(text) => dict.items.get(&**text).cloned(),
+            Value::List(_) | Value::Dict(_) => None,
+            item => dict.items.get(&Key::new(item.clone())?).cloned(),
+        },
+        Value::List(list) | Value::Tuple(list) => {
+            index(item, list.items.len()).map(|i| list.items[i].clone())
+        }
+        Value::Text(text) => {
+            let Some(n) = item.as_int() else { return Ok(None) };
+            let at = if n >= 0 {
+                usize::try_from(n).ok().and_then(|n| text.char_indices().nth(n))
+            } else {
+                usize::try_from(-1 - n).ok().and_then(|n| text.char_indices().nth_back(n))
+            };
+            at.map(|(i, c)| Value::Text(text.slice(i..i + c.len_utf8())))
+        }
+        _ => None,
+    })
+}
+
+fn index(item: &Value, n: usize) -> Option<usize> {
+    let i = item.as_int()?;
+    let i = if i < 0 { i + n as i128 } else { i };
+    usize::try_from(i).ok().filter(|&i| i < n)
 }
 
 impl PartialEq for Value {

@@ -5,11 +5,13 @@ use std::sync::Arc;
 use indexmap::IndexMap;
 use jiff::fmt::strtime;
 
+use super::super::args::Args;
 use super::super::ast::{Arguments, Expr, Macro, Postfix};
+use super::super::error::Error;
+use super::super::methods;
 use super::super::print::text_of;
 use super::super::text::Builder;
 use super::super::value::{Key, Value};
-use super::super::{Args, Error, methods};
 use super::{Renderer, Result};
 
 /// The most numbers of a range, as in Jinja2's sandbox.

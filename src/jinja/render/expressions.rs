@@ -4,11 +4,13 @@ use std::sync::Arc;
 
 use indexmap::IndexMap;
 
+use super::super::args::Args;
 use super::super::ast::{Comparison, Expr, Postfix};
+use super::super::error::Error;
 use super::super::print::print;
 use super::super::text::Builder;
-use super::super::value::{Key, Value};
-use super::super::{Args, Error, checks, filters, methods, ops};
+use super::super::value::{Key, Value, item};
+use super::super::{checks, filters, methods, ops};
 use super::{Renderer, Result};
 
 impl<'t> Renderer<'t> {
@@ -184,7 +186,7 @@ impl<'t> Renderer<'t> {
 
     /// `value[key]`: an item, or else a method.
     pub fn item(&mut self, value: &Value, key: &Value) -> Result<Value> {
-        if let Some(found) = ops::item(value, key)? {
+        if let Some(found) = item(value, key)? {
             return Ok(found);
         }
         match key {

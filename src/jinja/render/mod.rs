@@ -10,10 +10,10 @@ use indexmap::IndexMap;
 use jiff::Zoned;
 
 use super::ast::{Filter, For, Macro, Node, Target};
+use super::error::{Error, MAX_NESTING};
 use super::print::print;
 use super::text::{Builder, Text};
 use super::value::Value;
-use super::{Error, MAX_NESTING};
 
 /// Nodes, expressions and calls of one rendering.
 const MAX_STEPS: u64 = 4_000_000;
