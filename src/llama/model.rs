@@ -120,11 +120,6 @@ impl Model {
         Err(format!("this is {kind}; only attention decoders are supported"))
     }
 
-    /// The file that it was loaded from.
-    pub(super) fn path(&self) -> &Path {
-        &self.path
-    }
-
     pub(super) fn as_ptr(&self) -> *mut sys::llama_model {
         self.ptr.as_ptr()
     }
