@@ -134,7 +134,8 @@ mod tests {
             control: bool,
             least in 1usize..12,
         ) {
-            let special = |(text, [control, strips_before, strips_after])| {
+            let special = |(text, kind): (String, [bool; 3])| {
+                let [control, strips_before, strips_after] = kind;
                 Special { text, control, strips_before, strips_after }
             };
             let tokens = tokens.into_iter().zip(kinds).map(special).collect();
