@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::sync::LazyLock;
 
 use common::model_path;
-use medusa_llama::engine::grammar::{Grammar, Grammars};
+use medusa_llama::engine::grammar::{Grammar, GrammarError, Grammars};
 use medusa_llama::llama::{Model, Token};
 use medusa_llama::request::GrammarSource;
 use proptest::prelude::*;
@@ -68,39 +68,23 @@ fn gbnf(rules: &Rules) -> String {
     rules.iter().enumerate().map(line).collect()
 }
 
-/// Where a node that begins at `at` may end. A rule that comes back to itself without a character
-/// adds nothing, so `open` stops it.
-fn ends(
-    rules: &Rules,
-    node: &Node,
-    text: &[char],
-    at: usize,
-    open: &mut Vec<(usize, usize)>,
-) -> BTreeSet<usize> {
-    let char_if = |holds: bool| if holds { BTreeSet::from([at + 1]) } else { BTreeSet::new() };
+/// By rule and beginning, where it may end, as far as that is known.
+type Known = Vec<Vec<BTreeSet<usize>>>;
+
+/// Where a node that begins at `at` may end.
+fn ends(node: &Node, text: &[char], at: usize, known: &Known) -> BTreeSet<usize> {
+    let chars = |n: usize, holds: bool| holds.then_some(at + n).into_iter().collect();
     match node {
         Node::Literal(literal) => {
             let literal: Vec<char> = literal.chars().collect();
-            if text[at..].starts_with(&literal) {
-                BTreeSet::from([at + literal.len()])
-            } else {
-                BTreeSet::new()
-            }
+            chars(literal.len(), text[at..].starts_with(&literal))
         }
-        Node::Class(chars, negated) => {
-            char_if(text.get(at).is_some_and(|c| chars.contains(c) != *negated))
+        Node::Class(class, negated) => {
+            chars(1, text.get(at).is_some_and(|c| class.contains(c) != *negated))
         }
-        Node::Any => char_if(at < text.len()),
-        Node::Rule(rule) => {
-            if open.contains(&(*rule, at)) {
-                return BTreeSet::new();
-            }
-            open.push((*rule, at));
-            let found = ends_of(rules, &rules[*rule], text, at, open);
-            open.pop();
-            found
-        }
-        Node::Group(nodes) => ends_of(rules, nodes, text, at, open),
+        Node::Any => chars(1, at < text.len()),
+        Node::Rule(rule) => known[*rule][at].clone(),
+        Node::Group(nodes) => ends_of(nodes, text, at, known),
         Node::Repeat(node, least, most) => {
             let mut found = BTreeSet::new();
             let mut here = BTreeSet::from([at]);
@@ -108,34 +92,34 @@ fn ends(
                 if i >= *least {
                     found.extend(&here);
                 }
-                here = here.iter().flat_map(|&at| ends(rules, node, text, at, open)).collect();
+                here = here.iter().flat_map(|&at| ends(node, text, at, known)).collect();
             }
             found
         }
     }
 }
 
-fn ends_of(
-    rules: &Rules,
-    nodes: &[Vec<Node>],
-    text: &[char],
-    at: usize,
-    open: &mut Vec<(usize, usize)>,
-) -> BTreeSet<usize> {
-    let mut found = BTreeSet::new();
-    for sequence in nodes {
-        let mut here = BTreeSet::from([at]);
-        for node in sequence {
-            here = here.iter().flat_map(|&at| ends(rules, node, text, at, open)).collect();
-        }
-        found.extend(here);
-    }
-    found
+fn ends_of(nodes: &[Vec<Node>], text: &[char], at: usize, known: &Known) -> BTreeSet<usize> {
+    let of_sequence = |nodes: &Vec<Node>| {
+        nodes.iter().fold(BTreeSet::from([at]), |here, node| {
+            here.iter().flat_map(|&at| ends(node, text, at, known)).collect()
+        })
+    };
+    nodes.iter().flat_map(of_sequence).collect()
 }
 
+/// Whether the first rule matches a text: what is known grows until nothing is new.
 fn matches(rules: &Rules, text: &str) -> bool {
     let text: Vec<char> = text.chars().collect();
-    ends(rules, &Node::Rule(0), &text, 0, &mut Vec::new()).contains(&text.len())
+    let mut known = vec![vec![BTreeSet::new(); text.len() + 1]; rules.len()];
+    loop {
+        let at = |rule| (0..=text.len()).map(|at| ends_of(rule, &text, at, &known)).collect();
+        let next: Known = rules.iter().map(|rule| at(rule)).collect();
+        if next == known {
+            return known[0][0].contains(&text.len());
+        }
+        known = next;
+    }
 }
 
 fn rules() -> impl Strategy<Value = Rules> {
@@ -181,17 +165,22 @@ fn allowed(grammar: &Grammar) -> BTreeSet<Token> {
     (0..).zip(masked).filter(|(_, logit)| *logit == 0.0).map(|(t, _)| Token(t)).collect()
 }
 
-/// Whether a grammar takes a text, however it is cut into tokens.
-fn takes(source: &GrammarSource, tokens: &[Token]) -> bool {
+/// Whether a grammar takes a text, however it is cut into tokens; `None` if that takes too much.
+fn takes(source: &GrammarSource, tokens: &[Token]) -> Option<bool> {
     let mut grammar = GRAMMARS.compile(source).unwrap();
     let mut whole = false;
     for &token in tokens {
         if whole || !allowed(&grammar).contains(&token) {
-            return false;
+            return Some(false);
         }
-        whole = grammar.accept(token).unwrap();
+        whole = grammar.accept(token).map_err(|e| assert_too_much(&e)).ok()?;
     }
-    whole || allowed(&grammar).contains(&end())
+    Some(whole || allowed(&grammar).contains(&end()))
+}
+
+/// Few of the random grammars are so ambiguous.
+fn assert_too_much(error: &GrammarError) {
+    assert!(["too much time", "Too many items"].iter().any(|why| error.0.contains(why)), "{error}");
 }
 
 proptest! {
@@ -209,6 +198,9 @@ proptest! {
         let mut grammar = match GRAMMARS.compile(&source) {
             Ok(grammar) => grammar,
             Err(error) => {
+                if error.message.contains("Too many items") {
+                    return Ok(()); // ambiguous from the first character on
+                }
                 let none = error.message.contains("ever ends");
                 prop_assert!(none && texts.iter().all(|text| !matches(&rules, text)), "{error}\n{text}");
                 return Ok(());
@@ -217,7 +209,7 @@ proptest! {
         for sample in &texts {
             let expected = matches(&rules, sample);
             let whole = MODEL.tokenize(sample, false).unwrap();
-            prop_assert_eq!(takes(&source, &whole), expected, "{:?}\n{}", sample, text);
+            prop_assert_eq!(takes(&source, &whole).unwrap_or(expected), expected, "{:?}\n{}", sample, text);
         }
         // The other way: what it allows leads to texts that match.
         let mut sample = String::new();
@@ -232,9 +224,16 @@ proptest! {
             }
             let token = *plain[choice.index(plain.len())];
             sample += &text_of(token);
-            if grammar.accept(token).unwrap() {
-                prop_assert!(matches(&rules, &sample), "{:?}\n{}", sample, text);
-                break;
+            match grammar.accept(token) {
+                Ok(false) => {}
+                Ok(true) => {
+                    prop_assert!(matches(&rules, &sample), "{:?}\n{}", sample, text);
+                    break;
+                }
+                Err(error) => {
+                    assert_too_much(&error);
+                    break;
+                }
             }
         }
     }
@@ -288,7 +287,7 @@ fn grammars_as_clients_write_them_are_followed() {
         (steps, "- one\n- two, three\n", "- one\nanything"),
     ] {
         let source = GrammarSource::of_text(grammar.into());
-        assert!(takes(&source, &MODEL.tokenize(yes, false).unwrap()), "{yes}");
-        assert!(!takes(&source, &MODEL.tokenize(no, false).unwrap()), "{no}");
+        assert_eq!(takes(&source, &MODEL.tokenize(yes, false).unwrap()), Some(true), "{yes}");
+        assert_eq!(takes(&source, &MODEL.tokenize(no, false).unwrap()), Some(false), "{no}");
     }
 }
