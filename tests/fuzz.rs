@@ -155,7 +155,7 @@ proptest! {
     fn a_body_is_read_or_refused(body in prop_oneof![9 => body().boxed(), 1 => any_json().boxed()]) {
         static TEMPLATE: LazyLock<Result<Template, String>> = LazyLock::new(|| Template::of(&MODEL));
         static READERS: LazyLock<Readers> = LazyLock::new(|| Readers::new(N_CTX));
-        match READERS.generate.read(body.clone()).and_then(|body| body.into_request(1)) {
+        match READERS.generate.read(body.clone()).and_then(|body| body.into_request(1, &TEMPLATE)) {
             Ok(request) => check(&request),
             Err(error) => prop_assert!(error.message.len() > 8 && error.message.len() < 2000, "{}", error),
         }
