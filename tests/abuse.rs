@@ -46,9 +46,10 @@ fn malformed(fields: Vec<String>) -> impl Strategy<Value = Vec<u8>> {
     ];
     let bad_field = (prop::sample::select(fields), out_of_range).prop_map(|(name, value)| {
         let value = match name.as_str() {
-            "prompt" | "stop" | "grammar" => json!(1), // these take any string
+            // These take any string.
+            "prompt" | "system" | "stop" | "grammar" | "dry_sequence_breakers" => json!(1),
             "timeout_s" => json!(-1),
-            name if name.ends_with("_penalty") => json!(1e9),
+            name if name.ends_with("_penalty") || name == "top_n_sigma" => json!(1e9),
             _ => value,
         };
         let mut body = json!({ "prompt": "x" });
@@ -56,7 +57,9 @@ fn malformed(fields: Vec<String>) -> impl Strategy<Value = Vec<u8>> {
         post_bytes(body.to_string().as_bytes())
     });
     let bad_prompt = any_json()
-        .prop_filter("a string is a prompt", |v| !v.is_string())
+        .prop_filter("a string is a prompt, and so are tokens", |v| {
+            !v.is_string() && !v.as_array().is_some_and(|ids| ids.iter().all(|id| id.is_number()))
+        })
         .prop_map(|v| post_bytes(json!({ "prompt": v }).to_string().as_bytes()));
     let bad_body = any_json()
         .prop_filter("an object might be a request", |v| !v.is_object())

@@ -76,6 +76,7 @@ fn generate_streams_to_the_terminal() {
         "generate",
         "-m",
         model.to_str().unwrap(),
+        "--raw",
         "-p",
         "1, 2, 3, 4, 5,",
         "-n",

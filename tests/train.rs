@@ -8,7 +8,7 @@ use std::process::{Command, Output};
 
 use common::context::MODEL;
 use common::{Server, model_path};
-use medusa_llama::request::Prompt;
+use medusa_llama::request::{Part, Prompt};
 use medusa_llama::train::prompts;
 use serde_json::json;
 
@@ -98,8 +98,12 @@ fn heads_are_trained_on_the_prompts_that_are_served() {
         let mut prompts = prompts::read(&file).unwrap();
         prompts::render(&mut prompts, &MODEL, system).unwrap();
         let Prompt::Text(parts) = &prompts[0].prompt else { panic!("tokens") };
-        let prompt: String = parts.iter().map(|part| part.text.as_str()).collect();
-        let n_tokens = MODEL.tokenize(&prompt, true).unwrap().len();
+        let tokens_of = |(i, part): (usize, &Part)| {
+            MODEL.tokenize_part(&part.text, i == 0, part.special).unwrap()
+        };
+        let prompt: Vec<i32> =
+            parts.iter().enumerate().flat_map(tokens_of).map(|token| token.0).collect();
+        let n_tokens = prompt.len();
 
         let system = system.map(|content| json!({ "role": "system", "content": content }));
         let messages: Vec<_> =
