@@ -169,6 +169,9 @@ fn try_out(path: &Path, bytes: &[u8]) -> Result<(), String> {
     }
 }
 
+/// Name, dimensions, type, and offset.
+type TensorInfo = (String, Vec<u64>, u32, u64);
+
 #[test]
 fn a_file_that_is_no_model_is_refused_in_one_line_with_the_reason() {
     let folder = tempfile::tempdir().unwrap();
@@ -181,7 +184,7 @@ fn a_file_that_is_no_model_is_refused_in_one_line_with_the_reason() {
         file.meta.retain(|(k, ..)| k != key);
         file
     };
-    let with_tensor = |change: &dyn Fn(&mut (String, Vec<u64>, u32, u64))| {
+    let with_tensor = |change: &dyn Fn(&mut TensorInfo)| {
         let mut file = file();
         change(&mut file.tensors[0]);
         file

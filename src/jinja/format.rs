@@ -461,14 +461,14 @@ mod tests {
 
     #[test]
     fn values_are_written_as_python_writes_them() {
-        let (n, x) = (Value::Int(-42), Value::Float(3.14159));
+        let (n, x) = (Value::Int(-42), Value::Float(2.71459));
         for (format, value, text) in [
             ("%s|%%", n.clone(), "-42|%"),
             ("%5d|", n.clone(), "  -42|"),
             ("%-5d|", n.clone(), "-42  |"),
             ("%05d|", n.clone(), "-0042|"),
-            ("%.2f", x.clone(), "3.14"),
-            ("%+.1e", x.clone(), "+3.1e+00"),
+            ("%.2f", x.clone(), "2.71"),
+            ("%+.1e", x.clone(), "+2.7e+00"),
             ("%g", Value::Float(1e20), "1e+20"),
             ("%r", Value::own("it's"), "\"it's\""),
             ("%x", Value::Int(255), "ff"),
@@ -476,11 +476,11 @@ mod tests {
             assert_eq!(&*percent(&Text::own(format), &value).unwrap(), text, "{format}");
         }
         for (format, text) in [
-            ("{}-{}", "-42-3.14159"),
-            ("{1:.3f}|{0:>6}|{0:<6}|{0:^7}|", "3.142|   -42|-42   |  -42  |"),
+            ("{}-{}", "-42-2.71459"),
+            ("{1:.3f}|{0:>6}|{0:<6}|{0:^7}|", "2.715|   -42|-42   |  -42  |"),
             ("{x!r}{{}}", "'a'{}"),
             ("{0:+,}", "-42"),
-            ("{1:{w}.1f}", "  3.1"),
+            ("{1:{w}.1f}", "  2.7"),
         ] {
             let named = vec![("x".into(), Value::own("a")), ("w".into(), Value::Int(5))];
             let args = Args { positional: vec![n.clone(), x.clone()], named };

@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 use std::fmt::Write;
 
+use super::rules::{Grammar, Node};
 use super::split::{Item, Split};
-use super::{Grammar, Node};
 
 /// Writes a grammar: `start`, rules `r0`, `r1`, ..., and terminals `T0`, `T1`, ... of parts `P0`,
 /// `P1`, ... Groups have names of their own, since Lark's may not be deep.

@@ -1,6 +1,7 @@
 //! Automata of terminals: how two of them match the same text.
 
-use super::{Chars, Grammar, Node};
+use super::chars::Chars;
+use super::rules::{Grammar, Node};
 
 /// States and pairs of states that one grammar may cost.
 const BUDGET: usize = 2_000_000;

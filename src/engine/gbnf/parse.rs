@@ -2,7 +2,8 @@
 
 use std::collections::HashMap;
 
-use super::{Chars, Grammar, Node};
+use super::chars::Chars;
+use super::rules::{Grammar, Node};
 
 /// Groups in groups.
 const MAX_DEPTH: usize = 100;

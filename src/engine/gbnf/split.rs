@@ -7,8 +7,9 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 
+use super::chars::Chars;
 use super::nfa::{Budget, Nfa, Spent};
-use super::{Chars, Grammar, Node};
+use super::rules::{Grammar, Node};
 
 /// What Lark's rules are made of.
 #[derive(Clone, Debug)]

@@ -1,0 +1,132 @@
+//! The rules of a grammar, and what is known of them.
+
+use super::chars::Chars;
+
+/// What a text may be.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Node {
+    /// One character of these.
+    Chars(Chars),
+    /// A rule, by its place.
+    Rule(usize),
+    Seq(Vec<Node>),
+    Alt(Vec<Node>),
+    /// At least, and at most; `None`: any number.
+    Repeat(Box<Node>, usize, Option<usize>),
+}
+
+impl Node {
+    pub fn empty() -> Self {
+        Self::Seq(Vec::new())
+    }
+
+    /// Whether it holds for all rules that it refers to.
+    pub fn all_rules(&self, holds: &impl Fn(usize) -> bool) -> bool {
+        match self {
+            Self::Chars(_) => true,
+            Self::Rule(rule) => holds(*rule),
+            Self::Seq(nodes) | Self::Alt(nodes) => nodes.iter().all(|n| n.all_rules(holds)),
+            Self::Repeat(node, ..) => node.all_rules(holds),
+        }
+    }
+
+    /// Whether it may be empty, or can end at all, by what is known of rules: `leaf` is the answer
+    /// for a character.
+    pub fn holds(&self, leaf: bool, rules: &[bool]) -> bool {
+        match self {
+            Self::Chars(_) => leaf,
+            Self::Rule(rule) => rules[*rule],
+            Self::Seq(nodes) => nodes.iter().all(|n| n.holds(leaf, rules)),
+            Self::Alt(nodes) => nodes.iter().any(|n| n.holds(leaf, rules)),
+            Self::Repeat(node, least, _) => *least == 0 || node.holds(leaf, rules),
+        }
+    }
+}
+
+/// One of the texts that a rule may be: what comes before, and whether the rule itself comes last.
+type Tail = (Vec<Node>, bool);
+
+/// The texts of a node in which `rule` comes last or not at all; `None` if it comes elsewhere.
+fn tails(node: &Node, rule: usize) -> Option<Vec<Tail>> {
+    if node.all_rules(&|other| other != rule) {
+        return Some(vec![(vec![node.clone()], false)]);
+    }
+    match node {
+        Node::Rule(_) => Some(vec![(Vec::new(), true)]),
+        Node::Alt(nodes) => {
+            let each: Option<Vec<_>> = nodes.iter().map(|node| tails(node, rule)).collect();
+            Some(each?.concat())
+        }
+        Node::Seq(nodes) => {
+            let (last, before) = nodes.split_last()?;
+            let alone = before.iter().all(|node| node.all_rules(&|other| other != rule));
+            let tails = tails(last, rule).filter(|_| alone)?;
+            let with = |(tail, again): Tail| ([before, &tail].concat(), again);
+            Some(tails.into_iter().map(with).collect())
+        }
+        Node::Repeat(node, 0, Some(1)) => {
+            let mut tails = tails(node, rule)?;
+            tails.push((Vec::new(), false));
+            Some(tails)
+        }
+        Node::Chars(_) | Node::Repeat(..) => None,
+    }
+}
+
+/// Rules; [`Node::Rule`] names them by their place.
+pub struct Grammar {
+    pub rules: Vec<Node>,
+    pub root: usize,
+}
+
+impl Grammar {
+    /// By rule: whether it [`holds`](Node::holds).
+    pub fn fixpoint(&self, leaf: bool) -> Vec<bool> {
+        let mut known = vec![false; self.rules.len()];
+        loop {
+            let next: Vec<bool> = self.rules.iter().map(|rule| rule.holds(leaf, &known)).collect();
+            if next == known {
+                return known;
+            }
+            known = next;
+        }
+    }
+
+    /// Makes repetitions of rules that come last in themselves: one terminal can match those.
+    pub fn straighten(&mut self) {
+        for rule in 0..self.rules.len() {
+            let is_plain = self.rules[rule].all_rules(&|other| other != rule);
+            let Some(tails) = tails(&self.rules[rule], rule).filter(|_| !is_plain) else {
+                continue;
+            };
+            let (again, ends): (Vec<Tail>, Vec<Tail>) = tails.into_iter().partition(|t| t.1);
+            let any = |tails: Vec<Tail>| {
+                Node::Alt(tails.into_iter().map(|(nodes, _)| Node::Seq(nodes)).collect())
+            };
+            let again = Node::Repeat(Box::new(any(again)), 0, None);
+            self.rules[rule] = Node::Seq(vec![again, any(ends)]);
+        }
+    }
+
+    pub fn can_end(&self) -> bool {
+        self.fixpoint(true)[self.root]
+    }
+
+    /// By rule: whether it may be empty.
+    pub fn nullable(&self) -> Vec<bool> {
+        self.fixpoint(false)
+    }
+
+    /// By rule: whether it refers to no circle of rules, so that one terminal can match it.
+    pub fn regular(&self) -> Vec<bool> {
+        let mut regular = vec![false; self.rules.len()];
+        loop {
+            let next: Vec<bool> =
+                self.rules.iter().map(|node| node.all_rules(&|rule| regular[rule])).collect();
+            if next == regular {
+                return regular;
+            }
+            regular = next;
+        }
+    }
+}
