@@ -1,8 +1,8 @@
 //! A model's chat template: messages to a prompt, for serving, training and measuring alike.
 //!
-//! [`jinja`](crate::jinja) renders; this module gives the template what transformers gives it, in
-//! the shapes that [`probe`] finds the template to expect, and sees to it that names of control
-//! tokens in what was sent stay text ([`parts`]).
+//! [`jinja`] renders; this module gives the template what transformers gives it, in
+//! the shapes that `probe` finds the template to expect, and sees to it that names of control
+//! tokens in what was sent stay text (`parts`).
 
 mod parts;
 mod probe;
