@@ -126,6 +126,7 @@ fn large_bodies(n: usize) -> Vec<(&'static str, &'static str, String)> {
     };
     let text = "a".repeat(n);
     let parts = list(r#"{"type":"text","text":"a "}"#);
+    let messages = list(r#"{"role":"user","content":"a"}"#);
     let (completions, chat) = ("/v1/completions", "/v1/chat/completions");
     vec![
         ("/generate", "nested lists", own(&format!(r#""stop":{}"#, nested("[", "]")))),
@@ -148,6 +149,7 @@ fn large_bodies(n: usize) -> Vec<(&'static str, &'static str, String)> {
         ("/generate", "biases", own(&format!(r#""logit_bias":{{{}}}"#, named("1")))),
         ("/generate", "spaces", own(&format!(r#"{}"top_k":1"#, " ".repeat(n)))),
         (chat, "parts", format!(r#"{{"messages":[{{"role":"user","content":[{parts}]}}]}}"#)),
+        (chat, "messages", format!(r#"{{"messages":[{messages}]}}"#)),
         (
             chat,
             "ignored values",

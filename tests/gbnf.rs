@@ -239,6 +239,28 @@ proptest! {
     }
 }
 
+/// No text has a part that never ends; what stands beside it is not changed by that.
+#[test]
+fn what_never_ends_is_left_out() {
+    for (grammar, texts) in [
+        ("root ::= (\"\" | r)\nr ::= \"é\" r", [("", true), ("é", false), ("éé", false)]),
+        (
+            "root ::= \"a\" r* \"b\"\nr ::= r | \"a\" r",
+            [("ab", true), ("aab", false), ("a", false)],
+        ),
+        (
+            "root ::= \"a\" (r \"b\" | \"c\")\nr ::= s\ns ::= r",
+            [("ac", true), ("ab", false), ("a", false)],
+        ),
+    ] {
+        let source = GrammarSource::of_text(grammar.into());
+        for (text, expected) in texts {
+            let tokens = MODEL.tokenize(text, false).unwrap();
+            assert_eq!(takes(&source, &tokens), Some(expected), "{text:?} of {grammar}");
+        }
+    }
+}
+
 #[test]
 fn what_is_wrong_is_named_with_its_line() {
     for (text, why) in [

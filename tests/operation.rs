@@ -187,19 +187,16 @@ fn a_pass_that_hangs_shows_for_how_long() {
     assert_eq!(stats.pass_elapsed(), None);
 }
 
+/// A server that computes a long prompt in one pass, which takes seconds.
+fn long_passes(more: &[&str]) -> Server {
+    let args = ["--ctx", "1024", "--n-batch", "1024", "--prefill-chunk", "1024"];
+    Server::start(&[&args[..], more].concat())
+}
+
 /// The pass is a long prompt's, which takes seconds: much longer than the limit.
 #[test]
 fn a_server_whose_pass_takes_too_long_is_alive_but_not_ready() {
-    let server = Server::start(&[
-        "--ctx",
-        "1024",
-        "--n-batch",
-        "1024",
-        "--prefill-chunk",
-        "1024",
-        "--stall-timeout",
-        "0.1",
-    ]);
+    let server = long_passes(&["--stall-timeout", "0.1"]);
     let body = json!({ "prompt": "one two three ".repeat(200), "max_tokens": 1, "stream": true });
     let waiting = server.open_stream(&body);
     server.wait(|| server.get("/ready").status == 503);
@@ -214,16 +211,7 @@ fn a_server_whose_pass_takes_too_long_is_alive_but_not_ready() {
 /// A long prompt takes seconds, in which proxies and clients should see that an answer will come.
 #[test]
 fn a_stream_without_events_has_comments_and_its_head_in_time() {
-    let server = Server::start(&[
-        "--ctx",
-        "1024",
-        "--n-batch",
-        "1024",
-        "--prefill-chunk",
-        "1024",
-        "--sse-keep-alive",
-        "0.05",
-    ]);
+    let server = long_passes(&["--sse-keep-alive", "0.05"]);
     let prompt = "one two three ".repeat(200);
     let body = json!({ "prompt": prompt, "max_tokens": 2, "stream": true, "ignore_eos": true });
     let answer = server.generate(&body);

@@ -99,6 +99,32 @@ fn texts_become_tokens_and_texts_again() {
 }
 
 #[test]
+fn a_conversation_is_rendered_without_an_answer() {
+    let server = shared(ARGS);
+    let messages = json!([
+        { "role": "system", "content": "Be brief." },
+        { "role": "user", "content": "What is today?" },
+    ]);
+    let expected =
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is today?<|im_end|>\n";
+    let answer = "<|im_start|>assistant\n";
+    for (more, ending) in [
+        (json!({}), answer),
+        (json!({ "tools": [], "add_generation_prompt": true, "temperature": 1 }), answer),
+        (json!({ "add_generation_prompt": false }), ""),
+    ] {
+        let mut body = json!({ "messages": messages });
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let rendered = server.post_to("/apply-template", &body);
+        assert_eq!(rendered.json(), json!({ "prompt": format!("{expected}{ending}") }));
+        let ignored = rendered.header("x-ignored-fields");
+        assert_eq!(ignored, body.get("temperature").map(|_| "temperature"));
+    }
+    let refused = server.post_to("/apply-template", &json!({ "messages": [] }));
+    assert_eq!((refused.status, &refused.json()["error"]["param"]), (422, &json!("messages")));
+}
+
+#[test]
 fn props_describe_what_is_served() {
     let props = shared(ARGS).get("/props").json();
     assert_eq!(props["total_slots"], 4);

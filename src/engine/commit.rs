@@ -134,8 +134,8 @@ impl<F: Forward> Engine<F> {
 
     /// Ends a sequence that is done; its cells are retained.
     fn release(&mut self, seq: SeqId) {
-        let done = self.running.remove(&seq).expect("its turn was now");
-        done.record_end(&self.stats);
+        let mut done = self.running.remove(&seq).expect("its turn was now");
+        done.end(&self.stats);
         let _of_request = span(&done.job.caller.id).entered();
         let ops = self.ledger.release(seq);
         self.free(seq, ops);

@@ -147,7 +147,7 @@ impl Handle {
         let this = self.clone();
         // Off the network's threads: a long prompt, or a large grammar, takes milliseconds.
         let read = self.lanes.run(lane(&request), move || {
-            let prompt = this.read(&request.prompt)?;
+            let prompt = this.fitting(&request.prompt)?;
             let compile = |source| this.grammars()?.compile(source);
             let grammar = request.grammar.as_ref().map(compile).transpose()?;
             let dry = request.sampling.dry.as_ref().map(|params| {
@@ -171,6 +171,20 @@ impl Handle {
         // The channel has a place for every permit.
         self.jobs.try_send(job).map_err(|_| SubmitError::Stopped)?;
         Ok(Answer::from(receiver))
+    }
+
+    /// Does what comes before a request is handed over, where neither the network nor shorter work
+    /// waits for it: reading `n_bytes`.
+    ///
+    /// # Errors
+    /// [`SubmitError::Stopped`] if it panicked.
+    pub async fn read<T: Send + 'static>(
+        &self,
+        n_bytes: usize,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, SubmitError> {
+        let lane = if n_bytes > SHORT { Lane::Long } else { Lane::Short };
+        self.lanes.run(lane, work).await.ok_or(SubmitError::Stopped)
     }
 
     /// What compiles grammars for this model; made when it is first asked for.
@@ -221,7 +235,7 @@ impl Handle {
 
     /// The tokens of a prompt that the context has room for. A longer one is refused before it is
     /// tokenised if its bytes tell.
-    fn read(&self, prompt: &Prompt) -> Result<Vec<Token>, Invalid> {
+    fn fitting(&self, prompt: &Prompt) -> Result<Vec<Token>, Invalid> {
         let n_ctx = self.limits.n_ctx;
         let most = n_ctx - 1;
         let n_least = n_bytes(prompt).div_ceil(self.model.longest_token());
@@ -248,7 +262,7 @@ fn n_bytes(prompt: &Prompt) -> usize {
     }
 }
 
-/// Bytes of a prompt that is tokenised in less time than a step takes.
+/// Bytes that are read, and tokenised, in less time than a step takes.
 const SHORT: usize = 16 << 10;
 
 fn lane(request: &Request) -> Lane {

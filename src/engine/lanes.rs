@@ -10,9 +10,9 @@ use tokio::sync::oneshot;
 /// A kind of work, which has a thread of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lane {
-    /// Prompts that take less than a step.
+    /// Bodies and prompts that take less than a step.
     Short,
-    /// Longer prompts, one after another.
+    /// Longer ones, one after another.
     Long,
     /// Grammars, with their requests' prompts.
     Grammar,

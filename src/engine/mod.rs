@@ -287,10 +287,10 @@ impl<F: Forward> Engine<F> {
         }
         let now = Instant::now();
         while let Some(i) = self.waiting.iter().position(|job| job.is_overdue(now)) {
+            self.stats.count_end(Ended::Deadline);
             if let Some(job) = self.waiting.remove(i) {
                 job.expire(now);
             }
-            self.stats.count_end(Ended::Deadline);
         }
     }
 
@@ -410,8 +410,8 @@ impl<F: Forward> Engine<F> {
         let id = incident_id();
         let _of_request = span(&job.caller.id).entered();
         tracing::error!(id, %error, "a request failed in the engine");
-        job.end(Event::Failed { id });
         self.stats.count_end(Ended::Failed);
+        job.end(Event::Failed { id });
         let ops = self.ledger.discard(seq);
         self.free(seq, ops);
     }

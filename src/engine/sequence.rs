@@ -157,8 +157,8 @@ pub struct Sequence {
     text: TextAssembler,
     first_token: Option<Instant>,
     last_token: Instant,
-    /// Set when its answer is complete.
-    ended: Option<Ended>,
+    /// Its answer, once it is complete.
+    completion: Option<Completion>,
 }
 
 impl Sequence {
@@ -192,7 +192,7 @@ impl Sequence {
             text: TextAssembler::new(job.request.stop.clone()),
             first_token: None,
             last_token: job.accepted,
-            ended: None,
+            completion: None,
             job,
         }
     }
@@ -308,7 +308,7 @@ impl Sequence {
     }
 
     /// Takes the next token. `bytes` are its text; `is_end` says that it ends any answer and has
-    /// none. Returns `true` if the answer is complete and its last event sent.
+    /// none. Returns `true` if the answer is complete.
     pub fn accept(&mut self, token: Token, bytes: &[u8], is_end: bool, now: Instant) -> bool {
         self.tokens.push(token);
         if let Some(suffixes) = &mut self.suffixes {
@@ -375,13 +375,17 @@ impl Sequence {
         }
     }
 
-    /// Records that it ended: with its answer, or because the client left.
-    pub fn record_end(&self, stats: &Stats) {
-        match self.ended {
-            Some(ended @ (Ended::Deadline | Ended::Grammar)) => stats.count_end(ended),
-            Some(ended) => stats.record_answer(ended, self.timings(), self.n_answer()),
-            None => stats.count_end(Ended::Cancelled),
+    /// Ends it: with its answer, or because the client left. It is counted before the client knows.
+    pub fn end(&mut self, stats: &Stats) {
+        let Some(completion) = self.completion.take() else {
+            return stats.count_end(Ended::Cancelled);
+        };
+        let n_answer = self.n_answer();
+        match Ended::from(&completion.finish_reason) {
+            ended @ (Ended::Deadline | Ended::Grammar) => stats.count_end(ended),
+            ended => stats.record_answer(ended, completion.timings, n_answer),
         }
+        self.job.end(Event::Done(completion));
     }
 
     fn timings(&self) -> Timings {
@@ -402,15 +406,7 @@ impl Sequence {
     }
 
     fn complete(&mut self, tail: String, finish_reason: FinishReason) {
-        self.ended = Some(match finish_reason {
-            FinishReason::Length => Ended::Length,
-            FinishReason::Deadline => Ended::Deadline,
-            FinishReason::Grammar(_) => Ended::Grammar,
-            FinishReason::EndOfText | FinishReason::StopString(_) | FinishReason::StopToken(_) => {
-                Ended::Stop
-            }
-        });
-        let completion = Completion {
+        self.completion = Some(Completion {
             tail: self.piece(tail),
             finish_reason,
             usage: Usage {
@@ -421,7 +417,6 @@ impl Sequence {
             timings: self.timings(),
             speculation: self.drafts,
             trace: self.trace.take(),
-        };
-        self.job.end(Event::Done(completion));
+        });
     }
 }

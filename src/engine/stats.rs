@@ -16,7 +16,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
-use crate::request::Timings;
+use crate::request::{FinishReason, Timings};
 use crate::speculate::MAX_NODES;
 use crate::speculate::reliability::Reliability;
 
@@ -54,6 +54,19 @@ pub enum Ended {
 impl Ended {
     const ALL: [Self; 6] =
         [Self::Stop, Self::Length, Self::Deadline, Self::Grammar, Self::Cancelled, Self::Failed];
+}
+
+impl From<&FinishReason> for Ended {
+    fn from(reason: &FinishReason) -> Self {
+        match reason {
+            FinishReason::EndOfText | FinishReason::StopString(_) | FinishReason::StopToken(_) => {
+                Self::Stop
+            }
+            FinishReason::Length => Self::Length,
+            FinishReason::Deadline => Self::Deadline,
+            FinishReason::Grammar(_) => Self::Grammar,
+        }
+    }
 }
 
 /// Counters by one label.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use bytes::Bytes;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::Request;
 use hyper::body::Incoming;
@@ -17,7 +18,7 @@ use super::app::{App, RequestContext};
 use super::chunks::{Chunks, Endpoint};
 use super::problem::Problem;
 use super::reply::{self, Dialect, Reply};
-use crate::engine::{Answer, Failed, Handle, SubmitError};
+use crate::engine::{Answer, Failed, Handle};
 use crate::error::Invalid;
 use crate::request::{self, Caller, Completion, Event, FinishReason};
 use crate::telemetry::ChoiceRecord;
@@ -32,12 +33,13 @@ use crate::telemetry::ChoiceRecord;
 ))]
 pub async fn generate(cx: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
     let handle = cx.app.engine()?;
-    let body = cx.app.readers.generate.read(read_json(&cx.app, request).await?)?;
-    let stream = body.stream;
-    let (app, model, seed) = (Arc::clone(&cx.app), Arc::clone(&handle.model), fastrand::u64(..));
-    let rendered =
-        tokio::task::spawn_blocking(move || body.into_request(seed, app.template(&model)));
-    let request = rendered.await.map_err(|_| SubmitError::Stopped)??;
+    let model = Arc::clone(&handle.model);
+    let (request, stream) = read(&cx.app, &handle, request, move |app, body| {
+        let body = app.readers.generate.read(body)?;
+        let stream = body.stream;
+        Ok((body.into_request(fastrand::u64(..), app.template(&model))?, stream))
+    })
+    .await?;
     let dialect = Pieces(request.report.map(|_| detokenize(&handle)));
     answer(cx, &handle, vec![request], stream, dialect).await
 }
@@ -51,10 +53,13 @@ pub async fn generate(cx: RequestContext, request: Request<Incoming>) -> Result<
 ))]
 pub async fn complete(cx: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
     let handle = cx.app.engine()?;
-    let body = read_json(&cx.app, request).await?;
-    let (body, ignored) = cx.app.readers.completion.read_noting(body)?;
+    let n_ctx = handle.limits.n_ctx;
+    let (choices, ignored) = read(&cx.app, &handle, request, move |app, body| {
+        let (body, ignored) = app.readers.completion.read_noting(body)?;
+        Ok((body.into_choices(n_ctx, fastrand::u64(..))?, ignored))
+    })
+    .await?;
     cx.app.note_ignored(&ignored);
-    let choices = body.into_choices(handle.limits.n_ctx, fastrand::u64(..))?;
     let mut reply = answer_openai(cx, &handle, choices, Endpoint::Text).await?;
     reply::name_ignored(&ignored, reply.headers_mut());
     Ok(reply)
@@ -69,15 +74,13 @@ pub async fn complete(cx: RequestContext, request: Request<Incoming>) -> Result<
 ))]
 pub async fn chat(cx: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
     let handle = cx.app.engine()?;
-    let body = read_json(&cx.app, request).await?;
-    let (body, ignored) = cx.app.readers.chat.read_noting(body)?;
+    let (model, n_ctx) = (Arc::clone(&handle.model), handle.limits.n_ctx);
+    let (choices, ignored) = read(&cx.app, &handle, request, move |app, body| {
+        let (body, ignored) = app.readers.chat.read_noting(body)?;
+        Ok((body.into_choices(n_ctx, fastrand::u64(..), app.template(&model))?, ignored))
+    })
+    .await?;
     cx.app.note_ignored(&ignored);
-    let (app, model) = (Arc::clone(&cx.app), Arc::clone(&handle.model));
-    let (n_ctx, seed) = (handle.limits.n_ctx, fastrand::u64(..));
-    // Off the network's threads: a template takes milliseconds, and more for a long conversation.
-    let rendered =
-        tokio::task::spawn_blocking(move || body.into_choices(n_ctx, seed, app.template(&model)));
-    let choices = rendered.await.map_err(|_| SubmitError::Stopped)??;
     let mut reply = answer_openai(cx, &handle, choices, Endpoint::Chat).await?;
     reply::name_ignored(&ignored, reply.headers_mut());
     Ok(reply)
@@ -147,12 +150,8 @@ async fn first_event(answer: &mut Answer, limit: Option<Duration>) -> Option<&Ev
 }
 
 fn detokenize(handle: &Handle) -> Detokenize {
-    let handle = handle.clone();
-    Arc::new(move |token, by_name| {
-        let mut bytes = Vec::new();
-        handle.model.piece(token, by_name, &mut bytes);
-        bytes
-    })
+    let model = Arc::clone(&handle.model);
+    Arc::new(move |token, by_name| model.bytes(token, by_name))
 }
 
 /// The request's time was over before its first token.
@@ -160,7 +159,19 @@ fn is_too_late(done: &Completion) -> bool {
     done.finish_reason == FinishReason::Deadline && done.usage.completion_tokens == 0
 }
 
-pub(super) async fn read_json(app: &App, request: Request<Incoming>) -> Result<Value, Problem> {
+/// Receives a JSON body, and makes of it what `make` does. A megabyte takes long to parse, to check
+/// and to render, so none of that happens on the network's threads.
+pub async fn read<T: Send + 'static>(
+    app: &Arc<App>,
+    handle: &Handle,
+    request: Request<Incoming>,
+    make: impl FnOnce(&App, Value) -> Result<T, Problem> + Send + 'static,
+) -> Result<T, Problem> {
+    let (body, app) = (receive(app, request).await?, Arc::clone(app));
+    handle.read(body.len(), move || make(&app, json::parse(&body)?)).await?
+}
+
+async fn receive(app: &App, request: Request<Incoming>) -> Result<Bytes, Problem> {
     if is_compressed(request.headers()) {
         return Err(Problem::CompressedBody);
     }
@@ -172,7 +183,7 @@ pub(super) async fn read_json(app: &App, request: Request<Incoming>) -> Result<V
     }
     let body = Limited::new(request.into_body(), limit).collect();
     match tokio::time::timeout(app.limits.read_timeout, body).await {
-        Ok(Ok(collected)) => json::parse(&collected.to_bytes()),
+        Ok(Ok(collected)) => Ok(collected.to_bytes()),
         Ok(Err(e)) if e.is::<LengthLimitError>() => Err(Problem::BodyTooLarge(limit)),
         Ok(Err(e)) => Err(Problem::BrokenBody(e)),
         Err(_) => Err(Problem::BodyTimeout),

@@ -14,9 +14,9 @@ use super::api::answers::{
     StreamEvent,
 };
 use super::api::generate::GenerateRequest;
-use super::api::openai::{ChatRequest, CompletionRequest};
+use super::api::openai::{ChatRequest, CompletionRequest, TemplateRequest};
 use super::api::vocabulary::{
-    DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, TokenizeRequest,
+    DetokenizeAnswer, DetokenizeRequest, TemplateAnswer, TokenizeAnswer, TokenizeRequest,
 };
 use super::auth::Access;
 use super::routes::ROUTES;
@@ -34,6 +34,7 @@ pub fn json(readers: &Readers) -> Bytes {
         ("GenerateRequest", &readers.generate.schema),
         ("CompletionRequest", &readers.completion.schema),
         ("ChatRequest", &readers.chat.schema),
+        ("TemplateRequest", &readers.template.schema),
         ("TokenizeRequest", &readers.tokenize.schema),
         ("DetokenizeRequest", &readers.detokenize.schema),
     ] {
@@ -66,6 +67,8 @@ pub fn json(readers: &Readers) -> Bytes {
         OpenAiAnswer,
         Props,
         StreamEvent,
+        TemplateAnswer,
+        TemplateRequest,
         TokenizeAnswer,
         TokenizeRequest,
     ))

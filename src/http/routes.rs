@@ -23,7 +23,7 @@ use super::information::{self, information, model, models, props};
 use super::page::{self, page_file};
 use super::problem::Problem;
 use super::reply::{self, Reply};
-use super::vocabulary::{self, detokenize, tokenize};
+use super::vocabulary::{self, apply_template, detokenize, tokenize};
 use crate::telemetry::ChoiceRecords;
 
 pub static ROUTES: LazyLock<Vec<Route>> = LazyLock::new(|| {
@@ -40,6 +40,7 @@ pub static ROUTES: LazyLock<Vec<Route>> = LazyLock::new(|| {
         route(completions::__path_chat, Access::Key, chat),
         route(vocabulary::__path_tokenize, Access::Key, tokenize),
         route(vocabulary::__path_detokenize, Access::Key, detokenize),
+        route(vocabulary::__path_apply_template, Access::Key, apply_template),
         route(information::__path_props, Access::Key, props),
         route(docs::__path_document, Access::Open, document),
         route(docs::__path_docs, Access::Open, docs),

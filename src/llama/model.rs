@@ -377,6 +377,14 @@ impl Model {
         }
     }
 
+    /// A token's bytes, as [`piece`](Self::piece) appends them.
+    #[must_use]
+    pub fn bytes(&self, token: Token, special: bool) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        self.piece(token, special, &mut bytes);
+        bytes
+    }
+
     /// The text of several tokens, control tokens by name.
     #[must_use]
     pub fn detokenize(&self, tokens: &[Token]) -> String {

@@ -17,7 +17,7 @@ mod split;
 /// What is wrong, and in which line.
 pub fn to_lark(text: &str) -> Result<String, String> {
     let mut grammar = parse::parse(text)?;
-    if !grammar.can_end() {
+    if !grammar.prune() {
         return Err("no text of rule `root` ever ends".into());
     }
     grammar.straighten();

@@ -43,6 +43,28 @@ impl Node {
     }
 }
 
+impl Node {
+    /// It without what can never end, by what is known of rules; `None` if nothing is left.
+    fn pruned(self, can_end: &[bool]) -> Option<Self> {
+        match self {
+            Self::Chars(_) => Some(self),
+            Self::Rule(rule) => can_end[rule].then_some(self),
+            Self::Seq(nodes) => {
+                let nodes = nodes.into_iter().map(|node| node.pruned(can_end));
+                nodes.collect::<Option<Vec<_>>>().map(Self::Seq)
+            }
+            Self::Alt(nodes) => {
+                let nodes = nodes.into_iter().filter_map(|node| node.pruned(can_end));
+                Some(nodes.collect::<Vec<_>>()).filter(|nodes| !nodes.is_empty()).map(Self::Alt)
+            }
+            Self::Repeat(node, least, most) => match node.pruned(can_end) {
+                Some(node) => Some(Self::Repeat(Box::new(node), least, most)),
+                None => (least == 0).then(Self::empty),
+            },
+        }
+    }
+}
+
 /// One of the texts that a rule may be: what comes before, and whether the rule itself comes last.
 type Tail = (Vec<Node>, bool);
 
@@ -108,8 +130,14 @@ impl Grammar {
         }
     }
 
-    pub fn can_end(&self) -> bool {
-        self.fixpoint(true)[self.root]
+    /// Leaves out what can never end, which no text has. Returns `false` if that is the root.
+    pub fn prune(&mut self) -> bool {
+        let can_end = self.fixpoint(true);
+        for rule in &mut self.rules {
+            let node = std::mem::replace(rule, Node::empty());
+            *rule = node.pruned(&can_end).unwrap_or_else(Node::empty); // nothing refers to it now
+        }
+        can_end[self.root]
     }
 
     /// By rule: whether it may be empty.

@@ -28,7 +28,7 @@ use utoipa::{Number as Bound, ToSchema};
 
 use crate::error::{Invalid, InvalidKind, shortened};
 use generate::GenerateRequest;
-use openai::{ChatRequest, CompletionRequest};
+use openai::{ChatRequest, CompletionRequest, TemplateRequest};
 use shape::Shape;
 use vocabulary::{DetokenizeRequest, TokenizeRequest};
 
@@ -41,6 +41,7 @@ pub struct Readers {
     pub generate: Reader<GenerateRequest>,
     pub completion: Reader<CompletionRequest>,
     pub chat: Reader<ChatRequest>,
+    pub template: Reader<TemplateRequest>,
     pub tokenize: Reader<TokenizeRequest>,
     pub detokenize: Reader<DetokenizeRequest>,
 }
@@ -59,6 +60,7 @@ impl Readers {
             generate: Reader::new(n_ctx, Unknown::Refused),
             completion: Reader::new(n_ctx, unknown),
             chat: Reader::new(n_ctx, unknown),
+            template: Reader::new(n_ctx, unknown),
             tokenize: Reader::new(n_ctx, Unknown::Refused),
             detokenize: Reader::new(n_ctx, Unknown::Refused),
         }

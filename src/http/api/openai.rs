@@ -247,9 +247,15 @@ impl ChatRequest {
         if self.echo {
             return Err(Invalid::new("echo", "echo is not supported in chats"));
         }
-        let conversation = self.conversation()?;
-        let template = template.as_ref().map_err(|why| Invalid::new("messages", why.as_str()))?;
-        let prompt = template.prompt(conversation)?;
+        let request = TemplateRequest {
+            messages: std::mem::take(&mut self.messages),
+            tools: None,
+            documents: self.documents.take(),
+            chat_template_kwargs: self.chat_template_kwargs.take(),
+            add_generation_prompt: self.add_generation_prompt,
+            continue_final_message: self.continue_final_message,
+        };
+        let prompt = request.render(template)?;
         let max_tokens = self.max_completion_tokens.or(self.max_tokens).unwrap_or(n_ctx);
         if max_tokens == 0 {
             let message = "max_tokens is 0; it must be at least 1, or -1 for no limit";
@@ -257,9 +263,41 @@ impl ChatRequest {
         }
         self.choices(&[prompt], max_tokens, n_top, n_ctx, random_seed)
     }
+}
 
-    /// What the template gets.
-    fn conversation(&mut self) -> Result<Conversation, Invalid> {
+/// A conversation to render, with the fields of a [`ChatRequest`].
+#[derive(Debug, Deserialize, ToSchema)]
+pub struct TemplateRequest {
+    /// The conversation so far.
+    #[schema(min_items = 1, example = json!([{ "role": "user", "content": "Why is the sky blue?" }]))]
+    pub messages: Vec<Message>,
+    /// Descriptions of tools for the template.
+    #[schema(value_type = Option<Vec<Object>>, example = json!([]))]
+    pub tools: Option<Vec<Map<String, Value>>>,
+    /// Documents for the template.
+    #[schema(value_type = Option<Vec<Object>>, example = json!([{ "title": "Sky", "text": "It is blue." }]))]
+    pub documents: Option<Vec<Map<String, Value>>>,
+    /// More variables for the template, by name.
+    #[schema(value_type = Option<Object>, example = json!({ "enable_thinking": false }))]
+    pub chat_template_kwargs: Option<Map<String, Value>>,
+    /// As in a chat.
+    #[schema(example = true)]
+    pub add_generation_prompt: Option<bool>,
+    /// As in a chat.
+    #[schema(example = false)]
+    pub continue_final_message: Option<bool>,
+}
+
+impl TemplateRequest {
+    /// The prompt that `template` makes of the conversation, unless fields exclude each other or it
+    /// refuses the messages.
+    pub fn render(self, template: &Result<Template, String>) -> Result<Prompt, Invalid> {
+        let conversation = self.conversation()?;
+        let template = template.as_ref().map_err(|why| Invalid::new("messages", why.as_str()))?;
+        template.prompt(conversation)
+    }
+
+    fn conversation(self) -> Result<Conversation, Invalid> {
         let ending = match (self.continue_final_message, self.add_generation_prompt) {
             (Some(true), Some(true)) => {
                 let message = "continue_final_message and add_generation_prompt exclude each other";
@@ -270,13 +308,14 @@ impl ChatRequest {
             (None, None) => Ending::Prefill,
             (Some(false), None) | (_, Some(true)) => Ending::Answer,
         };
-        let messages = std::mem::take(&mut self.messages);
-        let messages = messages.into_iter().enumerate().map(|(i, message)| message.into_object(i));
+        let messages =
+            self.messages.into_iter().enumerate().map(|(i, message)| message.into_object(i));
         Ok(Conversation {
             messages: messages.collect::<Result<_, _>>()?,
-            tools: None,
-            documents: self.documents.take().map(|documents| json!(documents)),
-            variables: self.chat_template_kwargs.take().unwrap_or_default(),
+            // Without tools a template describes none.
+            tools: self.tools.filter(|tools| !tools.is_empty()).map(|tools| json!(tools)),
+            documents: self.documents.map(|documents| json!(documents)),
+            variables: self.chat_template_kwargs.unwrap_or_default(),
             ending,
         })
     }

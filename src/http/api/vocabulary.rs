@@ -1,4 +1,5 @@
-//! The bodies of `/tokenize` and `/detokenize`, with llama-server's fields.
+//! The bodies of `/tokenize` and `/detokenize`, and the answer of `/apply-template`, with
+//! llama-server's fields.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -67,4 +68,11 @@ pub struct DetokenizeRequest {
 pub struct DetokenizeAnswer {
     /// Control tokens by name; bytes that are no text as U+FFFD.
     pub content: String,
+}
+
+/// A conversation as the chat template writes it.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct TemplateAnswer {
+    /// The prompt, without the token that begins a text where the model adds that.
+    pub prompt: String,
 }
