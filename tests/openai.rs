@@ -83,8 +83,9 @@ fn the_wire_is_as_openai_has_it() {
 #[test]
 fn parts_of_characters_have_names_and_offsets() {
     let server = common::shared(&["--ctx", "512"]);
-    let body =
-        json!({ "prompt": "x", "logprobs": 20, "grammar": "start: \"😀漢\"", "max_tokens": 20 });
+    let body = json!({
+        "prompt": "x", "logprobs": 20, "grammar": "start: \"😀漢\"", "max_tokens": 20, "seed": 1,
+    });
     let choice = server.post_to("/v1/completions", &body).json()["choices"][0].clone();
     assert_eq!(choice["text"], "😀漢");
     let lists = &choice["logprobs"];
