@@ -1,5 +1,5 @@
 # make serve   sets up what is missing, builds, serves the default model on :8000
-# make test    the same set-up, CUDA's compiler, OpenAI's client, a browser and chat templates, then runs every test,
+# make test    the same set-up, CUDA's compiler, OpenAI's client, a browser, chat templates and schemas, then runs every test,
 #              and every bench in its short form
 # make check   formatting, lints, documentation
 # make docs    the book in target/book/html, with all links checked
@@ -7,17 +7,19 @@
 # make bench-short   runs every bench once, in its short form
 # make compare PROMPTS=FILE.jsonl   measures llama-server and this server in turn, for an hour or more; ARGS=... goes to benches/compare
 # make schemathesis   tests with thousands of requests generated from /openapi.json, for ten minutes at most; ARGS=... goes to scripts/schemathesis
+# make llama-server-suite   runs llama-server's own test suite against this server, for three minutes; ARGS=... goes to scripts/llama-server-suite
+# make lm-eval compares an evaluator's log likelihoods with `medusa-llama perplexity`; installs 750 MB once
 # make deny    checks licences and duplicate dependencies; installs cargo-deny once
 # make gpu     packs a CUDA build with its tests and benches for a host with a GPU
-# Steps of the set-up, each idempotent: make tools, make vendor, make model, make clients, make browser, make templates (for tests); for CUDA make nvcc, make cuda.
+# Steps of the set-up, each idempotent: make tools, make vendor, make model, make clients, make browser, make templates, make schemas (for tests); for CUDA make nvcc, make cuda.
 
-.PHONY: serve test check docs bench bench-short compare schemathesis build gpu setup tools vendor model clients browser templates nvcc cuda deny help
+.PHONY: serve test check docs bench bench-short compare schemathesis llama-server-suite lm-eval build gpu setup tools vendor model clients browser templates schemas nvcc cuda deny help
 .DEFAULT_GOAL := help
 
 help:
 	@sed -n 's/^# //p' Makefile
 
-tools vendor model clients browser templates nvcc cuda:
+tools vendor model clients browser templates schemas nvcc cuda:
 	@scripts/setup $@
 
 setup:
@@ -29,7 +31,7 @@ build: setup
 serve: build
 	./target/release/medusa-llama serve
 
-test: setup clients browser templates check
+test: setup clients browser templates schemas check
 	cargo test --release --locked
 	$(MAKE) bench-short
 
@@ -64,6 +66,13 @@ compare: build
 schemathesis: build
 	@scripts/setup schemathesis
 	timeout 600 scripts/schemathesis $(ARGS)
+
+llama-server-suite: build
+	scripts/llama-server-suite $(ARGS)
+
+lm-eval: build
+	@scripts/setup lm-eval
+	scripts/lm-eval $(ARGS)
 
 gpu: setup cuda
 	scripts/gpu-bundle

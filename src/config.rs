@@ -28,6 +28,7 @@ use crate::http::auth::Auth;
 use crate::http::cors::Cors;
 use crate::http::host::Hosts;
 use crate::http::tls::Tls;
+use crate::llama::Pooling;
 use crate::{jinja, llama};
 
 /// Where `make model` puts the default model.
@@ -182,6 +183,10 @@ pub struct ServeArgs {
     /// File with a chat template (Jinja) to use instead of the model's own [default: none]
     #[arg(long, env = "CHAT_TEMPLATE_FILE", value_name = "FILE")]
     pub chat_template_file: Option<PathBuf>,
+    /// How /v1/embeddings makes one vector of a text's tokens [default: as the GGUF says; if it says
+    /// nothing, there are no embeddings]
+    #[arg(long, env = "POOLING", value_name = "POOLING")]
+    pub pooling: Option<Pooling>,
     #[command(flatten)]
     pub(crate) drafts: DraftArgs,
     /// Address to listen on
@@ -339,6 +344,10 @@ impl ServeArgs {
             !(streams && self.drafts.named_folder().is_some()),
             "KV_LAYOUT is streams, which cannot hold the trees of MEDUSA_HEADS: use unified"
         );
+        ensure!(
+            !(streams && self.pooling.is_some()),
+            "KV_LAYOUT is streams, which keeps no hidden states for POOLING: use unified"
+        );
         let auth = self.network.auth()?;
         let drafts = self.drafts.params(&self.model).filter(|_| !streams);
         let drafts = drafts.map(|drafts| DraftParams { n_tenants: auth.keys.len(), ..drafts });
@@ -358,6 +367,7 @@ impl ServeArgs {
                 n_threads: self.model.threads(),
                 limits,
                 drafts,
+                pooling: self.pooling,
                 traces: false,
                 n_queue: n_slots * self.max_concurrent_batches,
                 max_wait: self.max_wait_time,

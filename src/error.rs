@@ -3,7 +3,6 @@
 //! answer to the log).
 
 use std::borrow::Cow;
-use std::fmt::Display;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// An invalid field of a request.
@@ -24,7 +23,12 @@ pub enum InvalidKind {
     /// A value, or its absence.
     Field,
     /// A prompt that is longer than the context: clients shorten it and try again.
-    ContextLength,
+    ContextLength {
+        /// The prompt's tokens, or as many as it has at least.
+        n_prompt: usize,
+        /// Tokens of the context.
+        n_ctx: usize,
+    },
 }
 
 impl Invalid {
@@ -34,15 +38,18 @@ impl Invalid {
         Self { param, message: message.into(), kind: InvalidKind::Field }
     }
 
-    /// A prompt of `n_prompt` tokens ("601", "at least 601") that a context of `n_ctx` cannot hold
-    /// with room for an answer. Clients look for the words "maximum context length".
-    pub fn too_long(n_ctx: usize, n_prompt: impl Display) -> Self {
-        let most = n_ctx - 1;
+    /// A prompt of `n_prompt` tokens, or at least as many, that a context of `n_ctx` cannot hold with
+    /// room for an answer. Clients look for the words "maximum context length".
+    pub fn too_long(n_ctx: usize, n_prompt: usize, is_exact: bool) -> Self {
+        let (most, at_least) = (n_ctx - 1, if is_exact { "" } else { "at least " });
         let message = format!(
-            "this model's maximum context length is {n_ctx} tokens, but the prompt has {n_prompt} \
+            "this model's maximum context length is {n_ctx} tokens, but the prompt has {at_least}{n_prompt} \
              tokens; shorten it to {most} tokens or fewer"
         );
-        Self { kind: InvalidKind::ContextLength, ..Self::new("prompt", message) }
+        Self {
+            kind: InvalidKind::ContextLength { n_prompt, n_ctx },
+            ..Self::new("prompt", message)
+        }
     }
 }
 

@@ -7,6 +7,7 @@
 use std::borrow::Cow;
 use std::fmt::Error;
 use std::sync::OnceLock;
+use std::time::UNIX_EPOCH;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, prometheus_text, text};
@@ -63,6 +64,9 @@ impl Metrics {
             ("backend", if llama::supports_gpu_offload() { "cuda" } else { "cpu" }.to_owned()),
         ];
         registry.register("medusa_llama:build", "What is running", Info::new(build));
+        let started = UNIX_EPOCH.elapsed().unwrap_or_default().as_secs_f64();
+        let help = "When the process started, in seconds since 1970";
+        registry.register("process_start_time_seconds", help, ConstGauge::new(started));
         let (answers, refusals) = (Family::default(), Family::default());
         let help = "HTTP requests by path and status";
         registry.register("medusa_llama:http_requests", help, answers.clone());

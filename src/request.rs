@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
 use utoipa::ToSchema;
 
-use crate::llama::Token;
+use crate::llama::{Pooling, Token};
 
 /// How to choose each token. [`Default`] is `/generate`'s.
 #[derive(Clone, Debug, PartialEq)]
@@ -95,6 +95,8 @@ pub struct Request {
     pub max_tokens: usize,
     /// The answer begins with the prompt: its text, and if there is a report, with its tokens'.
     pub echo: bool,
+    /// The answer comes with the prompt's embedding; `None`: without.
+    pub embed: Option<Pooling>,
     /// How to choose tokens.
     pub sampling: SamplingParams,
     /// The text ends before the first of these to be complete. None is empty.
@@ -128,6 +130,7 @@ impl Request {
             prompt: prompt.into(),
             max_tokens,
             echo: false,
+            embed: None,
             sampling: SamplingParams::default(),
             stop: Vec::new(),
             min_tokens: 0,
@@ -145,6 +148,21 @@ impl Request {
 }
 
 impl Request {
+    /// The embedding of a prompt, and no answer.
+    pub fn embedding(prompt: Prompt, pooling: Pooling) -> Self {
+        Self {
+            embed: Some(pooling),
+            speculation: Speculation::Off,
+            share_text: false,
+            ..Self::new(prompt, 0)
+        }
+    }
+
+    /// `true` if rows of the prompt before its last one have results, so that they must be computed.
+    pub fn reads_prompt(&self) -> bool {
+        self.scores_prompt() || matches!(self.embed, Some(Pooling::Mean | Pooling::Cls))
+    }
+
     /// `true` if the log probabilities of the prompt's tokens are asked for.
     pub fn scores_prompt(&self) -> bool {
         self.echo && self.report.is_some_and(|report| report.n_top.is_some())
@@ -161,6 +179,15 @@ pub enum Prompt {
 }
 
 impl Prompt {
+    /// The same where names of control tokens are text.
+    #[must_use]
+    pub fn without_controls(mut self) -> Self {
+        if let Self::Text(parts) = &mut self {
+            parts.iter_mut().for_each(|part| part.special = false);
+        }
+        self
+    }
+
     /// Its text, unless it is tokens.
     pub fn text(&self) -> Option<String> {
         match self {
@@ -412,6 +439,8 @@ pub struct Completion {
     pub timings: Timings,
     /// What drafting did.
     pub speculation: SpeculationUsage,
+    /// Of the prompt, if it was asked for and computed: `n_embd` values, not normalized.
+    pub embedding: Option<Vec<f32>>,
     /// What the model thought at each token; only from an engine that traces.
     pub trace: Option<Trace>,
 }

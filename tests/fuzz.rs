@@ -250,6 +250,7 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
                 usage: Usage { prompt_tokens: 3, cached_tokens: 1, completion_tokens: 2 },
                 timings: Timings::default(),
                 speculation: SpeculationUsage::default(),
+                embedding: None,
                 trace: None,
             })
         });

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 fn openais_client_is_content() {
     let clients = Path::new(env!("CARGO_MANIFEST_DIR")).join(".tools/clients");
     assert!(clients.is_dir(), "OpenAI's client is missing: run `scripts/setup clients`");
-    let server = Server::start(&["--batch-size", "4", "--ctx", "512"]);
+    let server = Server::start(&["--batch-size", "4", "--ctx", "512", "--pooling", "mean"]);
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients/openai_client.py");
     let run = Command::new("python3")
         .arg(script)

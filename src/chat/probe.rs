@@ -67,11 +67,12 @@ pub fn probe(render: impl Fn(Vec<Map<String, Value>>) -> Option<Text>) -> Expect
     Expects { parts, none, arguments_as_text }
 }
 
-/// The text of a content, whole or in parts.
+/// The text of a content, whole or in parts, which become lines, as in llama-server and vLLM.
 pub fn joined(content: &Value) -> String {
     let text_of = |part: &Value| part["text"].as_str().unwrap_or_default().to_owned();
+    let lines = |parts: &Vec<Value>| parts.iter().map(text_of).collect::<Vec<_>>().join("\n");
     match content {
-        Value::Array(parts) => parts.iter().map(text_of).collect(),
+        Value::Array(parts) => lines(parts),
         content => content.as_str().unwrap_or_default().to_owned(),
     }
 }

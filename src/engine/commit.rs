@@ -46,7 +46,7 @@ impl<F: Forward> Engine<F> {
         work.verified.clear();
         work.chosen.clear();
         // The device takes rows that end a sequence or belong to its tree, and no others.
-        if !self.forward.verifies() || turns.iter().any(|turn| turn.n_scored > 0) {
+        if !self.forward.verifies() || turns.iter().any(|turn| turn.n_read > 0) {
             return;
         }
         let mut any_drafts = false;
@@ -92,6 +92,9 @@ impl<F: Forward> Engine<F> {
                 let n_top = report.n_top.unwrap_or(0);
                 let logprobs = report::logprobs(next, forward.logits(row)?, n_top);
                 s.push_prompt_logprobs(logprobs);
+            }
+            if s.embeds(position) {
+                s.push_hidden(forward.hidden(row)?);
             }
         }
         s.tell_progress(s.n_computed + turn.share.n_rows, now);

@@ -14,7 +14,7 @@ use super::lanes::{Lane, Lanes};
 use super::stats::Stats;
 use super::{Job, Limits};
 use crate::error::{Invalid, incident_id};
-use crate::llama::{Model, Token};
+use crate::llama::{Model, Pooling, Token};
 use crate::request::{Caller, Completion, Event, Piece, Prompt, Request};
 
 /// Why a request was not accepted.
@@ -117,6 +117,8 @@ pub struct Handle {
     pub drafts_text: bool,
     /// Where heads and verification are computed: `cpu` or `cuda`.
     pub drafting_on: &'static str,
+    /// How prompts are embedded; `None`: they are not.
+    pub pooling: Option<Pooling>,
     /// Requests that may run or wait.
     pub n_queue: usize,
     /// What the engine counts.
@@ -240,7 +242,7 @@ impl Handle {
         let most = n_ctx - 1;
         let n_least = n_bytes(prompt).div_ceil(self.model.longest_token());
         if n_least > most {
-            return Err(Invalid::too_long(n_ctx, format!("at least {n_least}")));
+            return Err(Invalid::too_long(n_ctx, n_least, false));
         }
         let tokens = self.tokenize(prompt)?;
         match tokens.len() {
@@ -248,7 +250,7 @@ impl Handle {
                 let message = "prompt is empty: it must have at least one token";
                 Err(Invalid::new("prompt", message))
             }
-            n if n > most => Err(Invalid::too_long(n_ctx, n)),
+            n if n > most => Err(Invalid::too_long(n_ctx, n, true)),
             _ => Ok(tokens),
         }
     }

@@ -18,6 +18,7 @@ pub mod handle;
 mod lanes;
 pub mod leaves;
 mod pace;
+mod pool;
 pub(crate) mod report;
 pub mod sampler;
 mod scheduler;
@@ -301,7 +302,7 @@ impl<F: Forward> Engine<F> {
         let demand = |s: &Sequence| Demand {
             seq: s.seq,
             n_pending: s.n_pending(),
-            scores: s.job.request.scores_prompt(),
+            reads: s.job.request.reads_prompt(),
             order: s.order,
         };
         work.demands.extend(self.running.values().map(demand));
@@ -372,15 +373,16 @@ impl<F: Forward> Engine<F> {
             let s = &self.running[&share.seq];
             let end = s.n_computed + share.n_rows;
             turn.rows = RowRange(rows.len() + share.n_rows - 1);
-            let is_scored = |pos: usize| s.scored_after(pos).is_some();
-            turn.n_scored = (s.n_computed..end).filter(|&pos| is_scored(pos)).count();
-            n_outputs += turn.n_scored;
+            let last = s.job.prompt.len() - 1;
+            let is_read = |pos: usize| pos < last && s.reads(pos);
+            turn.n_read = (s.n_computed..end).filter(|&pos| is_read(pos)).count();
+            n_outputs += turn.n_read;
             turn.outputs = RowRange(n_outputs);
             n_outputs += if share.to_end { 1 + tree.len() } else { 0 };
             if tree.is_empty() {
                 for pos in s.n_computed..end {
                     let is_last = share.to_end && pos + 1 == end;
-                    rows.push(s.tokens[pos], pos, [s.seq], is_last || is_scored(pos));
+                    rows.push(s.tokens[pos], pos, [s.seq], is_last || is_read(pos));
                 }
                 continue;
             }

@@ -12,8 +12,8 @@ pub struct Demand {
     pub seq: SeqId,
     /// Tokens known but not computed: 1 while decoding, more while a prompt is read. Never 0.
     pub n_pending: usize,
-    /// Its rows have logits.
-    pub scores: bool,
+    /// Its rows have results.
+    pub reads: bool,
     /// Admission order.
     pub order: u64,
 }
@@ -34,8 +34,8 @@ pub struct Budget {
     pub n_prefill: usize,
 }
 
-/// Most rows of a step that score prompts: each has logits of the whole vocabulary.
-const MOST_SCORED: usize = 128;
+/// Most rows of prompts in a step that have results: each has logits of the whole vocabulary.
+const MOST_READ: usize = 128;
 
 /// The first `n_rows` pending tokens of `seq` go into the step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -69,9 +69,9 @@ pub fn plan(demands: &[Demand], budget: Budget, scratch: &mut Vec<Demand>, plan:
     scratch.clear();
     scratch.extend(demands.iter().filter(|d| !d.decodes()));
     scratch.sort_unstable_by_key(|d| d.order);
-    let mut left_scored = MOST_SCORED;
+    let mut left_read = MOST_READ;
     for demand in scratch.iter() {
-        let room = if demand.scores { left.min(left_scored) } else { left };
+        let room = if demand.reads { left.min(left_read) } else { left };
         let n_rows = demand.n_pending.min(room);
         if left == 0 {
             break;
@@ -80,7 +80,7 @@ pub fn plan(demands: &[Demand], budget: Budget, scratch: &mut Vec<Demand>, plan:
             continue;
         }
         left -= n_rows;
-        left_scored -= if demand.scores { n_rows } else { 0 };
+        left_read -= if demand.reads { n_rows } else { 0 };
         plan.push(Share { seq: demand.seq, n_rows, to_end: n_rows == demand.n_pending });
     }
     plan.sort_unstable_by_key(|s| s.seq);
@@ -98,13 +98,13 @@ mod tests {
     }
 
     fn demand(seq: u32, n_pending: usize, order: u64) -> Demand {
-        Demand { seq: SeqId(seq), n_pending, scores: false, order }
+        Demand { seq: SeqId(seq), n_pending, reads: false, order }
     }
 
     #[test]
-    fn prompts_that_are_scored_share_few_rows_and_hold_up_no_other() {
-        let scored = |seq, n_pending| Demand { scores: true, ..demand(seq, n_pending, seq.into()) };
-        let all = [scored(0, 100), scored(1, 100), scored(2, 100), demand(3, 600, 3)];
+    fn prompts_whose_rows_are_read_share_few_rows_and_hold_up_no_other() {
+        let read = |seq, n_pending| Demand { reads: true, ..demand(seq, n_pending, seq.into()) };
+        let all = [read(0, 100), read(1, 100), read(2, 100), demand(3, 600, 3)];
         let shares = planned(&all, Budget { n_batch: 512, n_prefill: 16 });
         let rows: Vec<_> = shares.iter().map(|s| (s.seq.0, s.n_rows)).collect();
         assert_eq!(rows, [(0, 100), (1, 28), (3, 384)]);

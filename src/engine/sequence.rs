@@ -6,6 +6,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use super::dry::{Breakers, Dry};
 use super::grammar::{Grammar, GrammarError};
+use super::pool::Pool;
 use super::sampler::Sampler;
 use super::stats::{Ended, Stats};
 use super::text::{Pushed, TextAssembler};
@@ -62,14 +63,15 @@ impl Job {
         self.end_unstarted(Piece::default(), FinishReason::Deadline, now);
     }
 
-    /// `true` if it may start from cached cells. Scores need each row's logits.
+    /// `true` if it may start from cached cells.
     pub fn reuses_cells(&self) -> bool {
-        self.request.cache_prompt && !self.request.scores_prompt()
+        self.request.cache_prompt && !self.request.reads_prompt()
     }
 
     /// `true` if the model has nothing to compute for it.
     pub fn is_trivial(&self) -> bool {
-        self.request.max_tokens == 0 && !self.request.scores_prompt()
+        let Request { max_tokens, embed, .. } = &self.request;
+        *max_tokens == 0 && embed.is_none() && !self.request.scores_prompt()
     }
 
     /// Ends it if it [is trivial](Self::is_trivial).
@@ -86,6 +88,7 @@ impl Job {
             usage: Usage { prompt_tokens: self.prompt.len(), ..Usage::default() },
             timings: Timings { queue_s, ..Timings::default() },
             speculation: SpeculationUsage::default(),
+            embedding: None,
             trace: None,
         }));
     }
@@ -148,6 +151,8 @@ pub struct Sequence {
     suffixes: Option<Suffixes>,
     /// Of the prompt's tokens from the second one on, if they are scored and not yet sent.
     prompt_logprobs: Vec<Logprobs>,
+    /// The prompt's embedding, if it is asked for.
+    pool: Option<Pool>,
     /// Sent with the next piece: reports, and where their tokens' text begins, in bytes of the
     /// answer.
     reports: Vec<(usize, TokenReport)>,
@@ -186,6 +191,7 @@ impl Sequence {
             hidden: Vec::new(),
             suffixes: None,
             prompt_logprobs: Vec::new(),
+            pool: job.request.embed.map(|pooling| Pool::new(pooling, job.prompt.len())),
             reports: Vec::new(),
             n_bytes: 0,
             n_shown: 0,
@@ -264,6 +270,24 @@ impl Sequence {
             self.finish(FinishReason::Deadline);
         }
         is_over
+    }
+
+    /// `true` if the row at `position` has a result beside the answer's: a token of the prompt to
+    /// score, or a state of its embedding.
+    pub fn reads(&self, position: usize) -> bool {
+        self.scored_after(position).is_some() || self.embeds(position)
+    }
+
+    /// `true` if the hidden state of the row at `position` is part of the prompt's embedding.
+    pub fn embeds(&self, position: usize) -> bool {
+        self.pool.as_ref().is_some_and(|pool| pool.reads(position))
+    }
+
+    /// Takes a hidden state of the prompt's embedding.
+    pub fn push_hidden(&mut self, hidden: &[f32]) {
+        if let Some(pool) = &mut self.pool {
+            pool.push(hidden);
+        }
     }
 
     /// The token after `position` if it is the prompt's and its log probability is asked for.
@@ -406,6 +430,8 @@ impl Sequence {
     }
 
     fn complete(&mut self, tail: String, finish_reason: FinishReason) {
+        let is_whole = finish_reason != FinishReason::Deadline;
+        let embedding = self.pool.take().filter(|_| is_whole).map(Pool::finish);
         self.completion = Some(Completion {
             tail: self.piece(tail),
             finish_reason,
@@ -416,6 +442,7 @@ impl Sequence {
             },
             timings: self.timings(),
             speculation: self.drafts,
+            embedding,
             trace: self.trace.take(),
         });
     }

@@ -20,7 +20,7 @@ use super::stats::Stats;
 use super::{Engine, Forward, Job, Layout, Limits};
 use crate::gpu::Device;
 use crate::gpu::weights::Precision;
-use crate::llama::{Context, ContextParams, LlamaError, Model, max_sequences};
+use crate::llama::{Context, ContextParams, LlamaError, Model, Pooling, max_sequences};
 use crate::speculate::calibration::Calibration;
 use crate::speculate::cost::{self, Cost};
 use crate::speculate::device::DeviceHeads;
@@ -41,6 +41,8 @@ pub struct EngineParams {
     pub limits: Limits,
     /// What to draft with; `None`: nothing is drafted.
     pub drafts: Option<DraftParams>,
+    /// How prompts are embedded; `None`: as the GGUF says, if it does.
+    pub pooling: Option<Pooling>,
     /// Answers come with hidden states and logits for each token.
     pub traces: bool,
     /// Requests that may run or wait.
@@ -60,6 +62,7 @@ impl EngineParams {
             n_threads,
             limits: Limits { n_slots, n_ctx, n_batch: 512, n_prefill: None, layout },
             drafts: None,
+            pooling: None,
             traces: false,
             n_queue: n_slots + 1,
             max_wait: Duration::ZERO,
@@ -210,8 +213,10 @@ fn serve<F: Forward>(
         !stop.load(Ordering::Relaxed)
     };
     let model = Arc::new(Model::load(&params.model_path, params.n_gpu_layers, progress)?);
-    let context = Context::new(Arc::clone(&model), &context_params(params))?;
+    let pooling = params.pooling.or_else(|| Pooling::of(&model));
+    let context = Context::new(Arc::clone(&model), &context_params(params, pooling))?;
     let limits = params.limits;
+    let is_unified = context.is_unified();
     let stats = Arc::new(Stats::default());
     let (jobs, receiver) = sync_channel(params.n_queue);
     let mut forward = LlamaForward::new(context);
@@ -236,6 +241,7 @@ fn serve<F: Forward>(
         n_heads,
         drafts_text,
         drafting_on,
+        pooling: pooling.filter(|_| is_unified),
         n_queue,
         stats,
         jobs,
@@ -345,7 +351,7 @@ fn n_ids(params: &EngineParams) -> usize {
     (n_seqs + params.limits.n_slots * (n_leaves - 1)).min(max_sequences())
 }
 
-fn context_params(params: &EngineParams) -> ContextParams {
+fn context_params(params: &EngineParams, pooling: Option<Pooling>) -> ContextParams {
     let Limits { n_slots, n_batch, layout, .. } = params.limits;
     let (unified, n_cells, n_seq_max) = match layout {
         Layout::Unified { n_cells, .. } => (true, n_cells, n_ids(params)),
@@ -360,8 +366,10 @@ fn context_params(params: &EngineParams) -> ContextParams {
         n_seq_max,
         n_threads: params.n_threads,
         unified,
-        tap_hidden: (params.drafts.as_ref().is_some_and(|d| d.heads.is_some()) || params.traces)
-            && unified,
+        tap_hidden: unified
+            && (params.traces
+                || pooling.is_some()
+                || params.drafts.as_ref().is_some_and(|d| d.heads.is_some())),
         embeddings: false,
     }
 }

@@ -28,8 +28,8 @@ pub struct Turn {
     pub leaves: Vec<SeqId>,
     /// Its rows in the batch.
     pub rows: RowRange,
-    /// Rows of its share whose logits score a token of the prompt.
-    pub n_scored: usize,
+    /// Rows of its share before the prompt's last one that [have results](super::Sequence::reads).
+    pub n_read: usize,
     /// Its rows among those with outputs.
     pub outputs: RowRange,
     pub walk: Walk,

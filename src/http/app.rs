@@ -81,6 +81,11 @@ impl App {
         }
     }
 
+    /// The source of the chat template for `model`; empty without one.
+    pub fn template_source(&self, model: &Model) -> String {
+        self.template_source.clone().or_else(|| model.chat_template()).unwrap_or_default()
+    }
+
     /// The chat template for `model`, or why there is none.
     pub fn template(&self, model: &Model) -> &Result<Template, String> {
         self.template.get_or_init(|| match &self.template_source {

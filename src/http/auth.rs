@@ -63,7 +63,7 @@ impl Auth {
             (Access::Metrics, MetricsAccess::Off) => return Err(Problem::MetricsOff),
             (Access::Key, _) | (Access::Metrics, MetricsAccess::Key) => {}
         }
-        let given = bearer(headers).map(Key::of);
+        let given = sent(headers).map(Key::of);
         let keys = given.as_ref().zip(self.metrics_key.as_ref());
         let is_for_metrics = keys.is_some_and(|(given, key)| key.0.ct_eq(&given.0).into());
         match (access, is_for_metrics) {
@@ -86,6 +86,11 @@ impl Auth {
     }
 }
 
+/// A key as OpenAI's clients send it, or as Anthropic's do.
+fn sent(headers: &HeaderMap) -> Option<&str> {
+    bearer(headers).or_else(|| Some(headers.get("x-api-key")?.to_str().ok()?.trim()))
+}
+
 fn bearer(headers: &HeaderMap) -> Option<&str> {
     let (scheme, key) = headers.get(AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
     scheme.eq_ignore_ascii_case("bearer").then(|| key.trim())
@@ -93,13 +98,19 @@ fn bearer(headers: &HeaderMap) -> Option<&str> {
 
 #[cfg(test)]
 mod tests {
+    use hyper::header::HeaderName;
+
     use super::*;
     use crate::http::routes;
 
     /// The tenant, or the status of a refusal.
     fn ask(auth: &Auth, path: &str, authorization: &str) -> Result<u32, u16> {
+        ask_with(auth, path, AUTHORIZATION, authorization)
+    }
+
+    fn ask_with(auth: &Auth, path: &str, name: HeaderName, value: &str) -> Result<u32, u16> {
         let access = routes::find(path).map_or(Access::Key, |route| route.access);
-        let headers = HeaderMap::from_iter([(AUTHORIZATION, authorization.parse().unwrap())]);
+        let headers = HeaderMap::from_iter([(name, value.parse().unwrap())]);
         auth.admit(access, &headers).map_err(|problem| problem.status_and_kind(false).0.as_u16())
     }
 
@@ -112,6 +123,9 @@ mod tests {
         let auth = keys(&["first", "second"]);
         assert_eq!(ask(&auth, "/generate", "Bearer first"), Ok(0));
         assert_eq!(ask(&auth, "/v1/models", "bearer second"), Ok(1));
+        let name = || HeaderName::from_static("x-api-key");
+        assert_eq!(ask_with(&auth, "/generate", name(), "second"), Ok(1));
+        assert_eq!(ask_with(&auth, "/generate", name(), "third"), Err(401));
         for wrong in [
             "",
             "first",

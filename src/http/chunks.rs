@@ -6,14 +6,15 @@ use bytes::BytesMut;
 use hyper::StatusCode;
 
 use super::api::answers::{
-    AnswerMessage, ChatLogprobs, ChoiceLogprobs, Delta, Detokenize, Offsets, OpenAiAnswer,
+    AnswerMessage, BUILD, ChatLogprobs, ChoiceLogprobs, Delta, Detokenize, Offsets, OpenAiAnswer,
     OpenAiChoice, OpenAiUsage, PromptTokensDetails, TextLogprobs, details, finish,
 };
 use super::api::openai::Choices;
+use super::api::timings::{AnswerTimings, Ended};
 use super::problem::Problem;
 use super::reply::{self, Dialect, Reply, event};
 use crate::engine::Failed;
-use crate::request::{self, Completion, Event, Piece, Progress, Report};
+use crate::request::{self, Completion, Event, Piece, Progress, Report, Usage};
 
 /// A path of the dialect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +23,16 @@ pub enum Endpoint {
     Text,
     /// `/v1/chat/completions`.
     Chat,
+}
+
+impl Endpoint {
+    /// What its body has the prompt in.
+    pub fn prompt_field(self) -> &'static str {
+        match self {
+            Self::Text => "prompt",
+            Self::Chat => "messages",
+        }
+    }
 }
 
 /// Where the tokens of a request's answer begin.
@@ -45,8 +56,8 @@ pub struct Chunks {
     has_begun: Vec<bool>,
     /// By choice: where its next token begins.
     offsets: Vec<Offsets>,
-    /// Of the choices that ended, with their numbers.
-    usages: Vec<(usize, request::Usage)>,
+    /// The choices that ended.
+    ended: Vec<Ended>,
 }
 
 impl Chunks {
@@ -70,7 +81,7 @@ impl Chunks {
             include_usage: choices.include_usage,
             has_begun: vec![false; n_choices],
             offsets: choices.requests.iter().map(offsets).collect(),
-            usages: Vec::new(),
+            ended: Vec::new(),
         }
     }
 
@@ -86,8 +97,19 @@ impl Chunks {
             (Endpoint::Chat, true) => "chat.completion.chunk",
         };
         let (id, model) = (&self.id, &self.model);
-        let (created, prompt_progress) = (self.created, None);
-        OpenAiAnswer { id, object, created, model, choices, usage, prompt_progress }
+        let (created, system_fingerprint) = (self.created, BUILD);
+        let (prompt_progress, timings) = (None, None);
+        OpenAiAnswer {
+            id,
+            object,
+            created,
+            model,
+            system_fingerprint,
+            choices,
+            usage,
+            prompt_progress,
+            timings,
+        }
     }
 
     /// A choice, or a part of one, without its text.
@@ -120,15 +142,23 @@ impl Chunks {
     }
 
     /// A prompt counts once for all choices that have it.
-    fn usage(&self, by_choice: &[(usize, request::Usage)]) -> OpenAiUsage {
-        let prompts = || by_choice.iter().filter(|(index, _)| index % self.n == 0);
-        let prompt_tokens: usize = prompts().map(|(_, usage)| usage.prompt_tokens).sum();
-        let cached_tokens = prompts().map(|(_, usage)| usage.cached_tokens).sum();
-        let completion_tokens: usize =
-            by_choice.iter().map(|(_, usage)| usage.completion_tokens).sum();
+    fn usage(&self, ended: &[Ended]) -> OpenAiUsage {
+        let of_prompts = |count: fn(&Usage) -> usize| -> usize {
+            let firsts = ended.iter().filter(|ended| ended.index % self.n == 0);
+            firsts.map(|ended| count(&ended.usage)).sum()
+        };
+        let prompt_tokens = of_prompts(|usage| usage.prompt_tokens);
+        let cached_tokens = of_prompts(|usage| usage.cached_tokens);
+        let completion_tokens = ended.iter().map(|ended| ended.usage.completion_tokens).sum();
         let total_tokens = prompt_tokens + completion_tokens;
         let prompt_tokens_details = PromptTokensDetails { cached_tokens };
         OpenAiUsage { prompt_tokens, completion_tokens, total_tokens, prompt_tokens_details }
+    }
+
+    /// What all choices took, once all have ended.
+    fn timings(&self) -> Option<AnswerTimings> {
+        let is_whole = self.ended.len() == self.offsets.len();
+        is_whole.then(|| AnswerTimings::new(&self.ended, self.usage(&self.ended)))
     }
 
     /// Writes a part of a choice: of a chat `delta`, else the piece's text.
@@ -147,7 +177,8 @@ impl Chunks {
             Endpoint::Chat => choice.delta = Some(delta),
         }
         let usage = self.include_usage.then_some(None);
-        event(&self.object(true, vec![choice], usage), out);
+        let timings = self.timings().filter(|_| !self.include_usage);
+        event(&OpenAiAnswer { timings, ..self.object(true, vec![choice], usage) }, out);
         self.offsets[index] = offsets;
     }
 
@@ -183,9 +214,12 @@ impl Dialect for Chunks {
             }
             choice
         });
-        let usages: Vec<_> = done.iter().map(|(_, done)| done.usage).enumerate().collect();
-        let usage = Some(Some(self.usage(&usages)));
-        reply::json(StatusCode::OK, &self.object(false, choices.collect(), usage))
+        let ended = done.iter().enumerate().map(|(index, (_, done))| Ended::new(index, done));
+        let ended: Vec<_> = ended.collect();
+        let usage = self.usage(&ended);
+        let timings = Some(AnswerTimings::new(&ended, usage));
+        let answer = self.object(false, choices.collect(), Some(Some(usage)));
+        reply::json(StatusCode::OK, &OpenAiAnswer { timings, ..answer })
     }
 
     fn write(&mut self, index: usize, what: &Event, out: &mut BytesMut) {
@@ -202,8 +236,8 @@ impl Dialect for Chunks {
                 if !done.tail.text.is_empty() || !done.tail.tokens.is_empty() {
                     self.piece(index, &done.tail, out);
                 }
+                self.ended.push(Ended::new(index, done));
                 self.chunk(index, Delta::default(), None, Some(done), out);
-                self.usages.push((index, done.usage));
             }
             Event::Failed { id } => {
                 event(&Problem::from(Failed { id: id.clone() }).body(true), out)
@@ -213,8 +247,9 @@ impl Dialect for Chunks {
 
     fn end(&mut self, out: &mut BytesMut) {
         if self.include_usage {
-            let usage = self.usage(&self.usages);
-            event(&self.object(true, vec![], Some(Some(usage))), out);
+            let usage = self.usage(&self.ended);
+            let chunk = self.object(true, vec![], Some(Some(usage)));
+            event(&OpenAiAnswer { timings: self.timings(), ..chunk }, out);
         }
         out.extend_from_slice(b"data: [DONE]\n\n");
     }
@@ -234,6 +269,7 @@ mod tests {
             usage: Usage { prompt_tokens: 5, cached_tokens: 0, completion_tokens },
             timings: Timings::default(),
             speculation: SpeculationUsage::default(),
+            embedding: None,
             trace: None,
         }
     }

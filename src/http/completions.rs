@@ -101,7 +101,8 @@ async fn answer_openai(
         return Err(Invalid::new("n", message).into());
     }
     let dialect = Chunks::new(endpoint, cx.app.model_id.clone(), &choices, detokenize(handle));
-    answer(cx, handle, choices.requests, choices.stream, dialect).await
+    let answered = answer(cx, handle, choices.requests, choices.stream, dialect).await;
+    answered.map_err(|problem| problem.with_prompt_as(endpoint.prompt_field()))
 }
 
 /// Submits the requests, and writes their answers as one, whole or as it comes.

@@ -5,8 +5,8 @@ use hyper::header::{ACCEPT, HeaderValue, VARY};
 use hyper::{Request, StatusCode};
 
 use super::api::answers::{
-    EngineLoad, ErrorBody, GenerationSettings, Information, KvInformation, Modalities, ModelEntry,
-    ModelInformation, Models, Props,
+    BUILD, EngineLoad, ErrorBody, GenerationSettings, Information, KvInformation, Modalities,
+    ModelEntry, ModelInformation, Models, Props,
 };
 use super::app::{App, RequestContext};
 use super::page;
@@ -108,11 +108,11 @@ pub async fn props(cx: RequestContext, _: Request<Incoming>) -> Result<Reply, Pr
         total_slots: limits.n_slots,
         model_alias: &cx.app.model_id,
         model_path: model.path().display().to_string(),
-        chat_template: model.chat_template().unwrap_or_default(),
+        chat_template: cx.app.template_source(model),
         bos_token: model.bos_text(),
         eos_token: model.eos_text(),
         modalities: Modalities::default(),
-        build_info: concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION")),
+        build_info: BUILD,
     };
     Ok(reply::json(StatusCode::OK, &props))
 }

@@ -16,6 +16,7 @@ pub mod chunks;
 mod completions;
 pub(crate) mod cors;
 mod docs;
+mod embeddings;
 mod health;
 pub(crate) mod host;
 mod information;

@@ -13,10 +13,12 @@ use super::api::answers::{
     ErrorBody, GenerateAnswer, Health, Information, ModelEntry, Models, OpenAiAnswer, Props,
     StreamEvent,
 };
+use super::api::embeddings::{EmbeddingAnswer, EmbeddingRequest};
 use super::api::generate::GenerateRequest;
 use super::api::openai::{ChatRequest, CompletionRequest, TemplateRequest};
 use super::api::vocabulary::{
     DetokenizeAnswer, DetokenizeRequest, TemplateAnswer, TokenizeAnswer, TokenizeRequest,
+    TokenizerInformation,
 };
 use super::auth::Access;
 use super::routes::ROUTES;
@@ -35,6 +37,7 @@ pub fn json(readers: &Readers) -> Bytes {
         ("CompletionRequest", &readers.completion.schema),
         ("ChatRequest", &readers.chat.schema),
         ("TemplateRequest", &readers.template.schema),
+        ("EmbeddingRequest", &readers.embedding.schema),
         ("TokenizeRequest", &readers.tokenize.schema),
         ("DetokenizeRequest", &readers.detokenize.schema),
     ] {
@@ -57,6 +60,8 @@ pub fn json(readers: &Readers) -> Bytes {
         CompletionRequest,
         DetokenizeAnswer,
         DetokenizeRequest,
+        EmbeddingAnswer,
+        EmbeddingRequest,
         ErrorBody,
         GenerateAnswer,
         GenerateRequest,
@@ -71,6 +76,7 @@ pub fn json(readers: &Readers) -> Bytes {
         TemplateRequest,
         TokenizeAnswer,
         TokenizeRequest,
+        TokenizerInformation,
     ))
 )]
 struct Document;

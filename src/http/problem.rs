@@ -45,6 +45,10 @@ pub enum Problem {
     BrokenBody(Box<dyn Error + Send + Sync>),
     #[error("the body took too long to arrive")]
     BodyTimeout,
+    #[error(
+        "this server gives no embeddings: its model's GGUF does not say how they are pooled; start it with --pooling mean, cls or last"
+    )]
+    NoEmbeddings,
     #[error(transparent)]
     Refused(#[from] SubmitError),
     #[error(
@@ -80,10 +84,11 @@ impl Problem {
             Self::NotJson(_) => (400, "invalid_json"),
             Self::BodyTooLarge(_) => (413, "body_too_large"),
             Self::BrokenBody(_) => (400, "broken_body"),
+            Self::NoEmbeddings => (400, "not_supported"),
             Self::BodyTimeout => (408, "timeout"),
             Self::Refused(SubmitError::Invalid(Invalid { kind, .. })) if is_openai => match kind {
                 InvalidKind::Field => (400, "invalid_request"),
-                InvalidKind::ContextLength => (400, "context_length_exceeded"),
+                InvalidKind::ContextLength { .. } => (400, "context_length_exceeded"),
             },
             Self::Refused(SubmitError::Invalid(_)) => (422, "invalid_request"),
             Self::Refused(SubmitError::QueueFull { .. }) => (429, "queue_full"),
@@ -94,6 +99,16 @@ impl Problem {
             Self::Failed(_) => (500, "internal_error"),
         };
         (StatusCode::from_u16(status).expect("a status"), kind)
+    }
+
+    /// Blames the field that the body has the prompt in.
+    pub fn with_prompt_as(mut self, field: &str) -> Self {
+        if let Self::Refused(SubmitError::Invalid(Invalid { param: Some(param), .. })) = &mut self
+            && param == "prompt"
+        {
+            field.clone_into(param);
+        }
+        self
     }
 
     pub fn header(&self) -> Option<(HeaderName, &'static str)> {
@@ -112,9 +127,14 @@ impl Problem {
 
     pub fn body(&self, is_openai: bool) -> ErrorBody<'_> {
         let (status, kind) = self.status_and_kind(is_openai);
-        let param = match self {
-            Self::Refused(SubmitError::Invalid(error)) => error.param.as_deref(),
+        let invalid = match self {
+            Self::Refused(SubmitError::Invalid(error)) => Some(error),
             _ => None,
+        };
+        let param = invalid.and_then(|error| error.param.as_deref());
+        let (n_prompt_tokens, n_ctx) = match invalid.map(|error| error.kind) {
+            Some(InvalidKind::ContextLength { n_prompt, n_ctx }) => (Some(n_prompt), Some(n_ctx)),
+            _ => (None, None),
         };
         let family = match status {
             StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
@@ -125,6 +145,8 @@ impl Problem {
             true => (family, Some(param), Some(kind)),
             false => (kind, param.map(Some), None),
         };
-        ErrorBody { error: ErrorDetails { r#type, message: self.to_string(), param, code } }
+        let message = self.to_string();
+        let error = ErrorDetails { r#type, message, param, code, n_prompt_tokens, n_ctx };
+        ErrorBody { error }
     }
 }

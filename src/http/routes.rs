@@ -18,12 +18,13 @@ use super::app::{App, RequestContext};
 use super::auth::Access;
 use super::completions::{self, chat, complete, generate};
 use super::docs::{self, docs, docs_file, document};
+use super::embeddings::{self, embed};
 use super::health::{self, health, metrics, ready, v1_health};
 use super::information::{self, information, model, models, props};
 use super::page::{self, page_file};
 use super::problem::Problem;
 use super::reply::{self, Reply};
-use super::vocabulary::{self, apply_template, detokenize, tokenize};
+use super::vocabulary::{self, apply_template, detokenize, tokenize, tokenizer_info};
 use crate::telemetry::ChoiceRecords;
 
 pub static ROUTES: LazyLock<Vec<Route>> = LazyLock::new(|| {
@@ -38,8 +39,10 @@ pub static ROUTES: LazyLock<Vec<Route>> = LazyLock::new(|| {
         route(information::__path_model, Access::Key, model),
         route(completions::__path_complete, Access::Key, complete),
         route(completions::__path_chat, Access::Key, chat),
+        route(embeddings::__path_embed, Access::Key, embed),
         route(vocabulary::__path_tokenize, Access::Key, tokenize),
         route(vocabulary::__path_detokenize, Access::Key, detokenize),
+        route(vocabulary::__path_tokenizer_info, Access::Key, tokenizer_info),
         route(vocabulary::__path_apply_template, Access::Key, apply_template),
         route(information::__path_props, Access::Key, props),
         route(docs::__path_document, Access::Open, document),
@@ -105,7 +108,13 @@ pub fn decoded(path: &str) -> Cow<'_, str> {
     percent_decode_str(path).decode_utf8_lossy()
 }
 
+/// Paths of OpenAI's dialect without `/v1`, as llama-server has them, too.
+const ALIASES: [(&str, &str); 2] =
+    [("/chat/completions", "/v1/chat/completions"), ("/models", "/v1/models")];
+
 pub fn find(path: &str) -> Option<&'static Route> {
+    let alias = ALIASES.iter().find(|(alias, _)| *alias == path);
+    let path = alias.map_or(path, |(_, path)| path);
     ROUTES.iter().find(|route| route.tail(path).is_some())
 }
 
@@ -124,7 +133,7 @@ pub async fn dispatch(
     id: &Arc<str>,
     record: &Arc<ChoiceRecords>,
 ) -> Reply {
-    let is_openai = path.starts_with("/v1"); // its clients expect OpenAI's errors
+    let is_openai = route.map_or(path, |route| &route.path).starts_with("/v1"); // its clients expect OpenAI's errors
     let handled = async {
         app.hosts.check(&request)?;
         if let Some(preflight) = app.cors.preflight(&request) {
@@ -140,7 +149,7 @@ pub async fn dispatch(
             None => Access::Key, // a later version may have the path
         };
         let tenant = app.auth.admit(access, request.headers())?;
-        let Some((route, tail)) = route.and_then(|route| Some((route, route.tail(path)?))) else {
+        let Some(route) = route else {
             let known: Vec<&str> = ROUTES.iter().map(|route| route.path.as_str()).collect();
             return Err(Problem::UnknownPath { path: path.to_owned(), known: known.join(", ") });
         };
@@ -151,7 +160,8 @@ pub async fn dispatch(
             return Err(Problem::MethodNotAllowed { path: &route.path, allow: route.allow });
         }
         let (app, id, record) = (Arc::clone(app), Arc::clone(id), Arc::clone(record));
-        let cx = RequestContext { app, id, tenant, tail: tail.to_owned(), record };
+        let tail = route.tail(path).unwrap_or_default().to_owned(); // none of an alias
+        let cx = RequestContext { app, id, tenant, tail, record };
         (route.handler)(cx, request).await
     };
     let reply = handled.await.unwrap_or_else(|problem| {
@@ -187,5 +197,7 @@ mod tests {
             assert_eq!(route(path), None, "{path}");
         }
         assert_eq!(route("/v1%2Fmodels/a%2Fb"), Some("/v1/models/{id}"));
+        assert_eq!(route("/chat/completions"), Some("/v1/chat/completions"));
+        assert_eq!((route("/models"), route("/models/a")), (Some("/v1/models"), None));
     }
 }

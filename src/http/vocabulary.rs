@@ -1,5 +1,5 @@
-//! Prompts without answers, as llama-server has them: `/tokenize`, `/detokenize` and
-//! `/apply-template`.
+//! Prompts without answers, as llama-server and vLLM have them: `/tokenize`, `/detokenize`,
+//! `/tokenizer_info` and `/apply-template`.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use hyper::{Request, StatusCode};
 use super::api::openai::TemplateRequest;
 use super::api::vocabulary::{
     DetokenizeAnswer, DetokenizeRequest, TemplateAnswer, TokenOrPiece, TokenizeAnswer,
-    TokenizeRequest,
+    TokenizeRequest, TokenizerInformation,
 };
 use super::app::RequestContext;
 use super::completions::read;
@@ -18,28 +18,31 @@ use super::reply::{self, Reply};
 use crate::error::Invalid;
 use crate::llama::Token;
 
-/// Tokens of a text, as llama-server has it
+/// Tokens of a text, as llama-server and vLLM have it
 #[utoipa::path(post, path = "/tokenize", tag = "tokens", request_body = TokenizeRequest, responses(
     (status = 200, description = "The tokens", body = TokenizeAnswer),
 ))]
 pub async fn tokenize(cx: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
     let handle = cx.app.engine()?;
     let model = Arc::clone(&handle.model);
-    let tokens = read(&cx.app, &handle, request, move |app, body| {
-        let TokenizeRequest { content, add_special, parse_special, with_pieces } =
-            app.readers.tokenize.read(body)?;
-        let tokens = model.tokenize_part(&content, add_special, parse_special);
+    let tokens: Vec<TokenOrPiece> = read(&cx.app, &handle, request, move |app, body| {
+        let mut body = app.readers.tokenize.read(body)?;
+        let (text, add_special) = body.text()?;
+        let TokenizeRequest { parse_special, with_pieces, .. } = body;
+        let tokens = model.tokenize_part(&text, add_special, parse_special);
         let tokens = tokens.map_err(|e| Invalid::new("content", e.to_string()))?;
         let shown = |token: Token| match with_pieces {
             true => TokenOrPiece::Piece { id: token.0, piece: model.bytes(token, true).into() },
             false => TokenOrPiece::Id(token.0),
         };
         Ok(tokens.into_iter().map(shown).collect())
-    });
-    Ok(reply::json(StatusCode::OK, &TokenizeAnswer { tokens: tokens.await? }))
+    })
+    .await?;
+    let (count, max_model_len) = (tokens.len(), handle.limits.n_ctx);
+    Ok(reply::json(StatusCode::OK, &TokenizeAnswer { tokens, count, max_model_len }))
 }
 
-/// Text of tokens, as llama-server has it
+/// Text of tokens, as llama-server and vLLM have it
 #[utoipa::path(post, path = "/detokenize", tag = "tokens", request_body = DetokenizeRequest, responses(
     (status = 200, description = "The text", body = DetokenizeAnswer),
 ))]
@@ -55,8 +58,28 @@ pub async fn detokenize(cx: RequestContext, request: Request<Incoming>) -> Resul
             return Err(Invalid::new("tokens", message).into());
         }
         Ok(model.detokenize(&tokens))
-    });
-    Ok(reply::json(StatusCode::OK, &DetokenizeAnswer { content: content.await? }))
+    })
+    .await?;
+    let answer = DetokenizeAnswer { prompt: content.clone(), content };
+    Ok(reply::json(StatusCode::OK, &answer))
+}
+
+/// The tokenizer, as vLLM has it
+#[utoipa::path(get, path = "/tokenizer_info", tag = "tokens", responses(
+    (status = 200, description = "Its special tokens and the chat template", body = TokenizerInformation),
+))]
+pub async fn tokenizer_info(cx: RequestContext, _: Request<Incoming>) -> Result<Reply, Problem> {
+    let handle = cx.app.engine()?;
+    let model = &handle.model;
+    let answer = TokenizerInformation {
+        tokenizer_class: model.meta("tokenizer.ggml.model").unwrap_or_default(),
+        bos_token: model.bos_text(),
+        eos_token: model.eos_text(),
+        pad_token: model.pad_text(),
+        chat_template: cx.app.template_source(model),
+        model_max_length: handle.limits.n_ctx,
+    };
+    Ok(reply::json(StatusCode::OK, &answer))
 }
 
 /// Prompt of a conversation, as llama-server has it

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, Optional
 
 import openai
-from langchain_openai import ChatOpenAI
+from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from pydantic import BaseModel, Field
 
 BASE = sys.argv.pop(1)
@@ -194,6 +194,22 @@ class Structured(unittest.TestCase):
         self.assertEqual(caught.exception.param, "response_format")
 
 
+class Embeddings(unittest.TestCase):
+    def test_both_encodings_are_the_same_vectors(self):
+        texts = ["The old lighthouse", "A tower by the sea"]
+        by_default = CLIENT.embeddings.create(model="any", input=texts)  # the client asks for base64
+        as_numbers = CLIENT.embeddings.create(model="any", input=texts, encoding_format="float")
+        self.assertEqual([entry.index for entry in by_default.data], [0, 1])
+        self.assertGreater(by_default.usage.prompt_tokens, 6)
+        for a, b in zip(by_default.data, as_numbers.data, strict=True):
+            self.assertLess(max(abs(x - y) for x, y in zip(a.embedding, b.embedding, strict=True)), 1e-4)
+
+    def test_langchain_embeds_queries_and_documents(self):
+        embeddings = OpenAIEmbeddings(model="any", base_url=f"{BASE}/v1", api_key="none", check_embedding_ctx_length=False)
+        [one] = embeddings.embed_documents(["The old lighthouse"])
+        self.assertEqual(len(one), len(embeddings.embed_query("A tower by the sea")))
+
+
 class Errors(unittest.TestCase):
     def test_a_bad_field_is_named(self):
         with self.assertRaises(openai.BadRequestError) as caught:
@@ -213,7 +229,7 @@ class Errors(unittest.TestCase):
 
     def test_a_path_that_is_not_there_is_not_found(self):
         with self.assertRaises(openai.NotFoundError):
-            CLIENT.embeddings.create(model="any", input="x")
+            CLIENT.moderations.create(input="x")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,16 @@ use std::sync::Arc;
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use super::timings::AnswerTimings;
 use crate::engine::text::Decoder;
 use crate::llama::Token;
 use crate::request::{
     Completion, FinishReason, Logprobs, Piece, Progress, SamplingParams, Source, SpeculationUsage,
     Timings, TokenReport, Usage,
 };
+
+/// This server and its version.
+pub const BUILD: &str = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"));
 
 /// A token's bytes in a text. Those of a control token are its name's if `true` is given, else none.
 pub type Detokenize = Arc<dyn Fn(Token, bool) -> Vec<u8> + Send + Sync>;
@@ -359,6 +363,8 @@ pub struct OpenAiAnswer<'a> {
     pub created: u64,
     /// The served model.
     pub model: &'a str,
+    /// The server's build.
+    pub system_fingerprint: &'static str,
     /// `n` for each prompt, in the prompts' order.
     pub choices: Vec<OpenAiChoice<'a>>,
     /// Counts of tokens. In a stream with `include_usage`: of the last chunk, else null.
@@ -368,6 +374,9 @@ pub struct OpenAiAnswer<'a> {
     /// In a stream with `return_progress`, before the first text.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prompt_progress: Option<Progress>,
+    /// What it took; in a stream in the last chunk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub timings: Option<AnswerTimings>,
 }
 
 /// One of the texts or messages.
@@ -437,7 +446,7 @@ pub struct Delta<'a> {
 }
 
 /// Counts of tokens.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Clone, Copy, Debug, Serialize, ToSchema)]
 pub struct OpenAiUsage {
     /// Of the prompts, each once.
     pub prompt_tokens: usize,
@@ -450,7 +459,7 @@ pub struct OpenAiUsage {
 }
 
 /// Of the prompts' tokens.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Clone, Copy, Debug, Serialize, ToSchema)]
 pub struct PromptTokensDetails {
     /// Found in the cache.
     pub cached_tokens: usize,
@@ -695,6 +704,12 @@ pub struct ErrorDetails<'a> {
     /// In OpenAI's dialect, for programs: `invalid_request`, `queue_full`, ...
     #[serde(skip_serializing_if = "Option::is_none")]
     pub code: Option<&'static str>,
+    /// Where the prompt is longer than the context: its tokens, or as many as it has at least.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub n_prompt_tokens: Option<usize>,
+    /// Beside them the context's size.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub n_ctx: Option<usize>,
 }
 
 #[cfg(test)]

@@ -134,6 +134,7 @@ macro_rules! request_body {
                     prompt,
                     max_tokens,
                     echo: false,
+                    embed: None,
                     progress: false,
                     sampling: SamplingParams {
                         temperature: self.temperature,
@@ -227,10 +228,10 @@ pub const MAX_CHOICES: usize = 16;
 #[serde(try_from = "TextOrTokens")]
 pub struct OnePrompt(pub Prompt);
 
-/// Up to [`MAX_CHOICES`] prompts.
+/// Up to `MAX` prompts.
 #[derive(Debug, Default, Deserialize)]
 #[serde(try_from = "AnyPrompts")]
-pub struct Prompts(pub Vec<Prompt>);
+pub struct Prompts<const MAX: usize = MAX_CHOICES>(pub Vec<Prompt>);
 
 #[derive(Deserialize)]
 #[serde(untagged, expecting = "it must be a string or a list of token ids")]
@@ -266,7 +267,7 @@ impl TryFrom<TextOrTokens> for OnePrompt {
     }
 }
 
-impl TryFrom<AnyPrompts> for Prompts {
+impl<const MAX: usize> TryFrom<AnyPrompts> for Prompts<MAX> {
     type Error = String;
 
     fn try_from(prompts: AnyPrompts) -> Result<Self, String> {
@@ -275,8 +276,8 @@ impl TryFrom<AnyPrompts> for Prompts {
             AnyPrompts::Texts(list) => list.into_iter().map(TextOrTokens::Text).collect(),
             AnyPrompts::Lists(list) => list.into_iter().map(TextOrTokens::Tokens).collect(),
         };
-        if !(1..=MAX_CHOICES).contains(&list.len()) {
-            return Err(format!("it must be a prompt, or a list of 1 to {MAX_CHOICES}"));
+        if !(1..=MAX).contains(&list.len()) {
+            return Err(format!("it must be a prompt, or a list of 1 to {MAX}"));
         }
         let prompt = |prompt| OnePrompt::try_from(prompt).map(|one| one.0);
         Ok(Self(list.into_iter().map(prompt).collect::<Result<_, _>>()?))
@@ -305,14 +306,15 @@ impl PartialSchema for OnePrompt {
     }
 }
 
-impl PartialSchema for Prompts {
+impl<const MAX: usize> PartialSchema for Prompts<MAX> {
     fn schema() -> RefOr<Schema> {
-        let list = |of: &Value| json!({ "type": "array", "items": of, "minItems": 1, "maxItems": MAX_CHOICES });
+        let list =
+            |of: &Value| json!({ "type": "array", "items": of, "minItems": 1, "maxItems": MAX });
         let [text, ids] = one_prompt();
         let lists = [list(&text), list(&ids)];
         let shapes = [[text, ids], lists].concat();
         schema_of(json!({
-            "description": format!("A text to continue, a list of token ids, or a list of up to {MAX_CHOICES} texts or such lists"),
+            "description": format!("A text, a list of token ids, or a list of up to {MAX} texts or such lists"),
             "oneOf": shapes,
             "examples": ["The old lighthouse"],
         }))
@@ -378,6 +380,9 @@ pub enum ResponseFormat {
     JsonObject {
         /// Checked and ignored.
         json_schema: Option<NamedSchema>,
+        /// What the object must follow, as llama.cpp has it; then it need not be an object.
+        #[schema(value_type = Option<Object>)]
+        schema: Option<Map<String, Value>>,
     },
     /// JSON that follows a schema.
     JsonSchema {
@@ -407,6 +412,7 @@ pub fn grammar(
 ) -> Result<Option<GrammarSource>, Invalid> {
     let schema = match format {
         None | Some(ResponseFormat::Text { .. }) => None,
+        Some(ResponseFormat::JsonObject { schema: Some(schema), .. }) => Some(schema.into()),
         Some(ResponseFormat::JsonObject { .. }) => Some(json!({ "type": "object" })),
         Some(ResponseFormat::JsonSchema { json_schema }) => Some(json_schema.schema.into()),
     };

@@ -7,12 +7,14 @@
 //! and no body declares is in `foreign`.
 
 pub(crate) mod answers;
+pub mod embeddings;
 mod fields;
 mod foreign;
 pub mod generate;
 pub(crate) mod json;
 pub mod openai;
 mod shape;
+pub(crate) mod timings;
 pub mod vocabulary;
 
 use std::collections::BTreeSet;
@@ -27,6 +29,7 @@ use utoipa::openapi::{Object, RefOr};
 use utoipa::{Number as Bound, ToSchema};
 
 use crate::error::{Invalid, InvalidKind, shortened};
+use embeddings::EmbeddingRequest;
 use generate::GenerateRequest;
 use openai::{ChatRequest, CompletionRequest, TemplateRequest};
 use shape::Shape;
@@ -42,6 +45,7 @@ pub struct Readers {
     pub completion: Reader<CompletionRequest>,
     pub chat: Reader<ChatRequest>,
     pub template: Reader<TemplateRequest>,
+    pub embedding: Reader<EmbeddingRequest>,
     pub tokenize: Reader<TokenizeRequest>,
     pub detokenize: Reader<DetokenizeRequest>,
 }
@@ -61,6 +65,7 @@ impl Readers {
             completion: Reader::new(n_ctx, unknown),
             chat: Reader::new(n_ctx, unknown),
             template: Reader::new(n_ctx, unknown),
+            embedding: Reader::new(n_ctx, unknown),
             tokenize: Reader::new(n_ctx, Unknown::Refused),
             detokenize: Reader::new(n_ctx, Unknown::Refused),
         }

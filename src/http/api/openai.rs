@@ -158,7 +158,7 @@ openai_body! {
     /// Prompts to continue, as OpenAI's clients ask.
     CompletionRequest {
         /// What to continue.
-        #[schema(schema_with = Prompts::schema)]
+        #[schema(schema_with = Prompts::<MAX_CHOICES>::schema)]
         pub prompt: Prompts,
         /// Most tokens to generate, up to the context's size, which is also -1; with 0 the prompt is
         /// only read.
