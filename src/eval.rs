@@ -9,6 +9,8 @@ use crate::vector::log_sum_exp;
 pub const WINDOW: usize = 512;
 /// The first tokens of a window are not counted: they have too little context.
 const UNCOUNTED: usize = 64;
+/// Tokens of a text of which at least one is counted.
+pub const LEAST: usize = UNCOUNTED + 2;
 
 /// `exp` of the mean negative log-likelihood.
 pub struct Perplexity {

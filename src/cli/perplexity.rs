@@ -7,7 +7,7 @@ use crate::eval;
 /// Prints the perplexity and its standard error.
 pub(super) fn perplexity(args: &PerplexityArgs) -> anyhow::Result<()> {
     let model = load(&args.model, &args.model.path()?)?;
-    let (_, tokens) = read_text(&args.file, &model)?;
+    let (_, tokens) = read_text(&args.file, &model, eval::LEAST)?;
     let bar = bar(tokens.len(), "{bar:40} {pos}/{len} tokens {eta}");
     let found = eval::perplexity(&model, &tokens, args.model.threads(), |done| {
         bar.set_position(done as u64)

@@ -11,7 +11,6 @@ use tokio::sync::watch;
 
 use crate::config::ModelArgs;
 use crate::engine::Stage;
-use crate::eval;
 use crate::llama::{Model, Token};
 
 /// A progress bar of `n` units, in indicatif's template language.
@@ -24,12 +23,16 @@ pub(super) fn load(args: &ModelArgs, path: &Path) -> anyhow::Result<Arc<Model>> 
     Ok(Arc::new(Model::load(path, args.n_gpu_layers, |_| true)?))
 }
 
-/// A text to measure perplexity on, with its tokens.
-pub(super) fn read_text(file: &Path, model: &Model) -> anyhow::Result<(String, Vec<Token>)> {
+/// A text to measure perplexity on, with its tokens, of which there are to be at least `least`.
+pub(super) fn read_text(
+    file: &Path,
+    model: &Model,
+    least: usize,
+) -> anyhow::Result<(String, Vec<Token>)> {
     let shown = file.display();
     let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {shown}"))?;
     let tokens = model.tokenize(&text, false)?;
-    let (n, least) = (tokens.len(), 2 * eval::WINDOW);
+    let n = tokens.len();
     ensure!(n >= least, "{shown} has {n} tokens; at least {least} are needed");
     Ok((text, tokens))
 }

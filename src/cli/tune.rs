@@ -40,7 +40,7 @@ pub(super) fn tune(args: &TuneArgs) -> anyhow::Result<()> {
         check_output(path)?;
     }
     let model = load(&args.model, &input)?;
-    let (text, tokens) = read_text(&args.file, &model)?;
+    let (text, tokens) = read_text(&args.file, &model, 2 * eval::WINDOW)?;
     let quantization = model.quantization();
     let quantized = !["F32", "F16", "BF16"].iter().any(|full| quantization.contains(full));
     let own_type = model.meta("general.file_type").and_then(|t| t.parse().ok());

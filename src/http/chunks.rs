@@ -7,10 +7,10 @@ use hyper::StatusCode;
 
 use super::api::answers::{
     AnswerMessage, BUILD, ChatLogprobs, ChoiceLogprobs, Delta, Detokenize, Offsets, OpenAiAnswer,
-    OpenAiChoice, OpenAiUsage, PromptTokensDetails, TextLogprobs, details, finish,
+    OpenAiChoice, TextLogprobs, details, finish,
 };
 use super::api::openai::Choices;
-use super::api::timings::{AnswerTimings, Ended};
+use super::api::usage::{AnswerTimings, Ended, OpenAiUsage, PromptTokensDetails};
 use super::problem::Problem;
 use super::reply::{self, Dialect, Reply, event};
 use crate::engine::Failed;

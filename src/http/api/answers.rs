@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::timings::AnswerTimings;
+use super::usage::{AnswerTimings, OpenAiUsage};
 use crate::engine::text::Decoder;
 use crate::llama::Token;
 use crate::request::{
@@ -443,26 +443,6 @@ pub struct Delta<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub refusal: Option<Option<&'a str>>,
-}
-
-/// Counts of tokens.
-#[derive(Clone, Copy, Debug, Serialize, ToSchema)]
-pub struct OpenAiUsage {
-    /// Of the prompts, each once.
-    pub prompt_tokens: usize,
-    /// Of all choices.
-    pub completion_tokens: usize,
-    /// Both.
-    pub total_tokens: usize,
-    /// Of the prompts' tokens.
-    pub prompt_tokens_details: PromptTokensDetails,
-}
-
-/// Of the prompts' tokens.
-#[derive(Clone, Copy, Debug, Serialize, ToSchema)]
-pub struct PromptTokensDetails {
-    /// Found in the cache.
-    pub cached_tokens: usize,
 }
 
 /// The served model, as a list of one.

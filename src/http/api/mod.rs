@@ -14,7 +14,7 @@ pub mod generate;
 pub(crate) mod json;
 pub mod openai;
 mod shape;
-pub(crate) mod timings;
+pub(crate) mod usage;
 pub mod vocabulary;
 
 use std::collections::BTreeSet;

@@ -1,10 +1,29 @@
-//! What an answer of OpenAI's dialect took, as llama-server tells it.
+//! What an answer of OpenAI's dialect took: tokens as OpenAI counts them, times as llama-server tells them.
 
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::answers::OpenAiUsage;
 use crate::request::{Completion, SpeculationUsage, Timings, Usage};
+
+/// Counts of tokens.
+#[derive(Clone, Copy, Debug, Serialize, ToSchema)]
+pub struct OpenAiUsage {
+    /// Of the prompts, each once.
+    pub prompt_tokens: usize,
+    /// Of all choices.
+    pub completion_tokens: usize,
+    /// Both.
+    pub total_tokens: usize,
+    /// Of the prompts' tokens.
+    pub prompt_tokens_details: PromptTokensDetails,
+}
+
+/// Of the prompts' tokens.
+#[derive(Clone, Copy, Debug, Serialize, ToSchema)]
+pub struct PromptTokensDetails {
+    /// Found in the cache.
+    pub cached_tokens: usize,
+}
 
 /// What an answer took, with llama-server's fields. Of several choices tokens are counted together, and
 /// the longest time.
@@ -86,7 +105,6 @@ impl Ended {
 
 #[cfg(test)]
 mod tests {
-    use super::super::answers::PromptTokensDetails;
     use super::*;
 
     fn timings(n_answers: [usize; 2]) -> AnswerTimings {
