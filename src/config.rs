@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{anyhow, bail, ensure};
+use clap::builder::NonEmptyStringValueParser;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use hyper::Uri;
 use tracing::Level;
@@ -180,6 +181,9 @@ pub struct ServeArgs {
     /// their pace]
     #[arg(long, env = "PREFILL_CHUNK", value_parser = between(1, 8192))]
     pub prefill_chunk: Option<usize>,
+    /// Name of the model in answers, metrics and /v1/models [default: the file's name without .gguf]
+    #[arg(long, env = "MODEL_ALIAS", value_name = "NAME", value_parser = NonEmptyStringValueParser::new())]
+    pub alias: Option<String>,
     /// File with a chat template (Jinja) to use instead of the model's own [default: none]
     #[arg(long, env = "CHAT_TEMPLATE_FILE", value_name = "FILE")]
     pub chat_template_file: Option<PathBuf>,
@@ -267,6 +271,8 @@ pub(crate) struct Config {
     /// Certificate and key; `None` serves plain HTTP.
     pub tls: Option<Tls>,
     pub otlp_endpoint: Option<Uri>,
+    /// What clients call the model.
+    pub model_id: String,
     pub drain_timeout: Duration,
     /// The source of a chat template to use instead of the model's.
     pub chat_template: Option<String>,
@@ -358,11 +364,14 @@ impl ServeArgs {
             n_prefill: self.prefill_chunk,
             layout: self.layout(),
         };
+        let model_path = self.model.path()?;
+        let of_file = || model_path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         Ok(Config {
+            model_id: self.alias.clone().unwrap_or_else(of_file),
             listen: SocketAddr::new(self.host, self.port),
             workers: self.workers,
             engine: EngineParams {
-                model_path: self.model.path()?,
+                model_path,
                 n_gpu_layers: self.model.n_gpu_layers,
                 n_threads: self.model.threads(),
                 limits,

@@ -29,12 +29,13 @@ fn openais_client_is_content() {
 /// To the letter: what a client that reads bytes sees.
 #[test]
 fn the_wire_is_as_openai_has_it() {
-    let server = Server::start(&["--batch-size", "2", "--ctx", "256"]);
+    let server = Server::start(&["--batch-size", "2", "--ctx", "256", "--alias", "a/model"]);
     let models = server.get("/v1/models").json();
     assert_eq!(
         (&models["object"], &models["data"][0]["object"]),
         (&json!("list"), &json!("model"))
     );
+    assert_eq!(server.get("/v1/models/a/model").json(), models["data"][0]);
 
     let messages = json!([{ "role": "user", "content": "Say hi." }]);
     let streamed = server.post_to(

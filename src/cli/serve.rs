@@ -45,9 +45,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
         "listening on {scheme}://{address}, loading {}",
         config.engine.model_path.display()
     );
-    // The name of the file, as in llama-server and vLLM.
-    let model_id =
-        config.engine.model_path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    let model_id = config.model_id;
     let telemetry =
         config.otlp_endpoint.map(|collector| Telemetry::start(&collector, &model_id)).transpose();
     let telemetry = telemetry.map_err(|error| anyhow!(error))?;

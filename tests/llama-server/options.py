@@ -90,8 +90,12 @@ def translate(arguments):
     # llama-server divides its context between slots unless they share one cache.
     is_shared = given.kv_unified or not given.parallel
     n_ctx = given.ctx_size if is_shared else given.ctx_size // n_slots
-    ours = ["--model", str(model(given.alias)), "--ctx", str(n_ctx), "--batch-size", str(n_slots),
+    ours = ["--model", str(MODEL), "--ctx", str(n_ctx), "--batch-size", str(n_slots),
             "--metrics", "open" if given.metrics else "off"]
+    if given.alias and "," in given.alias:
+        raise Untranslatable("a model has one name here")
+    if given.alias:
+        ours += ["--alias", given.alias]
     if is_shared:
         ours += ["--kv-cells", str(given.ctx_size)]
     if given.batch_size:
@@ -108,19 +112,6 @@ def translate(arguments):
     defaults = {"temperature": given.temp, "seed": given.seed, "n_predict": given.n_predict, "n_ctx": n_ctx,
                 "enable_thinking": THINKING[given.reasoning], "verbose": given.verbose or None}
     return Launch(ours, given.host, given.port, {name: value for name, value in defaults.items() if value is not None})
-
-
-def model(alias):
-    """The model's file, under the name that its clients shall see."""
-    if not alias:
-        return MODEL
-    if "," in alias:
-        raise Untranslatable("a model has one name here")
-    link = WORK / "aliases" / f"{alias}.gguf"
-    link.parent.mkdir(parents=True, exist_ok=True)
-    if not link.is_symlink():
-        link.symlink_to(MODEL)
-    return link
 
 
 def origins(given):
