@@ -21,7 +21,7 @@ macro_rules! request_body {
         pub struct $name {
             $($own)*
             /// Keep this many most likely tokens; 0 or less keeps all.
-            #[schema(default = 0, maximum = 2147483647)]
+            #[schema(default = 0, minimum = -2147483648, maximum = 2147483647)]
             pub top_k: i64,
             /// Keep tokens at least this fraction as likely as the most likely one; 0 keeps all.
             #[schema(default = 0.0, minimum = 0.0, maximum = 1.0)]
@@ -73,9 +73,8 @@ macro_rules! request_body {
             #[schema(default = 0, format = "tokens")]
             pub min_tokens: usize,
             /// The answer also ends at any of these tokens, by id; their text is left out.
-            #[serde(default)]
             #[schema(max_items = 64, example = json!([0]))]
-            pub stop_token_ids: Vec<i32>,
+            pub stop_token_ids: Option<Vec<i32>>,
             /// Never choose a token that ends the text.
             #[schema(default = false)]
             pub ignore_eos: bool,
@@ -155,7 +154,7 @@ macro_rules! request_body {
                     },
                     stop: self.stop.0,
                     min_tokens: self.min_tokens,
-                    stop_token_ids: self.stop_token_ids.into_iter().map(crate::llama::Token).collect(),
+                    stop_token_ids: self.stop_token_ids.into_iter().flatten().map(crate::llama::Token).collect(),
                     ignore_eos: self.ignore_eos,
                     cache_prompt: self.cache_prompt,
                     speculation: self.speculation.unwrap_or_default(),
