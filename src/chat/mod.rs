@@ -349,13 +349,12 @@ mod tests {
     fn content_comes_as_the_template_expects_it() {
         let parts = "{% for m in messages %}[{{ m.role }}]{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}\
                      {% endif %}{% endfor %}{% endfor %}";
-        for content in
-            [json!("ab"), json!([{ "type": "text", "text": "a" }, { "type": "text", "text": "b" }])]
-        {
+        let two = json!([{ "type": "text", "text": "a" }, { "type": "text", "text": "b" }]);
+        for (content, as_text) in [(json!("ab"), "ab"), (two, "a\nb")] {
             let messages = json!([{ "role": "user", "content": content }]);
             assert_eq!(rendered(parts, &messages, Ending::Closed).unwrap(), "[user]ab");
             let text = rendered(CHATML, &messages, Ending::Closed).unwrap();
-            assert_eq!(text, "<|im_start|>user\nab<|im_end|>\n");
+            assert_eq!(text, format!("<|im_start|>user\n{as_text}<|im_end|>\n"));
         }
     }
 

@@ -115,7 +115,13 @@ mod tests {
         runtime.block_on(async {
             let (open, gate) = std::sync::mpsc::channel::<()>();
             let held = Arc::clone(&lanes);
-            let long = tokio::spawn(async move { held.run(Lane::Long, move || gate.recv()).await });
+            let (begin, begun) = oneshot::channel();
+            let work = move || {
+                begin.send(()).unwrap();
+                gate.recv()
+            };
+            let long = tokio::spawn(async move { held.run(Lane::Long, work).await });
+            begun.await.unwrap();
             let left = lanes.run(Lane::Long, || panic!("its caller has left"));
             assert!(tokio::time::timeout(Duration::from_millis(20), left).await.is_err());
             assert_eq!(lanes.run(Lane::Short, || 1).await, Some(1));

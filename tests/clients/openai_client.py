@@ -107,10 +107,10 @@ class Chat(unittest.TestCase):
         self.assertEqual(first, again)
         self.assertEqual(len(set(first)), 3)
 
-    def test_content_may_come_in_parts(self):
-        parts = [{"type": "text", "text": "Name three "}, {"type": "text", "text": "colours."}]
-        whole = [MESSAGES[0], {"role": "user", "content": parts}]
-        self.assertEqual(chat(messages=whole).choices[0].message.content, chat().choices[0].message.content)
+    def test_content_may_come_in_parts_which_are_lines(self):
+        parts = [{"type": "text", "text": "Name three"}, {"type": "text", "text": "colours."}]
+        answer = lambda content: chat(messages=[MESSAGES[0], {"role": "user", "content": content}]).choices[0].message.content
+        self.assertEqual(answer(parts), answer("Name three\ncolours."))
 
     def test_logprobs_have_tokens_bytes_and_others(self):
         answer = chat(logprobs=True, top_logprobs=3, temperature=0)
