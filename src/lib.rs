@@ -46,7 +46,7 @@
 //! | [`http`] | accept loop, routes; `access`, the access log; `host`, `auth` and `cors`; `tls`; `api`, the bodies of requests and answers; `completions`, `embeddings`, `vocabulary` and `information`, their handlers; server-sent events; `page` for browsers; `openapi` and `docs` | cells, batches |
 //! | [`telemetry`] | request spans for an OpenTelemetry collector | bodies, engine |
 //! | [`request`], [`error`] | what `http` and `engine` share | both |
-//! | [`engine`] | the step; `turn`, a sequence's part in it; `commit` and `walk`, its end; `thread` runs it, `handle` is its public side, `lanes` the threads that read requests, `stats` its counters, `forward` its interface to a model, `grammar` its interface to llguidance, `gbnf` a translator for it | sockets, JSON |
+//! | [`engine`] | the step; `turn`, a sequence's part in it; `commit` and `walk`, its end; `pool`, embeddings; `thread` runs it, `handle` is its public side, `lanes` the threads that read requests, `stats` its counters, `forward` its interface to a model, `grammar` its interface to llguidance, `gbnf` a translator for it | sockets, JSON |
 //! | [`metrics`] | `/metrics`: names for the counters of engine and HTTP | sockets, cells |
 //! | [`speculate`] | `heads` and `pickle` (files), `medusa` and `conditioned` (heads), `nets` (their networks), `suffix` and `text` (text drafts), `tree`, `calibration`, `reliability`, `cost`, `policy`; `device` (heads and verification on a GPU); `simulated`, which `bench` wraps around a model | requests, cells |
 //! | [`chat`] | chat templates: messages to a prompt, for `http`, `train` and `bench` | requests |
