@@ -97,7 +97,7 @@ impl From<Vec<u8>> for TextOrBytes {
 #[serde(deny_unknown_fields)]
 pub struct DetokenizeRequest {
     /// By id.
-    #[schema(example = json!([504, 2725]))]
+    #[schema(example = json!([504, 1573]))]
     pub tokens: Vec<i32>,
     /// Ignored.
     pub model: Option<Value>,
