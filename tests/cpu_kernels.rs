@@ -4,6 +4,7 @@
 #![allow(missing_docs, unsafe_code)]
 
 use std::ffi::c_void;
+use std::ops::{Range, RangeInclusive};
 use std::ptr::null;
 
 use half::f16;
@@ -101,6 +102,9 @@ enum Type {
     Q4_0 = 2,
     Q4_1 = 3,
     Q8_0 = 8,
+    Q4K = 12,
+    Q5K = 13,
+    Q6K = 14,
 }
 
 /// Values of a block, of weights and of activations.
@@ -120,15 +124,9 @@ impl WeightBlock {
         let range = match of {
             Type::Q4_0 => -8..=7,
             Type::Q4_1 => 0..=15,
-            Type::Q8_0 => -128..=127,
+            _ => -128..=127,
         };
-        // Extremes are likely: sums of products must fit where kernels keep them.
-        let values = std::array::from_fn(|_| match rng.u8(..4) {
-            0 => *range.start(),
-            1 => *range.end(),
-            _ => rng.i32(range.clone()),
-        });
-        Self { scale, offset, values }
+        Self { scale, offset, values: extremes(range, rng) }
     }
 
     /// As a file has it.
@@ -141,6 +139,128 @@ impl WeightBlock {
         match of {
             Type::Q8_0 => out.extend(self.values.map(|v| v as u8)),
             _ => out.extend((0..BLOCK / 2).map(|i| nibble(i) | nibble(i + BLOCK / 2) << 4)),
+        }
+    }
+}
+
+/// Values of a range. Extremes are likely: sums of products must fit where kernels keep them.
+fn extremes<const N: usize>(range: RangeInclusive<i32>, rng: &mut fastrand::Rng) -> [i32; N] {
+    std::array::from_fn(|_| match rng.u8(..4) {
+        0 => *range.start(),
+        1 => *range.end(),
+        _ => rng.i32(range.clone()),
+    })
+}
+
+/// Values of a block of the K types.
+const SUPER_BLOCK: usize = 256;
+
+/// A block of 256 weights: of 32 values `scale * scales * value - minimum * minima`, in Q6_K of 16
+/// values `scale * scales * (value - 32)`.
+struct SuperBlock {
+    scale: f16,
+    minimum: f16,
+    scales: [i32; 16],
+    minima: [i32; 8],
+    values: [i32; SUPER_BLOCK],
+}
+
+impl SuperBlock {
+    fn random(of: Type, rng: &mut fastrand::Rng) -> Self {
+        let most = match of {
+            Type::Q4K => 15,
+            Type::Q5K => 31,
+            _ => 63,
+        };
+        let scales = if of == Type::Q6K { -128..=127 } else { 0..=63 };
+        Self {
+            scale: f16::from_f32(rng.f32() * 2e-3 - 1e-3),
+            minimum: f16::from_f32(rng.f32() * 0.01),
+            scales: extremes(scales, rng),
+            minima: extremes(0..=63, rng),
+            values: extremes(0..=most, rng),
+        }
+    }
+
+    /// As a file has it.
+    fn write(&self, of: Type, out: &mut Vec<u8>) {
+        let v = self.values.map(|v| v as u8);
+        if of == Type::Q6K {
+            let halves = || v.chunks(128);
+            let low = |h: &[u8], l: usize| (h[l] & 15) | (h[64 + l] & 15) << 4;
+            let high =
+                |h: &[u8], l: usize| (0..4).map(|i| h[32 * i + l] >> 4 << (2 * i)).sum::<u8>();
+            halves().for_each(|h| out.extend((0..64).map(|l| low(h, l))));
+            halves().for_each(|h| out.extend((0..32).map(|l| high(h, l))));
+            out.extend(self.scales.map(|s| s as u8));
+            out.extend(self.scale.to_le_bytes());
+            return;
+        }
+        out.extend([self.scale, self.minimum].iter().flat_map(|d| d.to_le_bytes()));
+        let [scales, minima] = [&self.scales[..8], &self.minima[..]];
+        let six_bits = |of: &[i32], i: usize| (of[i] | of[i + 4] >> 4 << 6) as u8;
+        out.extend((0..4).map(|i| six_bits(scales, i)));
+        out.extend((0..4).map(|i| six_bits(minima, i)));
+        out.extend((4..8).map(|i| ((scales[i] & 15) | (minima[i] & 15) << 4) as u8));
+        if of == Type::Q5K {
+            let bits = |l: usize| (0..8).map(|g| v[32 * g + l] >> 4 << g).sum::<u8>();
+            out.extend((0..32).map(bits));
+        }
+        for pair in v.chunks(64) {
+            out.extend((0..32).map(|l| (pair[l] & 15) | (pair[32 + l] & 15) << 4));
+        }
+    }
+
+    /// Adds the products with the activations of its group `g` to `acc`, as the kernels do.
+    fn add_group(&self, of: Type, g: usize, x: &ActivationBlock, acc: f32) -> f32 {
+        let dot = |values: Range<usize>, less: i32| -> f32 {
+            let products = values.map(|i| (self.values[32 * g + i] - less) * x.values[i]);
+            products.sum::<i32>() as f32
+        };
+        let scale = |i: usize| self.scale.to_f32() * self.scales[i] as f32;
+        if of == Type::Q6K {
+            let first = scale(2 * g) * dot(0..16, 32);
+            let both = scale(2 * g + 1).mul_add(dot(16..32, 32), first);
+            return both.mul_add(x.scale, acc);
+        }
+        let x_sum = x.scale * x.values.iter().sum::<i32>() as f32;
+        let minimum = -self.minimum.to_f32() * self.minima[g] as f32;
+        let acc = minimum.mul_add(x_sum, acc);
+        dot(0..32, 0).mul_add(scale(g) * x.scale, acc)
+    }
+}
+
+/// A column of weights.
+enum Column {
+    Blocks(Vec<WeightBlock>),
+    SuperBlocks(Vec<SuperBlock>),
+}
+
+impl Column {
+    fn random(of: Type, k: usize, rng: &mut fastrand::Rng) -> Self {
+        match of {
+            Type::Q4K | Type::Q5K | Type::Q6K => Self::SuperBlocks(
+                (0..k / SUPER_BLOCK).map(|_| SuperBlock::random(of, rng)).collect(),
+            ),
+            _ => Self::Blocks((0..k / BLOCK).map(|_| WeightBlock::random(of, rng)).collect()),
+        }
+    }
+
+    fn write(&self, of: Type, out: &mut Vec<u8>) {
+        match self {
+            Self::Blocks(blocks) => blocks.iter().for_each(|block| block.write(of, out)),
+            Self::SuperBlocks(blocks) => blocks.iter().for_each(|block| block.write(of, out)),
+        }
+    }
+
+    /// One result as the kernels must have it, to the last bit.
+    fn twin(&self, of: Type, repacked: bool, x: &[ActivationBlock]) -> f32 {
+        match self {
+            Self::Blocks(blocks) => mul_mat_twin(of, repacked, blocks, x),
+            Self::SuperBlocks(blocks) => {
+                let groups = blocks.iter().flat_map(|block| (0..8).map(move |g| (block, g)));
+                groups.zip(x).fold(0.0, |acc, ((block, g), x)| block.add_group(of, g, x, acc))
+            }
         }
     }
 }
@@ -196,11 +316,9 @@ fn check_mul_mat(of: Type, repacked: bool, k: usize, cols: usize, rows: usize) {
         return; // there are kernels for AVX2 and AVX512-VNNI
     }
     let mut rng = fastrand::Rng::with_seed((k * 31 + cols * 7 + rows) as u64);
-    let weights: Vec<Vec<WeightBlock>> = (0..cols)
-        .map(|_| (0..k / BLOCK).map(|_| WeightBlock::random(of, &mut rng)).collect())
-        .collect();
+    let weights: Vec<Column> = (0..cols).map(|_| Column::random(of, k, &mut rng)).collect();
     let mut bytes = vec![];
-    weights.iter().flatten().for_each(|block| block.write(of, &mut bytes));
+    weights.iter().for_each(|column| column.write(of, &mut bytes));
     // A block of zeros, one of equal values, and one with a single large value are among them.
     let x: Vec<f32> = (0..rows * k)
         .map(|i| match i / BLOCK % 7 {
@@ -214,7 +332,7 @@ fn check_mul_mat(of: Type, repacked: bool, k: usize, cols: usize, rows: usize) {
         x.chunks(k).map(|row| row.chunks(BLOCK).map(ActivationBlock::quantize).collect()).collect();
     let twin: Vec<u32> = quantized
         .iter()
-        .flat_map(|row| weights.iter().map(move |w| mul_mat_twin(of, repacked, w, row).to_bits()))
+        .flat_map(|row| weights.iter().map(move |w| w.twin(of, repacked, row).to_bits()))
         .collect();
     for set in kernels() {
         for n_threads in [1, 3] {
@@ -252,6 +370,7 @@ fn check_mul_mat(of: Type, repacked: bool, k: usize, cols: usize, rows: usize) {
 }
 
 const REPACKED: [Type; 3] = [Type::Q4_0, Type::Q4_1, Type::Q8_0];
+const K_TYPES: [Type; 3] = [Type::Q4K, Type::Q5K, Type::Q6K];
 const AS_STORED: [Type; 2] = [Type::Q4_1, Type::Q8_0];
 
 /// All numbers of rows that are computed together, and beyond: more than one group, a set of 32
@@ -261,6 +380,7 @@ fn multiplications_with_any_number_of_rows_are_the_twins_bit_for_bit() {
     for rows in (1..=17).chain([24, 31, 32, 33, 40, 65]) {
         REPACKED.iter().for_each(|&of| check_mul_mat(of, true, 96, 24, rows));
         AS_STORED.iter().for_each(|&of| check_mul_mat(of, false, 96, 11, rows));
+        K_TYPES.iter().for_each(|&of| check_mul_mat(of, true, 512, 24, rows));
     }
 }
 
@@ -271,6 +391,11 @@ fn multiplications_of_odd_shapes_are_the_twins_bit_for_bit() {
     for (k, cols) in [(32, 8), (32, 16), (64, 40), (160, 72), (576, 8), (1024, 200)] {
         for rows in [1, 5, 9] {
             REPACKED.iter().for_each(|&of| check_mul_mat(of, true, k, cols, rows));
+        }
+    }
+    for (k, cols) in [(256, 8), (256, 16), (512, 40), (768, 72), (1024, 200)] {
+        for rows in [1, 5, 9] {
+            K_TYPES.iter().for_each(|&of| check_mul_mat(of, true, k, cols, rows));
         }
     }
     for (k, cols) in [(32, 1), (32, 2), (64, 3), (160, 37), (576, 5), (1024, 190)] {

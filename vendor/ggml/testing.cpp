@@ -10,7 +10,7 @@
 #define CONCAT(a, b) CONCAT_(a, b)
 #define NAME(function) CONCAT(function, KERNELS)
 // ggml-cpu's own symbols are linked too.
-#define ggml_few_rows_available NAME(few_rows_available)
+#define ggml_few_rows_repacks NAME(few_rows_repacks)
 #define ggml_few_rows_work_size NAME(few_rows_work_size)
 #define ggml_few_rows_mul_mat NAME(few_rows_mul_mat)
 #define ggml_few_rows_repack NAME(few_rows_repack)
