@@ -117,7 +117,8 @@ fn patched(tree: &Path, native: &Path) -> PathBuf {
 
 /// What the patches call. A checkout that they do not apply to has the files and does not compile
 /// them.
-const OUR_KERNELS: [&str; 4] = ["attention.cpp", "attention.h", "few-rows.cpp", "few-rows.h"];
+const OUR_KERNELS: [&str; 5] =
+    ["attention.cpp", "attention.h", "few-rows.cpp", "few-rows.h", "waiting.h"];
 
 fn copy_with_patches(tree: &Path, native: &Path) -> PathBuf {
     println!("cargo::rerun-if-changed=vendor/patches");
@@ -298,6 +299,7 @@ fn compile(source: &Path, native: &Path, tools: &Tools) -> PathBuf {
     }
     config.define("GGML_NATIVE", if native_cpu() { "ON" } else { "OFF" });
     config.define("GGML_CCACHE", "OFF");
+    config.define("GGML_OPENMP", "OFF"); // its threads spin at every barrier; see vendor/ggml/waiting.h
     if let Some(nvcc) = tools.nvcc.as_ref().filter(|_| tools.cuda) {
         // Without virtual memory nothing links libcuda, so that the binary starts on a host without
         // a driver.

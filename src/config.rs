@@ -30,6 +30,7 @@ use crate::http::cors::Cors;
 use crate::http::host::Hosts;
 use crate::http::tls::Tls;
 use crate::llama::Pooling;
+use crate::machine::cores;
 use crate::{jinja, llama};
 
 /// Where `make model` puts the default model.
@@ -105,9 +106,13 @@ pub struct ModelArgs {
     /// Layers to offload to the GPU; a CPU build ignores it
     #[arg(long, env = "N_GPU_LAYERS", default_value_t = 25)]
     pub n_gpu_layers: u32,
-    /// Threads of a forward pass; capped at the number of cores
-    #[arg(short = 't', long, env = "N_THREADS", default_value_t = 4, value_parser = between(1, 1024))]
+    /// Most threads of a forward pass; capped at the number of cores. Fewer compute while other
+    /// processes keep cores busy
+    #[arg(short = 't', long, env = "N_THREADS", default_value_t = 4, value_parser = between(1, 512))]
     pub n_threads: usize,
+    /// Most threads of a forward pass that reads prompts [default: as N_THREADS]
+    #[arg(long = "threads-batch", env = "N_THREADS_BATCH", value_name = "N_THREADS_BATCH", value_parser = between(1, 512))]
+    pub n_threads_batch: Option<usize>,
     /// Log level: ERROR, WARN, INFO, DEBUG or TRACE
     #[arg(long, env = "LOG_LEVEL", default_value = "INFO", value_parser = level)]
     pub log_level: Level,
@@ -296,11 +301,16 @@ impl ModelArgs {
     /// An engine of `n_slots` sequences for a command; nothing is drafted.
     pub(crate) fn engine(&self, n_slots: usize) -> anyhow::Result<EngineParams> {
         let params = EngineParams::new(self.path()?, self.threads(), n_slots, self.context_size);
-        Ok(EngineParams { n_gpu_layers: self.n_gpu_layers, ..params })
+        let n_threads_batch = self.threads_batch();
+        Ok(EngineParams { n_gpu_layers: self.n_gpu_layers, n_threads_batch, ..params })
     }
 
     pub(crate) fn threads(&self) -> usize {
         self.n_threads.min(cores())
+    }
+
+    fn threads_batch(&self) -> usize {
+        self.n_threads_batch.unwrap_or(self.n_threads).min(cores())
     }
 }
 
@@ -374,6 +384,7 @@ impl ServeArgs {
                 model_path,
                 n_gpu_layers: self.model.n_gpu_layers,
                 n_threads: self.model.threads(),
+                n_threads_batch: self.model.threads_batch(),
                 limits,
                 drafts,
                 pooling: self.pooling,
@@ -426,11 +437,6 @@ impl ServeArgs {
             n_seqs: (self.batch_size * 2).min(llama::max_sequences()).max(self.batch_size),
         }
     }
-}
-
-/// Cores that this process may use.
-pub(crate) fn cores() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// A whole number in a range; the error names both ends.

@@ -84,6 +84,7 @@ pub mod gpu;
 pub mod http;
 pub mod jinja;
 pub mod llama;
+mod machine;
 pub mod matrix;
 pub mod metrics;
 mod plot;

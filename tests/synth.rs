@@ -10,7 +10,9 @@ use std::sync::Arc;
 
 use medusa_llama::engine::forward::LlamaForward;
 use medusa_llama::engine::{Engine, Job, Layout, Limits};
-use medusa_llama::llama::{self, Context, ContextParams, Model, Quantization, SeqId, Token};
+use medusa_llama::llama::{
+    self, Context, ContextParams, Model, Quantization, SeqId, Threads, Token,
+};
 use medusa_llama::request::{Completion, Event, Request, SamplingParams};
 use medusa_llama::speculate::Speculator;
 use medusa_llama::speculate::cost::Cost;
@@ -67,7 +69,8 @@ fn engine(model: &Arc<Model>, folder: Option<(&Path, usize)>) -> Engine<LlamaFor
         Engine::new(LlamaForward::new(context(model, N_IDS, true)), limits, Arc::default());
     if let Some((folder, n_nodes)) = folder {
         let shape = HeadsShape { n_embd: model.n_embd(), n_vocab: model.n_vocab() };
-        let drafter = Heads::load(folder, shape, 16).unwrap().drafter(model, 1).unwrap();
+        let threads = Threads::new(1).unwrap();
+        let drafter = Heads::load(folder, shape, 16).unwrap().drafter(model, &threads).unwrap();
         let n_heads = drafter.n_heads();
         let cost = Cost::from_points(&[(1, 1.0), (64, 2.0)]);
         let mut speculator = Speculator::new(Some(drafter), n_heads + 1, cost);

@@ -21,7 +21,7 @@ use medusa_llama::engine::grammar::Grammars;
 use medusa_llama::engine::sampler::{Sampler, Scratch, argmax};
 use medusa_llama::engine::{Engine, Job, Layout, Limits};
 use medusa_llama::gpu::weights::Precision;
-use medusa_llama::llama::{ContextParams, SeqId, Token, max_sequences};
+use medusa_llama::llama::{ContextParams, SeqId, Threads, Token, max_sequences};
 use medusa_llama::request::{Event, GrammarSource, Request, SamplingParams, Speculation};
 use medusa_llama::speculate::Speculator;
 use medusa_llama::speculate::cost::Cost;
@@ -535,7 +535,7 @@ fn identity_heads(texts: &[Vec<Choice>]) -> tempfile::TempDir {
 fn drafting_engine(heads: &Path) -> Engine<LlamaForward> {
     let shape = Shape { n_embd: MODEL.n_embd(), n_vocab: MODEL.n_vocab() };
     let heads = Heads::load(heads, shape, 3).unwrap();
-    let drafter = heads.drafter(&MODEL, 2).unwrap();
+    let drafter = heads.drafter(&MODEL, &Threads::new(2).unwrap()).unwrap();
     let cost = Cost::from_points(&[(1, 1e9), (64, 1.01e9)]);
     let mut speculator = Speculator::new(Some(drafter), 9, cost);
     speculator.text = Some(TextDrafts::new(1, 1 << 12));

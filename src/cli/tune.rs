@@ -16,12 +16,13 @@ use self::folder::Folder;
 use self::report::TuneReport;
 use super::shared::{bar, load, read_text, write_json};
 use super::{bench::ask_all, quantize::write};
-use crate::config::{TuneArgs, cores};
+use crate::config::TuneArgs;
 use crate::engine;
 use crate::engine::forward::LlamaForward;
 use crate::engine::thread::EngineParams;
 use crate::eval;
 use crate::llama::{Context, ContextParams, Quantization, Token};
+use crate::machine::cores;
 use crate::request::{Completion, Request, SamplingParams, Speculation};
 use crate::tune::{Candidate, Measured, Parallelism, StepTime, TOGETHER};
 

@@ -6,8 +6,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::sharing::{Pass, Sharing};
 use super::slots::KvOp;
-use crate::llama::{Batch, Context, LlamaError, Model, SeqId, Tapped, Token};
+use crate::llama::{Batch, Context, LlamaError, Model, SeqId, Tapped, Threads, Token};
 use crate::speculate::cost;
 use crate::speculate::device::{self, Ask, DeviceHeads};
 
@@ -161,6 +162,8 @@ pub struct LlamaForward {
     /// Heads and verification where the logits are.
     device: Option<Rc<RefCell<DeviceHeads>>>,
     chosen: Vec<i32>,
+    /// What sets the number of threads; `None`: it stays.
+    sharing: Option<Sharing>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -186,6 +189,7 @@ impl LlamaForward {
             kept: Vec::new(),
             device: None,
             chosen: Vec::new(),
+            sharing: None,
         }
     }
 
@@ -193,6 +197,35 @@ impl LlamaForward {
     /// that device, too.
     pub fn use_device(&mut self, heads: Rc<RefCell<DeviceHeads>>) {
         self.device = Some(heads);
+    }
+
+    /// Lets the number of threads follow what the machine has for them: at most so many for passes
+    /// that decode, and for those that read prompts.
+    pub fn share_threads(&mut self, n_decoding: usize, n_prompts: usize) {
+        self.sharing = Some(Sharing::new(n_decoding, n_prompts));
+    }
+
+    /// A pass, on as many threads as are good for it.
+    fn pass(
+        &mut self,
+        pass: Pass,
+        n_rows: usize,
+        compute: impl FnOnce(&mut Self) -> Result<(), LlamaError>,
+    ) -> Result<(), LlamaError> {
+        if let Some(sharing) = &mut self.sharing {
+            sharing.begin(pass, self.context.threads());
+        }
+        let began = Instant::now();
+        let result = compute(self);
+        if let Some(sharing) = &mut self.sharing {
+            sharing.end(pass, n_rows, began);
+        }
+        result
+    }
+
+    /// The threads that it computes with.
+    pub fn threads(&self) -> &Threads {
+        self.context.threads()
     }
 
     /// Where the last pass left its logits and hidden states.
@@ -220,7 +253,7 @@ impl LlamaForward {
         self.batch.clear();
         (0..n).try_for_each(|pos| self.batch.add(Token(0), pos, &[SeqId(0)], true).map(|_| ()))?;
         let started = Instant::now();
-        self.context.forward(&self.batch)?;
+        self.pass(Pass::Decoding, n, |this| this.context.forward(&this.batch))?;
         if self.tapped().is_none_or(|tapped| tapped.on_host) {
             self.context.logits(0)?; // of all rows: they cross to the host together
         }
@@ -274,12 +307,14 @@ impl Forward for LlamaForward {
         self.places.clear();
         self.places.resize(rows.len(), Place::Nowhere);
         self.kept.clear();
+        let reads_prompts = rows.iter().any(|row| !row.output);
+        let pass = if reads_prompts { Pass::Prompts } else { Pass::Decoding };
         if self.streams {
-            return Ok(self.forward_streams(rows)?);
+            return Ok(self.pass(pass, rows.len(), |this| this.forward_streams(rows))?);
         }
         self.batch.clear();
         rows.iter().enumerate().try_for_each(|(i, row)| self.add(i, row))?;
-        Ok(self.context.forward(&self.batch)?)
+        Ok(self.pass(pass, rows.len(), |this| this.context.forward(&this.batch))?)
     }
 
     fn logits(&self, row: usize) -> Result<&[f32], StepError> {

@@ -24,10 +24,12 @@ pub(crate) mod report;
 pub mod sampler;
 mod scheduler;
 mod sequence;
+mod sharing;
 pub mod slots;
 pub mod stats;
 pub(crate) mod text;
 pub mod thread;
+mod thread_count;
 mod turn;
 mod walk;
 

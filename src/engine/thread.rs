@@ -20,7 +20,9 @@ use super::stats::Stats;
 use super::{Engine, Forward, Job, Layout, Limits};
 use crate::gpu::Device;
 use crate::gpu::weights::Precision;
-use crate::llama::{Context, ContextParams, LlamaError, Model, Pooling, max_sequences};
+use crate::llama::{
+    Context, ContextParams, LlamaError, Model, Pooling, max_sequences, supports_gpu_offload,
+};
 use crate::speculate::calibration::Calibration;
 use crate::speculate::cost::{self, Cost};
 use crate::speculate::device::DeviceHeads;
@@ -35,8 +37,10 @@ pub struct EngineParams {
     pub model_path: PathBuf,
     /// Layers on the GPU.
     pub n_gpu_layers: u32,
-    /// Threads of a forward pass.
+    /// Most threads of a forward pass.
     pub n_threads: usize,
+    /// The same for one that reads prompts.
+    pub n_threads_batch: usize,
     /// The engine's sizes.
     pub limits: Limits,
     /// What to draft with; `None`: nothing is drafted.
@@ -60,6 +64,7 @@ impl EngineParams {
             model_path,
             n_gpu_layers: 0,
             n_threads,
+            n_threads_batch: n_threads,
             limits: Limits { n_slots, n_ctx, n_batch: 512, n_prefill: None, layout },
             drafts: None,
             pooling: None,
@@ -220,8 +225,11 @@ fn serve<F: Forward>(
     let stats = Arc::new(Stats::default());
     let (jobs, receiver) = sync_channel(params.n_queue);
     let mut forward = LlamaForward::new(context);
+    if params.n_gpu_layers == 0 || !supports_gpu_offload() {
+        forward.share_threads(params.n_threads, params.n_threads_batch);
+    }
     let drafts = match &params.drafts {
-        Some(drafts) => Some(load_drafts(drafts, params.n_threads, &model, &mut forward, limits)?),
+        Some(drafts) => Some(load_drafts(drafts, &model, &mut forward, limits)?),
         None => None,
     };
     let mut engine = Engine::new(wrap(forward), limits, Arc::clone(&stats));
@@ -273,7 +281,6 @@ struct Drafts {
 /// Reads heads, and measures what rows cost.
 fn load_drafts(
     params: &DraftParams,
-    n_threads: usize,
     model: &Model,
     forward: &mut LlamaForward,
     Limits { n_batch, n_slots, .. }: Limits,
@@ -292,7 +299,7 @@ fn load_drafts(
     let text_depth = if params.n_shared_text.is_some() { TEXT_DEPTH } else { 0 };
     let (heads, on) = match &params.heads {
         Some(heads) => {
-            let (heads, on) = load_heads(heads, n_threads, model, forward)?;
+            let (heads, on) = load_heads(heads, model, forward)?;
             tracing::info!(n_heads = heads.n_heads(), side = on, "heads loaded");
             (Some(heads), on)
         }
@@ -310,14 +317,13 @@ fn load_drafts(
 /// Reads heads and makes them ready where they will be computed.
 fn load_heads(
     params: &HeadsParams,
-    n_threads: usize,
     model: &Model,
     forward: &mut LlamaForward,
 ) -> Result<(Box<dyn Draft>, &'static str), StartError> {
     let shape = Shape { n_embd: model.n_embd(), n_vocab: model.n_vocab() };
     let heads = Heads::load(&params.folder, shape, params.n_heads)?;
     let Some(device) = logits_device(forward) else {
-        return Ok((heads.drafter(model, n_threads)?, "cpu"));
+        return Ok((heads.drafter(model, forward.threads())?, "cpu"));
     };
     let heads = Rc::new(RefCell::new(DeviceHeads::new(device, heads, model, Precision::Q8)?));
     forward.use_device(Rc::clone(&heads));
@@ -364,7 +370,7 @@ fn context_params(params: &EngineParams, pooling: Option<Pooling>) -> ContextPar
         n_batch,
         n_ubatch: n_batch,
         n_seq_max,
-        n_threads: params.n_threads,
+        n_threads: params.n_threads.max(params.n_threads_batch),
         unified,
         tap_hidden: unified
             && (params.traces

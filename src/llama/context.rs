@@ -12,6 +12,7 @@ use super::ids::SeqId;
 use super::loading::Loading;
 use super::model::Model;
 use super::tap::{HiddenTap, Tapped, on_tensor};
+use super::threads::Threads;
 use super::{log, sys};
 
 /// Parameters of a context.
@@ -25,7 +26,7 @@ pub struct ContextParams {
     pub n_ubatch: usize,
     /// Sequence ids; without `unified`, each owns `n_cells / n_seq_max` cells.
     pub n_seq_max: usize,
-    /// Threads of a forward pass.
+    /// Most threads of a forward pass.
     pub n_threads: usize,
     /// One cache for all sequences, in which a row may belong to several; otherwise one stream per
     /// sequence.
@@ -47,14 +48,16 @@ pub struct Context {
     embeddings: bool,
     /// By row of the last batch: whether it has logits.
     outputs: Vec<bool>,
+    /// The C context computes with them.
+    threads: Threads,
     /// The C context points to its weights.
     model: Arc<Model>,
 }
 
 impl Drop for Context {
     fn drop(&mut self) {
-        // SAFETY: freed once, before the model and the tap that it points to: fields are dropped
-        // after this.
+        // SAFETY: freed once, before the model, the tap and the threads that it points to: fields are
+        // dropped after this.
         unsafe { sys::free(self.ptr.as_ptr()) };
     }
 }
@@ -91,8 +94,7 @@ impl Context {
         c.n_ubatch = c_count(params.n_ubatch.min(params.n_batch), "n_ubatch")?;
         c.n_seq_max = c_count(params.n_seq_max, "n_seq_max")?;
         c.n_outputs_max = c.n_batch.max(c.n_seq_max); // C reserves an output per sequence, and aborts below that
-        c.n_threads = c_count(params.n_threads, "n_threads")? as i32;
-        c.n_threads_batch = c.n_threads;
+        let threads = Threads::new(params.n_threads)?;
         c.flash_attn_type = sys::LLAMA_FLASH_ATTN_TYPE_AUTO;
         c.kv_unified = params.unified;
         c.swa_full = true; // dropping a suffix must always be possible
@@ -109,6 +111,8 @@ impl Context {
         let ptr = unsafe { sys::init_from_model(model.as_ptr(), c) };
         let ptr = NonNull::new(ptr)
             .ok_or_else(|| LlamaError::Context(log::take_errors().unwrap_or_default()))?;
+        // SAFETY: a live context, and threads that the new value keeps.
+        unsafe { sys::attach_threadpool(ptr.as_ptr(), threads.as_ptr(), threads.as_ptr()) };
         // SAFETY: a live context; the memory belongs to it.
         let memory = unsafe { sys::get_memory(ptr.as_ptr()) };
         let limits = Limits {
@@ -124,6 +128,7 @@ impl Context {
             limits,
             embeddings: params.embeddings,
             outputs: vec![],
+            threads,
             model,
         };
         if context.memory.is_null() {
@@ -136,6 +141,12 @@ impl Context {
     #[must_use]
     pub fn model(&self) -> &Arc<Model> {
         &self.model
+    }
+
+    /// The threads of its forward passes.
+    #[must_use]
+    pub fn threads(&self) -> &Threads {
+        &self.threads
     }
 
     /// `true` for one cache that all sequences share.
@@ -181,6 +192,9 @@ impl Context {
         if let Some(tap) = &mut self.tap {
             tap.clear();
         }
+        let n_threads = self.threads.n_used() as i32;
+        // SAFETY: a live context; sets two numbers.
+        unsafe { sys::set_n_threads(self.ptr.as_ptr(), n_threads, n_threads) };
         // SAFETY: every array of the batch holds `n_tokens` checked entries. The tap is not
         // borrowed during the call.
         let code = unsafe { sys::decode(self.ptr.as_ptr(), batch.c) };

@@ -8,10 +8,10 @@ use std::cell::Cell;
 use std::ffi::{CStr, c_void};
 use std::ptr::{self, NonNull};
 
-use super::backend::start_backend;
 use super::error::LlamaError;
 use super::sys;
 use super::tensor_type::TensorType;
+use super::threads::Threads;
 use crate::matrix::Matrix;
 
 /// How finely a matrix is quantized. Rows that are not a multiple of 32 values are F16.
@@ -166,7 +166,9 @@ pub struct Store {
     buffers: Vec<Buffer>,
     headers: Tensors,
     arena: Vec<u64>,
-    n_threads: usize,
+    /// Memory that ggml's operations work in.
+    work: Vec<u8>,
+    threads: Threads,
 }
 
 /// Most weights of a store.
@@ -177,15 +179,15 @@ const MAX_OPS: usize = sys::GGML_DEFAULT_GRAPH_SIZE as usize;
 const OVERHEAD: usize = 2 << 20;
 
 impl Store {
-    /// Without weights; [`LlamaError::Context`] without memory.
-    pub fn new(n_threads: usize) -> Result<Self, LlamaError> {
-        start_backend();
+    /// Without weights, computing on `threads`; [`LlamaError::Context`] without memory.
+    pub fn new(threads: &Threads) -> Result<Self, LlamaError> {
         Ok(Self {
             weights: vec![],
             buffers: vec![],
             headers: Tensors::headers(2 * MAX_WEIGHTS)?, // a header is lost where repacking is refused
             arena: vec![],
-            n_threads: n_threads.max(1),
+            work: vec![],
+            threads: threads.clone(),
         })
     }
 
@@ -286,8 +288,7 @@ impl Store {
         Ok(self.push(Stored { tensor, kind, n_in, n_out }))
     }
 
-    /// Floats that a graph's values take, and the products' working copies of their inputs, which
-    /// ggml allocates too. Checks that the arguments of each operation match.
+    /// Floats that a graph's values take. Checks that the arguments of each operation match.
     fn n_floats(&self, graph: &Graph<'_>) -> Result<usize, LlamaError> {
         let mut n_floats = 0;
         let mut shapes: Vec<(usize, usize)> = Vec::with_capacity(graph.ops.len());
@@ -298,9 +299,7 @@ impl Store {
                     .filter(|(width, n)| !values.is_empty() && width * n == values.len()),
                 Op::Product(w, x) => {
                     let w = self.stored(w)?;
-                    let (width, n) = of(x).filter(|x| x.0 == w.n_in).unwrap_or_default();
-                    n_floats += width * n;
-                    (n > 0).then_some((w.n_out, n))
+                    of(x).filter(|x| x.0 == w.n_in).map(|x| (w.n_out, x.1))
                 }
                 Op::AddVector(x, v) => {
                     let v = self.stored(v)?;
@@ -333,7 +332,7 @@ impl Store {
         outputs: &[Node],
         results: &mut Vec<f32>,
     ) -> Result<(), LlamaError> {
-        let bytes = 4 * self.n_floats(graph)? + OVERHEAD + 4096 * self.n_threads;
+        let bytes = 4 * self.n_floats(graph)? + OVERHEAD;
         if outputs.iter().any(|o| o.0 >= graph.ops.len()) {
             return Err(LlamaError::Misuse("outputs of another graph".into()));
         }
@@ -368,12 +367,18 @@ impl Store {
                 }
             });
         }
-        // SAFETY: tensors of the live context; the arena has memory for the graph and the products'
-        // working copies.
+        // SAFETY: tensors of the live context, whose arena has memory for the graph; the plan gets the
+        // memory to work in that it asks for.
         let status = unsafe {
             let graph = sys::ggml_new_graph(ctx);
             outputs.iter().for_each(|o| sys::ggml_build_forward_expand(graph, nodes[o.0]));
-            sys::ggml_graph_compute_with_ctx(ctx, graph, self.n_threads as i32)
+            let n_threads = self.threads.n_used() as i32;
+            let mut plan = sys::ggml_graph_plan(graph, n_threads, self.threads.as_ptr());
+            if self.work.len() < plan.work_size {
+                self.work.resize(plan.work_size, 0);
+            }
+            plan.work_data = self.work.as_mut_ptr();
+            sys::ggml_graph_compute(graph, &raw mut plan)
         };
         if status != sys::GGML_STATUS_SUCCESS {
             return Err(LlamaError::Compute { code: status });

@@ -26,6 +26,7 @@ mod sampler;
 mod sys;
 mod tap;
 mod tensor_type;
+mod threads;
 mod writer;
 
 pub use backend::{max_sequences, supports_gpu_offload, system_info, version};
@@ -40,4 +41,5 @@ pub use quantize::{Quantization, quantize};
 pub use sampler::{Candidates, SamplerChain};
 pub use tap::Tapped;
 pub use tensor_type::TensorType;
+pub use threads::Threads;
 pub use writer::{ALIGNMENT, Meta, TensorInfo, tensor_types, write_header};

@@ -13,7 +13,7 @@ use super::medusa::{pick, top_candidates};
 use super::nets::{ConditionedNet, ConditionedWeights};
 use super::paths::{Candidate, plant, propose};
 use super::{Draft, Origin, Tree, Worth};
-use crate::llama::{MatrixRows, Token};
+use crate::llama::{MatrixRows, Threads, Token};
 
 /// Most paths that one head continues, of all sequences together.
 const MAX_PATHS: usize = 64;
@@ -80,11 +80,11 @@ impl Conditioned {
         token_counts: Option<Vec<f64>>,
         output: &MatrixRows,
         embeddings: MatrixRows,
-        n_threads: usize,
+        threads: &Threads,
     ) -> Result<Self, HeadsError> {
         let output = pick(output, token_map.as_deref())?;
         let cuts: &[usize] = if token_counts.is_some() { &CUTS } else { &[] };
-        let mut net = ConditionedNet::new(weights, &output, cuts, n_threads)?;
+        let mut net = ConditionedNet::new(weights, &output, cuts, threads)?;
         let counts = token_counts.unwrap_or_else(|| vec![1.0; output.n_out]);
         let share = |n: usize| counts[..n].iter().sum::<f64>() / counts.iter().sum::<f64>();
         let mut cuts = vec![];

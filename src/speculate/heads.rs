@@ -26,7 +26,7 @@ pub use super::error::HeadsError;
 use super::medusa::Medusa;
 use super::nets::{ConditionedHead, ConditionedWeights, MedusaWeights, ResidualBlock};
 use super::pickle;
-use crate::llama::{Model, Token};
+use crate::llama::{Model, Threads, Token};
 use crate::matrix::Matrix;
 
 /// The model's sizes, which heads must fit.
@@ -99,11 +99,11 @@ impl Heads {
     /// # Errors
     /// [`HeadsError::Llama`] when the model's matrices cannot be read, or without memory;
     /// [`HeadsError::Shape`] for weights that do not match.
-    pub fn drafter(self, model: &Model, n_threads: usize) -> Result<Box<dyn Draft>, HeadsError> {
+    pub fn drafter(self, model: &Model, threads: &Threads) -> Result<Box<dyn Draft>, HeadsError> {
         let output = model.output_rows()?;
         Ok(match self.nets {
             HeadNets::Plain(weights) => {
-                Box::new(Medusa::new(weights, self.token_map, &output, n_threads)?)
+                Box::new(Medusa::new(weights, self.token_map, &output, threads)?)
             }
             HeadNets::Conditioned(weights) => Box::new(Conditioned::new(
                 &weights,
@@ -111,7 +111,7 @@ impl Heads {
                 self.token_counts,
                 &output,
                 model.embedding_rows()?,
-                n_threads,
+                threads,
             )?),
         })
     }

@@ -9,7 +9,7 @@ use super::error::HeadsError;
 use super::nets::{MedusaNet, MedusaWeights};
 use super::paths::fill;
 use super::{Draft, Origin, Tree, Worth};
-use crate::llama::{LlamaError, MatrixRows, Token};
+use crate::llama::{LlamaError, MatrixRows, Threads, Token};
 use crate::matrix::Matrix;
 use crate::vector::{largest_k, log_sum_exp};
 
@@ -30,12 +30,12 @@ impl Medusa {
         mut weights: MedusaWeights,
         token_map: Option<Vec<Token>>,
         output: &MatrixRows,
-        n_threads: usize,
+        threads: &Threads,
     ) -> Result<Self, HeadsError> {
         if weights.outputs.is_empty() {
             weights.outputs.push(pick(output, token_map.as_deref())?);
         }
-        let net = MedusaNet::new(&weights, n_threads)?;
+        let net = MedusaNet::new(&weights, threads)?;
         Ok(Self { net, token_map, input: vec![], levels: vec![] })
     }
 }

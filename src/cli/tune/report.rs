@@ -6,8 +6,9 @@ use std::path::Path;
 use anyhow::Context as _;
 use serde::Serialize;
 
-use crate::config::{TuneArgs, cores};
+use crate::config::TuneArgs;
 use crate::llama::Model;
+use crate::machine::cores;
 use crate::plot::{self, Series};
 use crate::tune::{self, Candidate, Choice, Parallelism, RowCost, Spread, TOGETHER};
 

@@ -4,6 +4,7 @@
 //! path's newest token, head `h` has `z' = z + V SiLU(W z + U e + b)`, and its logits are `Out z'`.
 //! So a path's state depends on all of its tokens.
 
+use crate::llama::Threads;
 use crate::llama::ggml::{Graph, Op, Quantized, Store, Weight};
 use crate::matrix::Matrix;
 use crate::speculate::error::HeadsError;
@@ -51,7 +52,7 @@ impl ConditionedNet {
         weights: &ConditionedWeights,
         output: &Matrix,
         cuts: &[usize],
-        n_threads: usize,
+        threads: &Threads,
     ) -> Result<Self, HeadsError> {
         let d = weights.n_embd;
         let width = weights.steps.first().map_or(0, |s| s.b.len());
@@ -61,7 +62,7 @@ impl ConditionedNet {
         if width == 0 || !weights.steps.iter().all(fits) || !output.is(output.n_out, d) {
             return Err(HeadsError::Shape("there are none, or matrices differ in shape".into()));
         }
-        let mut store = Store::new(n_threads)?;
+        let mut store = Store::new(threads)?;
         let mut steps = vec![];
         for s in &weights.steps {
             let [w, u, v] = [&s.w, &s.u, &s.v].map(|m| store.matrix(m, Quantized::Eight));
@@ -156,7 +157,9 @@ mod tests {
             };
             let output = Matrix { values: on_grid(n_out * d, 40), ..matrix(n_out, d, 0) };
             let weights = ConditionedWeights { n_embd: d, steps: vec![step(1), step(11)] };
-            let mut net = ConditionedNet::new(&weights, &output, &[8, 32], 2).unwrap();
+            let mut net =
+                ConditionedNet::new(&weights, &output, &[8, 32], &Threads::new(2).unwrap())
+                    .unwrap();
             let (z, e) = (random(n_rows * d, 5, 4.0), random(n_rows * d, 6, 4.0));
             let whole = net.n_outs().count() - 1;
             for (i, step) in weights.steps.iter().enumerate() {

@@ -1,5 +1,6 @@
 //! The network of Medusa heads: residual blocks and an output matrix.
 
+use crate::llama::Threads;
 use crate::llama::ggml::{Graph, Node, Op, Quantized, Store, Weight};
 use crate::matrix::Matrix;
 use crate::speculate::error::HeadsError;
@@ -39,7 +40,7 @@ impl MedusaNet {
     ///
     /// # Errors
     /// [`HeadsError::Shape`] for shapes that do not match, [`HeadsError::Llama`] without memory.
-    pub fn new(w: &MedusaWeights, n_threads: usize) -> Result<Self, HeadsError> {
+    pub fn new(w: &MedusaWeights, threads: &Threads) -> Result<Self, HeadsError> {
         let shape = |what: &str| HeadsError::Shape(what.to_owned());
         if w.blocks.is_empty() || ![1, w.blocks.len()].contains(&w.outputs.len()) {
             return Err(shape("they need an output matrix each, or one for all"));
@@ -53,7 +54,7 @@ impl MedusaNet {
         {
             return Err(shape("matrices differ in shape"));
         }
-        let mut store = Store::new(n_threads)?;
+        let mut store = Store::new(threads)?;
         let mut block = |b: &ResidualBlock| {
             let weight = store.matrix(&b.weight, Quantized::Eight)?;
             Ok((weight, b.bias.as_deref().map(|b| store.vector(b)).transpose()?))
@@ -194,7 +195,7 @@ pub(super) mod tests {
                     .map(|i| Matrix { values: on_grid(n_out * n_embd, 77 + i), ..matrix(n_out, 0) })
                     .collect(),
             };
-            let mut net = MedusaNet::new(&w, 2).unwrap();
+            let mut net = MedusaNet::new(&w, &Threads::new(2).unwrap()).unwrap();
             for n_rows in [n_rows, n_rows + 1, n_rows + 3] {
                 let x = random(n_rows * n_embd, 5, 4.0);
                 let (got, want) = (net.forward(&x).unwrap().to_vec(), twin(&w, &x));
@@ -219,12 +220,15 @@ pub(super) mod tests {
             blocks: vec![vec![ResidualBlock { weight: m(4, 4), bias: None }]],
             outputs: vec![m(3, 4)],
         };
-        assert!(MedusaNet::new(&good, 1).is_ok_and(|mut net| net.forward(&[0.0; 5]).is_err()));
+        let threads = Threads::new(1).unwrap();
+        assert!(
+            MedusaNet::new(&good, &threads).is_ok_and(|mut net| net.forward(&[0.0; 5]).is_err())
+        );
         let mut bad = vec![good.clone(); 4];
         bad[0].outputs.clear();
         bad[1].outputs[0].values.pop();
         bad[2].blocks[0][0].bias = Some(vec![0.0; 3]);
         bad[3].blocks[0][0].weight = m(5, 4);
-        assert!(bad.iter().all(|w| MedusaNet::new(w, 1).is_err()));
+        assert!(bad.iter().all(|w| MedusaNet::new(w, &threads).is_err()));
     }
 }

@@ -1,0 +1,65 @@
+//! The threads of passes on a machine that others use, too.
+
+use std::time::{Duration, Instant};
+
+use super::thread_count::ThreadCount;
+use crate::llama::Threads;
+use crate::machine::{self, Watch};
+
+/// Time between two looks at the machine.
+const LOOK: Duration = Duration::from_millis(250);
+
+/// Whose rows a pass has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pass {
+    /// Running sequences' only.
+    Decoding,
+    /// Prompts', too.
+    Prompts,
+}
+
+/// Sets the number of threads of each pass.
+pub struct Sharing {
+    decoding: ThreadCount,
+    prompts: ThreadCount,
+    watch: Watch,
+    started: Instant,
+    looked: Option<Instant>,
+}
+
+impl Sharing {
+    /// At most so many threads for passes that decode, and for those that read prompts.
+    pub fn new(n_decoding: usize, n_prompts: usize) -> Self {
+        Self {
+            decoding: ThreadCount::new(n_decoding),
+            prompts: ThreadCount::new(n_prompts),
+            watch: Watch::default(),
+            started: Instant::now(),
+            looked: None,
+        }
+    }
+
+    /// Sets the threads of the pass that begins now.
+    pub fn begin(&mut self, pass: Pass, threads: &Threads) {
+        if self.looked.is_none_or(|at| at.elapsed() > LOOK) {
+            let (most, usage) = (machine::cores(), self.watch.usage());
+            self.decoding.look(most, usage);
+            self.prompts.look(most, usage);
+            self.looked = Some(Instant::now());
+        }
+        threads.set_used(self.count(pass).now());
+    }
+
+    /// Records the pass that began at `began` and ends now.
+    pub fn end(&mut self, pass: Pass, n_rows: usize, began: Instant) {
+        let at = self.started.elapsed().as_secs_f64();
+        self.count(pass).record(n_rows, began.elapsed().as_secs_f64(), at);
+    }
+
+    fn count(&mut self, pass: Pass) -> &mut ThreadCount {
+        match pass {
+            Pass::Decoding => &mut self.decoding,
+            Pass::Prompts => &mut self.prompts,
+        }
+    }
+}
