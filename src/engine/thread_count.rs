@@ -31,6 +31,8 @@ const SHARE: f64 = 1.0 / 100.0;
 const BLIND_SHARE: f64 = 1.0 / 400.0;
 /// Seconds until a trial is repeated, at least.
 const MIN_WAIT_S: f64 = 0.5;
+/// A trial that took less than this share of the usual time made no difference.
+const FLAT: f64 = 1.1;
 /// Weight of a new pass for what passes usually take.
 const ALPHA: f64 = 0.2;
 /// A usual time is known after so many passes.
@@ -54,6 +56,7 @@ enum Direction {
 struct Next {
     with_reason_s: f64,
     blind_s: f64,
+    /// `None`: as the cores' usage suggests.
     stride: Option<usize>,
 }
 
@@ -152,13 +155,15 @@ impl ThreadCount {
         // More without a reason is tried all the same: a system may call a core busy that waits.
         let (direction, n) =
             if self.n < self.most && due(&self.more, reason(|usage| usage.idle >= IDLE)) {
-                let stride = self.more.stride.unwrap_or((self.n / 3).max(1));
+                let suggested = self.usage.map_or(self.n as f64 / 3.0, |usage| usage.idle);
+                let stride = self.more.stride.unwrap_or(suggested.round() as usize).max(1);
                 (Direction::More, (self.n + stride).min(self.most))
             } else if self.n > 1
                 && reason(|usage| usage.others >= OTHERS) != Some(false)
                 && due(&self.fewer, reason(|usage| usage.others >= OTHERS))
             {
-                let stride = self.fewer.stride.unwrap_or((self.n / 4).max(1));
+                let suggested = self.usage.map_or(self.n as f64 / 4.0, |usage| usage.others);
+                let stride = self.fewer.stride.unwrap_or(suggested.round() as usize).max(1);
                 (Direction::Fewer, self.n.saturating_sub(stride).max(1))
             } else {
                 return;
@@ -189,8 +194,16 @@ impl ThreadCount {
             self.usual.iter_mut().for_each(|usual| usual.seconds *= median);
             return;
         }
+        // Where it made no difference, the right number may be farther away; else nearer, or where
+        // the usage suggests.
+        let stride = trial.n.abs_diff(self.n);
+        let stride = match (median, next.stride) {
+            (Some(median), _) if median < FLAT => Some(2 * stride),
+            (_, None) => Some(stride / 2),
+            (_, Some(_)) => None,
+        };
         let after = |share: f64| at + (trial.extra_s / share).max(MIN_WAIT_S);
-        *next = Next { with_reason_s: after(SHARE), blind_s: after(BLIND_SHARE), stride: Some(1) };
+        *next = Next { with_reason_s: after(SHARE), blind_s: after(BLIND_SHARE), stride };
     }
 }
 
