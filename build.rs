@@ -117,8 +117,15 @@ fn patched(tree: &Path, native: &Path) -> PathBuf {
 
 /// What the patches call. A checkout that they do not apply to has the files and does not compile
 /// them.
-const OUR_KERNELS: [&str; 5] =
-    ["attention.cpp", "attention.h", "few-rows.cpp", "few-rows.h", "waiting.h"];
+const OUR_KERNELS: [&str; 7] = [
+    "attention.cpp",
+    "attention.h",
+    "columns.h",
+    "few-rows.cpp",
+    "few-rows.h",
+    "lanes.h",
+    "waiting.h",
+];
 
 fn copy_with_patches(tree: &Path, native: &Path) -> PathBuf {
     println!("cargo::rerun-if-changed=vendor/patches");

@@ -101,10 +101,19 @@ const F16: i32 = 1;
 enum Type {
     Q4_0 = 2,
     Q4_1 = 3,
+    Q5_0 = 6,
+    Q5_1 = 7,
     Q8_0 = 8,
     Q4K = 12,
     Q5K = 13,
     Q6K = 14,
+}
+
+impl Type {
+    /// Whether blocks of 32 values have a number that is added to them.
+    fn has_minimum(self) -> bool {
+        matches!(self, Self::Q4_1 | Self::Q5_1)
+    }
 }
 
 /// Values of a block, of weights and of activations.
@@ -120,10 +129,12 @@ struct WeightBlock {
 impl WeightBlock {
     fn random(of: Type, rng: &mut fastrand::Rng) -> Self {
         let scale = f16::from_f32(rng.f32() * 0.02 - 0.01);
-        let offset = if of == Type::Q4_1 { f16::from_f32(rng.f32() - 0.5) } else { f16::ZERO };
+        let offset = if of.has_minimum() { f16::from_f32(rng.f32() - 0.5) } else { f16::ZERO };
         let range = match of {
             Type::Q4_0 => -8..=7,
             Type::Q4_1 => 0..=15,
+            Type::Q5_0 => -16..=15,
+            Type::Q5_1 => 0..=31,
             _ => -128..=127,
         };
         Self { scale, offset, values: extremes(range, rng) }
@@ -132,14 +143,24 @@ impl WeightBlock {
     /// As a file has it.
     fn write(&self, of: Type, out: &mut Vec<u8>) {
         out.extend(self.scale.to_le_bytes());
-        if of == Type::Q4_1 {
+        if of.has_minimum() {
             out.extend(self.offset.to_le_bytes());
         }
-        let nibble = |i: usize| (self.values[i] + if of == Type::Q4_0 { 8 } else { 0 }) as u8;
-        match of {
-            Type::Q8_0 => out.extend(self.values.map(|v| v as u8)),
-            _ => out.extend((0..BLOCK / 2).map(|i| nibble(i) | nibble(i + BLOCK / 2) << 4)),
+        if of == Type::Q8_0 {
+            return out.extend(self.values.map(|v| v as u8));
         }
+        let less = match of {
+            Type::Q4_0 => 8,
+            Type::Q5_0 => 16,
+            _ => 0,
+        };
+        let values = self.values.map(|v| (v + less) as u32);
+        if matches!(of, Type::Q5_0 | Type::Q5_1) {
+            let fifth_bits = values.iter().enumerate().map(|(i, v)| v >> 4 << i).sum::<u32>();
+            out.extend(fifth_bits.to_le_bytes());
+        }
+        let nibble = |i: usize| (values[i] & 15) as u8;
+        out.extend((0..BLOCK / 2).map(|i| nibble(i) | nibble(i + BLOCK / 2) << 4));
     }
 }
 
@@ -292,7 +313,7 @@ fn mul_mat_twin(of: Type, repacked: bool, w: &[WeightBlock], x: &[ActivationBloc
     for (w, x) in w.iter().zip(x) {
         let x_sum = x.scale * x.values.iter().sum::<i32>() as f32;
         let scale = w.scale.to_f32() * x.scale;
-        if of == Type::Q4_1 {
+        if of.has_minimum() {
             let to = if repacked { &mut lanes[0] } else { &mut offsets };
             *to = w.offset.to_f32().mul_add(x_sum, *to);
         }
@@ -307,7 +328,7 @@ fn mul_mat_twin(of: Type, repacked: bool, w: &[WeightBlock], x: &[ActivationBloc
     }
     let four: [f32; 4] = std::array::from_fn(|i| lanes[i + 4] + lanes[i]);
     let sum = (four[0] + four[2]) + (four[1] + four[3]);
-    if of == Type::Q4_1 { sum + offsets } else { sum }
+    if of.has_minimum() { sum + offsets } else { sum }
 }
 
 /// Multiplications of a shape, by all kernels with several numbers of threads, are the twin's.
@@ -369,7 +390,7 @@ fn check_mul_mat(of: Type, repacked: bool, k: usize, cols: usize, rows: usize) {
     }
 }
 
-const REPACKED: [Type; 3] = [Type::Q4_0, Type::Q4_1, Type::Q8_0];
+const REPACKED: [Type; 5] = [Type::Q4_0, Type::Q4_1, Type::Q5_0, Type::Q5_1, Type::Q8_0];
 const K_TYPES: [Type; 3] = [Type::Q4K, Type::Q5K, Type::Q6K];
 const AS_STORED: [Type; 2] = [Type::Q4_1, Type::Q8_0];
 

@@ -1,0 +1,193 @@
+// Vectors with a lane for each column: eight columns in 256 bits, sixteen in 512. The kernels of
+// few-rows.cpp are written once for both.
+//
+// Bytes of weights are multiplied by fours: a 32-bit lane holds four values of its column, and four
+// activations are broadcast to all lanes. Weights are the unsigned operand.
+#pragma once
+
+#include "ggml-impl.h"
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+// Kernels are one function each, and all that they call is a part of them: without this, compilers
+// leave calls in the innermost loops.
+#if defined(_MSC_VER)
+#define FEW_ROWS_INLINE
+#define FEW_ROWS_KERNEL __declspec(noinline)
+#else
+#define FEW_ROWS_INLINE __attribute__((always_inline))
+#define FEW_ROWS_KERNEL __attribute__((noinline))
+#endif
+
+namespace {
+
+// Calls f with 0 .. N - 1 as types, so that they can be immediates.
+template <int... I, typename F>
+FEW_ROWS_INLINE inline void unroll_(std::integer_sequence<int, I...>, F f) {
+    (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, typename F>
+FEW_ROWS_INLINE inline void unroll(F f) {
+    unroll_(std::make_integer_sequence<int, N>{}, f);
+}
+
+// Eight columns, in AVX2 or AVX-VNNI.
+struct Lanes8 {
+    using Ints = __m256i;
+    using Floats = __m256;
+    static constexpr int BLOCKS = 1;
+
+    explicit Lanes8(ptrdiff_t) {}
+
+    // 32 bytes.
+    Ints load(const void* p) const { return _mm256_loadu_si256((const __m256i*)p); }
+    // Eight bytes, one for each lane.
+    Ints load_bytes(const uint8_t* p) const {
+        return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+    }
+    Ints load_bytes(const int8_t* p) const {
+        return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
+    }
+    Floats load_halves(const ggml_half* p) const {
+        return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+    }
+
+    static Ints zero() { return _mm256_setzero_si256(); }
+    static Floats zero_floats() { return _mm256_setzero_ps(); }
+    static Ints bytes(int v) { return _mm256_set1_epi8((char)v); }
+    static Ints ints(int32_t v) { return _mm256_set1_epi32(v); }
+    static Floats floats(const float* v) { return _mm256_broadcast_ss(v); }
+    // Four bytes in every lane.
+    static Ints repeat(const void* p) {
+        return _mm256_castps_si256(_mm256_broadcast_ss((const float*)p));
+    }
+
+    static Ints both(Ints a, Ints b) { return _mm256_and_si256(a, b); }
+    static Ints either(Ints a, Ints b) { return _mm256_or_si256(a, b); }
+    static Ints differ(Ints a, Ints b) { return _mm256_xor_si256(a, b); }
+    static Ints subtract(Ints a, Ints b) { return _mm256_sub_epi32(a, b); }
+    // By N bits to the left, or -N to the right; bits cross the bytes of 16-bit numbers.
+    template <int N>
+    static Ints shift(Ints a) {
+        if constexpr (N >= 0) {
+            return _mm256_slli_epi16(a, N);
+        } else {
+            return _mm256_srli_epi16(a, -N);
+        }
+    }
+
+    static Floats to_floats(Ints a) { return _mm256_cvtepi32_ps(a); }
+    static Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+    static Floats negate(Floats a) { return _mm256_sub_ps(_mm256_setzero_ps(), a); }
+    static Floats mul_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+    static void store(float* p, Floats a) { _mm256_storeu_ps(p, a); }
+
+    // Sums of products of v[FROM .. TO), whose values are at most MOST, with activations of
+    // -127 .. 127 from q + 4 * FROM on.
+    template <int MOST, int FROM, int TO>
+    FEW_ROWS_INLINE static Ints dots(const Ints* v, const int8_t* q) {
+#if defined(__AVXVNNI__)
+        Ints sum = zero();
+        unroll<TO - FROM>([&](auto i) FEW_ROWS_INLINE {
+            sum = _mm256_dpbusd_avx_epi32(sum, v[FROM + i], repeat(q + 4 * (FROM + i)));
+        });
+        return sum;
+#else
+        // So many sums of two products fit into 16 bits.
+        constexpr int FIT = 32767 / (2 * 127 * MOST);
+        static_assert(FIT >= 1, "one sum of two products must fit");
+        constexpr int PART = FIT >= TO - FROM ? TO - FROM : FIT >= 4 ? 4 : FIT >= 2 ? 2 : 1;
+        static_assert((TO - FROM) % PART == 0, "whole parts");
+        Ints sum = zero();
+        unroll<(TO - FROM) / PART>([&](auto part) FEW_ROWS_INLINE {
+            constexpr int START = FROM + part * PART;
+            Ints pairs = _mm256_maddubs_epi16(v[START], repeat(q + 4 * START));
+            unroll<PART - 1>([&](auto i) FEW_ROWS_INLINE {
+                constexpr int J = START + 1 + i;
+                pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(v[J], repeat(q + 4 * J)));
+            });
+            const Ints fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+            sum = part == 0 ? fours : _mm256_add_epi32(sum, fours);
+        });
+        return sum;
+#endif
+    }
+};
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) &&                      \
+    defined(__AVX512VNNI__)
+#define FEW_ROWS_LANES16
+
+// Sixteen columns: the upper half is of the block `next` bytes after a lower half's.
+struct Lanes16 {
+    using Ints = __m512i;
+    using Floats = __m512;
+    static constexpr int BLOCKS = 2;
+
+    ptrdiff_t next;
+    explicit Lanes16(ptrdiff_t next) : next(next) {}
+
+    Ints load(const void* p) const {
+        const __m256i lo = _mm256_loadu_si256((const __m256i*)p);
+        const __m256i hi = _mm256_loadu_si256((const __m256i*)((const char*)p + next));
+        return _mm512_inserti64x4(_mm512_castsi256_si512(lo), hi, 1);
+    }
+    __m128i load_eight(const void* p) const {
+        const __m128i lo = _mm_loadl_epi64((const __m128i*)p);
+        return _mm_unpacklo_epi64(lo, _mm_loadl_epi64((const __m128i*)((const char*)p + next)));
+    }
+    Ints load_bytes(const uint8_t* p) const { return _mm512_cvtepu8_epi32(load_eight(p)); }
+    Ints load_bytes(const int8_t* p) const { return _mm512_cvtepi8_epi32(load_eight(p)); }
+    Floats load_halves(const ggml_half* p) const {
+        const __m128i lo = _mm_loadu_si128((const __m128i*)p);
+        const __m128i hi = _mm_loadu_si128((const __m128i*)((const char*)p + next));
+        return _mm512_cvtph_ps(_mm256_inserti128_si256(_mm256_castsi128_si256(lo), hi, 1));
+    }
+
+    static Ints zero() { return _mm512_setzero_si512(); }
+    static Floats zero_floats() { return _mm512_setzero_ps(); }
+    static Ints bytes(int v) { return _mm512_set1_epi8((char)v); }
+    static Ints ints(int32_t v) { return _mm512_set1_epi32(v); }
+    static Floats floats(const float* v) { return _mm512_set1_ps(*v); }
+    static Ints repeat(const void* p) {
+        int32_t v;
+        memcpy(&v, p, sizeof(v));
+        return _mm512_set1_epi32(v);
+    }
+
+    static Ints both(Ints a, Ints b) { return _mm512_and_si512(a, b); }
+    static Ints either(Ints a, Ints b) { return _mm512_or_si512(a, b); }
+    static Ints differ(Ints a, Ints b) { return _mm512_xor_si512(a, b); }
+    static Ints subtract(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
+    template <int N>
+    static Ints shift(Ints a) {
+        if constexpr (N >= 0) {
+            return _mm512_slli_epi16(a, N);
+        } else {
+            return _mm512_srli_epi16(a, -N);
+        }
+    }
+
+    static Floats to_floats(Ints a) { return _mm512_cvtepi32_ps(a); }
+    static Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+    static Floats negate(Floats a) { return _mm512_sub_ps(_mm512_setzero_ps(), a); }
+    static Floats mul_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+    static void store(float* p, Floats a) { _mm512_storeu_ps(p, a); }
+
+    template <int MOST, int FROM, int TO>
+    FEW_ROWS_INLINE static Ints dots(const Ints* v, const int8_t* q) {
+        Ints sum = zero();
+        unroll<TO - FROM>([&](auto i) FEW_ROWS_INLINE {
+            sum = _mm512_dpbusd_epi32(sum, v[FROM + i], repeat(q + 4 * (FROM + i)));
+        });
+        return sum;
+    }
+};
+#endif
+
+} // namespace
