@@ -16,8 +16,8 @@ use hyper::Uri;
 use tracing::Level;
 
 pub use commands::{
-    BenchArgs, GenerateArgs, PerplexityArgs, PromptArgs, QuantizeArgs, ReportArgs, SynthArgs,
-    TrainArgs, TuneArgs,
+    BenchArgs, GenerateArgs, PerplexityArgs, PromptArgs, QuantizeArgs, ReportArgs, RowsArgs,
+    SynthArgs, TrainArgs, TuneArgs,
 };
 use network::NetworkArgs;
 
@@ -67,6 +67,8 @@ pub enum Command {
     Train(TrainArgs),
     /// Measure the speed with and without drafts on a file of prompts
     Bench(BenchArgs),
+    /// Measure what a step takes by its number of rows (tokens)
+    Rows(RowsArgs),
     /// Write a GGUF file in another quantization
     Quantize(QuantizeArgs),
     /// Measure the perplexity of a model on a text
@@ -85,6 +87,7 @@ impl Command {
             Self::Generate(args) => args.model.log_level,
             Self::Train(args) => args.model.log_level,
             Self::Bench(args) => args.model.log_level,
+            Self::Rows(args) => args.model.log_level,
             Self::Perplexity(args) => args.model.log_level,
             Self::Tune(args) => args.model.log_level,
             Self::Quantize(_) => Level::WARN,

@@ -46,13 +46,14 @@
 //! | [`http`] | accept loop, routes; `access`, the access log; `host`, `auth` and `cors`; `tls`; `api`, the bodies of requests and answers; `completions`, `embeddings`, `vocabulary` and `information`, their handlers; server-sent events; `page` for browsers; `openapi` and `docs` | cells, batches |
 //! | [`telemetry`] | request spans for an OpenTelemetry collector | bodies, engine |
 //! | [`request`], [`error`] | what `http` and `engine` share | both |
-//! | [`engine`] | the step; `turn`, a sequence's part in it; `commit` and `walk`, its end; `pool`, embeddings; `thread` runs it, `handle` is its public side, `lanes` the threads that read requests, `stats` its counters, `forward` its interface to a model, `grammar` its interface to llguidance, `gbnf` a translator for it | sockets, JSON |
+//! | [`engine`] | the step; `turn`, a sequence's part in it; `commit` and `walk`, its end; `pool`, embeddings; `thread` runs it, `handle` is its public side, `lanes` the threads that read requests, `stats` its counters, `forward` its interface to a model, `sharing` and `thread_count` the threads of each pass, `grammar` its interface to llguidance, `gbnf` a translator for it | sockets, JSON |
 //! | [`metrics`] | `/metrics`: names for the counters of engine and HTTP | sockets, cells |
 //! | [`speculate`] | `heads` and `pickle` (files), `medusa` and `conditioned` (heads), `nets` (their networks), `suffix` and `text` (text drafts), `tree`, `calibration`, `reliability`, `cost`, `policy`; `device` (heads and verification on a GPU); `simulated`, which `bench` wraps around a model | requests, cells |
 //! | [`chat`] | chat templates: messages to a prompt, for `http`, `train` and `bench` | requests |
 //! | [`jinja`] | Jinja as Python's library renders it, with texts that know what came from outside | chats |
 //! | [`train`] | training of heads: answers, features, fit | HTTP |
 //! | [`synth`] | models and heads with random weights in known shapes, for benchmarks | requests |
+//! | `machine` | cores that this process may use, and how busy others keep them | requests |
 //! | `eval`, `plot`, [`files`] | perplexity; SVG plots; files that appear whole | requests |
 //! | `tune` | recommends a quantization from measurements | files, models |
 //! | [`vector`], [`matrix`] | vectorized loops over logits; a matrix of floats | their purpose |
@@ -62,7 +63,7 @@
 //! # Invariants
 //!
 //! - `unsafe` occurs only in [`llama`] and [`gpu`].
-//! - `scheduler`, `slots`, `leaves`, `sampler`'s draw, `text`, `pace`, `bursts`, `turn`, and of
+//! - `scheduler`, `slots`, `leaves`, `sampler`'s draw, `text`, `pace`, `bursts`, `thread_count`, `turn`, and of
 //!   `speculate` all but `heads`, `pickle`, `medusa`, `conditioned`, `nets` and `device` do no I/O
 //!   and read no clock.
 //! - One thread creates and owns the llama context.

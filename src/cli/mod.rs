@@ -4,6 +4,7 @@ mod bench;
 mod generate;
 mod perplexity;
 mod quantize;
+mod rows;
 mod serve;
 mod shared;
 mod synth;
@@ -22,6 +23,7 @@ pub fn run(command: Command) -> anyhow::Result<()> {
         Command::Generate(args) => generate::generate(&args),
         Command::Train(args) => train::train(&args),
         Command::Bench(args) => bench::bench(&args),
+        Command::Rows(args) => rows::rows(&args),
         Command::Perplexity(args) => perplexity::perplexity(&args),
         Command::Tune(args) => tune::tune(&args),
         Command::Quantize(args) => quantize::quantize(&args),

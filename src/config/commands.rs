@@ -162,6 +162,31 @@ pub struct BenchArgs {
     pub(crate) report: ReportArgs,
 }
 
+/// `medusa-llama rows`.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct RowsArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// Numbers of rows
+    #[arg(long, default_value = "1,2,3,4,6,8,12,16,24,32,64,128,512", value_delimiter = ',', value_parser = between(1, 1 << 16))]
+    pub rows: Vec<usize>,
+    /// Tokens in the cache before them
+    #[arg(long, default_value_t = 0, value_parser = between(0, 1 << 20))]
+    pub cells: usize,
+    /// Logits of the last row only, as where a prompt is read, instead of all
+    #[arg(long)]
+    pub last: bool,
+    /// Most rows of one pass over the weights
+    #[arg(long, default_value_t = 512, value_parser = between(1, 1 << 16))]
+    pub micro_batch: usize,
+    /// Number of measurements of each
+    #[arg(long, default_value_t = 5, value_parser = between(1, 1000))]
+    pub rounds: usize,
+    /// Write all figures to this file
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
 /// `medusa-llama quantize`.
 #[derive(Clone, Debug, ClapArgs)]
 pub struct QuantizeArgs {

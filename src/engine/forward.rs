@@ -243,23 +243,47 @@ impl LlamaForward {
         numbers: &[usize],
         limit: Duration,
     ) -> Result<(Vec<(usize, f64)>, f64), LlamaError> {
-        self.time_pass(1)?;
-        cost::measure(numbers, limit.as_secs_f64(), |n| self.time_pass(n))
+        self.time(0, 1, true)?;
+        cost::measure(numbers, limit.as_secs_f64(), |n| self.time(0, n, true))
     }
 
-    /// Seconds of a pass of `n` rows with logits on an empty cache, which is empty again
-    /// afterwards.
-    fn time_pass(&mut self, n: usize) -> Result<f64, LlamaError> {
-        self.batch.clear();
-        (0..n).try_for_each(|pos| self.batch.add(Token(0), pos, &[SeqId(0)], true).map(|_| ()))?;
+    /// Puts `n` tokens into the empty cache.
+    ///
+    /// # Errors
+    /// When a pass fails.
+    pub fn fill(&mut self, n: usize) -> Result<(), LlamaError> {
+        let n_rows = self.batch.n_most();
+        (0..n).step_by(n_rows).try_for_each(|from| {
+            self.set_batch(from, n_rows.min(n - from), false)?;
+            self.context.forward(&self.batch)
+        })
+    }
+
+    /// Seconds of a pass of `n` rows, with logits of all or of the last one, after the first
+    /// `n_before` tokens in the cache. It leaves only those there.
+    ///
+    /// # Errors
+    /// When the pass fails.
+    pub fn time(&mut self, n_before: usize, n: usize, all: bool) -> Result<f64, LlamaError> {
+        self.set_batch(n_before, n, all)?;
         let started = Instant::now();
         self.pass(Pass::Decoding, n, |this| this.context.forward(&this.batch))?;
         if self.tapped().is_none_or(|tapped| tapped.on_host) {
-            self.context.logits(0)?; // of all rows: they cross to the host together
+            self.context.logits(n - 1)?; // of all rows: they cross to the host together
         }
         let seconds = started.elapsed().as_secs_f64();
-        self.context.remove_from(SeqId(0), 0)?;
+        self.context.remove_from(SeqId(0), n_before)?;
         Ok(seconds)
+    }
+
+    /// Makes a batch of `n` rows of one sequence from a position on, with logits of all or of the
+    /// last one.
+    fn set_batch(&mut self, from: usize, n: usize, all: bool) -> Result<(), LlamaError> {
+        self.batch.clear();
+        (from..from + n).try_for_each(|pos| {
+            let output = all || pos + 1 == from + n;
+            self.batch.add(Token(0), pos, &[SeqId(0)], output).map(|_| ())
+        })
     }
 
     /// Adds `row`, which is the step's `index`-th, to the next pass.

@@ -3,8 +3,8 @@
 //! A step is: admit, plan, draft, forward, commit (in `commit`). Each sequence that takes part has a
 //! `Turn`. [`slots`] records who holds which cells, [`leaves`] lends ids to trees, `scheduler` picks
 //! the next rows, [`sampler`] the next token, `text` what of it may be shown; `pool` makes a prompt's
-//! embedding; `pace` and `bursts` limit how long things take; [`speculate`](crate::speculate) drafts.
-//! They are pure: only this file, `commit` and `grammar` read a clock, and only [`forward`] calls
+//! embedding; `pace` and `bursts` limit how long things take; `sharing` sets the threads of a pass, by `thread_count`; [`speculate`](crate::speculate) drafts.
+//! They are pure: only this file, `commit`, `grammar` and `sharing` read a clock, and only [`forward`] calls
 //! llama.cpp. [`stats`] counts.
 
 mod bursts;

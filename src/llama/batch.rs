@@ -35,6 +35,12 @@ impl Batch {
         Self { c, limits, outputs: Vec::with_capacity(limits.n_rows) }
     }
 
+    /// Rows it has room for.
+    #[must_use]
+    pub fn n_most(&self) -> usize {
+        self.limits.n_rows
+    }
+
     /// Adds a row and returns its index. The first id decides which cells the row sees.
     ///
     /// # Errors
