@@ -56,6 +56,7 @@ bench-short: build
 	benches/compare --help >/dev/null
 	benches/soak.py --requests 40 --parallel 4 >/dev/null
 	benches/stall.py --streams 2 --prompt-tokens 200 --runs 1
+	benches/neighbours --streams 1 --busy 1 --rounds 1 --seconds 1
 	benches/structured.py --rounds 1 --seeds 1
 	benches/same-text.py --seeds 2 -n 16
 

@@ -5,13 +5,32 @@ use crate::llama::Token;
 /// Values per iteration: eight registers of the smallest x86-64, two of the largest.
 const LANES: usize = 32;
 
-/// The largest value; NaN never is. Negative infinity for none.
-pub fn largest(values: &[f32]) -> f32 {
-    pulp::Arch::new().dispatch(|| largest_lanes(values))
+/// Declares functions that are compiled for each kind of processor, all that they call with
+/// `inline(always)` included. A closure given to `dispatch` may be left outside of that.
+macro_rules! for_each_processor {
+    ($($(#[$doc:meta])* pub fn $name:ident<$life:lifetime>($($arg:ident: $kind:ty),*) -> $out:ty
+        $body:block)+) => {$(
+        $(#[$doc])*
+        pub fn $name<$life>($($arg: $kind),*) -> $out {
+            struct Op<$life> {
+                $($arg: $kind,)*
+            }
+            impl<$life> pulp::WithSimd for Op<$life> {
+                type Output = $out;
+                #[inline(always)]
+                fn with_simd<S: pulp::Simd>(self, _: S) -> $out {
+                    let Self { $($arg,)* } = self;
+                    $body
+                }
+            }
+            pulp::Arch::new().dispatch(Op { $($arg,)* })
+        }
+    )+};
 }
 
-#[inline(always)] // into the code that `dispatch` compiles for each processor
-fn largest_lanes(values: &[f32]) -> f32 {
+for_each_processor! {
+/// The largest value; NaN never is. Negative infinity for none.
+pub fn largest<'a>(values: &'a [f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];
     let (chunks, rest) = values.as_chunks::<LANES>();
     for chunk in chunks {
@@ -22,13 +41,55 @@ fn largest_lanes(values: &[f32]) -> f32 {
     lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m })
 }
 
+/// Fills `maxima` with the largest value of each block of [`BLOCK`] values, and returns the largest of
+/// all; NaN never is. Negative infinity for none.
+pub fn block_maxima<'a>(values: &'a [f32], maxima: &'a mut Vec<f32>) -> f32 {
+    maxima.clear();
+    let mut most = f32::NEG_INFINITY;
+    for block in values.chunks(BLOCK) {
+        let max = largest_of_block(block);
+        maxima.push(max);
+        most = if max > most { max } else { most };
+    }
+    most
+}
+
+/// The sum of `e^(v - max)`, where `max` is the largest.
+pub fn sum_exp<'a>(values: &'a [f32], max: f32) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let (chunks, rest) = values.as_chunks::<LANES>();
+    for chunk in chunks {
+        for (lane, &v) in lanes.iter_mut().zip(chunk) {
+            *lane += exp_below(v - max);
+        }
+    }
+    lanes.iter().sum::<f32>() + rest.iter().map(|&v| exp_below(v - max)).sum::<f32>()
+}
+
 /// Fills `best` with the `k` largest values and their indices, best first; of equal ones the first
-/// indices. NaN never is among them.
-pub fn largest_k(values: &[f32], k: usize, best: &mut Vec<(Token, f32)>) {
+/// indices. NaN never is among them. Returns how many there are.
+pub fn largest_k<'a>(values: &'a [f32], k: usize, best: &'a mut Vec<(Token, f32)>) -> usize {
     best.clear();
     if k > 0 {
-        pulp::Arch::new().dispatch(|| largest_k_blocks(values, k, best));
+        largest_k_blocks(values, k, best);
     }
+    best.len()
+}
+}
+
+/// Values of a block of [`block_maxima`].
+pub const BLOCK: usize = 64;
+
+#[inline(always)]
+fn largest_of_block(values: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; 8];
+    let (chunks, rest) = values.as_chunks::<8>();
+    for chunk in chunks {
+        for (lane, &v) in lanes.iter_mut().zip(chunk) {
+            *lane = if v > *lane { v } else { *lane };
+        }
+    }
+    lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m })
 }
 
 #[inline(always)]
@@ -54,23 +115,6 @@ fn largest_k_blocks(values: &[f32], k: usize, best: &mut Vec<(Token, f32)>) {
 pub fn log_sum_exp(values: &[f32]) -> f32 {
     let max = largest(values);
     max + sum_exp(values, max).ln()
-}
-
-/// The sum of `e^(v - max)`, where `max` is the largest.
-pub fn sum_exp(values: &[f32], max: f32) -> f32 {
-    pulp::Arch::new().dispatch(|| sum_exp_lanes(values, max))
-}
-
-#[inline(always)]
-fn sum_exp_lanes(values: &[f32], max: f32) -> f32 {
-    let mut lanes = [0.0f32; LANES];
-    let (chunks, rest) = values.as_chunks::<LANES>();
-    for chunk in chunks {
-        for (lane, &v) in lanes.iter_mut().zip(chunk) {
-            *lane += exp_below(v - max);
-        }
-    }
-    lanes.iter().sum::<f32>() + rest.iter().map(|&v| exp_below(v - max)).sum::<f32>()
 }
 
 /// All tokens of a vocabulary below `e^-NEGLIGIBLE` together are less than rounding loses.

@@ -489,7 +489,7 @@ fn distance(params: &SamplingParams, logits: &[f32], position: usize, token: usi
         temperature: params.temperature,
         ..Filter::default()
     };
-    f.apply(logits, &mut kept);
+    f.apply(logits, &mut kept, &mut vec![]);
     // The draw's uniform number, from a row in which each token is one of 2^20 equal shares.
     let fine = vec![0.0; 1 << 20];
     let open =

@@ -6,7 +6,7 @@
 //! probabilities, and only the tokens near the top are collected and sorted.
 
 use crate::llama::Token;
-use crate::vector::{NEGLIGIBLE, exp_below, largest, sum_exp};
+use crate::vector::{BLOCK, NEGLIGIBLE, block_maxima, exp_below, sum_exp};
 
 /// What to keep of a row. [`Default`] keeps all.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -42,6 +42,13 @@ impl Default for Filter {
     }
 }
 
+/// A row of logits, the largest of each block of them, and of all.
+struct Row<'a> {
+    logits: &'a [f32],
+    maxima: &'a [f32],
+    max: f32,
+}
+
 /// Distances from the largest logit within which tokens are collected, tried in turn until enough
 /// are found. All tokens beyond the last one together have less probability than rounding loses.
 const REACHES: [f32; 5] = [3.0, 6.0, 10.0, 16.0, NEGLIGIBLE];
@@ -49,16 +56,18 @@ const REACHES: [f32; 5] = [3.0, 6.0, 10.0, 16.0, NEGLIGIBLE];
 impl Filter {
     /// Fills `kept` with the tokens that are left and their unnormalised probabilities, in
     /// ascending order of token id: that order does not depend on rounding, so neither does what a
-    /// given random number selects. Empty only for a row without a finite logit.
-    pub fn apply(&self, logits: &[f32], kept: &mut Vec<(Token, f32)>) {
+    /// given random number selects. Empty only for a row without a finite logit. `maxima` is memory to
+    /// work in.
+    pub fn apply(&self, logits: &[f32], kept: &mut Vec<(Token, f32)>, maxima: &mut Vec<f32>) {
         kept.clear();
-        let max = largest(logits);
+        let max = block_maxima(logits, maxima);
+        let row = Row { logits, maxima, max };
         if !max.is_finite() {
             return;
         }
         let is_narrow = self.is_narrow();
         if is_narrow {
-            self.narrow(logits, max, kept);
+            self.narrow(&row, kept);
         }
         let max = if is_narrow { highest(kept) } else { max };
         if self.top_p < 1.0 {
@@ -70,7 +79,7 @@ impl Filter {
             };
             let enough = self.top_p * sum;
             if !is_narrow {
-                self.collect(logits, max, kept, |kept| {
+                self.collect(&row, kept, |kept| {
                     kept.iter().map(|k| exp_below(k.1 - max)).sum::<f32>() >= enough
                 });
             }
@@ -82,7 +91,7 @@ impl Filter {
             });
             kept.truncate(beyond.map_or(kept.len(), |i| i + 1));
         } else if !is_narrow {
-            self.collect(logits, max, kept, |_| false);
+            self.collect(&row, kept, |_| false);
         }
         if self.min_p > 0.0 {
             let least = max + self.min_p.ln();
@@ -100,10 +109,10 @@ impl Filter {
     }
 
     /// Fills `kept` with what is left before top-p, with logits.
-    fn narrow(&self, logits: &[f32], max: f32, kept: &mut Vec<(Token, f32)>) {
-        self.collect(logits, max, kept, |kept| self.top_k > 0 && kept.len() >= self.top_k);
+    fn narrow(&self, row: &Row<'_>, kept: &mut Vec<(Token, f32)>) {
+        self.collect(row, kept, |kept| self.top_k > 0 && kept.len() >= self.top_k);
         if self.top_n_sigma > 0.0 {
-            let least = max - self.top_n_sigma * deviation(logits);
+            let least = row.max - self.top_n_sigma * deviation(row.logits);
             kept.retain(|k| k.1 >= least);
         }
         if self.top_k > 0 && kept.len() > self.top_k {
@@ -134,20 +143,18 @@ impl Filter {
     /// then is the whole row.
     fn collect(
         &self,
-        logits: &[f32],
-        max: f32,
+        row: &Row<'_>,
         kept: &mut Vec<(Token, f32)>,
         enough: impl Fn(&[(Token, f32)]) -> bool,
     ) {
         let all = self.is_narrow() || self.top_p >= 1.0;
         for reach in REACHES.into_iter().chain(all.then_some(f32::INFINITY)) {
-            let least = max - reach;
+            let least = row.max - reach;
             kept.clear();
-            for (block, values) in logits.chunks(64).enumerate() {
-                // Most blocks have none: one comparison per value, without a branch.
-                if values.iter().fold(false, |any, &v| any | (v >= least)) {
+            for (block, values) in row.logits.chunks(BLOCK).enumerate() {
+                if row.maxima[block] >= least {
                     let near = values.iter().enumerate().filter(|(_, v)| **v >= least);
-                    kept.extend(near.map(|(i, &v)| (Token((block * 64 + i) as i32), v)));
+                    kept.extend(near.map(|(i, &v)| (Token((block * BLOCK + i) as i32), v)));
                 }
             }
             if enough(kept) {
@@ -208,6 +215,7 @@ fn exclude_top(threshold: f32, kept: &mut Vec<(Token, f32)>) {
 mod tests {
     use super::*;
     use crate::llama::{Candidates, SamplerChain};
+    use crate::vector::largest;
     use proptest::prelude::*;
 
     /// The definitions, by sorting everything, in double precision. Also how close the decision
@@ -257,7 +265,7 @@ mod tests {
             let logits: Vec<f32> = logits.iter().map(|&l| l as f32 * f32::from(scale) * 0.01).collect();
             let filter = Filter { top_k, top_p, min_p, temperature, ..Filter::default() };
             let mut kept = vec![];
-            filter.apply(&logits, &mut kept);
+            filter.apply(&logits, &mut kept, &mut vec![]);
             let (expected, close) = by_definition(&filter, &logits);
             prop_assert!(kept.is_sorted_by(|a, b| a.0 < b.0));
             let least = largest(&logits) + min_p.ln();
@@ -300,7 +308,7 @@ mod tests {
     fn what_is_kept_is_what_llama_cpp_keeps() {
         let mut kept = vec![];
         for (logits, filter) in cases().take(2000) {
-            filter.apply(&logits, &mut kept);
+            filter.apply(&logits, &mut kept, &mut vec![]);
             let mut chain = SamplerChain::new(logits.len()).filters(&filter);
             let mut candidates = Candidates::default();
             let theirs: Vec<_> = candidates.filter(&mut chain, &logits).collect();
@@ -323,9 +331,9 @@ mod tests {
         let logits: Vec<f32> = [0.4f32, 0.3, 0.3, 0.1].map(f32::ln).to_vec();
         let mut kept = vec![];
         let filter = Filter { xtc: Some(0.2), temperature: 0.0, ..Filter::default() };
-        filter.apply(&logits, &mut kept);
+        filter.apply(&logits, &mut kept, &mut vec![]);
         assert_eq!(kept, [(Token(2), 1.0)], "of equal ones the last counts as the less likely");
-        Filter { temperature: 0.0, ..Filter::default() }.apply(&logits, &mut kept);
+        Filter { temperature: 0.0, ..Filter::default() }.apply(&logits, &mut kept, &mut vec![]);
         assert_eq!(kept, [(Token(0), 1.0)]);
     }
 
@@ -334,10 +342,10 @@ mod tests {
         let filter = Filter { top_p: 0.9, ..Filter::default() };
         let mut kept = vec![];
         for row in [vec![f32::NAN; 5], vec![f32::NEG_INFINITY; 70], vec![]] {
-            filter.apply(&row, &mut kept);
+            filter.apply(&row, &mut kept, &mut vec![]);
             assert!(kept.is_empty());
         }
-        filter.apply(&[f32::NAN, 1.0, f32::NEG_INFINITY], &mut kept);
+        filter.apply(&[f32::NAN, 1.0, f32::NEG_INFINITY], &mut kept, &mut vec![]);
         assert_eq!(kept, [(Token(1), 1.0)]);
     }
 }

@@ -41,6 +41,7 @@ pub struct Scratch {
     candidates: Candidates,
     logits: Vec<f32>,
     kept: Vec<(Token, f32)>,
+    maxima: Vec<f32>,
 }
 
 impl Sampler {
@@ -115,7 +116,7 @@ impl Sampler {
         drafted: &[Token],
         scratch: &mut Scratch,
     ) -> Token {
-        let Scratch { candidates, logits: changed, kept } = scratch;
+        let Scratch { candidates, logits: changed, kept, maxima } = scratch;
         changed.clear();
         let is_early = position < self.late.1;
         match &mut self.chain {
@@ -137,7 +138,7 @@ impl Sampler {
             uniform(self.seed, position, Lane::Exclusion) < f64::from(*often)
         };
         filter.xtc = self.xtc.filter(excludes).map(|(_, threshold)| threshold);
-        filter.apply(logits, kept);
+        filter.apply(logits, kept, maxima);
         let sum: f64 = kept.iter().map(|k| f64::from(k.1)).sum();
         if let Some(token) = typical(kept, sum, drafted) {
             return token;
