@@ -487,7 +487,6 @@ fn link(lib: &Path, tools: &Tools) {
         }
     }
     println!("cargo::rustc-link-lib=dylib=stdc++");
-    println!("cargo::rustc-link-lib=dylib=gomp"); // ggml-cpu's threads
 }
 
 /// Compiles `cuda/*.cu` as one unit, so that one fatbin holds every kernel.

@@ -42,8 +42,8 @@ pub(super) fn rows(args: &RowsArgs) -> anyhow::Result<()> {
     let most = args.rows.iter().copied().max().unwrap_or(1);
     let params = ContextParams {
         n_cells: args.cells + most,
-        n_batch: most,
-        n_ubatch: most.min(args.micro_batch),
+        n_batch: most.max(args.micro_batch), // the cells before are filled by as many
+        n_ubatch: args.micro_batch,
         n_seq_max: 1,
         n_threads: args.model.threads(),
         unified: true,
