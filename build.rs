@@ -5,17 +5,23 @@
 //!    command that mends it.
 //! 3. Copy the source into the target folder, apply `vendor/patches/` to the copy, and add our
 //!    kernels from `vendor/ggml/`.
-//! 4. Compile `llama` and `ggml` as static libraries.
+//! 4. Compile `llama` and `ggml` as static libraries; where the binary must run on other CPUs of the
+//!    same family too, ggml's CPU backend once for each kind of them (`build/cpu.rs`).
 //! 5. Compile our kernels once more, as `tests/cpu_kernels.rs` calls them.
 //! 6. Generate bindings for the names that start with `llama_`, `ggml_`, `gguf_`, without the
 //!    `llama_`; and for `cuda/args.h`, which our kernels and `src/gpu` share.
 //! 7. Tell cargo what to link.
-//! 8. With feature `cuda-kernels`: compile `cuda/` to `OUT_DIR/kernels.fatbin`.
+//! 8. With feature `cuda-kernels`: compile `cuda/` to `OUT_DIR/kernels.fatbin` (`build/cuda.rs`).
 //!
 //! Environment: `LLAMA_CPP_DIR` another source tree; `CMAKE`, `CXX` the tools; `LLAMA_NATIVE=0` for
 //! a binary that must run on other CPUs of the same family. With the CUDA features:
 //! `CUDAToolkit_ROOT`, `CUDACXX` where nvcc is; `CUDA_ARCHS` what to compile for, as CMake writes
 //! it ("90", "80;90", "90-real").
+
+#[path = "build/cpu.rs"]
+mod cpu;
+#[path = "build/cuda.rs"]
+mod cuda;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
@@ -27,15 +33,22 @@ fn main() {
     let tree = source_tree();
     let tools = Tools::find();
     if let Some(nvcc) = &tools.nvcc {
-        compile_kernels(nvcc); // first: seconds, and what is wrong there shows at once
+        cuda::compile_kernels(nvcc); // first: seconds, and what is wrong there shows at once
     }
     let native = native_dir(tools.cuda);
     let source = patched(&tree, &native);
+    set_cmake(&tools.cmake);
     let lib = compile(&source, &native, &tools);
-    compile_for_tests(&source, &tools);
+    let cpu = if cpu::has_variants() {
+        cpu::compile_variants(&source, &lib, &tools);
+        cpu::VARIANTS_LIBRARY
+    } else {
+        "ggml-cpu"
+    };
+    cpu::compile_for_tests(&source, &tools);
     generate_bindings(&source, &tools);
     generate_kernel_args(&tools);
-    link(&lib, &tools);
+    link(&lib, cpu, &tools);
 }
 
 /// Stops the build with one line: what is missing and how to mend it.
@@ -94,6 +107,7 @@ fn source_tree() -> PathBuf {
     println!("cargo::rerun-if-changed={}", header.display());
     println!("cargo::rerun-if-changed=vendor/crates/.locked"); // written when the tree is laid anew
     println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=build");
     tree
 }
 
@@ -117,12 +131,13 @@ fn patched(tree: &Path, native: &Path) -> PathBuf {
 
 /// What the patches call. A checkout that they do not apply to has the files and does not compile
 /// them.
-const OUR_KERNELS: [&str; 7] = [
+const OUR_KERNELS: [&str; 8] = [
     "attention.cpp",
     "attention.h",
     "columns.h",
     "few-rows.cpp",
     "few-rows.h",
+    "floats.h",
     "lanes.h",
     "waiting.h",
 ];
@@ -232,7 +247,8 @@ impl Tools {
             ));
         }
         let cuda = env::var_os("CARGO_FEATURE_CUDA").is_some();
-        let nvcc = env::var_os("CARGO_FEATURE_CUDA_KERNELS").is_some().then(|| find_nvcc(cuda));
+        let nvcc =
+            env::var_os("CARGO_FEATURE_CUDA_KERNELS").is_some().then(|| cuda::find_nvcc(cuda));
         Self { cmake, ninja: find_program("NINJA", "ninja", "--version"), cxx, nvcc, cuda }
     }
 }
@@ -247,39 +263,6 @@ fn find_program(variable: &str, name: &str, probe: &str) -> Option<PathBuf> {
     [PathBuf::from(name), root().join(".tools/bin").join(name)].into_iter().find(runs)
 }
 
-/// nvcc of the toolkit that was named, or in PATH, or the one `scripts/setup` fetched.
-fn find_nvcc(with_libraries: bool) -> PathBuf {
-    let rooted =
-        var("CUDAToolkit_ROOT").map(|r| Path::new(&r).join("bin/nvcc")).filter(|p| p.is_file());
-    if let Some(nvcc) = rooted.or_else(|| find_program("CUDACXX", "nvcc", "--version")) {
-        return nvcc;
-    }
-    let (step, needed) =
-        if with_libraries { ("cuda", "lib/libcublas.so") } else { ("nvcc", "lib64") };
-    let toolkit = root().join(".tools/cuda");
-    if !toolkit.join(needed).exists() {
-        stop(&format!(
-            "no CUDA toolkit: run `scripts/setup {step}`, or set CUDAToolkit_ROOT to one of version 12.8 or newer"
-        ));
-    }
-    toolkit.join("bin/nvcc")
-}
-
-/// The folder above nvcc's `bin`, as nvcc itself tells it: what PATH names may be a link or a
-/// wrapper.
-fn toolkit(nvcc: &Path) -> PathBuf {
-    let told = Command::new(nvcc)
-        .args(["--dryrun", "-x", "cu", "/dev/null"])
-        .output()
-        .map(|o| o.stderr)
-        .unwrap_or_default();
-    let told = String::from_utf8_lossy(&told);
-    let top = told.lines().find_map(|line| line.strip_prefix("#$ TOP="));
-    let top = top
-        .unwrap_or_else(|| stop(&format!("{} does not tell where its toolkit is", nvcc.display())));
-    fs::canonicalize(top).unwrap_or_else(|e| stop(&format!("{top}: {e}")))
-}
-
 fn bindgen_can_load_libclang() -> Result<(), String> {
     // clang_version() panics when the library cannot be loaded; the message says where it looked.
     std::panic::set_hook(Box::new(|_| {}));
@@ -291,22 +274,35 @@ fn bindgen_can_load_libclang() -> Result<(), String> {
     loaded
 }
 
-/// Compiles and installs; returns the folder of the static libraries.
-fn compile(source: &Path, native: &Path, tools: &Tools) -> PathBuf {
-    set_cmake(&tools.cmake);
+/// A build of llama.cpp in `folder`, as all our builds of it are.
+fn configure(source: &Path, folder: &Path, tools: &Tools) -> cmake::Config {
     let mut config = cmake::Config::new(source);
     config.no_default_flags(true); // cargo's target flags would pin -march to the oldest CPU
     config.define("CMAKE_CXX_COMPILER", &tools.cxx);
     if let Some(ninja) = &tools.ninja {
         config.generator("Ninja").define("CMAKE_MAKE_PROGRAM", ninja);
     }
-    config.out_dir(native).profile("Release").define("BUILD_SHARED_LIBS", "OFF");
+    config.out_dir(folder).profile("Release").define("BUILD_SHARED_LIBS", "OFF");
     for part in ["COMMON", "TESTS", "TOOLS", "EXAMPLES", "SERVER", "APP"] {
         config.define(format!("LLAMA_BUILD_{part}"), "OFF");
     }
     config.define("GGML_NATIVE", if native_cpu() { "ON" } else { "OFF" });
+    if cpu::has_variants() {
+        // GCC's unique symbols cannot be hidden; other compilers have none.
+        let flag = "-fno-gnu-unique";
+        let mut compiler = cc::Build::new();
+        if compiler.compiler(&tools.cxx).cpp(true).is_flag_supported(flag).unwrap_or(false) {
+            config.cxxflag(flag);
+        }
+    }
     config.define("GGML_CCACHE", "OFF");
     config.define("GGML_OPENMP", "OFF"); // its threads spin at every barrier; see vendor/ggml/waiting.h
+    config
+}
+
+/// Compiles and installs; returns the folder of the static libraries.
+fn compile(source: &Path, native: &Path, tools: &Tools) -> PathBuf {
+    let mut config = configure(source, native, tools);
     if let Some(nvcc) = tools.nvcc.as_ref().filter(|_| tools.cuda) {
         // Without virtual memory nothing links libcuda, so that the binary starts on a host without
         // a driver.
@@ -314,76 +310,24 @@ fn compile(source: &Path, native: &Path, tools: &Tools) -> PathBuf {
             .define("GGML_CUDA", "ON")
             .define("GGML_CUDA_NO_VMM", "ON")
             .define("GGML_CUDA_NCCL", "OFF");
-        config.define("CMAKE_CUDA_COMPILER", nvcc).define("CUDAToolkit_ROOT", toolkit(nvcc));
+        config.define("CMAKE_CUDA_COMPILER", nvcc).define("CUDAToolkit_ROOT", cuda::toolkit(nvcc));
         match var("CUDA_ARCHS") {
             Some(archs) => _ = config.define("CMAKE_CUDA_ARCHITECTURES", archs),
             // ggml compiles for the cards that are here; without one nvcc would quietly take an old
             // architecture.
-            None if native_cpu() && !sees_card(nvcc) => stop(
+            None if native_cpu() && !cuda::sees_card(nvcc) => stop(
                 "there is no card here to compile for: name architectures, as in CUDA_ARCHS=90",
             ),
             None => {}
         }
     }
-    config.build().join("lib")
-}
-
-/// Compiles `vendor/ggml/testing.cpp` for `tests/cpu_kernels.rs`: with the kernels for each set of
-/// instructions that this CPU has, and without them for graphs that reach them through ggml. The
-/// server links none of it.
-fn compile_for_tests(source: &Path, tools: &Tools) {
-    println!(
-        "cargo::rustc-check-cfg=cfg(cpu_kernels, values(\"graph\", \"avx2\", \"avx512\", \"neon\"))"
-    );
-    if is_own_checkout() {
-        return; // whose headers may differ
-    }
-    let sets = if env::var("HOST") == env::var("TARGET") { instruction_sets() } else { vec![] };
-    let graph = (!sets.is_empty()).then_some(("graph", ""));
-    for (name, flags) in sets.into_iter().chain(graph) {
-        let mut build = cc::Build::new();
-        build.compiler(&tools.cxx).cpp(true).cpp_link_stdlib(None).std("c++17").opt_level(3);
-        build.warnings(true).extra_warnings(true).warnings_into_errors(true);
-        // GCC's own header, for vectors that are undefined on purpose.
-        build.flag_if_supported("-Wno-maybe-uninitialized");
-        for folder in ["ggml/include", "ggml/src", "ggml/src/ggml-cpu"] {
-            build.flag("-isystem").flag(source.join(folder));
-        }
-        build.flags(flags.split_whitespace());
-        if name != "graph" {
-            build.define("KERNELS", name);
-        }
-        build.file("vendor/ggml/testing.cpp").compile(&format!("kernels-{name}"));
-        println!("cargo::rustc-cfg=cpu_kernels=\"{name}\"");
-    }
-}
-
-/// Sets of instructions that the kernels are written for and this CPU has, with the compiler's
-/// flags.
-fn instruction_sets() -> Vec<(&'static str, &'static str)> {
-    let mut sets = vec![];
-    #[cfg(target_arch = "x86_64")]
-    {
-        use std::arch::is_x86_feature_detected as has;
-        if has!("avx2") && has!("fma") && has!("f16c") {
-            sets.push(("avx2", "-mavx2 -mfma -mf16c"));
-            if has!("avx512vnni") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl") {
-                sets.push((
-                    "avx512",
-                    "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni",
-                ));
-            }
-        }
-    }
-    #[cfg(target_arch = "aarch64")]
-    sets.push(("neon", ""));
-    sets
-}
-
-/// Whether nvcc's own query finds a card; a toolkit without the query is trusted.
-fn sees_card(nvcc: &Path) -> bool {
-    let query = Command::new(toolkit(nvcc).join("bin/__nvcc_device_query")).output();
-    query.map_or(true, |q| q.status.success() && q.stdout.first().is_some_and(u8::is_ascii_digit))
+    let installed = config.build();
+    // Some distributions install into lib64.
+    ["lib", "lib64"]
+        .map(|name| installed.join(name))
+        .into_iter()
+        .find(|l| l.is_dir())
+        .unwrap_or(installed)
 }
 
 /// The cmake crate takes the program's path from the environment only.
@@ -467,19 +411,18 @@ impl bindgen::callbacks::ParseCallbacks for KernelArgs {
     }
 }
 
-fn link(lib: &Path, tools: &Tools) {
+/// `cpu` is the library of ggml's CPU backend.
+fn link(lib: &Path, cpu: &str, tools: &Tools) {
     println!("cargo::rustc-link-search=native={}", lib.display());
-    let lib64 = lib.with_file_name("lib64"); // where some distributions install
-    println!("cargo::rustc-link-search=native={}", lib64.display());
     println!("cargo::rustc-link-lib=static=llama");
     println!("cargo::rustc-link-lib=static=ggml");
     if tools.cuda {
         println!("cargo::rustc-link-lib=static=ggml-cuda");
     }
-    println!("cargo::rustc-link-lib=static=ggml-cpu");
+    println!("cargo::rustc-link-lib=static={cpu}");
     println!("cargo::rustc-link-lib=static=ggml-base");
     if let Some(nvcc) = tools.nvcc.as_ref().filter(|_| tools.cuda) {
-        let cuda_lib = toolkit(nvcc).join("lib64");
+        let cuda_lib = cuda::toolkit(nvcc).join("lib64");
         println!("cargo::rustc-link-search=native={}", cuda_lib.display());
         println!("cargo::rustc-link-arg=-Wl,-rpath,{}", cuda_lib.display()); // for a toolkit that ld.so does not know
         for name in ["cudart", "cublas", "cublasLt"] {
@@ -487,65 +430,4 @@ fn link(lib: &Path, tools: &Tools) {
         }
     }
     println!("cargo::rustc-link-lib=dylib=stdc++");
-}
-
-/// Compiles `cuda/*.cu` as one unit, so that one fatbin holds every kernel.
-fn compile_kernels(nvcc: &Path) {
-    println!("cargo::rerun-if-changed=cuda");
-    let mut sources: Vec<PathBuf> = fs::read_dir(root().join("cuda"))
-        .map(|entries| {
-            entries
-                .flatten()
-                .map(|e| e.path())
-                .filter(|p| p.extension() == Some("cu".as_ref()))
-                .collect()
-        })
-        .unwrap_or_default();
-    sources.sort();
-    let unit: String = sources.iter().map(|p| format!("#include \"{}\"\n", p.display())).collect();
-    let unit_path = out_dir().join("kernels.cu");
-    fs::write(&unit_path, unit).expect("OUT_DIR is writable");
-    let mut command = Command::new(nvcc);
-    command.args(["-fatbin", "-O3", "-std=c++17", "-lineinfo", "--threads=0"]).args(gencode(nvcc));
-    command.arg("-o").arg(out_dir().join("kernels.fatbin")).arg(unit_path);
-    let done = command.output().unwrap_or_else(|e| stop(&format!("nvcc does not run: {e}")));
-    let said = String::from_utf8_lossy(&done.stderr);
-    if !done.status.success() {
-        eprintln!("{said}");
-        stop(
-            "nvcc could not compile cuda/: its errors are above, `scripts/check-kernels` compiles file by file",
-        );
-    }
-    said.lines().for_each(|line| println!("cargo::warning={line}"));
-}
-
-/// What to compile for, as nvcc's options: `CUDA_ARCHS`, or every major architecture from 80 on
-/// that this nvcc names, and PTX of the newest for those to come.
-fn gencode(nvcc: &Path) -> Vec<String> {
-    let archs = var("CUDA_ARCHS").unwrap_or_else(|| {
-        let listed = Command::new(nvcc)
-            .arg("--list-gpu-arch")
-            .output()
-            .map(|o| o.stdout)
-            .unwrap_or_default();
-        let majors: Vec<String> = String::from_utf8_lossy(&listed)
-            .lines()
-            .filter_map(|line| line.strip_prefix("compute_")?.parse::<u32>().ok())
-            .filter(|arch| *arch >= 80 && arch % 10 == 0)
-            .map(|arch| arch.to_string())
-            .collect();
-        majors.join("-real;") // the last one keeps its PTX
-    });
-    if !archs.starts_with(|c: char| c.is_ascii_digit()) {
-        return vec![format!("-arch={archs}")]; // native, all, all-major
-    }
-    let one = |arch: &str| {
-        let number = arch.trim_end_matches("-real").trim_end_matches("-virtual").to_owned();
-        let real = (!arch.ends_with("-virtual"))
-            .then(|| format!("-gencode=arch=compute_{number},code=sm_{number}"));
-        let ptx = (!arch.ends_with("-real"))
-            .then(|| format!("-gencode=arch=compute_{number},code=compute_{number}"));
-        real.into_iter().chain(ptx)
-    };
-    archs.split(';').flat_map(one).collect()
 }

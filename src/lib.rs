@@ -40,7 +40,7 @@
 //!
 //! | where | what | must not know |
 //! |---|---|---|
-//! | `build.rs`, `vendor/` | llama.cpp's source, patched and compiled; its bindings | |
+//! | `build.rs`, `build/`, `vendor/` | llama.cpp's source, patched and compiled; its bindings | |
 //! | [`config`] | arguments, checked; one table of all limits and defaults | |
 //! | [`cli`] | the commands: start, signals, drain, terminal output | llama.cpp |
 //! | [`http`] | accept loop, routes; `access`, the access log; `host`, `auth` and `cors`; `tls`; `api`, the bodies of requests and answers; `completions`, `embeddings`, `vocabulary` and `information`, their handlers; server-sent events; `page` for browsers; `openapi` and `docs` | cells, batches |

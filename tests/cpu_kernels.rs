@@ -7,7 +7,7 @@ use std::ffi::c_void;
 use std::ops::{Range, RangeInclusive};
 use std::ptr::null;
 
-use half::f16;
+use half::{bf16, f16};
 use medusa_llama as _; // links the kernels
 
 /// The struct of the same name in `vendor/ggml/testing.cpp`.
@@ -99,15 +99,25 @@ const F16: i32 = 1;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Type {
+    F16 = 1,
     Q4_0 = 2,
     Q4_1 = 3,
     Q5_0 = 6,
     Q5_1 = 7,
     Q8_0 = 8,
+    Q2K = 10,
+    Q3K = 11,
     Q4K = 12,
     Q5K = 13,
     Q6K = 14,
+    Iq4Nl = 20,
+    Iq4Xs = 23,
+    Bf16 = 30,
 }
+
+/// What the values of the IQ4 types stand for.
+const IQ4_VALUES: [i32; 16] =
+    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 
 impl Type {
     /// Whether blocks of 32 values have a number that is added to them.
@@ -135,6 +145,10 @@ impl WeightBlock {
             Type::Q4_1 => 0..=15,
             Type::Q5_0 => -16..=15,
             Type::Q5_1 => 0..=31,
+            Type::Iq4Nl => {
+                let values = extremes(0..=15, rng).map(|i: i32| IQ4_VALUES[i as usize]);
+                return Self { scale, offset, values };
+            }
             _ => -128..=127,
         };
         Self { scale, offset, values: extremes(range, rng) }
@@ -154,7 +168,12 @@ impl WeightBlock {
             Type::Q5_0 => 16,
             _ => 0,
         };
-        let values = self.values.map(|v| (v + less) as u32);
+        let place =
+            |v| IQ4_VALUES.iter().position(|value| *value == v).expect("it is of the table");
+        let values = match of {
+            Type::Iq4Nl => self.values.map(|v| place(v) as u32),
+            _ => self.values.map(|v| (v + less) as u32),
+        };
         if matches!(of, Type::Q5_0 | Type::Q5_1) {
             let fifth_bits = values.iter().enumerate().map(|(i, v)| v >> 4 << i).sum::<u32>();
             out.extend(fifth_bits.to_le_bytes());
@@ -173,32 +192,38 @@ fn extremes<const N: usize>(range: RangeInclusive<i32>, rng: &mut fastrand::Rng)
     })
 }
 
-/// Values of a block of the K types.
+/// Values of a block of the K types and IQ4_XS.
 const SUPER_BLOCK: usize = 256;
 
-/// A block of 256 weights: of 32 values `scale * scales * value - minimum * minima`, in Q6_K of 16
-/// values `scale * scales * (value - 32)`.
+/// A block of 256 weights, as a file stores them. `scales` and `minima` are of groups of 32 values,
+/// or in Q2_K, Q3_K and Q6_K of 16.
 struct SuperBlock {
     scale: f16,
     minimum: f16,
     scales: [i32; 16],
-    minima: [i32; 8],
+    minima: [i32; 16],
     values: [i32; SUPER_BLOCK],
 }
 
 impl SuperBlock {
     fn random(of: Type, rng: &mut fastrand::Rng) -> Self {
         let most = match of {
-            Type::Q4K => 15,
+            Type::Q2K => 3,
+            Type::Q3K => 7,
             Type::Q5K => 31,
-            _ => 63,
+            Type::Q6K => 63,
+            _ => 15,
         };
-        let scales = if of == Type::Q6K { -128..=127 } else { 0..=63 };
+        let scales = match of {
+            Type::Q2K => 0..=15,
+            Type::Q6K => -128..=127,
+            _ => 0..=63,
+        };
         Self {
             scale: f16::from_f32(rng.f32() * 2e-3 - 1e-3),
             minimum: f16::from_f32(rng.f32() * 0.01),
             scales: extremes(scales, rng),
-            minima: extremes(0..=63, rng),
+            minima: extremes(0..=if of == Type::Q2K { 15 } else { 63 }, rng),
             values: extremes(0..=most, rng),
         }
     }
@@ -206,48 +231,88 @@ impl SuperBlock {
     /// As a file has it.
     fn write(&self, of: Type, out: &mut Vec<u8>) {
         let v = self.values.map(|v| v as u8);
-        if of == Type::Q6K {
-            let halves = || v.chunks(128);
-            let low = |h: &[u8], l: usize| (h[l] & 15) | (h[64 + l] & 15) << 4;
-            let high =
-                |h: &[u8], l: usize| (0..4).map(|i| h[32 * i + l] >> 4 << (2 * i)).sum::<u8>();
-            halves().for_each(|h| out.extend((0..64).map(|l| low(h, l))));
-            halves().for_each(|h| out.extend((0..32).map(|l| high(h, l))));
-            out.extend(self.scales.map(|s| s as u8));
-            out.extend(self.scale.to_le_bytes());
-            return;
-        }
-        out.extend([self.scale, self.minimum].iter().flat_map(|d| d.to_le_bytes()));
-        let [scales, minima] = [&self.scales[..8], &self.minima[..]];
-        let six_bits = |of: &[i32], i: usize| (of[i] | of[i + 4] >> 4 << 6) as u8;
-        out.extend((0..4).map(|i| six_bits(scales, i)));
-        out.extend((0..4).map(|i| six_bits(minima, i)));
-        out.extend((4..8).map(|i| ((scales[i] & 15) | (minima[i] & 15) << 4) as u8));
-        if of == Type::Q5K {
-            let bits = |l: usize| (0..8).map(|g| v[32 * g + l] >> 4 << g).sum::<u8>();
-            out.extend((0..32).map(bits));
-        }
-        for pair in v.chunks(64) {
-            out.extend((0..32).map(|l| (pair[l] & 15) | (pair[32 + l] & 15) << 4));
+        let [scales, minima] = [&self.scales, &self.minima].map(|s| s.map(|s| s as u8));
+        let halves = || v.chunks(128);
+        // Two bits, from bit `from` on, of four groups of a half; or one of all eight.
+        let pairs = |h: &[u8], l: usize, from: u8| {
+            (0..4).map(|i| (h[32 * i + l] >> from & 3) << (2 * i)).sum::<u8>()
+        };
+        let bits = |l: usize, from: u8| (0..8).map(|g| (v[32 * g + l] >> from) << g).sum::<u8>();
+        match of {
+            Type::Q2K => {
+                out.extend((0..16).map(|i| scales[i] | minima[i] << 4));
+                halves().for_each(|h| out.extend((0..32).map(|l| pairs(h, l, 0))));
+                out.extend([self.scale, self.minimum].iter().flat_map(|d| d.to_le_bytes()));
+            }
+            Type::Q3K => {
+                out.extend((0..32).map(|l| bits(l, 2)));
+                halves().for_each(|h| out.extend((0..32).map(|l| pairs(h, l, 0))));
+                out.extend((0..8).map(|i| (scales[i] & 15) | (scales[i + 8] & 15) << 4));
+                let high = |i: usize| (0..4).map(|j| scales[i + 4 * j] >> 4 << (2 * j)).sum::<u8>();
+                out.extend((0..4).map(high));
+                out.extend(self.scale.to_le_bytes());
+            }
+            Type::Q6K => {
+                let low = |h: &[u8], l: usize| (h[l] & 15) | (h[64 + l] & 15) << 4;
+                halves().for_each(|h| out.extend((0..64).map(|l| low(h, l))));
+                halves().for_each(|h| out.extend((0..32).map(|l| pairs(h, l, 4))));
+                out.extend(scales);
+                out.extend(self.scale.to_le_bytes());
+            }
+            Type::Iq4Xs => {
+                out.extend(self.scale.to_le_bytes());
+                let high: u16 = (0..8).map(|g| u16::from(scales[g] >> 4) << (2 * g)).sum();
+                out.extend(high.to_le_bytes());
+                out.extend((0..4).map(|i| (scales[2 * i] & 15) | (scales[2 * i + 1] & 15) << 4));
+                v.chunks(32).for_each(|g| out.extend((0..16).map(|l| g[l] | g[l + 16] << 4)));
+            }
+            _ => {
+                out.extend([self.scale, self.minimum].iter().flat_map(|d| d.to_le_bytes()));
+                let six_bits = |of: &[u8], i: usize| of[i] | of[i + 4] >> 4 << 6;
+                out.extend((0..4).map(|i| six_bits(&scales, i)));
+                out.extend((0..4).map(|i| six_bits(&minima, i)));
+                out.extend((4..8).map(|i| (scales[i] & 15) | (minima[i] & 15) << 4));
+                if of == Type::Q5K {
+                    out.extend((0..32).map(|l| bits(l, 4)));
+                }
+                for pair in v.chunks(64) {
+                    out.extend((0..32).map(|l| (pair[l] & 15) | (pair[32 + l] & 15) << 4));
+                }
+            }
         }
     }
 
     /// Adds the products with the activations of its group `g` to `acc`, as the kernels do.
     fn add_group(&self, of: Type, g: usize, x: &ActivationBlock, acc: f32) -> f32 {
-        let dot = |values: Range<usize>, less: i32| -> f32 {
-            let products = values.map(|i| (self.values[32 * g + i] - less) * x.values[i]);
-            products.sum::<i32>() as f32
+        let value = |i: usize| match of {
+            Type::Q3K => self.values[i] - 4,
+            Type::Q6K => self.values[i] - 32,
+            Type::Iq4Xs => IQ4_VALUES[self.values[i] as usize],
+            _ => self.values[i],
         };
-        let scale = |i: usize| self.scale.to_f32() * self.scales[i] as f32;
-        if of == Type::Q6K {
-            let first = scale(2 * g) * dot(0..16, 32);
-            let both = scale(2 * g + 1).mul_add(dot(16..32, 32), first);
-            return both.mul_add(x.scale, acc);
+        let dot = |values: Range<usize>| {
+            values.map(|i| value(32 * g + i) * x.values[i]).sum::<i32>() as f32
+        };
+        let sum = |values: Range<usize>| x.values[values].iter().sum::<i32>() as f32;
+        let less = if matches!(of, Type::Q3K | Type::Iq4Xs) { 32 } else { 0 };
+        let scale = |i: usize| self.scale.to_f32() * (self.scales[i] - less) as f32;
+        let minimum = |i: usize| -self.minimum.to_f32() * self.minima[i] as f32;
+        let dots_of_parts = || {
+            let first = scale(2 * g) * dot(0..16);
+            scale(2 * g + 1).mul_add(dot(16..32), first)
+        };
+        match of {
+            Type::Q2K => {
+                let first = minimum(2 * g).mul_add(sum(0..16), dots_of_parts());
+                minimum(2 * g + 1).mul_add(sum(16..32), first).mul_add(x.scale, acc)
+            }
+            Type::Q3K | Type::Q6K => dots_of_parts().mul_add(x.scale, acc),
+            Type::Iq4Xs => dot(0..32).mul_add(scale(g) * x.scale, acc),
+            _ => {
+                let acc = minimum(g).mul_add(x.scale * sum(0..32), acc);
+                dot(0..32).mul_add(scale(g) * x.scale, acc)
+            }
         }
-        let x_sum = x.scale * x.values.iter().sum::<i32>() as f32;
-        let minimum = -self.minimum.to_f32() * self.minima[g] as f32;
-        let acc = minimum.mul_add(x_sum, acc);
-        dot(0..32, 0).mul_add(scale(g) * x.scale, acc)
     }
 }
 
@@ -259,11 +324,11 @@ enum Column {
 
 impl Column {
     fn random(of: Type, k: usize, rng: &mut fastrand::Rng) -> Self {
-        match of {
-            Type::Q4K | Type::Q5K | Type::Q6K => Self::SuperBlocks(
-                (0..k / SUPER_BLOCK).map(|_| SuperBlock::random(of, rng)).collect(),
-            ),
-            _ => Self::Blocks((0..k / BLOCK).map(|_| WeightBlock::random(of, rng)).collect()),
+        if SUPER_BLOCKS.contains(&of) {
+            let blocks = (0..k / SUPER_BLOCK).map(|_| SuperBlock::random(of, rng));
+            Self::SuperBlocks(blocks.collect())
+        } else {
+            Self::Blocks((0..k / BLOCK).map(|_| WeightBlock::random(of, rng)).collect())
         }
     }
 
@@ -326,73 +391,129 @@ fn mul_mat_twin(of: Type, repacked: bool, w: &[WeightBlock], x: &[ActivationBloc
     if repacked {
         return lanes[0];
     }
-    let four: [f32; 4] = std::array::from_fn(|i| lanes[i + 4] + lanes[i]);
-    let sum = (four[0] + four[2]) + (four[1] + four[3]);
+    let sum = sum_of_lanes(&lanes);
     if of.has_minimum() { sum + offsets } else { sum }
 }
 
-/// Multiplications of a shape, by all kernels with several numbers of threads, are the twin's.
-fn check_mul_mat(of: Type, repacked: bool, k: usize, cols: usize, rows: usize) {
-    if !cfg!(target_arch = "x86_64") {
-        return; // there are kernels for AVX2 and AVX512-VNNI
-    }
-    let mut rng = fastrand::Rng::with_seed((k * 31 + cols * 7 + rows) as u64);
-    let weights: Vec<Column> = (0..cols).map(|_| Column::random(of, k, &mut rng)).collect();
-    let mut bytes = vec![];
-    weights.iter().for_each(|column| column.write(of, &mut bytes));
-    // A block of zeros, one of equal values, and one with a single large value are among them.
-    let x: Vec<f32> = (0..rows * k)
-        .map(|i| match i / BLOCK % 7 {
-            0 => 0.0,
-            1 => 1.0,
-            2 if i % BLOCK == 5 => 1e3,
-            _ => rng.f32() * 4.0 - 2.0,
-        })
-        .collect();
-    let quantized: Vec<Vec<ActivationBlock>> =
-        x.chunks(k).map(|row| row.chunks(BLOCK).map(ActivationBlock::quantize).collect()).collect();
-    let twin: Vec<u32> = quantized
-        .iter()
-        .flat_map(|row| weights.iter().map(move |w| w.twin(of, repacked, row).to_bits()))
-        .collect();
-    for set in kernels() {
-        for n_threads in [1, 3] {
-            let out = output(rows * cols, |out| {
-                let op = MulMat {
-                    weight_type: of as i32,
-                    repacked: i32::from(repacked),
-                    n_threads,
-                    k: k as i64,
-                    cols: cols as i64,
-                    rows: rows as i64,
-                    weights: bytes.as_ptr().cast(),
-                    x: x.as_ptr(),
-                    out,
-                };
-                // SAFETY: the memory has the shapes that the struct says, and lives on.
-                unsafe { (set.mul_mat)(&op) }
-            });
-            let what = format!(
-                "{of:?}, repacked {repacked}, {rows} x {cols} x {k}, {}, {n_threads} threads",
-                set.name
-            );
-            let out = out.unwrap_or_else(|| panic!("{what}: not computed"));
-            if let Some(i) = (0..twin.len()).find(|&i| out[i].to_bits() != twin[i]) {
-                panic!(
-                    "{what}: row {}, column {} is {} and not {}",
-                    i / cols,
-                    i % cols,
-                    out[i],
-                    f32::from_bits(twin[i])
+/// In the kernels' order.
+fn sum_of_lanes(lanes: &[f32; 8]) -> f32 {
+    let four: [f32; 4] = std::array::from_fn(|i| lanes[i + 4] + lanes[i]);
+    (four[0] + four[2]) + (four[1] + four[3])
+}
+
+/// A multiplication: activations, weights as a file has them, and the results, to the last bit.
+struct Product<'a> {
+    of: Type,
+    repacked: bool,
+    /// `[k, cols, rows]`
+    shape: [usize; 3],
+    weights: &'a [u8],
+    x: &'a [f32],
+    twin: Vec<f32>,
+}
+
+impl Product<'_> {
+    /// All kernels have the results of the twin, with several numbers of threads.
+    fn check(&self) {
+        if !cfg!(target_arch = "x86_64") {
+            return; // there are kernels for AVX2 and AVX512-VNNI
+        }
+        let Self { of, repacked, shape: [k, cols, rows], .. } = *self;
+        for set in kernels() {
+            for n_threads in [1, 3] {
+                let out = output(rows * cols, |out| {
+                    let op = MulMat {
+                        weight_type: of as i32,
+                        repacked: i32::from(repacked),
+                        n_threads,
+                        k: k as i64,
+                        cols: cols as i64,
+                        rows: rows as i64,
+                        weights: self.weights.as_ptr().cast(),
+                        x: self.x.as_ptr(),
+                        out,
+                    };
+                    // SAFETY: the memory has the shapes that the struct says, and lives on.
+                    unsafe { (set.mul_mat)(&op) }
+                });
+                let what = format!(
+                    "{of:?}, repacked {repacked}, {rows} x {cols} x {k}, {}, {n_threads} threads",
+                    set.name
                 );
+                let out = out.unwrap_or_else(|| panic!("{what}: not computed"));
+                for (i, (out, twin)) in out.iter().zip(&self.twin).enumerate() {
+                    let (row, column) = (i / cols, i % cols);
+                    assert!(
+                        out.to_bits() == twin.to_bits(),
+                        "{what}: row {row}, column {column} is {out} and not {twin}"
+                    );
+                }
             }
         }
     }
 }
 
-const REPACKED: [Type; 5] = [Type::Q4_0, Type::Q4_1, Type::Q5_0, Type::Q5_1, Type::Q8_0];
-const K_TYPES: [Type; 3] = [Type::Q4K, Type::Q5K, Type::Q6K];
+/// Activations; a block of zeros, one of equal values, and one with a single large value are among
+/// them.
+fn activations(n: usize, rng: &mut fastrand::Rng) -> Vec<f32> {
+    let value = |i: usize| match i / BLOCK % 7 {
+        0 => 0.0,
+        1 => 1.0,
+        2 if i % BLOCK == 5 => 1e3,
+        _ => rng.f32() * 4.0 - 2.0,
+    };
+    (0..n).map(value).collect()
+}
+
+/// Multiplications of a shape with quantized weights.
+fn check_mul_mat(of: Type, repacked: bool, k: usize, cols: usize, rows: usize) {
+    let mut rng = fastrand::Rng::with_seed((k * 31 + cols * 7 + rows) as u64);
+    let columns: Vec<Column> = (0..cols).map(|_| Column::random(of, k, &mut rng)).collect();
+    let mut weights = vec![];
+    columns.iter().for_each(|column| column.write(of, &mut weights));
+    let x = activations(rows * k, &mut rng);
+    let quantized =
+        x.chunks(k).map(|row| row.chunks(BLOCK).map(ActivationBlock::quantize).collect::<Vec<_>>());
+    let twin = quantized.flat_map(|row| {
+        columns.iter().map(move |w| w.twin(of, repacked, &row)).collect::<Vec<_>>()
+    });
+    let (shape, twin) = ([k, cols, rows], twin.collect());
+    Product { of, repacked, shape, weights: &weights, x: &x, twin }.check();
+}
+
+/// Multiplications of a shape with weights in F16 or BF16: products are summed in eight lanes, and
+/// these at the end.
+fn check_mul_mat_of_floats(of: Type, k: usize, cols: usize, rows: usize) {
+    let mut rng = fastrand::Rng::with_seed((k * 31 + cols * 7 + rows) as u64);
+    let (mut weights, mut values) = (vec![], vec![]);
+    for _ in 0..k * cols {
+        let v = rng.f32() - 0.5;
+        if of == Type::F16 {
+            weights.extend(f16::from_f32(v).to_le_bytes());
+            values.push(f16::from_f32(v).to_f32());
+        } else {
+            weights.extend(bf16::from_f32(v).to_le_bytes());
+            values.push(bf16::from_f32(v).to_f32());
+        }
+    }
+    let x = activations(rows * k, &mut rng);
+    let dot = |x: &[f32], w: &[f32]| {
+        let mut lanes = [0f32; 8];
+        for (i, (x, w)) in x.iter().zip(w).enumerate() {
+            lanes[i % 8] = w.mul_add(*x, lanes[i % 8]);
+        }
+        sum_of_lanes(&lanes)
+    };
+    let twin = x.chunks(k).flat_map(|x| values.chunks(k).map(move |w| dot(x, w))).collect();
+    Product { of, repacked: false, shape: [k, cols, rows], weights: &weights, x: &x, twin }.check();
+}
+
+const REPACKED: [Type; 6] =
+    [Type::Q4_0, Type::Q4_1, Type::Q5_0, Type::Q5_1, Type::Q8_0, Type::Iq4Nl];
+const SUPER_BLOCKS: [Type; 6] =
+    [Type::Q2K, Type::Q3K, Type::Q4K, Type::Q5K, Type::Q6K, Type::Iq4Xs];
 const AS_STORED: [Type; 2] = [Type::Q4_1, Type::Q8_0];
+const FLOATS: [Type; 2] = [Type::F16, Type::Bf16];
 
 /// All numbers of rows that are computed together, and beyond: more than one group, a set of 32
 /// and several. A row's twin knows no other row, so rows do not depend on those beside them.
@@ -401,7 +522,8 @@ fn multiplications_with_any_number_of_rows_are_the_twins_bit_for_bit() {
     for rows in (1..=17).chain([24, 31, 32, 33, 40, 65]) {
         REPACKED.iter().for_each(|&of| check_mul_mat(of, true, 96, 24, rows));
         AS_STORED.iter().for_each(|&of| check_mul_mat(of, false, 96, 11, rows));
-        K_TYPES.iter().for_each(|&of| check_mul_mat(of, true, 512, 24, rows));
+        SUPER_BLOCKS.iter().for_each(|&of| check_mul_mat(of, true, 512, 24, rows));
+        FLOATS.iter().for_each(|&of| check_mul_mat_of_floats(of, 96, 11, rows));
     }
 }
 
@@ -416,12 +538,13 @@ fn multiplications_of_odd_shapes_are_the_twins_bit_for_bit() {
     }
     for (k, cols) in [(256, 8), (256, 16), (512, 40), (768, 72), (1024, 200)] {
         for rows in [1, 5, 9] {
-            K_TYPES.iter().for_each(|&of| check_mul_mat(of, true, k, cols, rows));
+            SUPER_BLOCKS.iter().for_each(|&of| check_mul_mat(of, true, k, cols, rows));
         }
     }
     for (k, cols) in [(32, 1), (32, 2), (64, 3), (160, 37), (576, 5), (1024, 190)] {
         for rows in [1, 5, 9] {
             AS_STORED.iter().for_each(|&of| check_mul_mat(of, false, k, cols, rows));
+            FLOATS.iter().for_each(|&of| check_mul_mat_of_floats(of, k, cols, rows));
         }
     }
 }

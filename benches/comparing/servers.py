@@ -46,12 +46,12 @@ def venv(*packages):
     return python
 
 
-def build_peer():
-    """llama-server under target/peer; built if it is not there, which takes some minutes."""
-    server = PEER / "build" / "bin" / "llama-server"
-    if server.exists():
-        return server
-    print("building llama-server under target/peer: some minutes", file=sys.stderr)
+def build_peer(program="llama-server"):
+    """A program of the peer's under target/peer; built if it is not there, which takes some minutes."""
+    built = PEER / "build" / "bin" / program
+    if built.exists():
+        return built
+    print(f"building {program} under target/peer: some minutes", file=sys.stderr)
     PEER.mkdir(parents=True, exist_ok=True)
     python = venv("cmake", "ninja")
     source = PEER / "source"
@@ -72,10 +72,10 @@ def build_peer():
     with open(PEER / "build.log", "w") as log:
         configure = ["cmake", "-G", "Ninja", "-S", source / "llama.cpp", "-B", PEER / "build"]
         configure += [f"-D{name}={value}" for name, value in switches.items()]
-        for command in (configure, ["ninja", "-C", PEER / "build", "llama-server"]):
+        for command in (configure, ["ninja", "-C", PEER / "build", program]):
             if subprocess.run(command, env=tools, stdout=log, stderr=log).returncode:
                 raise SystemExit(f"the peer could not be built: {PEER / 'build.log'} says why")
-    return server
+    return built
 
 
 class Server(Process):

@@ -18,10 +18,11 @@ pub struct Quantization {
 }
 
 /// All types that need no importance matrix, from the fewest bits per value to the most.
-const TYPES: [Quantization; 15] = [
+const TYPES: [Quantization; 16] = [
     Quantization { name: "Q2_K", file_type: sys::LLAMA_FTYPE_MOSTLY_Q2_K },
     Quantization { name: "Q3_K_S", file_type: sys::LLAMA_FTYPE_MOSTLY_Q3_K_S },
     Quantization { name: "Q3_K_M", file_type: sys::LLAMA_FTYPE_MOSTLY_Q3_K_M },
+    Quantization { name: "IQ4_XS", file_type: sys::LLAMA_FTYPE_MOSTLY_IQ4_XS },
     Quantization { name: "IQ4_NL", file_type: sys::LLAMA_FTYPE_MOSTLY_IQ4_NL },
     Quantization { name: "Q4_0", file_type: sys::LLAMA_FTYPE_MOSTLY_Q4_0 },
     Quantization { name: "Q4_1", file_type: sys::LLAMA_FTYPE_MOSTLY_Q4_1 },

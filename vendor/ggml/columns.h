@@ -21,6 +21,9 @@ constexpr int COLS = 8;
 struct Layout {
     static constexpr int GROUPS = 1;           // groups of 32 values in a block
     static constexpr int PARTS = 1;            // parts of a group with a scale of their own
+    static constexpr int LOW_BITS = 4;         // bits of a value in qs
+    static constexpr int HIGH_BITS = 0;        // bits of a value in qh
+    static constexpr bool IS_INDEX = false;    // values are places in the table of the IQ4 types
     static constexpr bool HAS_MINIMUM = false; // a group's values have something added to them
     static constexpr int OFFSET = 0;           // what values have added to be stored from 0 on
 };
@@ -44,7 +47,7 @@ struct columns_q4_1 : Layout {
 // Bit i of a byte of qh belongs to the i-th four values of its column.
 struct columns_q5_0 : Layout {
     using Block = block_q5_0;
-    static constexpr int MOST = 31, OFFSET = 16;
+    static constexpr int MOST = 31, OFFSET = 16, HIGH_BITS = 1;
     ggml_half d[COLS];
     uint8_t qs[1][128];
     uint8_t qh[1][32];
@@ -52,7 +55,7 @@ struct columns_q5_0 : Layout {
 
 struct columns_q5_1 : Layout {
     using Block = block_q5_1;
-    static constexpr int MOST = 31;
+    static constexpr int MOST = 31, HIGH_BITS = 1;
     static constexpr bool HAS_MINIMUM = true;
     ggml_half d[COLS], m[COLS];
     uint8_t qs[1][128];
@@ -62,9 +65,18 @@ struct columns_q5_1 : Layout {
 // Signed; with VNNI the values are taken as unsigned ones, 128 more.
 struct columns_q8_0 : Layout {
     using Block = block_q8_0;
-    static constexpr int MOST = 255, OFFSET = 128;
+    static constexpr int MOST = 255, OFFSET = 128, LOW_BITS = 8;
     ggml_half d[COLS];
     int8_t qs[1][256];
+};
+
+// As in columns_q4_0; with VNNI the table's values are taken as unsigned ones, 128 more.
+struct columns_iq4_nl : Layout {
+    using Block = block_iq4_nl;
+    static constexpr int MOST = 255, OFFSET = 128;
+    static constexpr bool IS_INDEX = true;
+    ggml_half d[COLS];
+    uint8_t qs[1][128];
 };
 
 struct LayoutK : Layout {
@@ -90,7 +102,7 @@ struct columns_q4_K : LayoutK {
 
 struct columns_q5_K : LayoutK {
     using Block = block_q5_K;
-    static constexpr int MOST = 31;
+    static constexpr int MOST = 31, HIGH_BITS = 1;
     static constexpr bool HAS_MINIMUM = true;
     ggml_half d[COLS], m[COLS];
     pair_of_scales scales[GROUPS / 2];
@@ -101,11 +113,46 @@ struct columns_q5_K : LayoutK {
 // A byte of qh has two bits for each four values: of 0..15, then 16..31.
 struct columns_q6_K : LayoutK {
     using Block = block_q6_K;
-    static constexpr int MOST = 63, OFFSET = 32, PARTS = 2;
+    static constexpr int MOST = 63, OFFSET = 32, PARTS = 2, HIGH_BITS = 2;
     ggml_half d[COLS];
     int8_t scales[GROUPS][PARTS][COLS];
     uint8_t qs[GROUPS][128];
     uint8_t qh[GROUPS][2][32];
+};
+
+// Scales and minima in nibbles of a byte; m is subtracted. A byte of qs has two bits each of four
+// times four values, of 0..15, then of 16..31.
+struct columns_q2_K : LayoutK {
+    using Block = block_q2_K;
+    static constexpr int MOST = 3, PARTS = 2, LOW_BITS = 2;
+    static constexpr bool HAS_MINIMUM = true;
+    ggml_half d[COLS], m[COLS];
+    uint8_t scales[GROUPS][PARTS][COLS];
+    uint8_t qs[GROUPS][64];
+};
+
+// Scales are 32 more than they are, in nibbles of a byte (the two parts) and two bits each of
+// another (the parts of two groups).
+struct columns_q3_K : LayoutK {
+    using Block = block_q3_K;
+    static constexpr int MOST = 7, OFFSET = 4, PARTS = 2, LOW_BITS = 2, HIGH_BITS = 1;
+    ggml_half d[COLS];
+    uint8_t scales[GROUPS][COLS];
+    uint8_t scales_high[GROUPS / 2][COLS];
+    uint8_t qs[GROUPS][64];
+    uint8_t qh[GROUPS][32];
+};
+
+// Scales are 32 more than they are, in nibbles of a byte (two groups) and two bits each of another
+// (four groups).
+struct columns_iq4_xs : LayoutK {
+    using Block = block_iq4_xs;
+    static constexpr int MOST = 255, OFFSET = 128;
+    static constexpr bool IS_INDEX = true;
+    ggml_half d[COLS];
+    uint8_t scales[GROUPS / 2][COLS];
+    uint8_t scales_high[GROUPS / 4][COLS];
+    uint8_t qs[GROUPS][128];
 };
 
 // Words of four bytes, at any address.
@@ -122,6 +169,7 @@ constexpr uint32_t LOW_NIBBLES = 0x0F0F0F0F;
 inline void take_scales(columns_q4_0& out, int c, const block_q4_0& in) { out.d[c] = in.d; }
 inline void take_scales(columns_q5_0& out, int c, const block_q5_0& in) { out.d[c] = in.d; }
 inline void take_scales(columns_q8_0& out, int c, const block_q8_0& in) { out.d[c] = in.d; }
+inline void take_scales(columns_iq4_nl& out, int c, const block_iq4_nl& in) { out.d[c] = in.d; }
 
 inline void take_scales(columns_q4_1& out, int c, const block_q4_1& in) {
     out.d[c] = in.d;
@@ -170,11 +218,46 @@ inline void take_scales(columns_q6_K& out, int c, const block_q6_K& in) {
     }
 }
 
-// Values of 4 bits as the file has them in blocks of 32.
+inline void take_scales(columns_q2_K& out, int c, const block_q2_K& in) {
+    out.d[c] = in.d;
+    out.m[c] = in.dmin;
+    for (int i = 0; i < 16; i++) {
+        out.scales[i / 2][i % 2][c] = in.scales[i];
+    }
+}
+
+// Byte i of the file's first eight has the lower halves of scales i and i + 8; byte 8 + i % 4 has
+// the upper bits of scales i, i + 4, i + 8 and i + 12.
+inline void take_scales(columns_q3_K& out, int c, const block_q3_K& in) {
+    out.d[c] = in.d;
+    const auto low = [&](int i) { return in.scales[i % 8] >> i / 8 * 4 & 15; };
+    const auto high = [&](int i) { return in.scales[8 + i % 4] >> i / 4 * 2 & 3; };
+    for (int g = 0; g < 8; g++) {
+        out.scales[g][c] = low(2 * g) | low(2 * g + 1) << 4;
+    }
+    for (int g = 0; g < 4; g++) {
+        out.scales_high[g][c] =
+            high(4 * g) | high(4 * g + 1) << 2 | high(4 * g + 2) << 4 | high(4 * g + 3) << 6;
+    }
+}
+
+inline void take_scales(columns_iq4_xs& out, int c, const block_iq4_xs& in) {
+    out.d[c] = in.d;
+    for (int i = 0; i < 4; i++) {
+        out.scales[i][c] = in.scales_l[i];
+    }
+    for (int i = 0; i < 2; i++) {
+        out.scales_high[i][c] = in.scales_h >> 8 * i;
+    }
+}
+
+// Values of 4 bits as the file has them in groups of 32.
 template <typename Columns>
 inline void take_nibbles(Columns& out, int c, const uint8_t* qs) {
-    for (int i = 0; i < 4; i++) {
-        set_word(out.qs[0], COLS * i + c, word(qs, i));
+    for (int g = 0; g < Columns::GROUPS; g++) {
+        for (int i = 0; i < 4; i++) {
+            set_word(out.qs[g], COLS * i + c, word(qs + 16 * g, i));
+        }
     }
 }
 
@@ -193,6 +276,10 @@ inline void take_values(columns_q4_0& out, int c, const block_q4_0& in) {
     take_nibbles(out, c, in.qs);
 }
 inline void take_values(columns_q4_1& out, int c, const block_q4_1& in) {
+    take_nibbles(out, c, in.qs);
+}
+
+inline void take_values(columns_iq4_nl& out, int c, const block_iq4_nl& in) {
     take_nibbles(out, c, in.qs);
 }
 
@@ -230,15 +317,20 @@ inline void take_values(columns_q4_K& out, int c, const block_q4_K& in) {
 }
 
 // Bit g of the file's byte l is of value l of group g.
-inline void take_values(columns_q5_K& out, int c, const block_q5_K& in) {
-    take_nibbles_K(out, c, in.qs);
+template <typename Columns>
+inline void take_single_bits(Columns& out, int c, const uint8_t* bits) {
     for (int g = 0; g < 8; g++) {
         uint32_t w = 0;
         for (int i = 0; i < 8; i++) {
-            w |= (word(in.qh, i) >> g & 0x01010101) << i;
+            w |= (word(bits, i) >> g & 0x01010101) << i;
         }
         set_word(out.qh[g], c, w);
     }
+}
+
+inline void take_values(columns_q5_K& out, int c, const block_q5_K& in) {
+    take_nibbles_K(out, c, in.qs);
+    take_single_bits(out, c, in.qh);
 }
 
 // Each half of the file's block has four groups: the lower halves of 64 bytes are the first two,
@@ -261,6 +353,33 @@ inline void take_values(columns_q6_K& out, int c, const block_q6_K& in) {
             set_word(out.qh[g][part], c, w);
         }
     }
+}
+
+// Of four groups the file has two bits each in a byte, of 32 bytes for each half of the block.
+template <typename Columns>
+inline void take_pairs_of_bits(Columns& out, int c, const uint8_t* qs) {
+    for (int g = 0; g < 8; g++) {
+        for (int part = 0; part < 2; part++) {
+            uint32_t w = 0;
+            for (int i = 0; i < 4; i++) {
+                w |= (word(qs + g / 4 * 32, 4 * part + i) >> g % 4 * 2 & 0x03030303) << 2 * i;
+            }
+            set_word(out.qs[g], COLS * part + c, w);
+        }
+    }
+}
+
+inline void take_values(columns_q2_K& out, int c, const block_q2_K& in) {
+    take_pairs_of_bits(out, c, in.qs);
+}
+
+inline void take_values(columns_q3_K& out, int c, const block_q3_K& in) {
+    take_pairs_of_bits(out, c, in.qs);
+    take_single_bits(out, c, in.hmask);
+}
+
+inline void take_values(columns_iq4_xs& out, int c, const block_iq4_xs& in) {
+    take_nibbles(out, c, in.qs);
 }
 
 constexpr int64_t REPACK_BYTES = 1 << 20; // of weights: less is not worth a thread

@@ -2,8 +2,9 @@
 // or decoding a few streams: out[row][column] = sum over k of activations[row][k] *
 // weights[column][k].
 //
-//   weights      cols x k, in blocks of 32 values (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0) or of 256 (Q4_K,
-//                Q5_K, Q6_K). Either stored as columns.h says, or Q4_1 and Q8_0 as a file has them.
+//   weights      cols x k, in blocks of 32 values (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL) or of 256
+//                (Q2_K to Q6_K, IQ4_XS). Either stored as columns.h says, or Q4_1 and Q8_0 as a
+//                file has them. F16 and BF16 are in floats.h.
 //   activations  rows x k, F32; quantized to Q8_0 in the work buffer, once for each operation.
 //   out          rows x cols, F32.
 //
@@ -30,6 +31,7 @@
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
 #include "columns.h"
+#include "floats.h"
 #include "lanes.h"
 
 namespace {
@@ -39,6 +41,12 @@ constexpr int GROUP = 8;               // rows whose sums are in registers at th
 constexpr int SET = 32;                // rows whose activations stay in the L1 cache
 constexpr int64_t CHUNK_BYTES = 32768; // of weights: what a thread takes at a time
 constexpr int AHEAD = 2048;            // bytes of weights to prefetch
+
+// What the indices of the IQ4 types stand for: as they are, and 128 more.
+constexpr int8_t IQ4_VALUES[2][16] = {
+    {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113},
+    {1, 24, 45, 63, 79, 93, 106, 118, -127, -115, -103, -90, -75, -59, -39, -15},
+};
 
 // Activations, quantized in groups of 32 values. All rows of a group are adjacent in memory, since
 // the kernels read them together.
@@ -92,16 +100,39 @@ struct Activations {
 
 inline __m256i load_256(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
 
-// The values of a group from 0 on: v[i] has the i-th four of each column.
+// The values of a group: v[i] has the i-th four of each column. `Values` is `Unsigned` for values
+// from 0 on, `Signed` where a layout has values of either sign and they are wanted as they are.
+enum class Values { Unsigned, Signed };
+
+// The i-th four of a layout with values of either sign.
+template <int I, Values VALUES, typename L, typename Columns>
+FEW_ROWS_INLINE inline typename L::Ints unpack_four(const L& lanes, const Columns& w, int group) {
+    constexpr int MORE = VALUES == Values::Unsigned ? Columns::OFFSET : 0;
+    if constexpr (Columns::IS_INDEX) {
+        const auto q = lanes.load(w.qs[group] + 32 * (I % 4));
+        const auto index = L::both(L::template shift<I / 4 * -4>(q), L::bytes(15));
+        return L::look_up(index, IQ4_VALUES[MORE > 0]);
+    } else {
+        return L::differ(lanes.load(w.qs[group] + 32 * I), L::bytes(MORE));
+    }
+}
+
 template <typename L, typename Columns>
 FEW_ROWS_INLINE inline void unpack(const L& lanes, const Columns& w, int group,
                                    typename L::Ints v[8]) {
     using Ints = typename L::Ints;
-    if constexpr (std::is_same_v<Columns, columns_q8_0>) {
+    if constexpr (Columns::MOST == 255) {
         unroll<8>([&](auto i) FEW_ROWS_INLINE {
-            v[i] = L::differ(lanes.load(w.qs[group] + 32 * i), L::bytes(0x80));
+            v[i] = unpack_four<i, Values::Unsigned>(lanes, w, group);
         });
         return;
+    } else if constexpr (Columns::LOW_BITS == 2) {
+        unroll<2>([&](auto part) FEW_ROWS_INLINE {
+            const Ints q = lanes.load(w.qs[group] + 32 * part);
+            unroll<4>([&](auto i) FEW_ROWS_INLINE {
+                v[4 * part + i] = L::both(L::template shift<-2 * i>(q), L::bytes(3));
+            });
+        });
     } else {
         unroll<4>([&](auto i) FEW_ROWS_INLINE {
             const Ints q = lanes.load(w.qs[group] + 32 * i);
@@ -109,28 +140,30 @@ FEW_ROWS_INLINE inline void unpack(const L& lanes, const Columns& w, int group,
             v[i + 4] = L::both(L::template shift<-4>(q), L::bytes(15));
         });
     }
-    if constexpr (Columns::MOST == 31) {
+    constexpr int UP = Columns::LOW_BITS;
+    if constexpr (Columns::HIGH_BITS == 1) {
         const Ints h = lanes.load(w.qh[group]);
         unroll<8>([&](auto i) FEW_ROWS_INLINE {
-            v[i] = L::either(v[i], L::both(L::template shift<4 - i>(h), L::bytes(16)));
+            v[i] = L::either(v[i], L::both(L::template shift<UP - i>(h), L::bytes(1 << UP)));
         });
-    } else if constexpr (Columns::MOST == 63) {
+    } else if constexpr (Columns::HIGH_BITS == 2) {
         unroll<2>([&](auto part) FEW_ROWS_INLINE {
             const Ints h = lanes.load(w.qh[group][part]);
             unroll<4>([&](auto i) FEW_ROWS_INLINE {
-                const Ints bits = L::both(L::template shift<4 - 2 * i>(h), L::bytes(0x30));
+                const Ints bits = L::both(L::template shift<UP - 2 * i>(h), L::bytes(3 << UP));
                 v[4 * part + i] = L::either(v[4 * part + i], bits);
             });
         });
     }
 }
 
-// What a block's scales are multiplied with, and a group's scales: d for each part, and what is
+// What a block's scales are multiplied with, and a group's scales: d for each part, and m, which is
 // added to its values.
 template <typename L, typename Columns>
 struct Scales {
+    using Ints = typename L::Ints;
     using Floats = typename L::Floats;
-    Floats block_d, block_m, d[Columns::PARTS], m;
+    Floats block_d, block_m, d[Columns::PARTS], m[Columns::PARTS];
 
     FEW_ROWS_INLINE void set_block(const L& lanes, const Columns& w) {
         block_d = lanes.load_halves(w.d);
@@ -140,26 +173,50 @@ struct Scales {
         }
     }
 
+    // Scales of six bits: `low` and `high` have the bits wanted from bit 0 and from bit `shift` on.
+    FEW_ROWS_INLINE static Ints six_bits(Ints low, Ints high, int shift) {
+        const Ints bits = L::shift_right(high, shift);
+        return L::either(L::both(low, L::ints(15)),
+                         L::both(L::template shift<4>(bits), L::ints(0x30)));
+    }
+
     FEW_ROWS_INLINE void set_group(const L& lanes, const Columns& w, int group) {
+        const auto scaled = [](Floats by, Ints scale)
+                                FEW_ROWS_INLINE { return L::mul(by, L::to_floats(scale)); };
         if constexpr (Columns::GROUPS == 1) {
             d[0] = block_d;
-            m = block_m;
-        } else if constexpr (Columns::PARTS > 1) {
-            for (int part = 0; part < Columns::PARTS; part++) {
-                const auto scales = lanes.load_bytes(w.scales[group][part]);
-                d[part] = L::mul(block_d, L::to_floats(scales));
+            if constexpr (Columns::HAS_MINIMUM) {
+                m[0] = block_m;
             }
+        } else if constexpr (std::is_same_v<Columns, columns_q6_K>) {
+            unroll<2>([&](auto part) FEW_ROWS_INLINE {
+                d[part] = scaled(block_d, lanes.load_bytes(w.scales[group][part]));
+            });
+        } else if constexpr (std::is_same_v<Columns, columns_q2_K>) {
+            unroll<2>([&](auto part) FEW_ROWS_INLINE {
+                const Ints both = lanes.load_bytes(w.scales[group][part]);
+                d[part] = scaled(block_d, L::both(both, L::ints(15)));
+                m[part] = scaled(block_m, L::template shift<-4>(both));
+            });
+        } else if constexpr (std::is_same_v<Columns, columns_q3_K>) {
+            const Ints low = lanes.load_bytes(w.scales[group]);
+            const Ints high = lanes.load_bytes(w.scales_high[group / 2]);
+            const int shift = group % 2 * 4;
+            d[0] = scaled(block_d, L::subtract(six_bits(low, high, shift), L::ints(32)));
+            d[1] =
+                scaled(block_d, L::subtract(six_bits(L::template shift<-4>(low), high, shift + 2),
+                                            L::ints(32)));
+        } else if constexpr (std::is_same_v<Columns, columns_iq4_xs>) {
+            const Ints low = L::shift_right(lanes.load_bytes(w.scales[group / 2]), group % 2 * 4);
+            const Ints high = lanes.load_bytes(w.scales_high[group / 4]);
+            d[0] = scaled(block_d, L::subtract(six_bits(low, high, group % 4 * 2), L::ints(32)));
         } else {
             const pair_of_scales& pair = w.scales[group / 2];
-            const auto low = lanes.load_bytes(pair.low[group % 2]);
-            auto high = lanes.load_bytes(pair.high);
-            high = group % 2 == 0 ? high : L::template shift<-4>(high);
-            const auto scale = L::either(L::both(low, L::ints(15)),
-                                         L::both(L::template shift<4>(high), L::ints(0x30)));
-            const auto minimum = L::either(L::template shift<-4>(low),
-                                           L::both(L::template shift<2>(high), L::ints(0x30)));
-            d[0] = L::mul(block_d, L::to_floats(scale));
-            m = L::mul(block_m, L::to_floats(minimum));
+            const Ints low = lanes.load_bytes(pair.low[group % 2]);
+            const Ints high = lanes.load_bytes(pair.high);
+            const int shift = group % 2 * 4;
+            d[0] = scaled(block_d, six_bits(low, high, shift));
+            m[0] = scaled(block_m, six_bits(L::template shift<-4>(low), high, shift + 2));
         }
     }
 };
@@ -197,20 +254,27 @@ FEW_ROWS_KERNEL void dot(const Columns* w, int64_t blocks, const Activations& a,
                 const int64_t i = (b * Columns::GROUPS + group) * a.rows + row0 + r;
                 const int8_t* q = a.qs + i * QK8_0;
                 if constexpr (Columns::PARTS == 2) {
-                    const Ints less[2] = {L::ints(OFFSET * a.half[i]),
-                                          L::ints(OFFSET * (a.sum[i] - a.half[i]))};
-                    const Ints dots[2] = {L::subtract(L::template dots<MOST, 0, 4>(v, q), less[0]),
-                                          L::subtract(L::template dots<MOST, 4, 8>(v, q), less[1])};
-                    const Floats first = L::mul(scales.d[0], L::to_floats(dots[0]));
-                    const Floats both = L::mul_add(scales.d[1], L::to_floats(dots[1]), first);
-                    acc[r] = L::mul_add(both, L::floats(a.d + i), acc[r]);
+                    const int32_t sums[2] = {a.half[i], a.sum[i] - a.half[i]};
+                    Ints dots[2] = {L::template dots<MOST, 0, 4>(v, q),
+                                    L::template dots<MOST, 4, 8>(v, q)};
+                    if constexpr (OFFSET > 0) {
+                        dots[0] = L::subtract(dots[0], L::ints(OFFSET * sums[0]));
+                        dots[1] = L::subtract(dots[1], L::ints(OFFSET * sums[1]));
+                    }
+                    Floats all = L::mul(scales.d[0], L::to_floats(dots[0]));
+                    all = L::mul_add(scales.d[1], L::to_floats(dots[1]), all);
+                    if constexpr (Columns::HAS_MINIMUM) {
+                        all = L::mul_add(scales.m[0], L::to_floats(L::ints(sums[0])), all);
+                        all = L::mul_add(scales.m[1], L::to_floats(L::ints(sums[1])), all);
+                    }
+                    acc[r] = L::mul_add(all, L::floats(a.d + i), acc[r]);
                 } else {
                     Ints dots = L::template dots<MOST, 0, 8>(v, q);
                     if constexpr (OFFSET > 0) {
                         dots = L::subtract(dots, L::ints(OFFSET * a.sum[i]));
                     }
                     if constexpr (Columns::HAS_MINIMUM) {
-                        acc[r] = L::mul_add(scales.m, L::floats(a.s + i), acc[r]);
+                        acc[r] = L::mul_add(scales.m[0], L::floats(a.s + i), acc[r]);
                     }
                     acc[r] = L::mul_add(L::to_floats(dots), L::mul(scales.d[0], L::floats(a.d + i)),
                                         acc[r]);
@@ -224,11 +288,14 @@ FEW_ROWS_KERNEL void dot(const Columns* w, int64_t blocks, const Activations& a,
     }
 }
 
-// Eight columns of Q8_0: R rows from row0 on. Without VNNI products of 255 do not fit into 16 bits.
-template <int R>
-FEW_ROWS_KERNEL void dot_signed(const columns_q8_0* w, int64_t blocks, const Activations& a,
+// Eight columns with values of either sign: R rows from row0 on. Without VNNI products of 255 do
+// not fit into 16 bits.
+template <int R, typename Columns>
+FEW_ROWS_KERNEL void dot_signed(const Columns* w, int64_t blocks, const Activations& a,
                                 int64_t row0, float* out, size_t out_stride) {
+    constexpr int LINES = (sizeof(Columns) / Columns::GROUPS + 63) / 64;
     const __m256i ones = _mm256_set1_epi16(1);
+    const Lanes8 lanes(0);
 
     __m256 acc[R];
     for (int r = 0; r < R; r++) {
@@ -236,40 +303,37 @@ FEW_ROWS_KERNEL void dot_signed(const columns_q8_0* w, int64_t blocks, const Act
     }
 
     for (int64_t b = 0; b < blocks; b++, w++) {
-        for (int i = 0; i < 5; i++) {
-            _mm_prefetch((const char*)w + AHEAD + 64 * i, _MM_HINT_T0);
-        }
-
-        const int8_t* q = a.qs + (b * a.rows + row0) * QK8_0;
-        __m256i dots[R];
-        for (int j = 0; j < 8; j++) {
-            // maddubs needs an unsigned operand: the activations take the weights' signs.
-            const __m256i v = load_256(w->qs[0] + 32 * j);
-            const __m256i abs = _mm256_abs_epi8(v);
-            for (int r = 0; r < R; r++) {
-                const __m256i x = Lanes8::repeat(q + r * QK8_0 + 4 * j);
-                const __m256i products =
-                    _mm256_madd_epi16(_mm256_maddubs_epi16(abs, _mm256_sign_epi8(x, v)), ones);
-                dots[r] = j == 0 ? products : _mm256_add_epi32(dots[r], products);
+        Scales<Lanes8, Columns> scales;
+        scales.set_block(lanes, *w);
+        for (int group = 0; group < Columns::GROUPS; group++) {
+            for (int line = 0; line < LINES; line++) {
+                _mm_prefetch((const char*)w + AHEAD + (group * LINES + line) * 64, _MM_HINT_T0);
             }
-        }
-        const __m256 dw = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)w->d));
-        for (int r = 0; r < R; r++) {
-            const __m256 d = _mm256_mul_ps(dw, _mm256_broadcast_ss(a.d + b * a.rows + row0 + r));
-            acc[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[r]), d, acc[r]);
+            const int64_t i = (b * Columns::GROUPS + group) * a.rows + row0;
+            const int8_t* q = a.qs + i * QK8_0;
+            __m256i dots[R];
+            unroll<8>([&](auto j) FEW_ROWS_INLINE {
+                // maddubs needs an unsigned operand: the activations take the weights' signs.
+                const __m256i v = unpack_four<j, Values::Signed>(lanes, *w, group);
+                const __m256i abs = _mm256_abs_epi8(v);
+                for (int r = 0; r < R; r++) {
+                    const __m256i x = Lanes8::repeat(q + r * QK8_0 + 4 * j);
+                    const __m256i pairs = _mm256_maddubs_epi16(abs, _mm256_sign_epi8(x, v));
+                    const __m256i products = _mm256_madd_epi16(pairs, ones);
+                    dots[r] = j == 0 ? products : _mm256_add_epi32(dots[r], products);
+                }
+            });
+            scales.set_group(lanes, *w, group);
+            for (int r = 0; r < R; r++) {
+                const __m256 d = _mm256_mul_ps(scales.d[0], _mm256_broadcast_ss(a.d + i + r));
+                acc[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[r]), d, acc[r]);
+            }
         }
     }
 
     for (int r = 0; r < R; r++) {
         _mm256_storeu_ps(out + (row0 + r) * out_stride, acc[r]);
     }
-}
-
-// The sum of all lanes, added in the order of ggml_vec_dot_q8_0_q8_0.
-inline float sum(__m256 v) {
-    __m128 s = _mm_add_ps(_mm256_extractf128_ps(v, 1), _mm256_castps256_ps128(v));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
 // One column as a file has it: R rows from row0 on.
@@ -367,7 +431,7 @@ void dot_unit(int rows, bool two, const W* w, int64_t blocks, const Activations&
                 return dot<Lanes16, R>(w, blocks, a, row0, out, out_stride);
             }
 #endif
-            if constexpr (std::is_same_v<W, columns_q8_0>) {
+            if constexpr (W::MOST == 255) {
                 return dot_signed<R>(w, blocks, a, row0, out, out_stride);
             } else {
                 return dot<Lanes8, R>(w, blocks, a, row0, out, out_stride);
@@ -439,6 +503,10 @@ bool with_columns(ggml_type type, F f) {
         case GGML_TYPE_Q5_0: f(columns_q5_0{}); return true;
         case GGML_TYPE_Q5_1: f(columns_q5_1{}); return true;
         case GGML_TYPE_Q8_0: f(columns_q8_0{}); return true;
+        case GGML_TYPE_IQ4_NL: f(columns_iq4_nl{}); return true;
+        case GGML_TYPE_IQ4_XS: f(columns_iq4_xs{}); return true;
+        case GGML_TYPE_Q2_K: f(columns_q2_K{}); return true;
+        case GGML_TYPE_Q3_K: f(columns_q3_K{}); return true;
         case GGML_TYPE_Q4_K: f(columns_q4_K{}); return true;
         case GGML_TYPE_Q5_K: f(columns_q5_K{}); return true;
         case GGML_TYPE_Q6_K: f(columns_q6_K{}); return true;
@@ -457,8 +525,10 @@ size_t ggml_few_rows_work_size(const ggml_tensor* op, bool repacked) {
     const ggml_tensor* src = op->src[1];
     const int64_t rows = ggml_nrows(src);
 
-    const bool known =
-        repacked || weights->type == GGML_TYPE_Q8_0 || weights->type == GGML_TYPE_Q4_1;
+    const bool is_float = weights->type == GGML_TYPE_F16 || weights->type == GGML_TYPE_BF16;
+    const bool known = repacked || weights->type == GGML_TYPE_Q8_0 ||
+                       weights->type == GGML_TYPE_Q4_1 ||
+                       (is_float && weights->ne[0] % FLOAT_LANES == 0);
     const bool suits = known && src->type == GGML_TYPE_F32 && ggml_is_matrix(weights) &&
                        ggml_is_contiguous(weights) && src->nb[0] == sizeof(float) &&
                        ggml_is_contiguous(op);
@@ -477,8 +547,12 @@ bool ggml_few_rows_mul_mat(const ggml_compute_params* params, ggml_tensor* op, b
             mul_mat<Columns, COLS, 32 * Columns::GROUPS>(params, op);
         });
     }
-    op->src[0]->type == GGML_TYPE_Q4_1 ? mul_mat<block_q4_1, 1, QK4_1>(params, op)
-                                       : mul_mat<block_q8_0, 1, QK8_0>(params, op);
+    switch (op->src[0]->type) {
+        case GGML_TYPE_F16: mul_mat_floats<ggml_fp16_t>(params, op, CHUNK_BYTES); break;
+        case GGML_TYPE_BF16: mul_mat_floats<ggml_bf16_t>(params, op, CHUNK_BYTES); break;
+        case GGML_TYPE_Q4_1: mul_mat<block_q4_1, 1, QK4_1>(params, op); break;
+        default: mul_mat<block_q8_0, 1, QK8_0>(params, op); break;
+    }
     return true;
 }
 

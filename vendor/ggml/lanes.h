@@ -80,6 +80,13 @@ struct Lanes8 {
             return _mm256_srli_epi16(a, -N);
         }
     }
+    // 32-bit numbers by n bits.
+    static Ints shift_right(Ints a, int n) { return _mm256_srli_epi32(a, n); }
+    // The bytes at the places 0..15 in a table.
+    static Ints look_up(Ints index, const int8_t* table) {
+        const __m128i values = _mm_loadu_si128((const __m128i*)table);
+        return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(values), index);
+    }
 
     static Floats to_floats(Ints a) { return _mm256_cvtepi32_ps(a); }
     static Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
@@ -171,6 +178,11 @@ struct Lanes16 {
         } else {
             return _mm512_srli_epi16(a, -N);
         }
+    }
+    static Ints shift_right(Ints a, int n) { return _mm512_srli_epi32(a, n); }
+    static Ints look_up(Ints index, const int8_t* table) {
+        const __m128i values = _mm_loadu_si128((const __m128i*)table);
+        return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(values), index);
     }
 
     static Floats to_floats(Ints a) { return _mm512_cvtepi32_ps(a); }
