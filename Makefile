@@ -3,7 +3,7 @@
 #              and every bench in its short form
 # make check   formatting, lints, documentation
 # make docs    the book in target/book/html, with all links checked
-# make bench   measures the engine's host cost per step and the cache's bookkeeping
+# make bench   measures the engine's host cost per step, the cache's bookkeeping and the CPU kernels
 # make bench-short   runs every bench once, in its short form
 # make compare PROMPTS=FILE.jsonl   measures llama-server and this server in turn, for an hour or more; ARGS=... goes to benches/compare
 # make schemathesis   tests with thousands of requests generated from /openapi.json, for ten minutes at most; ARGS=... goes to scripts/schemathesis

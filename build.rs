@@ -7,7 +7,7 @@
 //!    kernels from `vendor/ggml/`.
 //! 4. Compile `llama` and `ggml` as static libraries; where the binary must run on other CPUs of the
 //!    same family too, ggml's CPU backend once for each kind of them (`build/cpu.rs`).
-//! 5. Compile our kernels once more, as `tests/cpu_kernels.rs` calls them.
+//! 5. Compile our kernels once more, as `tests/cpu_kernels` calls them.
 //! 6. Generate bindings for the names that start with `llama_`, `ggml_`, `gguf_`, without the
 //!    `llama_`; and for `cuda/args.h`, which our kernels and `src/gpu` share.
 //! 7. Tell cargo what to link.

@@ -126,7 +126,7 @@ fn program(command: &Command) -> String {
     command.get_program().display().to_string()
 }
 
-/// Compiles `vendor/ggml/testing.cpp` for `tests/cpu_kernels.rs`: with the kernels for each set of
+/// Compiles `vendor/ggml/testing.cpp` for `tests/cpu_kernels`: with the kernels for each set of
 /// instructions that this CPU has, and without them for graphs that reach them through ggml. The
 /// server links none of it.
 pub fn compile_for_tests(source: &Path, tools: &Tools) {

@@ -1,8 +1,8 @@
 //! CUDA: the toolkit, and our kernels compiled with it.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::fs;
 
 use super::{find_program, out_dir, root, stop, var};
 

@@ -1,7 +1,8 @@
 // Products with weights of F16 and BF16, as a file has them: few-rows.cpp says what of.
 //
 // A vector of eight sums belongs to a row and a column; its lanes are added at the end. So a row's
-// result does not depend, bit for bit, on the rows beside it.
+// result does not depend, bit for bit, on the rows beside it. No weights are fetched ahead: the
+// processor foresees reading a few columns in order.
 #pragma once
 
 #include "ggml-cpu-impl.h"
@@ -15,9 +16,10 @@
 namespace {
 
 constexpr int FLOAT_LANES = 8;
-constexpr int FLOAT_COLS = 4; // columns, and
-constexpr int FLOAT_ROWS = 3; // rows, whose sums are in registers at the same time
-constexpr int FLOAT_SET = 24; // rows whose activations stay in the L2 cache
+constexpr int FLOAT_COLS = 4;    // columns, and
+constexpr int FLOAT_ROWS = 3;    // rows, whose sums are in registers at the same time
+constexpr int FLOAT_SET = 96;    // rows whose sums stay in the L1 cache
+constexpr int FLOAT_PART = 1024; // values of a column that stay in it while many rows use them
 
 inline __m256 load_floats(const ggml_fp16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
@@ -35,26 +37,26 @@ inline float sum(__m256 v) {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
-// out[r][c] = sum over k of x[r] * w[c], for R rows and C columns.
+// Adds the products of n values of R rows and C columns to their sums: of a row FLOAT_COLS vectors.
 template <int R, int C, typename W>
-FEW_ROWS_KERNEL void dot_floats(const W* w, const float* const* x, int64_t k, float* out,
-                                size_t out_stride) {
-    constexpr int AHEAD = 1024; // bytes of weights to prefetch
+FEW_ROWS_KERNEL void add_products(const W* w, int64_t k, const float* const* x, int64_t n,
+                                  float* sums) {
     __m256 acc[R][C];
     for (int r = 0; r < R; r++) {
         for (int c = 0; c < C; c++) {
-            acc[r][c] = _mm256_setzero_ps();
+            acc[r][c] = _mm256_loadu_ps(sums + (r * FLOAT_COLS + c) * FLOAT_LANES);
         }
     }
-    for (int64_t i = 0; i < k; i += FLOAT_LANES) {
+    for (int64_t i = 0; i < n; i += FLOAT_LANES) {
         __m256 row[R];
         for (int r = 0; r < R; r++) {
             row[r] = _mm256_loadu_ps(x[r] + i);
+#if !defined(_MSC_VER)
+            asm("" : "+x"(row[r])); // else compilers load it for each column
+#endif
         }
         for (int c = 0; c < C; c++) {
-            const W* values = w + c * k + i;
-            _mm_prefetch((const char*)values + AHEAD, _MM_HINT_T0);
-            const __m256 column = load_floats(values);
+            const __m256 column = load_floats(w + c * k + i);
             for (int r = 0; r < R; r++) {
                 acc[r][c] = _mm256_fmadd_ps(column, row[r], acc[r][c]);
             }
@@ -62,19 +64,19 @@ FEW_ROWS_KERNEL void dot_floats(const W* w, const float* const* x, int64_t k, fl
     }
     for (int r = 0; r < R; r++) {
         for (int c = 0; c < C; c++) {
-            out[r * out_stride + c] = sum(acc[r][c]);
+            _mm256_storeu_ps(sums + (r * FLOAT_COLS + c) * FLOAT_LANES, acc[r][c]);
         }
     }
 }
 
 // The same for up to FLOAT_ROWS rows and FLOAT_COLS columns.
 template <typename W>
-void dot_floats(int rows, int cols, const W* w, const float* const* x, int64_t k, float* out,
-                size_t out_stride) {
+void add_products(int rows, int cols, const W* w, int64_t k, const float* const* x, int64_t n,
+                  float* sums) {
     unroll<FLOAT_ROWS>([&](auto r) {
         unroll<FLOAT_COLS>([&](auto c) {
             if (rows == r + 1 && cols == c + 1) {
-                dot_floats<r + 1, c + 1>(w, x, k, out, out_stride);
+                add_products<r + 1, c + 1>(w, k, x, n, sums);
             }
         });
     });
@@ -103,19 +105,31 @@ void mul_mat_floats(const ggml_compute_params* params, ggml_tensor* op, int64_t 
     for (int64_t chunk = params->ith; chunk < chunks;
          chunk = ggml_threadpool_chunk_add(params->threadpool, 1)) {
         for (int64_t set = 0; set < rows; set += FLOAT_SET) {
-            const int64_t end = std::min(rows, set + FLOAT_SET);
+            const int64_t n_rows = std::min<int64_t>(FLOAT_SET, rows - set);
+            const int64_t part = n_rows <= FLOAT_ROWS ? k : FLOAT_PART;
             for (int64_t u = units * chunk / chunks; u < units * (chunk + 1) / chunks; u++) {
                 const int64_t col = u * FLOAT_COLS;
                 const int n_cols = std::min<int64_t>(FLOAT_COLS, cols - col);
-                for (int64_t row = set; row < end; row += FLOAT_ROWS) {
-                    const int n_rows = std::min<int64_t>(FLOAT_ROWS, end - row);
-                    const float* x[FLOAT_ROWS];
-                    for (int r = 0; r < n_rows; r++) {
-                        x[r] = activations(row + r);
+                const W* w = (const W*)weights->data + col * k;
+                float sums[FLOAT_SET * FLOAT_COLS * FLOAT_LANES];
+                std::fill(sums, sums + n_rows * FLOAT_COLS * FLOAT_LANES, 0.0f);
+                for (int64_t i = 0; i < k; i += part) {
+                    const int64_t n = std::min(part, k - i);
+                    for (int64_t row = 0; row < n_rows; row += FLOAT_ROWS) {
+                        const int together = std::min<int64_t>(FLOAT_ROWS, n_rows - row);
+                        const float* x[FLOAT_ROWS];
+                        for (int r = 0; r < together; r++) {
+                            x[r] = activations(set + row + r) + i;
+                        }
+                        add_products(together, n_cols, w + i, k, x, n,
+                                     sums + row * FLOAT_COLS * FLOAT_LANES);
                     }
-                    const size_t stride = op->nb[1] / sizeof(float);
-                    dot_floats(n_rows, n_cols, (const W*)weights->data + col * k, x, k,
-                               (float*)op->data + row * stride + col, stride);
+                }
+                for (int64_t row = 0; row < n_rows; row++) {
+                    float* out = (float*)((char*)op->data + (set + row) * op->nb[1]) + col;
+                    for (int c = 0; c < n_cols; c++) {
+                        out[c] = sum(_mm256_loadu_ps(sums + (row * FLOAT_COLS + c) * FLOAT_LANES));
+                    }
                 }
             }
         }

@@ -1,5 +1,6 @@
-// The kernels of few-rows.cpp and attention.cpp as tests call them: tests/cpu_kernels.rs declares
-// the structs and functions below and compares results with plain loops.
+// The kernels of few-rows.cpp and attention.cpp as tests call them: tests/cpu_kernels declares
+// the structs and functions below and compares results with plain loops. benches/cpu_kernels.rs
+// times them.
 //
 // build.rs compiles this file once without KERNELS, for operations in a graph of ggml's (which
 // shows that the patches call the kernels), and once for each set of instructions that the CPU
@@ -30,7 +31,9 @@
 #include "ggml.h"
 #include "repack.h"
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstring>
 #include <mutex>
@@ -158,6 +161,90 @@ bool NAME(mul_mat)(const MulMat* m) {
     ggml_backend_buffer_free(buffer);
     return done;
 }
+
+#ifdef KERNELS
+// Products of 8-bit numbers in a second, by n threads that do nothing but multiply; 0 if these
+// kernels have no such instruction.
+double NAME(peak_products)(int n_threads) {
+#if defined(__AVX2__)
+#if defined(FEW_ROWS_LANES16)
+    using Vector = __m512i;
+    const Vector ones = _mm512_set1_epi8(1);
+    const auto step = [ones](Vector v) { return _mm512_dpbusd_epi32(v, ones, ones); };
+#else
+    using Vector = __m256i;
+    const Vector ones = _mm256_set1_epi8(1);
+    const auto step = [ones](Vector v) { return _mm256_maddubs_epi16(v, ones); };
+#endif
+    constexpr int N = 1 << 24;
+    const auto multiply = [=] {
+        Vector a = ones, b = ones, c = ones, d = ones, e = ones, f = ones, g = ones, h = ones;
+        for (int i = 0; i < N; i++) {
+            a = step(a), b = step(b), c = step(c), d = step(d);
+            e = step(e), f = step(f), g = step(g), h = step(h);
+            // For all the compiler knows, they are used.
+            asm volatile(""
+                         : "+v"(a), "+v"(b), "+v"(c), "+v"(d), "+v"(e), "+v"(f), "+v"(g), "+v"(h));
+        }
+    };
+    std::vector<std::thread> threads;
+    const auto start = std::chrono::steady_clock::now();
+    for (int i = 0; i < n_threads; i++) {
+        threads.emplace_back(multiply);
+    }
+    for (std::thread& thread : threads) {
+        thread.join();
+    }
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+    return n_threads * 8.0 * N * sizeof(Vector) / took.count();
+#else
+    (void)n_threads;
+    return 0;
+#endif
+}
+#else
+// Multiplies `n` times with each of `n_copies` of the weights in turn, so that they need not be in
+// a cache, and writes the seconds of each multiplication to `seconds`. `reference`: by ggml's own
+// kernels where ours take the file's layout. Returns whether all went well.
+bool time_mul_mat(const MulMat* m, int n_copies, int n, bool reference, double* seconds) {
+    Context context;
+    std::vector<ggml_tensor*> weights;
+    for (int i = 0; i < n_copies; i++) {
+        weights.push_back(ggml_new_tensor_2d(context.ggml, (ggml_type)m->type, m->k, m->cols));
+    }
+    ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(
+        context.ggml,
+        m->repacked ? ggml_backend_cpu_repack_buffer_type() : ggml_backend_cpu_buffer_type());
+    std::vector<ggml_cgraph*> graphs;
+    std::vector<uint8_t> work;
+    ggml_threadpool_params params = ggml_threadpool_params_default(m->n_threads);
+    ggml_threadpool* pool = ggml_threadpool_new(&params);
+    std::vector<ggml_cplan> plans;
+    ggml_tensor* x = context.tensor(GGML_TYPE_F32, m->k, m->rows, 1, 1, m->x);
+    for (ggml_tensor* w : weights) {
+        ggml_backend_tensor_set(w, m->weights, 0, ggml_nbytes(w));
+        ggml_tensor* op = ggml_mul_mat(context.ggml, w, x);
+        op->data = m->out;
+        graphs.push_back(ggml_new_graph_custom(context.ggml, 8, false));
+        ggml_build_forward_expand(graphs.back(), op);
+        plans.push_back(ggml_graph_plan(graphs.back(), m->n_threads, pool));
+        plans.back().use_ref = reference;
+        work.resize(std::max(work.size(), plans.back().work_size));
+    }
+    bool done = true;
+    for (int run = 0; run < n; run++) {
+        ggml_cplan& plan = plans[run % n_copies];
+        plan.work_data = work.data();
+        const auto start = std::chrono::steady_clock::now();
+        done = done && ggml_graph_compute(graphs[run % n_copies], &plan) == GGML_STATUS_SUCCESS;
+        const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+        seconds[run] = took.count();
+    }
+    ggml_threadpool_free(pool);
+    ggml_backend_buffer_free(buffer);
+    return done;
+}
+#endif
 
 // Attention over a cache whose cells hold all KV heads, as llama.cpp's does.
 struct Attention {

@@ -1,0 +1,136 @@
+//! Multiplications: bit for bit the twin's.
+#![allow(unsafe_code)]
+
+use half::{bf16, f16};
+
+use crate::ffi::{MulMat, kernels, output};
+use crate::weights::*;
+
+/// A multiplication: activations, weights as a file has them, and the results, to the last bit.
+struct Product<'a> {
+    of: Type,
+    repacked: bool,
+    /// `[k, cols, rows]`
+    shape: [usize; 3],
+    weights: &'a [u8],
+    x: &'a [f32],
+    twin: Vec<f32>,
+}
+
+impl Product<'_> {
+    /// All kernels have the results of the twin, with several numbers of threads.
+    fn check(&self) {
+        if !cfg!(target_arch = "x86_64") {
+            return; // there are kernels for AVX2 and AVX512-VNNI
+        }
+        let Self { of, repacked, shape: [k, cols, rows], .. } = *self;
+        for set in kernels() {
+            for n_threads in [1, 3] {
+                let out = output(rows * cols, |out| {
+                    let op = MulMat {
+                        weight_type: of as i32,
+                        repacked: i32::from(repacked),
+                        n_threads,
+                        k: k as i64,
+                        cols: cols as i64,
+                        rows: rows as i64,
+                        weights: self.weights.as_ptr().cast(),
+                        x: self.x.as_ptr(),
+                        out,
+                    };
+                    // SAFETY: the memory has the shapes that the struct says, and lives on.
+                    unsafe { (set.mul_mat)(&op) }
+                });
+                let what = format!(
+                    "{of:?}, repacked {repacked}, {rows} x {cols} x {k}, {}, {n_threads} threads",
+                    set.name
+                );
+                let out = out.unwrap_or_else(|| panic!("{what}: not computed"));
+                for (i, (out, twin)) in out.iter().zip(&self.twin).enumerate() {
+                    let (row, column) = (i / cols, i % cols);
+                    assert!(
+                        out.to_bits() == twin.to_bits(),
+                        "{what}: row {row}, column {column} is {out} and not {twin}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// Multiplications of a shape with quantized weights.
+fn check_mul_mat(of: Type, repacked: bool, k: usize, cols: usize, rows: usize) {
+    let mut rng = fastrand::Rng::with_seed((k * 31 + cols * 7 + rows) as u64);
+    let columns: Vec<Column> = (0..cols).map(|_| Column::random(of, k, &mut rng)).collect();
+    let mut weights = vec![];
+    columns.iter().for_each(|column| column.write(of, &mut weights));
+    let x = activations(rows * k, &mut rng);
+    let quantized =
+        x.chunks(k).map(|row| row.chunks(BLOCK).map(ActivationBlock::quantize).collect::<Vec<_>>());
+    let twin = quantized.flat_map(|row| {
+        columns.iter().map(move |w| w.twin(of, repacked, &row)).collect::<Vec<_>>()
+    });
+    let (shape, twin) = ([k, cols, rows], twin.collect());
+    Product { of, repacked, shape, weights: &weights, x: &x, twin }.check();
+}
+
+/// Multiplications of a shape with weights in F16 or BF16: products are summed in eight lanes, and
+/// these at the end.
+fn check_mul_mat_of_floats(of: Type, k: usize, cols: usize, rows: usize) {
+    let mut rng = fastrand::Rng::with_seed((k * 31 + cols * 7 + rows) as u64);
+    let (mut weights, mut values) = (vec![], vec![]);
+    for _ in 0..k * cols {
+        let v = rng.f32() - 0.5;
+        if of == Type::F16 {
+            weights.extend(f16::from_f32(v).to_le_bytes());
+            values.push(f16::from_f32(v).to_f32());
+        } else {
+            weights.extend(bf16::from_f32(v).to_le_bytes());
+            values.push(bf16::from_f32(v).to_f32());
+        }
+    }
+    let x = activations(rows * k, &mut rng);
+    let dot = |x: &[f32], w: &[f32]| {
+        let mut lanes = [0f32; 8];
+        for (i, (x, w)) in x.iter().zip(w).enumerate() {
+            lanes[i % 8] = w.mul_add(*x, lanes[i % 8]);
+        }
+        sum_of_lanes(&lanes)
+    };
+    let twin = x.chunks(k).flat_map(|x| values.chunks(k).map(move |w| dot(x, w))).collect();
+    Product { of, repacked: false, shape: [k, cols, rows], weights: &weights, x: &x, twin }.check();
+}
+
+/// All numbers of rows that are computed together, and beyond: more than one group, a set of 32
+/// and several. A row's twin knows no other row, so rows do not depend on those beside them.
+#[test]
+fn multiplications_with_any_number_of_rows_are_the_twins_bit_for_bit() {
+    for rows in (1..=17).chain([24, 31, 32, 33, 40, 65]) {
+        REPACKED.iter().for_each(|&of| check_mul_mat(of, true, 96, 24, rows));
+        AS_STORED.iter().for_each(|&of| check_mul_mat(of, false, 96, 11, rows));
+        SUPER_BLOCKS.iter().for_each(|&of| check_mul_mat(of, true, 512, 24, rows));
+        FLOATS.iter().for_each(|&of| check_mul_mat_of_floats(of, 96, 11, rows));
+    }
+}
+
+/// One block of weights, odd numbers of blocks of columns (of which AVX-512 computes two at a
+/// time), fewer columns than threads, and more weights than one chunk holds.
+#[test]
+fn multiplications_of_odd_shapes_are_the_twins_bit_for_bit() {
+    for (k, cols) in [(32, 8), (32, 16), (64, 40), (160, 72), (576, 8), (1024, 200)] {
+        for rows in [1, 5, 9] {
+            REPACKED.iter().for_each(|&of| check_mul_mat(of, true, k, cols, rows));
+        }
+    }
+    for (k, cols) in [(256, 8), (256, 16), (512, 40), (768, 72), (1024, 200)] {
+        for rows in [1, 5, 9] {
+            SUPER_BLOCKS.iter().for_each(|&of| check_mul_mat(of, true, k, cols, rows));
+        }
+    }
+    for (k, cols) in [(32, 1), (32, 2), (64, 3), (160, 37), (576, 5), (1024, 190)] {
+        for rows in [1, 5, 9] {
+            AS_STORED.iter().for_each(|&of| check_mul_mat(of, false, k, cols, rows));
+            FLOATS.iter().for_each(|&of| check_mul_mat_of_floats(of, k, cols, rows));
+        }
+    }
+}
