@@ -37,7 +37,6 @@
 namespace {
 
 constexpr int MAX_ROWS = 512;          // of weights as a file has them; more are left to ggml
-constexpr int GROUP = 8;               // rows whose sums are in registers at the same time
 constexpr int SET = 32;                // rows whose activations stay in the L1 cache
 constexpr int64_t CHUNK_BYTES = 32768; // of weights: what a thread takes at a time
 constexpr int AHEAD = 2048;            // bytes of weights to prefetch
@@ -100,60 +99,32 @@ struct Activations {
 
 inline __m256i load_256(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
 
-// The values of a group: v[i] has the i-th four of each column. `Values` is `Unsigned` for values
-// from 0 on, `Signed` where a layout has values of either sign and they are wanted as they are.
-enum class Values { Unsigned, Signed };
-
-// The i-th four of a layout with values of either sign.
-template <int I, Values VALUES, typename L, typename Columns>
-FEW_ROWS_INLINE inline typename L::Ints unpack_four(const L& lanes, const Columns& w, int group) {
-    constexpr int MORE = VALUES == Values::Unsigned ? Columns::OFFSET : 0;
-    if constexpr (Columns::IS_INDEX) {
-        const auto q = lanes.load(w.qs[group] + 32 * (I % 4));
-        const auto index = L::both(L::template shift<I / 4 * -4>(q), L::bytes(15));
-        return L::look_up(index, IQ4_VALUES[MORE > 0]);
-    } else {
-        return L::differ(lanes.load(w.qs[group] + 32 * I), L::bytes(MORE));
-    }
-}
-
-template <typename L, typename Columns>
-FEW_ROWS_INLINE inline void unpack(const L& lanes, const Columns& w, int group,
-                                   typename L::Ints v[8]) {
+// The I-th four values of a group, of each column: from 0 on, or as they are where L multiplies
+// values of either sign.
+template <int I, typename L, typename Columns>
+FEW_ROWS_INLINE inline typename L::Ints unpack(const L& lanes, const Columns& w, int group) {
     using Ints = typename L::Ints;
-    if constexpr (Columns::MOST == 255) {
-        unroll<8>([&](auto i) FEW_ROWS_INLINE {
-            v[i] = unpack_four<i, Values::Unsigned>(lanes, w, group);
-        });
-        return;
-    } else if constexpr (Columns::LOW_BITS == 2) {
-        unroll<2>([&](auto part) FEW_ROWS_INLINE {
-            const Ints q = lanes.load(w.qs[group] + 32 * part);
-            unroll<4>([&](auto i) FEW_ROWS_INLINE {
-                v[4 * part + i] = L::both(L::template shift<-2 * i>(q), L::bytes(3));
-            });
-        });
-    } else {
-        unroll<4>([&](auto i) FEW_ROWS_INLINE {
-            const Ints q = lanes.load(w.qs[group] + 32 * i);
-            v[i] = L::both(q, L::bytes(15));
-            v[i + 4] = L::both(L::template shift<-4>(q), L::bytes(15));
-        });
-    }
     constexpr int UP = Columns::LOW_BITS;
-    if constexpr (Columns::HIGH_BITS == 1) {
-        const Ints h = lanes.load(w.qh[group]);
-        unroll<8>([&](auto i) FEW_ROWS_INLINE {
-            v[i] = L::either(v[i], L::both(L::template shift<UP - i>(h), L::bytes(1 << UP)));
-        });
-    } else if constexpr (Columns::HIGH_BITS == 2) {
-        unroll<2>([&](auto part) FEW_ROWS_INLINE {
-            const Ints h = lanes.load(w.qh[group][part]);
-            unroll<4>([&](auto i) FEW_ROWS_INLINE {
-                const Ints bits = L::both(L::template shift<UP - 2 * i>(h), L::bytes(3 << UP));
-                v[4 * part + i] = L::either(v[4 * part + i], bits);
-            });
-        });
+    if constexpr (UP == 8) {
+        const Ints v = lanes.load(w.qs[group] + 32 * I);
+        return L::IS_SIGNED ? v : L::differ(v, L::bytes(Columns::OFFSET));
+    } else {
+        constexpr int EACH = 8 / UP; // fours in a vector
+        constexpr int FIRST = UP == 4 ? I % 4 : I / EACH, PLACE = UP == 4 ? I / 4 : I % EACH;
+        const Ints q = lanes.load(w.qs[group] + 32 * FIRST);
+        const Ints low = L::both(L::template shift<-UP * PLACE>(q), L::bytes((1 << UP) - 1));
+        if constexpr (Columns::IS_INDEX) {
+            return L::look_up(low, IQ4_VALUES[!L::IS_SIGNED]);
+        } else if constexpr (Columns::HIGH_BITS == 1) {
+            const Ints h = lanes.load(w.qh[group]);
+            return L::either(low, L::both(L::template shift<UP - I>(h), L::bytes(1 << UP)));
+        } else if constexpr (Columns::HIGH_BITS == 2) {
+            const Ints h = lanes.load(w.qh[group][I / 4]);
+            constexpr int BY = UP - 2 * (I % 4);
+            return L::either(low, L::both(L::template shift<BY>(h), L::bytes(3 << UP)));
+        } else {
+            return low;
+        }
     }
 }
 
@@ -221,118 +192,101 @@ struct Scales {
     }
 };
 
-// The columns of L, from the block at w on: R rows from row0 on.
-template <typename L, int R, typename Columns>
-FEW_ROWS_KERNEL void dot(const Columns* w, int64_t blocks, const Activations& a, int64_t row0,
-                         float* out, size_t out_stride) {
+// V vectors of columns, from the block at w on: R rows from row0 on. Of the last vectors those from
+// n_vectors on are computed from the first one's weights and not written.
+//
+// An activation that is broadcast is multiplied with V vectors of weights, and these with R
+// activations: fewer loads than multiplications.
+template <typename L, int V, int R, typename Columns>
+FEW_ROWS_KERNEL void dot(const Columns* w, int n_vectors, int64_t blocks, const Activations& a,
+                         int64_t row0, float* out, size_t out_stride) {
     using Ints = typename L::Ints;
     using Floats = typename L::Floats;
-    constexpr int MOST = Columns::MOST, OFFSET = Columns::OFFSET;
+    constexpr int PARTS = Columns::PARTS, FOURS = 8 / PARTS;
+    constexpr bool IS_SIGNED = L::IS_SIGNED && Columns::MOST == 255;
+    constexpr int OFFSET = IS_SIGNED ? 0 : Columns::OFFSET;
     constexpr int LINES = (sizeof(Columns) / Columns::GROUPS + 63) / 64;
     const L lanes(blocks * sizeof(Columns));
 
-    Floats acc[R];
-    for (int r = 0; r < R; r++) {
-        acc[r] = L::zero_floats();
-    }
-
-    for (int64_t b = 0; b < blocks; b++, w++) {
-        Scales<L, Columns> scales;
-        scales.set_block(lanes, *w);
-        for (int group = 0; group < Columns::GROUPS; group++) {
-            for (int block = 0; block < L::BLOCKS; block++) {
-                const char* ahead = (const char*)(w + block * blocks) + AHEAD;
-                for (int line = 0; line < LINES; line++) {
-                    _mm_prefetch(ahead + (group * LINES + line) * 64, _MM_HINT_T0);
-                }
-            }
-            Ints v[8];
-            unpack(lanes, *w, group, v);
-            scales.set_group(lanes, *w, group);
-
-            for (int r = 0; r < R; r++) {
-                const int64_t i = (b * Columns::GROUPS + group) * a.rows + row0 + r;
-                const int8_t* q = a.qs + i * QK8_0;
-                if constexpr (Columns::PARTS == 2) {
-                    const int32_t sums[2] = {a.half[i], a.sum[i] - a.half[i]};
-                    Ints dots[2] = {L::template dots<MOST, 0, 4>(v, q),
-                                    L::template dots<MOST, 4, 8>(v, q)};
-                    if constexpr (OFFSET > 0) {
-                        dots[0] = L::subtract(dots[0], L::ints(OFFSET * sums[0]));
-                        dots[1] = L::subtract(dots[1], L::ints(OFFSET * sums[1]));
-                    }
-                    Floats all = L::mul(scales.d[0], L::to_floats(dots[0]));
-                    all = L::mul_add(scales.d[1], L::to_floats(dots[1]), all);
-                    if constexpr (Columns::HAS_MINIMUM) {
-                        all = L::mul_add(scales.m[0], L::to_floats(L::ints(sums[0])), all);
-                        all = L::mul_add(scales.m[1], L::to_floats(L::ints(sums[1])), all);
-                    }
-                    acc[r] = L::mul_add(all, L::floats(a.d + i), acc[r]);
-                } else {
-                    Ints dots = L::template dots<MOST, 0, 8>(v, q);
-                    if constexpr (OFFSET > 0) {
-                        dots = L::subtract(dots, L::ints(OFFSET * a.sum[i]));
-                    }
-                    if constexpr (Columns::HAS_MINIMUM) {
-                        acc[r] = L::mul_add(scales.m[0], L::floats(a.s + i), acc[r]);
-                    }
-                    acc[r] = L::mul_add(L::to_floats(dots), L::mul(scales.d[0], L::floats(a.d + i)),
-                                        acc[r]);
-                }
-            }
+    const Columns* weights[V];
+    Floats acc[V][R];
+    for (int n = 0; n < V; n++) {
+        weights[n] = w + (n < n_vectors ? n : 0) * L::BLOCKS * blocks;
+        for (int r = 0; r < R; r++) {
+            acc[n][r] = L::zero_floats();
         }
     }
 
-    for (int r = 0; r < R; r++) {
-        L::store(out + (row0 + r) * out_stride, acc[r]);
-    }
-}
-
-// Eight columns with values of either sign: R rows from row0 on. Without VNNI products of 255 do
-// not fit into 16 bits.
-template <int R, typename Columns>
-FEW_ROWS_KERNEL void dot_signed(const Columns* w, int64_t blocks, const Activations& a,
-                                int64_t row0, float* out, size_t out_stride) {
-    constexpr int LINES = (sizeof(Columns) / Columns::GROUPS + 63) / 64;
-    const __m256i ones = _mm256_set1_epi16(1);
-    const Lanes8 lanes(0);
-
-    __m256 acc[R];
-    for (int r = 0; r < R; r++) {
-        acc[r] = _mm256_setzero_ps();
-    }
-
-    for (int64_t b = 0; b < blocks; b++, w++) {
-        Scales<Lanes8, Columns> scales;
-        scales.set_block(lanes, *w);
+    for (int64_t b = 0; b < blocks; b++) {
+        Scales<L, Columns> scales[V];
+        for (int n = 0; n < V; n++) {
+            scales[n].set_block(lanes, weights[n][b]);
+        }
         for (int group = 0; group < Columns::GROUPS; group++) {
-            for (int line = 0; line < LINES; line++) {
-                _mm_prefetch((const char*)w + AHEAD + (group * LINES + line) * 64, _MM_HINT_T0);
-            }
-            const int64_t i = (b * Columns::GROUPS + group) * a.rows + row0;
-            const int8_t* q = a.qs + i * QK8_0;
-            __m256i dots[R];
-            unroll<8>([&](auto j) FEW_ROWS_INLINE {
-                // maddubs needs an unsigned operand: the activations take the weights' signs.
-                const __m256i v = unpack_four<j, Values::Signed>(lanes, *w, group);
-                const __m256i abs = _mm256_abs_epi8(v);
-                for (int r = 0; r < R; r++) {
-                    const __m256i x = Lanes8::repeat(q + r * QK8_0 + 4 * j);
-                    const __m256i pairs = _mm256_maddubs_epi16(abs, _mm256_sign_epi8(x, v));
-                    const __m256i products = _mm256_madd_epi16(pairs, ones);
-                    dots[r] = j == 0 ? products : _mm256_add_epi32(dots[r], products);
+            for (int n = 0; n < V; n++) {
+                for (int block = 0; block < L::BLOCKS; block++) {
+                    const char* ahead = (const char*)(weights[n] + b + block * blocks) + AHEAD;
+                    for (int line = 0; line < LINES; line++) {
+                        _mm_prefetch(ahead + (group * LINES + line) * 64, _MM_HINT_T0);
+                    }
                 }
+            }
+            const int64_t first = (b * Columns::GROUPS + group) * a.rows + row0;
+            const int8_t* q = a.qs + first * QK8_0;
+            typename L::template Dot<Columns::MOST> dots[PARTS][V][R];
+            unroll<8>([&](auto i) FEW_ROWS_INLINE {
+                Ints v[V];
+                unroll<V>([&](auto n)
+                              FEW_ROWS_INLINE { v[n] = unpack<i>(lanes, weights[n][b], group); });
+                unroll<R>([&](auto r) FEW_ROWS_INLINE {
+                    const Ints x = L::repeat(q + r * QK8_0 + 4 * i);
+                    unroll<V>([&](auto n) FEW_ROWS_INLINE {
+                        dots[i / FOURS][n][r].template add<i % FOURS, FOURS>(v[n], x);
+                    });
+                });
             });
-            scales.set_group(lanes, *w, group);
-            for (int r = 0; r < R; r++) {
-                const __m256 d = _mm256_mul_ps(scales.d[0], _mm256_broadcast_ss(a.d + i + r));
-                acc[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[r]), d, acc[r]);
-            }
+            unroll<V>([&](auto n) FEW_ROWS_INLINE {
+                scales[n].set_group(lanes, weights[n][b], group);
+                unroll<R>([&](auto r) FEW_ROWS_INLINE {
+                    const int64_t i = first + r;
+                    Floats& to = acc[n][r];
+                    if constexpr (PARTS == 2) {
+                        const int32_t sums[2] = {a.half[i], a.sum[i] - a.half[i]};
+                        Ints products[2];
+                        unroll<2>([&](auto part) FEW_ROWS_INLINE {
+                            products[part] = dots[part][n][r].sum;
+                            if constexpr (OFFSET > 0) {
+                                const Ints less = L::ints(OFFSET * sums[part]);
+                                products[part] = L::subtract(products[part], less);
+                            }
+                        });
+                        Floats all = L::mul(scales[n].d[0], L::to_floats(products[0]));
+                        all = L::mul_add(scales[n].d[1], L::to_floats(products[1]), all);
+                        if constexpr (Columns::HAS_MINIMUM) {
+                            all = L::mul_add(scales[n].m[0], L::to_floats(L::ints(sums[0])), all);
+                            all = L::mul_add(scales[n].m[1], L::to_floats(L::ints(sums[1])), all);
+                        }
+                        to = L::mul_add(all, L::floats(a.d + i), to);
+                    } else {
+                        Ints products = dots[0][n][r].sum;
+                        if constexpr (OFFSET > 0) {
+                            products = L::subtract(products, L::ints(OFFSET * a.sum[i]));
+                        }
+                        if constexpr (Columns::HAS_MINIMUM) {
+                            to = L::mul_add(scales[n].m[0], L::floats(a.s + i), to);
+                        }
+                        const Floats d = L::mul(scales[n].d[0], L::floats(a.d + i));
+                        to = L::mul_add(L::to_floats(products), d, to);
+                    }
+                });
+            });
         }
     }
 
-    for (int r = 0; r < R; r++) {
-        _mm256_storeu_ps(out + (row0 + r) * out_stride, acc[r]);
+    for (int n = 0; n < std::min(V, n_vectors); n++) {
+        for (int r = 0; r < R; r++) {
+            L::store(out + (row0 + r) * out_stride + n * L::BLOCKS * COLS, acc[n][r]);
+        }
     }
 }
 
@@ -407,38 +361,41 @@ FEW_ROWS_KERNEL void dot_column(const block_q4_1* w, int64_t blocks, const Activ
     }
 }
 
-// Calls f with the number of rows as a type.
-template <typename F>
+// Calls f with the number of rows, up to MOST, as a type.
+template <int MOST, typename F>
 inline void with_rows(int rows, F f) {
-    unroll<GROUP>([&](auto i) {
+    unroll<MOST>([&](auto i) {
         if (rows == i + 1) {
             f(std::integral_constant<int, i + 1>{});
         }
     });
 }
 
-// The columns of a block, or of a block and the next one's if `two`.
+// What is computed together: of the file's layout one column and up to eight rows; else two blocks
+// of columns, and as many rows as have room in the registers.
 template <typename W>
-void dot_unit(int rows, bool two, const W* w, int64_t blocks, const Activations& a, int64_t row0,
-              float* out, size_t out_stride) {
-    with_rows(rows, [&](auto n) {
+constexpr bool IS_COLUMN = std::is_same_v<W, block_q4_1> || std::is_same_v<W, block_q8_0>;
+
+template <typename W>
+constexpr int GROUP = IS_COLUMN<W> || sizeof(Lanes::Ints) == 64 ? 8 : 4;
+
+constexpr int BLOCKS = 2;
+
+template <typename W>
+void dot_unit(int rows, int n_blocks, const W* w, int64_t blocks, const Activations& a,
+              int64_t row0, float* out, size_t out_stride) {
+    with_rows<GROUP<W>>(rows, [&](auto n) {
         constexpr int R = n;
-        if constexpr (std::is_same_v<W, block_q4_1> || std::is_same_v<W, block_q8_0>) {
-            return dot_column<R>(w, blocks, a, row0, out, out_stride);
+        if constexpr (IS_COLUMN<W>) {
+            dot_column<R>(w, blocks, a, row0, out, out_stride);
+        } else if (n_blocks == BLOCKS) {
+            dot<Lanes, BLOCKS / Lanes::BLOCKS, R>(w, BLOCKS / Lanes::BLOCKS, blocks, a, row0, out,
+                                                  out_stride);
         } else {
-#ifdef FEW_ROWS_LANES16
-            if (two) {
-                return dot<Lanes16, R>(w, blocks, a, row0, out, out_stride);
-            }
-#endif
-            if constexpr (W::MOST == 255) {
-                return dot_signed<R>(w, blocks, a, row0, out, out_stride);
-            } else {
-                return dot<Lanes8, R>(w, blocks, a, row0, out, out_stride);
-            }
+            dot<Lanes8, BLOCKS / Lanes::BLOCKS, R>(w, 1, blocks, a, row0, out, out_stride);
         }
     });
-    GGML_UNUSED(two);
+    GGML_UNUSED(n_blocks);
 }
 
 // A block is of N columns and VALUES values of each.
@@ -459,13 +416,9 @@ void mul_mat(const ggml_compute_params* params, ggml_tensor* op) {
     }
     ggml_barrier(params->threadpool);
 
-    // A unit is one block of columns, or two that are computed together. Units are divided into
-    // chunks of equal size, a multiple of the number of threads.
-#ifdef FEW_ROWS_LANES16
-    const int64_t per_unit = N == COLS ? 2 : 1;
-#else
-    const int64_t per_unit = 1;
-#endif
+    // A unit is what is computed together. Units are divided into chunks of equal size, a multiple
+    // of the number of threads.
+    const int64_t per_unit = IS_COLUMN<W> ? 1 : BLOCKS;
     const int64_t height = cols / N;
     const int64_t units = (height + per_unit - 1) / per_unit;
     const int64_t per_turn = params->nth * CHUNK_BYTES;
@@ -477,16 +430,17 @@ void mul_mat(const ggml_compute_params* params, ggml_tensor* op) {
         // The chunk's weights are read from memory once, and from the cache for each further set.
         for (int64_t set = 0; set < rows; set += SET) {
             const int64_t set_rows = std::min((int64_t)SET, rows - set);
-            const int64_t groups = (set_rows + GROUP - 1) / GROUP;
+            const int64_t groups = (set_rows + GROUP<W> - 1) / GROUP<W>;
             for (int64_t unit = units * chunk / chunks; unit < units * (chunk + 1) / chunks;
                  unit++) {
                 const int64_t u = unit * per_unit;
+                const int n_blocks = std::min(per_unit, height - u);
                 const W* w = (const W*)weights->data + u * blocks;
                 float* out = (float*)op->data + u * N;
                 for (int64_t g = 0; g < groups; g++) {
                     const int64_t start = set + set_rows * g / groups;
                     const int64_t end = set + set_rows * (g + 1) / groups;
-                    dot_unit(end - start, per_unit == 2 && u + 1 < height, w, blocks, a, start, out,
+                    dot_unit(end - start, n_blocks, w, blocks, a, start, out,
                              op->nb[1] / sizeof(float));
                 }
             }

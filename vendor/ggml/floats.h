@@ -51,9 +51,7 @@ FEW_ROWS_KERNEL void add_products(const W* w, int64_t k, const float* const* x, 
         __m256 row[R];
         for (int r = 0; r < R; r++) {
             row[r] = _mm256_loadu_ps(x[r] + i);
-#if !defined(_MSC_VER)
-            asm("" : "+x"(row[r])); // else compilers load it for each column
-#endif
+            FEW_ROWS_NOW(row[r]);
         }
         for (int c = 0; c < C; c++) {
             const __m256 column = load_floats(w + c * k + i);

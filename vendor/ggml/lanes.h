@@ -16,12 +16,17 @@
 
 // Kernels are one function each, and all that they call is a part of them: without this, compilers
 // leave calls in the innermost loops.
+//
+// FEW_ROWS_NOW(v) has the vector v computed at this place and in a register: compilers put sums off
+// until all their parts are there, and repeat loads, which takes more registers than there are.
 #if defined(_MSC_VER)
 #define FEW_ROWS_INLINE
 #define FEW_ROWS_KERNEL __declspec(noinline)
+#define FEW_ROWS_NOW(v)
 #else
 #define FEW_ROWS_INLINE __attribute__((always_inline))
 #define FEW_ROWS_KERNEL __attribute__((noinline))
+#define FEW_ROWS_NOW(v) asm("" : "+x"(v))
 #endif
 
 namespace {
@@ -41,6 +46,11 @@ struct Lanes8 {
     using Ints = __m256i;
     using Floats = __m256;
     static constexpr int BLOCKS = 1;
+#if defined(__AVXVNNI__)
+    static constexpr bool IS_SIGNED = false;
+#else
+    static constexpr bool IS_SIGNED = true; // values of 8 bits are multiplied as they are
+#endif
 
     explicit Lanes8(ptrdiff_t) {}
 
@@ -94,36 +104,39 @@ struct Lanes8 {
     static Floats mul_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
     static void store(float* p, Floats a) { _mm256_storeu_ps(p, a); }
 
-    // Sums of products of v[FROM .. TO), whose values are at most MOST, with activations of
-    // -127 .. 127 from q + 4 * FROM on.
-    template <int MOST, int FROM, int TO>
-    FEW_ROWS_INLINE static Ints dots(const Ints* v, const int8_t* q) {
-#if defined(__AVXVNNI__)
-        Ints sum = zero();
-        unroll<TO - FROM>([&](auto i) FEW_ROWS_INLINE {
-            sum = _mm256_dpbusd_avx_epi32(sum, v[FROM + i], repeat(q + 4 * (FROM + i)));
-        });
-        return sum;
-#else
-        // So many sums of two products fit into 16 bits.
-        constexpr int FIT = 32767 / (2 * 127 * MOST);
-        static_assert(FIT >= 1, "one sum of two products must fit");
-        constexpr int PART = FIT >= TO - FROM ? TO - FROM : FIT >= 4 ? 4 : FIT >= 2 ? 2 : 1;
-        static_assert((TO - FROM) % PART == 0, "whole parts");
-        Ints sum = zero();
-        unroll<(TO - FROM) / PART>([&](auto part) FEW_ROWS_INLINE {
-            constexpr int START = FROM + part * PART;
-            Ints pairs = _mm256_maddubs_epi16(v[START], repeat(q + 4 * START));
-            unroll<PART - 1>([&](auto i) FEW_ROWS_INLINE {
-                constexpr int J = START + 1 + i;
-                pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(v[J], repeat(q + 4 * J)));
-            });
-            const Ints fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-            sum = part == 0 ? fours : _mm256_add_epi32(sum, fours);
-        });
-        return sum;
+    // A sum of products of N fours: values of at most MOST with activations of -127 .. 127.
+    template <int MOST>
+    struct Dot {
+        Ints sum;
+#if !defined(__AVXVNNI__)
+        Ints pairs; // sums of two products, in 16 bits
 #endif
-    }
+
+        // Adds the I-th of N fours.
+        template <int I, int N>
+        FEW_ROWS_INLINE void add(Ints v, Ints x) {
+#if defined(__AVXVNNI__)
+            sum = _mm256_dpbusd_avx_epi32(I == 0 ? zero() : sum, v, x);
+#else
+            constexpr bool HAS_SIGN = MOST == 255;
+            // So many sums of two products fit into 16 bits.
+            constexpr int FIT = 32767 / (2 * 127 * (HAS_SIGN ? 127 : MOST));
+            constexpr int PART = FIT >= N ? N : FIT >= 4 ? 4 : FIT >= 2 ? 2 : 1;
+            static_assert(FIT >= 1 && N % PART == 0, "whole parts");
+            // maddubs needs an unsigned operand: the activations take the values' signs.
+            const Ints two = HAS_SIGN
+                                 ? _mm256_maddubs_epi16(_mm256_abs_epi8(v), _mm256_sign_epi8(x, v))
+                                 : _mm256_maddubs_epi16(v, x);
+            Ints now = I % PART == 0 ? two : _mm256_add_epi16(pairs, two);
+            FEW_ROWS_NOW(now);
+            pairs = now;
+            if constexpr (I % PART == PART - 1) {
+                const Ints four = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+                sum = I < PART ? four : _mm256_add_epi32(sum, four);
+            }
+#endif
+        }
+    };
 };
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) &&                      \
@@ -135,6 +148,7 @@ struct Lanes16 {
     using Ints = __m512i;
     using Floats = __m512;
     static constexpr int BLOCKS = 2;
+    static constexpr bool IS_SIGNED = false;
 
     ptrdiff_t next;
     explicit Lanes16(ptrdiff_t next) : next(next) {}
@@ -191,15 +205,20 @@ struct Lanes16 {
     static Floats mul_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
     static void store(float* p, Floats a) { _mm512_storeu_ps(p, a); }
 
-    template <int MOST, int FROM, int TO>
-    FEW_ROWS_INLINE static Ints dots(const Ints* v, const int8_t* q) {
-        Ints sum = zero();
-        unroll<TO - FROM>([&](auto i) FEW_ROWS_INLINE {
-            sum = _mm512_dpbusd_epi32(sum, v[FROM + i], repeat(q + 4 * (FROM + i)));
-        });
-        return sum;
-    }
+    template <int>
+    struct Dot {
+        Ints sum;
+
+        template <int I, int>
+        FEW_ROWS_INLINE void add(Ints v, Ints x) {
+            sum = _mm512_dpbusd_epi32(I == 0 ? zero() : sum, v, x);
+        }
+    };
 };
+
+using Lanes = Lanes16;
+#else
+using Lanes = Lanes8;
 #endif
 
 } // namespace
