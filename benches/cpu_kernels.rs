@@ -10,8 +10,8 @@
 //! `cargo bench --bench cpu_kernels -- --types Q4_K,Q6_K --rows 1,8 --models Vicuna-7B --threads 4`
 #![allow(missing_docs, unsafe_code)]
 
-#[path = "../tests/cpu_kernels/ffi.rs"]
-mod ffi;
+#[path = "../tests/cpu_kernels/mul_mat.rs"]
+mod mul_mat;
 #[path = "../tests/cpu_kernels/weights.rs"]
 mod weights;
 
@@ -19,8 +19,9 @@ use std::thread::available_parallelism;
 use std::time::Instant;
 
 use clap::Parser;
-use ffi::{MulMat, peak_products, time_mul_mat};
-use weights::{ActivationBlock, BLOCK, Column, SUPER_BLOCKS, Type, activations};
+use medusa_llama as _; // links the kernels
+use mul_mat::MulMat;
+use weights::{Column, Row, SUPER_BLOCKS, Type, activations};
 
 /// A model's matrices: inputs and outputs.
 struct Model {
@@ -47,7 +48,7 @@ const MODELS: [Model; 3] = [
     },
 ];
 
-const TYPES: [(&str, Type); 12] = [
+const TYPES: [(&str, Type); 14] = [
     ("Q4_0", Type::Q4_0),
     ("Q4_1", Type::Q4_1),
     ("Q5_0", Type::Q5_0),
@@ -60,6 +61,8 @@ const TYPES: [(&str, Type); 12] = [
     ("Q5_K", Type::Q5K),
     ("Q6_K", Type::Q6K),
     ("IQ4_XS", Type::Iq4Xs),
+    ("F16", Type::F16),
+    ("BF16", Type::Bf16),
 ];
 
 /// Bytes of weights that no cache holds.
@@ -174,9 +177,10 @@ impl Bench {
         let &Weights { of, k, columns, .. } = weights;
         let x = activations(rows * k, &mut fastrand::Rng::with_seed(2));
         let mut out = vec![f32::NAN; rows * columns];
+        let is_float = matches!(of, Type::F16 | Type::Bf16);
         let mut op = MulMat {
             weight_type: of as i32,
-            repacked: 1,
+            repacked: i32::from(!is_float),
             n_threads: self.threads as i32,
             k: k as i64,
             cols: columns as i64,
@@ -197,7 +201,8 @@ impl Bench {
         let Some(ours) = time(&op, false) else { return println!("not here") };
         check(weights, &x, &out, rows);
         op.repacked = 0;
-        let reference = matches!(of, Type::Q4_1 | Type::Q8_0); // our kernels take these as a file has them
+        // Our kernels take these as a file has them.
+        let reference = is_float || matches!(of, Type::Q4_1 | Type::Q8_0);
         let ggml = time(&op, reference).unwrap_or(f64::NAN);
         let bandwidth = weights.bytes.len() as f64 / ours;
         let products = (k * columns * rows) as f64 / ours;
@@ -218,8 +223,7 @@ impl Bench {
 fn check(weights: &Weights, x: &[f32], out: &[f32], rows: usize) {
     let Weights { of, k, columns, different, .. } = weights;
     for row in [0, rows - 1] {
-        let x: Vec<ActivationBlock> =
-            x[row * k..][..*k].chunks(BLOCK).map(ActivationBlock::quantize).collect();
+        let x = Row::new(&x[row * k..][..*k]);
         for (i, column) in different.iter().enumerate().take(*columns) {
             let (is, twin) = (out[row * columns + i], column.twin(*of, true, &x));
             assert!(is.to_bits() == twin.to_bits(), "row {row}, column {i} is {is} and not {twin}");
@@ -245,4 +249,54 @@ fn copy_bandwidth(threads: usize) -> f64 {
         let copies: Vec<_> = (0..threads).map(|_| scope.spawn(copy)).collect();
         copies.into_iter().map(|copy| copy.join().expect("a copy does not panic")).sum()
     })
+}
+
+/// Seconds of `n` multiplications with each of `n_copies` of the weights in turn, through ggml's
+/// graphs; `None` where there are none, or `m` does not work. `reference`: by ggml's own kernels
+/// where ours take the file's layout.
+fn time_mul_mat(m: &MulMat, n_copies: usize, n: usize, reference: bool) -> Option<Vec<f64>> {
+    #[cfg(cpu_kernels = "graph")]
+    {
+        unsafe extern "C" {
+            fn time_mul_mat(
+                m: *const MulMat,
+                n_copies: i32,
+                n: i32,
+                reference: bool,
+                seconds: *mut f64,
+            ) -> bool;
+        }
+        let mut seconds = vec![0.0; n];
+        let (n_copies, n, out) = (n_copies as i32, n as i32, seconds.as_mut_ptr());
+        // SAFETY: the caller's memory has the shapes that `m` says; `seconds` has room for all.
+        let done = unsafe { time_mul_mat(m, n_copies, n, reference, out) };
+        done.then_some(seconds)
+    }
+    #[cfg(not(cpu_kernels = "graph"))]
+    {
+        let _ = (m, n_copies, n, reference);
+        None
+    }
+}
+
+/// Products of 8-bit numbers in a second that `n_threads` can compute with each set of instructions
+/// that the kernels are compiled for here; 0 for one that has none.
+fn peak_products(n_threads: usize) -> Vec<f64> {
+    #[allow(unused_mut)]
+    let mut peaks = vec![];
+    macro_rules! peak {
+        ($name:literal, $peak:ident) => {
+            #[cfg(cpu_kernels = $name)]
+            {
+                unsafe extern "C" {
+                    fn $peak(n_threads: i32) -> f64;
+                }
+                // SAFETY: it takes a number of threads and needs nothing else.
+                peaks.push(unsafe { $peak(n_threads as i32) });
+            }
+        };
+    }
+    peak!("avx2", peak_products_avx2);
+    peak!("avx512", peak_products_avx512);
+    peaks
 }

@@ -6,19 +6,7 @@ use std::ffi::c_void;
 use half::f16;
 use medusa_llama as _; // links the kernels
 
-/// The struct of the same name in `vendor/ggml/testing.cpp`.
-#[repr(C)]
-pub struct MulMat {
-    pub weight_type: i32,
-    pub repacked: i32,
-    pub n_threads: i32,
-    pub k: i64,
-    pub cols: i64,
-    pub rows: i64,
-    pub weights: *const c_void,
-    pub x: *const f32,
-    pub out: *mut f32,
-}
+use crate::mul_mat::MulMat;
 
 /// The struct of the same name in `vendor/ggml/testing.cpp`.
 #[repr(C)]
@@ -73,58 +61,6 @@ pub fn kernels() -> Vec<Kernels> {
     kernels!(sets, "neon", mul_mat_neon, attention_neon);
     println!("kernels: {}", sets.iter().map(|set| set.name).collect::<Vec<_>>().join(", "));
     sets
-}
-
-/// Seconds of `n` multiplications with each of `n_copies` of the weights in turn, through ggml's
-/// graphs; `None` where there are none, or `m` does not work. `reference`: by ggml's own kernels
-/// where ours take the file's layout.
-#[allow(dead_code)] // not in tests
-pub fn time_mul_mat(m: &MulMat, n_copies: usize, n: usize, reference: bool) -> Option<Vec<f64>> {
-    #[cfg(cpu_kernels = "graph")]
-    {
-        unsafe extern "C" {
-            fn time_mul_mat(
-                m: *const MulMat,
-                n_copies: i32,
-                n: i32,
-                reference: bool,
-                seconds: *mut f64,
-            ) -> bool;
-        }
-        let mut seconds = vec![0.0; n];
-        let (n_copies, n, out) = (n_copies as i32, n as i32, seconds.as_mut_ptr());
-        // SAFETY: the caller's memory has the shapes that `m` says; `seconds` has room for all.
-        let done = unsafe { time_mul_mat(m, n_copies, n, reference, out) };
-        done.then_some(seconds)
-    }
-    #[cfg(not(cpu_kernels = "graph"))]
-    {
-        let _ = (m, n_copies, n, reference);
-        None
-    }
-}
-
-/// Products of 8-bit numbers in a second that `n_threads` can compute with each set of instructions
-/// that the kernels are compiled for here; 0 for one that has none.
-#[allow(dead_code)] // not in tests
-pub fn peak_products(n_threads: usize) -> Vec<f64> {
-    #[allow(unused_mut)]
-    let mut peaks = vec![];
-    macro_rules! peak {
-        ($name:literal, $peak:ident) => {
-            #[cfg(cpu_kernels = $name)]
-            {
-                unsafe extern "C" {
-                    fn $peak(n_threads: i32) -> f64;
-                }
-                // SAFETY: it takes a number of threads and needs nothing else.
-                peaks.push(unsafe { $peak(n_threads as i32) });
-            }
-        };
-    }
-    peak!("avx2", peak_products_avx2);
-    peak!("avx512", peak_products_avx512);
-    peaks
 }
 
 /// What fresh memory holds: not a number.

@@ -5,5 +5,6 @@
 
 mod attention;
 mod ffi;
+mod mul_mat;
 mod products;
 mod weights;

@@ -1,10 +1,9 @@
 //! Multiplications: bit for bit the twin's.
 #![allow(unsafe_code)]
 
-use half::{bf16, f16};
-
-use crate::ffi::{MulMat, kernels, output};
-use crate::weights::*;
+use crate::ffi::{kernels, output};
+use crate::mul_mat::MulMat;
+use crate::weights::{Column, Row, SUPER_BLOCKS, Type, activations};
 
 /// A multiplication: activations, weights as a file has them, and the results, to the last bit.
 struct Product<'a> {
@@ -58,48 +57,25 @@ impl Product<'_> {
     }
 }
 
-/// Multiplications of a shape with quantized weights.
+/// Multiplications of a shape.
 fn check_mul_mat(of: Type, repacked: bool, k: usize, cols: usize, rows: usize) {
     let mut rng = fastrand::Rng::with_seed((k * 31 + cols * 7 + rows) as u64);
     let columns: Vec<Column> = (0..cols).map(|_| Column::random(of, k, &mut rng)).collect();
     let mut weights = vec![];
     columns.iter().for_each(|column| column.write(of, &mut weights));
     let x = activations(rows * k, &mut rng);
-    let quantized =
-        x.chunks(k).map(|row| row.chunks(BLOCK).map(ActivationBlock::quantize).collect::<Vec<_>>());
-    let twin = quantized.flat_map(|row| {
-        columns.iter().map(move |w| w.twin(of, repacked, &row)).collect::<Vec<_>>()
-    });
-    let (shape, twin) = ([k, cols, rows], twin.collect());
-    Product { of, repacked, shape, weights: &weights, x: &x, twin }.check();
+    let twins_of = |x| {
+        let row = Row::new(x);
+        columns.iter().map(|w| w.twin(of, repacked, &row)).collect::<Vec<_>>()
+    };
+    let twin = x.chunks(k).flat_map(twins_of).collect();
+    Product { of, repacked, shape: [k, cols, rows], weights: &weights, x: &x, twin }.check();
 }
 
-/// Multiplications of a shape with weights in F16 or BF16: products are summed in eight lanes, and
-/// these at the end.
-fn check_mul_mat_of_floats(of: Type, k: usize, cols: usize, rows: usize) {
-    let mut rng = fastrand::Rng::with_seed((k * 31 + cols * 7 + rows) as u64);
-    let (mut weights, mut values) = (vec![], vec![]);
-    for _ in 0..k * cols {
-        let v = rng.f32() - 0.5;
-        if of == Type::F16 {
-            weights.extend(f16::from_f32(v).to_le_bytes());
-            values.push(f16::from_f32(v).to_f32());
-        } else {
-            weights.extend(bf16::from_f32(v).to_le_bytes());
-            values.push(bf16::from_f32(v).to_f32());
-        }
-    }
-    let x = activations(rows * k, &mut rng);
-    let dot = |x: &[f32], w: &[f32]| {
-        let mut lanes = [0f32; 8];
-        for (i, (x, w)) in x.iter().zip(w).enumerate() {
-            lanes[i % 8] = w.mul_add(*x, lanes[i % 8]);
-        }
-        sum_of_lanes(&lanes)
-    };
-    let twin = x.chunks(k).flat_map(|x| values.chunks(k).map(move |w| dot(x, w))).collect();
-    Product { of, repacked: false, shape: [k, cols, rows], weights: &weights, x: &x, twin }.check();
-}
+const REPACKED: [Type; 6] =
+    [Type::Q4_0, Type::Q4_1, Type::Q5_0, Type::Q5_1, Type::Q8_0, Type::Iq4Nl];
+const AS_STORED: [Type; 2] = [Type::Q4_1, Type::Q8_0];
+const FLOATS: [Type; 2] = [Type::F16, Type::Bf16];
 
 /// All numbers of rows that are computed together, and beyond: more than one group, a set of 32
 /// and several. A row's twin knows no other row, so rows do not depend on those beside them.
@@ -109,7 +85,7 @@ fn multiplications_with_any_number_of_rows_are_the_twins_bit_for_bit() {
         REPACKED.iter().for_each(|&of| check_mul_mat(of, true, 96, 24, rows));
         AS_STORED.iter().for_each(|&of| check_mul_mat(of, false, 96, 11, rows));
         SUPER_BLOCKS.iter().for_each(|&of| check_mul_mat(of, true, 512, 24, rows));
-        FLOATS.iter().for_each(|&of| check_mul_mat_of_floats(of, 96, 11, rows));
+        FLOATS.iter().for_each(|&of| check_mul_mat(of, false, 96, 11, rows));
     }
 }
 
@@ -130,7 +106,7 @@ fn multiplications_of_odd_shapes_are_the_twins_bit_for_bit() {
     for (k, cols) in [(32, 1), (32, 2), (64, 3), (160, 37), (576, 5), (1024, 190)] {
         for rows in [1, 5, 9] {
             AS_STORED.iter().for_each(|&of| check_mul_mat(of, false, k, cols, rows));
-            FLOATS.iter().for_each(|&of| check_mul_mat_of_floats(of, k, cols, rows));
+            FLOATS.iter().for_each(|&of| check_mul_mat(of, false, k, cols, rows));
         }
     }
 }

@@ -3,7 +3,7 @@
 
 use std::ops::{Range, RangeInclusive};
 
-use half::f16;
+use half::{bf16, f16};
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Type {
@@ -24,7 +24,7 @@ pub enum Type {
 }
 
 /// What the values of the IQ4 types stand for.
-pub const IQ4_VALUES: [i32; 16] =
+const IQ4_VALUES: [i32; 16] =
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 
 impl Type {
@@ -35,17 +35,17 @@ impl Type {
 }
 
 /// Values of a block, of weights and of activations.
-pub const BLOCK: usize = 32;
+const BLOCK: usize = 32;
 
 /// A block of weights: `scale * value + offset`.
 pub struct WeightBlock {
-    pub scale: f16,
-    pub offset: f16,
-    pub values: [i32; BLOCK],
+    scale: f16,
+    offset: f16,
+    values: [i32; BLOCK],
 }
 
 impl WeightBlock {
-    pub fn random(of: Type, rng: &mut fastrand::Rng) -> Self {
+    fn random(of: Type, rng: &mut fastrand::Rng) -> Self {
         let scale = f16::from_f32(rng.f32() * 0.02 - 0.01);
         let offset = if of.has_minimum() { f16::from_f32(rng.f32() - 0.5) } else { f16::ZERO };
         let range = match of {
@@ -63,7 +63,7 @@ impl WeightBlock {
     }
 
     /// As a file has it.
-    pub fn write(&self, of: Type, out: &mut Vec<u8>) {
+    fn write(&self, of: Type, out: &mut Vec<u8>) {
         out.extend(self.scale.to_le_bytes());
         if of.has_minimum() {
             out.extend(self.offset.to_le_bytes());
@@ -92,7 +92,7 @@ impl WeightBlock {
 }
 
 /// Values of a range. Extremes are likely: sums of products must fit where kernels keep them.
-pub fn extremes<const N: usize>(range: RangeInclusive<i32>, rng: &mut fastrand::Rng) -> [i32; N] {
+fn extremes<const N: usize>(range: RangeInclusive<i32>, rng: &mut fastrand::Rng) -> [i32; N] {
     std::array::from_fn(|_| match rng.u8(..4) {
         0 => *range.start(),
         1 => *range.end(),
@@ -101,20 +101,20 @@ pub fn extremes<const N: usize>(range: RangeInclusive<i32>, rng: &mut fastrand::
 }
 
 /// Values of a block of the K types and IQ4_XS.
-pub const SUPER_BLOCK: usize = 256;
+const SUPER_BLOCK: usize = 256;
 
 /// A block of 256 weights, as a file stores them. `scales` and `minima` are of groups of 32 values,
 /// or in Q2_K, Q3_K and Q6_K of 16.
 pub struct SuperBlock {
-    pub scale: f16,
-    pub minimum: f16,
-    pub scales: [i32; 16],
-    pub minima: [i32; 16],
-    pub values: [i32; SUPER_BLOCK],
+    scale: f16,
+    minimum: f16,
+    scales: [i32; 16],
+    minima: [i32; 16],
+    values: [i32; SUPER_BLOCK],
 }
 
 impl SuperBlock {
-    pub fn random(of: Type, rng: &mut fastrand::Rng) -> Self {
+    fn random(of: Type, rng: &mut fastrand::Rng) -> Self {
         let most = match of {
             Type::Q2K => 3,
             Type::Q3K => 7,
@@ -137,7 +137,7 @@ impl SuperBlock {
     }
 
     /// As a file has it.
-    pub fn write(&self, of: Type, out: &mut Vec<u8>) {
+    fn write(&self, of: Type, out: &mut Vec<u8>) {
         let v = self.values.map(|v| v as u8);
         let [scales, minima] = [&self.scales, &self.minima].map(|s| s.map(|s| s as u8));
         let halves = || v.chunks(128);
@@ -191,7 +191,7 @@ impl SuperBlock {
     }
 
     /// Adds the products with the activations of its group `g` to `acc`, as the kernels do.
-    pub fn add_group(&self, of: Type, g: usize, x: &ActivationBlock, acc: f32) -> f32 {
+    fn add_group(&self, of: Type, g: usize, x: &ActivationBlock, acc: f32) -> f32 {
         let value = |i: usize| match of {
             Type::Q3K => self.values[i] - 4,
             Type::Q6K => self.values[i] - 32,
@@ -224,15 +224,26 @@ impl SuperBlock {
     }
 }
 
+/// Types whose blocks have 256 values.
+pub const SUPER_BLOCKS: [Type; 6] =
+    [Type::Q2K, Type::Q3K, Type::Q4K, Type::Q5K, Type::Q6K, Type::Iq4Xs];
+
 /// A column of weights.
 pub enum Column {
+    Floats(Vec<f32>),
     Blocks(Vec<WeightBlock>),
     SuperBlocks(Vec<SuperBlock>),
 }
 
 impl Column {
     pub fn random(of: Type, k: usize, rng: &mut fastrand::Rng) -> Self {
-        if SUPER_BLOCKS.contains(&of) {
+        if matches!(of, Type::F16 | Type::Bf16) {
+            let value = |v: f32| match of {
+                Type::F16 => f16::from_f32(v).to_f32(),
+                _ => bf16::from_f32(v).to_f32(),
+            };
+            Self::Floats((0..k).map(|_| value(rng.f32() - 0.5)).collect())
+        } else if SUPER_BLOCKS.contains(&of) {
             let blocks = (0..k / SUPER_BLOCK).map(|_| SuperBlock::random(of, rng));
             Self::SuperBlocks(blocks.collect())
         } else {
@@ -242,31 +253,59 @@ impl Column {
 
     pub fn write(&self, of: Type, out: &mut Vec<u8>) {
         match self {
+            Self::Floats(values) if of == Type::F16 => {
+                out.extend(values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()))
+            }
+            Self::Floats(values) => {
+                out.extend(values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()))
+            }
             Self::Blocks(blocks) => blocks.iter().for_each(|block| block.write(of, out)),
             Self::SuperBlocks(blocks) => blocks.iter().for_each(|block| block.write(of, out)),
         }
     }
 
     /// One result as the kernels must have it, to the last bit.
-    pub fn twin(&self, of: Type, repacked: bool, x: &[ActivationBlock]) -> f32 {
+    pub fn twin(&self, of: Type, repacked: bool, x: &Row) -> f32 {
         match self {
-            Self::Blocks(blocks) => mul_mat_twin(of, repacked, blocks, x),
+            Self::Floats(values) => {
+                let mut lanes = [0f32; 8];
+                for (i, (x, w)) in x.values.iter().zip(values).enumerate() {
+                    lanes[i % 8] = w.mul_add(*x, lanes[i % 8]);
+                }
+                sum_of_lanes(&lanes)
+            }
+            Self::Blocks(blocks) => mul_mat_twin(of, repacked, blocks, &x.quantized),
             Self::SuperBlocks(blocks) => {
                 let groups = blocks.iter().flat_map(|block| (0..8).map(move |g| (block, g)));
-                groups.zip(x).fold(0.0, |acc, ((block, g), x)| block.add_group(of, g, x, acc))
+                groups
+                    .zip(&x.quantized)
+                    .fold(0.0, |acc, ((block, g), x)| block.add_group(of, g, x, acc))
             }
         }
     }
 }
 
+/// A row of activations.
+pub struct Row {
+    values: Vec<f32>,
+    quantized: Vec<ActivationBlock>,
+}
+
+impl Row {
+    pub fn new(x: &[f32]) -> Self {
+        let quantized = x.chunks(BLOCK).map(ActivationBlock::quantize).collect();
+        Self { values: x.to_vec(), quantized }
+    }
+}
+
 /// A block of activations in Q8_0, rounded as ggml does.
 pub struct ActivationBlock {
-    pub scale: f32,
-    pub values: [i32; BLOCK],
+    scale: f32,
+    values: [i32; BLOCK],
 }
 
 impl ActivationBlock {
-    pub fn quantize(x: &[f32]) -> Self {
+    fn quantize(x: &[f32]) -> Self {
         let max = x.iter().fold(0f32, |max, v| max.max(v.abs()));
         let inverse = if max == 0.0 { 0.0 } else { 127.0 / max };
         Self {
@@ -279,7 +318,7 @@ impl ActivationBlock {
 /// One result as the kernels must have it, to the last bit. A block's products are summed exactly,
 /// and blocks in their order by fused multiplications and additions: in one sum, or, where the
 /// weights are not repacked, in eight of four values each.
-pub fn mul_mat_twin(of: Type, repacked: bool, w: &[WeightBlock], x: &[ActivationBlock]) -> f32 {
+fn mul_mat_twin(of: Type, repacked: bool, w: &[WeightBlock], x: &[ActivationBlock]) -> f32 {
     let n_lanes = if repacked { 1 } else { 8 };
     let mut lanes = [0f32; 8];
     let mut offsets = 0f32;
@@ -304,17 +343,10 @@ pub fn mul_mat_twin(of: Type, repacked: bool, w: &[WeightBlock], x: &[Activation
 }
 
 /// In the kernels' order.
-pub fn sum_of_lanes(lanes: &[f32; 8]) -> f32 {
+fn sum_of_lanes(lanes: &[f32; 8]) -> f32 {
     let four: [f32; 4] = std::array::from_fn(|i| lanes[i + 4] + lanes[i]);
     (four[0] + four[2]) + (four[1] + four[3])
 }
-
-pub const REPACKED: [Type; 6] =
-    [Type::Q4_0, Type::Q4_1, Type::Q5_0, Type::Q5_1, Type::Q8_0, Type::Iq4Nl];
-pub const SUPER_BLOCKS: [Type; 6] =
-    [Type::Q2K, Type::Q3K, Type::Q4K, Type::Q5K, Type::Q6K, Type::Iq4Xs];
-pub const AS_STORED: [Type; 2] = [Type::Q4_1, Type::Q8_0];
-pub const FLOATS: [Type; 2] = [Type::F16, Type::Bf16];
 
 /// Activations; a block of zeros, one of equal values, and one with a single large value are among
 /// them.
