@@ -9,8 +9,9 @@
 //   out          rows x cols, F32.
 //
 // Such a multiplication is bound by reading the weights from memory: 0.56 (Q4_0, Q4_K) to 1.06
-// (Q8_0) bytes for each product of a row. So each block of weights is read and unpacked once for up
-// to eight rows, whose sums stay in registers. No kernel stores unpacked weights.
+// (Q8_0) bytes for each product of a row. So each block of weights is read from memory once for up
+// to 32 rows, and unpacked once for as many rows as have their sums in registers: four with AVX2,
+// eight with AVX512-VNNI. No kernel stores unpacked weights.
 //
 // A row's result does not depend, bit for bit, on the rows beside it, nor on the number of threads
 // or the width of vectors: a group's products are summed exactly, in integers, and groups in F32 in
@@ -361,41 +362,55 @@ FEW_ROWS_KERNEL void dot_column(const block_q4_1* w, int64_t blocks, const Activ
     }
 }
 
-// Calls f with the number of rows, up to MOST, as a type.
-template <int MOST, typename F>
+// What is computed together: of the file's layout one column, else two blocks of columns; and as
+// many rows as have room in the registers.
+template <typename W>
+constexpr bool IS_COLUMN = std::is_same_v<W, block_q4_1> || std::is_same_v<W, block_q8_0>;
+
+constexpr int BLOCKS = 2;
+constexpr int FEW = 4; // rows for which there is a kernel each
+template <typename W>
+constexpr int MANY = IS_COLUMN<W> || sizeof(Lanes::Ints) == 64 ? 8 : FEW;
+
+// How many of so many rows to compute together.
+template <typename W>
+int64_t together(int64_t rows) {
+    return rows > FEW && rows < 2 * FEW ? (rows + 1) / 2 : std::min<int64_t>(MANY<W>, rows);
+}
+
+// Calls f with the number of rows as a type: up to FEW, or MANY.
+template <typename W, typename F>
 inline void with_rows(int rows, F f) {
-    unroll<MOST>([&](auto i) {
+    unroll<FEW>([&](auto i) {
         if (rows == i + 1) {
             f(std::integral_constant<int, i + 1>{});
         }
     });
+    if (MANY<W> > FEW && rows == MANY<W>) {
+        f(std::integral_constant<int, MANY<W>>{});
+    }
 }
-
-// What is computed together: of the file's layout one column and up to eight rows; else two blocks
-// of columns, and as many rows as have room in the registers.
-template <typename W>
-constexpr bool IS_COLUMN = std::is_same_v<W, block_q4_1> || std::is_same_v<W, block_q8_0>;
-
-template <typename W>
-constexpr int GROUP = IS_COLUMN<W> || sizeof(Lanes::Ints) == 64 ? 8 : 4;
-
-constexpr int BLOCKS = 2;
 
 template <typename W>
 void dot_unit(int rows, int n_blocks, const W* w, int64_t blocks, const Activations& a,
               int64_t row0, float* out, size_t out_stride) {
-    with_rows<GROUP<W>>(rows, [&](auto n) {
+    if (!IS_COLUMN<W> && n_blocks < Lanes::BLOCKS) {
+        if constexpr (!IS_COLUMN<W>) { // rare: too few columns for a vector
+            for (int r = 0; r < rows; r++) {
+                dot<Lanes8, 1, 1>(w, 1, blocks, a, row0 + r, out, out_stride);
+            }
+        }
+        return;
+    }
+    with_rows<W>(rows, [&](auto n) {
         constexpr int R = n;
         if constexpr (IS_COLUMN<W>) {
             dot_column<R>(w, blocks, a, row0, out, out_stride);
-        } else if (n_blocks == BLOCKS) {
-            dot<Lanes, BLOCKS / Lanes::BLOCKS, R>(w, BLOCKS / Lanes::BLOCKS, blocks, a, row0, out,
-                                                  out_stride);
         } else {
-            dot<Lanes8, BLOCKS / Lanes::BLOCKS, R>(w, 1, blocks, a, row0, out, out_stride);
+            constexpr int V = BLOCKS / Lanes::BLOCKS;
+            dot<Lanes, V, R>(w, n_blocks / Lanes::BLOCKS, blocks, a, row0, out, out_stride);
         }
     });
-    GGML_UNUSED(n_blocks);
 }
 
 // A block is of N columns and VALUES values of each.
@@ -429,19 +444,17 @@ void mul_mat(const ggml_compute_params* params, ggml_tensor* op) {
          chunk = ggml_threadpool_chunk_add(params->threadpool, 1)) {
         // The chunk's weights are read from memory once, and from the cache for each further set.
         for (int64_t set = 0; set < rows; set += SET) {
-            const int64_t set_rows = std::min((int64_t)SET, rows - set);
-            const int64_t groups = (set_rows + GROUP<W> - 1) / GROUP<W>;
+            const int64_t end = std::min(rows, set + SET);
             for (int64_t unit = units * chunk / chunks; unit < units * (chunk + 1) / chunks;
                  unit++) {
                 const int64_t u = unit * per_unit;
                 const int n_blocks = std::min(per_unit, height - u);
                 const W* w = (const W*)weights->data + u * blocks;
                 float* out = (float*)op->data + u * N;
-                for (int64_t g = 0; g < groups; g++) {
-                    const int64_t start = set + set_rows * g / groups;
-                    const int64_t end = set + set_rows * (g + 1) / groups;
-                    dot_unit(end - start, n_blocks, w, blocks, a, start, out,
-                             op->nb[1] / sizeof(float));
+                int64_t n = 0;
+                for (int64_t row = set; row < end; row += n) {
+                    n = together<W>(end - row);
+                    dot_unit(n, n_blocks, w, blocks, a, row, out, op->nb[1] / sizeof(float));
                 }
             }
         }
