@@ -144,16 +144,7 @@ const OUR_KERNELS: [&str; 8] = [
 
 fn copy_with_patches(tree: &Path, native: &Path) -> PathBuf {
     println!("cargo::rerun-if-changed=vendor/patches");
-    let mut patches: Vec<PathBuf> = fs::read_dir(root().join("vendor/patches"))
-        .map(|entries| {
-            entries
-                .flatten()
-                .map(|entry| entry.path())
-                .filter(|p| p.extension() == Some("patch".as_ref()))
-                .collect()
-        })
-        .unwrap_or_default();
-    patches.sort();
+    let patches = files_in(&root().join("vendor/patches"), "patch");
     let texts: Vec<String> =
         patches.iter().map(|p| fs::read_to_string(p).expect("a patch is a text file")).collect();
     let laid = |path: &str| fs::metadata(root().join(path)).and_then(|m| m.modified()).ok();
@@ -186,6 +177,17 @@ fn copy_with_patches(tree: &Path, native: &Path) -> PathBuf {
     }
     fs::write(&stamp, state).expect("OUT_DIR is writable");
     copy
+}
+
+/// The files with an extension, in the order of their names.
+fn files_in(folder: &Path, extension: &str) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut files: Vec<PathBuf> = entries
+        .map(|entry| entry.path())
+        .filter(|path| path.extension() == Some(extension.as_ref()))
+        .collect();
+    files.sort();
+    files
 }
 
 fn copy_tree(from: &Path, to: &Path) -> std::io::Result<()> {

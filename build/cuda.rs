@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::{find_program, out_dir, root, stop, var};
+use super::{files_in, find_program, out_dir, root, stop, var};
 
 /// nvcc of the toolkit that was named, or in PATH, or the one `scripts/setup` fetched.
 pub fn find_nvcc(with_libraries: bool) -> PathBuf {
@@ -48,16 +48,7 @@ pub fn sees_card(nvcc: &Path) -> bool {
 /// Compiles `cuda/*.cu` as one unit, so that one fatbin holds every kernel.
 pub fn compile_kernels(nvcc: &Path) {
     println!("cargo::rerun-if-changed=cuda");
-    let mut sources: Vec<PathBuf> = fs::read_dir(root().join("cuda"))
-        .map(|entries| {
-            entries
-                .flatten()
-                .map(|e| e.path())
-                .filter(|p| p.extension() == Some("cu".as_ref()))
-                .collect()
-        })
-        .unwrap_or_default();
-    sources.sort();
+    let sources = files_in(&root().join("cuda"), "cu");
     let unit: String = sources.iter().map(|p| format!("#include \"{}\"\n", p.display())).collect();
     let unit_path = out_dir().join("kernels.cu");
     fs::write(&unit_path, unit).expect("OUT_DIR is writable");

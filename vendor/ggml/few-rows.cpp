@@ -394,13 +394,13 @@ inline void with_rows(int rows, F f) {
 template <typename W>
 void dot_unit(int rows, int n_blocks, const W* w, int64_t blocks, const Activations& a,
               int64_t row0, float* out, size_t out_stride) {
-    if (!IS_COLUMN<W> && n_blocks < Lanes::BLOCKS) {
-        if constexpr (!IS_COLUMN<W>) { // rare: too few columns for a vector
+    if constexpr (!IS_COLUMN<W> && Lanes::BLOCKS > 1) {
+        if (n_blocks < Lanes::BLOCKS) { // rare: too few columns for a vector
             for (int r = 0; r < rows; r++) {
                 dot<Lanes8, 1, 1>(w, 1, blocks, a, row0 + r, out, out_stride);
             }
+            return;
         }
-        return;
     }
     with_rows<W>(rows, [&](auto n) {
         constexpr int R = n;
