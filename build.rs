@@ -8,16 +8,19 @@
 //! 4. Compile `llama` and `ggml` as static libraries; where the binary must run on other CPUs of the
 //!    same family too, ggml's CPU backend once for each kind of them (`build/cpu.rs`).
 //! 5. Compile our kernels once more, as `tests/cpu_kernels` calls them.
-//! 6. Generate bindings for the names that start with `llama_`, `ggml_`, `gguf_`, without the
+//! 6. Compile llama.cpp's `common/chat` behind our C functions in `vendor/chat` (`build/chat.rs`).
+//! 7. Generate bindings for the names that start with `llama_`, `ggml_`, `gguf_`, without the
 //!    `llama_`; and for `cuda/args.h`, which our kernels and `src/gpu` share.
-//! 7. Tell cargo what to link.
-//! 8. With feature `cuda-kernels`: compile `cuda/` to `OUT_DIR/kernels.fatbin` (`build/cuda.rs`).
+//! 8. Tell cargo what to link.
+//! 9. With feature `cuda-kernels`: compile `cuda/` to `OUT_DIR/kernels.fatbin` (`build/cuda.rs`).
 //!
 //! Environment: `LLAMA_CPP_DIR` another source tree; `CMAKE`, `CXX` the tools; `LLAMA_NATIVE=0` for
 //! a binary that must run on other CPUs of the same family. With the CUDA features:
 //! `CUDAToolkit_ROOT`, `CUDACXX` where nvcc is; `CUDA_ARCHS` what to compile for, as CMake writes
 //! it ("90", "80;90", "90-real").
 
+#[path = "build/chat.rs"]
+mod chat;
 #[path = "build/cpu.rs"]
 mod cpu;
 #[path = "build/cuda.rs"]
@@ -46,6 +49,7 @@ fn main() {
         "ggml-cpu"
     };
     cpu::compile_for_tests(&source, &tools);
+    chat::compile(&source, &native, &tools, &state_of(&native));
     generate_bindings(&source, &tools);
     generate_kernel_args(&tools);
     link(&lib, cpu, &tools);
@@ -141,6 +145,11 @@ const OUR_KERNELS: [&str; 8] = [
     "lanes.h",
     "waiting.h",
 ];
+
+/// What the patched copy was made of.
+fn state_of(native: &Path) -> String {
+    fs::read_to_string(native.join("source.state")).unwrap_or_default()
+}
 
 fn copy_with_patches(tree: &Path, native: &Path) -> PathBuf {
     println!("cargo::rerun-if-changed=vendor/patches");
@@ -416,6 +425,7 @@ impl bindgen::callbacks::ParseCallbacks for KernelArgs {
 /// `cpu` is the library of ggml's CPU backend.
 fn link(lib: &Path, cpu: &str, tools: &Tools) {
     println!("cargo::rustc-link-search=native={}", lib.display());
+    println!("cargo::rustc-link-lib=static={}", chat::LIBRARY);
     println!("cargo::rustc-link-lib=static=llama");
     println!("cargo::rustc-link-lib=static=ggml");
     if tools.cuda {

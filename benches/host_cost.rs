@@ -55,7 +55,7 @@ impl Forward for Still {
     fn apply(&mut self, _: KvOp) -> Result<(), StepError> {
         Ok(())
     }
-    fn piece(&self, _: Token, out: &mut Vec<u8>) {
+    fn piece(&self, _: Token, _: bool, out: &mut Vec<u8>) {
         out.extend_from_slice(b" token");
     }
     fn is_end(&self, _: Token) -> bool {

@@ -1,5 +1,6 @@
 //! What HTTP (or the command line) and the engine share: a [`Request`] in, [`Event`]s out.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -115,6 +116,12 @@ pub struct Request {
     pub share_text: bool,
     /// What the text must be; `None`: any text.
     pub grammar: Option<GrammarSource>,
+    /// Where the grammar begins.
+    pub begin: GrammarBegin,
+    /// How the answer thinks, where that matters to a grammar or is limited.
+    pub thinking: Option<Thinking>,
+    /// Names of control tokens that the text shows.
+    pub shown: Vec<String>,
     /// Tell how far the prompt is while it is read.
     pub progress: bool,
     /// What to report of each token beside its text; `None`: nothing.
@@ -140,6 +147,9 @@ impl Request {
             speculation: Speculation::Auto,
             share_text: true,
             grammar: None,
+            begin: GrammarBegin::Answer,
+            thinking: None,
+            shown: Vec::new(),
             progress: false,
             report: None,
             timeout: None,
@@ -246,6 +256,14 @@ pub enum GrammarSource {
     Lark(String),
     /// In llama.cpp's GBNF.
     Gbnf(String),
+    /// Calls of tools, in llama.cpp's GBNF of `common/chat`, whose rules `tool-NAME-schema` are what
+    /// these schemas describe, by the tools' names.
+    Calls {
+        /// The grammar.
+        gbnf: String,
+        /// Schemas of arguments.
+        schemas: BTreeMap<String, Value>,
+    },
 }
 
 impl GrammarSource {
@@ -260,6 +278,41 @@ impl GrammarSource {
         };
         if text.lines().any(is_rule) { Self::Gbnf(text) } else { Self::Lark(text) }
     }
+}
+
+/// Where in an answer its grammar begins. Thoughts, if there are any, come before.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum GrammarBegin {
+    /// With the answer.
+    #[default]
+    Answer,
+    /// With this end of the prompt, which the grammar's texts begin with.
+    Prompt(String),
+    /// With this text, which the answer begins with, too.
+    Text(String),
+    /// At the first place where one of these matches, if there is one; until then any text will do.
+    Triggers(Vec<Trigger>),
+}
+
+/// What a grammar begins at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Trigger {
+    /// A text.
+    Word(String),
+    /// A regular expression: the grammar begins with its first group that is not empty, or else with
+    /// the whole match. `^` and `$` are the ends of the text so far.
+    Pattern(String),
+}
+
+/// Thoughts at the beginning of an answer.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Thinking {
+    /// The text that begins them, if the prompt does not end within them.
+    pub begin: Option<String>,
+    /// The texts that end them, the one to write first; at least one.
+    pub ends: Vec<String>,
+    /// Most tokens of thoughts, after which the answer goes on with the first of `ends`.
+    pub budget: Option<usize>,
 }
 
 /// What to report of each token of an answer.
@@ -304,11 +357,13 @@ pub enum Source {
     Text,
     /// Both.
     Both,
+    /// The grammar, which leaves nothing else.
+    Grammar,
 }
 
 impl Source {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Heads, Self::Text, Self::Both];
+    pub const ALL: [Self; 4] = [Self::Heads, Self::Text, Self::Both, Self::Grammar];
 
     /// As JSON and metrics call it.
     pub fn name(self) -> &'static str {
@@ -316,6 +371,7 @@ impl Source {
             Self::Heads => "heads",
             Self::Text => "text",
             Self::Both => "both",
+            Self::Grammar => "grammar",
         }
     }
 }

@@ -81,7 +81,7 @@ impl Forward for Circles {
         Ok(())
     }
 
-    fn piece(&self, _: Token, out: &mut Vec<u8>) {
+    fn piece(&self, _: Token, _: bool, out: &mut Vec<u8>) {
         out.extend_from_slice(b" token");
     }
 

@@ -153,7 +153,7 @@ impl Forward for Hanging {
         Ok(())
     }
 
-    fn piece(&self, _: Token, _: &mut Vec<u8>) {}
+    fn piece(&self, _: Token, _: bool, _: &mut Vec<u8>) {}
 
     fn is_end(&self, _: Token) -> bool {
         false

@@ -1,12 +1,21 @@
-//! A model's chat template: messages to a prompt, for serving, training and measuring alike.
+//! Conversations: messages and tools to a prompt, and what the model writes to an answer, for serving,
+//! training and measuring alike. All dialects are thin layers over [`Conversation`] and
+//! [`Answer`].
 //!
-//! [`jinja`] renders; this module gives the template what transformers gives it, in
+//! [`jinja`] renders the model's chat template; this module gives it what transformers gives it, in
 //! the shapes that `probe` finds the template to expect, and sees to it that names of control
-//! tokens in what was sent stay text (`parts`).
+//! tokens in what was sent stay text (`parts`). `format` knows how the template's models write calls
+//! and thoughts, `generic` how those of a template without tools are told to; `answer` reads them.
 
+mod answer;
+mod format;
+mod generic;
 mod parts;
 mod probe;
+mod tools;
 mod turn;
+
+use std::sync::OnceLock;
 
 use jiff::Zoned;
 use serde_json::{Map, Value, json};
@@ -15,9 +24,16 @@ use crate::error::Invalid;
 use crate::jinja::{self, Text};
 use crate::llama::Model;
 use crate::request::Prompt;
+pub use answer::{Answer, AnswerReader, Call, Delta, Syntax};
+pub use format::Form;
+use format::{Format, chosen, generic_form};
 use parts::Controls;
-use probe::Expects;
+use probe::{Expects, has_calls};
+pub use tools::{Tool, ToolChoice, tools_from_json};
 pub use turn::turn;
+
+/// Words in the source of any template whose models think.
+const THINKING_WORDS: [&str; 4] = ["think", "reasoning", "channel", "THINK"];
 
 /// Roles that clients of OpenAI's dialect know.
 const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "function"];
@@ -58,14 +74,42 @@ impl Vocabulary {
 pub struct Conversation {
     /// Objects with `role` and `content`, as OpenAI's clients send them.
     pub messages: Vec<Map<String, Value>>,
-    /// Descriptions of tools.
-    pub tools: Option<Value>,
+    /// Descriptions of tools, as OpenAI's clients send them.
+    pub tools: Vec<Map<String, Value>>,
+    /// Whether the answer is to call them.
+    pub choice: ToolChoice,
+    /// It may call several; `None`: if the template has that.
+    pub parallel: Option<bool>,
+    /// How it is to think.
+    pub thoughts: Thoughts,
     /// Documents to answer from.
     pub documents: Option<Value>,
     /// More variables for the template.
     pub variables: Map<String, Value>,
     /// What the prompt ends with.
     pub ending: Ending,
+}
+
+/// How an answer is to think, as far as the template has it.
+#[derive(Clone, Debug, Default)]
+pub struct Thoughts {
+    /// Whether; `None`: if the template can.
+    pub enabled: Option<bool>,
+    /// How much, in the template's words.
+    pub effort: Option<String>,
+    /// Most tokens, after which they are ended.
+    pub budget: Option<usize>,
+    /// They are part of the text, as the model writes them.
+    pub inline: bool,
+}
+
+/// A conversation that was made a prompt of, and the form of its answer.
+#[derive(Clone, Debug)]
+pub struct Prepared {
+    /// What to continue.
+    pub prompt: Prompt,
+    /// What the answer must be, and how to read it.
+    pub form: Form,
 }
 
 /// What a prompt ends with.
@@ -95,6 +139,9 @@ pub struct Template {
     /// Names of the control tokens that it writes around a message.
     marks: Vec<String>,
     expects: Expects,
+    /// How its models write calls and thoughts, found out when that first matters; `None` if it cannot
+    /// be.
+    format: OnceLock<Option<Format>>,
 }
 
 impl Template {
@@ -121,8 +168,8 @@ impl Template {
         let added = bos.map(|(_, text)| text.clone()).unwrap_or_default();
         let controls = Controls::new(&control_names);
         let expects = Expects::default();
-        let mut this =
-            Self { template, source, tokens, added, controls, marks: control_names, expects };
+        let (marks, format) = (control_names, OnceLock::new());
+        let mut this = Self { template, source, tokens, added, controls, marks, expects, format };
         this.expects =
             probe::probe(|messages| this.text(messages, &Conversation::default(), true).ok());
         let turn = this.render(&json!([{ "role": "user", "content": "" }])).ok();
@@ -152,8 +199,100 @@ impl Template {
     /// # Errors
     /// [`Invalid`] for a role that nobody knows, a variable that is none, or an ending that the
     /// conversation does not have; and with the template's own message if it rejects the messages.
-    pub fn prompt(&self, mut conversation: Conversation) -> Result<Prompt, Invalid> {
+    pub fn prompt(&self, conversation: Conversation) -> Result<Prompt, Invalid> {
+        self.prepare(conversation).map(|prepared| prepared.prompt)
+    }
+
+    /// The prompt for a conversation, and the form of its answer.
+    ///
+    /// # Errors
+    /// As [`prompt`](Self::prompt), and for tools that are none.
+    pub fn prepare(&self, mut conversation: Conversation) -> Result<Prepared, Invalid> {
         self.check(&conversation)?;
+        let tools = tools_from_json(&conversation.tools)?;
+        conversation.choice.check(&tools)?;
+        let tools = chosen(tools, &conversation.choice);
+        let is_tools = |message: &Map<String, Value>| message["role"] == "tool";
+        let uses_tools = conversation.messages.iter().any(|m| has_calls(m) || is_tools(m));
+        let may_think = THINKING_WORDS.iter().any(|word| self.source.contains(word));
+        let format =
+            (may_think || uses_tools || !tools.is_empty()).then(|| self.format()).flatten();
+        let knows_tools = format.is_some_and(Format::knows_tools);
+        let mut budget = conversation.thoughts.budget;
+        self.set_thoughts(&mut conversation, format);
+        let mut form = match format {
+            Some(format) if knows_tools && !tools.is_empty() => {
+                format.form(&conversation, &tools, &conversation.variables)?
+            }
+            _ if !tools.is_empty() => generic_form(&tools, &conversation)?,
+            Some(format) if format.thinks() => {
+                format.form(&conversation, &[], &conversation.variables)?
+            }
+            _ => Form::default(),
+        };
+        if let Some(thinking) = &mut form.thinking {
+            thinking.budget = budget.take();
+        }
+        if knows_tools {
+            let is_left = |tool: &Map<String, Value>| {
+                let name = tool.get("function").and_then(|function| function.get("name"));
+                tools.iter().any(|tool| name.is_some_and(|name| *name == *tool.name))
+            };
+            conversation.tools.retain(is_left);
+        } else if uses_tools || !tools.is_empty() {
+            conversation.tools.clear();
+            let has_system = format.is_none_or(Format::has_system);
+            generic::rewrite(&mut conversation.messages, &tools, has_system);
+        }
+        let prompt = self.written(conversation, &form.turn)?;
+        Ok(Prepared { prompt, form })
+    }
+
+    /// How its models write calls and thoughts.
+    fn format(&self) -> Option<&Format> {
+        let text = |name| {
+            let token = self.tokens.iter().find(|(token, _)| *token == name);
+            token.map(|(_, text)| text.as_str()).unwrap_or_default()
+        };
+        let format = self.format.get_or_init(|| {
+            Format::new(&self.source, text("bos_token"), text("eos_token"))
+                .inspect_err(|why| tracing::warn!(why, "the template's form of calls is unknown"))
+                .ok()
+        });
+        format.as_ref()
+    }
+
+    /// Tells the template how to think, in its words.
+    fn set_thoughts(&self, conversation: &mut Conversation, format: Option<&Format>) {
+        let Thoughts { enabled, effort, budget, .. } = &conversation.thoughts;
+        let enabled = enabled.or((*budget == Some(0)).then_some(false));
+        let enabled = enabled.or(format.is_some_and(Format::thinks).then_some(true));
+        let variables = &mut conversation.variables;
+        let enabled = variables.get("enable_thinking").and_then(Value::as_bool).or(enabled);
+        if let Some(enabled) = enabled {
+            for name in ["enable_thinking", "thinking"] {
+                if self.source.contains(name) {
+                    variables.entry(name).or_insert(enabled.into());
+                }
+            }
+        }
+        if let Some(effort) = effort {
+            variables.entry("reasoning_effort").or_insert(effort.as_str().into());
+        }
+        for message in &mut conversation.messages {
+            let thoughts = message.remove("reasoning").filter(|thoughts| !thoughts.is_null());
+            if let Some(thoughts) = thoughts.or_else(|| message.get("reasoning_content").cloned()) {
+                for name in ["reasoning_content", "reasoning", "thinking"] {
+                    if self.source.contains(name) {
+                        message.entry(name).or_insert(thoughts.clone());
+                    }
+                }
+            }
+        }
+    }
+
+    /// Renders a checked conversation; an answer's beginning is `turn`, where that is known.
+    fn written(&self, mut conversation: Conversation, turn: &str) -> Result<Prompt, Invalid> {
         let ending = conversation.ending;
         let mut messages = std::mem::take(&mut conversation.messages);
         let prefill = if ending == Ending::Prefill { take_prefill(&mut messages)? } else { None };
@@ -164,10 +303,12 @@ impl Template {
             }
         }
         let adds_answer = matches!(ending, Ending::Prefill | Ending::Answer);
+        // With a message to continue, the form's turn has its text, too.
+        let turn = if prefill.is_some() { "" } else { turn };
         let text = if ending == Ending::Continue {
             self.continued(messages, &conversation)?
         } else {
-            self.text(messages, &conversation, adds_answer).map_err(|why| {
+            self.opened(messages, &conversation, adds_answer, turn).map_err(|why| {
                 let message = format!("the chat template cannot render these messages: {why}");
                 Invalid::new("messages", message)
             })?
@@ -183,6 +324,26 @@ impl Template {
         let begins = n > 0 && text.starts_with(&self.added) && !text.has_outside(0..n);
         let text = if begins { text.slice(n..text.len()) } else { text };
         Ok(Prompt::Text(self.controls.parts(&text)))
+    }
+
+    /// The text of messages, and at its end, if it `adds_answer`, the beginning of an answer.
+    fn opened(
+        &self,
+        messages: Vec<Map<String, Value>>,
+        conversation: &Conversation,
+        adds_answer: bool,
+        turn: &str,
+    ) -> Result<Text, jinja::Error> {
+        if !adds_answer || turn.is_empty() {
+            return self.text(messages, conversation, adds_answer);
+        }
+        let text = self.text(messages.clone(), conversation, true)?;
+        if text.ends_with(turn) {
+            return Ok(text);
+        }
+        // The form of the answer holds after its own beginning only.
+        let closed = self.text(messages, conversation, false)?;
+        closed.with_own(turn)
     }
 
     fn check(&self, conversation: &Conversation) -> Result<(), Invalid> {
@@ -224,7 +385,8 @@ impl Template {
     ) -> Result<Text, jinja::Error> {
         let mut variables = conversation.variables.clone();
         variables.insert("messages".into(), messages.into());
-        variables.insert("tools".into(), json!(conversation.tools));
+        let tools = Some(&conversation.tools).filter(|tools| !tools.is_empty());
+        variables.insert("tools".into(), json!(tools)); // without tools a template describes none
         variables.insert("documents".into(), json!(conversation.documents));
         variables.insert("add_generation_prompt".into(), adds_answer.into());
         let tokens: Vec<(&str, &str)> =

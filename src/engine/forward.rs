@@ -139,8 +139,9 @@ pub trait Forward {
     /// # Errors
     /// When the cache cannot do that.
     fn apply(&mut self, op: KvOp) -> Result<(), StepError>;
-    /// Appends a token's bytes.
-    fn piece(&self, token: Token, out: &mut Vec<u8>);
+    /// Appends a token's bytes in a text; those of a control token are its name's if `by_name`, else
+    /// none.
+    fn piece(&self, token: Token, by_name: bool, out: &mut Vec<u8>);
     /// `true` for tokens that end a text.
     fn is_end(&self, token: Token) -> bool;
 }
@@ -387,8 +388,8 @@ impl Forward for LlamaForward {
         Ok(())
     }
 
-    fn piece(&self, token: Token, out: &mut Vec<u8>) {
-        self.model.piece(token, false, out);
+    fn piece(&self, token: Token, by_name: bool, out: &mut Vec<u8>) {
+        self.model.piece(token, by_name, out);
     }
 
     fn is_end(&self, token: Token) -> bool {

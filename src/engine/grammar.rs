@@ -1,16 +1,14 @@
 //! Grammars: which tokens may come next, by llguidance. No other file uses that library.
 //!
 //! A [`Grammar`] has consumed the tokens chosen so far. It masks the row of logits that the next
-//! one is chosen from, and cuts forbidden candidates out of a tree before they are computed. So the
-//! text is the same with drafts and without.
+//! one is chosen from, and tells of a candidate whether it may follow. Where it leaves one
+//! continuation, it leaves those tokens alone that the tokenizer would make of it.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use llguidance::api::{ParserLimits, TopLevelGrammar};
-use llguidance::toktrie::{ApproximateTokEnv, SimpleVob, TokEnv, TokRxInfo, TokTrie};
+use llguidance::toktrie::{SimpleVob, TokEnv, TokRxInfo, TokTrie, TokenizerEnv};
 use llguidance::{JsonCompileOptions, Matcher, ParserFactory};
-use rustix::time::{ClockId, clock_gettime};
 use serde_json::{Map, Value, json};
 
 use super::digits::Digits;
@@ -18,7 +16,6 @@ use super::gbnf;
 use crate::error::Invalid;
 use crate::llama::{Model, Token};
 use crate::request::GrammarSource;
-use crate::speculate::Tree;
 
 /// Between two parts of JSON: a space, or a line's end and indentation. Without a limit a model may
 /// write white space until its tokens run out.
@@ -37,26 +34,65 @@ const MAX_REASON: usize = 300;
 /// Compiles grammars for one model's vocabulary.
 pub struct Grammars {
     factory: ParserFactory,
+    tokenizer: Arc<Tokenizer>,
     numerals: Arc<Numerals>,
+}
+
+/// The model's tokenizer, as llguidance asks it for the tokens of what must follow.
+struct Tokenizer {
+    model: Arc<Model>,
+    trie: TokTrie,
+}
+
+impl Tokenizer {
+    /// The tokens that the model's own tokenizer makes of a text; `None` if they are not exactly it.
+    fn tokens(&self, text: &[u8]) -> Option<Vec<u32>> {
+        let text = std::str::from_utf8(text).ok()?;
+        // Some put a space before a text's first word; after a line's end they do not.
+        ["", "\n"].iter().find_map(|before| {
+            let tokens = self.model.tokenize_part(&format!("{before}{text}"), false, true).ok()?;
+            let tokens: Vec<u32> = tokens.iter().map(|token| token.0.cast_unsigned()).collect();
+            let lengths = tokens.iter().map(|&token| self.trie.token_len(token));
+            let mut left: usize = lengths.sum();
+            let first = tokens.iter().position(|&token| {
+                let is_here = left == text.len();
+                left -= self.trie.token_len(token).min(left);
+                is_here
+            })?;
+            let tokens = tokens[first..].to_vec();
+            (self.trie.decode_raw(&tokens) == text.as_bytes()).then_some(tokens)
+        })
+    }
+}
+
+impl TokenizerEnv for Tokenizer {
+    fn tok_trie(&self) -> &TokTrie {
+        &self.trie
+    }
+
+    fn tokenize_bytes(&self, text: &[u8]) -> Vec<u32> {
+        self.tokens(text).unwrap_or_else(|| self.trie.greedy_tokenize(text))
+    }
 }
 
 /// Tokens that begin with digits, and how many.
 struct Numerals(Vec<(u32, usize)>);
 
 impl Grammars {
-    /// Reads a vocabulary, which takes tens of milliseconds.
+    /// Reads a vocabulary, which takes tens of milliseconds. The names of `shown` control tokens are
+    /// text; other control tokens are part of no text.
     ///
     /// # Errors
     /// Why llguidance refused it.
-    pub fn new(model: &Model) -> Result<Self, String> {
+    pub fn new(model: &Arc<Model>, shown: &[Token]) -> Result<Self, String> {
         let tokens = || (0..model.n_vocab() as i32).map(Token);
         let word = |token| {
             let mut bytes = Vec::new();
             model.piece(token, false, &mut bytes);
             if bytes.is_empty() {
                 model.piece(token, true, &mut bytes);
-                if !bytes.is_empty() {
-                    bytes.insert(0, TokTrie::SPECIAL_TOKEN_MARKER); // a control token: part of no text
+                if !bytes.is_empty() && !shown.contains(&token) {
+                    bytes.insert(0, TokTrie::SPECIAL_TOKEN_MARKER);
                 }
             }
             bytes
@@ -69,7 +105,8 @@ impl Grammars {
         let numerals = (0..).zip(words.iter().map(n_digits)).filter(|&(_, n)| n > 0).collect();
         let trie = TokTrie::from(&TokRxInfo::new(words.len() as u32, first), &words)
             .with_eos_tokens(&ends);
-        let env: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
+        let tokenizer = Arc::new(Tokenizer { model: Arc::clone(model), trie });
+        let env: TokEnv = Arc::clone(&tokenizer) as TokEnv;
         let mut factory = ParserFactory::new_simple(&env).map_err(|e| e.to_string())?;
         *factory.limits_mut() = ParserLimits {
             max_items_in_row: 1000 + 4 * MAX_OPTIONAL, // an optional property takes four
@@ -77,7 +114,13 @@ impl Grammars {
             ..ParserLimits::default()
         };
         factory.quiet();
-        Ok(Self { factory, numerals: Arc::new(Numerals(numerals)) })
+        Ok(Self { factory, tokenizer, numerals: Arc::new(Numerals(numerals)) })
+    }
+
+    /// The tokens of a text within an answer.
+    #[must_use]
+    pub fn tokenize(&self, text: &str) -> Vec<Token> {
+        tokens(self.tokenizer.tokenize_bytes(text.as_bytes()))
     }
 
     /// A grammar at its beginning. A large one takes milliseconds.
@@ -89,6 +132,7 @@ impl Grammars {
         let param = match source {
             GrammarSource::JsonSchema(_) => "response_format",
             GrammarSource::Lark(_) | GrammarSource::Gbnf(_) => "grammar",
+            GrammarSource::Calls { .. } => "tools",
         };
         let compiled = std::thread::scope(|scope| {
             let thread = std::thread::Builder::new().name("grammar".into()).stack_size(STACK);
@@ -112,7 +156,7 @@ impl Grammars {
                 limit_bytes(lark.len())?;
                 (TopLevelGrammar::from_lark(lark.clone()), None)
             }
-            GrammarSource::Gbnf(gbnf) => {
+            GrammarSource::Calls { gbnf, .. } | GrammarSource::Gbnf(gbnf) => {
                 limit_bytes(gbnf.len())?;
                 (TopLevelGrammar::from_lark(gbnf::to_lark(gbnf)?), None)
             }
@@ -125,8 +169,12 @@ impl Grammars {
         }
         let allowed = matcher.compute_mask().map_err(|e| e.to_string())?;
         let numerals = Arc::clone(&self.numerals);
-        Ok(Grammar { matcher, allowed, goes_back, digits, numerals, time: MOST_TIME })
+        Ok(Grammar { matcher, allowed, goes_back, digits, numerals })
     }
+}
+
+fn tokens(ids: Vec<u32>) -> Vec<Token> {
+    ids.into_iter().map(|id| Token(id.cast_signed())).collect()
 }
 
 fn limit_bytes(n: usize) -> Result<(), String> {
@@ -254,19 +302,6 @@ pub struct Grammar {
     /// Where in JSON the text is; `None` if it is no JSON.
     digits: Option<Digits>,
     numerals: Arc<Numerals>,
-    /// Processor time that it may still take.
-    time: Duration,
-}
-
-/// Processor time that a grammar may take at once, and for each token again. All streams wait for
-/// it, and an ambiguous grammar takes more with each token.
-const MOST_TIME: Duration = Duration::from_millis(250);
-const TIME_PER_TOKEN: Duration = Duration::from_millis(20);
-
-/// Processor time of this thread so far.
-fn processor_time() -> Duration {
-    let time = clock_gettime(ClockId::ThreadCPUTime);
-    time.try_into().unwrap_or_default() // it is never negative
 }
 
 /// What llguidance could not go on with: beyond its limits.
@@ -286,59 +321,84 @@ impl Grammar {
         });
     }
 
-    /// Cuts forbidden candidates out of a tree.
-    pub fn prune(&mut self, tree: &mut Tree) {
-        if tree.is_empty() {
-            return;
-        }
-        if !self.goes_back {
-            tree.clear();
-            return;
-        }
-        let begun = processor_time();
-        let mut keeps = vec![false; tree.len()];
-        self.walk(tree, None, &mut keeps);
-        tree.retain(&keeps);
-        self.time = self.time.saturating_sub(processor_time() - begun);
+    /// Whether a token may come next.
+    #[must_use]
+    pub fn allows(&self, token: Token) -> bool {
+        self.allowed.is_allowed(token.0.cast_unsigned())
     }
 
-    /// Marks the candidates after node `at` that may follow there, and goes on after each.
-    fn walk(&mut self, tree: &Tree, at: Option<usize>, keeps: &mut [bool]) {
-        let children = tree.nodes().iter().enumerate().filter(|(_, n)| n.parent == at);
-        for (i, node) in children {
-            let token = node.token.0.cast_unsigned();
-            // The mask holds for the first place only, where it rejects most candidates cheaply.
-            if at.is_none() && !self.allowed.is_allowed(token) {
-                continue;
-            }
-            // A grammar that fails here fails when it masks, too, and is reported there.
-            if self.matcher.try_consume_tokens(&[token]).is_ok_and(|n| n == 1) {
-                keeps[i] = true;
-                if !self.matcher.is_stopped() {
-                    self.walk(tree, Some(i), keeps);
-                }
-                let _ = self.matcher.rollback(1);
-            }
+    /// The tokens that must come next, if any must: what the tokenizer makes of the one continuation.
+    pub fn forced(&mut self) -> Vec<Token> {
+        if self.matcher.is_stopped() {
+            return Vec::new();
         }
+        tokens(self.matcher.compute_ff_tokens())
+    }
+
+    /// Consumes tokens of a path that is only looked at, to be taken [back](Self::go_back). Returns
+    /// `false`, and consumes none, if they may not follow or could not be taken back.
+    pub fn try_path(&mut self, path: &[Token]) -> bool {
+        let path: Vec<u32> = path.iter().map(|token| token.0.cast_unsigned()).collect();
+        if !self.goes_back {
+            return false;
+        }
+        // A grammar that fails here fails when it masks, too, and is reported there.
+        let n = self.matcher.try_consume_tokens(&path).unwrap_or(0);
+        if n < path.len() {
+            let _ = self.matcher.rollback(n);
+        }
+        n == path.len()
+    }
+
+    /// Takes the last `n` tokens of a path back.
+    pub fn go_back(&mut self, n: usize) {
+        let _ = self.matcher.rollback(n);
+    }
+
+    /// Nothing may follow a path.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        self.matcher.is_stopped()
+    }
+
+    /// The tokens of bytes of the text.
+    #[must_use]
+    pub fn tokenize(&self, text: &[u8]) -> Vec<Token> {
+        self.matcher.tok_env().map_or_else(|_| Vec::new(), |env| tokens(env.tokenize_bytes(text)))
     }
 
     /// Consumes the token that was chosen. Returns `true` if the text is complete: nothing
     /// may follow, or only its end.
     ///
     /// # Errors
-    /// [`GrammarError`] when llguidance gives up, or took too much time.
+    /// [`GrammarError`] when llguidance gives up.
     pub fn accept(&mut self, token: Token) -> Result<bool, GrammarError> {
-        let begun = processor_time();
-        let is_whole = self.follow(token.0.cast_unsigned())?;
-        let left = (self.time + TIME_PER_TOKEN).checked_sub(processor_time() - begun);
-        let late = || GrammarError("it takes too much time for each token".into());
-        self.time = left.ok_or_else(late)?.min(MOST_TIME);
-        Ok(is_whole)
+        self.follow(token.0.cast_unsigned())
+    }
+
+    /// Consumes a text's tokens before the first one is chosen. Returns `false` if they do not fit.
+    pub fn begin_after(&mut self, path: &[Token]) -> bool {
+        path.iter().all(|token| self.accept(*token).is_ok())
+    }
+
+    /// Goes on after a [path](Self::try_path) that is not taken back; as [`accept`](Self::accept).
+    ///
+    /// # Errors
+    /// [`GrammarError`] when llguidance gives up.
+    pub fn settle(&mut self, path: &[Token]) -> Result<bool, GrammarError> {
+        let path: Vec<u32> = path.iter().map(|token| token.0.cast_unsigned()).collect();
+        self.after(&path)
     }
 
     fn follow(&mut self, token: u32) -> Result<bool, GrammarError> {
         let failed = |why: String| GrammarError(brief(&why));
         self.matcher.consume_token(token).map_err(|e| failed(e.to_string()))?;
+        self.after(&[token])
+    }
+
+    /// Finds out what may follow, now that `path` was consumed.
+    fn after(&mut self, path: &[u32]) -> Result<bool, GrammarError> {
+        let failed = |why: String| GrammarError(brief(&why));
         if self.matcher.is_stopped() {
             let reason = self.matcher.stop_reason();
             return if reason.is_ok() { Ok(true) } else { Err(failed(reason.to_string())) };
@@ -349,7 +409,7 @@ impl Grammar {
         }
         let Ok(env) = self.matcher.tok_env() else { return Ok(false) };
         let Some(digits) = &mut self.digits else { return Ok(false) };
-        digits.push(env.tok_trie().token(token));
+        path.iter().for_each(|&token| digits.push(env.tok_trie().token(token)));
         let Some(left) = digits.left() else { return Ok(false) };
         Ok(self.bound_digits(left, env.tok_trie()))
     }

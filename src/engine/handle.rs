@@ -1,15 +1,17 @@
 //! The engine seen from outside: hand it requests, ask how it is.
 
 use std::future::poll_fn;
+use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
-use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::Instant;
 
+use parking_lot::Mutex;
 use tokio::sync::{Semaphore, mpsc};
 
 use super::dry::{Breakers, Dry};
 use super::grammar::Grammars;
+use super::guide::Guide;
 use super::lanes::{Lane, Lanes};
 use super::stats::Stats;
 use super::{Job, Limits};
@@ -125,7 +127,8 @@ pub struct Handle {
     pub stats: Arc<Stats>,
     pub(super) jobs: SyncSender<Job>,
     pub(super) permits: Arc<Semaphore>,
-    pub(super) grammars: Arc<OnceLock<Result<Grammars, String>>>,
+    /// What compiles grammars, by the control tokens that are text; the first few.
+    pub(super) grammars: Arc<Mutex<Vec<(Vec<Token>, Arc<Grammars>)>>>,
     /// Where requests are read; it ends with the last clone.
     pub(super) lanes: Arc<Lanes>,
 }
@@ -150,8 +153,11 @@ impl Handle {
         // Off the network's threads: a long prompt, or a large grammar, takes milliseconds.
         let read = self.lanes.run(lane(&request), move || {
             let prompt = this.fitting(&request.prompt)?;
-            let compile = |source| this.grammars()?.compile(source);
-            let grammar = request.grammar.as_ref().map(compile).transpose()?;
+            let shown = this.shown(&request)?;
+            let guide = match is_guided(&request) {
+                true => Guide::of(&request, &*this.grammars(&shown)?)?,
+                false => None,
+            };
             let dry = request.sampling.dry.as_ref().map(|params| {
                 let breakers = Breakers::new(&this.model, &params.breakers);
                 let breakers =
@@ -160,16 +166,18 @@ impl Handle {
             });
             let detokenized = || this.model.detokenize(&prompt);
             let echo = request.echo.then(|| request.prompt.text().unwrap_or_else(detokenized));
-            Ok::<_, Invalid>((prompt, grammar, dry.transpose()?, echo, request))
+            Ok::<_, Invalid>((prompt, guide, shown, dry.transpose()?, echo, request))
         });
-        let (prompt, grammar, dry, echo, request) = read.await.ok_or(SubmitError::Stopped)??;
+        let (prompt, guide, shown, dry, echo, request) =
+            read.await.ok_or(SubmitError::Stopped)??;
         // Every event this request can cause: the prompt, a piece a token, and an end; before them
         // its progress, with at least a row of the prompt each.
         let n_progress = if request.progress { prompt.len() + 1 } else { 0 };
         let most = n_progress + request.max_tokens.min(self.limits.n_ctx - prompt.len()) + 2;
         let (events, receiver) = mpsc::channel(most);
         let permit = Some(permit);
-        let job = Job { prompt, request, caller, events, permit, accepted, grammar, dry, echo };
+        let job =
+            Job { prompt, request, caller, events, permit, accepted, guide, shown, dry, echo };
         // The channel has a place for every permit.
         self.jobs.try_send(job).map_err(|_| SubmitError::Stopped)?;
         Ok(Answer::from(receiver))
@@ -189,12 +197,35 @@ impl Handle {
         self.lanes.run(lane, work).await.ok_or(SubmitError::Stopped)
     }
 
-    /// What compiles grammars for this model; made when it is first asked for.
-    fn grammars(&self) -> Result<&Grammars, Invalid> {
-        let grammars = self.grammars.get_or_init(|| Grammars::new(&self.model));
-        grammars.as_ref().map_err(|why| {
+    /// What compiles grammars for this model where these control tokens are text; made when it is
+    /// first asked for.
+    fn grammars(&self, shown: &[Token]) -> Result<Arc<Grammars>, Invalid> {
+        let mut known = self.grammars.lock();
+        if let Some((_, grammars)) = known.iter().find(|(tokens, _)| tokens == shown) {
+            return Ok(Arc::clone(grammars));
+        }
+        let grammars = Grammars::new(&self.model, shown).map_err(|why| {
             Invalid::new("grammar", format!("this model's tokens can follow no grammar: {why}"))
-        })
+        })?;
+        let grammars = Arc::new(grammars);
+        if known.len() < MOST_GRAMMARS {
+            known.push((shown.to_vec(), Arc::clone(&grammars)));
+        }
+        Ok(grammars)
+    }
+
+    /// The control tokens that the text shows, in order.
+    fn shown(&self, request: &Request) -> Result<Vec<Token>, Invalid> {
+        let mut shown = Vec::new();
+        for name in &request.shown {
+            let tokens = self.model.tokenize_part(name, false, true);
+            let tokens = tokens.map_err(|e| Invalid::new("tools", e.to_string()))?;
+            // Other names are texts like any.
+            shown.extend(tokens.iter().filter(|_| tokens.len() == 1).copied());
+        }
+        shown.sort_unstable();
+        shown.dedup();
+        Ok(shown)
     }
 
     /// The tokens of a prompt. Only a text's first part gets the token that begins a text.
@@ -256,6 +287,14 @@ impl Handle {
     }
 }
 
+/// Vocabularies for grammars that are kept: a chat template has one or two.
+const MOST_GRAMMARS: usize = 4;
+
+/// Whether anything guides the answer.
+fn is_guided(request: &Request) -> bool {
+    request.grammar.is_some() || request.thinking.as_ref().is_some_and(|t| t.budget.is_some())
+}
+
 /// Bytes of a prompt's text; none if it is tokens.
 fn n_bytes(prompt: &Prompt) -> usize {
     match prompt {
@@ -270,7 +309,7 @@ const SHORT: usize = 16 << 10;
 fn lane(request: &Request) -> Lane {
     if n_bytes(&request.prompt) > SHORT {
         Lane::Long
-    } else if request.grammar.is_some() {
+    } else if is_guided(request) {
         Lane::Grammar
     } else {
         Lane::Short

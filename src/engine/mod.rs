@@ -15,6 +15,7 @@ pub mod filter;
 pub mod forward;
 mod gbnf;
 pub mod grammar;
+pub mod guide;
 pub mod handle;
 mod lanes;
 pub mod leaves;
@@ -320,26 +321,34 @@ impl<F: Forward> Engine<F> {
 
     /// Fills the trees of the next step, and what to do to the cache for them.
     fn draft(&mut self, turns: &mut [Turn]) -> Option<Verifying> {
-        let Self { running, work, leaves, .. } = self;
+        let Self { forward, running, work, leaves, .. } = self;
         work.ops.clear();
         let speculator = self.speculator.as_mut()?;
         let deepest = speculator.max_tokens_per_step - 1;
         let n_rows: usize = turns.iter().map(|turn| turn.share.n_rows).sum();
-        let drafting = speculator.begin(n_rows, n_decode(turns));
+        let guided = |turn: &Turn| {
+            let s = &running[&turn.share.seq];
+            turn.share.decodes() && s.job.guide.is_some() && s.draft_depth(deepest) > 0
+        };
+        let is_guided = turns.iter().any(guided);
+        let drafting = speculator.begin(n_rows, n_decode(turns), is_guided);
         let origin = |Turn { share, .. }: &Turn| {
             running[&share.seq].origin(if share.decodes() { deepest } else { 0 })
         };
         let mut origins: Vec<Origin<'_>> = turns.iter().map(origin).collect();
-        if !drafting.is_due || origins.iter().all(|o| o.max_depth == 0 && o.text.is_none()) {
+        let has_source = origins.iter().any(|o| o.max_depth > 0 || o.text.is_some());
+        if !drafting.is_due || !(has_source || is_guided) {
             return Some(drafting.skip());
         }
         let started = Instant::now();
         let drafted = drafting.draft(&mut origins, turns);
-        for turn in turns.iter_mut() {
-            let sequence = running.get_mut(&turn.share.seq);
-            if let Some(grammar) = sequence.and_then(|s| s.job.grammar.as_mut()) {
-                grammar.prune(&mut turn.tree);
-            }
+        for turn in turns.iter_mut().filter(|turn| turn.share.decodes()) {
+            let Some(s) = running.get_mut(&turn.share.seq) else { continue };
+            let depth = s.draft_depth(deepest);
+            let Job { guide: Some(guide), shown, .. } = &mut s.job else { continue };
+            guide.prepare(&mut turn.tree, depth, &|token, out| {
+                forward.piece(token, shown.contains(&token), out);
+            });
         }
         let seconds = started.elapsed().as_secs_f64();
         let n_proposed: usize = turns.iter().map(|turn| turn.tree.len()).sum();

@@ -5,7 +5,8 @@ use std::time::Instant;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use super::dry::{Breakers, Dry};
-use super::grammar::{Grammar, GrammarError};
+use super::grammar::GrammarError;
+use super::guide::Guide;
 use super::pool::Pool;
 use super::sampler::Sampler;
 use super::stats::{Ended, Stats};
@@ -34,8 +35,10 @@ pub struct Job {
     pub permit: Option<OwnedSemaphorePermit>,
     /// When it was accepted.
     pub accepted: Instant,
-    /// The request's grammar, compiled.
-    pub grammar: Option<Grammar>,
+    /// What the request's answer must be, if anything guides it.
+    pub guide: Option<Guide>,
+    /// The control tokens that the text shows.
+    pub shown: Vec<Token>,
     /// What [`DryParams`](crate::request::DryParams) ask for.
     pub dry: Option<Dry>,
     /// The prompt's text, if it is echoed.
@@ -43,13 +46,13 @@ pub struct Job {
 }
 
 impl Job {
-    /// One that is accepted now, outside the queue's count, without a grammar and DRY's breakers.
+    /// One that is accepted now, outside the queue's count, without a guide and DRY's breakers.
     pub fn new(prompt: Vec<Token>, request: Request, events: mpsc::Sender<Event>) -> Self {
         let (caller, accepted) = (Caller::default(), Instant::now());
         let dry = request.sampling.dry.as_ref();
         let dry = dry.map(|params| Dry::new(params, Breakers::default(), &prompt));
-        let (permit, grammar, echo) = (None, None, None);
-        Self { prompt, request, caller, events, permit, accepted, grammar, dry, echo }
+        let (permit, guide, shown, echo) = (None, None, Vec::new(), None);
+        Self { prompt, request, caller, events, permit, accepted, guide, shown, dry, echo }
     }
 
     /// `true` once its time is over.
@@ -219,12 +222,17 @@ impl Sequence {
         self.suffixes = Some(suffixes);
     }
 
-    /// What to draft from: at most `deepest` tokens after the last one.
-    pub fn origin(&self, deepest: usize) -> Origin<'_> {
+    /// Tokens after the last one that may be drafted, at most `deepest`.
+    pub fn draft_depth(&self, deepest: usize) -> usize {
         // The answer may end before what is drafted, but not after.
         let left = (self.n_generate - self.n_answer()).saturating_sub(1);
         let is_off = self.job.request.speculation == Speculation::Off;
-        let max_depth = if is_off { 0 } else { left.min(deepest) };
+        if is_off { 0 } else { left.min(deepest) }
+    }
+
+    /// What to draft from: at most `deepest` tokens after the last one.
+    pub fn origin(&self, deepest: usize) -> Origin<'_> {
+        let max_depth = self.draft_depth(deepest);
         let (trust, shared) = (self.trust.text.factor(), self.tenant());
         let index = self.suffixes.as_ref().filter(|_| max_depth > 0);
         Origin {
@@ -367,7 +375,7 @@ impl Sequence {
             let piece = self.piece(text);
             self.job.send(Event::Piece(piece));
         }
-        let followed = self.job.grammar.as_mut().map_or(Ok(false), |g| g.accept(token));
+        let followed = self.job.guide.as_mut().map_or(Ok(false), |g| g.accept(token, bytes));
         let is_full = self.n_answer() == self.n_generate;
         let end = match followed {
             Ok(true) => FinishReason::EndOfText,

@@ -61,7 +61,7 @@ impl<F: Forward> Walker<'_, F> {
             piece.clear();
             let is_end = self.forward.is_end(token);
             if !is_end {
-                self.forward.piece(token, piece);
+                self.forward.piece(token, s.job.shown.contains(&token), piece);
             }
             turn.walk.last = Some(token);
             turn.walk.done = s.accept(token, piece, is_end, now);
@@ -98,8 +98,7 @@ impl<F: Forward> Walker<'_, F> {
             drafted.extend(children.map(|n| n.token));
         }
         let mut logits = self.forward.logits(turn.rows.of(at))?;
-        if let Some(grammar) = &s.job.grammar {
-            grammar.mask(logits, masked);
+        if s.job.guide.as_ref().is_some_and(|guide| guide.mask(logits, masked)) {
             logits = masked;
         }
         Ok(s.sampler.draw(logits, s.tokens.len(), drafted, sampling))

@@ -6,13 +6,14 @@ use bytes::BytesMut;
 use hyper::StatusCode;
 
 use super::api::answers::{
-    AnswerMessage, BUILD, ChatLogprobs, ChoiceLogprobs, Delta, Detokenize, Offsets, OpenAiAnswer,
-    OpenAiChoice, TextLogprobs, details, finish,
+    AnswerMessage, BUILD, CallPart, ChatLogprobs, ChoiceLogprobs, Delta, Detokenize, FinishKind,
+    FunctionPart, Offsets, OpenAiAnswer, OpenAiChoice, TextLogprobs, details, finish,
 };
 use super::api::openai::Choices;
 use super::api::usage::{AnswerTimings, Ended, OpenAiUsage, PromptTokensDetails};
 use super::problem::Problem;
 use super::reply::{self, Dialect, Reply, event};
+use crate::chat::{self, AnswerReader, Syntax};
 use crate::engine::Failed;
 use crate::request::{self, Completion, Event, Piece, Progress, Report, Usage};
 
@@ -40,6 +41,11 @@ fn offsets(request: &request::Request) -> Offsets {
     Offsets::after(request.prompt.text().filter(|_| request.echo).as_deref())
 }
 
+/// Why an answer ended, if it may call tools.
+fn ended(kind: FinishKind, reader: &AnswerReader) -> FinishKind {
+    if kind == FinishKind::Stop && reader.has_calls() { FinishKind::ToolCalls } else { kind }
+}
+
 /// Writes an answer whole, or in chunks: for each choice a chat's role, pieces, the finish reason;
 /// after all of them, if asked for, the counts; and `[DONE]`.
 pub struct Chunks {
@@ -56,6 +62,9 @@ pub struct Chunks {
     has_begun: Vec<bool>,
     /// By choice: where its next token begins.
     offsets: Vec<Offsets>,
+    /// By choice: what a chat's answer says so far.
+    readers: Vec<AnswerReader>,
+    syntax: Option<Syntax>,
     /// The choices that ended.
     ended: Vec<Ended>,
 }
@@ -81,6 +90,8 @@ impl Chunks {
             include_usage: choices.include_usage,
             has_begun: vec![false; n_choices],
             offsets: choices.requests.iter().map(offsets).collect(),
+            readers: vec![AnswerReader::new(choices.syntax.clone()); n_choices],
+            syntax: choices.syntax.clone(),
             ended: Vec::new(),
         }
     }
@@ -172,6 +183,8 @@ impl Chunks {
     ) {
         let mut offsets = std::mem::take(&mut self.offsets[index]);
         let mut choice = self.choice(index, piece, &mut offsets, done);
+        let reader = &self.readers[index];
+        choice.finish_reason = choice.finish_reason.map(|kind| ended(kind, reader));
         match self.endpoint {
             Endpoint::Text => choice.text = Some(delta.content.unwrap_or_default()),
             Endpoint::Chat => choice.delta = Some(delta),
@@ -194,22 +207,74 @@ impl Chunks {
     }
 
     fn piece(&mut self, index: usize, piece: &Piece, out: &mut BytesMut) {
-        let delta = Delta { content: Some(&piece.text), ..Delta::default() };
-        self.chunk(index, delta, Some(piece), None, out);
+        if self.syntax.is_none() {
+            let delta = Delta { content: Some(&piece.text), ..Delta::default() };
+            return self.chunk(index, delta, Some(piece), None, out);
+        }
+        let mut deltas = Vec::new();
+        self.readers[index].push(&piece.text, &mut |delta| deltas.push(delta));
+        self.deltas(index, &deltas, Some(piece), out);
+    }
+
+    /// Writes what an answer says more; the first part has the report of the piece's tokens.
+    fn deltas(
+        &mut self,
+        index: usize,
+        deltas: &[chat::Delta],
+        piece: Option<&Piece>,
+        out: &mut BytesMut,
+    ) {
+        let mut piece = piece.filter(|piece| !piece.tokens.is_empty());
+        if deltas.is_empty() && piece.is_some() {
+            self.chunk(index, Delta::default(), piece, None, out);
+        }
+        for delta in deltas {
+            self.chunk(index, Delta::from(delta), piece.take(), None, out);
+        }
+    }
+}
+
+impl<'a> From<&'a chat::Delta> for Delta<'a> {
+    fn from(delta: &'a chat::Delta) -> Self {
+        let part = |index, id: Option<&'a str>, name, arguments| {
+            let (r#type, function) = (id.map(|_| "function"), FunctionPart { name, arguments });
+            Some([CallPart { index, id, r#type, function }])
+        };
+        match delta {
+            chat::Delta::Reasoning(text) => {
+                Self { reasoning_content: Some(text), ..Self::default() }
+            }
+            chat::Delta::Content(text) => Self { content: Some(text), ..Self::default() },
+            chat::Delta::Call { index, id, name } => {
+                Self { tool_calls: part(*index, Some(id), Some(name), ""), ..Self::default() }
+            }
+            chat::Delta::Arguments { index, text } => {
+                Self { tool_calls: part(*index, None, None, text), ..Self::default() }
+            }
+        }
     }
 }
 
 impl Dialect for Chunks {
     fn whole(&self, done: &[(Piece, Completion)]) -> Reply {
+        let read = |(whole, _): &(Piece, Completion)| {
+            let mut reader = AnswerReader::new(self.syntax.clone());
+            reader.push(&whole.text, &mut |_| {});
+            reader.end(&mut |_| {});
+            reader
+        };
+        let readers: Vec<AnswerReader> = match self.endpoint {
+            Endpoint::Text => Vec::new(),
+            Endpoint::Chat => done.iter().map(read).collect(),
+        };
         let choices = done.iter().enumerate().map(|(index, (whole, done))| {
             let offsets = &mut self.offsets[index].clone();
             let mut choice = self.choice(index, Some(whole), offsets, Some(done));
-            let content = whole.text.as_str();
-            match self.endpoint {
-                Endpoint::Text => choice.text = Some(content),
-                Endpoint::Chat => {
-                    choice.message =
-                        Some(AnswerMessage { role: "assistant", content, refusal: None })
+            match readers.get(index) {
+                None => choice.text = Some(&whole.text),
+                Some(reader) => {
+                    choice.finish_reason = choice.finish_reason.map(|kind| ended(kind, reader));
+                    choice.message = Some(AnswerMessage::new(reader.answer()));
                 }
             }
             choice
@@ -226,7 +291,12 @@ impl Dialect for Chunks {
         let is_chat = self.endpoint == Endpoint::Chat;
         let is_failed = matches!(what, Event::Failed { .. });
         if is_chat && !is_failed && !std::mem::replace(&mut self.has_begun[index], true) {
-            let begin = Delta { role: Some("assistant"), content: Some(""), refusal: Some(None) };
+            let begin = Delta {
+                role: Some("assistant"),
+                content: Some(""),
+                refusal: Some(None),
+                ..Delta::default()
+            };
             self.chunk(index, begin, None, None, out);
         }
         match what {
@@ -236,6 +306,9 @@ impl Dialect for Chunks {
                 if !done.tail.text.is_empty() || !done.tail.tokens.is_empty() {
                     self.piece(index, &done.tail, out);
                 }
+                let mut deltas = Vec::new();
+                self.readers[index].end(&mut |delta| deltas.push(delta));
+                self.deltas(index, &deltas, None, out);
                 self.ended.push(Ended::new(index, done));
                 self.chunk(index, Delta::default(), None, Some(done), out);
             }
@@ -277,7 +350,7 @@ mod tests {
     #[test]
     fn a_stream_has_role_pieces_reason_counts_and_done_in_this_order() {
         let requests = vec![request::Request::new("x", 1); 2];
-        let choices = Choices { requests, n: 2, stream: true, include_usage: true };
+        let choices = Choices { requests, n: 2, stream: true, include_usage: true, syntax: None };
         let detokenize = Arc::new(|_, _| Vec::new());
         let mut chunks = Chunks::new(Endpoint::Chat, "m".into(), &choices, detokenize);
         let mut out = BytesMut::new();

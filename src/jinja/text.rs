@@ -110,6 +110,14 @@ impl Text {
         out.finish()
     }
 
+    /// The text with one of the template's own behind it.
+    pub fn with_own(&self, more: &str) -> Result<Self, Error> {
+        let mut out = Builder::default();
+        out.push(self);
+        out.push_as(more, false);
+        out.finish()
+    }
+
     /// The part at `range` of bytes.
     pub fn slice(&self, range: Range<usize>) -> Self {
         let mut part = Builder { is_html: self.is_html, ..Builder::default() };

@@ -15,6 +15,9 @@ pub enum LlamaError {
         /// What llama.cpp logged, or what was checked here.
         reason: String,
     },
+    /// `common/chat` refused a template, messages or an answer; what it said.
+    #[error("{0}")]
+    Chat(String),
     /// A context could not be created, usually for lack of memory.
     #[error("could not create a context: {0}")]
     Context(String),

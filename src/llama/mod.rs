@@ -3,13 +3,15 @@
 //! Any thread may read a [`Model`]. A [`Context`] (KV cache and compute buffers) belongs to the thread
 //! that built it and keeps its model alive. A [`Batch`] holds the rows of one forward pass. A
 //! [`SamplerChain`] changes one row of logits; it does not draw from it. [`ggml`] computes small
-//! networks on the same kernels.
+//! networks on the same kernels. A [`ChatFormat`] knows how a chat template's models write calls of
+//! tools.
 //!
 //! Nothing in this folder knows of requests, slots, heads or HTTP.
 #![allow(unsafe_code)]
 
 mod backend;
 mod batch;
+mod chat;
 mod check;
 mod context;
 mod error;
@@ -31,6 +33,7 @@ mod writer;
 
 pub use backend::{max_sequences, supports_gpu_offload, system_info, version};
 pub use batch::Batch;
+pub use chat::{AnswerParser, ChatFormat, ParsedAnswer, ParsedCall};
 pub use context::{Context, ContextParams};
 pub use error::LlamaError;
 pub use gguf::MatrixRows;

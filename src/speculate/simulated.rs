@@ -131,8 +131,8 @@ impl<F: Forward> Forward for Simulated<F> {
         self.model.apply(op)
     }
 
-    fn piece(&self, token: Token, out: &mut Vec<u8>) {
-        self.model.piece(token, out);
+    fn piece(&self, token: Token, by_name: bool, out: &mut Vec<u8>) {
+        self.model.piece(token, by_name, out);
     }
 
     fn is_end(&self, token: Token) -> bool {
@@ -166,7 +166,7 @@ mod tests {
         fn apply(&mut self, _: KvOp) -> Result<(), StepError> {
             Ok(())
         }
-        fn piece(&self, _: Token, _: &mut Vec<u8>) {}
+        fn piece(&self, _: Token, _: bool, _: &mut Vec<u8>) {}
         fn is_end(&self, _: Token) -> bool {
             false
         }

@@ -98,8 +98,9 @@ impl Speculator {
         }
     }
 
-    /// Begins a step of `n_rows` rows, of which `n_decode` decode.
-    pub fn begin(&mut self, n_rows: usize, n_decode: usize) -> Drafting<'_> {
+    /// Begins a step of `n_rows` rows, of which `n_decode` decode. `is_guided`: a grammar may leave
+    /// single tokens to candidates.
+    pub fn begin(&mut self, n_rows: usize, n_decode: usize, is_guided: bool) -> Drafting<'_> {
         let worth = self.worth(n_rows, n_decode);
         let is_fixed = self.fixed_nodes.is_some();
         let can_pay = worth.row_s < worth.token_s; // else nothing pays, however certain
@@ -107,7 +108,7 @@ impl Speculator {
         if can_pay && !is_fixed {
             self.rest.left = self.rest.left.saturating_sub(1);
         }
-        let is_due = is_fixed || (can_pay && (asks_heads || self.text.is_some()));
+        let is_due = is_fixed || (can_pay && (asks_heads || self.text.is_some() || is_guided));
         let step = Step { n_rows, n_before: self.n_before, n_decode, draft_s: 0.0, room: 0 };
         Drafting { speculator: self, step, is_due, asks_heads }
     }
@@ -148,6 +149,10 @@ impl Speculator {
         }
         self.record_verified(tree, accepted, last);
         let factor = trust.heads.factor();
+        if nodes.iter().all(|n| n.forced) {
+            trust.text.fade();
+            return trust.heads.fade();
+        }
         if nodes.iter().all(|n| n.p == 0.0) {
             trust.heads.fade();
         }
@@ -255,7 +260,7 @@ impl Drafted<'_> {
         // text alone proposes.
         let without = Step { draft_s: 0.0, n_before: step.n_rows, ..step };
         let by_text = trees.iter().flat_map(|tree| tree.borrow().nodes());
-        let by_text = by_text.filter(|n| n.text.is_some()).map(|n| n.q);
+        let by_text = by_text.filter(|n| n.text.is_some() || n.forced).map(|n| n.q);
         let without = policy::best(by_text, without, &s.cost, &mut s.scratch).1;
         let n = policy::choose(trees, step, &s.cost, &mut s.scratch);
         if asks_heads {
@@ -322,7 +327,7 @@ mod tests {
     /// One step of one sequence; returns how many candidates were verified, or `None` without a
     /// draft.
     fn step(speculator: &mut Speculator, model: Token) -> Option<usize> {
-        let drafting = speculator.begin(1, 1);
+        let drafting = speculator.begin(1, 1, false);
         if !drafting.is_due {
             let _ = drafting.skip();
             return None;

@@ -28,6 +28,8 @@ pub struct Node {
     pub p: f32,
     /// What speaks for it in the text before, if anything does.
     pub text: Option<Evidence>,
+    /// A grammar leaves nothing else, and no other source proposed it.
+    pub forced: bool,
     /// Estimated probability that it is accepted: of the whole path.
     pub q: f32,
 }
@@ -37,6 +39,7 @@ impl Node {
     #[must_use]
     pub fn source(&self) -> Source {
         match self.text {
+            _ if self.forced => Source::Grammar,
             None => Source::Heads,
             Some(_) if self.p == 0.0 => Source::Text,
             Some(_) => Source::Both,
@@ -140,20 +143,20 @@ impl Tree {
         self.n_verified = self.n_verified.min(n);
     }
 
-    /// Keeps the nodes that `keeps` marks, in their order. It marks no node without its parent.
-    pub fn retain(&mut self, keeps: &[bool]) {
-        let mut places = Vec::with_capacity(self.nodes.len());
-        let mut n = 0;
-        for (i, &keep) in keeps.iter().enumerate() {
-            places.push(n);
-            if keep {
-                let node = self.nodes[i];
-                self.nodes[n] = Node { parent: node.parent.map(|p| places[p]), ..node };
-                n += 1;
-            }
+    /// Replaces all nodes, of which each comes after its parent, by the best `most` of these. A
+    /// node's `q` is not above its parent's.
+    pub fn replace(&mut self, nodes: &[Node], most: usize) {
+        let mut order: Vec<usize> = (0..nodes.len()).collect();
+        order.sort_by(|&a, &b| nodes[b].q.total_cmp(&nodes[a].q)); // stable: parents stay first
+        order.truncate(most);
+        let mut places = vec![None; nodes.len()];
+        self.nodes.clear();
+        for i in order {
+            places[i] = Some(self.nodes.len());
+            let parent = nodes[i].parent.and_then(|parent| places[parent]);
+            self.nodes.push(Node { parent, ..nodes[i] });
         }
-        self.nodes.truncate(n);
-        self.n_verified = n;
+        self.n_verified = self.nodes.len();
     }
 
     /// Adds a node that a head proposes after all others; panics as [`push_with`](Self::push_with).
@@ -179,7 +182,7 @@ impl Tree {
         assert!(self.child(parent, token).is_none(), "a path is in a tree once");
         assert_eq!(self.n_verified, self.nodes.len(), "a tree grows before it is cut");
         let depth = parent.map_or(0, |i| self.nodes[i].depth) + 1;
-        self.nodes.push(Node { token, parent, depth, p, text, q });
+        self.nodes.push(Node { token, parent, depth, p, text, forced: false, q });
         self.n_verified += 1;
         self.nodes.len() - 1
     }

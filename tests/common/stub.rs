@@ -177,7 +177,7 @@ impl Forward for Stub {
         Ok(())
     }
 
-    fn piece(&self, token: Token, out: &mut Vec<u8>) {
+    fn piece(&self, token: Token, _: bool, out: &mut Vec<u8>) {
         out.extend_from_slice(format!("{} ", token.0).as_bytes());
     }
 

@@ -8,6 +8,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::usage::{AnswerTimings, OpenAiUsage};
+use crate::chat;
 use crate::engine::text::Decoder;
 use crate::llama::Token;
 use crate::request::{
@@ -21,12 +22,14 @@ pub const BUILD: &str = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VER
 /// A token's bytes in a text. Those of a control token are its name's if `true` is given, else none.
 pub type Detokenize = Arc<dyn Fn(Token, bool) -> Vec<u8> + Send + Sync>;
 
-/// Why an answer ended: by itself or at a stop string, or because it was long enough.
-#[derive(Clone, Copy, Debug, Serialize, ToSchema)]
-#[serde(rename_all = "lowercase")]
+/// Why an answer ended: by itself or at a stop string, because it was long enough, or to have tools
+/// called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
 pub enum FinishKind {
     Stop,
     Length,
+    ToolCalls,
 }
 
 /// What ended an answer before the model did: a stop string, a token of `stop_token_ids`,
@@ -137,7 +140,8 @@ pub struct TokenDetails {
     pub id: i32,
     /// Its text; parts of a character are U+FFFD.
     pub text: String,
-    /// What drafted it: `heads`, `text` or `both`; null: the model alone.
+    /// What drafted it: `heads`, `text`, `both`, or the `grammar`, which left nothing else; null: the
+    /// model alone.
     #[schema(required = true)]
     pub source: Option<Source>,
     /// The answer's step that decided it, from 1; 0 for a token of the prompt.
@@ -423,14 +427,65 @@ pub enum ChoiceLogprobs {
 pub struct AnswerMessage<'a> {
     /// `assistant`.
     pub role: &'static str,
-    /// The text.
-    pub content: &'a str,
+    /// The text; null if there is none beside calls.
+    #[schema(required = true)]
+    pub content: Option<&'a str>,
+    /// Its thoughts, if it had some.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reasoning_content: Option<&'a str>,
+    /// The functions to call, if there are any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tool_calls: Option<Vec<CallPart<'a>>>,
     /// Null.
     #[schema(required = true)]
     pub refusal: Option<&'a str>,
 }
 
-/// A part of an answer: first its role, then more text, nothing at its end.
+impl<'a> AnswerMessage<'a> {
+    pub fn new(answer: &'a chat::Answer) -> Self {
+        let is_call = !answer.calls.is_empty();
+        let part = |(index, call): (usize, &'a chat::Call)| CallPart {
+            index,
+            id: Some(&call.id),
+            r#type: Some("function"),
+            function: FunctionPart { name: Some(&call.name), arguments: &call.arguments },
+        };
+        Self {
+            role: "assistant",
+            content: Some(answer.content.as_str()).filter(|text| !is_call || !text.is_empty()),
+            reasoning_content: Some(answer.reasoning.as_str()).filter(|text| !text.is_empty()),
+            tool_calls: is_call.then(|| answer.calls.iter().enumerate().map(part).collect()),
+            refusal: None,
+        }
+    }
+}
+
+/// A function to call, or in a stream a part of that: first its id and name, then its arguments.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct CallPart<'a> {
+    /// Its place among the answer's.
+    pub index: usize,
+    /// Of this call.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<&'a str>,
+    /// `function`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub r#type: Option<&'static str>,
+    /// Which, with what.
+    pub function: FunctionPart<'a>,
+}
+
+/// A function's name and arguments.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct FunctionPart<'a> {
+    /// As the request names it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<&'a str>,
+    /// JSON; in a stream a part of it, and of an answer that was cut off the beginning.
+    pub arguments: &'a str,
+}
+
+/// A part of an answer: first its role, then more thoughts, text or calls, nothing at its end.
 #[derive(Debug, Default, Serialize, ToSchema)]
 pub struct Delta<'a> {
     /// `assistant`.
@@ -439,6 +494,12 @@ pub struct Delta<'a> {
     /// More text.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub content: Option<&'a str>,
+    /// More thoughts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reasoning_content: Option<&'a str>,
+    /// More of a call.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tool_calls: Option<[CallPart<'a>; 1]>,
     /// Null, with the role.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]

@@ -130,11 +130,6 @@ macro_rules! request_body {
                     return Err(Invalid::new("min_tokens", message));
                 }
                 Ok(Request {
-                    prompt,
-                    max_tokens,
-                    echo: false,
-                    embed: None,
-                    progress: false,
                     sampling: SamplingParams {
                         temperature: self.temperature,
                         top_p: self.top_p,
@@ -162,6 +157,7 @@ macro_rules! request_body {
                     grammar: grammar(self.response_format, self.grammar)?,
                     report: Some(report).filter(|r| r.details || r.n_top.is_some()),
                     timeout: self.timeout_s.map(Duration::from_secs_f32),
+                    ..Request::new(prompt, max_tokens)
                 })
             }
         }

@@ -53,6 +53,7 @@ const FIELDS: &[(&str, Effect)] = &[
     ("n_probs", Named("logprobs")),
     ("post_sampling_probs", Unless("[false]")),
     ("preserved_tokens", Unless("[[]]")),
+    ("reasoning_budget_tokens", Named("thinking_budget_tokens")),
     ("reasoning_format", Unless(r#"["none", "auto"]"#)),
     ("response_fields", Unless("[[]]")),
     ("return_tokens", Named("details")),

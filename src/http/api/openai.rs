@@ -15,7 +15,9 @@ use super::fields::{
     BreakerList, LogitBias, MAX_CHOICES, Prompts, ResponseFormat, Stops, default_breakers, grammar,
     request_body,
 };
-use crate::chat::{Conversation, Ending, Template};
+use crate::chat::{
+    Conversation, Ending, Form, Prepared, Syntax, Template, Thoughts, ToolChoice, tools_from_json,
+};
 use crate::error::Invalid;
 use crate::request::{Prompt, Report, Request, SamplingParams, Speculation};
 
@@ -30,6 +32,19 @@ pub struct Choices {
     pub stream: bool,
     /// Close a stream with the counts of tokens.
     pub include_usage: bool,
+    /// How to read a chat's answers; `None`: all of each is content.
+    pub syntax: Option<Syntax>,
+}
+
+impl Choices {
+    /// Gives the answers their form.
+    fn form(&mut self, form: Form) -> Result<(), Invalid> {
+        for request in &mut self.requests {
+            form.guide(request)?;
+        }
+        self.syntax = form.syntax;
+        Ok(())
+    }
 }
 
 /// Declares a body with the fields that both of OpenAI's share.
@@ -73,11 +88,6 @@ macro_rules! openai_body {
                 pub stream_options: Option<StreamOptions>,
                 /// Not supported: an empty list is taken.
                 #[schema(example = json!([]), max_items = 0)]
-                pub tools: Option<Vec<Value>>,
-                /// Not supported: "none" is taken.
-                pub tool_choice: Option<Nothing>,
-                /// Not supported: an empty list is taken.
-                #[schema(example = json!([]), max_items = 0)]
                 pub functions: Option<Vec<Value>>,
                 /// Not supported: "none" is taken.
                 pub function_call: Option<Nothing>,
@@ -102,10 +112,6 @@ macro_rules! openai_body {
                 pub safety_identifier: Option<Value>,
                 /// Ignored.
                 pub prompt_cache_key: Option<Value>,
-                /// Ignored.
-                pub parallel_tool_calls: Option<Value>,
-                /// Ignored.
-                pub reasoning_effort: Option<Value>,
                 /// Ignored.
                 pub verbosity: Option<Value>,
             }
@@ -148,7 +154,8 @@ macro_rules! openai_body {
                 };
                 let requests =
                     prompts.iter().flat_map(|prompt| (0..n).map(move |i| request(prompt, i)));
-                Ok(Choices { requests: requests.collect(), n, stream, include_usage })
+                let requests = requests.collect();
+                Ok(Choices { requests, n, stream, include_usage, syntax: None })
             }
         }
     };
@@ -172,6 +179,15 @@ openai_body! {
         /// most likely tokens.
         #[schema(example = 3, maximum = 20)]
         pub logprobs: Option<usize>,
+        /// Only of chats: an empty list is taken.
+        #[schema(example = json!([]), max_items = 0)]
+        pub tools: Option<Vec<Value>>,
+        /// Only of chats: "none" is taken.
+        pub tool_choice: Option<Nothing>,
+        /// Ignored.
+        pub parallel_tool_calls: Option<Value>,
+        /// Ignored.
+        pub reasoning_effort: Option<Value>,
     }
 }
 
@@ -201,6 +217,33 @@ openai_body! {
         /// The same by its older name.
         #[schema(example = 64, minimum = -1, format = "tokens")]
         pub max_tokens: Option<usize>,
+        /// Functions that the model may call.
+        #[schema(value_type = Option<Vec<Object>>, max_items = 512, example = json!([{
+            "type": "function",
+            "function": {
+                "name": "get_weather",
+                "parameters": { "type": "object", "properties": { "city": { "type": "string" } }, "required": ["city"] },
+            },
+        }]))]
+        pub tools: Option<Vec<Map<String, Value>>>,
+        /// `none`, `auto`, `required`, or a function by name; without tools `none` or `auto`.
+        #[schema(value_type = Option<Object>, example = "auto")]
+        pub tool_choice: Option<Value>,
+        /// The answer may call several functions; by default if the template has that.
+        #[schema(example = true)]
+        pub parallel_tool_calls: Option<bool>,
+        /// How much to think, as the chat template has it: `low`, `medium`, `high`, ...; with `none`
+        /// not at all.
+        #[schema(example = "low", max_length = 32)]
+        pub reasoning_effort: Option<String>,
+        /// Most tokens of thoughts, after which they are ended; 0: the answer does not think, and -1:
+        /// no limit.
+        #[schema(example = 256, minimum = -1, format = "tokens")]
+        pub thinking_budget_tokens: Option<usize>,
+        /// `none`: thoughts are part of the text; `auto` and `deepseek`: they are in
+        /// `reasoning_content`.
+        #[schema(example = "auto")]
+        pub reasoning_format: Option<ReasoningFormat>,
         /// More variables for the chat template, by name.
         #[schema(value_type = Option<Object>, example = json!({ "enable_thinking": false }))]
         pub chat_template_kwargs: Option<Map<String, Value>>,
@@ -249,19 +292,33 @@ impl ChatRequest {
         }
         let request = TemplateRequest {
             messages: std::mem::take(&mut self.messages),
-            tools: None,
+            tools: self.tools.take(),
             documents: self.documents.take(),
             chat_template_kwargs: self.chat_template_kwargs.take(),
             add_generation_prompt: self.add_generation_prompt,
             continue_final_message: self.continue_final_message,
         };
-        let prompt = request.render(template)?;
+        let mut conversation = request.conversation()?;
+        let tools = tools_from_json(&conversation.tools)?;
+        conversation.choice = ToolChoice::from_json(self.tool_choice.as_ref(), &tools)?;
+        conversation.parallel = self.parallel_tool_calls;
+        let effort = self.reasoning_effort.take();
+        conversation.thoughts = Thoughts {
+            enabled: effort.as_ref().map(|effort| effort != "none"),
+            effort: effort.filter(|effort| effort != "none"),
+            budget: self.thinking_budget_tokens.filter(|budget| *budget < n_ctx),
+            inline: matches!(self.reasoning_format, Some(ReasoningFormat::None)),
+        };
+        let template = template.as_ref().map_err(|why| Invalid::new("messages", why.as_str()))?;
+        let Prepared { prompt, form } = template.prepare(conversation)?;
         let max_tokens = self.max_completion_tokens.or(self.max_tokens).unwrap_or(n_ctx);
         if max_tokens == 0 {
             let message = "max_tokens is 0; it must be at least 1, or -1 for no limit";
             return Err(Invalid::new("max_tokens", message));
         }
-        self.choices(&[prompt], max_tokens, n_top, n_ctx, random_seed)
+        let mut choices = self.choices(&[prompt], max_tokens, n_top, n_ctx, random_seed)?;
+        choices.form(form)?;
+        Ok(choices)
     }
 }
 
@@ -312,13 +369,23 @@ impl TemplateRequest {
             self.messages.into_iter().enumerate().map(|(i, message)| message.into_object(i));
         Ok(Conversation {
             messages: messages.collect::<Result<_, _>>()?,
-            // Without tools a template describes none.
-            tools: self.tools.filter(|tools| !tools.is_empty()).map(|tools| json!(tools)),
+            tools: self.tools.unwrap_or_default(),
             documents: self.documents.map(|documents| json!(documents)),
             variables: self.chat_template_kwargs.unwrap_or_default(),
             ending,
+            ..Conversation::default()
         })
     }
+}
+
+/// Where thoughts are, as llama-server names it.
+#[derive(Clone, Copy, Debug, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+#[allow(missing_docs)]
+pub enum ReasoningFormat {
+    None,
+    Auto,
+    Deepseek,
 }
 
 /// A seed of 64 bits, with or without a sign.

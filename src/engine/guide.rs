@@ -1,0 +1,544 @@
+//! What may come next in an answer: thoughts first, then any text until a grammar begins, then what
+//! the grammar leaves.
+//!
+//! A [`Guide`] has seen the tokens chosen so far. It masks the row of logits that the next one is
+//! chosen from, and prepares a tree before it is computed: it cuts out what may not follow, and adds
+//! what must. What it does at a place depends on the text up to there and on nothing else, so the
+//! text is the same with drafts and without.
+
+use std::time::Duration;
+
+use regex::bytes::Regex;
+use rustix::time::{ClockId, clock_gettime};
+
+use super::grammar::{Grammar, GrammarError, Grammars};
+use crate::error::Invalid;
+use crate::llama::Token;
+use crate::request::{GrammarBegin, Request, Thinking, Trigger};
+use crate::speculate::{MAX_NODES, Node, Tree};
+
+/// Processor time that a grammar may take at once, and for each token again. All streams wait for
+/// it, and an ambiguous grammar takes more with each token.
+const MOST_TIME: Duration = Duration::from_millis(250);
+const TIME_PER_TOKEN: Duration = Duration::from_millis(20);
+
+/// Bytes of text before a token in which a match of a pattern may begin.
+const PATTERN_WINDOW: usize = 256;
+
+/// Estimated probability that a token that must follow does: a sequence may end before it.
+const CERTAIN: f32 = 0.998;
+/// After a candidate less likely than this it is not asked what must follow: that takes time.
+const LIKELY: f32 = 0.2;
+
+/// Follows one answer.
+pub struct Guide {
+    grammar: Option<Grammar>,
+    thoughts: Option<Thoughts>,
+    triggers: Vec<Matcher>,
+    /// Tokens of the text that the answer and its grammar begin with.
+    opening: Vec<Token>,
+    /// The grammar waits for a trigger, or has not been reached yet.
+    waits: bool,
+    place: Place,
+    /// What thoughts and triggers are looked for in.
+    text: Vec<u8>,
+    /// Processor time that it may still take.
+    time: Duration,
+}
+
+/// Where an answer is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// At its beginning, where thoughts may begin.
+    Before,
+    /// After this many tokens of thoughts.
+    Thinking(usize),
+    /// After this many tokens of the text that ends thoughts.
+    Closing(usize),
+    /// After this many tokens of the text that the grammar begins with.
+    Opening(usize),
+    /// Before a trigger.
+    Waiting,
+    /// Where the grammar holds.
+    Following,
+    /// Where nothing holds any more.
+    Free,
+}
+
+struct Thoughts {
+    /// The text that begins them, and its token if it is one.
+    begin: Option<(Vec<u8>, Option<Token>)>,
+    ends: Vec<Vec<u8>>,
+    /// What to write where the budget is spent.
+    closing: Vec<Token>,
+    budget: Option<usize>,
+}
+
+enum Matcher {
+    Word(Vec<u8>),
+    Pattern(Regex),
+}
+
+impl Matcher {
+    /// Where the grammar begins in `text`, whose bytes from `new` on were not searched before.
+    fn find(&self, text: &[u8], new: usize) -> Option<usize> {
+        match self {
+            Self::Word(word) => find(text, word, new),
+            Self::Pattern(pattern) => {
+                let from = new.saturating_sub(PATTERN_WINDOW);
+                let found = pattern.captures_at(text, from)?;
+                let group = found.iter().skip(1).flatten().find(|group| !group.is_empty());
+                Some(group.or(found.get(0))?.start())
+            }
+        }
+    }
+}
+
+/// The first place of a word in a text that ends behind `new`.
+fn find(text: &[u8], word: &[u8], new: usize) -> Option<usize> {
+    let from = (new + 1).saturating_sub(word.len());
+    memchr::memmem::find(&text[from..], word).map(|at| from + at)
+}
+
+/// What a path took, to be taken back.
+struct Undo {
+    place: Place,
+    n_text: usize,
+    /// Tokens that the grammar consumed.
+    n_consumed: usize,
+}
+
+/// What must come next.
+enum Next {
+    Anything,
+    Only(Token),
+    /// What the grammar allows, or the token that begins thoughts.
+    Grammar(Option<Token>),
+}
+
+impl Guide {
+    /// Of a request, if anything guides it. `grammars` are those of the vocabulary in which the
+    /// request's [`shown`](Request::shown) tokens are text.
+    ///
+    /// # Errors
+    /// [`Invalid`] for a grammar that cannot be followed.
+    pub fn of(request: &Request, grammars: &Grammars) -> Result<Option<Self>, Invalid> {
+        let grammar =
+            request.grammar.as_ref().map(|source| grammars.compile(source)).transpose()?;
+        if grammar.is_none() && request.thinking.as_ref().is_none_or(|t| t.budget.is_none()) {
+            return Ok(None);
+        }
+        let mut guide = Self::from_parts(grammar);
+        guide.thoughts =
+            request.thinking.as_ref().map(|thinking| Thoughts::new(thinking, grammars));
+        let fail =
+            |why: &str| Invalid::new("grammar", format!("grammar cannot be followed: {why}"));
+        match &request.begin {
+            GrammarBegin::Answer => {}
+            GrammarBegin::Prompt(text) => {
+                let path = grammars.tokenize(text);
+                let grammar = guide.grammar.as_mut();
+                if !grammar.is_none_or(|grammar| grammar.begin_after(&path)) {
+                    return Err(fail("it does not begin with the prompt's end"));
+                }
+            }
+            GrammarBegin::Text(text) => guide.opening = grammars.tokenize(text),
+            GrammarBegin::Triggers(triggers) => {
+                let triggers = triggers.iter().map(|trigger| match trigger {
+                    Trigger::Word(word) => Ok(Matcher::Word(word.clone().into_bytes())),
+                    Trigger::Pattern(pattern) => {
+                        Regex::new(pattern).map(Matcher::Pattern).map_err(|e| fail(&e.to_string()))
+                    }
+                });
+                guide.triggers = triggers.collect::<Result<_, _>>()?;
+                guide.waits = true;
+            }
+        }
+        guide.place = match &guide.thoughts {
+            Some(Thoughts { begin: Some(_), .. }) => Place::Before,
+            Some(Thoughts { begin: None, .. }) => Place::Thinking(0),
+            None => guide.place_after_thoughts(),
+        };
+        Ok(Some(guide))
+    }
+
+    fn from_parts(grammar: Option<Grammar>) -> Self {
+        let place = if grammar.is_some() { Place::Following } else { Place::Free };
+        Self {
+            grammar,
+            thoughts: None,
+            triggers: Vec::new(),
+            opening: Vec::new(),
+            waits: false,
+            place,
+            text: Vec::new(),
+            time: MOST_TIME,
+        }
+    }
+
+    /// Where an answer is once it no longer thinks.
+    fn place_after_thoughts(&self) -> Place {
+        match &self.grammar {
+            None => Place::Free,
+            Some(_) if self.waits => Place::Waiting,
+            Some(_) if !self.opening.is_empty() => Place::Opening(0),
+            Some(_) => Place::Following,
+        }
+    }
+
+    fn next(&self) -> Next {
+        match (self.place, &self.thoughts) {
+            (Place::Closing(n), Some(thoughts)) => Next::Only(thoughts.closing[n]),
+            (Place::Opening(n), _) => Next::Only(self.opening[n]),
+            (Place::Following, _) => Next::Grammar(None),
+            (Place::Before, Some(thoughts)) => {
+                let begin = thoughts.begin.as_ref().and_then(|(_, token)| *token);
+                match (self.place_after_thoughts(), begin) {
+                    (Place::Following, begin) => Next::Grammar(begin),
+                    (Place::Opening(_), None) => Next::Only(self.opening[0]),
+                    // Either of two tokens: what the model begins with decides.
+                    _ => Next::Anything,
+                }
+            }
+            _ => Next::Anything,
+        }
+    }
+
+    /// Copies `logits` with those of forbidden tokens lowered to minus infinity. Returns `false`,
+    /// and copies nothing, where any token may come next.
+    pub fn mask(&self, logits: &[f32], masked: &mut Vec<f32>) -> bool {
+        match (self.next(), &self.grammar) {
+            (Next::Anything, _) | (Next::Grammar(_), None) => return false,
+            (Next::Only(token), _) => {
+                masked.clear();
+                masked.resize(logits.len(), f32::NEG_INFINITY);
+                copy(token, logits, masked);
+            }
+            (Next::Grammar(or), Some(grammar)) => {
+                grammar.mask(logits, masked);
+                or.iter().for_each(|token| copy(*token, logits, masked));
+            }
+        }
+        true
+    }
+
+    /// Takes the token that was chosen, and its bytes in the text. Returns `true` if the text is
+    /// complete: nothing may follow, or only its end.
+    ///
+    /// # Errors
+    /// [`GrammarError`] when llguidance gives up, or took too much time.
+    pub fn accept(&mut self, token: Token, bytes: &[u8]) -> Result<bool, GrammarError> {
+        let begun = processor_time();
+        let is_whole = self.advance(token, bytes)?;
+        let left = (self.time + TIME_PER_TOKEN).checked_sub(processor_time() - begun);
+        let late = || GrammarError("it takes too much time for each token".into());
+        self.time = left.ok_or_else(late)?.min(MOST_TIME);
+        Ok(is_whole)
+    }
+
+    fn advance(&mut self, token: Token, bytes: &[u8]) -> Result<bool, GrammarError> {
+        if let (Place::Following, Some(grammar)) = (self.place, &mut self.grammar) {
+            return grammar.accept(token);
+        }
+        let entered = self.step(token, bytes).map_or(Vec::new(), |(_, path)| path);
+        if self.place == Place::Following {
+            let grammar = self.grammar.as_mut();
+            return grammar.map_or(Ok(false), |grammar| grammar.settle(&entered));
+        }
+        Ok(false)
+    }
+
+    /// Takes a token, of which it is only known that [`next`](Self::next) does not forbid it, and
+    /// returns how to take it back, and the tokens that the grammar consumed if it begins here.
+    /// `None` if it may not follow.
+    fn step(&mut self, token: Token, bytes: &[u8]) -> Option<(Undo, Vec<Token>)> {
+        let mut undo = Undo { place: self.place, n_text: self.text.len(), n_consumed: 0 };
+        let mut entered = Vec::new();
+        match self.place {
+            Place::Free => {}
+            Place::Following => {
+                let grammar = self.grammar.as_mut()?;
+                if !grammar.try_path(&[token]) {
+                    return None;
+                }
+                undo.n_consumed = 1;
+            }
+            Place::Closing(n) => {
+                let closing = &self.thoughts.as_ref()?.closing;
+                if closing[n] != token {
+                    return None;
+                }
+                let is_last = n + 1 == closing.len();
+                self.place =
+                    if is_last { self.place_after_thoughts() } else { Place::Closing(n + 1) };
+            }
+            Place::Opening(n) => {
+                if self.opening[n] != token {
+                    return None;
+                }
+                self.place = Place::Opening(n + 1);
+                if n + 1 == self.opening.len() {
+                    let opening = self.opening.clone();
+                    self.enter(&opening);
+                    entered = opening;
+                }
+            }
+            Place::Before | Place::Thinking(_) | Place::Waiting => {
+                self.text.extend_from_slice(bytes);
+                entered = self.scan(undo.n_text, token);
+            }
+        }
+        if self.place == Place::Following && undo.place != Place::Following {
+            undo.n_consumed = entered.len();
+        }
+        Some((undo, entered))
+    }
+
+    /// Looks for what begins or ends in the text from `new` on, and moves on. Returns the tokens that
+    /// the grammar consumed if it begins here.
+    fn scan(&mut self, new: usize, token: Token) -> Vec<Token> {
+        let mut new = new;
+        if self.place == Place::Before {
+            let begin = self.thoughts.as_ref().and_then(|thoughts| thoughts.begin.as_ref());
+            let Some((begin, _)) = begin else { return Vec::new() };
+            let start = self.text.iter().take_while(|byte| byte.is_ascii_whitespace()).count();
+            let seen = &self.text[start..];
+            if seen.starts_with(begin) {
+                self.place = Place::Thinking(0);
+                new = start + begin.len();
+            } else if begin.starts_with(seen) {
+                return Vec::new(); // it may still begin
+            } else {
+                return self.leave_thoughts(0, Some(token));
+            }
+        }
+        if let (Place::Thinking(n), Some(thoughts)) = (self.place, &self.thoughts) {
+            let ends = thoughts
+                .ends
+                .iter()
+                .filter_map(|end| find(&self.text, end, new).map(|at| (at, at + end.len(), end)));
+            if let Some((at, end, word)) = ends.min_by_key(|(at, end, _)| (*at, usize::MAX - end)) {
+                // A call may end thoughts, too.
+                let calls = |matcher: &Matcher| matches!(matcher, Matcher::Word(w) if w == word);
+                let rest = if self.triggers.iter().any(calls) { at } else { end };
+                return self.leave_thoughts(rest, None);
+            }
+            let n = n + 1;
+            let is_spent = thoughts.budget.is_some_and(|budget| n >= budget);
+            self.place = if is_spent && !thoughts.closing.is_empty() {
+                Place::Closing(0)
+            } else {
+                Place::Thinking(n)
+            };
+            return Vec::new();
+        }
+        self.await_trigger(new)
+    }
+
+    /// Goes on after thoughts with the text from `rest` on, all of which is `token` if there is one.
+    fn leave_thoughts(&mut self, rest: usize, token: Option<Token>) -> Vec<Token> {
+        self.place = self.place_after_thoughts();
+        match self.place {
+            Place::Waiting => self.await_trigger(rest),
+            // What is between thoughts and an answer in a fixed form is white space.
+            Place::Following if token.is_some() => {
+                let path: Vec<Token> = token.into_iter().collect();
+                if self.enter(&path) { path } else { Vec::new() }
+            }
+            Place::Following => {
+                let text = self.text[rest..].trim_ascii_start();
+                let path = match &self.grammar {
+                    Some(grammar) if !text.is_empty() => grammar.tokenize(text),
+                    _ => Vec::new(),
+                };
+                if self.enter(&path) { path } else { Vec::new() }
+            }
+            Place::Opening(_) if token == self.opening.first().copied() => {
+                self.place = Place::Opening(1);
+                if self.opening.len() == 1 {
+                    let opening = self.opening.clone();
+                    self.enter(&opening);
+                    return opening;
+                }
+                Vec::new()
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// Looks for a trigger in the text, whose bytes from `new` on were not searched before.
+    fn await_trigger(&mut self, new: usize) -> Vec<Token> {
+        if self.place != Place::Waiting {
+            return Vec::new();
+        }
+        let found = self.triggers.iter().filter_map(|trigger| trigger.find(&self.text, new)).min();
+        let (Some(start), Some(grammar)) = (found, &self.grammar) else { return Vec::new() };
+        let path = grammar.tokenize(&self.text[start..]);
+        // What goes on otherwise than the grammar has it is text.
+        if self.enter(&path) { path } else { Vec::new() }
+    }
+
+    /// Begins the grammar after `path`. Returns `false`, and stays where it is, if it does not begin
+    /// so.
+    fn enter(&mut self, path: &[Token]) -> bool {
+        let fits = self.grammar.as_mut().is_some_and(|grammar| grammar.try_path(path));
+        if fits {
+            self.place = Place::Following;
+        } else if matches!(self.place, Place::Opening(_)) {
+            self.place = Place::Free;
+        }
+        fits
+    }
+
+    fn take_back(&mut self, undo: &Undo) {
+        if let Some(grammar) = self.grammar.as_mut().filter(|_| undo.n_consumed > 0) {
+            grammar.go_back(undo.n_consumed);
+        }
+        self.text.truncate(undo.n_text);
+        self.place = undo.place;
+    }
+
+    /// The tokens that must come next, if any must.
+    fn forced(&mut self) -> Vec<Token> {
+        match (self.place, &self.thoughts) {
+            (Place::Closing(n), Some(thoughts)) => thoughts.closing[n..].to_vec(),
+            (Place::Opening(n), _) => self.opening[n..].to_vec(),
+            (Place::Following, _) => self.grammar.as_mut().map_or(Vec::new(), Grammar::forced),
+            _ => Vec::new(),
+        }
+    }
+
+    /// Cuts candidates that may not follow out of a tree, and adds those that must, at most
+    /// `max_depth` tokens after the root. `bytes` appends those of a token's text.
+    pub fn prepare(
+        &mut self,
+        tree: &mut Tree,
+        max_depth: usize,
+        bytes: &dyn Fn(Token, &mut Vec<u8>),
+    ) {
+        let begun = processor_time();
+        let mut walk = Walk { tree, max_depth, bytes, nodes: Vec::new(), piece: Vec::new() };
+        self.walk(&mut walk, Some(None), None);
+        let Walk { nodes, .. } = walk;
+        tree.replace(&nodes, MAX_NODES);
+        self.time = self.time.saturating_sub(processor_time() - begun);
+    }
+
+    /// Adds what may follow `at` among the nodes kept so far (`None`: the root), which is `old` in
+    /// the tree as it was, if it was there.
+    fn walk(&mut self, walk: &mut Walk<'_>, old: Option<Option<usize>>, at: Option<usize>) {
+        let (q, depth) = at.map_or((1.0, 0), |at| (walk.nodes[at].q, walk.nodes[at].depth));
+        let is_over = self.place == Place::Following
+            && self.grammar.as_ref().is_some_and(Grammar::is_complete);
+        if is_over || depth >= walk.max_depth || walk.nodes.len() >= 2 * MAX_NODES {
+            return;
+        }
+        let forced = if q >= LIKELY { self.forced() } else { Vec::new() };
+        if !forced.is_empty() {
+            return self.walk_forced(walk, old, at, &forced);
+        }
+        let Some(old) = old else { return };
+        let children = walk.tree.nodes().iter().enumerate().filter(|(_, n)| n.parent == old);
+        let children: Vec<(usize, Node)> = children.map(|(i, node)| (i, *node)).collect();
+        for (i, node) in children {
+            // The mask holds for the first place only, where it rejects most candidates cheaply.
+            if at.is_none() && !self.may_begin(node.token) {
+                continue;
+            }
+            walk.piece.clear();
+            (walk.bytes)(node.token, &mut walk.piece);
+            let piece = std::mem::take(&mut walk.piece);
+            if let Some((undo, _)) = self.step(node.token, &piece) {
+                walk.nodes.push(Node { parent: at, ..node });
+                let kept = walk.nodes.len() - 1;
+                self.walk(walk, Some(Some(i)), Some(kept));
+                self.take_back(&undo);
+            }
+            walk.piece = piece;
+        }
+    }
+
+    /// Adds tokens that must follow one another, and what may come after them.
+    fn walk_forced(
+        &mut self,
+        walk: &mut Walk<'_>,
+        old: Option<Option<usize>>,
+        at: Option<usize>,
+        forced: &[Token],
+    ) {
+        let (mut old, mut at) = (old, at);
+        let mut undos = Vec::new();
+        for &token in forced {
+            let (q, depth) = at.map_or((1.0, 0), |at| (walk.nodes[at].q, walk.nodes[at].depth));
+            if depth >= walk.max_depth || walk.nodes.len() >= 2 * MAX_NODES {
+                break;
+            }
+            walk.piece.clear();
+            (walk.bytes)(token, &mut walk.piece);
+            let piece = std::mem::take(&mut walk.piece);
+            let step = self.step(token, &piece);
+            walk.piece = piece;
+            let Some((undo, _)) = step else { break };
+            undos.push(undo);
+            let same = old.and_then(|old| walk.tree.child(old, token));
+            let alone = Node { token, parent: None, depth: 0, p: 0.0, text: None, forced: true, q };
+            let node = same.map_or(alone, |i| walk.tree.nodes()[i]);
+            walk.nodes.push(Node { parent: at, depth: depth + 1, q: q * CERTAIN, ..node });
+            (old, at) = (same.map(Some), Some(walk.nodes.len() - 1));
+        }
+        if undos.len() == forced.len() {
+            self.walk(walk, old, at);
+        }
+        undos.iter().rev().for_each(|undo| self.take_back(undo));
+    }
+
+    fn may_begin(&self, token: Token) -> bool {
+        match (self.next(), &self.grammar) {
+            (Next::Anything, _) | (Next::Grammar(_), None) => true,
+            (Next::Only(only), _) => only == token,
+            (Next::Grammar(or), Some(grammar)) => or == Some(token) || grammar.allows(token),
+        }
+    }
+}
+
+/// A tree on its way to one that a [`Guide`] has prepared.
+struct Walk<'t> {
+    tree: &'t Tree,
+    max_depth: usize,
+    bytes: &'t dyn Fn(Token, &mut Vec<u8>),
+    nodes: Vec<Node>,
+    piece: Vec<u8>,
+}
+
+impl Thoughts {
+    fn new(thinking: &Thinking, grammars: &Grammars) -> Self {
+        let begin = thinking.begin.as_ref().map(|text| {
+            let tokens = grammars.tokenize(text);
+            let only = (tokens.len() == 1).then(|| tokens[0]);
+            (text.clone().into_bytes(), only)
+        });
+        let closing = thinking.ends.first().map(|end| grammars.tokenize(end)).unwrap_or_default();
+        let ends = thinking.ends.iter().map(|end| end.clone().into_bytes()).collect();
+        Self { begin, ends, closing, budget: thinking.budget }
+    }
+}
+
+impl From<Grammar> for Guide {
+    /// One in which a grammar holds from the beginning.
+    fn from(grammar: Grammar) -> Self {
+        Self::from_parts(Some(grammar))
+    }
+}
+
+fn copy(token: Token, logits: &[f32], masked: &mut [f32]) {
+    let at = token.0.cast_unsigned() as usize;
+    if let (Some(to), Some(from)) = (masked.get_mut(at), logits.get(at)) {
+        *to = *from;
+    }
+}
+
+/// Processor time of this thread so far.
+fn processor_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    time.try_into().unwrap_or_default() // it is never negative
+}
