@@ -30,7 +30,8 @@ use proptest::prelude::*;
 use proptest::test_runner::Config;
 use serde_json::{Map, Value, json};
 
-static MODEL: LazyLock<Model> = LazyLock::new(|| Model::load(&model_path(), 0, |_| true).unwrap());
+static MODEL: LazyLock<Arc<Model>> =
+    LazyLock::new(|| Arc::new(Model::load(&model_path(), 0, |_| true).unwrap()));
 
 fn config(cases: u32) -> Config {
     let times = std::env::var("FUZZ").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
@@ -219,7 +220,7 @@ proptest! {
     /// A schema becomes a grammar or an error that names the field.
     #[test]
     fn a_schema_is_compiled_or_refused(schema in schema()) {
-        static GRAMMARS: LazyLock<Grammars> = LazyLock::new(|| Grammars::new(&MODEL).unwrap());
+        static GRAMMARS: LazyLock<Grammars> = LazyLock::new(|| Grammars::new(&MODEL, &[]).unwrap());
         if let Err(error) = GRAMMARS.compile(&GrammarSource::JsonSchema(schema)) {
             prop_assert_eq!(error.param.as_deref(), Some("response_format"));
             prop_assert!(error.message.len() < 2000, "{}", error);

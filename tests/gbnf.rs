@@ -4,7 +4,7 @@
 mod common;
 
 use std::collections::BTreeSet;
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 use common::model_path;
 use medusa_llama::engine::grammar::{Grammar, GrammarError, Grammars};
@@ -12,8 +12,9 @@ use medusa_llama::llama::{Model, Token};
 use medusa_llama::request::GrammarSource;
 use proptest::prelude::*;
 
-static MODEL: LazyLock<Model> = LazyLock::new(|| Model::load(&model_path(), 0, |_| true).unwrap());
-static GRAMMARS: LazyLock<Grammars> = LazyLock::new(|| Grammars::new(&MODEL).unwrap());
+static MODEL: LazyLock<Arc<Model>> =
+    LazyLock::new(|| Arc::new(Model::load(&model_path(), 0, |_| true).unwrap()));
+static GRAMMARS: LazyLock<Grammars> = LazyLock::new(|| Grammars::new(&MODEL, &[]).unwrap());
 
 /// A text's characters are these.
 const ALPHABET: [char; 4] = ['a', 'b', '(', 'é'];

@@ -4,17 +4,19 @@
 
 mod common;
 
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 use common::{Server, model_path};
 use medusa_llama::engine::grammar::{Grammar, Grammars};
+use medusa_llama::engine::guide::Guide;
 use medusa_llama::llama::{Model, Token};
-use medusa_llama::request::GrammarSource;
-use medusa_llama::speculate::Tree;
+use medusa_llama::request::{GrammarBegin, GrammarSource, Request, Thinking, Trigger};
+use medusa_llama::speculate::{Node, Tree};
 use serde_json::{Value, json};
 
-static MODEL: LazyLock<Model> = LazyLock::new(|| Model::load(&model_path(), 0, |_| true).unwrap());
-static GRAMMARS: LazyLock<Grammars> = LazyLock::new(|| Grammars::new(&MODEL).unwrap());
+static MODEL: LazyLock<Arc<Model>> =
+    LazyLock::new(|| Arc::new(Model::load(&model_path(), 0, |_| true).unwrap()));
+static GRAMMARS: LazyLock<Grammars> = LazyLock::new(|| Grammars::new(&MODEL, &[]).unwrap());
 
 fn lark(grammar: &str) -> Grammar {
     GRAMMARS.compile(&GrammarSource::Lark(grammar.into())).unwrap()
@@ -59,39 +61,146 @@ fn a_grammar_tells_when_its_text_is_complete() {
     assert!(grammar.accept(yes).unwrap(), "nothing may follow");
 }
 
+/// What a tree holds: each node's text, its parent, and whether only the grammar proposed it.
+fn nodes(tree: &Tree) -> Vec<(String, Option<usize>, bool)> {
+    let node = |n: &Node| (MODEL.detokenize(&[n.token]), n.parent, n.forced);
+    tree.nodes().iter().map(node).collect()
+}
+
+fn prepare(guide: &mut Guide, tree: &mut Tree, max_depth: usize) {
+    guide.prepare(tree, max_depth, &|token, out| MODEL.piece(token, false, out));
+}
+
+fn accept(guide: &mut Guide, text: &str) -> bool {
+    let accept = |token: Token| guide.accept(token, &MODEL.bytes(token, false)).unwrap();
+    tokens(text).into_iter().map(accept).last().unwrap()
+}
+
 #[test]
-fn a_tree_keeps_the_paths_that_a_grammar_allows_and_the_grammar_its_place() {
-    let mut grammar = lark(r#"start: "one, " ("two" | "three") ", four""#);
+fn a_tree_keeps_the_paths_that_a_grammar_allows_and_gets_those_that_it_leaves_alone() {
+    let mut guide = Guide::from(lark(r#"start: /[a-z]+/ ", " ("two" | "three") ", four""#));
     let one = tokens("one, two");
     let [one, comma, two] = one[..] else { panic!("three tokens: {one:?}") };
     let (three, four) = (tokens("one, three")[2], tokens("one, four")[2]);
     let mut tree = Tree::default();
     let first = tree.push(None, one, 0.9, 0.9);
-    let forbidden = tree.push(None, two, 0.8, 0.8);
-    tree.push(Some(forbidden), comma, 0.7, 0.7);
+    let forbidden = tree.push(None, comma, 0.8, 0.8);
+    tree.push(Some(forbidden), two, 0.7, 0.7);
     let second = tree.push(Some(first), comma, 0.6, 0.6);
     tree.push(Some(second), four, 0.5, 0.5);
     let third = tree.push(Some(second), three, 0.4, 0.4);
-    tree.push(Some(second), two, 0.3, 0.3);
-    tree.push(Some(third), comma, 0.2, 0.2);
-    tree.push(Some(third), end(), 0.1, 0.1);
-    let before = allowed(&grammar);
-    grammar.prune(&mut tree);
-    let kept: Vec<_> = tree.nodes().iter().map(|n| (n.token, n.parent, n.depth)).collect();
-    assert_eq!(
-        kept,
-        [
-            (one, None, 1),
-            (comma, Some(0), 2),
-            (three, Some(1), 3),
-            (two, Some(1), 3),
-            (comma, Some(2), 4)
-        ],
-        "in their order"
-    );
-    assert_eq!(allowed(&grammar), before);
-    assert!(!grammar.accept(one).unwrap() && !grammar.accept(comma).unwrap());
-    assert!(allowed(&grammar).contains(&two) && !allowed(&grammar).contains(&four));
+    tree.push(Some(second), two, 0.1, 0.1);
+    tree.push(Some(third), two, 0.1, 0.1);
+    prepare(&mut guide, &mut tree, 5);
+    let expected = [
+        ("one", None, false),
+        (",", Some(0), false),
+        (" three", Some(1), false),
+        (",", Some(2), true),
+        (" four", Some(3), true),
+        (" two", Some(1), false),
+    ];
+    assert_eq!(nodes(&tree), expected.map(|(text, parent, f)| (text.to_owned(), parent, f)));
+    let depths: Vec<usize> = tree.nodes().iter().map(|n| n.depth).collect();
+    assert_eq!(depths, [1, 2, 3, 4, 5, 3]);
+    assert!(!accept(&mut guide, "one,"), "the guide kept its place");
+    let mut masked = Vec::new();
+    assert!(guide.mask(&vec![0.0; MODEL.n_vocab()], &mut masked));
+    assert!(masked[two.0 as usize] == 0.0 && masked[four.0 as usize] < 0.0);
+}
+
+fn guided(request: Request) -> Guide {
+    Guide::of(&request, &GRAMMARS).unwrap().unwrap()
+}
+
+fn is_free(guide: &Guide) -> bool {
+    !guide.mask(&vec![0.0; MODEL.n_vocab()], &mut Vec::new())
+}
+
+fn only(guide: &Guide) -> Option<String> {
+    let mut masked = Vec::new();
+    guide.mask(&vec![0.0; MODEL.n_vocab()], &mut masked);
+    let mut left = (0..).zip(masked).filter(|(_, logit)| *logit == 0.0);
+    let (first, second) = (left.next(), left.next());
+    first.filter(|_| second.is_none()).map(|(token, _)| MODEL.detokenize(&[Token(token)]))
+}
+
+fn waiting(triggers: Vec<Trigger>) -> Guide {
+    guided(Request {
+        grammar: Some(GrammarSource::Lark(r#"start: "<call>" /[0-9]/ "</call>""#.into())),
+        begin: GrammarBegin::Triggers(triggers),
+        thinking: Some(Thinking {
+            begin: Some("<think>".into()),
+            ends: vec!["</think>".into()],
+            budget: None,
+        }),
+        ..Request::new("", 9)
+    })
+}
+
+#[test]
+fn a_grammar_begins_at_its_trigger_wherever_tokens_end_and_not_in_thoughts() {
+    for trigger in [Trigger::Word("<call>".into()), Trigger::Pattern("x+(<call>)".into())] {
+        let mut guide = waiting(vec![trigger]);
+        assert!(!accept(&mut guide, "Some text <cal x<call") && is_free(&guide));
+        let closing = MODEL.tokenize(">7</", false).unwrap()[0];
+        let piece = MODEL.bytes(closing, false);
+        guide.accept(closing, &piece).unwrap();
+        assert!(!is_free(&guide), "after {:?}", MODEL.detokenize(&[closing]));
+    }
+    let mut guide = waiting(vec![Trigger::Word("<call>".into())]);
+    accept(&mut guide, " <think>No <call>9999 yet.");
+    assert!(is_free(&guide), "thoughts may say anything");
+    accept(&mut guide, "</think>So: <call>");
+    assert!(!is_free(&guide));
+    let mut guide = waiting(vec![Trigger::Word("<call>".into())]);
+    accept(&mut guide, "<call>");
+    assert!(!is_free(&guide), "there need be no thoughts");
+    assert!(accept(&mut guide, "7</call>"), "nothing may follow a whole call");
+}
+
+#[test]
+fn a_tree_may_hold_a_trigger_and_what_must_follow_it() {
+    let mut guide = waiting(vec![Trigger::Word("<call>".into())]);
+    accept(&mut guide, "Well,");
+    let mut tree = Tree::default();
+    let mut parent = None;
+    let path = tokens("<call>7");
+    for (i, token) in path.iter().enumerate() {
+        parent = Some(tree.push(parent, *token, 0.9, 0.9 - i as f32 * 0.01));
+    }
+    let wrong = tree.push(parent, tokens("x")[0], 0.5, 0.5);
+    tree.push(Some(wrong), tokens("y")[0], 0.4, 0.4);
+    prepare(&mut guide, &mut tree, 20);
+    let text: String = nodes(&tree).into_iter().map(|(text, ..)| text).collect();
+    assert_eq!(text, "<call>7</call>", "{:?}", nodes(&tree));
+    assert!(is_free(&guide));
+}
+
+#[test]
+fn thoughts_end_at_their_budget_and_the_answer_begins_as_it_must() {
+    let mut guide = guided(Request {
+        grammar: Some(GrammarSource::Lark(r#"start: "<call>" /[0-9]/ "</call>""#.into())),
+        begin: GrammarBegin::Text("<call>".into()),
+        thinking: Some(Thinking {
+            begin: None,
+            ends: vec!["\n</think>".into(), "</think>".into()],
+            budget: Some(3),
+        }),
+        ..Request::new("", 9)
+    });
+    assert!(is_free(&guide));
+    accept(&mut guide, "one two three");
+    let mut text = String::new();
+    while let Some(piece) = only(&guide) {
+        text += &piece;
+        accept(&mut guide, &piece);
+    }
+    assert_eq!(text, "\n</think><call>");
+    let mut tree = Tree::default();
+    prepare(&mut guide, &mut tree, 20);
+    assert!(tree.is_empty(), "a digit may be any");
+    assert!(accept(&mut guide, "7</call>"));
 }
 
 #[test]
@@ -115,10 +224,10 @@ fn what_is_no_grammar_is_refused_with_its_reason() {
 /// The grammar takes time with the cube of the text's length, and all streams wait for it.
 #[test]
 fn a_grammar_that_takes_ever_more_time_ends() {
-    let mut grammar = lark("start: s\ns: s s | \"a\" | \"b\"");
+    let mut guide = Guide::from(lark("start: s\ns: s s | \"a\" | \"b\""));
     let followed = tokens(&"abba".repeat(1000))
         .into_iter()
-        .try_for_each(|token| grammar.accept(token).map(|whole| assert!(!whole)));
+        .try_for_each(|token| guide.accept(token, b"").map(|whole| assert!(!whole)));
     assert!(followed.unwrap_err().to_string().contains("too much time"));
 }
 

@@ -16,7 +16,7 @@ use medusa_llama::request::GrammarSource;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-static GRAMMARS: LazyLock<Grammars> = LazyLock::new(|| Grammars::new(&MODEL).unwrap());
+static GRAMMARS: LazyLock<Grammars> = LazyLock::new(|| Grammars::new(&MODEL, &[]).unwrap());
 
 /// A schema of the suite, and values that it allows or does not.
 #[derive(Debug, Deserialize)]

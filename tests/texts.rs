@@ -18,6 +18,7 @@ use common::context::{MODEL, context, feed, params, rows_are_independent};
 use medusa_llama::config::DEFAULT_HEADS;
 use medusa_llama::engine::forward::LlamaForward;
 use medusa_llama::engine::grammar::Grammars;
+use medusa_llama::engine::guide::Guide;
 use medusa_llama::engine::sampler::{Sampler, Scratch, argmax};
 use medusa_llama::engine::{Engine, Job, Layout, Limits};
 use medusa_llama::gpu::weights::Precision;
@@ -510,7 +511,7 @@ fn follow(prompt: &str, ours: &str, text: &[Draw], params: &SamplingParams, move
     true
 }
 
-static GRAMMARS: LazyLock<Grammars> = LazyLock::new(|| Grammars::new(&MODEL).unwrap());
+static GRAMMARS: LazyLock<Grammars> = LazyLock::new(|| Grammars::new(&MODEL, &[]).unwrap());
 
 static GREEDY: LazyLock<Request> = LazyLock::new(|| Request {
     sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
@@ -576,8 +577,8 @@ fn run(
         let (events, receiver) = mpsc::channel(max_tokens + 1);
         let request = Request { max_tokens, ..like.clone() };
         let prompt = MODEL.tokenize(prompt, true).unwrap();
-        let grammar = request.grammar.as_ref().map(|source| GRAMMARS.compile(source).unwrap());
-        engine.enqueue(Job { grammar, ..Job::new(prompt, request, events) });
+        let guide = Guide::of(&request, &GRAMMARS).unwrap();
+        engine.enqueue(Job { guide, ..Job::new(prompt, request, events) });
         receiver
     };
     let receivers: Vec<_> = prompts.iter().map(start).collect();
