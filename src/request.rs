@@ -256,12 +256,11 @@ pub enum GrammarSource {
     Lark(String),
     /// In llama.cpp's GBNF.
     Gbnf(String),
-    /// Calls of tools, in llama.cpp's GBNF of `common/chat`, whose rules `tool-NAME-schema` are what
-    /// these schemas describe, by the tools' names.
+    /// Calls of tools, in llama.cpp's GBNF.
     Calls {
         /// The grammar.
         gbnf: String,
-        /// Schemas of arguments.
+        /// Schemas of objects, by the names of rules that these are in place of.
         schemas: BTreeMap<String, Value>,
     },
 }

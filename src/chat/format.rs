@@ -195,7 +195,7 @@ pub fn generic_form(tools: &[Tool], conversation: &Conversation) -> Result<Form,
         false => GrammarBegin::Triggers(vec![Trigger::Word(opening)]),
     };
     let parallel = conversation.parallel.unwrap_or(!conversation.choice.is_demand());
-    let grammar = Some(GrammarSource::Lark(generic::grammar(tools, parallel)));
+    let grammar = Some(generic::grammar(tools, parallel));
     Ok(Form { grammar, begin, syntax: Some(syntax), ..Form::default() })
 }
 
@@ -232,8 +232,8 @@ fn form(applied: Applied, tools: &[Tool], must_call: bool) -> Result<Form, Inval
     let begin = begin.filter(|_| !applied.grammar.is_empty());
     // A grammar that begins in the prompt has the thoughts in it.
     let is_whole = matches!(begin, Some(GrammarBegin::Prompt(_)));
-    let schemas = tools.iter().map(|tool| (tool.name.clone(), tool.parameters.clone()));
-    let source = GrammarSource::Calls { gbnf: applied.grammar, schemas: schemas.collect() };
+    let schemas = schemas(&applied.grammar, tools);
+    let source = GrammarSource::Calls { gbnf: applied.grammar, schemas };
     Ok(Form {
         grammar: begin.is_some().then_some(source),
         begin: begin.unwrap_or_default(),
@@ -243,6 +243,21 @@ fn form(applied: Applied, tools: &[Tool], must_call: bool) -> Result<Form, Inval
         syntax: Some(syntax),
         turn: applied.generation_prompt,
     })
+}
+
+/// Schemas by the rules of a grammar that they are in place of: those in which arguments are JSON.
+/// llguidance follows more of a schema than such a rule does.
+fn schemas(gbnf: &str, tools: &[Tool]) -> BTreeMap<String, Value> {
+    let is_object = |rule: &str| gbnf.contains(&format!("\n{rule} ::= \"{{\""));
+    let is_only = |rule: &str| tools.iter().filter(|tool| rule_of(tool) == rule).count() == 1;
+    let rules = tools.iter().map(|tool| (rule_of(tool), tool.parameters.clone()));
+    rules.filter(|(rule, _)| is_object(rule) && is_only(rule)).collect()
+}
+
+/// The rule of a tool's arguments, as llama.cpp names it.
+fn rule_of(tool: &Tool) -> String {
+    let letter = |c: char| if c.is_ascii_alphanumeric() { c } else { '-' };
+    format!("tool-{}-schema", tool.name.chars().map(letter).collect::<String>())
 }
 
 /// How an answer thinks, if it does.

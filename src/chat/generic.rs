@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 use super::probe::joined;
 use super::tools::Tool;
 use crate::llama::ChatFormat;
+use crate::request::GrammarSource;
 
 /// A template whose calls have this form.
 const TEMPLATE: &str = "{%- if tools %}{{- '<|im_start|>system\n' }}{%- for tool in tools %}{{- tool | tojson }}{%- endfor %}{{- '<|im_end|>\n' }}{%- endif %}\
@@ -32,20 +33,20 @@ pub fn opening() -> &'static str {
     OPEN
 }
 
-/// A grammar of calls in llguidance's Lark: one, or several if they may be `parallel`.
-pub fn grammar(tools: &[Tool], parallel: bool) -> String {
+/// A grammar of calls: one, or several if they may be `parallel`.
+pub fn grammar(tools: &[Tool], parallel: bool) -> GrammarSource {
     let quoted = |text: &str| Value::from(text).to_string();
     let more = if parallel { "(\"\\n\" call)*" } else { "" };
-    let names: Vec<String> = (0..tools.len()).map(|i| format!("call{i}")).collect();
-    let mut lark = format!("start: call {more}\ncall: {}\n", names.join(" | "));
+    let names: Vec<String> = (0..tools.len()).map(|i| format!("call-{i}")).collect();
+    let mut gbnf = format!("root ::= call {more}\ncall ::= {}\n", names.join(" | "));
     for (i, tool) in tools.iter().enumerate() {
-        let begin =
-            format!("{OPEN}{{\"name\": {}, \"arguments\": ", Value::from(tool.name.as_str()));
-        let end = format!("}}{CLOSE}");
-        lark += &format!("call{i}: {} args{i} {}\n", quoted(&begin), quoted(&end));
-        lark += &format!("args{i}: %json {}\n", tool.parameters);
+        let name = Value::from(tool.name.as_str());
+        let begin = quoted(&format!("{OPEN}{{\"name\": {name}, \"arguments\": "));
+        let end = quoted(&format!("}}{CLOSE}"));
+        gbnf += &format!("call-{i} ::= {begin} arguments-{i} {end}\narguments-{i} ::= \"{{}}\"\n");
     }
-    lark
+    let schema = |(i, tool): (usize, &Tool)| (format!("arguments-{i}"), tool.parameters.clone());
+    GrammarSource::Calls { gbnf, schemas: tools.iter().enumerate().map(schema).collect() }
 }
 
 /// What the model is told of its tools.

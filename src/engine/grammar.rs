@@ -4,6 +4,7 @@
 //! one is chosen from, and tells of a candidate whether it may follow. Where it leaves one
 //! continuation, it leaves those tokens alone that the tokenizer would make of it.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use llguidance::api::{ParserLimits, TopLevelGrammar};
@@ -149,16 +150,27 @@ impl Grammars {
         let (grammar, digits) = match source {
             GrammarSource::JsonSchema(schema) => {
                 limit_bytes(schema.to_string().len())?;
-                let schema = with_options(schema)?;
+                let schema = with_options(schema, &spaced())?;
                 (TopLevelGrammar::from_json_schema(schema), Some(Digits::default()))
             }
             GrammarSource::Lark(lark) => {
                 limit_bytes(lark.len())?;
                 (TopLevelGrammar::from_lark(lark.clone()), None)
             }
-            GrammarSource::Calls { gbnf, .. } | GrammarSource::Gbnf(gbnf) => {
+            GrammarSource::Gbnf(gbnf) => {
                 limit_bytes(gbnf.len())?;
-                (TopLevelGrammar::from_lark(gbnf::to_lark(gbnf)?), None)
+                (TopLevelGrammar::from_lark(gbnf::to_lark(gbnf, &BTreeMap::new())?), None)
+            }
+            GrammarSource::Calls { gbnf, schemas } => {
+                let n_bytes = |schema: &Value| schema.to_string().len();
+                limit_bytes(gbnf.len())?;
+                limit_bytes(schemas.values().map(n_bytes).sum())?;
+                let schemas = schemas
+                    .iter()
+                    .map(|(rule, schema)| Ok((rule.clone(), with_options(schema, &compact())?)));
+                let schemas = schemas.collect::<Result<_, String>>()?;
+                let lark = gbnf::to_lark(gbnf, &schemas)?;
+                (TopLevelGrammar::from_lark(lark), Some(Digits::default()))
             }
         };
         let parser = self.factory.create_parser(grammar).map_err(|e| e.to_string())?;
@@ -200,16 +212,31 @@ fn brief(why: &str) -> String {
     }
 }
 
-/// A schema with the white space allowed in its JSON, and an end to its formats. One that is no
-/// object (`true`) takes no options.
+/// JSON with white space, as a model likes it.
+fn spaced() -> JsonCompileOptions {
+    JsonCompileOptions {
+        whitespace_pattern: Some(WHITESPACE.into()),
+        ..JsonCompileOptions::default()
+    }
+}
+
+/// JSON in one line with a space after commas and colons, as chat templates write arguments. It leaves
+/// more tokens alone, which are then drafted.
+fn compact() -> JsonCompileOptions {
+    JsonCompileOptions {
+        item_separator: ", ".into(),
+        key_separator: ": ".into(),
+        whitespace_flexible: false,
+        ..JsonCompileOptions::default()
+    }
+}
+
+/// A schema with the white space of its JSON, and an end to its formats. One that is no object
+/// (`true`) takes no options.
 ///
 /// # Errors
 /// For an object that has too many properties.
-fn with_options(schema: &Value) -> Result<Value, String> {
-    let options = JsonCompileOptions {
-        whitespace_pattern: Some(WHITESPACE.into()),
-        ..JsonCompileOptions::default()
-    };
+fn with_options(schema: &Value, options: &JsonCompileOptions) -> Result<Value, String> {
     let mut schema = schema.clone();
     prepare(&mut schema)?;
     if schema.is_object() {

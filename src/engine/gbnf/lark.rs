@@ -1,15 +1,18 @@
 //! Writes llguidance's Lark.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write;
+
+use serde_json::Value;
 
 use super::rules::{Grammar, Node};
 use super::split::{Item, Split};
 
 /// Writes a grammar: `start`, rules `r0`, `r1`, ..., and terminals `T0`, `T1`, ... of parts `P0`,
-/// `P1`, ... Groups have names of their own, since Lark's may not be deep.
-pub fn write(grammar: &Grammar, split: &Split) -> String {
-    let mut writer = Writer { grammar, text: String::new(), n_parts: 0, of_rules: HashMap::new() };
+/// `P1`, ..., and schemas in place of terminals. Groups have names of their own, since Lark's may not be deep.
+pub fn write(grammar: &Grammar, split: &Split, schemas: &BTreeMap<String, Value>) -> String {
+    let (text, n_parts, of_rules) = (String::new(), 0, HashMap::new());
+    let mut writer = Writer { grammar, split, text, n_parts, of_rules };
     writer.line("start", |writer| writer.item(&split.root));
     let mut rules: Vec<_> = split.rules.iter().collect();
     rules.sort_unstable_by_key(|(rule, _)| **rule);
@@ -17,6 +20,11 @@ pub fn write(grammar: &Grammar, split: &Split) -> String {
         writer.line(&format!("r{rule}"), |writer| writer.item(item));
     }
     for (i, node) in split.terminals.iter().enumerate() {
+        if let Node::Json(schema) = node {
+            let schema = schemas.values().nth(*schema).unwrap_or(&Value::Null);
+            writer.line(&terminal(split, i), |_| format!("%json {schema}"));
+            continue;
+        }
         // A terminal is never empty: where it may be left out, the rules say so.
         writer.line(&format!("T{i}"), |writer| format!("{} & /(?s:.+)/", writer.part(node)));
     }
@@ -25,6 +33,7 @@ pub fn write(grammar: &Grammar, split: &Split) -> String {
 
 struct Writer<'g> {
     grammar: &'g Grammar,
+    split: &'g Split,
     text: String,
     n_parts: usize,
     /// Parts that match whole rules.
@@ -45,7 +54,7 @@ impl Writer<'_> {
     /// An item by one name, or in one line.
     fn item(&mut self, item: &Item) -> String {
         match item {
-            Item::Terminal(terminal) => format!("T{terminal}"),
+            Item::Terminal(place) => terminal(self.split, *place),
             Item::Rule(rule) => format!("r{rule}"),
             Item::Seq(items) => {
                 let items: Vec<String> = items.iter().map(|item| self.item(item)).collect();
@@ -73,6 +82,7 @@ impl Writer<'_> {
     fn part(&mut self, node: &Node) -> String {
         let body = match node {
             Node::Chars(chars) => return format!("/{}/", chars.class()),
+            Node::Json(_) => "\"\"".into(), // never: it is no part of a terminal
             Node::Rule(rule) => {
                 if let Some(name) = self.of_rules.get(rule) {
                     return name.clone();
@@ -94,6 +104,12 @@ impl Writer<'_> {
         self.line(&name, |_| body);
         name
     }
+}
+
+/// The name of a terminal, or of the rule for JSON in its place.
+fn terminal(split: &Split, place: usize) -> String {
+    let letter = if matches!(split.terminals[place], Node::Json(_)) { 'j' } else { 'T' };
+    format!("{letter}{place}")
 }
 
 /// What is repeated, as one expression.

@@ -11,15 +11,19 @@ mod parse;
 mod rules;
 mod split;
 
-/// Translates a grammar.
+use std::collections::BTreeMap;
+
+use serde_json::Value;
+
+/// Translates a grammar. The rules that `schemas` names are what these describe: objects in JSON.
 ///
 /// # Errors
 /// What is wrong, and in which line.
-pub fn to_lark(text: &str) -> Result<String, String> {
-    let mut grammar = parse::parse(text)?;
+pub fn to_lark(text: &str, schemas: &BTreeMap<String, Value>) -> Result<String, String> {
+    let mut grammar = parse::parse(text, schemas)?;
     if !grammar.prune() {
         return Err("no text of rule `root` ever ends".into());
     }
     grammar.straighten();
-    Ok(lark::write(&grammar, &split::split(&grammar)))
+    Ok(lark::write(&grammar, &split::split(&grammar), schemas))
 }

@@ -56,6 +56,8 @@ impl Nfa {
         budget.spend()?;
         match node {
             Node::Chars(chars) => self.steps[from].push((chars.clone(), to)),
+            // A lexer of its own goes on from there.
+            Node::Json(_) => self.steps[from].push((Chars::one(u32::from('{')), to)),
             Node::Rule(rule) => self.add(&grammar.rules[*rule], from, to, grammar, budget)?,
             Node::Alt(nodes) => {
                 for node in nodes {

@@ -1,6 +1,8 @@
 //! Reads GBNF.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+
+use serde_json::Value;
 
 use super::chars::Chars;
 use super::rules::{Grammar, Node};
@@ -14,7 +16,7 @@ const MAX_TIMES: usize = 2000;
 
 /// # Errors
 /// What is wrong, and in which line.
-pub fn parse(text: &str) -> Result<Grammar, String> {
+pub fn parse(text: &str, schemas: &BTreeMap<String, Value>) -> Result<Grammar, String> {
     let mut parser = Parser { text, at: 0, depth: 0, names: HashMap::new(), rules: Vec::new() };
     let parsed = parser.rules();
     parsed.map_err(|why| {
@@ -26,6 +28,11 @@ pub fn parse(text: &str) -> Result<Grammar, String> {
     });
     if let Some(why) = undefined {
         return Err(why);
+    }
+    for (i, name) in schemas.keys().enumerate() {
+        if let Some(&place) = parser.names.get(name.as_str()) {
+            parser.rules[place] = Some(Node::Json(i));
+        }
     }
     let root = *parser.names.get("root").ok_or("there is no rule `root`")?;
     let rules = parser.rules.into_iter().flatten().collect();

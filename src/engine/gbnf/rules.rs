@@ -7,6 +7,8 @@ use super::chars::Chars;
 pub enum Node {
     /// One character of these.
     Chars(Chars),
+    /// JSON that a schema describes, by the schema's place: an object. Only whole rules are that.
+    Json(usize),
     /// A rule, by its place.
     Rule(usize),
     Seq(Vec<Node>),
@@ -23,7 +25,7 @@ impl Node {
     /// Whether it holds for all rules that it refers to.
     pub fn all_rules(&self, holds: &impl Fn(usize) -> bool) -> bool {
         match self {
-            Self::Chars(_) => true,
+            Self::Chars(_) | Self::Json(_) => true,
             Self::Rule(rule) => holds(*rule),
             Self::Seq(nodes) | Self::Alt(nodes) => nodes.iter().all(|n| n.all_rules(holds)),
             Self::Repeat(node, ..) => node.all_rules(holds),
@@ -34,7 +36,7 @@ impl Node {
     /// for a character.
     pub fn holds(&self, leaf: bool, rules: &[bool]) -> bool {
         match self {
-            Self::Chars(_) => leaf,
+            Self::Chars(_) | Self::Json(_) => leaf,
             Self::Rule(rule) => rules[*rule],
             Self::Seq(nodes) => nodes.iter().all(|n| n.holds(leaf, rules)),
             Self::Alt(nodes) => nodes.iter().any(|n| n.holds(leaf, rules)),
@@ -47,7 +49,7 @@ impl Node {
     /// It without what can never end, by what is known of rules; `None` if nothing is left.
     fn pruned(self, can_end: &[bool]) -> Option<Self> {
         match self {
-            Self::Chars(_) => Some(self),
+            Self::Chars(_) | Self::Json(_) => Some(self),
             Self::Rule(rule) => can_end[rule].then_some(self),
             Self::Seq(nodes) => {
                 let nodes = nodes.into_iter().map(|node| node.pruned(can_end));
@@ -91,7 +93,7 @@ fn tails(node: &Node, rule: usize) -> Option<Vec<Tail>> {
             tails.push((Vec::new(), false));
             Some(tails)
         }
-        Node::Chars(_) | Node::Repeat(..) => None,
+        Node::Chars(_) | Node::Json(_) | Node::Repeat(..) => None,
     }
 }
 
@@ -147,10 +149,13 @@ impl Grammar {
 
     /// By rule: whether it refers to no circle of rules, so that one terminal can match it.
     pub fn regular(&self) -> Vec<bool> {
+        let is_regular = |node: &Node, regular: &[bool]| {
+            !matches!(node, Node::Json(_)) && node.all_rules(&|rule| regular[rule])
+        };
         let mut regular = vec![false; self.rules.len()];
         loop {
             let next: Vec<bool> =
-                self.rules.iter().map(|node| node.all_rules(&|rule| regular[rule])).collect();
+                self.rules.iter().map(|node| is_regular(node, &regular)).collect();
             if next == regular {
                 return regular;
             }

@@ -14,7 +14,7 @@ use super::rules::{Grammar, Node};
 /// What Lark's rules are made of.
 #[derive(Clone, Debug)]
 pub enum Item {
-    /// A terminal that is not empty, by its place.
+    /// A terminal that is not empty, or JSON, by its place.
     Terminal(usize),
     /// A rule of the grammar.
     Rule(usize),
@@ -116,6 +116,13 @@ impl<'g> Splitter<'g> {
         }
         match node {
             Node::Chars(_) => Item::Seq(Vec::new()), // never: it is a terminal
+            Node::Json(_) => {
+                let next = self.places.len();
+                Item::Terminal(*self.places.entry(node.clone()).or_insert(next))
+            }
+            Node::Rule(rule) if matches!(self.grammar.rules[*rule], Node::Json(_)) => {
+                self.item(&self.grammar.rules[*rule])
+            }
             Node::Rule(rule) => {
                 self.open.push(*rule);
                 Item::Rule(*rule)
@@ -170,7 +177,7 @@ fn wrong(split: &Split, grammar: &Grammar, budget: &mut Budget) -> Result<Option
     let together = order.together(&nfas, budget)?;
     for a in 0..n {
         for b in (0..n).filter(|b| together.contains(&(a, *b))) {
-            let is_char = |t: usize| matches!(split.terminals[t], Node::Chars(_));
+            let is_char = |t: usize| matches!(split.terminals[t], Node::Chars(_) | Node::Json(_));
             if !is_char(b) && nfas[a].is_passed_by(&nfas[b], &next[a], budget)? {
                 return Ok(Some(if is_char(a) { b } else { a }));
             }
