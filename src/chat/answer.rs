@@ -5,6 +5,8 @@
 
 use std::sync::Arc;
 
+use serde_json::Value;
+
 use crate::llama::{AnswerParser, ParsedAnswer, ParsedCall};
 
 /// What an answer says.
@@ -57,9 +59,22 @@ pub enum Delta {
 /// How answers to one request are written.
 #[derive(Clone, Debug)]
 pub struct Syntax {
-    pub(super) parser: Arc<AnswerParser>,
+    parser: Arc<AnswerParser>,
     /// What the parser finds in what the answer continues.
-    pub(super) before: ParsedAnswer,
+    before: ParsedAnswer,
+}
+
+impl Syntax {
+    /// Of the `syntax` in what [`ChatFormat::apply`](crate::llama::ChatFormat::apply) returns.
+    ///
+    /// # Errors
+    /// It is none.
+    pub fn new(syntax: &Value) -> Result<Self, String> {
+        let parser = AnswerParser::new(syntax).map_err(|e| e.to_string())?;
+        // What an answer continues is in what is parsed.
+        let before = parser.parse("", true).unwrap_or_default();
+        Ok(Self { parser: Arc::new(parser), before })
+    }
 }
 
 /// Between two parses the text grows by this share of its length.

@@ -2,7 +2,6 @@
 //! are llama.cpp's `common/chat`, which derives them from templates.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -11,7 +10,7 @@ use super::answer::Syntax;
 use super::tools::{Tool, ToolChoice};
 use super::{Conversation, Ending, generic};
 use crate::error::Invalid;
-use crate::llama::{AnswerParser, ChatFormat};
+use crate::llama::ChatFormat;
 use crate::request::{GrammarBegin, GrammarSource, Request, Thinking, Trigger};
 
 /// What a template's models write.
@@ -80,17 +79,24 @@ impl Form {
     /// # Errors
     /// [`Invalid`] if the request has a form of its own that excludes calls.
     pub fn guide(&self, request: &mut Request) -> Result<(), Invalid> {
-        match (&request.grammar, &self.grammar) {
+        let (grammar, begin) = match (request.grammar.take(), &self.grammar) {
+            (own, None) => (own, GrammarBegin::Answer),
+            (None, Some(calls)) => (Some(calls.clone()), self.begin.clone()),
+            (
+                Some(GrammarSource::JsonSchema(schema)),
+                Some(GrammarSource::Calls { gbnf, schemas }),
+            ) if matches!(self.begin, GrammarBegin::Triggers(_)) => {
+                let (gbnf, mut schemas) = (with_answer(gbnf), schemas.clone());
+                schemas.insert(ANSWER.into(), schema);
+                (Some(GrammarSource::Calls { gbnf, schemas }), GrammarBegin::Answer)
+            }
             (Some(_), Some(_)) => {
-                let message = "tools exclude response_format and grammar: a call has its own form";
+                let message = "a grammar, or a call that must be made, leaves no other form: give one of \
+                               tools and grammar, or of tool_choice and response_format";
                 return Err(Invalid::new("tools", message));
             }
-            (None, Some(_)) => {
-                request.grammar.clone_from(&self.grammar);
-                request.begin.clone_from(&self.begin);
-            }
-            _ => {}
-        }
+        };
+        (request.grammar, request.begin) = (grammar, begin);
         request.thinking.clone_from(&self.thinking);
         request.shown.clone_from(&self.shown);
         request.stop.extend(self.stops.iter().cloned());
@@ -188,7 +194,7 @@ pub fn generic_form(tools: &[Tool], conversation: &Conversation) -> Result<Form,
         "tools": tools.iter().map(simplified).collect::<Vec<_>>(),
     });
     let applied = format.apply(&request).map_err(|e| broken(&e.to_string()))?;
-    let syntax = syntax(&applied["syntax"]).map_err(|why| broken(&why))?;
+    let syntax = Syntax::new(&applied["syntax"]).map_err(|why| broken(&why))?;
     let opening = generic::opening().to_owned();
     let begin = match conversation.choice.is_demand() {
         true => GrammarBegin::Text(opening),
@@ -199,15 +205,8 @@ pub fn generic_form(tools: &[Tool], conversation: &Conversation) -> Result<Form,
     Ok(Form { grammar, begin, syntax: Some(syntax), ..Form::default() })
 }
 
-fn syntax(syntax: &Value) -> Result<Syntax, String> {
-    let parser = AnswerParser::new(syntax).map_err(|e| e.to_string())?;
-    // What an answer continues is in what is parsed.
-    let before = parser.parse("", true).unwrap_or_default();
-    Ok(Syntax { parser: Arc::new(parser), before })
-}
-
 fn form(applied: Applied, tools: &[Tool], must_call: bool) -> Result<Form, Invalid> {
-    let syntax = syntax(&applied.syntax).map_err(|why| Invalid::new("messages", why))?;
+    let syntax = Syntax::new(&applied.syntax).map_err(|why| Invalid::new("messages", why))?;
     let thinking = thinking(&applied);
     let triggers = applied.grammar_triggers.into_iter().filter_map(|trigger| {
         Some(match trigger.r#type.as_str() {
@@ -243,6 +242,18 @@ fn form(applied: Applied, tools: &[Tool], must_call: bool) -> Result<Form, Inval
         syntax: Some(syntax),
         turn: applied.generation_prompt,
     })
+}
+
+/// The rule of an answer that calls nothing.
+const ANSWER: &str = "answer-in-json";
+
+/// A grammar of calls whose text may also be [`ANSWER`].
+fn with_answer(gbnf: &str) -> String {
+    let line = |line: &str| match line.strip_prefix("root ::=") {
+        Some(calls) => format!("root ::= calls-or-none | {ANSWER}\ncalls-or-none ::={calls}\n"),
+        None => format!("{line}\n"),
+    };
+    gbnf.lines().map(line).collect::<String>() + &format!("{ANSWER} ::= \"{{}}\"\n")
 }
 
 /// Schemas by the rules of a grammar that they are in place of: those in which arguments are JSON.

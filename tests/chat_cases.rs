@@ -1,0 +1,380 @@
+//! The cases of llama.cpp's own test of chat formats, which `make chat-cases` takes out of it: what many
+//! models write is read whole, and as it grows; and chats with tools, in all of those templates.
+#![allow(missing_docs)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use medusa_llama::chat::{
+    Answer, AnswerReader, Call, Conversation, Delta, Prepared, Syntax, Template, Thoughts,
+    ToolChoice, Vocabulary,
+};
+use medusa_llama::llama::{AnswerParser, ChatFormat, ParsedAnswer, ParsedCall};
+use medusa_llama::request::{GrammarBegin, Prompt};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+/// Cases that are read otherwise than llama.cpp's test has it, with the reason.
+const MISSES: [(&str, &str); 0] = [];
+
+/// Of all cases, in percent.
+const MIN_RIGHT: usize = 97;
+
+/// What a model wrote.
+#[derive(Debug, Deserialize)]
+struct Case {
+    /// Its template, and in the order of the file its place among that template's.
+    #[serde(skip)]
+    name: String,
+    template: String,
+    request: Value,
+    text: String,
+    /// More would follow.
+    is_partial: bool,
+    expected: ParsedAnswer,
+}
+
+fn tools() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(".tools")
+}
+
+fn cases() -> Vec<Case> {
+    let text = std::fs::read_to_string(tools().join("chat-cases.jsonl"));
+    let text = text.unwrap_or_else(|_| panic!("the cases are missing: run `make chat-cases`"));
+    let mut counts: BTreeMap<String, usize> = BTreeMap::new();
+    let case = |line: &str| {
+        let mut case: Case = serde_json::from_str(line).unwrap();
+        let n = counts.entry(case.template.clone()).or_default();
+        *n += 1;
+        case.name = format!("{} {n}", case.template);
+        case
+    };
+    let cases: Vec<Case> = text.lines().map(case).collect();
+    assert!(cases.len() >= 450, "{} cases", cases.len());
+    cases
+}
+
+/// The templates' sources by their names.
+fn sources() -> BTreeMap<String, String> {
+    let folder = tools().join("templates");
+    let files = std::fs::read_dir(folder).expect("templates are missing: run `make templates`");
+    let named = files.filter_map(|entry| {
+        let path = entry.unwrap().path();
+        let name = path.file_name()?.to_str()?.strip_suffix(".jinja")?.to_owned();
+        Some((name, std::fs::read_to_string(&path).unwrap()))
+    });
+    named.collect()
+}
+
+/// The `syntax` of a case's answer.
+fn syntax(case: &Case, formats: &BTreeMap<String, ChatFormat>) -> Result<Value, String> {
+    let applied = formats[&case.template].apply(&case.request).map_err(|e| e.to_string())?;
+    Ok(applied["syntax"].clone())
+}
+
+/// The formats of the cases' templates.
+fn formats(cases: &[Case]) -> BTreeMap<String, ChatFormat> {
+    let sources = sources();
+    let names: BTreeSet<&String> = cases.iter().map(|case| &case.template).collect();
+    let format = |name: &String| ChatFormat::new(&sources[name], "", "").unwrap();
+    names.into_iter().map(|name| (name.clone(), format(name))).collect()
+}
+
+/// Calls `each` for all of `items`, on as many threads as there are cores.
+fn in_threads<T: Sync>(items: &[T], each: impl Fn(&T) + Sync) {
+    let next = AtomicUsize::new(0);
+    let run = || {
+        while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed)) {
+            each(item);
+        }
+    };
+    let n = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| (0..n).for_each(|_| drop(scope.spawn(run))));
+}
+
+/// Checks all cases; fails if more are wrong than the listed ones, or others.
+fn check(each: impl Fn(&Case, &Value) -> Result<(), String> + Sync) {
+    let cases = cases();
+    let formats = formats(&cases);
+    let wrong = Mutex::new(BTreeMap::new());
+    in_threads(&cases, |case| {
+        let checked = syntax(case, &formats).and_then(|syntax| each(case, &syntax));
+        if let Err(why) = checked {
+            let mut wrong = wrong.lock().unwrap_or_else(PoisonError::into_inner);
+            wrong.insert(case.name.clone(), format!("{why}\n  text: {:?}", case.text));
+        }
+    });
+    let wrong = wrong.into_inner().unwrap();
+    let listed: BTreeMap<&str, &str> = MISSES.into_iter().collect();
+    for (name, why) in &wrong {
+        println!("{name}: {why}\n  listed: {:?}", listed.get(name.as_str()));
+    }
+    let names: BTreeSet<&str> = wrong.keys().map(String::as_str).collect();
+    let listed: BTreeSet<&str> = listed.into_keys().collect();
+    assert!(names.is_subset(&listed), "{} of {} cases", wrong.len(), cases.len());
+    assert!((cases.len() - wrong.len()) * 100 >= cases.len() * MIN_RIGHT, "{} wrong", wrong.len());
+}
+
+/// The answer in a form in which equal ones are equal: without the space around its texts, and with
+/// arguments as values; null where they are unfinished.
+fn plain(answer: &ParsedAnswer) -> (String, String, Vec<(String, String, Value)>) {
+    let value = |text: &str| serde_json::from_str(text).unwrap_or_default();
+    let call = |call: &ParsedCall| (call.id.clone(), call.name.clone(), value(&call.arguments));
+    let trimmed = |text: &str| text.trim().to_owned();
+    let calls = answer.calls.iter().map(call).collect();
+    (trimmed(&answer.content), trimmed(&answer.reasoning), calls)
+}
+
+fn must_equal(what: &str, got: &ParsedAnswer, expected: &ParsedAnswer) -> Result<(), String> {
+    if plain(got) == plain(expected) {
+        return Ok(());
+    }
+    Err(format!("{what}: {got:?}\n  expected: {expected:?}"))
+}
+
+/// Where a text may be cut.
+fn cuts(text: &str) -> impl Iterator<Item = usize> {
+    text.char_indices().map(|(at, _)| at).chain([text.len()])
+}
+
+/// What was shown is still there.
+fn must_grow(before: &ParsedAnswer, after: &ParsedAnswer) -> Result<(), String> {
+    let same = |a: &ParsedCall, b: &ParsedCall| {
+        b.id.starts_with(&a.id)
+            && b.name.starts_with(&a.name)
+            && b.arguments.starts_with(&a.arguments)
+    };
+    let grows = after.content.starts_with(&before.content)
+        && after.reasoning.starts_with(&before.reasoning)
+        && after.calls.len() >= before.calls.len()
+        && before.calls.iter().zip(&after.calls).all(|(a, b)| same(a, b));
+    if grows { Ok(()) } else { Err(format!("shrinks from {before:?}\n  to {after:?}")) }
+}
+
+/// The whole text is the answer that llama.cpp's test expects; parts of it, up to each character, are
+/// no errors, and the answer only grows.
+#[test]
+fn texts_of_many_models_are_read_as_llama_cpp_expects() {
+    check(|case, syntax| {
+        let parser = AnswerParser::new(syntax).map_err(|e| e.to_string())?;
+        let parse =
+            |text: &str, is_partial| parser.parse(text, is_partial).map_err(|e| e.to_string());
+        let whole = parse(&case.text, case.is_partial)?;
+        must_equal("whole", &whole, &case.expected)?;
+        let mut shown = ParsedAnswer::default();
+        for at in cuts(&case.text) {
+            let parsed = parse(&case.text[..at], true).map_err(|e| format!("up to {at}: {e}"))?;
+            if parsed != ParsedAnswer::default() {
+                must_grow(&shown, &parsed).map_err(|why| format!("up to {at}: {why}"))?;
+                shown = parsed;
+            }
+        }
+        must_grow(&shown, &whole).map_err(|why| format!("at its end: {why}"))
+    });
+}
+
+/// Reads a text in pieces; the answer, of which the deltas are checked.
+fn read<'a>(
+    syntax: &Syntax,
+    pieces: impl IntoIterator<Item = &'a str>,
+) -> Result<ParsedAnswer, String> {
+    let mut reader = AnswerReader::new(Some(syntax.clone()));
+    let mut deltas = Vec::new();
+    for piece in pieces {
+        reader.push(piece, &mut |delta| deltas.push(delta));
+        must_sum(&deltas, reader.answer())?;
+    }
+    reader.end(&mut |delta| deltas.push(delta));
+    must_sum(&deltas, reader.answer())?;
+    let Answer { content, reasoning, calls } = reader.answer().clone();
+    let parsed = |Call { id, name, arguments }| ParsedCall { id, name, arguments };
+    Ok(ParsedAnswer { content, reasoning, calls: calls.into_iter().map(parsed).collect() })
+}
+
+/// The deltas add up to the answer, whose calls have ids of their own.
+fn must_sum(deltas: &[Delta], answer: &Answer) -> Result<(), String> {
+    let mut sum = Answer::default();
+    for delta in deltas {
+        match delta {
+            Delta::Reasoning(text) => sum.reasoning += text,
+            Delta::Content(text) => sum.content += text,
+            Delta::Call { index, id, name } if *index == sum.calls.len() => {
+                let (id, name) = (id.clone(), name.clone());
+                sum.calls.push(Call { id, name, ..Call::default() });
+            }
+            Delta::Arguments { index, text } if *index < sum.calls.len() => {
+                sum.calls[*index].arguments += text;
+            }
+            _ => return Err(format!("a delta of no call: {delta:?} of {deltas:?}")),
+        }
+    }
+    let ids: BTreeSet<&str> = sum.calls.iter().map(|call| call.id.as_str()).collect();
+    if sum != *answer || ids.len() < sum.calls.len() || ids.contains("") {
+        return Err(format!("the deltas {deltas:?} do not add up to {answer:?}"));
+    }
+    Ok(())
+}
+
+/// What a reader gives: what was before the answer is not in it, every call has an id, and no
+/// arguments are an empty object.
+fn as_read(expected: &ParsedAnswer, before: &ParsedAnswer) -> ParsedAnswer {
+    let mut expected = expected.clone();
+    let without = |text: &str, before: &str| text.strip_prefix(before).unwrap_or(text).to_owned();
+    expected.content = without(&expected.content, &before.content);
+    expected.reasoning = without(&expected.reasoning, &before.reasoning);
+    for call in expected.calls.iter_mut().filter(|call| call.arguments.is_empty()) {
+        call.arguments = "{}".into();
+    }
+    expected
+}
+
+/// In two pieces, cut anywhere, and by character.
+#[test]
+fn readers_come_to_the_same_answer_in_pieces() {
+    check(|case, applied| {
+        let syntax = Syntax::new(applied)?;
+        let before = AnswerParser::new(applied).and_then(|parser| parser.parse("", true));
+        let expected = as_read(&case.expected, &before.map_err(|e| e.to_string())?);
+        let check = |how: &str, mut answer: ParsedAnswer| {
+            for (call, expected) in answer.calls.iter_mut().zip(&expected.calls) {
+                if expected.id.is_empty() {
+                    call.id.clear(); // the reader's own
+                }
+            }
+            must_equal(how, &answer, &expected)
+        };
+        let text = &case.text;
+        check(
+            "by character",
+            read(&syntax, cuts(text).zip(cuts(text).skip(1)).map(|(a, b)| &text[a..b]))?,
+        )?;
+        for at in cuts(text) {
+            let (a, b) = text.split_at(at);
+            check(&format!("in two pieces at {at}"), read(&syntax, [a, b])?)?;
+        }
+        Ok(())
+    });
+}
+
+/// Templates with the conversations that they refuse, and in what words.
+const REFUSALS: [(&str, &str, &str); 0] = [];
+
+/// Two tools, whose names are in no template.
+fn two_tools() -> Vec<Map<String, Value>> {
+    let tools = json!([
+        { "type": "function", "function": {
+            "name": "w3ather", "description": "The weather of a place",
+            "parameters": { "type": "object", "required": ["place"], "properties": {
+                "place": { "type": "string", "description": "A town" },
+                "days": { "type": "integer", "description": "How many" },
+            } },
+        } },
+        { "type": "function", "function": {
+            "name": "tr4ins", "description": "Trains to a place",
+            "parameters": { "type": "object", "required": ["to"], "properties": {
+                "to": { "type": "string", "description": "A town" },
+            } },
+        } },
+    ]);
+    serde_json::from_value(tools).unwrap()
+}
+
+fn vocabulary() -> Vocabulary {
+    let tokens = vec![("bos_token", "<s>".to_owned()), ("eos_token", "</s>".to_owned())];
+    Vocabulary { tokens, ..Vocabulary::default() }
+}
+
+fn text(prompt: &Prompt) -> String {
+    let Prompt::Text(parts) = prompt else { panic!("tokens") };
+    parts.iter().map(|part| part.text.as_str()).collect()
+}
+
+/// A question, and a question with a call and its result.
+fn conversations() -> [(&'static str, Value); 2] {
+    let question = json!({ "role": "user", "content": "Will it rain in Berne?" });
+    let call = json!({ "id": "call12345", "type": "function", "function": {
+        "name": "w3ather", "arguments": "{\"place\": \"Berne\", \"days\": 2}",
+    } });
+    let result = json!({ "role": "tool", "tool_call_id": "call12345", "name": "w3ather", "content": "sl33t" });
+    let answer = json!({ "role": "assistant", "content": null, "tool_calls": [call] });
+    [("question", json!([question])), ("round trip", json!([question, answer, result]))]
+}
+
+/// What must be true of a prompt, and of the form of its answer.
+fn check_prepared(
+    prepared: &Prepared,
+    choice: &ToolChoice,
+    conversation: &str,
+) -> Result<(), String> {
+    let (prompt, form) = (text(&prepared.prompt), &prepared.form);
+    let has = |name: &str| prompt.contains(name);
+    let must = |what: &str, is: bool| {
+        if is { Ok(()) } else { Err(format!("{what}: {prompt:?}, {form:?}")) }
+    };
+    let all = !matches!(choice, ToolChoice::None | ToolChoice::Named(_));
+    if conversation == "question" {
+        must("w3ather", has("w3ather") == (*choice != ToolChoice::None))?;
+        must("tr4ins", has("tr4ins") == all)?;
+    } else {
+        must("the call", has("w3ather") && has("Berne"))?;
+        must("the result", has("sl33t"))?;
+    }
+    must("a syntax", form.syntax.is_some() || *choice == ToolChoice::None)?;
+    must("a grammar", form.grammar.is_some() || !choice.is_demand())?;
+    must("no grammar", form.grammar.is_none() || *choice != ToolChoice::None)?;
+    match &form.begin {
+        GrammarBegin::Prompt(end) => must("the grammar's beginning", prompt.ends_with(end)),
+        _ => Ok(()),
+    }
+}
+
+/// Prompts with tools, calls and results, whether one must be called or not, with thoughts and without;
+/// errors are those that a template itself raises.
+#[test]
+fn all_templates_take_tools() {
+    let sources: Vec<(String, String)> = sources().into_iter().collect();
+    assert!(sources.len() >= 62, "{} templates", sources.len());
+    let named = ToolChoice::Named("w3ather".into());
+    let choices = [ToolChoice::Auto, ToolChoice::Required, named, ToolChoice::None];
+    let (wrong, refused) = (Mutex::new(BTreeSet::new()), Mutex::new(BTreeMap::new()));
+    in_threads(&sources, |(name, source)| {
+        let template = Template::new(source.clone(), vocabulary()).unwrap();
+        for (what, messages) in conversations() {
+            for choice in &choices {
+                for enabled in [true, false] {
+                    let prepared = template.prepare(Conversation {
+                        messages: serde_json::from_value(messages.clone()).unwrap(),
+                        tools: two_tools(),
+                        choice: choice.clone(),
+                        thoughts: Thoughts { enabled: Some(enabled), ..Thoughts::default() },
+                        ..Conversation::default()
+                    });
+                    match prepared {
+                        Ok(prepared) => {
+                            if let Err(why) = check_prepared(&prepared, choice, what) {
+                                let case = format!("{name}, {what}, {choice:?}, {enabled}: {why}");
+                                wrong.lock().unwrap().insert(case);
+                            }
+                        }
+                        Err(why) => {
+                            let why = (what, why.message);
+                            refused.lock().unwrap().entry(name.clone()).or_insert(why);
+                        }
+                    }
+                }
+            }
+        }
+    });
+    let (wrong, refused) = (wrong.into_inner().unwrap(), refused.into_inner().unwrap());
+    for one in &wrong {
+        println!("{one}");
+    }
+    for (name, (what, why)) in &refused {
+        println!("{name} refuses a {what}: {why}");
+    }
+    assert!(wrong.is_empty(), "{} are wrong", wrong.len());
+    let listed = REFUSALS.map(|(name, what, why)| (name.to_owned(), (what, why.to_owned())));
+    assert_eq!(refused, BTreeMap::from(listed));
+}
