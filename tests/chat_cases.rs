@@ -16,8 +16,14 @@ use medusa_llama::request::{GrammarBegin, Prompt};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-/// Cases that are read otherwise than llama.cpp's test has it, with the reason.
-const MISSES: [(&str, &str); 0] = [];
+/// Cases that a parser reads otherwise than llama.cpp's test has it, with the reason.
+const PARSER_MISSES: [(&str, &str); 0] = [];
+
+/// Cases that a reader reads otherwise in some pieces, with the reason.
+const READER_MISSES: [(&str, &str); 1] = [(
+    "mistralai-Mistral-Nemo-Instruct-2407 2",
+    "the model's id comes after the arguments, when the call was already given another",
+)];
 
 /// Of all cases, in percent.
 const MIN_RIGHT: usize = 97;
@@ -94,8 +100,8 @@ fn in_threads<T: Sync>(items: &[T], each: impl Fn(&T) + Sync) {
     std::thread::scope(|scope| (0..n).for_each(|_| drop(scope.spawn(run))));
 }
 
-/// Checks all cases; fails if more are wrong than the listed ones, or others.
-fn check(each: impl Fn(&Case, &Value) -> Result<(), String> + Sync) {
+/// Checks all cases; fails if others are wrong than the listed ones.
+fn check(misses: &[(&str, &str)], each: impl Fn(&Case, &Value) -> Result<(), String> + Sync) {
     let cases = cases();
     let formats = formats(&cases);
     let wrong = Mutex::new(BTreeMap::new());
@@ -107,13 +113,12 @@ fn check(each: impl Fn(&Case, &Value) -> Result<(), String> + Sync) {
         }
     });
     let wrong = wrong.into_inner().unwrap();
-    let listed: BTreeMap<&str, &str> = MISSES.into_iter().collect();
     for (name, why) in &wrong {
-        println!("{name}: {why}\n  listed: {:?}", listed.get(name.as_str()));
+        println!("{name}: {why}");
     }
-    let names: BTreeSet<&str> = wrong.keys().map(String::as_str).collect();
-    let listed: BTreeSet<&str> = listed.into_keys().collect();
-    assert!(names.is_subset(&listed), "{} of {} cases", wrong.len(), cases.len());
+    let names: Vec<&str> = wrong.keys().map(String::as_str).collect();
+    let listed: Vec<&str> = misses.iter().map(|(name, _)| *name).collect();
+    assert_eq!(names, listed, "{} of {} cases are wrong", wrong.len(), cases.len());
     assert!((cases.len() - wrong.len()) * 100 >= cases.len() * MIN_RIGHT, "{} wrong", wrong.len());
 }
 
@@ -157,7 +162,7 @@ fn must_grow(before: &ParsedAnswer, after: &ParsedAnswer) -> Result<(), String> 
 /// no errors, and the answer only grows.
 #[test]
 fn texts_of_many_models_are_read_as_llama_cpp_expects() {
-    check(|case, syntax| {
+    check(&PARSER_MISSES, |case, syntax| {
         let parser = AnswerParser::new(syntax).map_err(|e| e.to_string())?;
         let parse =
             |text: &str, is_partial| parser.parse(text, is_partial).map_err(|e| e.to_string());
@@ -217,15 +222,16 @@ fn must_sum(deltas: &[Delta], answer: &Answer) -> Result<(), String> {
     Ok(())
 }
 
-/// What a reader gives: what was before the answer is not in it, every call has an id, and no
-/// arguments are an empty object.
-fn as_read(expected: &ParsedAnswer, before: &ParsedAnswer) -> ParsedAnswer {
-    let mut expected = expected.clone();
-    let without = |text: &str, before: &str| text.strip_prefix(before).unwrap_or(text).to_owned();
+/// What a reader gives: what was before the answer is not in it, and the arguments of a whole call are
+/// at least an empty object.
+fn as_read(case: &Case, before: &ParsedAnswer) -> ParsedAnswer {
+    let mut expected = case.expected.clone();
+    let without =
+        |text: &str, before: &str| text.strip_prefix(before.trim()).unwrap_or(text).to_owned();
     expected.content = without(&expected.content, &before.content);
     expected.reasoning = without(&expected.reasoning, &before.reasoning);
     for call in expected.calls.iter_mut().filter(|call| call.arguments.is_empty()) {
-        call.arguments = "{}".into();
+        call.arguments = if case.is_partial { "{".into() } else { "{}".into() };
     }
     expected
 }
@@ -233,10 +239,10 @@ fn as_read(expected: &ParsedAnswer, before: &ParsedAnswer) -> ParsedAnswer {
 /// In two pieces, cut anywhere, and by character.
 #[test]
 fn readers_come_to_the_same_answer_in_pieces() {
-    check(|case, applied| {
+    check(&READER_MISSES, |case, applied| {
         let syntax = Syntax::new(applied)?;
         let before = AnswerParser::new(applied).and_then(|parser| parser.parse("", true));
-        let expected = as_read(&case.expected, &before.map_err(|e| e.to_string())?);
+        let expected = as_read(case, &before.map_err(|e| e.to_string())?);
         let check = |how: &str, mut answer: ParsedAnswer| {
             for (call, expected) in answer.calls.iter_mut().zip(&expected.calls) {
                 if expected.id.is_empty() {
@@ -258,8 +264,11 @@ fn readers_come_to_the_same_answer_in_pieces() {
     });
 }
 
-/// Templates with the conversations that they refuse, and in what words.
-const REFUSALS: [(&str, &str, &str); 0] = [];
+/// Templates that refuse a conversation: in what words, for which choices, and why.
+const REFUSALS: [(&str, &str, &str, &str); 0] = [];
+
+/// Templates for which a conversation goes wrong: how, for which choices, and why.
+const FLAWS: [(&str, &str, &str, &str); 0] = [];
 
 /// Two tools, whose names are in no template.
 fn two_tools() -> Vec<Map<String, Value>> {
@@ -291,90 +300,127 @@ fn text(prompt: &Prompt) -> String {
     parts.iter().map(|part| part.text.as_str()).collect()
 }
 
-/// A question, and a question with a call and its result.
-fn conversations() -> [(&'static str, Value); 2] {
+/// A question, a question with a call and its result, and the same with an id that a reader made.
+fn conversations(id: &str) -> [(&'static str, Value); 3] {
     let question = json!({ "role": "user", "content": "Will it rain in Berne?" });
-    let call = json!({ "id": "call12345", "type": "function", "function": {
-        "name": "w3ather", "arguments": "{\"place\": \"Berne\", \"days\": 2}",
-    } });
-    let result = json!({ "role": "tool", "tool_call_id": "call12345", "name": "w3ather", "content": "sl33t" });
-    let answer = json!({ "role": "assistant", "content": null, "tool_calls": [call] });
-    [("question", json!([question])), ("round trip", json!([question, answer, result]))]
+    let round_trip = |id: &str| {
+        let call = json!({ "id": id, "type": "function", "function": {
+            "name": "w3ather", "arguments": "{\"place\": \"B3rne\", \"days\": 2}",
+        } });
+        let answer = json!({ "role": "assistant", "content": null, "tool_calls": [call] });
+        let result =
+            json!({ "role": "tool", "tool_call_id": id, "name": "w3ather", "content": "sl33t" });
+        json!([question, answer, result])
+    };
+    [
+        ("a question", json!([question])),
+        ("a call", round_trip("call12345")),
+        ("a call with our id", round_trip(id)),
+    ]
 }
 
-/// What must be true of a prompt, and of the form of its answer.
-fn check_prepared(
-    prepared: &Prepared,
-    choice: &ToolChoice,
-    conversation: &str,
-) -> Result<(), String> {
+/// The id of a call that the model gave none.
+fn id_of_a_reader(sources: &BTreeMap<String, String>) -> String {
+    let source = sources["Qwen-Qwen2.5-7B-Instruct"].clone();
+    let template = Template::new(source, vocabulary()).unwrap();
+    let [(_, messages), ..] = conversations("");
+    let asked = conversation(&messages, &ToolChoice::Auto, false);
+    let syntax = template.prepare(asked).unwrap().form.syntax.unwrap();
+    let text = "<tool_call>\n{\"name\": \"w3ather\", \"arguments\": {}}\n</tool_call>";
+    let answer = read(&syntax, [text]).unwrap();
+    answer.calls[0].id.clone()
+}
+
+fn conversation(messages: &Value, choice: &ToolChoice, thinks: bool) -> Conversation {
+    Conversation {
+        messages: serde_json::from_value(messages.clone()).unwrap(),
+        tools: two_tools(),
+        choice: choice.clone(),
+        thoughts: Thoughts { enabled: Some(thinks), ..Thoughts::default() },
+        ..Conversation::default()
+    }
+}
+
+/// What is wrong with a prompt, or with the form of its answer.
+fn flaws(prepared: &Prepared, choice: &ToolChoice, is_question: bool) -> Vec<&'static str> {
     let (prompt, form) = (text(&prepared.prompt), &prepared.form);
     let has = |name: &str| prompt.contains(name);
-    let must = |what: &str, is: bool| {
-        if is { Ok(()) } else { Err(format!("{what}: {prompt:?}, {form:?}")) }
+    let no_choice = *choice == ToolChoice::None;
+    let all = matches!(choice, ToolChoice::Auto | ToolChoice::Required);
+    let begins = match &form.begin {
+        GrammarBegin::Prompt(end) => prompt.ends_with(end),
+        _ => true,
     };
-    let all = !matches!(choice, ToolChoice::None | ToolChoice::Named(_));
-    if conversation == "question" {
-        must("w3ather", has("w3ather") == (*choice != ToolChoice::None))?;
-        must("tr4ins", has("tr4ins") == all)?;
-    } else {
-        must("the call", has("w3ather") && has("Berne"))?;
-        must("the result", has("sl33t"))?;
-    }
-    must("a syntax", form.syntax.is_some() || *choice == ToolChoice::None)?;
-    must("a grammar", form.grammar.is_some() || !choice.is_demand())?;
-    must("no grammar", form.grammar.is_none() || *choice != ToolChoice::None)?;
-    match &form.begin {
-        GrammarBegin::Prompt(end) => must("the grammar's beginning", prompt.ends_with(end)),
-        _ => Ok(()),
-    }
+    let checks = [
+        ("describes no tool", is_question && !no_choice && !has("w3ather")),
+        ("describes too few tools", is_question && all && has("w3ather") && !has("tr4ins")),
+        ("describes a tool that is not chosen", is_question && !all && has("tr4ins")),
+        ("drops the call", !is_question && !(has("w3ather") && has("B3rne"))),
+        ("drops the result", !is_question && !has("sl33t")),
+        ("has no syntax", !no_choice && form.syntax.is_none()),
+        ("demands no call", choice.is_demand() && form.grammar.is_none()),
+        ("may call", no_choice && form.grammar.is_some()),
+        ("has another end than the grammar's beginning", !begins),
+    ];
+    checks.into_iter().filter(|(_, is_wrong)| *is_wrong).map(|(what, _)| what).collect()
+}
+
+/// By template and what happens to a conversation: for which choices.
+type Found = Mutex<BTreeMap<(String, String), BTreeSet<&'static str>>>;
+
+/// Compares with a list; the fourth of each is the reason.
+fn must_be_listed(found: Found, listed: &[(&str, &str, &str, &str)]) -> usize {
+    let found = found.into_inner().unwrap();
+    let found: BTreeSet<(String, String, String)> = found
+        .into_iter()
+        .map(|((name, what), choices)| (name, what, Vec::from_iter(choices).join(", ")))
+        .collect();
+    let listed: BTreeSet<(String, String, String)> = listed
+        .iter()
+        .map(|(name, what, choices, _)| ((*name).into(), (*what).into(), (*choices).into()))
+        .collect();
+    found.difference(&listed).for_each(|one| println!("not listed: {one:?}"));
+    listed.difference(&found).for_each(|one| println!("listed, but not so: {one:?}"));
+    found.symmetric_difference(&listed).count()
 }
 
 /// Prompts with tools, calls and results, whether one must be called or not, with thoughts and without;
 /// errors are those that a template itself raises.
 #[test]
 fn all_templates_take_tools() {
-    let sources: Vec<(String, String)> = sources().into_iter().collect();
+    let sources = sources();
     assert!(sources.len() >= 62, "{} templates", sources.len());
-    let named = ToolChoice::Named("w3ather".into());
-    let choices = [ToolChoice::Auto, ToolChoice::Required, named, ToolChoice::None];
-    let (wrong, refused) = (Mutex::new(BTreeSet::new()), Mutex::new(BTreeMap::new()));
+    let conversations = conversations(&id_of_a_reader(&sources));
+    let choices = [
+        ("auto", ToolChoice::Auto),
+        ("required", ToolChoice::Required),
+        ("named", ToolChoice::Named("w3ather".into())),
+        ("none", ToolChoice::None),
+    ];
+    let (wrong, refused) = (Found::default(), Found::default());
+    let add = |found: &Found, key: (&String, String), choice: &'static str| {
+        let mut found = found.lock().unwrap();
+        found.entry((key.0.clone(), key.1)).or_default().insert(choice);
+    };
+    let sources: Vec<(String, String)> = sources.into_iter().collect();
     in_threads(&sources, |(name, source)| {
         let template = Template::new(source.clone(), vocabulary()).unwrap();
-        for (what, messages) in conversations() {
-            for choice in &choices {
-                for enabled in [true, false] {
-                    let prepared = template.prepare(Conversation {
-                        messages: serde_json::from_value(messages.clone()).unwrap(),
-                        tools: two_tools(),
-                        choice: choice.clone(),
-                        thoughts: Thoughts { enabled: Some(enabled), ..Thoughts::default() },
-                        ..Conversation::default()
-                    });
-                    match prepared {
-                        Ok(prepared) => {
-                            if let Err(why) = check_prepared(&prepared, choice, what) {
-                                let case = format!("{name}, {what}, {choice:?}, {enabled}: {why}");
-                                wrong.lock().unwrap().insert(case);
-                            }
+        for (what, messages) in &conversations {
+            for ((word, choice), thinks) in choices.iter().flat_map(|c| [(c, true), (c, false)]) {
+                match template.prepare(conversation(messages, choice, thinks)) {
+                    Ok(prepared) => {
+                        for flaw in flaws(&prepared, choice, *what == "a question") {
+                            add(&wrong, (name, format!("{what}: {flaw}")), word);
                         }
-                        Err(why) => {
-                            let why = (what, why.message);
-                            refused.lock().unwrap().entry(name.clone()).or_insert(why);
-                        }
+                    }
+                    Err(why) => {
+                        let why = why.message.rsplit(": ").next().unwrap_or_default();
+                        add(&refused, (name, format!("{what}: {why}")), word);
                     }
                 }
             }
         }
     });
-    let (wrong, refused) = (wrong.into_inner().unwrap(), refused.into_inner().unwrap());
-    for one in &wrong {
-        println!("{one}");
-    }
-    for (name, (what, why)) in &refused {
-        println!("{name} refuses a {what}: {why}");
-    }
-    assert!(wrong.is_empty(), "{} are wrong", wrong.len());
-    let listed = REFUSALS.map(|(name, what, why)| (name.to_owned(), (what, why.to_owned())));
-    assert_eq!(refused, BTreeMap::from(listed));
+    let n = must_be_listed(refused, &REFUSALS) + must_be_listed(wrong, &FLAWS);
+    assert_eq!(n, 0, "differences from the lists");
 }

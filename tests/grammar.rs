@@ -203,6 +203,51 @@ fn thoughts_end_at_their_budget_and_the_answer_begins_as_it_must() {
     assert!(accept(&mut guide, "7</call>"));
 }
 
+/// A model that never ends what it began: each token is any that may come, and rather none that
+/// ends a string or a list.
+#[test]
+fn json_is_closed_before_its_tokens_run_out() {
+    let node = json!({
+        "type": "object",
+        "properties": {
+            "name": { "type": "string" }, "n": { "type": "number", "minimum": -3 },
+            "kind": { "enum": ["first", "second"] }, "nodes": { "type": "array", "items": { "$ref": "#/$defs/node" } },
+            "day": { "type": "string", "format": "date" }, "maybe": { "anyOf": [{ "type": "string" }, { "type": "null" }] },
+        },
+        "required": ["name", "n", "kind", "nodes", "day"],
+    });
+    let schema = json!({ "$ref": "#/$defs/node", "$defs": { "node": node } });
+    let mut random = fastrand::Rng::with_seed(1);
+    for limit in [70, 100, 150, 250, 400] {
+        let grammar = GRAMMARS.compile(&GrammarSource::JsonSchema(schema.clone())).unwrap();
+        let mut guide = Guide::from(grammar).limited(limit);
+        let (mut bytes, mut n, mut masked) = (Vec::new(), 0, Vec::new());
+        loop {
+            guide.mask(&vec![0.0; MODEL.n_vocab()], &mut masked);
+            let allowed = (0..).zip(&masked).filter(|(_, logit)| **logit == 0.0);
+            let allowed: Vec<Token> = allowed.map(|(token, _)| Token(token)).collect();
+            let ends = |token: &&Token| {
+                let text = MODEL.bytes(**token, false);
+                !text.iter().any(|byte| b"\"}]".contains(byte)) && !MODEL.is_end(**token)
+            };
+            let going_on: Vec<&Token> = allowed.iter().filter(ends).collect();
+            let token = match random.choice(&going_on) {
+                Some(token) => **token,
+                None => *random.choice(&allowed).unwrap(),
+            };
+            n += 1;
+            bytes.extend(MODEL.bytes(token, false));
+            if guide.accept(token, &MODEL.bytes(token, false)).unwrap() {
+                break;
+            }
+        }
+        let text = String::from_utf8(bytes).unwrap();
+        assert!(n <= limit && n + 30 > limit && guide.is_cut(), "{n} of {limit}: {text}");
+        let value: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{text}: {e}"));
+        assert!(jsonschema::is_valid(&schema, &value), "{text}");
+    }
+}
+
 #[test]
 fn what_is_no_grammar_is_refused_with_its_reason() {
     let refused = |source: GrammarSource| GRAMMARS.compile(&source).err().unwrap();

@@ -51,6 +51,11 @@ impl Digits {
         Some(most.saturating_sub(self.n))
     }
 
+    /// The text ends within a string, and not after a backslash.
+    pub fn is_in_string(&self) -> bool {
+        self.part == Part::String
+    }
+
     fn after(&self, byte: u8) -> Part {
         match (self.part, byte) {
             (Part::String, b'\\') => Part::Escape,

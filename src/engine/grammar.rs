@@ -180,8 +180,8 @@ impl Grammars {
             return Err(why);
         }
         let allowed = matcher.compute_mask().map_err(|e| e.to_string())?;
-        let numerals = Arc::clone(&self.numerals);
-        Ok(Grammar { matcher, allowed, goes_back, digits, numerals })
+        let (numerals, tokenizer) = (Arc::clone(&self.numerals), Arc::clone(&self.tokenizer));
+        Ok(Grammar { matcher, allowed, goes_back, digits, numerals, tokenizer })
     }
 }
 
@@ -329,6 +329,7 @@ pub struct Grammar {
     /// Where in JSON the text is; `None` if it is no JSON.
     digits: Option<Digits>,
     numerals: Arc<Numerals>,
+    tokenizer: Arc<Tokenizer>,
 }
 
 /// What llguidance could not go on with: beyond its limits.
@@ -391,7 +392,31 @@ impl Grammar {
     /// The tokens of bytes of the text.
     #[must_use]
     pub fn tokenize(&self, text: &[u8]) -> Vec<Token> {
-        self.matcher.tok_env().map_or_else(|_| Vec::new(), |env| tokens(env.tokenize_bytes(text)))
+        tokens(self.tokenizer.tokenize_bytes(text))
+    }
+
+    /// Where in JSON the text is, if it is JSON.
+    pub(super) fn digits(&self) -> Option<Digits> {
+        self.digits
+    }
+
+    /// The text may end here.
+    pub(super) fn may_end(&mut self) -> bool {
+        self.matcher.is_stopped() || self.matcher.is_accepting().unwrap_or(false)
+    }
+
+    /// A token's bytes.
+    pub(super) fn bytes(&self, token: Token) -> &[u8] {
+        self.tokenizer.trie.token(token.0.cast_unsigned())
+    }
+
+    /// A token that may come next, the one of the fewest bytes and among equals the first.
+    pub(super) fn any_token(&mut self) -> Option<Token> {
+        let allowed = self.matcher.compute_mask().ok()?;
+        let trie = &self.tokenizer.trie;
+        let plain = allowed.iter().filter(|&token| !trie.eos_token_set().is_allowed(token));
+        let shortest = plain.min_by_key(|&token| trie.token_len(token))?;
+        Some(Token(shortest.cast_signed()))
     }
 
     /// Consumes the token that was chosen. Returns `true` if the text is complete: nothing

@@ -30,6 +30,11 @@ const CERTAIN: f32 = 0.998;
 /// After a candidate less likely than this it is not asked what must follow: that takes time.
 const LIKELY: f32 = 0.2;
 
+/// Tokens before the last one an answer may have, from which on it is looked for its end.
+const CLOSING: usize = 96;
+/// Tokens to spare when it is closed.
+const SPARE: usize = 12;
+
 /// Follows one answer.
 pub struct Guide {
     grammar: Option<Grammar>,
@@ -42,6 +47,12 @@ pub struct Guide {
     place: Place,
     /// What thoughts and triggers are looked for in.
     text: Vec<u8>,
+    /// Tokens that the answer may still have.
+    n_left: usize,
+    /// Tokens that close an answer that may have few more, the next one last.
+    closing: Vec<Token>,
+    /// It was closed so.
+    is_cut: bool,
     /// Processor time that it may still take.
     time: Duration,
 }
@@ -172,8 +183,42 @@ impl Guide {
             waits: false,
             place,
             text: Vec::new(),
+            n_left: usize::MAX,
+            closing: Vec::new(),
+            is_cut: false,
             time: MOST_TIME,
         }
+    }
+
+    /// Of an answer of at most `n` tokens: near them JSON is closed, so that it can be read.
+    #[must_use]
+    pub fn limited(self, n: usize) -> Self {
+        Self { n_left: n, ..self }
+    }
+
+    /// The answer was closed because it may have no more tokens.
+    #[must_use]
+    pub fn is_cut(&self) -> bool {
+        self.is_cut
+    }
+
+    /// Looks for the end of an answer that may have few tokens more. Returns `true` if it is here.
+    fn look_ahead(&mut self) -> bool {
+        self.n_left = self.n_left.saturating_sub(1);
+        if self.is_cut {
+            self.closing.pop();
+            return self.closing.is_empty();
+        }
+        let is_near = self.n_left <= CLOSING && self.place == Place::Following;
+        let Some(grammar) = self.grammar.as_mut().filter(|_| is_near) else { return false };
+        let Some(way) = grammar.way_out(self.n_left) else { return false };
+        // One token more may open what takes several to close; another call takes many.
+        let calls = self.waits || !self.opening.is_empty();
+        let spare = if way.is_empty() && calls { CLOSING } else { SPARE };
+        self.is_cut = way.len() + spare >= self.n_left;
+        self.closing = if self.is_cut { way } else { Vec::new() };
+        self.closing.reverse();
+        self.is_cut && self.closing.is_empty()
     }
 
     /// Where an answer is once it no longer thinks.
@@ -190,7 +235,9 @@ impl Guide {
         match (self.place, &self.thoughts) {
             (Place::Closing(n), Some(thoughts)) => Next::Only(thoughts.closing[n]),
             (Place::Opening(n), _) => Next::Only(self.opening[n]),
-            (Place::Following, _) => Next::Grammar(None),
+            (Place::Following, _) => {
+                self.closing.last().map_or(Next::Grammar(None), |token| Next::Only(*token))
+            }
             (Place::Before, Some(thoughts)) => {
                 let begin = thoughts.begin.as_ref().and_then(|(_, token)| *token);
                 match (self.place_after_thoughts(), begin) {
@@ -230,6 +277,7 @@ impl Guide {
     pub fn accept(&mut self, token: Token, bytes: &[u8]) -> Result<bool, GrammarError> {
         let begun = processor_time();
         let is_whole = self.advance(token, bytes)?;
+        let is_whole = is_whole || self.look_ahead();
         let left = (self.time + TIME_PER_TOKEN).checked_sub(processor_time() - begun);
         let late = || GrammarError("it takes too much time for each token".into());
         self.time = left.ok_or_else(late)?.min(MOST_TIME);
@@ -403,6 +451,9 @@ impl Guide {
         match (self.place, &self.thoughts) {
             (Place::Closing(n), Some(thoughts)) => thoughts.closing[n..].to_vec(),
             (Place::Opening(n), _) => self.opening[n..].to_vec(),
+            (Place::Following, _) if !self.closing.is_empty() => {
+                self.closing.iter().rev().copied().collect()
+            }
             (Place::Following, _) => self.grammar.as_mut().map_or(Vec::new(), Grammar::forced),
             _ => Vec::new(),
         }

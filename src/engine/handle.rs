@@ -158,6 +158,8 @@ impl Handle {
                 true => Guide::of(&request, &*this.grammars(&shown)?)?,
                 false => None,
             };
+            let n_most = request.max_tokens.min(this.limits.n_ctx - prompt.len());
+            let guide = guide.map(|guide| guide.limited(n_most));
             let dry = request.sampling.dry.as_ref().map(|params| {
                 let breakers = Breakers::new(&this.model, &params.breakers);
                 let breakers =

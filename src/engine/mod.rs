@@ -8,6 +8,7 @@
 //! llama.cpp. [`stats`] counts.
 
 mod bursts;
+mod closing;
 mod commit;
 mod digits;
 pub mod dry;

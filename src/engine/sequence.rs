@@ -377,7 +377,9 @@ impl Sequence {
         }
         let followed = self.job.guide.as_mut().map_or(Ok(false), |g| g.accept(token, bytes));
         let is_full = self.n_answer() == self.n_generate;
+        let is_cut = self.job.guide.as_ref().is_some_and(Guide::is_cut);
         let end = match followed {
+            Ok(true) if is_cut => FinishReason::Length,
             Ok(true) => FinishReason::EndOfText,
             _ if is_full => FinishReason::Length,
             Err(GrammarError(why)) => {
