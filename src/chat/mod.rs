@@ -239,7 +239,7 @@ impl Template {
                 tools.iter().any(|tool| name.is_some_and(|name| *name == *tool.name))
             };
             conversation.tools.retain(is_left);
-        } else if uses_tools || !tools.is_empty() {
+        } else if (uses_tools && !self.expects.calls) || !tools.is_empty() {
             conversation.tools.clear();
             let has_system = format.is_none_or(Format::has_system);
             generic::rewrite(&mut conversation.messages, &tools, has_system);

@@ -16,6 +16,8 @@ pub struct Expects {
     parts: bool,
     /// None for the `content` of a message that has none; otherwise an empty text.
     none: bool,
+    /// Calls: it writes them.
+    pub calls: bool,
     /// `arguments` of calls as JSON in a text, as OpenAI has it; otherwise as an object.
     arguments_as_text: bool,
 }
@@ -61,10 +63,12 @@ pub fn probe(render: impl Fn(Vec<Map<String, Value>>) -> Option<Text>) -> Expect
     });
     let arguments_as_text =
         !takes_object && of_text.iter().any(|texts| texts.concat().contains(NEEDLE));
-    let [_, of_none] = if arguments_as_text { of_text } else { of_object };
+    let of_both = if arguments_as_text { of_text } else { of_object };
+    let calls = of_both.iter().any(|texts| texts.concat().contains(NEEDLE_NAME));
+    let [_, of_none] = of_both;
     let none = of_none.concat().contains(NEEDLE_NAME)
         && of_none.iter().all(|text| !text.is_empty() && !text.contains("None"));
-    Expects { parts, none, arguments_as_text }
+    Expects { parts, none, calls, arguments_as_text }
 }
 
 /// The text of a content, whole or in parts, which become lines, as in llama-server and vLLM.
