@@ -150,7 +150,7 @@ async fn first_event(answer: &mut Answer, limit: Option<Duration>) -> Option<&Ev
     }
 }
 
-fn detokenize(handle: &Handle) -> Detokenize {
+pub(super) fn detokenize(handle: &Handle) -> Detokenize {
     let model = Arc::clone(&handle.model);
     Arc::new(move |token, by_name| model.bytes(token, by_name))
 }

@@ -25,6 +25,7 @@ pub(crate) mod openapi;
 mod page;
 mod problem;
 pub mod reply;
+mod responses;
 pub(crate) mod routes;
 pub(crate) mod sections;
 pub(crate) mod server;

@@ -18,6 +18,8 @@ use super::api::generate::GenerateRequest;
 use super::api::message_answers::{MessageAnswer, TokenCount};
 use super::api::messages::{CountRequest, MessagesRequest};
 use super::api::openai::{ChatRequest, CompletionRequest, TemplateRequest};
+use super::api::response_answers::ResponseAnswer;
+use super::api::responses::ResponsesRequest;
 use super::api::vocabulary::{
     DetokenizeAnswer, DetokenizeRequest, TemplateAnswer, TokenizeAnswer, TokenizeRequest,
     TokenizerInformation,
@@ -39,6 +41,7 @@ pub fn json(readers: &Readers) -> Bytes {
         ("GenerateRequest", &readers.generate.schema),
         ("CompletionRequest", &readers.completion.schema),
         ("ChatRequest", &readers.chat.schema),
+        ("ResponsesRequest", &readers.responses.schema),
         ("MessagesRequest", &readers.messages.schema),
         ("CountRequest", &readers.count.schema),
         ("TemplateRequest", &readers.template.schema),
@@ -80,6 +83,8 @@ pub fn json(readers: &Readers) -> Bytes {
         Models,
         OpenAiAnswer,
         Props,
+        ResponseAnswer,
+        ResponsesRequest,
         StreamEvent,
         TemplateAnswer,
         TemplateRequest,
@@ -196,6 +201,9 @@ mod tests {
             }
             "CompletionRequest" => readers.completion.read(body)?.into_choices(N_CTX, 1)?,
             "MessagesRequest" => readers.messages.read(body)?.into_choices(N_CTX, 1, &template)?,
+            "ResponsesRequest" => {
+                readers.responses.read(body)?.into_choices(N_CTX, 1, &template)?
+            }
             _ => readers.chat.read(body)?.into_choices(N_CTX, 1, &template)?,
         };
         Ok(format!("{choices:?}"))
@@ -213,6 +221,7 @@ mod tests {
             ("CompletionRequest", json!({ "prompt": "x" })),
             ("ChatRequest", json!({ "messages": [message] })),
             ("MessagesRequest", json!({ "messages": [message], "max_tokens": 9 })),
+            ("ResponsesRequest", json!({ "input": "x" })),
         ] {
             let with = |field: &str, value: &Value| {
                 let mut body = base.clone();

@@ -26,6 +26,7 @@ use super::page::{self, page_file};
 use super::problem::ErrorShape::{self, Anthropic, OpenAi, Own};
 use super::problem::Problem;
 use super::reply::{self, Reply};
+use super::responses::{self, respond};
 use super::vocabulary::{self, apply_template, detokenize, tokenize, tokenizer_info};
 use crate::telemetry::ChoiceRecords;
 
@@ -41,6 +42,7 @@ pub static ROUTES: LazyLock<Vec<Route>> = LazyLock::new(|| {
         route(information::__path_model, Access::Key, OpenAi, model),
         route(completions::__path_complete, Access::Key, OpenAi, complete),
         route(completions::__path_chat, Access::Key, OpenAi, chat),
+        route(responses::__path_respond, Access::Key, OpenAi, respond),
         route(messages::__path_converse, Access::Key, Anthropic, converse),
         route(messages::__path_count_tokens, Access::Key, Anthropic, count_tokens),
         route(embeddings::__path_embed, Access::Key, OpenAi, embed),
@@ -120,8 +122,11 @@ pub fn decoded(path: &str) -> Cow<'_, str> {
 }
 
 /// Paths of OpenAI's dialect without `/v1`, as llama-server has them, too.
-const ALIASES: [(&str, &str); 2] =
-    [("/chat/completions", "/v1/chat/completions"), ("/models", "/v1/models")];
+const ALIASES: [(&str, &str); 3] = [
+    ("/chat/completions", "/v1/chat/completions"),
+    ("/responses", "/v1/responses"),
+    ("/models", "/v1/models"),
+];
 
 pub fn find(path: &str) -> Option<&'static Route> {
     let alias = ALIASES.iter().find(|(alias, _)| *alias == path);

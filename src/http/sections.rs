@@ -73,6 +73,13 @@ impl Sections {
         deltas.into_iter().for_each(|delta| self.take(delta, each));
     }
 
+    /// Begins an empty text, if there is nothing.
+    pub fn fill(&mut self, each: &mut dyn FnMut(Change<'_>)) {
+        if self.list.is_empty() {
+            self.begin(Kind::Text, each);
+        }
+    }
+
     /// What there is so far.
     pub fn list(&self) -> &[Section] {
         &self.list

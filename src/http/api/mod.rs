@@ -2,7 +2,7 @@
 //! `/openapi.json` documents.
 //!
 //! A request's new field is declared in `request_body!` if all dialects have it, else in [`generate`],
-//! [`openai`] or [`messages`]. Its doc comment documents it; [`Reader`] takes its default and range from its
+//! [`openai`], [`responses`] or [`messages`]. Its doc comment documents it; [`Reader`] takes its default and range from its
 //! `schema` attribute. The format `tokens` limits it to the context's size. What other servers know
 //! and no body declares is in `foreign`.
 
@@ -17,6 +17,9 @@ pub(crate) mod message_answers;
 pub mod message_blocks;
 pub mod messages;
 pub mod openai;
+pub(crate) mod response_answers;
+pub mod response_items;
+pub mod responses;
 mod shape;
 pub(crate) mod usage;
 pub mod vocabulary;
@@ -37,6 +40,7 @@ use embeddings::EmbeddingRequest;
 use generate::GenerateRequest;
 use messages::{CountRequest, MessagesRequest};
 use openai::{ChatRequest, CompletionRequest, TemplateRequest};
+use responses::ResponsesRequest;
 use shape::Shape;
 use vocabulary::{DetokenizeRequest, TokenizeRequest};
 
@@ -49,6 +53,7 @@ pub struct Readers {
     pub generate: Reader<GenerateRequest>,
     pub completion: Reader<CompletionRequest>,
     pub chat: Reader<ChatRequest>,
+    pub responses: Reader<ResponsesRequest>,
     pub messages: Reader<MessagesRequest>,
     pub count: Reader<CountRequest>,
     pub template: Reader<TemplateRequest>,
@@ -71,6 +76,7 @@ impl Readers {
             generate: Reader::new(n_ctx, Unknown::Refused),
             completion: Reader::new(n_ctx, unknown),
             chat: Reader::new(n_ctx, unknown),
+            responses: Reader::new(n_ctx, unknown),
             messages: Reader::new(n_ctx, unknown),
             count: Reader::new(n_ctx, unknown),
             template: Reader::new(n_ctx, unknown),
@@ -126,6 +132,11 @@ impl<B: DeserializeOwned + ToSchema> Reader<B> {
             schema.additional_properties = Some(Box::new(AdditionalProperties::FreeForm(true)));
         }
         Self { schema, shape, unknown, body: PhantomData }
+    }
+
+    /// What becomes of fields that nobody knows.
+    pub fn unknown(&self) -> Unknown {
+        self.unknown
     }
 
     /// As [`read_noting`](Self::read_noting), and forgets what was ignored.
