@@ -43,7 +43,7 @@
 //! | `build.rs`, `build/`, `vendor/` | llama.cpp's source, patched and compiled; its bindings | |
 //! | [`config`] | arguments, checked; one table of all limits and defaults | |
 //! | [`cli`] | the commands: start, signals, drain, terminal output | llama.cpp |
-//! | [`http`] | accept loop, routes; `access`, the access log; `host`, `auth` and `cors`; `tls`; `api`, the bodies of requests and answers; `completions`, `embeddings`, `vocabulary` and `information`, their handlers; server-sent events; `page` for browsers; `openapi` and `docs` | cells, batches |
+//! | [`http`] | accept loop, routes; `access`, the access log; `host`, `auth` and `cors`; `tls`; `api`, the bodies of requests and answers; `completions`, `responses`, `messages`, `embeddings`, `vocabulary` and `information`, their handlers; `sections`, what an answer is made of; server-sent events; `page` for browsers; `openapi` and `docs` | cells, batches |
 //! | [`telemetry`] | request spans for an OpenTelemetry collector | bodies, engine |
 //! | [`request`], [`error`] | what `http` and `engine` share | both |
 //! | [`engine`] | the step; `turn`, a sequence's part in it; `commit` and `walk`, its end; `pool`, embeddings; `thread` runs it, `handle` is its public side, `lanes` the threads that read requests, `stats` its counters, `forward` its interface to a model, `sharing` and `thread_count` the threads of each pass, `grammar` its interface to llguidance, `gbnf` a translator for it | sockets, JSON |

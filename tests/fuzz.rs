@@ -49,7 +49,9 @@ fn likely(name: &'static str) -> BoxedStrategy<Value> {
             let message = (role, "\\PC{0,20}").prop_map(|(role, content)| json!({ "role": role, "content": content }));
             prop::collection::vec(message, 0..4).prop_map(Value::from).boxed()
         }
-        "stop" => prop::collection::vec("[a-c]{0,3}", 0..4).prop_map(Value::from).boxed(),
+        "input" => prop_oneof![likely("prompt"), likely("messages")].boxed(),
+        "system" | "instructions" => likely("prompt"),
+        "stop" | "stop_sequences" => prop::collection::vec("[a-c]{0,3}", 0..4).prop_map(Value::from).boxed(),
         "logit_bias" => prop::collection::btree_map("[0-9]{1,5}", -100.0..100.0f64, 0..3).prop_map(|m| json!(m)).boxed(),
         "speculation" => words(&["auto", "heads", "text", "off", "typical", "on"]),
         "grammar" => words(&["start: \"a\"", "start: /[a-z]+/", "start: (", ""]),
@@ -72,9 +74,16 @@ fn likely(name: &'static str) -> BoxedStrategy<Value> {
     }
 }
 
-const FIELDS: [&str; 36] = [
+const FIELDS: [&str; 43] = [
     "prompt",
     "messages",
+    "input",
+    "system",
+    "instructions",
+    "thinking",
+    "reasoning",
+    "stop_sequences",
+    "max_output_tokens",
     "model",
     "max_tokens",
     "max_completion_tokens",
@@ -161,8 +170,10 @@ proptest! {
             Err(error) => prop_assert!(error.message.len() > 8 && error.message.len() < 2000, "{}", error),
         }
         let text = READERS.completion.read(body.clone()).and_then(|body| body.into_choices(N_CTX, 1));
-        let chat = READERS.chat.read(body).and_then(|body| body.into_choices(N_CTX, 1, &TEMPLATE));
-        for choices in [text, chat] {
+        let chat = READERS.chat.read(body.clone()).and_then(|body| body.into_choices(N_CTX, 1, &TEMPLATE));
+        let messages = READERS.messages.read(body.clone()).and_then(|body| body.into_choices(N_CTX, 1, &TEMPLATE));
+        let responses = READERS.responses.read(body).and_then(|body| body.into_choices(N_CTX, 1, &TEMPLATE));
+        for choices in [text, chat, messages, responses] {
             match choices {
                 Ok(choices) => {
                     prop_assert!((1..=16).contains(&choices.requests.len()) && choices.requests.len() % choices.n == 0);
@@ -383,7 +394,9 @@ proptest! {
 fn bodies_on_the_wire_get_an_answer_or_a_refusal() {
     let server = Server::start(&["--ctx", "64", "--request-timeout", "5"]);
     let mut runner = proptest::test_runner::TestRunner::new(config(300));
-    let paths = prop::sample::select(&["/generate", "/v1/completions", "/v1/chat/completions"][..]);
+    let paths =
+        ["/generate", "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"];
+    let paths = prop::sample::select(&paths[..]);
     let run = runner.run(&(paths, body()), |(path, body)| {
         let shown = body.to_string();
         let head = format!(

@@ -129,11 +129,14 @@ fn answers_are_as_documented() {
         }
         post("/v1/chat/completions", status, &body);
     }
+    answers_of_turns_are_as_documented(&post);
     post("/generate", 422, &json!({ "prompt": "" }));
     post("/generate", 422, &json!([]));
     post("/v1/completions", 400, &json!({ "prompt": "x", "n": 99 }));
     let long = json!({ "prompt": "x".repeat(10_000) });
-    for path in ["/generate", "/v1/completions", "/v1/chat/completions"] {
+    let all =
+        ["/generate", "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"];
+    for path in all.into_iter().chain(["/v1/messages/count_tokens"]) {
         post(path, 413, &long);
         let head = format!(
             "POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 1\r\n\r\n{{"
@@ -141,6 +144,48 @@ fn answers_are_as_documented() {
         check("post", path, 400, &exchange(server.addr, head.as_bytes()));
         check("post", path, 405, &server.get(path));
     }
+}
+
+/// Those of `/v1/messages` and `/v1/responses`, with calls, too.
+fn answers_of_turns_are_as_documented(post: &dyn Fn(&str, u16, &Value)) {
+    let parameters =
+        json!({ "type": "object", "properties": { "x": { "enum": [1, 2] } }, "required": ["x"] });
+    for more in
+        [json!({}), json!({ "call": true }), json!({ "stop": ["e"] }), json!({ "timeout_s": 0 })]
+    {
+        for stream in [false, true] {
+            let mut message =
+                json!({ "messages": [{ "role": "user", "content": "Hi" }], "max_tokens": 40 });
+            let mut response = json!({ "input": "Hi", "max_output_tokens": 40, "top_logprobs": 1 });
+            if more.get("call").is_some() {
+                message["tools"] = json!([{ "name": "f", "input_schema": parameters }]);
+                message["tool_choice"] = json!({ "type": "any" });
+                response["tools"] =
+                    json!([{ "type": "function", "name": "f", "parameters": parameters }]);
+                response["tool_choice"] = json!("required");
+            }
+            let is_late = more.get("timeout_s").is_some();
+            if is_late && stream {
+                continue; // it may have begun by then
+            }
+            let status = if is_late { 408 } else { 200 };
+            for (path, mut body) in [("/v1/messages", message), ("/v1/responses", response)] {
+                for name in ["stop", "timeout_s"] {
+                    more.get(name).into_iter().for_each(|value| body[name] = value.clone());
+                }
+                body["stream"] = stream.into();
+                post(path, status, &body);
+            }
+        }
+    }
+    post(
+        "/v1/messages/count_tokens",
+        200,
+        &json!({ "messages": [{ "role": "user", "content": "Hi" }] }),
+    );
+    post("/v1/messages/count_tokens", 400, &json!({ "messages": [] }));
+    post("/v1/messages", 400, &json!({ "messages": [] }));
+    post("/v1/responses", 400, &json!({}));
 }
 
 #[test]

@@ -101,6 +101,7 @@ mod tests {
     use hyper::header::HeaderName;
 
     use super::*;
+    use crate::http::problem::ErrorShape;
     use crate::http::routes;
 
     /// The tenant, or the status of a refusal.
@@ -111,7 +112,8 @@ mod tests {
     fn ask_with(auth: &Auth, path: &str, name: HeaderName, value: &str) -> Result<u32, u16> {
         let access = routes::find(path).map_or(Access::Key, |route| route.access);
         let headers = HeaderMap::from_iter([(name, value.parse().unwrap())]);
-        auth.admit(access, &headers).map_err(|problem| problem.status_and_kind(false).0.as_u16())
+        auth.admit(access, &headers)
+            .map_err(|problem| problem.status_and_kind(ErrorShape::Own).0.as_u16())
     }
 
     fn keys(texts: &[&str]) -> Auth {

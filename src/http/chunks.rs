@@ -11,7 +11,7 @@ use super::api::answers::{
 };
 use super::api::openai::Choices;
 use super::api::usage::{AnswerTimings, Ended, OpenAiUsage, PromptTokensDetails};
-use super::problem::Problem;
+use super::problem::{ErrorShape, Problem};
 use super::reply::{self, Dialect, Reply, event};
 use crate::chat::{self, AnswerReader, Syntax};
 use crate::engine::Failed;
@@ -313,7 +313,8 @@ impl Dialect for Chunks {
                 self.chunk(index, Delta::default(), None, Some(done), out);
             }
             Event::Failed { id } => {
-                event(&Problem::from(Failed { id: id.clone() }).body(true), out)
+                let problem = Problem::from(Failed { id: id.clone() });
+                event(&problem.body(ErrorShape::OpenAi, ""), out);
             }
         }
     }

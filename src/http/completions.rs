@@ -102,11 +102,11 @@ async fn answer_openai(
     }
     let dialect = Chunks::new(endpoint, cx.app.model_id.clone(), &choices, detokenize(handle));
     let answered = answer(cx, handle, choices.requests, choices.stream, dialect).await;
-    answered.map_err(|problem| problem.with_prompt_as(endpoint.prompt_field()))
+    answered.map_err(|problem| problem.with_fields_as(&[("prompt", endpoint.prompt_field())]))
 }
 
 /// Submits the requests, and writes their answers as one, whole or as it comes.
-async fn answer(
+pub(super) async fn answer(
     cx: RequestContext,
     handle: &Handle,
     requests: Vec<request::Request>,
@@ -150,7 +150,7 @@ async fn first_event(answer: &mut Answer, limit: Option<Duration>) -> Option<&Ev
     }
 }
 
-fn detokenize(handle: &Handle) -> Detokenize {
+pub(super) fn detokenize(handle: &Handle) -> Detokenize {
     let model = Arc::clone(&handle.model);
     Arc::new(move |token, by_name| model.bytes(token, by_name))
 }

@@ -34,8 +34,9 @@ pub async fn embed(cx: RequestContext, request: Request<Incoming>) -> Result<Rep
     })
     .await?;
     cx.app.note_ignored(&ignored);
-    let (data, n_tokens) =
-        collect(&cx, &handle, requests, form).await.map_err(|e| e.with_prompt_as("input"))?;
+    let (data, n_tokens) = collect(&cx, &handle, requests, form)
+        .await
+        .map_err(|e| e.with_fields_as(&[("prompt", "input")]))?;
     let usage = EmbeddingUsage { prompt_tokens: n_tokens, total_tokens: n_tokens };
     let answer = EmbeddingAnswer { object: "list", data, model: &cx.app.model_id, usage };
     let mut reply = reply::json(StatusCode::OK, &answer);

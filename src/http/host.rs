@@ -88,6 +88,7 @@ fn is_name(host: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::http::problem::ErrorShape;
 
     /// The status of a refusal; 200 for none.
     fn status(hosts: &Hosts, version: Version, target: &str, given: &[&[u8]]) -> u16 {
@@ -96,7 +97,7 @@ mod tests {
             request = request.header(HOST, *host);
         }
         let checked = hosts.check(&request.body(()).unwrap());
-        checked.map_or_else(|problem| problem.status_and_kind(false).0.as_u16(), |()| 200)
+        checked.map_or_else(|problem| problem.status_and_kind(ErrorShape::Own).0.as_u16(), |()| 200)
     }
 
     #[test]

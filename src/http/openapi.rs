@@ -10,17 +10,22 @@ use utoipa::openapi::{ContentBuilder, OpenApi, Ref, RefOr, Schema};
 
 use super::api::Readers;
 use super::api::answers::{
-    ErrorBody, GenerateAnswer, Health, Information, ModelEntry, Models, OpenAiAnswer, Props,
-    StreamEvent,
+    ErrorBody, GenerateAnswer, Health, Information, MessagesErrorBody, ModelEntry, Models,
+    OpenAiAnswer, Props, StreamEvent,
 };
 use super::api::embeddings::{EmbeddingAnswer, EmbeddingRequest};
 use super::api::generate::GenerateRequest;
+use super::api::message_answers::{MessageAnswer, TokenCount};
+use super::api::messages::{CountRequest, MessagesRequest};
 use super::api::openai::{ChatRequest, CompletionRequest, TemplateRequest};
+use super::api::response_answers::ResponseAnswer;
+use super::api::responses::ResponsesRequest;
 use super::api::vocabulary::{
     DetokenizeAnswer, DetokenizeRequest, TemplateAnswer, TokenizeAnswer, TokenizeRequest,
     TokenizerInformation,
 };
 use super::auth::Access;
+use super::problem::ErrorShape;
 use super::routes::ROUTES;
 
 /// The document of a server that reads bodies with `readers`, as JSON.
@@ -36,6 +41,9 @@ pub fn json(readers: &Readers) -> Bytes {
         ("GenerateRequest", &readers.generate.schema),
         ("CompletionRequest", &readers.completion.schema),
         ("ChatRequest", &readers.chat.schema),
+        ("ResponsesRequest", &readers.responses.schema),
+        ("MessagesRequest", &readers.messages.schema),
+        ("CountRequest", &readers.count.schema),
         ("TemplateRequest", &readers.template.schema),
         ("EmbeddingRequest", &readers.embedding.schema),
         ("TokenizeRequest", &readers.tokenize.schema),
@@ -50,14 +58,15 @@ pub fn json(readers: &Readers) -> Bytes {
 #[openapi(
     info(
         title = "medusa-llama",
-        description = "Text from a GGUF model. `/generate` is this server's own dialect, `/v1/...` OpenAI's. Null is a field's \
-                       default. `/generate` refuses a field that is not documented; OpenAI's dialect refuses one of other servers that \
-                       would change the answer, and names others in `x-ignored-fields`."
+        description = "Text from a GGUF model. `/generate` is this server's own dialect, `/v1/messages` Anthropic's, `/v1/...` OpenAI's. Null is a field's \
+                       default. `/generate` refuses a field that is not documented; the other dialects refuse one of other servers that \
+                       would change the answer, and name others in `x-ignored-fields`."
     ),
     security((), ("key" = [])), // a bearer token, for servers that ask for one
     components(schemas(
         ChatRequest,
         CompletionRequest,
+        CountRequest,
         DetokenizeAnswer,
         DetokenizeRequest,
         EmbeddingAnswer,
@@ -67,13 +76,19 @@ pub fn json(readers: &Readers) -> Bytes {
         GenerateRequest,
         Health,
         Information,
+        MessageAnswer,
+        MessagesErrorBody,
+        MessagesRequest,
         ModelEntry,
         Models,
         OpenAiAnswer,
         Props,
+        ResponseAnswer,
+        ResponsesRequest,
         StreamEvent,
         TemplateAnswer,
         TemplateRequest,
+        TokenCount,
         TokenizeAnswer,
         TokenizeRequest,
         TokenizerInformation,
@@ -94,8 +109,8 @@ const REFUSALS: [(u16, Of, &str); 15] = [
     (
         400,
         Of::Posts,
-        "The body is not JSON, or could not be read, or `Host` is missing or invalid; in OpenAI's dialect also: a field or prompt \
-         cannot be served",
+        "The body is not JSON, or could not be read, or `Host` is missing or invalid; in OpenAI's and Anthropic's dialects also: a field or \
+         prompt cannot be served",
     ),
     (400, Of::All, "`Host` is missing or invalid"),
     (401, Of::Keyed, "The server asks for a key, and there is none or a wrong one"),
@@ -133,30 +148,36 @@ const REFUSALS: [(u16, Of, &str); 15] = [
 fn add_paths(document: &mut OpenApi) {
     for route in ROUTES.iter() {
         let (methods, mut operation) = (route.operation)();
-        let is_openai = route.path.starts_with("/v1");
         let has_body = operation.request_body.is_some();
         for (status, of, why) in REFUSALS {
             let applies = match of {
                 Of::All => true,
-                Of::Keyed => route.access == Access::Key && (has_body || is_openai),
+                Of::Keyed => {
+                    route.access == Access::Key && (has_body || route.errors != ErrorShape::Own)
+                }
                 Of::Posts => has_body,
-                Of::Own => has_body && !is_openai,
+                Of::Own => has_body && route.errors == ErrorShape::Own,
             };
             if applies {
                 let known = &mut operation.responses.responses;
-                known.entry(status.to_string()).or_insert_with(|| refusal(status, why).into());
+                known
+                    .entry(status.to_string())
+                    .or_insert_with(|| refusal(status, why, route.errors).into());
             }
         }
         document.paths.add_path_operation(&route.path, methods, operation);
     }
 }
 
-fn refusal(status: u16, why: &str) -> Response {
+fn refusal(status: u16, why: &str, errors: ErrorShape) -> Response {
     let response = ResponseBuilder::new().description(why);
     if matches!(status, 414 | 431) {
         return response.build(); // hyper's own answers have no body
     }
-    let schema = Ref::from_schema_name("ErrorBody");
+    let schema = Ref::from_schema_name(match errors {
+        ErrorShape::Own | ErrorShape::OpenAi => "ErrorBody",
+        ErrorShape::Anthropic => "MessagesErrorBody",
+    });
     response.content("application/json", ContentBuilder::new().schema(Some(schema)).build()).build()
 }
 
@@ -179,6 +200,10 @@ mod tests {
                 return Ok(format!("{request:?}"));
             }
             "CompletionRequest" => readers.completion.read(body)?.into_choices(N_CTX, 1)?,
+            "MessagesRequest" => readers.messages.read(body)?.into_choices(N_CTX, 1, &template)?,
+            "ResponsesRequest" => {
+                readers.responses.read(body)?.into_choices(N_CTX, 1, &template)?
+            }
             _ => readers.chat.read(body)?.into_choices(N_CTX, 1, &template)?,
         };
         Ok(format!("{choices:?}"))
@@ -195,6 +220,8 @@ mod tests {
             ("GenerateRequest", json!({ "prompt": "x" })),
             ("CompletionRequest", json!({ "prompt": "x" })),
             ("ChatRequest", json!({ "messages": [message] })),
+            ("MessagesRequest", json!({ "messages": [message], "max_tokens": 9 })),
+            ("ResponsesRequest", json!({ "input": "x" })),
         ] {
             let with = |field: &str, value: &Value| {
                 let mut body = base.clone();
@@ -210,7 +237,8 @@ mod tests {
                 Err(error) => assert!(!is_open && error.param.as_deref() == Some("zzz"), "{name}"),
             }
             let required = schema["required"].as_array().unwrap();
-            assert_eq!(required.len(), 1, "{name}: {required:?}");
+            let n_required = base.as_object().unwrap().len();
+            assert_eq!(required.len(), n_required, "{name}: {required:?}");
             for (field, about) in schema["properties"].as_object().unwrap() {
                 let at = format!("{name}.{field}");
                 assert!(about["description"].is_string() || about.get("oneOf").is_some(), "{at}");

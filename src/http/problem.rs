@@ -7,7 +7,9 @@ use hyper::header::{
     ACCEPT_ENCODING, ALLOW, CONNECTION, HeaderName, RETRY_AFTER, WWW_AUTHENTICATE,
 };
 
-use super::api::answers::{ErrorBody, ErrorDetails};
+use super::api::answers::{
+    AnyErrorBody, ErrorBody, ErrorDetails, MessagesErrorBody, MessagesErrorDetails,
+};
 use crate::engine::{Failed, SubmitError};
 use crate::error::{Invalid, InvalidKind};
 
@@ -69,9 +71,32 @@ impl From<Invalid> for Problem {
     }
 }
 
+/// Whose errors a path answers with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorShape {
+    /// This server's own.
+    Own,
+    /// OpenAI's.
+    OpenAi,
+    /// Anthropic's, with the id of the request.
+    Anthropic,
+}
+
+impl ErrorShape {
+    /// Of a path that is no route's.
+    pub fn of_unknown(path: &str) -> Self {
+        match path {
+            _ if path.starts_with("/v1/messages") => Self::Anthropic,
+            _ if path.starts_with("/v1") => Self::OpenAi,
+            _ => Self::Own,
+        }
+    }
+}
+
 impl Problem {
-    /// Status, and `type` of the body or `code` of OpenAI's, whose status of what is invalid is 400.
-    pub fn status_and_kind(&self, is_openai: bool) -> (StatusCode, &'static str) {
+    /// Status, and `type` of the body or `code` of OpenAI's, whose status of what is invalid is 400,
+    /// as it is Anthropic's.
+    pub fn status_and_kind(&self, shape: ErrorShape) -> (StatusCode, &'static str) {
         let (status, kind) = match self {
             Self::NotFound(_) | Self::UnknownPath { .. } | Self::MetricsOff => (404, "not_found"),
             Self::MethodNotAllowed { .. } => (405, "method_not_allowed"),
@@ -86,10 +111,14 @@ impl Problem {
             Self::BrokenBody(_) => (400, "broken_body"),
             Self::NoEmbeddings => (400, "not_supported"),
             Self::BodyTimeout => (408, "timeout"),
-            Self::Refused(SubmitError::Invalid(Invalid { kind, .. })) if is_openai => match kind {
-                InvalidKind::Field => (400, "invalid_request"),
-                InvalidKind::ContextLength { .. } => (400, "context_length_exceeded"),
-            },
+            Self::Refused(SubmitError::Invalid(Invalid { kind, .. }))
+                if shape != ErrorShape::Own =>
+            {
+                match kind {
+                    InvalidKind::Field => (400, "invalid_request"),
+                    InvalidKind::ContextLength { .. } => (400, "context_length_exceeded"),
+                }
+            }
             Self::Refused(SubmitError::Invalid(_)) => (422, "invalid_request"),
             Self::Refused(SubmitError::QueueFull { .. }) => (429, "queue_full"),
             Self::Refused(SubmitError::Stopped) => (503, "stopped"),
@@ -101,12 +130,13 @@ impl Problem {
         (StatusCode::from_u16(status).expect("a status"), kind)
     }
 
-    /// Blames the field that the body has the prompt in.
-    pub fn with_prompt_as(mut self, field: &str) -> Self {
+    /// Blames the fields that the body has in place of others: pairs of both names, the engine's or
+    /// the chat's first.
+    pub fn with_fields_as(mut self, names: &[(&str, &str)]) -> Self {
         if let Self::Refused(SubmitError::Invalid(Invalid { param: Some(param), .. })) = &mut self
-            && param == "prompt"
+            && let Some((_, name)) = names.iter().find(|(other, _)| param == other)
         {
-            field.clone_into(param);
+            (*name).clone_into(param);
         }
         self
     }
@@ -125,12 +155,20 @@ impl Problem {
         }
     }
 
-    pub fn body(&self, is_openai: bool) -> ErrorBody<'_> {
-        let (status, kind) = self.status_and_kind(is_openai);
+    /// The error as `shape` has it; `id` is the request's.
+    pub fn body<'a>(&'a self, shape: ErrorShape, id: &'a str) -> AnyErrorBody<'a> {
+        let (status, kind) = self.status_and_kind(shape);
         let invalid = match self {
             Self::Refused(SubmitError::Invalid(error)) => Some(error),
             _ => None,
         };
+        if shape == ErrorShape::Anthropic {
+            let r#type = anthropic_type(status);
+            let message = invalid.map_or_else(|| self.to_string(), anthropic_message);
+            let error = MessagesErrorDetails { r#type, message };
+            let body = MessagesErrorBody { r#type: "error", error, request_id: id };
+            return AnyErrorBody::Anthropic(body);
+        }
         let param = invalid.and_then(|error| error.param.as_deref());
         let (n_prompt_tokens, n_ctx) = match invalid.map(|error| error.kind) {
             Some(InvalidKind::ContextLength { n_prompt, n_ctx }) => (Some(n_prompt), Some(n_ctx)),
@@ -141,12 +179,41 @@ impl Problem {
             status if status.is_server_error() => "server_error",
             _ => "invalid_request_error",
         };
-        let (r#type, param, code) = match is_openai {
-            true => (family, Some(param), Some(kind)),
-            false => (kind, param.map(Some), None),
+        let (r#type, param, code) = match shape {
+            ErrorShape::Own => (kind, param.map(Some), None),
+            _ => (family, Some(param), Some(kind)),
         };
         let message = self.to_string();
         let error = ErrorDetails { r#type, message, param, code, n_prompt_tokens, n_ctx };
-        ErrorBody { error }
+        AnyErrorBody::Plain(ErrorBody { error })
+    }
+}
+
+/// Anthropic's name of what a status says.
+fn anthropic_type(status: StatusCode) -> &'static str {
+    match status.as_u16() {
+        401 => "authentication_error",
+        403 => "permission_error",
+        404 => "not_found_error",
+        413 => "request_too_large",
+        429 => "rate_limit_error",
+        503 => "overloaded_error",
+        408 | 500.. => "api_error",
+        _ => "invalid_request_error",
+    }
+}
+
+/// What is wrong, with the field's name, which has no other place. Claude Code shortens a
+/// conversation when it reads "prompt is too long".
+fn anthropic_message(error: &Invalid) -> String {
+    match (error.kind, &error.param) {
+        (InvalidKind::ContextLength { n_prompt, n_ctx }, _) => {
+            let most = n_ctx - 1;
+            format!("prompt is too long: {n_prompt} tokens > {most} maximum")
+        }
+        (InvalidKind::Field, Some(param)) if !error.message.contains(param.as_str()) => {
+            format!("{param}: {}", error.message)
+        }
+        (InvalidKind::Field, _) => error.message.clone(),
     }
 }

@@ -15,7 +15,7 @@ use hyper::{Response, StatusCode};
 use serde::Serialize;
 use tokio::time::{Instant, Interval, interval_at};
 
-use super::problem::Problem;
+use super::problem::{ErrorShape, Problem};
 use crate::engine::Answer;
 use crate::request::{Completion, Event, Piece};
 use crate::telemetry::ChoiceRecords;
@@ -57,9 +57,9 @@ fn to_json(body: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec(body).expect("our types have string keys and no failing parts")
 }
 
-/// An error, in OpenAI's shape or this server's own.
-pub fn error(problem: &Problem, is_openai: bool) -> Reply {
-    let mut reply = json(problem.status_and_kind(is_openai).0, &problem.body(is_openai));
+/// An error, in the dialect's shape; `id` is the request's.
+pub fn error(problem: &Problem, shape: ErrorShape, id: &str) -> Reply {
+    let mut reply = json(problem.status_and_kind(shape).0, &problem.body(shape, id));
     if let Some((name, value)) = problem.header() {
         reply.headers_mut().insert(name, HeaderValue::from_static(value));
     }
@@ -98,6 +98,25 @@ pub fn event(data: &impl Serialize, out: &mut BytesMut) {
     out.extend_from_slice(b"data: ");
     out.extend_from_slice(&to_json(data)); // one line: JSON escapes line ends
     out.extend_from_slice(b"\n\n");
+}
+
+/// Appends one server-sent event with a name.
+pub fn named_event(name: &str, data: &impl Serialize, out: &mut BytesMut) {
+    for part in ["event: ", name, "\n"] {
+        out.extend_from_slice(part.as_bytes());
+    }
+    event(data, out);
+}
+
+/// Appends one server-sent event whose data has its name as `type`, and the fields of `data`.
+pub fn typed_event(name: &str, data: &impl Serialize, out: &mut BytesMut) {
+    #[derive(Serialize)]
+    struct Typed<'a, T> {
+        r#type: &'a str,
+        #[serde(flatten)]
+        data: &'a T,
+    }
+    named_event(name, &Typed { r#type: name, data }, out);
 }
 
 /// A comment, which clients skip: it shows proxies and clients that an answer is still to come.

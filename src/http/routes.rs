@@ -1,15 +1,15 @@
 //! The routes, each declared once, and how a request gets to its handler.
 //!
 //! A route is one entry of [`ROUTES`]: the handler's `utoipa::path` attribute, which generates
-//! `__path_...`, has path, method and documentation; the entry adds who may ask. All lists of paths,
-//! `Allow`, labels and `/openapi.json` derive from it.
+//! `__path_...`, has path, method and documentation; the entry adds who may ask and whose errors it answers
+//! with. All lists of paths, `Allow`, labels and `/openapi.json` derive from it.
 
 use std::borrow::Cow;
 use std::pin::Pin;
 use std::sync::{Arc, LazyLock};
 
 use hyper::body::Incoming;
-use hyper::header::{ALLOW, HeaderValue};
+use hyper::header::{ALLOW, HeaderName, HeaderValue};
 use hyper::{Method, Request};
 use percent_encoding::percent_decode_str;
 use utoipa::openapi::path::{HttpMethod, Operation};
@@ -21,34 +21,40 @@ use super::docs::{self, docs, docs_file, document};
 use super::embeddings::{self, embed};
 use super::health::{self, health, metrics, ready, v1_health};
 use super::information::{self, information, model, models, props};
+use super::messages::{self, converse, count_tokens};
 use super::page::{self, page_file};
+use super::problem::ErrorShape::{self, Anthropic, OpenAi, Own};
 use super::problem::Problem;
 use super::reply::{self, Reply};
+use super::responses::{self, respond};
 use super::vocabulary::{self, apply_template, detokenize, tokenize, tokenizer_info};
 use crate::telemetry::ChoiceRecords;
 
 pub static ROUTES: LazyLock<Vec<Route>> = LazyLock::new(|| {
     vec![
-        route(information::__path_information, Access::Key, information),
-        route(health::__path_health, Access::Open, health),
-        route(health::__path_v1_health, Access::Open, v1_health),
-        route(health::__path_ready, Access::Open, ready),
-        route(health::__path_metrics, Access::Metrics, metrics),
-        route(completions::__path_generate, Access::Key, generate),
-        route(information::__path_models, Access::Key, models),
-        route(information::__path_model, Access::Key, model),
-        route(completions::__path_complete, Access::Key, complete),
-        route(completions::__path_chat, Access::Key, chat),
-        route(embeddings::__path_embed, Access::Key, embed),
-        route(vocabulary::__path_tokenize, Access::Key, tokenize),
-        route(vocabulary::__path_detokenize, Access::Key, detokenize),
-        route(vocabulary::__path_tokenizer_info, Access::Key, tokenizer_info),
-        route(vocabulary::__path_apply_template, Access::Key, apply_template),
-        route(information::__path_props, Access::Key, props),
-        route(docs::__path_document, Access::Open, document),
-        route(docs::__path_docs, Access::Open, docs),
-        route(docs::__path_docs_file, Access::Open, docs_file),
-        route(page::__path_page_file, Access::Key, page_file),
+        route(information::__path_information, Access::Key, Own, information),
+        route(health::__path_health, Access::Open, Own, health),
+        route(health::__path_v1_health, Access::Open, OpenAi, v1_health),
+        route(health::__path_ready, Access::Open, Own, ready),
+        route(health::__path_metrics, Access::Metrics, Own, metrics),
+        route(completions::__path_generate, Access::Key, Own, generate),
+        route(information::__path_models, Access::Key, OpenAi, models),
+        route(information::__path_model, Access::Key, OpenAi, model),
+        route(completions::__path_complete, Access::Key, OpenAi, complete),
+        route(completions::__path_chat, Access::Key, OpenAi, chat),
+        route(responses::__path_respond, Access::Key, OpenAi, respond),
+        route(messages::__path_converse, Access::Key, Anthropic, converse),
+        route(messages::__path_count_tokens, Access::Key, Anthropic, count_tokens),
+        route(embeddings::__path_embed, Access::Key, OpenAi, embed),
+        route(vocabulary::__path_tokenize, Access::Key, Own, tokenize),
+        route(vocabulary::__path_detokenize, Access::Key, Own, detokenize),
+        route(vocabulary::__path_tokenizer_info, Access::Key, Own, tokenizer_info),
+        route(vocabulary::__path_apply_template, Access::Key, Own, apply_template),
+        route(information::__path_props, Access::Key, Own, props),
+        route(docs::__path_document, Access::Open, Own, document),
+        route(docs::__path_docs, Access::Open, Own, docs),
+        route(docs::__path_docs_file, Access::Open, Own, docs_file),
+        route(page::__path_page_file, Access::Key, Own, page_file),
     ]
 });
 
@@ -56,6 +62,9 @@ pub static ROUTES: LazyLock<Vec<Route>> = LazyLock::new(|| {
 const READ: &str = "GET, HEAD, OPTIONS";
 const POST: &str = "POST, OPTIONS";
 const ALL: &str = "GET, HEAD, POST, OPTIONS";
+
+/// Where Anthropic's clients look for a request's id.
+const ANTHROPIC_ID: HeaderName = HeaderName::from_static("request-id");
 
 /// What `OPTIONS` has in place of a path to ask about the server (RFC 9110, 9.3.7).
 const WHOLE_SERVER: &str = "*";
@@ -66,6 +75,8 @@ pub struct Route {
     /// Its methods, as `Allow` lists them.
     allow: &'static str,
     pub access: Access,
+    /// Whose errors it answers with.
+    pub errors: ErrorShape,
     handler: Handler,
     /// Its methods and their documentation.
     pub operation: fn() -> (Vec<HttpMethod>, Operation),
@@ -77,6 +88,7 @@ type Answering = Pin<Box<dyn Future<Output = Result<Reply, Problem>> + Send>>;
 fn route<P, F>(
     _: P,
     access: Access,
+    errors: ErrorShape,
     handler: impl Fn(RequestContext, Request<Incoming>) -> F + Send + Sync + 'static,
 ) -> Route
 where
@@ -87,6 +99,7 @@ where
         path: P::path(),
         allow: if P::methods() == [HttpMethod::Get] { READ } else { POST },
         access,
+        errors,
         handler: Box::new(move |cx, request| Box::pin(handler(cx, request))),
         operation: || (P::methods(), P::operation()),
     }
@@ -109,8 +122,11 @@ pub fn decoded(path: &str) -> Cow<'_, str> {
 }
 
 /// Paths of OpenAI's dialect without `/v1`, as llama-server has them, too.
-const ALIASES: [(&str, &str); 2] =
-    [("/chat/completions", "/v1/chat/completions"), ("/models", "/v1/models")];
+const ALIASES: [(&str, &str); 3] = [
+    ("/chat/completions", "/v1/chat/completions"),
+    ("/responses", "/v1/responses"),
+    ("/models", "/v1/models"),
+];
 
 pub fn find(path: &str) -> Option<&'static Route> {
     let alias = ALIASES.iter().find(|(alias, _)| *alias == path);
@@ -133,7 +149,7 @@ pub async fn dispatch(
     id: &Arc<str>,
     record: &Arc<ChoiceRecords>,
 ) -> Reply {
-    let is_openai = route.map_or(path, |route| &route.path).starts_with("/v1"); // its clients expect OpenAI's errors
+    let errors = route.map_or_else(|| ErrorShape::of_unknown(path), |route| route.errors);
     let handled = async {
         app.hosts.check(&request)?;
         if let Some(preflight) = app.cors.preflight(&request) {
@@ -164,10 +180,15 @@ pub async fn dispatch(
         let cx = RequestContext { app, id, tenant, tail, record };
         (route.handler)(cx, request).await
     };
-    let reply = handled.await.unwrap_or_else(|problem| {
-        app.metrics.count_refusal(problem.status_and_kind(false).1);
-        reply::error(&problem, is_openai)
+    let mut reply = handled.await.unwrap_or_else(|problem| {
+        app.metrics.count_refusal(problem.status_and_kind(Own).1);
+        reply::error(&problem, errors, id)
     });
+    if errors == Anthropic
+        && let Ok(id) = HeaderValue::from_str(id)
+    {
+        reply.headers_mut().insert(ANTHROPIC_ID, id);
+    }
     // An unknown path must not become a label.
     let label = route.map_or("other", |route| &route.path);
     app.metrics.count_answer(label, reply.status().as_u16());

@@ -194,6 +194,61 @@ class Structured(unittest.TestCase):
         self.assertEqual(caught.exception.param, "response_format")
 
 
+WEATHER = {
+    "type": "function", "name": "get_weather", "description": "The weather in a city.", "strict": True,
+    "parameters": {"type": "object", "properties": {"city": {"type": "string", "maxLength": 12}}, "required": ["city"]},
+}
+
+
+def respond(**more):
+    asked = {"model": "any", "input": "Name three colours.", "instructions": "Be brief.", "max_output_tokens": 16, "temperature": 0}
+    return CLIENT.responses.create(**{**asked, **more})
+
+
+def checked(answer):
+    """The client takes anything: this does not."""
+    type(answer).model_validate(answer.model_dump(by_alias=True))
+    return answer
+
+
+class Responses(unittest.TestCase):
+    def test_an_answer_has_text_and_counts(self):
+        answer = checked(respond())
+        self.assertTrue(answer.output_text and answer.id.startswith("resp_") and answer.status in ("completed", "incomplete"))
+        self.assertEqual(answer.usage.total_tokens, answer.usage.input_tokens + answer.usage.output_tokens)
+
+    def test_a_stream_is_the_same_answer(self):
+        events = [checked(event) for event in respond(stream=True)]
+        self.assertEqual([event.sequence_number for event in events], list(range(len(events))))
+        text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+        self.assertEqual((text, events[-1].response.output_text), (respond().output_text, text))
+        with CLIENT.responses.stream(model="any", input="Name three colours.", temperature=0, max_output_tokens=300) as stream:
+            text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+            self.assertEqual(stream.get_final_response().output_text, text)
+
+    def test_a_function_is_called_and_its_result_read(self):
+        asked = {"tools": [WEATHER], "tool_choice": "required", "max_output_tokens": 100, "parallel_tool_calls": False}
+        history = [{"role": "user", "content": "How is the weather in Paris?"}]
+        answer = checked(respond(input=history, **asked))
+        (call,) = [item for item in answer.output if item.type == "function_call"]
+        self.assertTrue(call.name == "get_weather" and isinstance(json.loads(call.arguments)["city"], str))
+        events = [checked(event) for event in respond(input=history, stream=True, **asked)]
+        (done,) = [event for event in events if event.type == "response.function_call_arguments.done"]
+        self.assertEqual(done.arguments, call.arguments)
+        history += answer.output
+        history.append({"type": "function_call_output", "call_id": call.call_id, "output": "Sunny, 21 degrees."})
+        self.assertTrue(respond(input=history, tools=[WEATHER]).output)
+
+    def test_an_answer_follows_a_model(self):
+        answer = CLIENT.responses.parse(model="any", input="How is the weather? Answer in JSON.", text_format=Weather, max_output_tokens=200)
+        self.assertIsInstance(answer.output_parsed, Weather)
+
+    def test_what_would_need_a_store_is_refused(self):
+        with self.assertRaises(openai.BadRequestError) as caught:
+            respond(previous_response_id="resp_1")
+        self.assertEqual(caught.exception.param, "previous_response_id")
+
+
 class Embeddings(unittest.TestCase):
     def test_both_encodings_are_the_same_vectors(self):
         texts = ["The old lighthouse", "A tower by the sea"]
@@ -219,8 +274,8 @@ class Errors(unittest.TestCase):
 
     def test_what_is_not_supported_is_refused(self):
         with self.assertRaises(openai.BadRequestError) as caught:
-            chat(tools=[{"type": "function", "function": {"name": "f"}}])
-        self.assertEqual(caught.exception.param, "tools")
+            chat(functions=[{"name": "f"}])
+        self.assertEqual(caught.exception.param, "functions")
 
     def test_a_prompt_that_is_too_long_is_refused_with_its_length(self):
         with self.assertRaises(openai.BadRequestError) as caught:

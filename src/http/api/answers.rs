@@ -715,7 +715,8 @@ pub struct Modalities {
 #[derive(ToSchema)]
 #[allow(dead_code)] // it is documented only: `reply` writes events
 pub struct StreamEvent {
-    /// `error` if the engine failed after the first piece.
+    /// `error` if the engine failed after the first piece; in `/v1/messages` and `/v1/responses` of
+    /// every event the same as `type` in `data`.
     #[schema(required = false)]
     pub event: String,
     /// JSON, or `[DONE]`.
@@ -728,6 +729,38 @@ pub struct ErrorBody<'a> {
     /// What went wrong.
     #[schema(inline)]
     pub error: ErrorDetails<'a>,
+}
+
+/// An error of any dialect.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+pub enum AnyErrorBody<'a> {
+    /// This server's own, or OpenAI's.
+    Plain(ErrorBody<'a>),
+    /// Anthropic's.
+    Anthropic(MessagesErrorBody<'a>),
+}
+
+/// What went wrong, as Anthropic has it.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct MessagesErrorBody<'a> {
+    /// `error`.
+    pub r#type: &'static str,
+    /// What went wrong.
+    #[schema(inline)]
+    pub error: MessagesErrorDetails,
+    /// Of the request, as in `x-request-id`.
+    pub request_id: &'a str,
+}
+
+/// What went wrong, as Anthropic has it.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct MessagesErrorDetails {
+    /// For programs: `invalid_request_error`, `authentication_error`, `permission_error`,
+    /// `not_found_error`, `request_too_large`, `rate_limit_error`, `api_error` or `overloaded_error`.
+    pub r#type: &'static str,
+    /// For people; names the field to blame, if one is.
+    pub message: String,
 }
 
 /// What went wrong.

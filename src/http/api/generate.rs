@@ -14,7 +14,7 @@ use super::fields::{
 use crate::chat::{self, Template};
 use crate::engine::Failed;
 use crate::error::Invalid;
-use crate::http::problem::Problem;
+use crate::http::problem::{ErrorShape, Problem};
 use crate::http::reply::{self, Dialect, Reply, event};
 use crate::request::{
     Completion, Event, Piece, Prompt, Report, Request, SamplingParams, Speculation,
@@ -97,7 +97,8 @@ impl Dialect for Pieces {
             Event::Done(done) => event(&GenerateAnswer::new(done, &done.tail, detokenize), out),
             Event::Failed { id } => {
                 out.extend_from_slice(b"event: error\n");
-                event(&Problem::from(Failed { id: id.clone() }).body(false), out);
+                let problem = Problem::from(Failed { id: id.clone() });
+                event(&problem.body(ErrorShape::Own, ""), out);
             }
         }
     }

@@ -103,6 +103,7 @@ impl<'de> Visitor<'de> for Unique<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::http::problem::ErrorShape;
     use serde_json::json;
 
     #[test]
@@ -139,7 +140,11 @@ mod tests {
             (r#"[{"x":{"y":[[{"\u0065":1,"e":null}]]}}]"#, "e"),
         ] {
             let problem = parse(text.as_bytes()).unwrap_err();
-            assert_eq!(json!(problem.body(true))["error"]["param"], name, "{problem}");
+            assert_eq!(
+                json!(problem.body(ErrorShape::OpenAi, ""))["error"]["param"],
+                name,
+                "{problem}"
+            );
             assert!(
                 problem.to_string().starts_with(&format!("{name} is given twice")),
                 "{problem}"

@@ -1,8 +1,8 @@
 //! The bodies of requests and answers, each the type that is read or written and that
 //! `/openapi.json` documents.
 //!
-//! A request's new field is declared in `request_body!` if all dialects have it, else in [`generate`]
-//! or [`openai`]. Its doc comment documents it; [`Reader`] takes its default and range from its
+//! A request's new field is declared in `request_body!` if all dialects have it, else in [`generate`],
+//! [`openai`], [`responses`] or [`messages`]. Its doc comment documents it; [`Reader`] takes its default and range from its
 //! `schema` attribute. The format `tokens` limits it to the context's size. What other servers know
 //! and no body declares is in `foreign`.
 
@@ -11,8 +11,15 @@ pub mod embeddings;
 mod fields;
 mod foreign;
 pub mod generate;
+mod history;
 pub(crate) mod json;
+pub(crate) mod message_answers;
+pub mod message_blocks;
+pub mod messages;
 pub mod openai;
+pub(crate) mod response_answers;
+pub mod response_items;
+pub mod responses;
 mod shape;
 pub(crate) mod usage;
 pub mod vocabulary;
@@ -31,7 +38,9 @@ use utoipa::{Number as Bound, ToSchema};
 use crate::error::{Invalid, InvalidKind, shortened};
 use embeddings::EmbeddingRequest;
 use generate::GenerateRequest;
+use messages::{CountRequest, MessagesRequest};
 use openai::{ChatRequest, CompletionRequest, TemplateRequest};
+use responses::ResponsesRequest;
 use shape::Shape;
 use vocabulary::{DetokenizeRequest, TokenizeRequest};
 
@@ -44,6 +53,9 @@ pub struct Readers {
     pub generate: Reader<GenerateRequest>,
     pub completion: Reader<CompletionRequest>,
     pub chat: Reader<ChatRequest>,
+    pub responses: Reader<ResponsesRequest>,
+    pub messages: Reader<MessagesRequest>,
+    pub count: Reader<CountRequest>,
     pub template: Reader<TemplateRequest>,
     pub embedding: Reader<EmbeddingRequest>,
     pub tokenize: Reader<TokenizeRequest>,
@@ -51,19 +63,22 @@ pub struct Readers {
 }
 
 impl Readers {
-    /// Of a server with contexts of `n_ctx` tokens. OpenAI's clients may send fields that nobody
-    /// knows.
+    /// Of a server with contexts of `n_ctx` tokens. Clients of OpenAI and Anthropic may send fields
+    /// that nobody knows.
     pub fn new(n_ctx: usize) -> Self {
         Self::with_policy(n_ctx, Unknown::Ignored)
     }
 
-    /// The same; `unknown` is what becomes of fields that nobody knows in OpenAI's dialect. This
-    /// server's own refuses them.
+    /// The same; `unknown` is what becomes of fields that nobody knows in the dialects of others.
+    /// This server's own refuses them.
     pub fn with_policy(n_ctx: usize, unknown: Unknown) -> Self {
         Self {
             generate: Reader::new(n_ctx, Unknown::Refused),
             completion: Reader::new(n_ctx, unknown),
             chat: Reader::new(n_ctx, unknown),
+            responses: Reader::new(n_ctx, unknown),
+            messages: Reader::new(n_ctx, unknown),
+            count: Reader::new(n_ctx, unknown),
             template: Reader::new(n_ctx, unknown),
             embedding: Reader::new(n_ctx, unknown),
             tokenize: Reader::new(n_ctx, Unknown::Refused),
@@ -117,6 +132,11 @@ impl<B: DeserializeOwned + ToSchema> Reader<B> {
             schema.additional_properties = Some(Box::new(AdditionalProperties::FreeForm(true)));
         }
         Self { schema, shape, unknown, body: PhantomData }
+    }
+
+    /// What becomes of fields that nobody knows.
+    pub fn unknown(&self) -> Unknown {
+        self.unknown
     }
 
     /// As [`read_noting`](Self::read_noting), and forgets what was ignored.

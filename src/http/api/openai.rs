@@ -37,8 +37,13 @@ pub struct Choices {
 }
 
 impl Choices {
+    /// Of one request.
+    pub(super) fn of_one(request: Request, stream: bool) -> Self {
+        Self { requests: vec![request], n: 1, stream, include_usage: false, syntax: None }
+    }
+
     /// Gives the answers their form.
-    fn form(&mut self, form: Form) -> Result<(), Invalid> {
+    pub(super) fn form(&mut self, form: Form) -> Result<(), Invalid> {
         for request in &mut self.requests {
             form.guide(request)?;
         }
@@ -389,7 +394,7 @@ pub enum ReasoningFormat {
 }
 
 /// A seed of 64 bits, with or without a sign.
-fn seed(given: &Number) -> Result<u64, Invalid> {
+pub(super) fn seed(given: &Number) -> Result<u64, Invalid> {
     let seed = given.as_u64().or_else(|| given.as_i64().map(i64::cast_unsigned));
     seed.ok_or_else(|| {
         Invalid::new("seed", format!("seed is {given}; it must be a whole number of 64 bits"))
