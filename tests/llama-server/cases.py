@@ -4,7 +4,7 @@
 lists name must be in the suite.
 """
 
-FILES = ["basic", "chat_completion", "completion", "embedding", "ignore_eos", "metrics", "security", "stream", "template", "tokenize"]
+FILES = ["basic", "chat_completion", "completion", "embedding", "ignore_eos", "metrics", "security", "stream", "template", "tokenize", "tool_call"]
 
 _MODEL = "no package has the model"
 _ROUTER = "no several models in one process, and no stream that outlives its connection"
@@ -39,7 +39,25 @@ NOT_APPLICABLE = [
     ("unit/test_stream.py", _ROUTER),
     ("unit/test_template.py::test_date_inside_prompt", _DATE),
     ("unit/test_tokenize.py::test_tokenize_with_bos", "the default model has no token that begins a text"),
+    ("unit/test_tool_call.py::test_weather", _MODEL),
+    ("unit/test_tool_call.py::test_calc_result", _MODEL),
+    ("unit/test_tool_call.py::test_thoughts", _MODEL),
+    ("unit/test_tool_call.py::test_hello_world", _MODEL),
 ]
+
+# Templates of models, in whose place the default model must call tools, too.
+TEMPLATE_OF = {
+    f"bartowski/{model}-GGUF:Q4_K_M": f"../../../models/templates/{template}.jinja"
+    for model, template in [
+        ("DeepSeek-R1-Distill-Qwen-7B", "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B"),
+        ("Meta-Llama-3.1-8B-Instruct", "meta-llama-Llama-3.1-8B-Instruct"),
+        ("Phi-3.5-mini-instruct", "microsoft-Phi-3.5-mini-instruct"),
+        ("Qwen2.5-1.5B-Instruct", "Qwen-Qwen2.5-7B-Instruct"),
+        ("Qwen2.5-7B-Instruct", "Qwen-Qwen2.5-7B-Instruct"),
+        ("Qwen2.5-Coder-3B-Instruct", "Qwen-Qwen2.5-7B-Instruct"),
+        ("gemma-2-2b-it", "google-gemma-2-2b-it"),
+    ]
+}
 
 # Expectations in another model's or server's terms: function, old text, how often, new text, reason.
 _TEXT = "another model's text"
@@ -88,6 +106,12 @@ REPLACED = [
     (_EMBEDDING + "test_embedding_usage_single", "test\", 6)", 1, "test\", 4)", _COUNT),
     (_EMBEDDING + "test_embedding_usage_multiple", "2 * 9", 1, "2 * 7", _COUNT),
     ("unit/test_metrics.py::test_metrics_disabled", "501", 1, "404", "metrics that are off are no path of the server"),
+    (
+        "unit/test_tool_call.py::test_completion_with_required_tool_real_model",
+        "server.model_hf_repo = hf_repo", 1,
+        'server.chat_template_file = None if template_override else __import__("cases").TEMPLATE_OF[hf_repo]',
+        "the default model with the template of the other one: what must be called does not depend on the model",
+    ),
     (_SECURITY + "test_cors_options", '"Access-Control-Allow-Origin", "localhost"', 1, '"Access-Control-Allow-Origin", "*"', _ANY),
     (_SECURITY + "test_cors_options", '"Access-Control-Allow-Origin", "web.mydomain.fr"', 1, '"Access-Control-Allow-Origin", "*"', _ANY),
     (_SECURITY + "test_cors_options", '"GET, POST, DELETE, OPTIONS"', 1, '"GET, HEAD, POST"', "the methods that there are"),

@@ -11,12 +11,13 @@ const stored = (() => {
 })();
 if (stored.theme) document.documentElement.dataset.theme = stored.theme;
 
-const SOURCES = ["model", "heads", "text", "both"];
+const SOURCES = ["model", "heads", "text", "both", "grammar"];
 const ORIGINS = {
   model: "the model alone",
   heads: "drafted by heads",
   text: "drafted from text",
   both: "drafted by heads and from text",
+  grammar: "left alone by the grammar",
 };
 const N_RUNS = 4; // rows of the table
 const byId = (id) => document.getElementById(id);
@@ -32,7 +33,7 @@ class Run {
   constructor(mode, shares) {
     Object.assign(this, { mode, shares, began: now(), first: null, last: null, tokens: 0, accepted: 0, drafted: null, reason: null });
     this.abort = new AbortController();
-    this.steps = []; // { step, rows, n, model, heads, text, both }
+    this.steps = []; // { step, rows, n, model, heads, text, both, grammar }
     this.arrivals = []; // [seconds since the first token, tokens so far, tokens per second]
     this.marks = []; // pieces on display: { text, tokens, step, element }
     this.waiting = []; // tokens that have no text yet
@@ -47,7 +48,7 @@ class Run {
       const source = sourceOf(token);
       let step = this.steps.at(-1);
       if (step?.step !== token.step) {
-        step = { step: token.step, rows: token.rows, n: 0, model: 0, heads: 0, text: 0, both: 0 };
+        step = { step: token.step, rows: token.rows, n: 0, model: 0, heads: 0, text: 0, both: 0, grammar: 0 };
         this.steps.push(step);
       }
       step.n += 1;
@@ -149,7 +150,7 @@ async function ask(mine) {
     // Without this, a repeated prompt would be drafted from its own earlier answer, and runs would not be comparable.
     speculation: mine.mode, share_text: mine.shares, details: true, stream: true,
   };
-  const chat = { ...common, messages: [{ role: "user", content: prompt }], stream_options: { include_usage: true } };
+  const chat = { ...common, ...functions(), messages: [{ role: "user", content: prompt }], stream_options: { include_usage: true } };
   const response = await post("v1/chat/completions", chat, mine);
   if (response.ok) return { response, read: readChat };
   const refusal = await problem(response);
@@ -157,6 +158,17 @@ async function ask(mine) {
   const plain = await post("generate", { ...common, prompt }, mine);
   if (!plain.ok) throw new Error((await problem(plain)).message);
   return { response: plain, read: readGenerate };
+}
+
+// The fields for the functions that the model may call.
+function functions() {
+  const text = byId("tools").value.trim();
+  if (!text) return {};
+  try {
+    return { tools: JSON.parse(text), tool_choice: byId("must-call").checked ? "required" : "auto" };
+  } catch (error) {
+    throw new Error(`The functions are not JSON: ${error.message}`);
+  }
 }
 
 async function post(path, body, mine) {
@@ -198,7 +210,10 @@ async function* batches(response) {
 
 function readChat({ choices: [choice] = [], usage, error }) {
   const { delta = {}, tokens = [], finish_reason: reason, speculation } = choice ?? {};
-  return { text: delta.content ?? "", tokens, reason, speculation, usage, error };
+  const call = ({ function: { name, arguments: more = "" } }) => (name ? `\n${name} ` : "") + more;
+  const calls = (delta.tool_calls ?? []).map(call).join("");
+  const text = (delta.reasoning_content ?? "") + (delta.content ?? "") + calls;
+  return { text, tokens, reason, speculation, usage, error, isThought: Boolean(delta.reasoning_content) };
 }
 
 function readGenerate({ generated_text: text = "", tokens = [], finish_reason: reason, speculation, usage, error }) {
@@ -209,7 +224,7 @@ function take(mine, pieces) {
   for (const piece of pieces) {
     if (piece.error) throw new Error(piece.error.message);
     mine.count(piece.tokens);
-    show(mine, place(piece.text, piece.tokens, mine.waiting));
+    show(mine, place(piece.text, piece.tokens, mine.waiting), piece.isThought);
   }
   mine.mark();
   pieces.forEach((piece) => mine.finish(piece));
@@ -239,7 +254,7 @@ function end(mine, error) {
   byId("stop").disabled = true;
   byId("error").textContent = error ?? "";
   const [tokens, steps] = [mine.tokens, mine.n_steps ?? mine.steps.length];
-  const what = { stop: "Ended by the model", length: "Full length", stopped: "Stopped" }[mine.reason];
+  const what = { stop: "Ended by the model", length: "Full length", tool_calls: "Ended with calls", stopped: "Stopped" }[mine.reason];
   byId("status").textContent = error ? "Failed." : `${what ?? "Done"}: ${plural(tokens, "token")} in ${plural(steps, "step")}.`;
   if (tokens) addRow(mine, error ? "failed" : mine.reason);
   mine.over = true;
@@ -247,7 +262,7 @@ function end(mine, error) {
   information();
 }
 
-function show(mine, marks) {
+function show(mine, marks, isThought) {
   const answer = byId("answer");
   for (const { text, tokens } of marks) {
     const token = tokens.at(-1);
@@ -265,6 +280,7 @@ function show(mine, marks) {
     const element = document.createElement("span");
     element.className = token.source ? `t ${token.source}` : "t";
     if (/^\n+$/.test(text)) element.classList.add("nl");
+    if (isThought) element.classList.add("thought");
     element.textContent = text;
     element.dataset.mark = mine.marks.length;
     group.append(element);
@@ -436,7 +452,7 @@ function readColours() {
   const line = (id) => style(id).borderBottomColor;
   const body = getComputedStyle(document.body);
   return {
-    heads: line("ink-heads"), text: line("ink-text"), both: line("ink-both"), model: style("plot-rows").color, rows: style("plot-rows").color,
+    heads: line("ink-heads"), text: line("ink-text"), both: line("ink-both"), grammar: line("ink-grammar"), model: style("plot-rows").color, rows: style("plot-rows").color,
     ink: body.color, muted: style("runs-label").color, line: line("answer"), mono: style("now-rate").fontFamily,
   };
 }
