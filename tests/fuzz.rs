@@ -342,7 +342,7 @@ proptest! {
     ) {
         let endpoint = if is_chat { Endpoint::Chat } else { Endpoint::Text };
         let n = choices.len();
-        let wanted = Choices { requests: vec![Request::new("x", 1); n], n, stream: true, include_usage };
+        let wanted = Choices { requests: vec![Request::new("x", 1); n], n, stream: true, include_usage, syntax: None };
         let chunks = Chunks::new(endpoint, "m".into(), &wanted, Arc::new(|_, _| Vec::new()));
         let mut sent = stream(&choices, &turns, Box::new(chunks));
         let fails = choices.iter().any(|c| expected(c).1);
@@ -394,9 +394,9 @@ proptest! {
 fn bodies_on_the_wire_get_an_answer_or_a_refusal() {
     let server = Server::start(&["--ctx", "64", "--request-timeout", "5"]);
     let mut runner = proptest::test_runner::TestRunner::new(config(300));
-    let paths =
+    const PATHS: [&str; 5] =
         ["/generate", "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"];
-    let paths = prop::sample::select(&paths[..]);
+    let paths = prop::sample::select(&PATHS[..]);
     let run = runner.run(&(paths, body()), |(path, body)| {
         let shown = body.to_string();
         let head = format!(

@@ -211,6 +211,37 @@ fn a_tool_is_called_and_its_result_read() {
     assert_eq!(none["content"][0]["type"], "text");
 }
 
+/// With templates of models that think: one whose answers always begin with thoughts, and one that
+/// is told whether to think.
+#[test]
+fn thoughts_are_blocks_of_their_own_and_come_only_when_asked_for() {
+    let template = common::template_path("Qwen-QwQ-32B.jinja");
+    let server = Server::start(&["--ctx", "512", "--chat-template-file", &template]);
+    let asked =
+        json!({ "thinking": { "type": "enabled", "budget_tokens": 8 }, "ignore_eos": true });
+    let whole = ask(&server, asked.clone());
+    let kinds: Vec<&Value> =
+        whole["content"].as_array().unwrap().iter().map(|block| &block["type"]).collect();
+    assert_eq!(kinds, ["thinking", "text"], "{whole}");
+    assert!(!whole["content"][0]["signature"].as_str().unwrap().is_empty());
+    let mut streaming = asked;
+    streaming["stream"] = true.into();
+    let events = events(&server.post_to(PATH, &body(streaming)));
+    assert_eq!(comparable(joined(&events)), comparable(whole));
+
+    let template = common::template_path("Qwen-Qwen3-0.6B.jinja");
+    let server = Server::start(&["--ctx", "512", "--chat-template-file", &template]);
+    let count = |thinking: Value| {
+        let body = body(json!({ "thinking": thinking }));
+        server.post_to("/v1/messages/count_tokens", &body).json()["input_tokens"].as_u64().unwrap()
+    };
+    let [absent, disabled] = [Value::Null, json!({ "type": "disabled" })].map(count);
+    let [adaptive, enabled] =
+        [json!({ "type": "adaptive" }), json!({ "type": "enabled", "budget_tokens": 9 })]
+            .map(count);
+    assert!(absent == disabled && adaptive == enabled && adaptive < disabled);
+}
+
 #[test]
 fn an_answer_is_json_that_follows_a_schema() {
     let format = json!({ "type": "json_schema", "schema": { "enum": ["yes", "no"] } });

@@ -226,6 +226,25 @@ fn a_function_is_called_and_its_result_read() {
     }
 }
 
+/// With the template of a model whose answers begin with thoughts.
+#[test]
+fn thoughts_are_an_item_of_their_own() {
+    let template = common::template_path("Qwen-QwQ-32B.jinja");
+    let server = Server::start(&["--ctx", "512", "--chat-template-file", &template]);
+    let asked = json!({ "max_output_tokens": 8, "ignore_eos": true });
+    let whole = ask(&server, asked.clone());
+    let item = &whole["output"][0];
+    assert_eq!(
+        (&item["type"], &item["content"][0]["type"], &item["summary"]),
+        (&json!("reasoning"), &json!("reasoning_text"), &json!([]))
+    );
+    assert!(whole["usage"]["output_tokens_details"]["reasoning_tokens"].as_u64().unwrap() > 0);
+    let mut streaming = asked;
+    streaming["stream"] = true.into();
+    let events = events(&server.post_to(PATH, &body(streaming)));
+    assert_eq!(comparable(&json!(joined(&events))), comparable(&whole["output"]));
+}
+
 #[test]
 fn an_answer_is_json_that_follows_a_schema() {
     let server = server();

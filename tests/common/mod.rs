@@ -315,3 +315,10 @@ pub fn any_json() -> impl Strategy<Value = Value> {
         ]
     })
 }
+
+/// The file of a chat template of another model.
+pub fn template_path(name: &str) -> String {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(".tools/templates").join(name);
+    assert!(path.is_file(), "{name} is missing: run `scripts/setup templates`");
+    path.to_str().unwrap().to_owned()
+}
