@@ -1,26 +1,27 @@
 # make serve   sets up what is missing, builds, serves the default model on :8000
-# make test    the same set-up, CUDA's compiler, OpenAI's client, a browser, chat templates and their cases, and schemas, then runs every
-#              test, and every bench in its short form
+# make test    the same set-up, CUDA's compiler, clients in Python and JavaScript, a browser, chat templates and their cases, and schemas,
+#              then runs every test, and every bench in its short form
 # make check   formatting, lints, documentation
 # make docs    the book in target/book/html, with all links checked
 # make bench   measures the engine's host cost per step, the cache's bookkeeping and the CPU kernels
 # make bench-short   runs every bench once, in its short form
 # make compare PROMPTS=FILE.jsonl   measures llama-server and this server in turn, for an hour or more; ARGS=... goes to benches/compare
 # make schemathesis   tests with thousands of requests generated from /openapi.json, for ten minutes at most; ARGS=... goes to scripts/schemathesis
-# make llama-server-suite   runs llama-server's own test suite against this server, for three minutes; ARGS=... goes to scripts/llama-server-suite
+# make llama-server-suite   runs llama-server's own test suite against this server, for ten minutes; ARGS=... goes to scripts/llama-server-suite
+# make agents  runs sessions of Codex and Qwen Code against this server, for a few minutes; installs 480 MB once
 # make lm-eval compares an evaluator's log likelihoods with `medusa-llama perplexity`; installs 750 MB once
 # make deny    checks licences and duplicate dependencies; installs cargo-deny once
 # make gpu     packs a CUDA build with its tests and benches for a host with a GPU
 # make chat-cases   takes the cases of llama.cpp's test of chat templates out of it, for tests/chat_cases.rs
-# Steps of the set-up, each idempotent: make tools, make vendor, make model, make clients, make browser, make templates, make schemas (for tests); for CUDA make nvcc, make cuda.
+# Steps of the set-up, each idempotent: make tools, make vendor, make model, make clients, make node-clients, make browser, make templates, make schemas (for tests); for CUDA make nvcc, make cuda.
 
-.PHONY: serve test check docs bench bench-short compare schemathesis llama-server-suite lm-eval chat-cases build gpu setup tools vendor model clients browser templates schemas nvcc cuda deny help
+.PHONY: serve test check docs bench bench-short compare schemathesis llama-server-suite agents lm-eval chat-cases build gpu setup tools vendor model clients node-clients browser templates schemas nvcc cuda deny help
 .DEFAULT_GOAL := help
 
 help:
 	@sed -n 's/^# //p' Makefile
 
-tools vendor model clients browser templates schemas nvcc cuda:
+tools vendor model clients node-clients browser templates schemas nvcc cuda:
 	@scripts/setup $@
 
 setup:
@@ -32,7 +33,7 @@ build: setup
 serve: build
 	./target/release/medusa-llama serve
 
-test: setup clients browser templates schemas check chat-cases
+test: setup clients node-clients browser templates schemas check chat-cases
 	cargo test --release --locked
 	$(MAKE) bench-short
 
@@ -71,6 +72,9 @@ schemathesis: build
 
 llama-server-suite: build
 	scripts/llama-server-suite $(ARGS)
+
+agents: build
+	scripts/agents
 
 chat-cases: build
 	scripts/chat-cases

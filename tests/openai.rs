@@ -12,18 +12,50 @@ use serde_json::{Value, json};
 /// OpenAI's Python client, and LangChain's on top of it.
 #[test]
 fn openais_client_is_content() {
-    let clients = Path::new(env!("CARGO_MANIFEST_DIR")).join(".tools/clients");
-    assert!(clients.is_dir(), "OpenAI's client is missing: run `scripts/setup clients`");
     let server = Server::start(&["--batch-size", "4", "--ctx", "512", "--pooling", "mean"]);
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients/openai_client.py");
+    python_client_is_content("openai_client.py", &server);
+}
+
+/// OpenAI's Agents SDK: whole loops of calls, results and answers.
+#[test]
+fn openais_agents_are_content() {
+    let server = Server::start(&["--batch-size", "4", "--ctx", "2048"]);
+    python_client_is_content("agents_client.py", &server);
+}
+
+fn python_client_is_content(script: &str, server: &Server) {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let clients = root.join(".tools/clients");
+    assert!(
+        clients.join("agents").is_dir(),
+        "OpenAI's clients are missing: run `scripts/setup clients`"
+    );
     let run = Command::new("python3")
-        .arg(script)
+        .arg(root.join("tests/clients").join(script))
         .arg(format!("http://{}", server.addr))
         .env("PYTHONPATH", clients)
         .env("PYTHONDONTWRITEBYTECODE", "1")
         .output()
         .unwrap();
     assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+}
+
+/// Vercel's AI SDK, in JavaScript.
+#[test]
+fn the_ai_sdk_is_content() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let clients = root.join(".tools/node-clients");
+    assert!(
+        clients.join(".installed").exists(),
+        "the AI SDK is missing: run `scripts/setup node-clients`"
+    );
+    let server = Server::start(&["--batch-size", "4", "--ctx", "2048"]);
+    let run = Command::new("node")
+        .arg(root.join("tests/clients/ai_client.mjs"))
+        .arg(format!("http://{}", server.addr))
+        .output()
+        .unwrap();
+    assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stdout)); // its report
 }
 
 /// To the letter: what a client that reads bytes sees.

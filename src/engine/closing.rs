@@ -5,22 +5,25 @@ use super::digits::Digits;
 use super::grammar::Grammar;
 use crate::llama::Token;
 
-/// What ends a string.
-const IN_STRING: &[&str] = &["\""];
+/// What ends a string, or is part of most that have a form.
+const IN_STRING: &[&str] = &["\"", "0", "1", "a", "A", "-", "T", ":", "Z"];
 /// What else to try, the shortest way first: the end of what is open, a value, a comma.
 const OUTSIDE: &[&str] = &[
     "}", "]", "0", "1", "2", "5", "9", "-", "\"", "null", "true", "false", "n", "t", "f", "[", "{",
     ", ", ",",
 ];
 
+/// Tokens of which nothing is known but that they may come next: looking for them takes long.
+const MOST_GUESSES: usize = 8;
+
 impl Grammar {
     /// Tokens that end the text from here, at most `most`; `None` if they were not found so soon.
     pub fn way_out(&mut self, most: usize) -> Option<Vec<Token>> {
         let mut digits = self.digits()?;
-        let mut way = Vec::new();
+        let (mut way, mut guesses) = (Vec::new(), MOST_GUESSES);
         while !self.may_end() {
             let next = match self.forced() {
-                forced if forced.is_empty() => self.step_out(&digits),
+                forced if forced.is_empty() => self.step_out(&digits, &mut guesses),
                 forced => Some(forced),
             };
             let next = next.filter(|next| way.len() + next.len() <= most && self.try_path(next));
@@ -36,7 +39,7 @@ impl Grammar {
     }
 
     /// One step towards the end, where there is a choice.
-    fn step_out(&mut self, digits: &Digits) -> Option<Vec<Token>> {
+    fn step_out(&mut self, digits: &Digits, guesses: &mut usize) -> Option<Vec<Token>> {
         let texts = if digits.is_in_string() { IN_STRING } else { OUTSIDE };
         let known = texts.iter().map(|text| self.tokenize(text.as_bytes()));
         let known: Vec<Vec<Token>> = known.collect();
@@ -47,6 +50,9 @@ impl Grammar {
             }
             fits
         };
-        known.into_iter().find(|path| fits(path)).or_else(|| Some(vec![self.any_token()?]))
+        known.into_iter().find(|path| fits(path)).or_else(|| {
+            *guesses = guesses.checked_sub(1)?;
+            Some(vec![self.any_token()?])
+        })
     }
 }

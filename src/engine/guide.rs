@@ -32,8 +32,10 @@ const LIKELY: f32 = 0.2;
 
 /// Tokens before the last one an answer may have, from which on it is looked for its end.
 const CLOSING: usize = 96;
+/// Tokens between two looks, which take time.
+const LOOK_EVERY: usize = 4;
 /// Tokens to spare when it is closed.
-const SPARE: usize = 12;
+const SPARE: usize = 16;
 
 /// Follows one answer.
 pub struct Guide {
@@ -49,9 +51,10 @@ pub struct Guide {
     text: Vec<u8>,
     /// Tokens that the answer may still have.
     n_left: usize,
-    /// Tokens that close an answer that may have few more, the next one last.
-    closing: Vec<Token>,
-    /// It was closed so.
+    /// Tokens that close an answer that may have few more, the next one last; none are left at its
+    /// end.
+    closing: Option<Vec<Token>>,
+    /// What it closes is not whole.
     is_cut: bool,
     /// Processor time that it may still take.
     time: Duration,
@@ -184,7 +187,7 @@ impl Guide {
             place,
             text: Vec::new(),
             n_left: usize::MAX,
-            closing: Vec::new(),
+            closing: None,
             is_cut: false,
             time: MOST_TIME,
         }
@@ -196,7 +199,7 @@ impl Guide {
         Self { n_left: n, ..self }
     }
 
-    /// The answer was closed because it may have no more tokens.
+    /// The answer was closed, where it was not whole, because it may have no more tokens.
     #[must_use]
     pub fn is_cut(&self) -> bool {
         self.is_cut
@@ -205,20 +208,24 @@ impl Guide {
     /// Looks for the end of an answer that may have few tokens more. Returns `true` if it is here.
     fn look_ahead(&mut self) -> bool {
         self.n_left = self.n_left.saturating_sub(1);
-        if self.is_cut {
-            self.closing.pop();
-            return self.closing.is_empty();
+        if let Some(closing) = &mut self.closing {
+            closing.pop();
+            return closing.is_empty();
         }
-        let is_near = self.n_left <= CLOSING && self.place == Place::Following;
+        let is_near = self.n_left <= CLOSING && self.n_left.is_multiple_of(LOOK_EVERY);
+        let is_near = is_near && self.place == Place::Following;
         let Some(grammar) = self.grammar.as_mut().filter(|_| is_near) else { return false };
-        let Some(way) = grammar.way_out(self.n_left) else { return false };
+        let Some(mut way) = grammar.way_out(self.n_left) else { return false };
         // One token more may open what takes several to close; another call takes many.
-        let calls = self.waits || !self.opening.is_empty();
-        let spare = if way.is_empty() && calls { CLOSING } else { SPARE };
-        self.is_cut = way.len() + spare >= self.n_left;
-        self.closing = if self.is_cut { way } else { Vec::new() };
-        self.closing.reverse();
-        self.is_cut && self.closing.is_empty()
+        let is_between_calls = way.is_empty() && (self.waits || !self.opening.is_empty());
+        let spare = if is_between_calls { CLOSING } else { SPARE };
+        if way.len() + spare < self.n_left {
+            return false;
+        }
+        let is_over = way.is_empty();
+        way.reverse();
+        (self.closing, self.is_cut) = (Some(way), !is_between_calls);
+        is_over
     }
 
     /// Where an answer is once it no longer thinks.
@@ -236,7 +243,8 @@ impl Guide {
             (Place::Closing(n), Some(thoughts)) => Next::Only(thoughts.closing[n]),
             (Place::Opening(n), _) => Next::Only(self.opening[n]),
             (Place::Following, _) => {
-                self.closing.last().map_or(Next::Grammar(None), |token| Next::Only(*token))
+                let closing = self.closing.as_ref().and_then(|closing| closing.last());
+                closing.map_or(Next::Grammar(None), |token| Next::Only(*token))
             }
             (Place::Before, Some(thoughts)) => {
                 let begin = thoughts.begin.as_ref().and_then(|(_, token)| *token);
@@ -277,11 +285,10 @@ impl Guide {
     pub fn accept(&mut self, token: Token, bytes: &[u8]) -> Result<bool, GrammarError> {
         let begun = processor_time();
         let is_whole = self.advance(token, bytes)?;
-        let is_whole = is_whole || self.look_ahead();
         let left = (self.time + TIME_PER_TOKEN).checked_sub(processor_time() - begun);
         let late = || GrammarError("it takes too much time for each token".into());
         self.time = left.ok_or_else(late)?.min(MOST_TIME);
-        Ok(is_whole)
+        Ok(is_whole || self.look_ahead())
     }
 
     fn advance(&mut self, token: Token, bytes: &[u8]) -> Result<bool, GrammarError> {
@@ -451,10 +458,11 @@ impl Guide {
         match (self.place, &self.thoughts) {
             (Place::Closing(n), Some(thoughts)) => thoughts.closing[n..].to_vec(),
             (Place::Opening(n), _) => self.opening[n..].to_vec(),
-            (Place::Following, _) if !self.closing.is_empty() => {
-                self.closing.iter().rev().copied().collect()
-            }
-            (Place::Following, _) => self.grammar.as_mut().map_or(Vec::new(), Grammar::forced),
+            (Place::Following, _) => match (&self.closing, &mut self.grammar) {
+                (Some(closing), _) => closing.iter().rev().copied().collect(),
+                (None, Some(grammar)) => grammar.forced(),
+                (None, None) => Vec::new(),
+            },
             _ => Vec::new(),
         }
     }

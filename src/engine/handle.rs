@@ -105,6 +105,9 @@ impl Answer {
     }
 }
 
+/// What compiles grammars where these control tokens are text.
+type Known = (Vec<Token>, Arc<Grammars>);
+
 /// Hands requests to a running engine. When the last clone is dropped the engine finishes what it
 /// has and ends.
 #[derive(Clone)]
@@ -128,7 +131,7 @@ pub struct Handle {
     pub(super) jobs: SyncSender<Job>,
     pub(super) permits: Arc<Semaphore>,
     /// What compiles grammars, by the control tokens that are text; the first few.
-    pub(super) grammars: Arc<Mutex<Vec<(Vec<Token>, Arc<Grammars>)>>>,
+    pub(super) grammars: Arc<Mutex<Vec<Known>>>,
     /// Where requests are read; it ends with the last clone.
     pub(super) lanes: Arc<Lanes>,
 }

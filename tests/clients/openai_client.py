@@ -6,9 +6,11 @@ import time
 import unittest
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, Optional
+from typing import Annotated, Literal, Optional
 
 import openai
+from langchain_core.messages import AIMessageChunk, HumanMessage
+from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from pydantic import BaseModel, Field
 
@@ -142,6 +144,24 @@ class Chat(unittest.TestCase):
     def test_langchain_gets_an_answer(self):
         model = ChatOpenAI(model="any", base_url=f"{BASE}/v1", api_key="none", max_tokens=8, max_retries=0)
         self.assertTrue(model.invoke("Say hello.").content)
+
+    def test_langchain_calls_a_bound_tool_and_sends_its_result(self):
+        @tool
+        def get_weather(city: Annotated[str, Field(max_length=12)]) -> str:
+            """The weather in a city."""
+            return f"Sunny in {city}, 21 degrees."
+
+        for api in ("chat", "responses"):
+            model = ChatOpenAI(model="any", base_url=f"{BASE}/v1", api_key="none", temperature=0, max_tokens=60, max_retries=0,
+                               use_responses_api=api == "responses")
+            bound = model.bind_tools([get_weather], tool_choice="any", parallel_tool_calls=False)
+            history = [HumanMessage("How is the weather in Paris?")]
+            called = bound.invoke(history)
+            (call,) = called.tool_calls
+            self.assertTrue(call["name"] == "get_weather" and 0 < len(call["args"]["city"]) <= 12 and not called.invalid_tool_calls)
+            streamed = sum(bound.stream(history), AIMessageChunk(""))
+            self.assertEqual([c["args"] for c in streamed.tool_calls], [call["args"]])
+            self.assertTrue(model.invoke([*history, called, get_weather.invoke(call)]).text)
 
 
 class Person(BaseModel):

@@ -11,6 +11,9 @@ _ROUTER = "no several models in one process, and no stream that outlives its con
 _PORT = "origins are listed with their port: `--cors-origin` has none for all ports"
 _DATE = "llama-server gives templates the date in variables of its own (`date_string`, `datetime`); ours, like transformers, in `strftime_now`"
 _SETTINGS = "answers do not repeat the settings of their request (`generation_settings`)"
+_THINKS = "the default model thinks until its tokens run out"
+_TALKS = "with this template text may come before a call, and the default model writes text until its tokens run out"
+_REQUIRED = "unit/test_tool_call.py::test_completion_with_required_tool_real_model"
 _SAMPLED = "`logprobs` are those of the model, before sampling (`post_sampling_probs`)"
 
 # A file, a function, a case or the beginning of cases and a *, with the reason.
@@ -39,6 +42,8 @@ NOT_APPLICABLE = [
     ("unit/test_stream.py", _ROUTER),
     ("unit/test_template.py::test_date_inside_prompt", _DATE),
     ("unit/test_tokenize.py::test_tokenize_with_bos", "the default model has no token that begins a text"),
+    *((_REQUIRED + f"[tool{i}-*", _TALKS) for i in (0, 27, 30)),
+    *((_REQUIRED + f"[tool{i}-*", _THINKS) for i in (33, 34)),
     ("unit/test_tool_call.py::test_weather", _MODEL),
     ("unit/test_tool_call.py::test_calc_result", _MODEL),
     ("unit/test_tool_call.py::test_thoughts", _MODEL),
@@ -107,7 +112,7 @@ REPLACED = [
     (_EMBEDDING + "test_embedding_usage_multiple", "2 * 9", 1, "2 * 7", _COUNT),
     ("unit/test_metrics.py::test_metrics_disabled", "501", 1, "404", "metrics that are off are no path of the server"),
     (
-        "unit/test_tool_call.py::test_completion_with_required_tool_real_model",
+        _REQUIRED,
         "server.model_hf_repo = hf_repo", 1,
         'server.chat_template_file = None if template_override else __import__("cases").TEMPLATE_OF[hf_repo]',
         "the default model with the template of the other one: what must be called does not depend on the model",

@@ -1,6 +1,7 @@
 """A reverse proxy in front of our server that speaks llama-server's dialect."""
 import asyncio
 import json
+import os
 
 import dialect
 
@@ -19,6 +20,8 @@ class Proxy:
         answering = asyncio.ensure_future(self.answer(reader, writer))
         try:
             await answering
+        except ConnectionRefusedError:
+            os._exit(1) # our server is gone: no case must wait for it
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
