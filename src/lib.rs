@@ -10,7 +10,7 @@
 //! request's own channel.
 //!
 //! ```text
-//! http ──> request ──> engine ──> { scheduler, slots, speculate, grammar, sampler, text } ──> { llama ──> llama.cpp, gpu ──> cuda/ }
+//! http ──> request ──> engine ──> { scheduler, slots, speculate, guide, sampler, text } ──> { llama ──> llama.cpp, gpu ──> cuda/ }
 //! ```
 //!
 //! 1. [`http`] parses a body once into a checked [`Request`](request::Request).
@@ -21,17 +21,18 @@
 //! 4. `engine::scheduler` picks the rows of the step: one for each
 //!    decoding sequence, then prompt chunks of the size that `engine::pace` allows.
 //! 5. [`speculate`] drafts a tree of candidates for each decoding sequence, with heads and from
-//!    text; the [`grammar`](engine::grammar), if any, removes the forbidden ones; the policy keeps
-//!    those that pay.
+//!    text; the [`guide`](engine::guide), if any, removes those that its grammar forbids and adds
+//!    those that it leaves alone; the policy keeps those that pay.
 //! 6. One [`forward`](engine::Forward::forward) over all rows, including the trees.
 //!    [`leaves`](engine::leaves) assigns sequence ids so that each node attends to its own path.
 //! 7. Commit: at each row that ends a sequence, [`sampler`](engine::sampler) (after
-//!    [`filter`](engine::filter)) chooses a token among those the grammar allows, and continues
+//!    [`filter`](engine::filter)) chooses a token among those the guide allows, and continues
 //!    from the child that holds it, if there is one. `engine::text` turns bytes into whole
 //!    characters and finds stop strings, and the piece leaves as an event. Cells of rejected paths
 //!    are freed. If the logits are on a device, [`speculate::device`] has already chosen there and
 //!    drafted for the next step.
-//! 8. `http` turns events into JSON or server-sent events.
+//! 8. `http` turns events into JSON or server-sent events; of a chat, [`chat`] first reads thoughts
+//!    and calls of tools from the text.
 //!
 //! Dropping the receiver cancels a request; the engine notices at the next commit. There is no
 //! abort message. `docs/architecture.md` follows one request through the modules.
@@ -46,10 +47,10 @@
 //! | [`http`] | accept loop, routes; `access`, the access log; `host`, `auth` and `cors`; `tls`; `api`, the bodies of requests and answers; `completions`, `responses`, `messages`, `embeddings`, `vocabulary` and `information`, their handlers; `sections`, what an answer is made of; server-sent events; `page` for browsers; `openapi` and `docs` | cells, batches |
 //! | [`telemetry`] | request spans for an OpenTelemetry collector | bodies, engine |
 //! | [`request`], [`error`] | what `http` and `engine` share | both |
-//! | [`engine`] | the step; `turn`, a sequence's part in it; `commit` and `walk`, its end; `pool`, embeddings; `thread` runs it, `handle` is its public side, `lanes` the threads that read requests, `stats` its counters, `forward` its interface to a model, `sharing` and `thread_count` the threads of each pass, `grammar` its interface to llguidance, `gbnf` a translator for it | sockets, JSON |
+//! | [`engine`] | the step; `turn`, a sequence's part in it; `commit` and `walk`, its end; `pool`, embeddings; `thread` runs it, `handle` is its public side, `lanes` the threads that read requests, `stats` its counters, `forward` its interface to a model, `sharing` and `thread_count` the threads of each pass, `guide` what may come next in an answer, `grammar` its interface to llguidance, `closing` the way to the end of JSON, `gbnf` a translator for llguidance | sockets, JSON |
 //! | [`metrics`] | `/metrics`: names for the counters of engine and HTTP | sockets, cells |
 //! | [`speculate`] | `heads` and `pickle` (files), `medusa` and `conditioned` (heads), `nets` (their networks), `suffix` and `text` (text drafts), `tree`, `calibration`, `reliability`, `cost`, `policy`; `device` (heads and verification on a GPU); `simulated`, which `bench` wraps around a model | requests, cells |
-//! | [`chat`] | chat templates: messages to a prompt, for `http`, `train` and `bench` | requests |
+//! | [`chat`] | conversations: messages and tools to a prompt and the form of its answer, and an answer's text to thoughts and calls, for `http`, `train` and `bench` | dialects |
 //! | [`jinja`] | Jinja as Python's library renders it, with texts that know what came from outside | chats |
 //! | [`train`] | training of heads: answers, features, fit | HTTP |
 //! | [`synth`] | models and heads with random weights in known shapes, for benchmarks | requests |
