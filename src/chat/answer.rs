@@ -170,11 +170,8 @@ impl AnswerReader {
                 if call.name.is_empty() || (is_last && !is_whole && call.arguments.is_empty()) {
                     return;
                 }
-                let call = Call {
-                    id: id(&call, index, shown),
-                    name: call.name.clone(),
-                    ..Call::default()
-                };
+                let call =
+                    Call { id: id(&call, shown), name: call.name.clone(), ..Call::default() };
                 each(Delta::Call { index, id: call.id.clone(), name: call.name.clone() });
                 shown.calls.push(call);
             }
@@ -194,11 +191,15 @@ fn rest(text: &str, before: &str, shown: &mut String) -> Option<String> {
     Some(rest)
 }
 
+/// Characters of a new id, letters and digits: Mistral's templates take no other ids back.
+const ID: usize = 9;
+
 /// A call's id: the model's, or a new one.
-fn id(call: &ParsedCall, index: usize, shown: &Answer) -> String {
-    let is_taken = shown.calls.iter().any(|other| other.id == call.id);
-    if !call.id.is_empty() && !is_taken {
-        return call.id.clone();
+fn id(call: &ParsedCall, shown: &Answer) -> String {
+    let is_taken = |id: &str| shown.calls.iter().any(|other| other.id == id);
+    let mut id = call.id.clone();
+    while id.is_empty() || is_taken(&id) {
+        id = std::iter::repeat_with(fastrand::alphanumeric).take(ID).collect();
     }
-    format!("call_{:016x}{index:08x}", fastrand::u64(..))
+    id
 }

@@ -7,8 +7,9 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::answer::Syntax;
+use super::conversation::{Conversation, Ending};
+use super::generic;
 use super::tools::{Tool, ToolChoice};
-use super::{Conversation, Ending, generic};
 use crate::error::Invalid;
 use crate::llama::ChatFormat;
 use crate::request::{GrammarBegin, GrammarSource, Request, Thinking, Trigger};
@@ -26,7 +27,6 @@ pub struct Format {
 #[allow(clippy::struct_excessive_bools)] // as chat.h has them
 struct Abilities {
     supports_tools: bool,
-    supports_tool_calls: bool,
     supports_parallel_tool_calls: bool,
     supports_system_role: bool,
     supports_thinking: bool,
@@ -118,7 +118,7 @@ impl Format {
 
     /// The template tells its models of tools.
     pub fn knows_tools(&self) -> bool {
-        self.abilities.supports_tools || self.abilities.supports_tool_calls
+        self.abilities.supports_tools
     }
 
     /// Its models may think before they answer.

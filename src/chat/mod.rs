@@ -8,6 +8,7 @@
 //! and thoughts, `generic` how those of a template without tools are told to; `answer` reads them.
 
 mod answer;
+mod conversation;
 mod format;
 mod generic;
 mod parts;
@@ -25,6 +26,7 @@ use crate::jinja::{self, Text};
 use crate::llama::Model;
 use crate::request::Prompt;
 pub use answer::{Answer, AnswerReader, Call, Delta, Syntax};
+pub use conversation::{Conversation, Ending, Thoughts};
 pub use format::Form;
 use format::{Format, chosen, generic_form};
 use parts::Controls;
@@ -69,40 +71,6 @@ impl Vocabulary {
     }
 }
 
-/// What to render.
-#[derive(Clone, Debug, Default)]
-pub struct Conversation {
-    /// Objects with `role` and `content`, as OpenAI's clients send them.
-    pub messages: Vec<Map<String, Value>>,
-    /// Descriptions of tools, as OpenAI's clients send them.
-    pub tools: Vec<Map<String, Value>>,
-    /// Whether the answer is to call them.
-    pub choice: ToolChoice,
-    /// It may call several; `None`: if the template has that.
-    pub parallel: Option<bool>,
-    /// How it is to think.
-    pub thoughts: Thoughts,
-    /// Documents to answer from.
-    pub documents: Option<Value>,
-    /// More variables for the template.
-    pub variables: Map<String, Value>,
-    /// What the prompt ends with.
-    pub ending: Ending,
-}
-
-/// How an answer is to think, as far as the template has it.
-#[derive(Clone, Debug, Default)]
-pub struct Thoughts {
-    /// Whether; `None`: if the template can.
-    pub enabled: Option<bool>,
-    /// How much, in the template's words.
-    pub effort: Option<String>,
-    /// Most tokens, after which they are ended.
-    pub budget: Option<usize>,
-    /// They are part of the text, as the model writes them.
-    pub inline: bool,
-}
-
 /// A conversation that was made a prompt of, and the form of its answer.
 #[derive(Clone, Debug)]
 pub struct Prepared {
@@ -110,21 +78,6 @@ pub struct Prepared {
     pub prompt: Prompt,
     /// What the answer must be, and how to read it.
     pub form: Form,
-}
-
-/// What a prompt ends with.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Ending {
-    /// The beginning of an assistant's message, and after it the text of the last message if that
-    /// is an assistant's, which the answer continues.
-    #[default]
-    Prefill,
-    /// The beginning of an assistant's message.
-    Answer,
-    /// The end of the last message.
-    Closed,
-    /// The text of the last message, which the answer continues.
-    Continue,
 }
 
 /// A compiled template.
@@ -217,29 +170,30 @@ impl Template {
         let may_think = THINKING_WORDS.iter().any(|word| self.source.contains(word));
         let format =
             (may_think || uses_tools || !tools.is_empty()).then(|| self.format()).flatten();
-        let knows_tools = format.is_some_and(Format::knows_tools);
+        let mut knows_tools = format.is_some_and(Format::knows_tools);
         let mut budget = conversation.thoughts.budget;
         self.set_thoughts(&mut conversation, format);
-        let mut form = match format {
-            Some(format) if knows_tools && !tools.is_empty() => {
-                format.form(&conversation, &tools, &conversation.variables)?
-            }
-            _ if !tools.is_empty() => generic_form(&tools, &conversation)?,
-            Some(format) if format.thinks() => {
-                format.form(&conversation, &[], &conversation.variables)?
-            }
-            _ => Form::default(),
+        let has_own = format.filter(|_| !tools.is_empty() && knows_tools || tools.is_empty());
+        let form = has_own.filter(|format| !tools.is_empty() || format.thinks());
+        let form = form.map(|format| format.form(&conversation, &tools, &conversation.variables));
+        // A form that cannot demand a call is none where one is demanded.
+        let demands = conversation.choice.is_demand();
+        let form = form.transpose()?.filter(|form| !demands || form.grammar.is_some());
+        knows_tools &= form.is_some() || tools.is_empty();
+        let mut form = match form {
+            Some(form) => form,
+            None if tools.is_empty() => Form::default(),
+            None => generic_form(&tools, &conversation)?,
         };
         if let Some(thinking) = &mut form.thinking {
             thinking.budget = budget.take();
         }
-        if knows_tools {
-            let is_left = |tool: &Map<String, Value>| {
-                let name = tool.get("function").and_then(|function| function.get("name"));
-                tools.iter().any(|tool| name.is_some_and(|name| *name == *tool.name))
-            };
-            conversation.tools.retain(is_left);
-        } else if (uses_tools && !self.expects.calls) || !tools.is_empty() {
+        let is_left = |tool: &Map<String, Value>| {
+            let name = tool.get("function").and_then(|function| function.get("name"));
+            tools.iter().any(|tool| name.is_some_and(|name| *name == *tool.name))
+        };
+        conversation.tools.retain(is_left);
+        if !knows_tools && (uses_tools && !self.expects.calls || !tools.is_empty()) {
             conversation.tools.clear();
             let has_system = format.is_none_or(Format::has_system);
             generic::rewrite(&mut conversation.messages, &tools, has_system);

@@ -64,7 +64,8 @@ pub fn probe(render: impl Fn(Vec<Map<String, Value>>) -> Option<Text>) -> Expect
     let arguments_as_text =
         !takes_object && of_text.iter().any(|texts| texts.concat().contains(NEEDLE));
     let of_both = if arguments_as_text { of_text } else { of_object };
-    let calls = of_both.iter().any(|texts| texts.concat().contains(NEEDLE_NAME));
+    let is_seen = |text: &str| text.contains(NEEDLE_NAME) || text.contains(NEEDLE);
+    let calls = of_both.iter().any(|texts| is_seen(&texts.concat()));
     let [_, of_none] = of_both;
     let none = of_none.concat().contains(NEEDLE_NAME)
         && of_none.iter().all(|text| !text.is_empty() && !text.contains("None"));

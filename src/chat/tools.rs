@@ -77,7 +77,36 @@ fn arguments_schema(mut schema: Map<String, Value>) -> Value {
     if schema.get("type").is_some_and(|kind| kind == "object") {
         schema.entry("properties").or_insert_with(|| json!({}));
     }
+    // A model that may would invent arguments.
+    if !ALLOWS_MORE.iter().any(|keyword| schema.contains_key(*keyword)) && lists_required(&schema) {
+        schema.insert("additionalProperties".into(), false.into());
+    }
     Value::Object(schema)
+}
+
+/// Keywords of a schema that may ask for arguments beside its `properties`.
+const ALLOWS_MORE: [&str; 13] = [
+    "additionalProperties",
+    "patternProperties",
+    "propertyNames",
+    "unevaluatedProperties",
+    "minProperties",
+    "dependentSchemas",
+    "dependentRequired",
+    "$ref",
+    "allOf",
+    "anyOf",
+    "oneOf",
+    "if",
+    "not",
+];
+
+/// Whether all arguments that a schema requires are among its `properties`.
+fn lists_required(schema: &Map<String, Value>) -> bool {
+    let Some(listed) = schema.get("properties").and_then(Value::as_object) else { return false };
+    let required = schema.get("required").and_then(Value::as_array);
+    let mut names = required.into_iter().flatten().map(|name| name.as_str().unwrap_or_default());
+    names.all(|name| listed.contains_key(name))
 }
 
 /// Whether the model is to call tools.

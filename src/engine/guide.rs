@@ -355,7 +355,12 @@ impl Guide {
         let mut new = new;
         if self.place == Place::Before {
             let begin = self.thoughts.as_ref().and_then(|thoughts| thoughts.begin.as_ref());
-            let Some((begin, _)) = begin else { return Vec::new() };
+            let Some((begin, first)) = begin else { return Vec::new() };
+            // Where a form begins at once, it is one of two tokens, and white space is part of it.
+            let is_held = !matches!(self.next(), Next::Anything);
+            if is_held && first.is_none_or(|first| first != token) {
+                return self.leave_thoughts(0, Some(token));
+            }
             let start = self.text.iter().take_while(|byte| byte.is_ascii_whitespace()).count();
             let seen = &self.text[start..];
             if seen.starts_with(begin) {

@@ -42,6 +42,7 @@ use messages::{CountRequest, MessagesRequest};
 use openai::{ChatRequest, CompletionRequest, TemplateRequest};
 use responses::ResponsesRequest;
 use shape::Shape;
+pub use shape::Unknown;
 use vocabulary::{DetokenizeRequest, TokenizeRequest};
 
 /// Paths of ignored fields that are kept of one body.
@@ -85,15 +86,6 @@ impl Readers {
             detokenize: Reader::new(n_ctx, Unknown::Refused),
         }
     }
-}
-
-/// What becomes of a field that nobody knows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Unknown {
-    /// It is ignored, and named in the answer's head.
-    Ignored,
-    /// The body is refused.
-    Refused,
 }
 
 /// Reads bodies of one type as they are documented.

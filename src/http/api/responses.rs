@@ -11,7 +11,6 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Number, Value};
 use utoipa::{PartialSchema, ToSchema};
 
-use super::Unknown;
 use super::fields::{
     BreakerList, LogitBias, NamedSchema, ResponseFormat, Stops, default_breakers, grammar,
     request_body,
@@ -19,6 +18,7 @@ use super::fields::{
 use super::history::{History, TextOr, renamed};
 use super::openai::{Choices, StreamOptions, seed};
 use super::response_items::{Input, InputItem};
+use super::shape::Unknown;
 use crate::chat::{
     Conversation, Ending, Prepared, Template, Thoughts, ToolChoice, tools_from_json,
 };

@@ -6,6 +6,15 @@ use serde_json::Value;
 use utoipa::openapi::RefOr;
 use utoipa::openapi::schema::{AdditionalProperties, ArrayItems, Object, Schema};
 
+/// What becomes of a field that nobody knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unknown {
+    /// It is ignored, and named in the answer's head.
+    Ignored,
+    /// The body is refused.
+    Refused,
+}
+
 /// The fields that a value may have, as a schema names them; of alternatives those of all.
 #[derive(Debug, Default)]
 pub struct Shape {
