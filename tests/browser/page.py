@@ -185,7 +185,7 @@ class Appearance(unittest.TestCase):
         for dark in (False, True):
             page = open_page(dark=dark)
             panel, ground = colour(page, "#answer", "backgroundColor"), colour(page, "body", "backgroundColor")
-            for source in ("heads", "text", "both"):
+            for source in ("heads", "text", "both", "grammar"):
                 ink, tint, line = (colour(page, f"#ink-{source}", name) for name in ("color", "backgroundColor", "borderBottomColor"))
                 self.assertGreaterEqual(contrast(ink, tint), 4.5, source)
                 self.assertGreaterEqual(contrast(line, panel), 4.5, source)
@@ -194,8 +194,8 @@ class Appearance(unittest.TestCase):
                     self.assertGreaterEqual(contrast(colour(page, selector, "color"), below), 4.5, selector)
             for selector in ("#prompt", "#max-tokens", ".segments"):
                 self.assertGreaterEqual(contrast(colour(page, selector, "borderTopColor"), ground), 3, selector)
-            styles = [page.eval(f"getComputedStyle(document.getElementById('ink-{s}')).borderBottomStyle") for s in ("heads", "text", "both")]
-            self.assertEqual(len(set(styles)), 3, "not by colour alone")
+            styles = [page.eval(f"getComputedStyle(document.getElementById('ink-{s}')).borderBottomStyle") for s in ("heads", "text", "both", "grammar")]
+            self.assertEqual(len(set(styles)), 4, "not by colour alone")
 
     def test_the_switch_outweighs_the_system_and_is_remembered(self):
         page = open_page()
@@ -221,7 +221,7 @@ class Keyboard(unittest.TestCase):
             self.assertTrue(outline, seen[-1])
             if seen[-1] == "answer":
                 break
-        order = ["API", "openapi.json", "metrics", "theme", "count", "correct", "tell", "prompt", "auto", "max-tokens", "temperature", "seed", "share", "send", "answer"]
+        order = ["API", "openapi.json", "metrics", "theme", "count", "correct", "tell", "prompt", "functions", "auto", "max-tokens", "temperature", "seed", "share", "send", "answer"]
         self.assertEqual(seen[-len(order):], order)
         page.press("ArrowRight")
         first = text_of(page, "inspect")
