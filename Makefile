@@ -7,7 +7,7 @@
 # make bench-short   runs every bench once, in its short form
 # make compare PROMPTS=FILE.jsonl   measures llama-server and this server in turn, for an hour or more; ARGS=... goes to benches/compare
 # make schemathesis   tests with thousands of requests generated from /openapi.json, for ten minutes at most; ARGS=... goes to scripts/schemathesis
-# make llama-server-suite   runs llama-server's own test suite against this server, for ten minutes; ARGS=... goes to scripts/llama-server-suite
+# make llama-server-suite   runs llama-server's own test suite against this server, for seven minutes; ARGS=... goes to scripts/llama-server-suite
 # make agents  runs sessions of Codex and Qwen Code against this server, for a few minutes; installs 480 MB once
 # make lm-eval compares an evaluator's log likelihoods with `medusa-llama perplexity`; installs 750 MB once
 # make deny    checks licences and duplicate dependencies; installs cargo-deny once

@@ -11,7 +11,6 @@ _ROUTER = "no several models in one process, and no stream that outlives its con
 _PORT = "origins are listed with their port: `--cors-origin` has none for all ports"
 _DATE = "llama-server gives templates the date in variables of its own (`date_string`, `datetime`); ours, like transformers, in `strftime_now`"
 _SETTINGS = "answers do not repeat the settings of their request (`generation_settings`)"
-_THINKS = "the default model thinks until its tokens run out"
 _TALKS = "with this template text may come before a call, and the default model writes text until its tokens run out"
 _REQUIRED = "unit/test_tool_call.py::test_completion_with_required_tool_real_model"
 _SAMPLED = "`logprobs` are those of the model, before sampling (`post_sampling_probs`)"
@@ -43,7 +42,6 @@ NOT_APPLICABLE = [
     ("unit/test_template.py::test_date_inside_prompt", _DATE),
     ("unit/test_tokenize.py::test_tokenize_with_bos", "the default model has no token that begins a text"),
     *((_REQUIRED + f"[tool{i}-*", _TALKS) for i in (0, 27, 30)),
-    *((_REQUIRED + f"[tool{i}-*", _THINKS) for i in (33, 34)),
     ("unit/test_tool_call.py::test_weather", _MODEL),
     ("unit/test_tool_call.py::test_calc_result", _MODEL),
     ("unit/test_tool_call.py::test_thoughts", _MODEL),
