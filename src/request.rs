@@ -256,13 +256,19 @@ pub enum GrammarSource {
     Lark(String),
     /// In llama.cpp's GBNF.
     Gbnf(String),
-    /// Calls of tools, in llama.cpp's GBNF.
-    Calls {
-        /// The grammar.
-        gbnf: String,
-        /// Schemas of objects, by the names of rules that these are in place of.
-        schemas: BTreeMap<String, Value>,
-    },
+    /// Calls of tools.
+    Calls(CallGrammar),
+}
+
+/// What calls of tools are.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct CallGrammar {
+    /// In llama.cpp's GBNF.
+    pub gbnf: String,
+    /// Schemas of objects, by the names of rules that these are in place of.
+    pub schemas: BTreeMap<String, Value>,
+    /// Names of rules of which an answer has one at most; without any it has what the grammar says.
+    pub once: Vec<String>,
 }
 
 impl GrammarSource {

@@ -9,7 +9,7 @@ use std::sync::{Arc, LazyLock};
 use common::model_path;
 use medusa_llama::engine::grammar::{Grammar, GrammarError, Grammars};
 use medusa_llama::llama::{Model, Token};
-use medusa_llama::request::GrammarSource;
+use medusa_llama::request::{CallGrammar, GrammarSource};
 use proptest::prelude::*;
 
 static MODEL: LazyLock<Arc<Model>> =
@@ -258,6 +258,28 @@ fn what_never_ends_is_left_out() {
         for (text, expected) in texts {
             let tokens = MODEL.tokenize(text, false).unwrap();
             assert_eq!(takes(&source, &tokens), Some(expected), "{text:?} of {grammar}");
+        }
+    }
+}
+
+#[test]
+fn a_text_has_one_at_most_of_a_rule_that_comes_once() {
+    for (gbnf, texts) in [
+        (
+            "root ::= \"x\"? (call \";\")+\ncall ::= \"[\" c (\",\" c)* \"]\"\nc ::= \"c\"",
+            [("x[c];", true), ("[c,c];", false), ("[c];[c];", false), ("x", false)],
+        ),
+        (
+            "root ::= \"x\"* c{0,3} (\"y\" c)* \"z\"*\nc ::= \"c\"",
+            [("xxczz", true), ("zz", true), ("cyc", false), ("cc", false)],
+        ),
+    ] {
+        let once = vec!["c".to_owned(), "not-there".to_owned()];
+        let calls = CallGrammar { gbnf: gbnf.into(), once, ..CallGrammar::default() };
+        for (text, expected) in texts {
+            let tokens = MODEL.tokenize(text, false).unwrap();
+            let source = GrammarSource::Calls(calls.clone());
+            assert_eq!(takes(&source, &tokens), Some(expected), "{text:?} of {gbnf}");
         }
     }
 }

@@ -109,6 +109,78 @@ fn a_tree_keeps_the_paths_that_a_grammar_allows_and_gets_those_that_it_leaves_al
     assert!(masked[two.0 as usize] == 0.0 && masked[four.0 as usize] < 0.0);
 }
 
+/// Schemas whose answers have long texts, numbers, choices and names that are left alone.
+fn long_schemas() -> [Value; 4] {
+    let line = json!({ "type": "object", "required": ["item", "count"], "additionalProperties": false, "properties": {
+        "item": { "type": "string" }, "count": { "type": "integer" }, "price": { "type": "number" } } });
+    [
+        json!({ "type": "object", "required": ["title", "lines"], "additionalProperties": false, "properties": {
+            "title": { "type": "string", "minLength": 20 }, "lines": { "type": "array", "items": line, "minItems": 3 } } }),
+        json!({ "type": "object", "required": ["kind", "value", "when"], "additionalProperties": false, "properties": {
+            "kind": { "enum": ["measurement", "measured value", "estimate"] },
+            "value": { "anyOf": [{ "type": "number" }, { "type": "null" }, { "type": "string", "pattern": "^[a-z]{3,40}$" }] },
+            "when": { "type": "string", "format": "date-time" } } }),
+        json!({ "type": "object", "additionalProperties": { "type": "array", "items": { "type": ["boolean", "string"] } } }),
+        json!({}),
+    ]
+}
+
+/// Drafts ask a grammar of what might come; an answer's text must not depend on what was asked.
+#[test]
+fn a_guide_allows_the_same_whatever_it_was_asked_before() {
+    let prose = tokens(include_str!("data/prose.txt"));
+    let mut rng = fastrand::Rng::with_seed(7);
+    let row = vec![0.0; MODEL.n_vocab()];
+    for schema in long_schemas() {
+        for _ in 0..6 {
+            let request = Request {
+                grammar: Some(GrammarSource::JsonSchema(schema.clone())),
+                ..Request::new("", 1)
+            };
+            let most = rng.usize(60..400);
+            let [mut plain, mut asked] = [(); 2].map(|()| guided(request.clone()).limited(most));
+            let (mut of_plain, mut of_asked) = (Vec::new(), Vec::new());
+            let (mut left, mut text) = (prose.clone(), String::new());
+            for _ in 0..most {
+                prepare(&mut asked, &mut random_tree(&mut rng, &left, &prose), 8);
+                let held = plain.mask(&row, &mut of_plain);
+                assert_eq!(held, asked.mask(&row, &mut of_asked), "{text}");
+                assert!(!held || of_plain == of_asked, "{text}");
+                let next = (0..).zip(&of_plain).filter(|(_, logit)| **logit == 0.0);
+                left = next.map(|(token, _)| Token(token)).collect();
+                let words = prose.iter().filter(|token| left.contains(token));
+                let words: Vec<&Token> = words.take(40).collect();
+                let token = match words.is_empty() || rng.u8(0..4) == 0 {
+                    true => *rng.choice(&left).unwrap(),
+                    false => **rng.choice(&words).unwrap(),
+                };
+                text += &MODEL.detokenize(&[token]);
+                let bytes = MODEL.bytes(token, false);
+                let [whole, same] =
+                    [&mut plain, &mut asked].map(|guide| guide.accept(token, &bytes).unwrap());
+                assert_eq!((whole, plain.is_cut()), (same, asked.is_cut()), "{text}");
+                if whole || MODEL.is_end(token) {
+                    break;
+                }
+            }
+        }
+    }
+}
+
+/// Candidates of which some may come next.
+fn random_tree(rng: &mut fastrand::Rng, left: &[Token], prose: &[Token]) -> Tree {
+    let mut tree = Tree::default();
+    for _ in 0..rng.usize(0..12) {
+        let parent = tree.nodes().len().checked_sub(1).filter(|_| rng.bool());
+        let from = if rng.bool() { left } else { prose };
+        let Some(&token) = rng.choice(from) else { break };
+        if tree.child(parent, token).is_none() {
+            tree.push(parent, token, 0.5, 0.5);
+        }
+    }
+    tree
+}
+
 fn guided(request: Request) -> Guide {
     Guide::of(&request, &GRAMMARS).unwrap().unwrap()
 }

@@ -5,12 +5,12 @@ mod common;
 #[path = "common/heads.rs"]
 mod heads;
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::{Server, exchange, read_answer};
+use common::{Server, exchange, read_answer, request_bytes};
 use serde_json::{Value, json};
 
 fn server() -> Arc<Server> {
@@ -351,6 +351,36 @@ fn a_request_is_read_as_http_has_it() {
     let twice = br#"{"messages": [{"role": "user", "content": "x", "role": "system"}]}"#;
     let refused = server.ask("POST /v1/chat/completions", &[], twice);
     assert_eq!((refused.status, &refused.json()["error"]["param"]), (400, &json!("role")));
+}
+
+/// Clients send their next request on the connection of a refused one, unless the refusal says that
+/// it closes.
+#[test]
+fn a_refusal_leaves_its_connection_usable_or_says_that_it_closes() {
+    let server = server();
+    for (head, status) in [
+        ("POST /nothing HTTP/1.1\r\n", "404"),
+        ("POST /health HTTP/1.1\r\n", "405"),
+        ("POST /generate HTTP/1.1\r\nContent-Encoding: gzip\r\n", "415"),
+        ("GET /health HTTP/1.1\r\n", "200"),
+    ] {
+        let head = format!("{head}Host: localhost\r\n");
+        let mut socket = server.send(format!("{head}Content-Length: 20000\r\n\r\n").as_bytes());
+        std::thread::sleep(Duration::from_millis(50)); // a client sends head and body apart
+        socket.write_all(&[b'x'; 20_000]).unwrap();
+        socket.write_all(&request_bytes("GET /health", &[], b"")).unwrap();
+        let mut both = String::new();
+        socket.read_to_string(&mut both).unwrap();
+        let statuses: Vec<&str> = both.split("HTTP/1.1 ").skip(1).map(|text| &text[..3]).collect();
+        assert_eq!(statuses, [status, "200"], "{head}");
+
+        let large = format!("{head}Content-Length: 3000000\r\n\r\n");
+        let refused = exchange(server.addr, large.as_bytes());
+        assert_eq!(
+            (refused.status.to_string().as_str(), refused.header("connection")),
+            (status, Some("close"))
+        );
+    }
 }
 
 /// Editors and frameworks add fields of their own, and servers before this one had others.

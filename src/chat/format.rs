@@ -2,7 +2,10 @@
 //! are llama.cpp's `common/chat`, which derives them from templates.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
 
+use lru::LruCache;
+use parking_lot::Mutex;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -12,13 +15,18 @@ use super::generic;
 use super::tools::{Tool, ToolChoice};
 use crate::error::Invalid;
 use crate::llama::ChatFormat;
-use crate::request::{GrammarBegin, GrammarSource, Request, Thinking, Trigger};
+use crate::request::{CallGrammar, GrammarBegin, GrammarSource, Request, Thinking, Trigger};
+
+/// Forms that are kept, of the requests that were last.
+const KEPT: NonZeroUsize = NonZeroUsize::new(32).expect("not zero");
 
 /// What a template's models write.
 #[derive(Debug)]
 pub struct Format {
     chat: ChatFormat,
     abilities: Abilities,
+    /// By what was asked of llama.cpp, as text: the order of names matters in schemas.
+    forms: Mutex<LruCache<String, Form>>,
 }
 
 /// What a template can express.
@@ -28,7 +36,6 @@ pub struct Format {
 struct Abilities {
     supports_tools: bool,
     supports_parallel_tool_calls: bool,
-    supports_system_role: bool,
     supports_thinking: bool,
 }
 
@@ -82,13 +89,12 @@ impl Form {
         let (grammar, begin) = match (request.grammar.take(), &self.grammar) {
             (own, None) => (own, GrammarBegin::Answer),
             (None, Some(calls)) => (Some(calls.clone()), self.begin.clone()),
-            (
-                Some(GrammarSource::JsonSchema(schema)),
-                Some(GrammarSource::Calls { gbnf, schemas }),
-            ) if matches!(self.begin, GrammarBegin::Triggers(_)) => {
-                let (gbnf, mut schemas) = (with_answer(gbnf), schemas.clone());
-                schemas.insert(ANSWER.into(), schema);
-                (Some(GrammarSource::Calls { gbnf, schemas }), GrammarBegin::Answer)
+            (Some(GrammarSource::JsonSchema(schema)), Some(GrammarSource::Calls(calls)))
+                if matches!(self.begin, GrammarBegin::Triggers(_)) =>
+            {
+                let mut calls = CallGrammar { gbnf: with_answer(&calls.gbnf), ..calls.clone() };
+                calls.schemas.insert(ANSWER.into(), schema);
+                (Some(GrammarSource::Calls(calls)), GrammarBegin::Answer)
             }
             (Some(_), Some(_)) => {
                 let message = "a grammar, or a call that must be made, leaves no other form: give one of \
@@ -113,7 +119,7 @@ impl Format {
         let chat = ChatFormat::new(template, bos, eos).map_err(|e| e.to_string())?;
         let abilities = chat.capabilities().map_err(|e| e.to_string())?;
         let abilities = serde_json::from_value(abilities).map_err(|e| e.to_string())?;
-        Ok(Self { chat, abilities })
+        Ok(Self { chat, abilities, forms: Mutex::new(LruCache::new(KEPT)) })
     }
 
     /// The template tells its models of tools.
@@ -124,11 +130,6 @@ impl Format {
     /// Its models may think before they answer.
     pub fn thinks(&self) -> bool {
         self.abilities.supports_thinking
-    }
-
-    /// The template has system messages.
-    pub fn has_system(&self) -> bool {
-        self.abilities.supports_system_role
     }
 
     /// The form of the answer to a conversation, with these tools and variables for the template.
@@ -142,26 +143,30 @@ impl Format {
         variables: &Map<String, Value>,
     ) -> Result<Form, Invalid> {
         let parallel = conversation.parallel.unwrap_or(self.abilities.supports_parallel_tool_calls);
-        let asks = |choice: &str, tools: Vec<Value>| {
-            let continues = matches!(conversation.ending, Ending::Continue | Ending::Prefill)
-                && is_assistants(conversation.messages.last());
-            json!({
-                "messages": tail(&conversation.messages),
-                "tools": tools,
-                "tool_choice": choice,
-                "parallel_tool_calls": parallel,
-                "chat_template_kwargs": variables,
-                "continue_final_message": continues,
-                "reasoning_format": if conversation.thoughts.inline { "none" } else { "auto" },
-                "add_generation_prompt": conversation.ending != Ending::Closed,
-            })
-        };
-        let apply = |choice: &str| {
-            let whole: Vec<Value> = tools.iter().map(Tool::to_json).collect();
-            let applied = self.chat.apply(&asks(choice, whole)).or_else(|error| {
+        let continues = matches!(conversation.ending, Ending::Continue | Ending::Prefill)
+            && is_assistants(conversation.messages.last());
+        let tools_as = |json: fn(&Tool) -> Value| tools.iter().map(json).collect::<Vec<_>>();
+        let mut asked = json!({
+            "messages": standing_for(&conversation.messages, tools, continues),
+            "tools": tools_as(Tool::to_json),
+            "parallel_tool_calls": parallel,
+            "chat_template_kwargs": variables,
+            "continue_final_message": continues,
+            "reasoning_format": if conversation.thoughts.inline { "none" } else { "auto" },
+            "add_generation_prompt": conversation.ending != Ending::Closed,
+        });
+        let demands = conversation.choice.is_demand() && !tools.is_empty();
+        let key = format!("{demands} {asked}");
+        if let Some(form) = self.forms.lock().get(&key) {
+            return Ok(form.clone());
+        }
+        let mut apply = |choice: &str| {
+            asked["tool_choice"] = choice.into();
+            let applied = self.chat.apply(&asked).or_else(|error| {
                 // A schema that llama.cpp cannot follow: any arguments of these names.
                 tracing::debug!(%error, "a chat format refused tools");
-                self.chat.apply(&asks(choice, tools.iter().map(simplified).collect()))
+                asked["tools"] = tools_as(simplified).into();
+                self.chat.apply(&asked)
             });
             let applied = applied.map_err(|why| {
                 let field = if tools.is_empty() { "messages" } else { "tools" };
@@ -171,14 +176,16 @@ impl Format {
             serde_json::from_value(applied)
                 .map_err(|e| Invalid::new("messages", format!("the chat format is unknown: {e}")))
         };
-        let applied: Applied = apply("auto")?;
-        if !conversation.choice.is_demand() || tools.is_empty() {
-            return form(applied, tools, false);
-        }
-        // A call right away, where its beginning is known; else as llama.cpp has it, after any text.
+        let mut applied: Applied = apply("auto")?;
+        // A call right away, where its beginning is known; else as llama.cpp has it.
         let has_opening = applied.grammar_lazy
             && applied.grammar_triggers.iter().any(|trigger| trigger.r#type == "word");
-        if has_opening { form(applied, tools, true) } else { form(apply("required")?, tools, true) }
+        if demands && !has_opening {
+            applied = apply("required")?;
+        }
+        let form = Wanted { tools, demands, parallel }.form(applied)?;
+        self.forms.lock().put(key, form.clone());
+        Ok(form)
     }
 }
 
@@ -205,43 +212,63 @@ pub fn generic_form(tools: &[Tool], conversation: &Conversation) -> Result<Form,
     Ok(Form { grammar, begin, syntax: Some(syntax), ..Form::default() })
 }
 
-fn form(applied: Applied, tools: &[Tool], must_call: bool) -> Result<Form, Invalid> {
-    let syntax = Syntax::new(&applied.syntax).map_err(|why| Invalid::new("messages", why))?;
-    let thinking = thinking(&applied);
-    let triggers = applied.grammar_triggers.into_iter().filter_map(|trigger| {
-        Some(match trigger.r#type.as_str() {
-            "word" | "token" => Trigger::Word(trigger.value),
-            // The regex crate has no looking ahead; without a trigger a call is only read.
-            _ if trigger.value.contains("(?!") => return None,
-            "pattern" => Trigger::Pattern(trigger.value),
-            _ => Trigger::Pattern(format!("^(?:{})$", trigger.value)),
+/// What is wanted of calls.
+struct Wanted<'t> {
+    tools: &'t [Tool],
+    /// One must be made.
+    demands: bool,
+    /// Several may be.
+    parallel: bool,
+}
+
+impl Wanted<'_> {
+    fn form(&self, applied: Applied) -> Result<Form, Invalid> {
+        let syntax = Syntax::new(&applied.syntax).map_err(|why| Invalid::new("messages", why))?;
+        let thinking = thinking(&applied);
+        let triggers = applied.grammar_triggers.into_iter().filter_map(|trigger| {
+            Some(match trigger.r#type.as_str() {
+                "word" | "token" => Trigger::Word(trigger.value),
+                // The regex crate has no looking ahead; without a trigger a call is only read.
+                _ if trigger.value.contains("(?!") => return None,
+                "pattern" => Trigger::Pattern(trigger.value),
+                _ => Trigger::Pattern(format!("^(?:{})$", trigger.value)),
+            })
+        });
+        let triggers: Vec<Trigger> = triggers.collect();
+        let word = triggers.iter().find_map(|trigger| match trigger {
+            Trigger::Word(word) => Some(word.clone()),
+            Trigger::Pattern(_) => None,
+        });
+        let begin = match (applied.grammar_lazy, self.demands, word) {
+            (true, true, Some(word)) => Some(GrammarBegin::Text(word)),
+            (true, _, _) if triggers.is_empty() => None,
+            (true, ..) => Some(GrammarBegin::Triggers(triggers)),
+            (false, ..) => Some(GrammarBegin::Prompt(applied.generation_prompt.clone())),
+        };
+        let begin = begin.filter(|_| !applied.grammar.is_empty());
+        // A grammar that begins in the prompt has the thoughts in it.
+        let is_whole = matches!(begin, Some(GrammarBegin::Prompt(_)));
+        let grammar = begin.is_some().then(|| GrammarSource::Calls(self.grammar(applied.grammar)));
+        Ok(Form {
+            grammar,
+            begin: begin.unwrap_or_default(),
+            thinking: thinking.filter(|_| !is_whole),
+            shown: applied.preserved_tokens,
+            stops: applied.additional_stops,
+            syntax: Some(syntax),
+            turn: applied.generation_prompt,
         })
-    });
-    let triggers: Vec<Trigger> = triggers.collect();
-    let word = triggers.iter().find_map(|trigger| match trigger {
-        Trigger::Word(word) => Some(word.clone()),
-        Trigger::Pattern(_) => None,
-    });
-    let begin = match (applied.grammar_lazy, must_call, word) {
-        (true, true, Some(word)) => Some(GrammarBegin::Text(word)),
-        (true, _, _) if triggers.is_empty() => None,
-        (true, ..) => Some(GrammarBegin::Triggers(triggers)),
-        (false, ..) => Some(GrammarBegin::Prompt(applied.generation_prompt.clone())),
-    };
-    let begin = begin.filter(|_| !applied.grammar.is_empty());
-    // A grammar that begins in the prompt has the thoughts in it.
-    let is_whole = matches!(begin, Some(GrammarBegin::Prompt(_)));
-    let schemas = schemas(&applied.grammar, tools);
-    let source = GrammarSource::Calls { gbnf: applied.grammar, schemas };
-    Ok(Form {
-        grammar: begin.is_some().then_some(source),
-        begin: begin.unwrap_or_default(),
-        thinking: thinking.filter(|_| !is_whole),
-        shown: applied.preserved_tokens,
-        stops: applied.additional_stops,
-        syntax: Some(syntax),
-        turn: applied.generation_prompt,
-    })
+    }
+
+    /// llama.cpp's grammar, with what it does not keep: some formats call on however few are wanted, and
+    /// allow text before a call that is demanded.
+    fn grammar(&self, gbnf: String) -> CallGrammar {
+        let gbnf = if self.demands { at_once(&gbnf) } else { gbnf };
+        let calls: Vec<String> = self.tools.iter().map(rule_of).collect();
+        let schemas = schemas(&gbnf, self.tools);
+        let once = if self.parallel { Vec::new() } else { calls };
+        CallGrammar { gbnf, schemas, once }
+    }
 }
 
 /// The rule of an answer that calls nothing.
@@ -256,19 +283,52 @@ fn with_answer(gbnf: &str) -> String {
     gbnf.lines().map(line).collect::<String>() + &format!("{ANSWER} ::= \"{{}}\"\n")
 }
 
+/// A grammar of calls without the text that may come before them: what the root has outside of groups
+/// of llama.cpp's rules `until-N`. Without that a model may write until its tokens run out.
+fn at_once(gbnf: &str) -> String {
+    let without_text = |root: &str| {
+        let (mut kept, mut depth, mut in_text) = (Vec::new(), 0, false);
+        for word in root.split(' ') {
+            let name = word.strip_suffix('?').unwrap_or(word);
+            let number = name.strip_prefix("until-").unwrap_or_default();
+            let is_number = !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit());
+            if depth > 0 || in_text || !is_number {
+                kept.push(word);
+            }
+            let mut is_escaped = false;
+            for c in word.chars() {
+                match c {
+                    '"' if !is_escaped => in_text = !in_text,
+                    '(' if !in_text => depth += 1,
+                    ')' if !in_text => depth -= 1,
+                    _ => {}
+                }
+                is_escaped = c == '\\' && !is_escaped;
+            }
+        }
+        kept.join(" ")
+    };
+    let line = |line: &str| match line.strip_prefix("root ::= ") {
+        Some(root) => format!("root ::= {}\n", without_text(root)),
+        None => format!("{line}\n"),
+    };
+    gbnf.lines().map(line).collect()
+}
+
 /// Schemas by the rules of a grammar that they are in place of: those in which arguments are JSON.
 /// llguidance follows more of a schema than such a rule does.
 fn schemas(gbnf: &str, tools: &[Tool]) -> BTreeMap<String, Value> {
     let is_object = |rule: &str| gbnf.contains(&format!("\n{rule} ::= \"{{\""));
+    let rule_of = |tool: &Tool| rule_of(tool) + "-schema";
     let is_only = |rule: &str| tools.iter().filter(|tool| rule_of(tool) == rule).count() == 1;
     let rules = tools.iter().map(|tool| (rule_of(tool), tool.parameters.clone()));
     rules.filter(|(rule, _)| is_object(rule) && is_only(rule)).collect()
 }
 
-/// The rule of a tool's arguments, as llama.cpp names it.
+/// The rule of a call of a tool, as llama.cpp names it; that of its arguments has `-schema` behind.
 fn rule_of(tool: &Tool) -> String {
     let letter = |c: char| if c.is_ascii_alphanumeric() { c } else { '-' };
-    format!("tool-{}-schema", tool.name.chars().map(letter).collect::<String>())
+    format!("tool-{}", tool.name.chars().map(letter).collect::<String>())
 }
 
 /// How an answer thinks, if it does.
@@ -305,19 +365,25 @@ fn is_assistants(message: Option<&Map<String, Value>>) -> bool {
     message.is_some_and(|message| message.get("role").is_some_and(|role| role == "assistant"))
 }
 
-/// The last messages, from which the form of the answer can be told: results of tools with the calls
-/// before them, or the last message alone, after a user's.
-fn tail(messages: &[Map<String, Value>]) -> Vec<Value> {
-    let is_role = |message: &Map<String, Value>, role: &str| message["role"] == role;
-    let n_results = messages.iter().rev().take_while(|m| is_role(m, "tool")).count();
-    let start = messages.len().saturating_sub(n_results + 1);
-    let last = &messages[start..];
-    let mut tail = Vec::with_capacity(last.len() + 1);
-    if !last.first().is_some_and(|first| is_role(first, "user")) {
-        tail.push(json!({ "role": "user", "content": "x" }));
+/// Messages after which an answer has the same form: one that is continued itself, or the result of a
+/// call, or a user's.
+fn standing_for(messages: &[Map<String, Value>], tools: &[Tool], continues: bool) -> Value {
+    let user = json!({ "role": "user", "content": "x" });
+    let last = messages.last();
+    if let Some(last) = last.filter(|_| continues) {
+        return json!([user, last]);
     }
-    tail.extend(last.iter().cloned().map(Value::Object));
-    tail
+    if last.is_none_or(|last| last["role"] != "tool") {
+        return json!([user]);
+    }
+    let name = tools.first().map_or("x", |tool| &tool.name);
+    let function = json!({ "name": name, "arguments": "{}" });
+    let call = json!({ "id": "call12345", "type": "function", "function": function });
+    json!([
+        user,
+        { "role": "assistant", "content": "", "tool_calls": [call] },
+        { "role": "tool", "content": "x", "tool_call_id": "call12345", "name": name },
+    ])
 }
 
 /// The tools that a choice leaves.
@@ -326,5 +392,26 @@ pub fn chosen(tools: Vec<Tool>, choice: &ToolChoice) -> Vec<Tool> {
         ToolChoice::None => Vec::new(),
         ToolChoice::Auto | ToolChoice::Required => tools,
         ToolChoice::Named(name) => tools.into_iter().filter(|tool| tool.name == *name).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_demanded_call_has_no_text_before_it() {
+        for (root, expected) in [
+            ("space until-24? tool-call", "space tool-call"),
+            (r#""a until-3 \" b" until-3 space call"#, r#""a until-3 \" b" space call"#),
+            (
+                r#""(" ("<think>" until-4 "</think>")? until-13 calls"#,
+                r#""(" ("<think>" until-4 "</think>")? calls"#,
+            ),
+            ("until-x until-1-2 call", "until-x until-1-2 call"),
+        ] {
+            let gbnf = at_once(&format!("root ::= {root}\nuntil-1 ::= until-2\n"));
+            assert_eq!(gbnf, format!("root ::= {expected}\nuntil-1 ::= until-2\n"));
+        }
     }
 }

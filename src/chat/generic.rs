@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use super::probe::joined;
 use super::tools::Tool;
 use crate::llama::ChatFormat;
-use crate::request::GrammarSource;
+use crate::request::{CallGrammar, GrammarSource};
 
 /// A template whose calls have this form.
 const TEMPLATE: &str = "{%- if tools %}{{- '<|im_start|>system\n' }}{%- for tool in tools %}{{- tool | tojson }}{%- endfor %}{{- '<|im_end|>\n' }}{%- endif %}\
@@ -46,7 +46,8 @@ pub fn grammar(tools: &[Tool], parallel: bool) -> GrammarSource {
         gbnf += &format!("call-{i} ::= {begin} arguments-{i} {end}\narguments-{i} ::= \"{{}}\"\n");
     }
     let schema = |(i, tool): (usize, &Tool)| (format!("arguments-{i}"), tool.parameters.clone());
-    GrammarSource::Calls { gbnf, schemas: tools.iter().enumerate().map(schema).collect() }
+    let schemas = tools.iter().enumerate().map(schema).collect();
+    GrammarSource::Calls(CallGrammar { gbnf, schemas, once: Vec::new() })
 }
 
 /// What the model is told of its tools.

@@ -30,7 +30,7 @@ pub use conversation::{Conversation, Ending, Thoughts};
 pub use format::Form;
 use format::{Format, chosen, generic_form};
 use parts::Controls;
-use probe::{Expects, has_calls};
+use probe::{Expects, has_calls, joined};
 pub use tools::{Tool, ToolChoice, tools_from_json};
 pub use turn::turn;
 
@@ -123,8 +123,9 @@ impl Template {
         let expects = Expects::default();
         let (marks, format) = (control_names, OnceLock::new());
         let mut this = Self { template, source, tokens, added, controls, marks, expects, format };
-        this.expects =
-            probe::probe(|messages| this.text(messages, &Conversation::default(), true).ok());
+        this.expects = probe::probe(|messages, tools| {
+            this.text_with(messages, tools.clone(), &Conversation::default(), true).ok()
+        });
         let turn = this.render(&json!([{ "role": "user", "content": "" }])).ok();
         let turn = turn.as_ref().and_then(Prompt::text).unwrap_or_default();
         this.marks.retain(|name| turn.contains(name));
@@ -195,8 +196,10 @@ impl Template {
         conversation.tools.retain(is_left);
         if !knows_tools && (uses_tools && !self.expects.calls || !tools.is_empty()) {
             conversation.tools.clear();
-            let has_system = format.is_none_or(Format::has_system);
-            generic::rewrite(&mut conversation.messages, &tools, has_system);
+            generic::rewrite(&mut conversation.messages, &tools, self.expects.system);
+        }
+        if !self.expects.system {
+            merge_system(&mut conversation.messages);
         }
         let prompt = self.written(conversation, &form.turn)?;
         Ok(Prepared { prompt, form })
@@ -337,10 +340,21 @@ impl Template {
         conversation: &Conversation,
         adds_answer: bool,
     ) -> Result<Text, jinja::Error> {
+        let is_none = conversation.tools.is_empty() && !self.expects.tools_as_list;
+        let tools = if is_none { Value::Null } else { json!(conversation.tools) };
+        self.text_with(messages, tools, conversation, adds_answer)
+    }
+
+    fn text_with(
+        &self,
+        messages: Vec<Map<String, Value>>,
+        tools: Value,
+        conversation: &Conversation,
+        adds_answer: bool,
+    ) -> Result<Text, jinja::Error> {
         let mut variables = conversation.variables.clone();
         variables.insert("messages".into(), messages.into());
-        let tools = Some(&conversation.tools).filter(|tools| !tools.is_empty());
-        variables.insert("tools".into(), json!(tools)); // without tools a template describes none
+        variables.insert("tools".into(), tools);
         variables.insert("documents".into(), json!(conversation.documents));
         variables.insert("add_generation_prompt".into(), adds_answer.into());
         let tokens: Vec<(&str, &str)> =
@@ -370,6 +384,26 @@ impl Template {
         let trims = !text[end..].starts_with(END_MARK);
         let end = if trims { text[..end].trim_end().len() } else { end };
         Ok(text.slice(0..end))
+    }
+}
+
+/// For a template without system messages, whose model still should know what they say: a first one
+/// becomes part of the message after it, or a user's.
+fn merge_system(messages: &mut Vec<Map<String, Value>>) {
+    let is_system = |message: &Map<String, Value>| {
+        message["role"] == "system" || message["role"] == "developer"
+    };
+    let Some(mut first) = messages.first().cloned().filter(is_system) else { return };
+    messages.remove(0);
+    match messages.first_mut().filter(|next| next["role"] == "user") {
+        Some(next) => {
+            let texts = [&first, &*next].map(|m| m.get("content").map(joined).unwrap_or_default());
+            next.insert("content".into(), texts.join("\n\n").into());
+        }
+        None => {
+            first.insert("role".into(), "user".into());
+            messages.insert(0, first);
+        }
     }
 }
 
@@ -471,6 +505,36 @@ mod tests {
             assert_eq!(rendered(parts, &messages, Ending::Closed).unwrap(), "[user]ab");
             let text = rendered(CHATML, &messages, Ending::Closed).unwrap();
             assert_eq!(text, format!("<|im_start|>user\n{as_text}<|im_end|>\n"));
+        }
+    }
+
+    #[test]
+    fn a_template_without_system_messages_gets_what_they_say() {
+        let refuses = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}\
+                       [{{ m.role }}]{{ m.content }}{% endfor %}";
+        let drops = "{% for m in messages if m.role != 'system' %}[{{ m.role }}]{{ m.content }}{% endfor %}";
+        let [system, user] =
+            ["system", "user"].map(|role| json!({ "role": role, "content": role }));
+        let mut developer = system.clone();
+        developer["role"] = "developer".into();
+        for source in [refuses, drops] {
+            for first in [&system, &developer] {
+                let text = rendered(source, &json!([first, user]), Ending::Closed).unwrap();
+                assert_eq!(text.replace("developer", "system"), "[user]system\n\nuser");
+            }
+            let text = rendered(source, &json!([system]), Ending::Closed).unwrap();
+            assert_eq!(text, "[user]system");
+        }
+    }
+
+    #[test]
+    fn no_tools_are_none_or_an_empty_list() {
+        let user = json!([{ "role": "user", "content": "x" }]);
+        for (source, text) in [
+            ("{{ 'none' if tools is none else 'some' }}", "none"),
+            ("{% for tool in tools %}{{ tool }}{% endfor %}{{ messages[0].content }}", "x"),
+        ] {
+            assert_eq!(rendered(source, &user, Ending::Closed).unwrap(), text);
         }
     }
 

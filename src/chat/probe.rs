@@ -20,14 +20,25 @@ pub struct Expects {
     pub calls: bool,
     /// `arguments` of calls as JSON in a text, as OpenAI has it; otherwise as an object.
     arguments_as_text: bool,
+    /// System messages: it writes them.
+    pub system: bool,
+    /// An empty list for no tools; otherwise none.
+    pub tools_as_list: bool,
 }
 
-/// Finds out what a template expects; `render` renders messages with it, or fails.
-pub fn probe(render: impl Fn(Vec<Map<String, Value>>) -> Option<Text>) -> Expects {
-    let printed = |messages: Value| {
-        let messages = serde_json::from_value(messages).expect("a list of objects");
-        render(messages).map(|text| text.to_string()).unwrap_or_default()
+/// Finds out what a template expects; `render` renders messages with it, without tools as none or as
+/// an empty list, or fails.
+pub fn probe(render: impl Fn(Vec<Map<String, Value>>, &Value) -> Option<Text>) -> Expects {
+    let printed_with = |messages: &Value, tools: &Value| {
+        let messages = serde_json::from_value(messages.clone()).expect("a list of objects");
+        render(messages, tools).map(|text| text.to_string())
     };
+    let simple = ["x".into(), json!([{ "type": "text", "text": "x" }])];
+    let simple = simple.map(|content: Value| json!([{ "role": "user", "content": content }]));
+    let takes = |tools: &Value| simple.iter().any(|chat| printed_with(chat, tools).is_some());
+    let tools_as_list = !takes(&Value::Null) && takes(&json!([]));
+    let tools = if tools_as_list { json!([]) } else { Value::Null };
+    let printed = |messages: Value| printed_with(&messages, &tools).unwrap_or_default();
     let asked = |content: Value| printed(json!([{ "role": "user", "content": content }]));
     // As the last message but for the result, and as an earlier one: templates tell them apart.
     let called = |content: Value, arguments: Value| {
@@ -69,7 +80,14 @@ pub fn probe(render: impl Fn(Vec<Map<String, Value>>) -> Option<Text>) -> Expect
     let [_, of_none] = of_both;
     let none = of_none.concat().contains(NEEDLE_NAME)
         && of_none.iter().all(|text| !text.is_empty() && !text.contains("None"));
-    Expects { parts, none, calls, arguments_as_text }
+    let text =
+        |text: &str| if parts { json!([{ "type": "text", "text": text }]) } else { json!(text) };
+    let system = printed(json!([
+        { "role": "system", "content": text(NEEDLE) },
+        { "role": "user", "content": text("x") },
+    ]));
+    let system = system.contains(NEEDLE);
+    Expects { parts, none, calls, arguments_as_text, system, tools_as_list }
 }
 
 /// The text of a content, whole or in parts, which become lines, as in llama-server and vLLM.

@@ -4,19 +4,21 @@
 //! one is chosen from, and tells of a candidate whether it may follow. Where it leaves one
 //! continuation, it leaves those tokens alone that the tokenizer would make of it.
 
-use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use llguidance::api::{ParserLimits, TopLevelGrammar};
 use llguidance::toktrie::{SimpleVob, TokEnv, TokRxInfo, TokTrie, TokenizerEnv};
 use llguidance::{JsonCompileOptions, Matcher, ParserFactory};
+use lru::LruCache;
+use parking_lot::Mutex;
 use serde_json::{Map, Value, json};
 
 use super::digits::Digits;
 use super::gbnf;
 use crate::error::Invalid;
 use crate::llama::{Model, Token};
-use crate::request::GrammarSource;
+use crate::request::{CallGrammar, GrammarSource};
 
 /// Between two parts of JSON: a space, or a line's end and indentation. Without a limit a model may
 /// write white space until its tokens run out.
@@ -32,9 +34,15 @@ pub const MAX_BYTES: usize = 256 << 10;
 /// Characters of the longest reason that a client is told.
 const MAX_REASON: usize = 300;
 
+/// Compiled grammars that are kept, those of the requests that were last. One takes from kilobytes to
+/// some megabytes.
+const KEPT: NonZeroUsize = NonZeroUsize::new(16).expect("not zero");
+
 /// Compiles grammars for one model's vocabulary.
 pub struct Grammars {
     factory: ParserFactory,
+    /// By their sources as text: the order of a schema's properties is that of the answer's.
+    compiled: Mutex<LruCache<String, Grammar>>,
     tokenizer: Arc<Tokenizer>,
     numerals: Arc<Numerals>,
 }
@@ -115,7 +123,8 @@ impl Grammars {
             ..ParserLimits::default()
         };
         factory.quiet();
-        Ok(Self { factory, tokenizer, numerals: Arc::new(Numerals(numerals)) })
+        let compiled = Mutex::new(LruCache::new(KEPT));
+        Ok(Self { factory, compiled, tokenizer, numerals: Arc::new(Numerals(numerals)) })
     }
 
     /// The tokens of a text within an answer.
@@ -124,7 +133,7 @@ impl Grammars {
         tokens(self.tokenizer.tokenize_bytes(text.as_bytes()))
     }
 
-    /// A grammar at its beginning. A large one takes milliseconds.
+    /// A grammar at its beginning. A large one takes milliseconds, the first time.
     ///
     /// # Errors
     /// [`Invalid`] for one that is malformed, that no text follows, or that is beyond llguidance's
@@ -133,17 +142,23 @@ impl Grammars {
         let param = match source {
             GrammarSource::JsonSchema(_) => "response_format",
             GrammarSource::Lark(_) | GrammarSource::Gbnf(_) => "grammar",
-            GrammarSource::Calls { .. } => "tools",
+            GrammarSource::Calls(_) => "tools",
         };
+        let key = format!("{source:?}");
+        if let Some(known) = self.compiled.lock().get(&key) {
+            return Ok(known.at_beginning());
+        }
         let compiled = std::thread::scope(|scope| {
             let thread = std::thread::Builder::new().name("grammar".into()).stack_size(STACK);
             let thread = thread.spawn_scoped(scope, || self.compile_here(source));
             let thread = thread.map_err(|e| format!("there is no thread to compile it: {e}"))?;
             thread.join().unwrap_or_else(|_| Err("it cannot be compiled".into()))
         });
-        compiled.map_err(|why| {
+        let compiled = compiled.map_err(|why| {
             Invalid::new(param, format!("{param} cannot be followed: {}", brief(&why)))
-        })
+        })?;
+        self.compiled.lock().put(key, compiled.at_beginning());
+        Ok(compiled)
     }
 
     fn compile_here(&self, source: &GrammarSource) -> Result<Grammar, String> {
@@ -159,17 +174,19 @@ impl Grammars {
             }
             GrammarSource::Gbnf(gbnf) => {
                 limit_bytes(gbnf.len())?;
-                (TopLevelGrammar::from_lark(gbnf::to_lark(gbnf, &BTreeMap::new())?), None)
+                let source = CallGrammar { gbnf: gbnf.clone(), ..CallGrammar::default() };
+                (TopLevelGrammar::from_lark(gbnf::to_lark(&source)?), None)
             }
-            GrammarSource::Calls { gbnf, schemas } => {
+            GrammarSource::Calls(source) => {
                 let n_bytes = |schema: &Value| schema.to_string().len();
-                limit_bytes(gbnf.len())?;
-                limit_bytes(schemas.values().map(n_bytes).sum())?;
-                let schemas = schemas
+                limit_bytes(source.gbnf.len())?;
+                limit_bytes(source.schemas.values().map(n_bytes).sum())?;
+                let schemas = source
+                    .schemas
                     .iter()
                     .map(|(rule, schema)| Ok((rule.clone(), with_options(schema, &compact())?)));
                 let schemas = schemas.collect::<Result<_, String>>()?;
-                let lark = gbnf::to_lark(gbnf, &schemas)?;
+                let lark = gbnf::to_lark(&CallGrammar { schemas, ..source.clone() })?;
                 (TopLevelGrammar::from_lark(lark), Some(Digits::default()))
             }
         };
@@ -338,6 +355,17 @@ pub struct Grammar {
 pub struct GrammarError(pub String);
 
 impl Grammar {
+    /// Another that has consumed the same tokens: of one that has consumed none.
+    fn at_beginning(&self) -> Self {
+        Self {
+            matcher: self.matcher.deep_clone(),
+            allowed: self.allowed.clone(),
+            numerals: Arc::clone(&self.numerals),
+            tokenizer: Arc::clone(&self.tokenizer),
+            ..*self
+        }
+    }
+
     /// Copies `logits` with those of forbidden tokens lowered to minus infinity.
     pub fn mask(&self, logits: &[f32], masked: &mut Vec<f32>) {
         masked.clear();

@@ -4,10 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
-use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::Request;
-use hyper::body::Incoming;
-use hyper::header::{CONTENT_ENCODING, HeaderMap};
 use serde_json::Value;
 
 use super::api::answers::{Detokenize, GenerateAnswer, OpenAiAnswer, StreamEvent};
@@ -31,7 +28,7 @@ use crate::telemetry::ChoiceRecord;
         (StreamEvent = "text/event-stream"),
     )),
 ))]
-pub async fn generate(cx: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
+pub async fn generate(cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
     let handle = cx.app.engine()?;
     let model = Arc::clone(&handle.model);
     let (request, stream) = read(&cx.app, &handle, request, move |app, body| {
@@ -51,7 +48,7 @@ pub async fn generate(cx: RequestContext, request: Request<Incoming>) -> Result<
         (StreamEvent = "text/event-stream"),
     )),
 ))]
-pub async fn complete(cx: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
+pub async fn complete(cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
     let handle = cx.app.engine()?;
     let n_ctx = handle.limits.n_ctx;
     let (choices, ignored) = read(&cx.app, &handle, request, move |app, body| {
@@ -72,7 +69,7 @@ pub async fn complete(cx: RequestContext, request: Request<Incoming>) -> Result<
         (StreamEvent = "text/event-stream"),
     )),
 ))]
-pub async fn chat(cx: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
+pub async fn chat(cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
     let handle = cx.app.engine()?;
     let (model, n_ctx) = (Arc::clone(&handle.model), handle.limits.n_ctx);
     let (choices, ignored) = read(&cx.app, &handle, request, move |app, body| {
@@ -160,42 +157,14 @@ fn is_too_late(done: &Completion) -> bool {
     done.finish_reason == FinishReason::Deadline && done.usage.completion_tokens == 0
 }
 
-/// Receives a JSON body, and makes of it what `make` does. A megabyte takes long to parse, to check
+/// Parses a JSON body, and makes of it what `make` does. A megabyte takes long to parse, to check
 /// and to render, so none of that happens on the network's threads.
 pub async fn read<T: Send + 'static>(
     app: &Arc<App>,
     handle: &Handle,
-    request: Request<Incoming>,
+    request: Request<Bytes>,
     make: impl FnOnce(&App, Value) -> Result<T, Problem> + Send + 'static,
 ) -> Result<T, Problem> {
-    let (body, app) = (receive(app, request).await?, Arc::clone(app));
+    let (body, app) = (request.into_body(), Arc::clone(app));
     handle.read(body.len(), move || make(&app, json::parse(&body)?)).await?
-}
-
-async fn receive(app: &App, request: Request<Incoming>) -> Result<Bytes, Problem> {
-    if is_compressed(request.headers()) {
-        return Err(Problem::CompressedBody);
-    }
-    let limit = app.limits.max_body_bytes;
-    // What is announced need not be sent.
-    let announced = hyper::body::Body::size_hint(request.body()).exact();
-    if announced.is_some_and(|n| n > limit as u64) {
-        return Err(Problem::BodyTooLarge(limit));
-    }
-    let body = Limited::new(request.into_body(), limit).collect();
-    match tokio::time::timeout(app.limits.read_timeout, body).await {
-        Ok(Ok(collected)) => Ok(collected.to_bytes()),
-        Ok(Err(e)) if e.is::<LengthLimitError>() => Err(Problem::BodyTooLarge(limit)),
-        Ok(Err(e)) => Err(Problem::BrokenBody(e)),
-        Err(_) => Err(Problem::BodyTimeout),
-    }
-}
-
-/// Whether a body is encoded in any way; `identity` is none.
-fn is_compressed(headers: &HeaderMap) -> bool {
-    let mut values = headers.get_all(CONTENT_ENCODING).iter();
-    values.any(|value| {
-        let mut codings = value.as_bytes().split(|&b| b == b',').map(<[u8]>::trim_ascii);
-        codings.any(|coding| !coding.is_empty() && !coding.eq_ignore_ascii_case(b"identity"))
-    })
 }

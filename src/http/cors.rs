@@ -1,6 +1,5 @@
 //! Answers that pages of other origins may read (CORS): only of those that were named.
 
-use hyper::body::Incoming;
 use hyper::header::{
     ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
     ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, ACCESS_CONTROL_REQUEST_HEADERS,
@@ -19,7 +18,7 @@ pub struct Cors(pub Vec<HeaderValue>);
 
 impl Cors {
     /// The answer to a preflight, which has no key yet.
-    pub fn preflight(&self, request: &Request<Incoming>) -> Option<Reply> {
+    pub fn preflight<B>(&self, request: &Request<B>) -> Option<Reply> {
         let asks = request.method() == Method::OPTIONS
             && request.headers().contains_key(ACCESS_CONTROL_REQUEST_METHOD);
         self.allowed(request.headers()).filter(|_| asks)?;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use hyper::body::Incoming;
+use bytes::Bytes;
 use hyper::{Request, StatusCode};
 use utoipa_swagger_ui::{Config, serve};
 
@@ -13,13 +13,13 @@ use super::reply::{self, Reply};
 
 /// This document
 #[utoipa::path(get, path = "/openapi.json", tag = "server", responses((status = 200, description = "OpenAPI 3.1", body = serde_json::Value)))]
-pub async fn document(cx: RequestContext, _: Request<Incoming>) -> Result<Reply, Problem> {
+pub async fn document(cx: RequestContext, _: Request<Bytes>) -> Result<Reply, Problem> {
     Ok(reply::whole(StatusCode::OK, "application/json", cx.app.openapi.clone()))
 }
 
 /// This document as a page to read and try
 #[utoipa::path(get, path = "/docs", tag = "server", responses((status = 200, description = "Swagger UI", body = String, content_type = "text/html")))]
-pub async fn docs(_: RequestContext, _: Request<Incoming>) -> Result<Reply, Problem> {
+pub async fn docs(_: RequestContext, _: Request<Bytes>) -> Result<Reply, Problem> {
     answer("")
 }
 
@@ -28,7 +28,7 @@ pub async fn docs(_: RequestContext, _: Request<Incoming>) -> Result<Reply, Prob
     (status = 200, description = "The file", content((String = "text/css"), (String = "text/javascript"), (String = "text/html"), (String = "image/png"))),
     (status = 404, description = "There is no such file", body = ErrorBody),
 ))]
-pub async fn docs_file(cx: RequestContext, _: Request<Incoming>) -> Result<Reply, Problem> {
+pub async fn docs_file(cx: RequestContext, _: Request<Bytes>) -> Result<Reply, Problem> {
     answer(if cx.tail.is_empty() { "index.html" } else { &cx.tail })
 }
 

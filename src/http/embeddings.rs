@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use hyper::body::Incoming;
+use bytes::Bytes;
 use hyper::{Request, StatusCode};
 
 use super::api::embeddings::{
@@ -24,7 +24,7 @@ use crate::telemetry::ChoiceRecord;
 #[utoipa::path(post, path = "/v1/embeddings", tag = "openai", request_body = EmbeddingRequest, responses(
     (status = 200, description = "The embeddings", body = EmbeddingAnswer),
 ))]
-pub async fn embed(cx: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
+pub async fn embed(cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
     let handle = cx.app.engine()?;
     let pooling = handle.pooling.ok_or(Problem::NoEmbeddings)?;
     let n_embd = handle.model.n_embd();

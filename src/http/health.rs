@@ -1,6 +1,6 @@
 //! How the server is, for orchestrators and for Prometheus.
 
-use hyper::body::Incoming;
+use bytes::Bytes;
 use hyper::header::{ACCEPT, HeaderMap, HeaderValue, RETRY_AFTER, VARY};
 use hyper::{Request, StatusCode};
 
@@ -20,7 +20,7 @@ use crate::metrics::Format;
     (status = 200, description = "It is: `ok`, `loading`, `draining` or `stalled`", body = Health),
     (status = 503, description = "Its engine has `failed`", body = Health),
 ))]
-pub async fn health(cx: RequestContext, _: Request<Incoming>) -> Result<Reply, Problem> {
+pub async fn health(cx: RequestContext, _: Request<Bytes>) -> Result<Reply, Problem> {
     let status = cx.app.status();
     let is_dead = status == HealthStatus::Failed;
     let code = if is_dead { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::OK };
@@ -32,7 +32,7 @@ pub async fn health(cx: RequestContext, _: Request<Incoming>) -> Result<Reply, P
     (status = 200, description = "It is: `ok`, `loading`, `draining` or `stalled`", body = Health),
     (status = 503, description = "Its engine has `failed`", body = Health),
 ))]
-pub async fn v1_health(cx: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
+pub async fn v1_health(cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
     health(cx, request).await
 }
 
@@ -41,7 +41,7 @@ pub async fn v1_health(cx: RequestContext, request: Request<Incoming>) -> Result
     (status = 200, description = "They are", body = Health),
     (status = 503, description = "Not yet, or no more: `loading`, `draining`, `failed`, or `stalled`, while a forward pass takes too long; `Retry-After` says when to ask again", body = Health),
 ))]
-pub async fn ready(cx: RequestContext, _: Request<Incoming>) -> Result<Reply, Problem> {
+pub async fn ready(cx: RequestContext, _: Request<Bytes>) -> Result<Reply, Problem> {
     let status = cx.app.status();
     if status == HealthStatus::Ok {
         return Ok(reply::json(StatusCode::OK, &Health { status }));
@@ -60,7 +60,7 @@ pub async fn ready(cx: RequestContext, _: Request<Incoming>) -> Result<Reply, Pr
     (status = 401, description = "The server asks for a key, and there is none or a wrong one", body = ErrorBody),
     (status = 404, description = "Metrics are off", body = ErrorBody),
 ))]
-pub async fn metrics(cx: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
+pub async fn metrics(cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
     let format = format(request.headers());
     let mut reply =
         reply::whole(StatusCode::OK, format.content_type(), cx.app.metrics.text(format));

@@ -1,6 +1,6 @@
 //! What is served: `GET /`, `GET /v1/models` and `GET /props`.
 
-use hyper::body::Incoming;
+use bytes::Bytes;
 use hyper::header::{ACCEPT, HeaderValue, VARY};
 use hyper::{Request, StatusCode};
 
@@ -25,7 +25,7 @@ use crate::request::SamplingParams;
     (status = 401, description = "The server asks for a key, and there is none or a wrong one", body = ErrorBody),
     (status = 403, description = "The key does not allow this", body = ErrorBody),
 ))]
-pub async fn information(cx: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
+pub async fn information(cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
     if let Some(page) = page::file("/", &request) {
         return Ok(page);
     }
@@ -80,7 +80,7 @@ fn describe(handle: &Handle, body: &mut Information) {
 
 /// The served model
 #[utoipa::path(get, path = "/v1/models", tag = "openai", responses((status = 200, description = "A list of one", body = Models)))]
-pub async fn models(cx: RequestContext, _: Request<Incoming>) -> Result<Reply, Problem> {
+pub async fn models(cx: RequestContext, _: Request<Bytes>) -> Result<Reply, Problem> {
     Ok(reply::json(StatusCode::OK, &Models { object: "list", data: vec![entry(&cx.app)?] }))
 }
 
@@ -89,7 +89,7 @@ pub async fn models(cx: RequestContext, _: Request<Incoming>) -> Result<Reply, P
     (status = 200, description = "The model", body = ModelEntry),
     (status = 404, description = "The server does not serve this model", body = ErrorBody),
 ))]
-pub async fn model(cx: RequestContext, _: Request<Incoming>) -> Result<Reply, Problem> {
+pub async fn model(cx: RequestContext, _: Request<Bytes>) -> Result<Reply, Problem> {
     let model = entry(&cx.app)?;
     if cx.tail != model.id {
         return Err(Problem::ModelNotFound(cx.tail));
@@ -99,7 +99,7 @@ pub async fn model(cx: RequestContext, _: Request<Incoming>) -> Result<Reply, Pr
 
 /// What is served, as llama-server has it
 #[utoipa::path(get, path = "/props", tag = "server", responses((status = 200, description = "Settings, files and the chat template", body = Props)))]
-pub async fn props(cx: RequestContext, _: Request<Incoming>) -> Result<Reply, Problem> {
+pub async fn props(cx: RequestContext, _: Request<Bytes>) -> Result<Reply, Problem> {
     let handle = cx.app.engine()?;
     let (model, limits) = (&handle.model, handle.limits);
     let params = SamplingParams::default().into();

@@ -2,8 +2,7 @@
 
 use std::sync::Arc;
 
-use bytes::BytesMut;
-use hyper::body::Incoming;
+use bytes::{Bytes, BytesMut};
 use hyper::{Request, StatusCode};
 
 use super::api::answers::StreamEvent;
@@ -34,7 +33,7 @@ const FIELDS: [(&str, &str); 2] =
         (StreamEvent = "text/event-stream"),
     )),
 ))]
-pub async fn converse(cx: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
+pub async fn converse(cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
     let handle = cx.app.engine()?;
     let (model, n_ctx) = (Arc::clone(&handle.model), handle.limits.n_ctx);
     let (choices, stops, ignored) = read(&cx.app, &handle, request, move |app, body| {
@@ -55,10 +54,7 @@ pub async fn converse(cx: RequestContext, request: Request<Incoming>) -> Result<
 #[utoipa::path(post, path = "/v1/messages/count_tokens", tag = "anthropic", request_body = CountRequest, responses(
     (status = 200, description = "How many", body = TokenCount),
 ))]
-pub async fn count_tokens(
-    cx: RequestContext,
-    request: Request<Incoming>,
-) -> Result<Reply, Problem> {
+pub async fn count_tokens(cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
     let handle = cx.app.engine()?;
     let (counting, n_ctx) = (handle.clone(), handle.limits.n_ctx);
     let (input_tokens, ignored) = read(&cx.app, &handle, request, move |app, body| {

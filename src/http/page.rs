@@ -3,7 +3,7 @@
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
-use hyper::body::Incoming;
+use bytes::Bytes;
 use hyper::header::{
     ACCEPT, CACHE_CONTROL, CONTENT_SECURITY_POLICY, ETAG, HeaderMap, HeaderValue, IF_NONE_MATCH,
     REFERRER_POLICY, VARY, X_CONTENT_TYPE_OPTIONS,
@@ -27,9 +27,9 @@ const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; i
                       base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
 /// The page or a file of it, if this request gets one: path, type and content.
-pub fn find(
+pub fn find<B>(
     path: &str,
-    request: &Request<Incoming>,
+    request: &Request<B>,
 ) -> Option<&'static (&'static str, &'static str, &'static str)> {
     let is_read = matches!(*request.method(), Method::GET | Method::HEAD);
     let found = FILES.iter().find(|(of, ..)| *of == path);
@@ -43,12 +43,12 @@ pub fn find(
     (status = 401, description = "There is no such file, and the request has no key", body = ErrorBody),
     (status = 404, description = "There is no such file", body = ErrorBody),
 ))]
-pub async fn page_file(cx: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
+pub async fn page_file(cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
     let path = format!("/page/{}", cx.tail);
     file(&path, &request).ok_or(Problem::NotFound(path))
 }
 
-pub fn file(path: &str, request: &Request<Incoming>) -> Option<Reply> {
+pub fn file<B>(path: &str, request: &Request<B>) -> Option<Reply> {
     let &(_, content_type, content) = find(path, request)?;
     // The hasher has no keys: the same content has the same name in every process.
     let mut hasher = DefaultHasher::new();

@@ -4,8 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
-use bytes::BytesMut;
-use hyper::body::Incoming;
+use bytes::{Bytes, BytesMut};
 use hyper::{Request, StatusCode};
 
 use super::api::answers::{ChatLogprobs, ChatToken, Detokenize, StreamEvent};
@@ -40,7 +39,7 @@ const ENGINES: [(&str, &str); 2] = [("prompt", "input"), ("response_format", "te
         (StreamEvent = "text/event-stream"),
     )),
 ))]
-pub async fn respond(cx: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
+pub async fn respond(cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
     let handle = cx.app.engine()?;
     let (model, n_ctx) = (Arc::clone(&handle.model), handle.limits.n_ctx);
     let asked = read(&cx.app, &handle, request, move |app, body| {

@@ -8,14 +8,16 @@ use std::borrow::Cow;
 use std::pin::Pin;
 use std::sync::{Arc, LazyLock};
 
-use hyper::body::Incoming;
-use hyper::header::{ALLOW, HeaderName, HeaderValue};
+use bytes::Bytes;
+use hyper::body::{Body, Incoming};
+use hyper::header::{ALLOW, CONNECTION, HeaderName, HeaderValue};
 use hyper::{Method, Request};
 use percent_encoding::percent_decode_str;
 use utoipa::openapi::path::{HttpMethod, Operation};
 
 use super::app::{App, RequestContext};
 use super::auth::Access;
+use super::body;
 use super::completions::{self, chat, complete, generate};
 use super::docs::{self, docs, docs_file, document};
 use super::embeddings::{self, embed};
@@ -82,14 +84,14 @@ pub struct Route {
     pub operation: fn() -> (Vec<HttpMethod>, Operation),
 }
 
-type Handler = Box<dyn Fn(RequestContext, Request<Incoming>) -> Answering + Send + Sync>;
+type Handler = Box<dyn Fn(RequestContext, Request<Bytes>) -> Answering + Send + Sync>;
 type Answering = Pin<Box<dyn Future<Output = Result<Reply, Problem>> + Send>>;
 
 fn route<P, F>(
     _: P,
     access: Access,
     errors: ErrorShape,
-    handler: impl Fn(RequestContext, Request<Incoming>) -> F + Send + Sync + 'static,
+    handler: impl Fn(RequestContext, Request<Bytes>) -> F + Send + Sync + 'static,
 ) -> Route
 where
     P: utoipa::Path,
@@ -150,6 +152,8 @@ pub async fn dispatch(
     record: &Arc<ChoiceRecords>,
 ) -> Reply {
     let errors = route.map_or_else(|| ErrorShape::of_unknown(path), |route| route.errors);
+    let (head, mut unread) = request.into_parts();
+    let request = Request::from_parts(head, ());
     let handled = async {
         app.hosts.check(&request)?;
         if let Some(preflight) = app.cors.preflight(&request) {
@@ -175,15 +179,23 @@ pub async fn dispatch(
         if !route.allow.split(", ").any(|allowed| allowed == request.method().as_str()) {
             return Err(Problem::MethodNotAllowed { path: &route.path, allow: route.allow });
         }
+        let body = match route.allow {
+            POST => body::receive(request.headers(), &mut unread, &app.limits).await?,
+            _ => Bytes::new(),
+        };
         let (app, id, record) = (Arc::clone(app), Arc::clone(id), Arc::clone(record));
         let tail = route.tail(path).unwrap_or_default().to_owned(); // none of an alias
         let cx = RequestContext { app, id, tenant, tail, record };
-        (route.handler)(cx, request).await
+        (route.handler)(cx, request.map(|()| body)).await
     };
     let mut reply = handled.await.unwrap_or_else(|problem| {
         app.metrics.count_refusal(problem.status_and_kind(Own).1);
         reply::error(&problem, errors, id)
     });
+    let is_last = reply.headers().contains_key(CONNECTION);
+    if !is_last && !unread.is_end_stream() && !body::drain(&mut unread).await {
+        reply.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    }
     if errors == Anthropic
         && let Ok(id) = HeaderValue::from_str(id)
     {

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use hyper::body::Incoming;
+use bytes::Bytes;
 use hyper::{Request, StatusCode};
 
 use super::api::openai::TemplateRequest;
@@ -22,7 +22,7 @@ use crate::llama::Token;
 #[utoipa::path(post, path = "/tokenize", tag = "tokens", request_body = TokenizeRequest, responses(
     (status = 200, description = "The tokens", body = TokenizeAnswer),
 ))]
-pub async fn tokenize(cx: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
+pub async fn tokenize(cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
     let handle = cx.app.engine()?;
     let model = Arc::clone(&handle.model);
     let tokens: Vec<TokenOrPiece> = read(&cx.app, &handle, request, move |app, body| {
@@ -46,7 +46,7 @@ pub async fn tokenize(cx: RequestContext, request: Request<Incoming>) -> Result<
 #[utoipa::path(post, path = "/detokenize", tag = "tokens", request_body = DetokenizeRequest, responses(
     (status = 200, description = "The text", body = DetokenizeAnswer),
 ))]
-pub async fn detokenize(cx: RequestContext, request: Request<Incoming>) -> Result<Reply, Problem> {
+pub async fn detokenize(cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
     let handle = cx.app.engine()?;
     let model = Arc::clone(&handle.model);
     let content = read(&cx.app, &handle, request, move |app, body| {
@@ -68,7 +68,7 @@ pub async fn detokenize(cx: RequestContext, request: Request<Incoming>) -> Resul
 #[utoipa::path(get, path = "/tokenizer_info", tag = "tokens", responses(
     (status = 200, description = "Its special tokens and the chat template", body = TokenizerInformation),
 ))]
-pub async fn tokenizer_info(cx: RequestContext, _: Request<Incoming>) -> Result<Reply, Problem> {
+pub async fn tokenizer_info(cx: RequestContext, _: Request<Bytes>) -> Result<Reply, Problem> {
     let handle = cx.app.engine()?;
     let model = &handle.model;
     let answer = TokenizerInformation {
@@ -86,10 +86,7 @@ pub async fn tokenizer_info(cx: RequestContext, _: Request<Incoming>) -> Result<
 #[utoipa::path(post, path = "/apply-template", tag = "tokens", request_body = TemplateRequest, responses(
     (status = 200, description = "The prompt", body = TemplateAnswer),
 ))]
-pub async fn apply_template(
-    cx: RequestContext,
-    request: Request<Incoming>,
-) -> Result<Reply, Problem> {
+pub async fn apply_template(cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
     let handle = cx.app.engine()?;
     let model = Arc::clone(&handle.model);
     let (prompt, ignored) = read(&cx.app, &handle, request, move |app, body| {

@@ -4,14 +4,13 @@
 lists name must be in the suite.
 """
 
-FILES = ["basic", "chat_completion", "completion", "embedding", "ignore_eos", "metrics", "security", "stream", "template", "tokenize", "tool_call"]
+FILES = ["basic", "chat_completion", "compat_anthropic", "compat_oai_responses", "completion", "embedding", "ignore_eos", "metrics", "security", "stream", "template", "tokenize", "tool_call"]
 
 _MODEL = "no package has the model"
 _ROUTER = "no several models in one process, and no stream that outlives its connection"
 _PORT = "origins are listed with their port: `--cors-origin` has none for all ports"
 _DATE = "llama-server gives templates the date in variables of its own (`date_string`, `datetime`); ours, like transformers, in `strftime_now`"
 _SETTINGS = "answers do not repeat the settings of their request (`generation_settings`)"
-_TALKS = "with this template text may come before a call, and the default model writes text until its tokens run out"
 _REQUIRED = "unit/test_tool_call.py::test_completion_with_required_tool_real_model"
 _SAMPLED = "`logprobs` are those of the model, before sampling (`post_sampling_probs`)"
 
@@ -41,7 +40,6 @@ NOT_APPLICABLE = [
     ("unit/test_stream.py", _ROUTER),
     ("unit/test_template.py::test_date_inside_prompt", _DATE),
     ("unit/test_tokenize.py::test_tokenize_with_bos", "the default model has no token that begins a text"),
-    *((_REQUIRED + f"[tool{i}-*", _TALKS) for i in (0, 27, 30)),
     ("unit/test_tool_call.py::test_weather", _MODEL),
     ("unit/test_tool_call.py::test_calc_result", _MODEL),
     ("unit/test_tool_call.py::test_thoughts", _MODEL),

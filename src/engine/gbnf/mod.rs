@@ -11,16 +11,17 @@ mod parse;
 mod rules;
 mod split;
 
-use std::collections::BTreeMap;
+use crate::request::CallGrammar;
 
-use serde_json::Value;
-
-/// Translates a grammar. The rules that `schemas` names are what these describe: objects in JSON.
+/// Translates a grammar of calls, or any other. The rules that its schemas name are what these
+/// describe: objects in JSON.
 ///
 /// # Errors
 /// What is wrong, and in which line.
-pub fn to_lark(text: &str, schemas: &BTreeMap<String, Value>) -> Result<String, String> {
-    let mut grammar = parse::parse(text, schemas)?;
+pub fn to_lark(source: &CallGrammar) -> Result<String, String> {
+    let CallGrammar { gbnf, schemas, once } = source;
+    let mut grammar = parse::parse(gbnf, schemas, once)?;
+    grammar.limit();
     if !grammar.prune() {
         return Err("no text of rule `root` ever ends".into());
     }

@@ -16,7 +16,11 @@ const MAX_TIMES: usize = 2000;
 
 /// # Errors
 /// What is wrong, and in which line.
-pub fn parse(text: &str, schemas: &BTreeMap<String, Value>) -> Result<Grammar, String> {
+pub fn parse(
+    text: &str,
+    schemas: &BTreeMap<String, Value>,
+    once: &[String],
+) -> Result<Grammar, String> {
     let mut parser = Parser { text, at: 0, depth: 0, names: HashMap::new(), rules: Vec::new() };
     let parsed = parser.rules();
     parsed.map_err(|why| {
@@ -35,8 +39,9 @@ pub fn parse(text: &str, schemas: &BTreeMap<String, Value>) -> Result<Grammar, S
         }
     }
     let root = *parser.names.get("root").ok_or("there is no rule `root`")?;
+    let once = once.iter().filter_map(|name| parser.names.get(name.as_str()).copied()).collect();
     let rules = parser.rules.into_iter().flatten().collect();
-    Ok(Grammar { rules, root })
+    Ok(Grammar { rules, root, once })
 }
 
 struct Parser<'t> {

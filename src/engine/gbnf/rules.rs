@@ -97,10 +97,41 @@ fn tails(node: &Node, rule: usize) -> Option<Vec<Tail>> {
     }
 }
 
+impl Node {
+    /// It with one at most of what leads to rules that are `limited`: repetitions of it come once, and
+    /// more of it after the first is left out where it may be.
+    fn limited(self, leads: &impl Fn(&Self) -> bool) -> Self {
+        match self {
+            Self::Alt(nodes) => {
+                Self::Alt(nodes.into_iter().map(|node| node.limited(leads)).collect())
+            }
+            Self::Repeat(node, least, _) if leads(&node) => {
+                Self::Repeat(Box::new(node.limited(leads)), least.min(1), Some(1))
+            }
+            Self::Seq(nodes) => {
+                let mut is_first = true;
+                let mut limited = |node: Self| {
+                    let leads_there = leads(&node);
+                    let is_more = leads_there && !is_first;
+                    is_first &= !leads_there;
+                    match node {
+                        Self::Repeat(_, 0, _) if is_more => Self::empty(),
+                        node => node.limited(leads),
+                    }
+                };
+                Self::Seq(nodes.into_iter().map(&mut limited).collect())
+            }
+            node => node,
+        }
+    }
+}
+
 /// Rules; [`Node::Rule`] names them by their place.
 pub struct Grammar {
     pub rules: Vec<Node>,
     pub root: usize,
+    /// Rules of which a text has one at most; empty: any number.
+    pub once: Vec<usize>,
 }
 
 impl Grammar {
@@ -113,6 +144,26 @@ impl Grammar {
                 return known;
             }
             known = next;
+        }
+    }
+
+    /// Leaves one at most of the rules that come [`once`](Self::once).
+    pub fn limit(&mut self) {
+        let mut leads: Vec<bool> = (0..self.rules.len()).map(|i| self.once.contains(&i)).collect();
+        let leads_there = |node: &Node, leads: &[bool]| !node.all_rules(&|rule| !leads[rule]);
+        loop {
+            let known = self.rules.iter().zip(&leads).map(|(n, &it)| it || leads_there(n, &leads));
+            let known: Vec<bool> = known.collect();
+            if known == leads {
+                break;
+            }
+            leads = known;
+        }
+        for (i, rule) in self.rules.iter_mut().enumerate() {
+            if leads[i] && !self.once.contains(&i) {
+                let node = std::mem::replace(rule, Node::empty());
+                *rule = node.limited(&|node| leads_there(node, &leads));
+            }
         }
     }
 

@@ -4,31 +4,31 @@
 //! A [`Guide`] has seen the tokens chosen so far. It masks the row of logits that the next one is
 //! chosen from, and prepares a tree before it is computed: it cuts out what may not follow, and adds
 //! what must. What it does at a place depends on the text up to there and on nothing else, so the
-//! text is the same with drafts and without.
+//! text is the same with drafts and without. [`thoughts`] knows when thoughts are over, [`trigger`] where
+//! a grammar begins, [`tree`] cuts and adds.
+
+mod thoughts;
+mod tree;
+mod trigger;
 
 use std::time::Duration;
 
-use regex::bytes::Regex;
 use rustix::time::{ClockId, clock_gettime};
 
+use self::thoughts::Thoughts;
+use self::trigger::{Matcher, find};
 use super::grammar::{Grammar, GrammarError, Grammars};
 use crate::error::Invalid;
 use crate::llama::Token;
-use crate::request::{GrammarBegin, Request, Thinking, Trigger};
-use crate::speculate::{MAX_NODES, Node, Tree};
+use crate::request::{GrammarBegin, Request};
 
 /// Processor time that a grammar may take at once, and for each token again. All streams wait for
 /// it, and an ambiguous grammar takes more with each token.
 const MOST_TIME: Duration = Duration::from_millis(250);
 const TIME_PER_TOKEN: Duration = Duration::from_millis(20);
-
-/// Bytes of text before a token in which a match of a pattern may begin.
-const PATTERN_WINDOW: usize = 256;
-
-/// Estimated probability that a token that must follow does: a sequence may end before it.
-const CERTAIN: f32 = 0.998;
-/// After a candidate less likely than this it is not asked what must follow: that takes time.
-const LIKELY: f32 = 0.2;
+/// The same for what a tree may take. A tree that would take more stays as it was drafted: an answer
+/// never ends because of its drafts.
+const TIME_PER_TREE: Duration = Duration::from_millis(5);
 
 /// Tokens before the last one an answer may have, from which on it is looked for its end.
 const CLOSING: usize = 96;
@@ -56,8 +56,9 @@ pub struct Guide {
     closing: Option<Vec<Token>>,
     /// What it closes is not whole.
     is_cut: bool,
-    /// Processor time that it may still take.
+    /// Processor time that it may still take for tokens, and for trees.
     time: Duration,
+    tree_time: Duration,
 }
 
 /// Where an answer is.
@@ -77,41 +78,6 @@ enum Place {
     Following,
     /// Where nothing holds any more.
     Free,
-}
-
-struct Thoughts {
-    /// The text that begins them, and its token if it is one.
-    begin: Option<(Vec<u8>, Option<Token>)>,
-    ends: Vec<Vec<u8>>,
-    /// What to write where the budget is spent.
-    closing: Vec<Token>,
-    budget: Option<usize>,
-}
-
-enum Matcher {
-    Word(Vec<u8>),
-    Pattern(Regex),
-}
-
-impl Matcher {
-    /// Where the grammar begins in `text`, whose bytes from `new` on were not searched before.
-    fn find(&self, text: &[u8], new: usize) -> Option<usize> {
-        match self {
-            Self::Word(word) => find(text, word, new),
-            Self::Pattern(pattern) => {
-                let from = new.saturating_sub(PATTERN_WINDOW);
-                let found = pattern.captures_at(text, from)?;
-                let group = found.iter().skip(1).flatten().find(|group| !group.is_empty());
-                Some(group.or(found.get(0))?.start())
-            }
-        }
-    }
-}
-
-/// The first place of a word in a text that ends behind `new`.
-fn find(text: &[u8], word: &[u8], new: usize) -> Option<usize> {
-    let from = (new + 1).saturating_sub(word.len());
-    memchr::memmem::find(&text[from..], word).map(|at| from + at)
 }
 
 /// What a path took, to be taken back.
@@ -158,13 +124,9 @@ impl Guide {
             }
             GrammarBegin::Text(text) => guide.opening = grammars.tokenize(text),
             GrammarBegin::Triggers(triggers) => {
-                let triggers = triggers.iter().map(|trigger| match trigger {
-                    Trigger::Word(word) => Ok(Matcher::Word(word.clone().into_bytes())),
-                    Trigger::Pattern(pattern) => {
-                        Regex::new(pattern).map(Matcher::Pattern).map_err(|e| fail(&e.to_string()))
-                    }
-                });
-                guide.triggers = triggers.collect::<Result<_, _>>()?;
+                let matchers = triggers.iter().map(Matcher::new);
+                guide.triggers =
+                    matchers.collect::<Result<_, _>>().map_err(|e| fail(&e.to_string()))?;
                 guide.waits = true;
             }
         }
@@ -190,6 +152,7 @@ impl Guide {
             closing: None,
             is_cut: false,
             time: MOST_TIME,
+            tree_time: MOST_TIME,
         }
     }
 
@@ -288,6 +251,7 @@ impl Guide {
         let left = (self.time + TIME_PER_TOKEN).checked_sub(processor_time() - begun);
         let late = || GrammarError("it takes too much time for each token".into());
         self.time = left.ok_or_else(late)?.min(MOST_TIME);
+        self.tree_time = (self.tree_time + TIME_PER_TREE).min(MOST_TIME);
         Ok(is_whole || self.look_ahead())
     }
 
@@ -470,120 +434,6 @@ impl Guide {
             },
             _ => Vec::new(),
         }
-    }
-
-    /// Cuts candidates that may not follow out of a tree, and adds those that must, at most
-    /// `max_depth` tokens after the root. `bytes` appends those of a token's text.
-    pub fn prepare(
-        &mut self,
-        tree: &mut Tree,
-        max_depth: usize,
-        bytes: &dyn Fn(Token, &mut Vec<u8>),
-    ) {
-        let begun = processor_time();
-        let mut walk = Walk { tree, max_depth, bytes, nodes: Vec::new(), piece: Vec::new() };
-        self.walk(&mut walk, Some(None), None);
-        let Walk { nodes, .. } = walk;
-        tree.replace(&nodes, MAX_NODES);
-        self.time = self.time.saturating_sub(processor_time() - begun);
-    }
-
-    /// Adds what may follow `at` among the nodes kept so far (`None`: the root), which is `old` in
-    /// the tree as it was, if it was there.
-    fn walk(&mut self, walk: &mut Walk<'_>, old: Option<Option<usize>>, at: Option<usize>) {
-        let (q, depth) = at.map_or((1.0, 0), |at| (walk.nodes[at].q, walk.nodes[at].depth));
-        let is_over = self.place == Place::Following
-            && self.grammar.as_ref().is_some_and(Grammar::is_complete);
-        if is_over || depth >= walk.max_depth || walk.nodes.len() >= 2 * MAX_NODES {
-            return;
-        }
-        let forced = if q >= LIKELY { self.forced() } else { Vec::new() };
-        if !forced.is_empty() {
-            return self.walk_forced(walk, old, at, &forced);
-        }
-        let Some(old) = old else { return };
-        let children = walk.tree.nodes().iter().enumerate().filter(|(_, n)| n.parent == old);
-        let children: Vec<(usize, Node)> = children.map(|(i, node)| (i, *node)).collect();
-        for (i, node) in children {
-            // The mask holds for the first place only, where it rejects most candidates cheaply.
-            if at.is_none() && !self.may_begin(node.token) {
-                continue;
-            }
-            walk.piece.clear();
-            (walk.bytes)(node.token, &mut walk.piece);
-            let piece = std::mem::take(&mut walk.piece);
-            if let Some((undo, _)) = self.step(node.token, &piece) {
-                walk.nodes.push(Node { parent: at, ..node });
-                let kept = walk.nodes.len() - 1;
-                self.walk(walk, Some(Some(i)), Some(kept));
-                self.take_back(&undo);
-            }
-            walk.piece = piece;
-        }
-    }
-
-    /// Adds tokens that must follow one another, and what may come after them.
-    fn walk_forced(
-        &mut self,
-        walk: &mut Walk<'_>,
-        old: Option<Option<usize>>,
-        at: Option<usize>,
-        forced: &[Token],
-    ) {
-        let (mut old, mut at) = (old, at);
-        let mut undos = Vec::new();
-        for &token in forced {
-            let (q, depth) = at.map_or((1.0, 0), |at| (walk.nodes[at].q, walk.nodes[at].depth));
-            if depth >= walk.max_depth || walk.nodes.len() >= 2 * MAX_NODES {
-                break;
-            }
-            walk.piece.clear();
-            (walk.bytes)(token, &mut walk.piece);
-            let piece = std::mem::take(&mut walk.piece);
-            let step = self.step(token, &piece);
-            walk.piece = piece;
-            let Some((undo, _)) = step else { break };
-            undos.push(undo);
-            let same = old.and_then(|old| walk.tree.child(old, token));
-            let alone = Node { token, parent: None, depth: 0, p: 0.0, text: None, forced: true, q };
-            let node = same.map_or(alone, |i| walk.tree.nodes()[i]);
-            walk.nodes.push(Node { parent: at, depth: depth + 1, q: q * CERTAIN, ..node });
-            (old, at) = (same.map(Some), Some(walk.nodes.len() - 1));
-        }
-        if undos.len() == forced.len() {
-            self.walk(walk, old, at);
-        }
-        undos.iter().rev().for_each(|undo| self.take_back(undo));
-    }
-
-    fn may_begin(&self, token: Token) -> bool {
-        match (self.next(), &self.grammar) {
-            (Next::Anything, _) | (Next::Grammar(_), None) => true,
-            (Next::Only(only), _) => only == token,
-            (Next::Grammar(or), Some(grammar)) => or == Some(token) || grammar.allows(token),
-        }
-    }
-}
-
-/// A tree on its way to one that a [`Guide`] has prepared.
-struct Walk<'t> {
-    tree: &'t Tree,
-    max_depth: usize,
-    bytes: &'t dyn Fn(Token, &mut Vec<u8>),
-    nodes: Vec<Node>,
-    piece: Vec<u8>,
-}
-
-impl Thoughts {
-    fn new(thinking: &Thinking, grammars: &Grammars) -> Self {
-        let begin = thinking.begin.as_ref().map(|text| {
-            let tokens = grammars.tokenize(text);
-            let only = (tokens.len() == 1).then(|| tokens[0]);
-            (text.clone().into_bytes(), only)
-        });
-        let closing = thinking.ends.first().map(|end| grammars.tokenize(end)).unwrap_or_default();
-        let ends = thinking.ends.iter().map(|end| end.clone().into_bytes()).collect();
-        Self { begin, ends, closing, budget: thinking.budget }
     }
 }
 
