@@ -274,27 +274,7 @@ type Row = (&'static str, &'static str, &'static str, &'static [&'static str]);
 const EACH: &str = "auto, named, none, required";
 
 /// Errors, in the words of the template or of Jinja.
-const REFUSALS: [Row; 5] = [
-    (
-        "a question: 'NoneType' object is not iterable",
-        "none",
-        "as below",
-        &[
-            "CohereForAI-c4ai-command-r-plus-tool_use",
-            "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use",
-            "NousResearch-Hermes-3-Llama-3.1-8B-tool_use",
-        ],
-    ),
-    (
-        "a call: 'NoneType' object is not iterable",
-        "none",
-        "the template goes through the tools, of which there are none",
-        &[
-            "CohereForAI-c4ai-command-r-plus-tool_use",
-            "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use",
-            "NousResearch-Hermes-3-Llama-3.1-8B-tool_use",
-        ],
-    ),
+const REFUSALS: [Row; 3] = [
     (
         "a call: 'append' is undefined",
         EACH,

@@ -14,12 +14,18 @@ _SETTINGS = "answers do not repeat the settings of their request (`generation_se
 _REQUIRED = "unit/test_tool_call.py::test_completion_with_required_tool_real_model"
 _SAMPLED = "`logprobs` are those of the model, before sampling (`post_sampling_probs`)"
 
+_ANTHROPIC, _RESPONSES = (f"unit/test_compat_{name}.py::" for name in ["anthropic", "oai_responses"])
+
 # A file, a function, a case or the beginning of cases and a *, with the reason.
 NOT_APPLICABLE = [
     ("unit/test_basic.py::test_server_multiple_addresses", "the server listens on one address"),
     ("unit/test_basic.py::test_load_split_model", _MODEL),
     ("unit/test_basic.py::test_no_ui", "the page at `/` is for clients that ask for HTML, which this one does not; no option removes it"),
     ("unit/test_basic.py::test_server_model_aliases_and_tags", "a model has one name, and no tags"),
+    (_ANTHROPIC + "test_anthropic_vision_base64_with_multimodal_model", _MODEL),
+    (_ANTHROPIC + "test_anthropic_thinking_with_reasoning_model", _MODEL),
+    (_ANTHROPIC + "test_anthropic_empty_messages", "a conversation without messages is an error, as in Anthropic's API"),
+    (_RESPONSES + "test_responses_stream_with_llama_telemetry", "`return_progress` and `timings_per_token` are in chats only"),
     ("unit/test_completion.py::test_completion_stream_with_openai_library_stops", _MODEL),
     ("unit/test_completion.py::test_completion_response_fields[I believe the meaning of life is-32-response_fields1]", "an answer has all its fields: `response_fields` is refused"),
     ("unit/test_completion.py::test_n_probs_post_sampling", _SAMPLED),
@@ -66,6 +72,7 @@ _COUNT = "another tokenizer"
 _PREFLIGHT = "a preflight is answered with 204, which says that it has no body"
 _ANY = "with any origin allowed, the answer says `*`"
 _BUILD = "the fingerprint begins with our name"
+_IMAGE = "a model that sees no images gets none: that is the request's fault, not the server's"
 _LIMIT = "`max_tokens: 0` would be refused first"
 _CHAT, _COMPLETION, _EMBEDDING, _SECURITY = (
     f"unit/test_{name}.py::" for name in ["chat_completion", "completion", "embedding", "security"]
@@ -93,6 +100,10 @@ REPLACED = [
     (_CHAT + "test_completion_with_response_format", '"type": 123}}, 0', 1, '"type": 123}}, 8', _LIMIT),
     (_CHAT + "test_completion_with_response_format", '"hiccup"}}, 0', 1, '"hiccup"}}, 8', _LIMIT),
     (_CHAT + "test_return_progress", "(64, 4, False)", 1, "(64, 3, False)", _COUNT),
+    *((_ANTHROPIC + f"test_anthropic_{name}", "== 500", 1, "== 400", _IMAGE) for name in ["tool_result_with_image", "vision_format_accepted"]),
+    *((_ANTHROPIC + f"test_anthropic_{name}", "image input is not supported", 1, "reads only text", "our words") for name in ["tool_result_with_image", "vision_format_accepted"]),
+    (_RESPONSES + "test_responses_with_openai_library", '"(Suddenly)+"', 1, r'"\\S"', _TEXT),
+    (_RESPONSES + "test_responses_stream_with_openai_library", '"(Suddenly)+"', 1, r'"\\S"', _TEXT),
     (_COMPLETION + "test_completion", '"(going|bed)+", 18', 1, r'"\\S", 7', _COUNT),
     (_COMPLETION + "test_completion", '"(princesses|everyone|kids|Anna|forest)+", 46', 1, r'"\\S", 15', _COUNT),
     (_COMPLETION + "test_completion_stream", '"(going|bed)+", 18', 1, r'"\\S", 7', _COUNT),
