@@ -28,16 +28,8 @@ fn main() -> Result<(), StepError> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(DEFAULT_MODEL);
     let model = Arc::new(Model::load(&path, 0, |_| true)?);
     let n_ids = max_sequences();
-    let params = ContextParams {
-        n_cells: N_CELLS,
-        n_batch: N_BATCH,
-        n_ubatch: N_BATCH,
-        n_seq_max: n_ids,
-        n_threads: 2,
-        unified: true,
-        tap_hidden: false,
-        embeddings: false,
-    };
+    let one = ContextParams::of_one_sequence(N_CELLS, N_BATCH, 2);
+    let params = ContextParams { n_seq_max: n_ids, ..one };
     let mut forward = LlamaForward::new(Context::new(model, &params)?);
     let mut rows = Rows::default();
     for slot in 0..N_SLOTS {

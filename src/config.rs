@@ -29,7 +29,7 @@ use crate::http::auth::Auth;
 use crate::http::cors::Cors;
 use crate::http::host::Hosts;
 use crate::http::tls::Tls;
-use crate::llama::Pooling;
+use crate::llama::{CacheType, CacheTypes, Pooling};
 use crate::machine::cores;
 use crate::{jinja, llama};
 
@@ -116,6 +116,13 @@ pub struct ModelArgs {
     /// Most threads of a forward pass that reads prompts [default: as N_THREADS]
     #[arg(long = "threads-batch", env = "N_THREADS_BATCH", value_name = "N_THREADS_BATCH", value_parser = between(1, 512))]
     pub n_threads_batch: Option<usize>,
+    /// Type of the cached keys: f16, q8_0 (half the memory), bf16, f32, q5_1, q5_0, q4_1, q4_0 or
+    /// iq4_nl
+    #[arg(long = "cache-type-k", env = "CACHE_TYPE_K", value_name = "TYPE", default_value = "f16", value_parser = cache_type)]
+    pub cache_type_k: CacheType,
+    /// Type of the cached values; as for keys
+    #[arg(long = "cache-type-v", env = "CACHE_TYPE_V", value_name = "TYPE", default_value = "f16", value_parser = cache_type)]
+    pub cache_type_v: CacheType,
     /// Log level: ERROR, WARN, INFO, DEBUG or TRACE
     #[arg(long, env = "LOG_LEVEL", default_value = "INFO", value_parser = level)]
     pub log_level: Level,
@@ -305,7 +312,12 @@ impl ModelArgs {
     pub(crate) fn engine(&self, n_slots: usize) -> anyhow::Result<EngineParams> {
         let params = EngineParams::new(self.path()?, self.threads(), n_slots, self.context_size);
         let n_threads_batch = self.threads_batch();
-        Ok(EngineParams { n_gpu_layers: self.n_gpu_layers, n_threads_batch, ..params })
+        let cache = self.cache();
+        Ok(EngineParams { n_gpu_layers: self.n_gpu_layers, n_threads_batch, cache, ..params })
+    }
+
+    pub(crate) fn cache(&self) -> CacheTypes {
+        CacheTypes { keys: self.cache_type_k, values: self.cache_type_v }
     }
 
     pub(crate) fn threads(&self) -> usize {
@@ -388,6 +400,7 @@ impl ServeArgs {
                 n_gpu_layers: self.model.n_gpu_layers,
                 n_threads: self.model.threads(),
                 n_threads_batch: self.model.threads_batch(),
+                cache: self.model.cache(),
                 limits,
                 drafts,
                 pooling: self.pooling,
@@ -459,6 +472,11 @@ fn seconds(min: f64) -> impl Fn(&str) -> Result<Duration, String> + Clone + Send
         Ok(s) if (min..=86_400.0).contains(&s) => Ok(Duration::from_secs_f64(s)),
         _ => Err(format!("must be a number of seconds from {min} to 86400")),
     }
+}
+
+fn cache_type(name: &str) -> Result<CacheType, String> {
+    let names: Vec<&str> = CacheType::names().collect();
+    CacheType::by_name(name).ok_or_else(|| format!("must be one of {}", names.join(", ")))
 }
 
 /// A log level by its name; Python's `WARNING` is accepted too.

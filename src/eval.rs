@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::llama::{Context, ContextParams, LlamaError, Model, SeqId, Token};
+use crate::llama::{CacheTypes, Context, ContextParams, LlamaError, Model, SeqId, Token};
 use crate::vector::log_sum_exp;
 
 /// Tokens of a window; the model sees nothing before it.
@@ -27,18 +27,11 @@ pub fn perplexity(
     model: &Arc<Model>,
     tokens: &[Token],
     n_threads: usize,
+    cache: CacheTypes,
     mut progress: impl FnMut(usize),
 ) -> Result<Perplexity, LlamaError> {
-    let params = ContextParams {
-        n_cells: WINDOW,
-        n_batch: WINDOW,
-        n_ubatch: WINDOW,
-        n_seq_max: 1,
-        n_threads,
-        unified: true,
-        tap_hidden: false,
-        embeddings: false,
-    };
+    let params =
+        ContextParams { cache, ..ContextParams::of_one_sequence(WINDOW, WINDOW, n_threads) };
     let mut context = Context::new(Arc::clone(model), &params)?;
     let mut batch = context.batch();
     let mut losses: Vec<f64> = vec![];

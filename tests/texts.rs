@@ -22,7 +22,7 @@ use medusa_llama::engine::guide::Guide;
 use medusa_llama::engine::sampler::{Sampler, Scratch, argmax};
 use medusa_llama::engine::{Engine, Job, Layout, Limits};
 use medusa_llama::gpu::weights::Precision;
-use medusa_llama::llama::{ContextParams, SeqId, Threads, Token, max_sequences};
+use medusa_llama::llama::{CacheType, CacheTypes, ContextParams, SeqId, Threads, Token, max_sequences};
 use medusa_llama::request::{Event, GrammarSource, Request, SamplingParams, Speculation};
 use medusa_llama::speculate::Speculator;
 use medusa_llama::speculate::cost::Cost;
@@ -69,9 +69,20 @@ fn replay(
     tokens: &[Token],
     chunk: usize,
     others: &[&dyn Fn(usize) -> Token],
+    see: impl FnMut(usize, &[f32]),
+) {
+    replay_in(CacheTypes::default(), tokens, chunk, others, see);
+}
+
+/// The same with a cache of these types.
+fn replay_in(
+    cache: CacheTypes,
+    tokens: &[Token],
+    chunk: usize,
+    others: &[&dyn Fn(usize) -> Token],
     mut see: impl FnMut(usize, &[f32]),
 ) {
-    let mut context = context(&ContextParams { n_cells: 2048, n_seq_max: 8, ..params() });
+    let mut context = context(&ContextParams { n_cells: 2048, n_seq_max: 8, cache, ..params() });
     for from in (0..tokens.len()).step_by(chunk) {
         let positions = from..(from + chunk).min(tokens.len());
         let mut batch = context.batch();
@@ -140,6 +151,32 @@ fn nothing_that_others_say_reaches_a_row() {
     for chunk in [1, 2, 5, 8] {
         let [a, b] = [&other as &dyn Fn(usize) -> Token, &same].map(|who| beside(chunk, &[who; 7]));
         assert!(a == b, "chunks of {chunk}");
+    }
+}
+
+/// Drafts change no text with a quantized cache, either: each cell is rounded by itself, and what is
+/// read of it does not depend on the rows that read it.
+#[test]
+fn rows_are_independent_in_a_cache_of_any_type() {
+    let text = MODEL.tokenize("The old clock in the hall had stopped again, and nobody", true).unwrap();
+    for name in ["q8_0", "q4_0", "iq4_nl", "bf16", "f32"] {
+        let kind = CacheType::by_name(name).unwrap();
+        for cache in [
+            CacheTypes { keys: kind, values: kind },
+            CacheTypes { keys: kind, ..CacheTypes::default() },
+        ] {
+            let rows = |chunk: usize, n_others: usize| {
+                let (mut rows, others) = (vec![], vec![&other as _; n_others]);
+                replay_in(cache, &text, chunk, &others, |_, logits| rows.extend_from_slice(logits));
+                rows
+            };
+            let alone = rows(1, 0);
+            for (chunk, n_others) in BESIDE {
+                let beside = rows(chunk, n_others);
+                let moved = alone.iter().zip(&beside).map(|(a, b)| (a - b).abs());
+                check_moved(moved.fold(0.0, f32::max), 2.0);
+            }
+        }
     }
 }
 

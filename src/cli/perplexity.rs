@@ -9,9 +9,10 @@ pub(super) fn perplexity(args: &PerplexityArgs) -> anyhow::Result<()> {
     let model = load(&args.model, &args.model.path()?)?;
     let (_, tokens) = read_text(&args.file, &model, eval::LEAST)?;
     let bar = bar(tokens.len(), "{bar:40} {pos}/{len} tokens {eta}");
-    let found = eval::perplexity(&model, &tokens, args.model.threads(), |done| {
-        bar.set_position(done as u64)
-    })?;
+    let found =
+        eval::perplexity(&model, &tokens, args.model.threads(), args.model.cache(), |done| {
+            bar.set_position(done as u64)
+        })?;
     bar.finish_and_clear();
     let (n, file) = (found.n_tokens, args.file.display());
     println!("perplexity {:.3} +- {:.3} over {n} tokens of {file}", found.value, found.error);

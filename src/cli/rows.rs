@@ -40,15 +40,12 @@ pub(super) fn rows(args: &RowsArgs) -> anyhow::Result<()> {
     let name = model.name().unwrap_or_else(|| "unnamed model".into());
     let description = format!("{name} ({})", model.quantization());
     let most = args.rows.iter().copied().max().unwrap_or(1);
+    // The cells before are filled by as many rows as a micro-batch has.
+    let n_batch = most.max(args.micro_batch);
     let params = ContextParams {
-        n_cells: args.cells + most,
-        n_batch: most.max(args.micro_batch), // the cells before are filled by as many
         n_ubatch: args.micro_batch,
-        n_seq_max: 1,
-        n_threads: args.model.threads(),
-        unified: true,
-        tap_hidden: false,
-        embeddings: false,
+        cache: args.model.cache(),
+        ..ContextParams::of_one_sequence(args.cells + most, n_batch, args.model.threads())
     };
     let mut forward = LlamaForward::new(Context::new(model, &params)?);
     forward.fill(args.cells)?;

@@ -140,7 +140,7 @@ fn candidate(
     threads: &[usize],
 ) -> anyhow::Result<Candidate> {
     let model = load(&args.model, path)?;
-    let found = eval::perplexity(&model, tokens, args.model.threads(), |_| ())?;
+    let found = eval::perplexity(&model, tokens, args.model.threads(), args.model.cache(), |_| ())?;
     let steps = ROWS.map(|rows| StepTime { rows, seconds: Default::default() });
     let measured = |&threads| Measured { threads, steps: steps.to_vec(), ..Measured::default() };
     Ok(Candidate {
@@ -200,14 +200,8 @@ fn measure(
 /// Measures step times by rows.
 fn time_steps(args: &TuneArgs, path: &Path, own: &mut Measured) -> anyhow::Result<()> {
     let params = ContextParams {
-        n_cells: N_BATCH,
-        n_batch: N_BATCH,
-        n_ubatch: N_BATCH,
-        n_seq_max: 1,
-        n_threads: own.threads,
-        unified: true,
-        tap_hidden: false,
-        embeddings: false,
+        cache: args.model.cache(),
+        ..ContextParams::of_one_sequence(N_BATCH, N_BATCH, own.threads)
     };
     let mut forward = LlamaForward::new(Context::new(load(&args.model, path)?, &params)?);
     let (points, change_s) = forward.measure(&ROWS, Duration::MAX)?;
@@ -228,7 +222,11 @@ fn time_decoding(
 ) -> anyhow::Result<()> {
     let n_ctx = 4 * PROMPT + 16 + args.max_tokens; // a character may be four tokens
     let params = EngineParams::new(path.to_owned(), own.threads, TOGETHER, n_ctx);
-    let engine = engine::spawn(EngineParams { n_gpu_layers: args.model.n_gpu_layers, ..params });
+    let engine = engine::spawn(EngineParams {
+        n_gpu_layers: args.model.n_gpu_layers,
+        cache: args.model.cache(),
+        ..params
+    });
     let measured = runtime.block_on(async {
         let handle = engine.ready().await.map_err(|e| anyhow!(e))?;
         // The first request touches memory for the first time.

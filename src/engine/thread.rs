@@ -21,7 +21,8 @@ use super::{Engine, Forward, Job, Layout, Limits};
 use crate::gpu::Device;
 use crate::gpu::weights::Precision;
 use crate::llama::{
-    Context, ContextParams, LlamaError, Model, Pooling, max_sequences, supports_gpu_offload,
+    CacheTypes, Context, ContextParams, LlamaError, Model, Pooling, max_sequences,
+    supports_gpu_offload,
 };
 use crate::speculate::calibration::Calibration;
 use crate::speculate::cost::{self, Cost};
@@ -41,6 +42,8 @@ pub struct EngineParams {
     pub n_threads: usize,
     /// The same for one that reads prompts.
     pub n_threads_batch: usize,
+    /// Types of the cached keys and values.
+    pub cache: CacheTypes,
     /// The engine's sizes.
     pub limits: Limits,
     /// What to draft with; `None`: nothing is drafted.
@@ -65,6 +68,7 @@ impl EngineParams {
             n_gpu_layers: 0,
             n_threads,
             n_threads_batch: n_threads,
+            cache: CacheTypes::default(),
             limits: Limits { n_slots, n_ctx, n_batch: 512, n_prefill: None, layout },
             drafts: None,
             pooling: None,
@@ -372,6 +376,7 @@ fn context_params(params: &EngineParams, pooling: Option<Pooling>) -> ContextPar
         n_seq_max,
         n_threads: params.n_threads.max(params.n_threads_batch),
         unified,
+        cache: params.cache,
         tap_hidden: unified
             && (params.traces
                 || pooling.is_some()

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::backend::max_sequences;
 use super::batch::{Batch, Limits};
+use super::cache_type::CacheTypes;
 use super::error::LlamaError;
 use super::ids::SeqId;
 use super::loading::Loading;
@@ -31,10 +32,30 @@ pub struct ContextParams {
     /// One cache for all sequences, in which a row may belong to several; otherwise one stream per
     /// sequence.
     pub unified: bool,
+    /// Types of the cached keys and values.
+    pub cache: CacheTypes,
     /// Keep the post-norm hidden state of output rows, for [`Context::hidden`]. Needs `unified`.
     pub tap_hidden: bool,
     /// Let llama.cpp compute embeddings of every row, as a reference for the tap.
     pub embeddings: bool,
+}
+
+impl ContextParams {
+    /// One sequence of up to `n_cells` tokens, whose passes have up to `n_batch` rows: to measure.
+    #[must_use]
+    pub fn of_one_sequence(n_cells: usize, n_batch: usize, n_threads: usize) -> Self {
+        Self {
+            n_cells,
+            n_batch,
+            n_ubatch: n_batch,
+            n_seq_max: 1,
+            n_threads,
+            unified: true,
+            cache: CacheTypes::default(),
+            tap_hidden: false,
+            embeddings: false,
+        }
+    }
 }
 
 /// A context belongs to the thread that made it: it is neither `Send` nor `Sync`. Its methods return
@@ -97,6 +118,7 @@ impl Context {
         let threads = Threads::new(params.n_threads)?;
         c.flash_attn_type = sys::LLAMA_FLASH_ATTN_TYPE_AUTO;
         c.kv_unified = params.unified;
+        (c.type_k, c.type_v) = (params.cache.keys.number, params.cache.values.number);
         c.swa_full = true; // dropping a suffix must always be possible
         c.no_perf = true;
         c.embeddings = params.embeddings;

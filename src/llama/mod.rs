@@ -11,6 +11,7 @@
 
 mod backend;
 mod batch;
+mod cache_type;
 mod chat;
 mod check;
 mod context;
@@ -33,6 +34,7 @@ mod writer;
 
 pub use backend::{max_sequences, supports_gpu_offload, system_info, version};
 pub use batch::Batch;
+pub use cache_type::{CacheType, CacheTypes};
 pub use chat::{AnswerParser, ChatFormat, ParsedAnswer, ParsedCall};
 pub use context::{Context, ContextParams};
 pub use error::LlamaError;

@@ -3,7 +3,7 @@
 
 use std::sync::{Arc, LazyLock};
 
-use medusa_llama::llama::{Context, ContextParams, Model, SeqId, Token};
+use medusa_llama::llama::{CacheTypes, Context, ContextParams, Model, SeqId, Token};
 
 use super::model_path;
 
@@ -20,6 +20,7 @@ pub fn params() -> ContextParams {
         n_seq_max: 4,
         n_threads: 1,
         unified: true,
+        cache: CacheTypes::default(),
         tap_hidden: false,
         embeddings: false,
     }

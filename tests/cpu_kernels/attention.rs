@@ -7,9 +7,52 @@ use half::f16;
 
 use crate::ffi::{Attention, Kernels, kernels, output};
 
-/// ggml's numbers of types.
-const F32: i32 = 0;
-const F16: i32 = 1;
+/// Types of a cache, by ggml's numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum KvType {
+    F32 = 0,
+    F16 = 1,
+    Q8_0 = 8,
+}
+
+/// Values of a block of Q8_0.
+const BLOCK: usize = 32;
+/// Their scales here: with each, whole numbers are exact in F16, too.
+const SCALES: [f32; 3] = [1.0 / 512.0, 1.0 / 256.0, 1.0 / 128.0];
+
+impl KvType {
+    /// Values that are exact in this type, a multiple of a block's.
+    fn exact(self, values: Vec<f16>) -> Vec<f16> {
+        if self != Self::Q8_0 {
+            return values;
+        }
+        let blocks = values.chunks(BLOCK).zip(SCALES.into_iter().cycle());
+        blocks
+            .flat_map(|(block, scale)| {
+                block.iter().map(move |v| f16::from_f32((v.to_f32() * 127.0).round() * scale))
+            })
+            .collect()
+    }
+
+    /// Values as a cache of this type holds them.
+    fn bytes(self, values: &[f16]) -> Vec<u8> {
+        match self {
+            Self::F32 => values.iter().flat_map(|v| v.to_f32().to_le_bytes()).collect(),
+            Self::F16 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            Self::Q8_0 => values.chunks(BLOCK).flat_map(block).collect(),
+        }
+    }
+}
+
+/// A block of Q8_0: its scale, and whole numbers; no number if a value is none.
+fn block(values: &[f16]) -> Vec<u8> {
+    let is_exact = |scale: &f32| {
+        values.iter().map(|v| v.to_f32() / scale).all(|q| q.fract() == 0.0 && q.abs() <= 127.0)
+    };
+    let scale = SCALES.into_iter().find(is_exact).unwrap_or(f32::NAN);
+    let whole = values.iter().map(|v| (v.to_f32() / scale) as i8 as u8); // 0 for what is no number
+    f16::from_f32(scale).to_le_bytes().into_iter().chain(whole).collect()
+}
 
 /// What a query row sees.
 #[derive(Clone, Copy, Debug)]
@@ -26,7 +69,7 @@ enum Mask {
 
 #[derive(Clone, Debug)]
 struct Case {
-    half: bool,
+    kv: KvType,
     dk: usize,
     dv: usize,
     n_q: usize,
@@ -42,7 +85,7 @@ struct Case {
 }
 
 const CASE: Case = Case {
-    half: true,
+    kv: KvType::F16,
     dk: 64,
     dv: 64,
     n_q: 3,
@@ -56,7 +99,7 @@ const CASE: Case = Case {
     sinks: false,
 };
 
-/// A case's tensors. Keys and values are exact in F16.
+/// A case's tensors. Keys and values are exact in F16, and in the cache's type.
 #[derive(Clone)]
 struct Inputs {
     case: Case,
@@ -94,8 +137,8 @@ impl Inputs {
         let n_kv = case.n_streams * n_cells * case.n_kv_head;
         Self {
             q: (0..n_rows * case.n_head() * case.dk).map(|_| rng.f32() * 6.0 - 3.0).collect(),
-            k: halves(n_kv * case.dk, rng),
-            v: halves(n_kv * case.dv, rng),
+            k: case.kv.exact(halves(n_kv * case.dk, rng)),
+            v: case.kv.exact(halves(n_kv * case.dv, rng)),
             mask,
             sinks: case.sinks.then(|| (0..case.n_head()).map(|_| rng.f32() * 4.0).collect()),
             case: case.clone(),
@@ -105,11 +148,10 @@ impl Inputs {
     /// The result of `set`, or `None` if it has no kernel for the case.
     fn run(&self, set: &Kernels, n_threads: i32) -> Option<Vec<f32>> {
         let case = &self.case;
-        let floats = |values: &[f16]| values.iter().map(|v| v.to_f32()).collect::<Vec<_>>();
-        let (k, v) = if case.half { (vec![], vec![]) } else { (floats(&self.k), floats(&self.v)) };
+        let [k, v] = [&self.k, &self.v].map(|values| case.kv.bytes(values));
         output(case.n_streams * case.n_q * case.n_head() * case.dv, |out| {
             let op = Attention {
-                kv_type: if case.half { F16 } else { F32 },
+                kv_type: case.kv as i32,
                 n_threads,
                 dk: case.dk as i64,
                 dv: case.dv as i64,
@@ -122,8 +164,8 @@ impl Inputs {
                 max_bias: case.max_bias,
                 softcap: case.softcap,
                 q: self.q.as_ptr(),
-                k: if case.half { self.k.as_ptr().cast() } else { k.as_ptr().cast() },
-                v: if case.half { self.v.as_ptr().cast() } else { v.as_ptr().cast() },
+                k: k.as_ptr().cast(),
+                v: v.as_ptr().cast(),
                 mask: self.mask.as_ref().map_or(null(), |mask| mask.as_ptr()),
                 sinks: self.sinks.as_ref().map_or(null(), |sinks| sinks.as_ptr()),
                 out,
@@ -310,13 +352,16 @@ fn attention_over_any_number_of_cells_is_the_twins_within_rounding() {
     }
 }
 
-/// Head sizes, numbers of query heads for a KV head (more than a tile has among them), F32 caches
-/// and streams.
+/// Head sizes, numbers of query heads for a KV head (more than a tile has among them), types of
+/// caches and streams.
 #[test]
 fn attention_of_any_shape_is_the_twins_within_rounding() {
     for (dk, dv) in [(16, 16), (32, 32), (48, 80), (80, 80), (96, 96), (128, 128), (192, 128)] {
-        for half in [true, false] {
-            check_attention(&Case { dk, dv, half, n_q: 5, mask: Mask::Shared, ..CASE });
+        for kv in [KvType::F16, KvType::F32, KvType::Q8_0] {
+            let has_blocks = dk % BLOCK == 0 && dv % BLOCK == 0;
+            if kv != KvType::Q8_0 || has_blocks {
+                check_attention(&Case { dk, dv, kv, n_q: 5, mask: Mask::Shared, ..CASE });
+            }
         }
     }
     for group in [1, 2, 4, 5, 7, 8, 23, 24, 25, 50] {
@@ -324,6 +369,11 @@ fn attention_of_any_shape_is_the_twins_within_rounding() {
     }
     for n_streams in [2, 3] {
         check_attention(&Case { n_streams, n_q: 2, mask: Mask::Any, ..CASE });
+    }
+    for n_q in [1, 2, 9, 33] {
+        for mask in [Mask::Causal, Mask::Any] {
+            check_attention(&Case { n_q, mask, n_cells: 700, kv: KvType::Q8_0, ..CASE });
+        }
     }
 }
 

@@ -1,11 +1,12 @@
 // Flash attention for one KV head at a time: out[i][h] = softmax(scale * q[i][h] . K + mask[i]) V.
 //
 //   q     n_q x n_head x DK, F32, for each stream
-//   K, V  n_cells x n_kv_head x DK or DV, F16 or F32: the cells of the cache
+//   K, V  n_cells x n_kv_head x DK or DV, of any type that ggml reads: the cells of the cache
 //   mask  n_q x n_cells, F16, or none; -infinity for a cell that the row does not see
 //   sinks n_head, F32, or none: scores without a value
 //   out   n_q x n_head x DV, F32. Scores exist for 64 cells at a time, and never in memory as a
-//         whole; keys and values are converted to F32 in registers.
+//         whole; keys and values in F16 are converted to F32 in registers, those of other types
+//         for a block of cells at a time, which all rows of a group then read.
 //
 // Decoding reads 2*(DK + DV) bytes of F16 cache for each cell and KV head, and computes little with
 // them. So the query rows of all heads that part a KV head (grouped-query attention) read a cell
@@ -27,6 +28,7 @@
 
 #include "ggml-cpu.h"
 #include "ggml-impl.h"
+#include "quants.h"
 #include "simd-mappings.h"
 #include "vec.h"
 
@@ -91,15 +93,49 @@ inline GGML_F32_VEC load(const ggml_fp16_t* x) {
 #endif
 }
 
-// Fetches n rows ahead: they are too far apart for the processor to predict.
-template <typename T>
-void prefetch(Rows<T> rows, int n, int64_t d) {
+// Fetches the head's bytes of n cells ahead: they are too far apart for the processor to predict.
+inline void prefetch(const char* data, size_t stride, const int* cell, int n, size_t n_bytes) {
     for (int k = 0; k < n; k++) {
-        for (int64_t i = 0; i < d; i += 64 / sizeof(T)) {
-            __builtin_prefetch(rows.at(k) + i);
+        for (size_t i = 0; i < n_bytes; i += 64) {
+            __builtin_prefetch(data + cell[k] * stride + i);
         }
     }
 }
+
+// d values of Q8_0, a multiple of 32.
+inline void to_float(const block_q8_0* x, float* out, int64_t d) {
+    for (int64_t i = 0; i < d / QK8_0; i++) {
+        const float scale = GGML_CPU_FP16_TO_FP32(x[i].d);
+#if defined(__AVX2__)
+        const __m256 scales = _mm256_set1_ps(scale);
+        for (int j = 0; j < QK8_0; j += 8) {
+            const __m256i q = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(x[i].qs + j)));
+            _mm256_storeu_ps(out + i * QK8_0 + j, _mm256_mul_ps(_mm256_cvtepi32_ps(q), scales));
+        }
+#else
+        for (int j = 0; j < QK8_0; j++) {
+            out[i * QK8_0 + j] = x[i].qs[j] * scale;
+        }
+#endif
+    }
+}
+
+// Keys or values of n cells as F32, to `out`.
+inline void to_float(const ggml_tensor* t, const char* data, const int* cell, int n, float* out) {
+    const int64_t d = t->ne[0];
+    const auto any = ggml_get_type_traits(t->type)->to_float;
+    for (int k = 0; k < n; k++) {
+        const char* x = data + cell[k] * t->nb[1];
+        if (t->type == GGML_TYPE_Q8_0) {
+            to_float((const block_q8_0*)x, out + k * d, d);
+        } else {
+            any(x, out + k * d, d);
+        }
+    }
+}
+
+// Types that are read where they are.
+inline bool in_place(ggml_type type) { return type == GGML_TYPE_F16 || type == GGML_TYPE_F32; }
 
 // score[r][k] = q[r] . keys[k] for NR rows and n keys. Writes a multiple of four scores a row.
 template <int NR, typename T>
@@ -239,7 +275,9 @@ struct Op {
     }
     // Floats of a thread's scratch memory: see Tile.
     size_t scratch() const {
-        return n_rows() * (DK + BLOCK + 2 * (DV + 2)) + BLOCK + 6 * words + 2 * CACHE_LINE;
+        const int64_t converted = (in_place(k->type) ? 0 : DK) + (in_place(v->type) ? 0 : DV);
+        return n_rows() * (DK + BLOCK + 2 * (DV + 2)) + BLOCK * (1 + converted) + 6 * words +
+               2 * CACHE_LINE;
     }
     // Floats of the sums of all chunks, where threads divide them.
     size_t partials() const {
@@ -297,6 +335,8 @@ struct Tile {
     float* chunk;     // [row][2 + DV], the sums of a chunk
     float* all;       // [row][2 + DV], the sums of all chunks so far
     float* maskf;     // [BLOCK]
+    float* kf;        // [BLOCK][DK], keys as F32, where they are not read in place
+    float* vf;        // [BLOCK][DV], values as F32
     uint64_t* group;  // [words], a bit for each cell that any row of a group sees
     uint64_t* common; // [words], that all of them see
     uint64_t* next;   // [words], that the row after the group sees
@@ -322,7 +362,10 @@ struct Tile {
         chunk = P + op.n_rows() * BLOCK;
         all = chunk + op.n_rows() * (2 + op.DV);
         maskf = all + op.n_rows() * (2 + op.DV);
-        group = (uint64_t*)GGML_PAD((uintptr_t)(maskf + BLOCK), 64);
+        kf = maskf + BLOCK;
+        vf = kf + (in_place(op.k->type) ? 0 : BLOCK * op.DK);
+        float* end = vf + (in_place(op.v->type) ? 0 : BLOCK * op.DV);
+        group = (uint64_t*)GGML_PAD((uintptr_t)end, 64);
         common = group + op.words;
         next = common + op.words;
 
@@ -453,48 +496,87 @@ struct Tile {
         }
     }
 
-    // Rows first..end, n cells; the n_after cells after them are fetched ahead.
-    void block(int first, int end, const int* cell, int n, int n_after) {
-        if (op.k->type == GGML_TYPE_F16) {
-            block<ggml_fp16_t>(first, end, cell, n, n_after);
-        } else {
-            block<float>(first, end, cell, n, n_after);
-        }
-    }
-
+    // score[r][k] of all rows from `first` on, n cells.
     template <typename T>
-    void block(int first, int end, const int* cell, int n, int n_after) {
-        const int64_t DK = op.DK, DV = op.DV;
-        const int n_rows = (end - first) * nh;
-
+    void scores_of(int first, int n_rows, Rows<T> keys, int n) {
         float* score[TILE_ROWS];
         const float* query[TILE_ROWS];
-        float* out[TILE_ROWS];
         for (int r = 0; r < n_rows; r++) {
-            const int row = first * nh + r;
-            score[r] = P + row * BLOCK;
-            query[r] = Q + row * DK;
-            out[r] = chunk + row * (2 + DV) + 2;
+            score[r] = P + (first * nh + r) * BLOCK;
+            query[r] = Q + (first * nh + r) * op.DK;
         }
-        const Rows<T> k_rows = {keys, op.k->nb[1], cell}, v_rows = {values, op.v->nb[1], cell};
-
-        prefetch(v_rows, n, DV);
         for (int r = 0; r < n_rows;) {
             switch (std::min(3, n_rows - r)) {
                 case 3:
-                    scores<3>(score + r, query + r, k_rows, n, DK);
+                    scores<3>(score + r, query + r, keys, n, op.DK);
                     r += 3;
                     break;
                 case 2:
-                    scores<2>(score + r, query + r, k_rows, n, DK);
+                    scores<2>(score + r, query + r, keys, n, op.DK);
                     r += 2;
                     break;
                 default:
-                    scores<1>(score + r, query + r, k_rows, n, DK);
+                    scores<1>(score + r, query + r, keys, n, op.DK);
                     r += 1;
                     break;
             }
         }
+    }
+
+    // Adds the weighted values of n cells to the sums of all rows from `first` on.
+    template <typename T>
+    void add_values_of(int first, int n_rows, Rows<T> values, int n) {
+        float* weight[TILE_ROWS];
+        float* out[TILE_ROWS];
+        for (int r = 0; r < n_rows; r++) {
+            weight[r] = P + (first * nh + r) * BLOCK;
+            out[r] = chunk + (first * nh + r) * (2 + op.DV) + 2;
+        }
+        for (int r = 0; r < n_rows;) {
+            switch (std::min(3, n_rows - r)) {
+                case 3:
+                    add_values<3>(out + r, weight + r, values, n, op.DV);
+                    r += 3;
+                    break;
+                case 2:
+                    add_values<2>(out + r, weight + r, values, n, op.DV);
+                    r += 2;
+                    break;
+                default:
+                    add_values<1>(out + r, weight + r, values, n, op.DV);
+                    r += 1;
+                    break;
+            }
+        }
+    }
+
+    // Calls `each` with the rows of n cells: in place, or converted to `converted`.
+    template <typename Each>
+    void with_rows(const ggml_tensor* t, const char* data, const int* cell, int n, float* converted,
+                   const Each& each) {
+        if (t->type == GGML_TYPE_F16) {
+            each(Rows<ggml_fp16_t>{data, t->nb[1], cell});
+        } else if (t->type == GGML_TYPE_F32) {
+            each(Rows<float>{data, t->nb[1], cell});
+        } else {
+            int in_order[BLOCK];
+            for (int k = 0; k < n; k++) {
+                in_order[k] = k;
+            }
+            to_float(t, data, cell, n, converted);
+            each(Rows<float>{(const char*)converted, t->ne[0] * sizeof(float), in_order});
+        }
+    }
+
+    // Rows first..end, n cells; the n_after cells after them are fetched ahead.
+    void block(int first, int end, const int* cell, int n, int n_after) {
+        const int n_rows = (end - first) * nh;
+        const size_t k_bytes = ggml_row_size(op.k->type, op.DK),
+                     v_bytes = ggml_row_size(op.v->type, op.DV);
+
+        prefetch(values, op.v->nb[1], cell, n, v_bytes);
+        with_rows(op.k, keys, cell, n, kf,
+                  [&](auto rows) { scores_of(first, n_rows, rows, n); });
 
         const bool adjacent = cell[n - 1] - cell[0] == n - 1;
         for (int i = first; i < end; i++) {
@@ -510,23 +592,9 @@ struct Tile {
             }
         }
 
-        prefetch(Rows<T>{keys, op.k->nb[1], cell + n}, n_after, DK);
-        for (int r = 0; r < n_rows;) {
-            switch (std::min(3, n_rows - r)) {
-                case 3:
-                    add_values<3>(out + r, score + r, v_rows, n, DV);
-                    r += 3;
-                    break;
-                case 2:
-                    add_values<2>(out + r, score + r, v_rows, n, DV);
-                    r += 2;
-                    break;
-                default:
-                    add_values<1>(out + r, score + r, v_rows, n, DV);
-                    r += 1;
-                    break;
-            }
-        }
+        prefetch(keys, op.k->nb[1], cell + n, n_after, k_bytes);
+        with_rows(op.v, values, cell, n, vf,
+                  [&](auto rows) { add_values_of(first, n_rows, rows, n); });
     }
 
     // Turns a row's scores into weights, relative to the largest score so far.
@@ -574,8 +642,10 @@ void compute(const Op& op, int64_t item, float* scratch, float* partials) {
 bool ggml_attention_by_kv_head(const ggml_compute_params* params, ggml_tensor* dst) {
     const ggml_tensor *q = dst->src[0], *k = dst->src[1], *v = dst->src[2], *mask = dst->src[3];
 
-    const bool types = q->type == GGML_TYPE_F32 && k->type == v->type &&
-                       (k->type == GGML_TYPE_F16 || k->type == GGML_TYPE_F32);
+    const auto readable = [](ggml_type type) {
+        return in_place(type) || ggml_get_type_traits(type)->to_float != nullptr;
+    };
+    const bool types = q->type == GGML_TYPE_F32 && readable(k->type) && readable(v->type);
     const bool shapes = k->ne[0] % EPR == 0 && v->ne[0] % EPR == 0 && k->ne[2] == v->ne[2] &&
                         k->ne[3] == v->ne[3] && (!mask || mask->ne[2] == 1);
     if (params->use_ref || !types || !shapes) {
