@@ -122,7 +122,8 @@ impl<'a> Shown<'a> {
             Step::Arrived { bytes, of } => {
                 let since = self.logged.map(|logged| logged.elapsed());
                 if since.is_none() {
-                    tracing::info!("downloading {file}, {}", HumanBytes(of));
+                    let here = HumanBytes(bytes);
+                    tracing::info!("downloading {file}, {}; {here} are here", HumanBytes(of));
                 } else if since > Some(LOG_PERIOD) {
                     tracing::info!(
                         "downloaded {} of {} of {file}",

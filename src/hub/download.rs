@@ -2,20 +2,19 @@
 //! so that a connection that stalls or a server that is stopped does not wait for it. Here are the
 //! checksum, further attempts, and files that the cache has under another commit.
 
-use std::fs::{self, File};
-use std::io::{self, ErrorKind, Read};
+use std::fs;
+use std::io::{self, ErrorKind};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use hf_hub::CacheRepo;
-use hf_hub::api::Progress;
 use hf_hub::api::sync::{Api, ApiError};
-use sha2::{Digest, Sha256};
 
 use super::error::HubError;
 use super::name::RepoName;
+use super::transfer::{Report, Step, Transfer, digest_of};
 
 /// Attempts without a byte of progress before a download fails.
 const ATTEMPTS: u32 = 5;
@@ -25,22 +24,6 @@ const PAUSE: Duration = Duration::from_secs(1);
 const STALLED: Duration = Duration::from_secs(60);
 /// How often whoever watches may stop it.
 const TICK: Duration = Duration::from_millis(100);
-/// Bytes that are read at once to compute a digest.
-const BLOCK: usize = 1 << 20;
-
-/// What happens to a file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Step {
-    /// This many of all bytes are here.
-    Arrived {
-        /// Including those of earlier attempts.
-        bytes: u64,
-        /// Of the file.
-        of: u64,
-    },
-    /// All are, and the digest is being computed.
-    Checking,
-}
 
 /// A file that the cache is to have.
 pub(super) struct Wanted<'a> {
@@ -65,14 +48,6 @@ enum Fault {
     /// Another process downloads it.
     Locked,
     Error(HubError),
-}
-
-/// What the thread that transfers reports.
-enum Report {
-    Step(Step),
-    /// The digest of what arrived.
-    Digest(String),
-    Ended(Result<PathBuf, ApiError>),
 }
 
 /// Downloads a file, in several attempts if need be. `watch` as in
@@ -153,7 +128,7 @@ impl Wanted<'_> {
             return Ok(());
         }
         let (sender, reports) = channel();
-        let transfer = Transfer { reports: sender.clone(), part: self.part(), n_here: 0, of: 0 };
+        let transfer = Transfer::new(sender.clone(), self.part());
         let (api, path) = (self.api.model(self.repo.to_string()), self.path.to_owned());
         let run = move || {
             let ended = api.download_with_progress(&path, transfer);
@@ -300,49 +275,4 @@ impl Wanted<'_> {
             error => Fault::Passing(error.to_string()),
         }
     }
-}
-
-/// A transfer, as `hf-hub` reports it.
-struct Transfer {
-    reports: Sender<Report>,
-    part: Option<PathBuf>,
-    n_here: u64,
-    of: u64,
-}
-
-impl Progress for Transfer {
-    fn init(&mut self, size: usize, _: &str) {
-        (self.n_here, self.of) = (0, size as u64);
-    }
-
-    fn update(&mut self, size: usize) {
-        self.n_here += size as u64;
-        let _ = self.reports.send(Report::Step(Step::Arrived { bytes: self.n_here, of: self.of }));
-    }
-
-    /// All bytes are in the part, which gets its place in the cache after this: not if its digest is
-    /// wrong, since then there is no such file any more.
-    fn finish(&mut self) {
-        let Some(part) = &self.part else { return };
-        let mut checking = || drop(self.reports.send(Report::Step(Step::Checking)));
-        let Ok(found) = digest_of(part, &mut checking) else { return };
-        let expected = part.file_stem().is_some_and(|name| name.to_string_lossy() == found);
-        if !expected {
-            let _ = fs::remove_file(part);
-        }
-        let _ = self.reports.send(Report::Digest(found));
-    }
-}
-
-/// The SHA-256 of a file, in hexadecimal.
-fn digest_of(path: &Path, on_block: &mut dyn FnMut()) -> io::Result<String> {
-    let (mut file, mut hash, mut block) = (File::open(path)?, Sha256::new(), vec![0; BLOCK]);
-    loop {
-        on_block();
-        match file.read(&mut block)? {
-            0 => break,
-            n => hash.update(&block[..n]),
-        }
-    }
-    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }

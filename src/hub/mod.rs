@@ -3,16 +3,18 @@
 //! The `hf-hub` crate speaks the Hub's API, resumes downloads, and keeps files where
 //! `huggingface_hub`, llama.cpp and others keep theirs: `models--user--repo/{blobs,refs,snapshots}`.
 //! Around it: the environment ([`Hub::from_env`]), the choice of a file ([`pick`]), what to do
-//! without network ([`snapshot`]), and checksums, repeated attempts and stalls (`download`).
+//! without network ([`snapshot`]), further attempts and stalls (`download`), and checksums
+//! (`transfer`).
 //!
-//! Nothing that comes from the Hub names a path unchecked, and no file gets its place in the cache
-//! before its digest is right.
+//! No large file gets its place in the cache before its digest is right. Paths that the Hub lists are
+//! checked; names of commits and blobs in its headers go to `hf-hub` as they are.
 
 mod download;
 mod error;
 pub mod name;
 pub mod pick;
 pub mod snapshot;
+mod transfer;
 
 use std::env;
 use std::ffi::OsString;
@@ -21,10 +23,10 @@ use std::path::{Path, PathBuf};
 use hf_hub::Cache;
 use hf_hub::api::sync::{Api, ApiBuilder};
 
-pub use download::Step;
 pub use error::HubError;
 use name::RepoName;
 pub use snapshot::Snapshot;
+pub use transfer::Step;
 
 /// The Hub's address, unless `HF_ENDPOINT` names another.
 const ENDPOINT: &str = "https://huggingface.co";

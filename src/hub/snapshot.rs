@@ -7,9 +7,10 @@ use hf_hub::api::sync::Api;
 use hf_hub::{CacheRepo, Repo};
 use serde::Deserialize;
 
-use super::download::{self, Step, Wanted};
+use super::download::{self, Wanted};
 use super::error::HubError;
 use super::name::{ModelName, RepoName};
+use super::transfer::Step;
 use super::{Hub, pick};
 
 /// Most time to connect to the Hub, and to get a list of files. Where it takes longer, the cache
