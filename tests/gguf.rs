@@ -6,7 +6,7 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
-use common::gguf::{ARRAY, Bytes, File, TEXT, U32, tiny};
+use common::gguf::{ARRAY, Bytes, File, U32, tiny};
 use common::run;
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;

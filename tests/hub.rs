@@ -5,7 +5,8 @@
 mod common;
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use common::Server;
 use common::gguf::tiny;
@@ -160,6 +161,28 @@ fn a_stopped_download_goes_on_where_it_stopped() {
     succeeds(&run(&stub.url, home, &["-hf", REPO], &[]));
     assert_eq!(stub.change(|state| state.reads.clone()), [(FILE.into(), 0), (FILE.into(), n)]);
     assert_eq!(blobs(home), [sha256(&model)]);
+}
+
+#[test]
+fn two_processes_download_a_file_once() {
+    let (model, stub, home) = setting();
+    stub.change(|state| state.fault = Some(Fault::Pauses(model.len() / 2)));
+    let args = generate(&["-hf", REPO, "--log-level", "debug"]);
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let start = || {
+        let mut command = command(&stub.url, home.path(), &args);
+        command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let first = start();
+    let began = Instant::now();
+    while stub.change(|state| state.reads.is_empty()) {
+        assert!(began.elapsed() < Duration::from_secs(60), "the first one asks for the file");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let second = start().wait_with_output().unwrap();
+    succeeds(&first.wait_with_output().unwrap());
+    assert!(succeeds(&second).contains("another process downloads"), "{}", log(&second));
+    assert_eq!(stub.change(|state| state.reads.len()), 1);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //! so that a connection that stalls or a server that is stopped does not wait for it. Here are the
 //! checksum, further attempts, and files that the cache has under another commit.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use hf_hub::CacheRepo;
 use hf_hub::api::sync::{Api, ApiError};
+use rustix::fs::{FlockOperation, flock};
 
 use super::error::HubError;
 use super::name::RepoName;
@@ -45,7 +46,7 @@ pub(super) struct Wanted<'a> {
 enum Fault {
     /// Another may succeed.
     Passing(String),
-    /// Another process downloads it.
+    /// Another process began to download it at the same moment.
     Locked,
     Error(HubError),
 }
@@ -59,15 +60,18 @@ pub(super) fn download(
     let (mut failed, mut pause, mut waits) = (0, PAUSE, false);
     loop {
         let before = file.n_here();
+        if file.is_locked() {
+            if !std::mem::replace(&mut waits, true) {
+                tracing::info!("another process downloads {}; waiting for it", file.what());
+            }
+            std::thread::sleep(TICK);
+            file.tell(watch, file.arrived())?;
+            continue;
+        }
         let reason = match file.attempt(watch) {
             Ok(()) => return Ok(()),
             Err(Fault::Error(error)) => return Err(error),
-            Err(Fault::Locked) => {
-                if !std::mem::replace(&mut waits, true) {
-                    tracing::info!("another process downloads {}; waiting for it", file.what());
-                }
-                continue;
-            }
+            Err(Fault::Locked) => continue,
             Err(Fault::Passing(reason)) => reason,
         };
         if file.n_here() > before {
@@ -103,6 +107,14 @@ impl Wanted<'_> {
 
     fn part(&self) -> Option<PathBuf> {
         self.blob().map(|blob| blob.with_extension("part"))
+    }
+
+    /// Whether another process downloads the file. `hf-hub` would wait for its lock, too, but then
+    /// download the file again.
+    fn is_locked(&self) -> bool {
+        let Some(blob) = self.blob() else { return false };
+        let Ok(lock) = File::open(blob.with_extension("lock")) else { return false };
+        flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err()
     }
 
     /// Bytes of the part.

@@ -38,6 +38,8 @@ pub enum Fault {
     Ends(usize),
     /// Nothing follows this many bytes.
     Stalls(usize),
+    /// The rest follows this many bytes after two seconds.
+    Pauses(usize),
     /// A byte is wrong.
     Wrong,
 }
@@ -183,11 +185,15 @@ fn send_range(
             part[0] ^= 1;
             send(stream, 206, &head, &part)
         }
-        Some(Fault::Ends(after) | Fault::Stalls(after)) => {
+        Some(Fault::Ends(after) | Fault::Stalls(after) | Fault::Pauses(after)) => {
             write!(stream, "HTTP/1.1 206 x\r\n{head}Content-Length: {}\r\n\r\n", part.len())?;
             stream.write_all(&part[..after])?;
             if fault == Some(Fault::Stalls(after)) {
                 std::thread::sleep(Duration::from_secs(600));
+            }
+            if fault == Some(Fault::Pauses(after)) {
+                std::thread::sleep(Duration::from_secs(2));
+                stream.write_all(&part[after..])?;
             }
             Ok(())
         }
