@@ -86,7 +86,7 @@ def ask(url, kind, seed, n, temperature, drafts):
             "share_text": False, "ignore_eos": kind == "free"}
     request = urllib.request.Request(url + "/v1/chat/completions", json.dumps(chat).encode())
     answer = json.load(urllib.request.urlopen(request, timeout=300))
-    return answer["usage"]["completion_tokens"], answer["timings"]["decode_s"], answer["choices"][0]["message"]
+    return answer["usage"]["completion_tokens"], answer["timings"]["predicted_ms"] / 1e3, answer["choices"][0]["message"]
 
 
 def main():

@@ -3,13 +3,16 @@
 
 mod commands;
 pub mod network;
+mod sources;
 
+use std::ffi::OsString;
 use std::fmt::Display;
 use std::net::{IpAddr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::str::FromStr as _;
 use std::time::Duration;
 
-use anyhow::{anyhow, bail, ensure};
+use anyhow::{anyhow, ensure};
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use hyper::Uri;
@@ -20,6 +23,7 @@ pub use commands::{
     SynthArgs, TrainArgs, TuneArgs,
 };
 use network::NetworkArgs;
+pub(crate) use sources::{HeadsSource, ModelSource};
 
 use crate::engine::thread::{DraftParams, EngineParams, HeadsParams};
 use crate::engine::{Layout, Limits};
@@ -29,6 +33,7 @@ use crate::http::auth::Auth;
 use crate::http::cors::Cors;
 use crate::http::host::Hosts;
 use crate::http::tls::Tls;
+use crate::hub::name::ModelName;
 use crate::llama::{CacheType, CacheTypes, Pooling};
 use crate::machine::cores;
 use crate::{jinja, llama};
@@ -39,8 +44,9 @@ pub const DEFAULT_MODEL: &str = "models/smollm2-135m-instruct-q4_1.gguf";
 /// Heads that ship for the default model.
 pub const DEFAULT_HEADS: &str = "heads/smollm2-135m-instruct";
 
-/// Value of MEDUSA_HEADS that turns heads off.
-const NO_HEADS: &str = "none";
+/// llama.cpp's options of one dash and several letters, which clap does not have, and ours.
+const SHORT_NAMES: [(&str, &str); 3] =
+    [("-hf", "--hf-repo"), ("-hfr", "--hf-repo"), ("-hff", "--hf-file")];
 
 /// The command line.
 #[derive(Debug, Parser)]
@@ -54,6 +60,20 @@ pub struct Args {
     /// The command to run.
     #[command(subcommand)]
     pub command: Command,
+}
+
+impl Args {
+    /// Reads a command line, its first word the program, with llama.cpp's `-hf` and `-hff`.
+    ///
+    /// # Errors
+    /// clap's, for words it does not know; also the texts of `--help` and `--version`.
+    pub fn read(words: impl Iterator<Item = OsString>) -> Result<Self, clap::Error> {
+        let long = |word: OsString| {
+            let found = SHORT_NAMES.iter().find(|(short, _)| word == *short);
+            found.map_or(word, |(_, long)| long.into())
+        };
+        Self::try_parse_from(words.map(long))
+    }
 }
 
 /// The commands.
@@ -103,6 +123,14 @@ pub struct ModelArgs {
     /// GGUF file to load [default: models/smollm2-135m-instruct-q4_1.gguf]
     #[arg(short = 'm', long = "model", env = "MODEL_PATH", hide_env_values = true)]
     pub model_path: Option<PathBuf>,
+    /// Model on the Hugging Face Hub to load, user/repo or user/repo:QUANT, downloaded unless the
+    /// cache has it; also -hf. Without QUANT it is Q4_K_M, else Q8_0, else the first GGUF file
+    /// [default: none]
+    #[arg(long, env = "HF_REPO", value_name = "HF_REPO", value_parser = ModelName::from_str)]
+    pub hf_repo: Option<ModelName>,
+    /// Path of the model's file in HF_REPO, instead of a quantization; also -hff [default: none]
+    #[arg(long, env = "HF_FILE", value_name = "HF_FILE", value_parser = NonEmptyStringValueParser::new())]
+    pub hf_file: Option<String>,
     /// Maximum length of prompt plus answer of one request, in tokens
     #[arg(short = 'c', long = "ctx", env = "MODEL_CONTEXT_SIZE", value_name = "MODEL_CONTEXT_SIZE", default_value_t = 2048, value_parser = between(16, 1 << 20))]
     pub context_size: usize,
@@ -131,8 +159,8 @@ pub struct ModelArgs {
 /// Draft sources; shared by all commands that draft.
 #[derive(Clone, Debug, ClapArgs)]
 pub struct DraftArgs {
-    /// Folder with heads trained for the model, or `none` [default: heads/smollm2-135m-instruct for
-    /// the default model, else none]
+    /// Folder with heads trained for the model, `hf:user/repo` for a repository on the Hugging Face
+    /// Hub, or `none` [default: heads/smollm2-135m-instruct for the default model, else none]
     #[arg(long = "heads", env = "MEDUSA_HEADS", value_name = "MEDUSA_HEADS")]
     pub folder: Option<PathBuf>,
     /// Maximum number of heads to use
@@ -196,7 +224,7 @@ pub struct ServeArgs {
     /// their pace]
     #[arg(long, env = "PREFILL_CHUNK", value_parser = between(1, 8192))]
     pub prefill_chunk: Option<usize>,
-    /// Name of the model in answers, metrics and /v1/models [default: the file's name without .gguf]
+    /// Name of the model in answers, metrics and /v1/models [default: HF_REPO, or the file's name without .gguf]
     #[arg(long, env = "MODEL_ALIAS", value_name = "NAME", value_parser = NonEmptyStringValueParser::new())]
     pub alias: Option<String>,
     /// File with a chat template (Jinja) to use instead of the model's own [default: none]
@@ -277,7 +305,12 @@ pub(crate) struct Config {
     pub listen: SocketAddr,
     /// Threads of the HTTP server.
     pub workers: usize,
-    pub engine: EngineParams,
+    pub model: ModelSource,
+    pub heads: Option<HeadsSource>,
+    /// Maximum tokens of a request.
+    pub n_ctx: usize,
+    /// What the engine needs, once the files are here.
+    pub engine: Box<dyn FnOnce(Files) -> EngineParams + Send>,
     pub http: HttpLimits,
     pub auth: Auth,
     pub cors: Cors,
@@ -293,27 +326,21 @@ pub(crate) struct Config {
     pub chat_template: Option<String>,
 }
 
-impl ModelArgs {
-    /// The model file: the named one, or else the default one.
-    pub(crate) fn path(&self) -> anyhow::Result<PathBuf> {
-        match &self.model_path {
-            Some(path) if path.as_os_str().is_empty() => {
-                bail!("MODEL_PATH is empty: name a GGUF file, or leave it unset")
-            }
-            Some(path) => Ok(path.clone()),
-            None if Path::new(DEFAULT_MODEL).is_file() => Ok(DEFAULT_MODEL.into()),
-            None => bail!(
-                "MODEL_PATH is not set and {DEFAULT_MODEL} is missing: run `make model`, or name a GGUF file with -m"
-            ),
-        }
-    }
+/// Where a model and its heads are.
+pub(crate) struct Files {
+    /// The GGUF file.
+    pub model: PathBuf,
+    /// The heads' folder, if there are any.
+    pub heads: Option<PathBuf>,
+}
 
+impl ModelArgs {
     /// An engine of `n_slots` sequences for a command; nothing is drafted.
-    pub(crate) fn engine(&self, n_slots: usize) -> anyhow::Result<EngineParams> {
-        let params = EngineParams::new(self.path()?, self.threads(), n_slots, self.context_size);
+    pub(crate) fn engine(&self, model: PathBuf, n_slots: usize) -> EngineParams {
+        let params = EngineParams::new(model, self.threads(), n_slots, self.context_size);
         let n_threads_batch = self.threads_batch();
         let cache = self.cache();
-        Ok(EngineParams { n_gpu_layers: self.n_gpu_layers, n_threads_batch, cache, ..params })
+        EngineParams { n_gpu_layers: self.n_gpu_layers, n_threads_batch, cache, ..params }
     }
 
     pub(crate) fn cache(&self) -> CacheTypes {
@@ -330,23 +357,14 @@ impl ModelArgs {
 }
 
 impl DraftArgs {
-    /// The folder that was named, unless it is `none`.
-    fn named_folder(&self) -> Option<&Path> {
-        self.folder.as_deref().filter(|folder| folder.as_os_str() != NO_HEADS)
-    }
-
-    /// Parameters of the draft sources; `None` without any. Heads are the named ones, or those that
-    /// ship for the default model.
-    pub(crate) fn params(&self, model: &ModelArgs) -> Option<DraftParams> {
+    /// Parameters of the draft sources, of which heads are in a folder; `None` without any.
+    pub(crate) fn params(&self, heads: Option<PathBuf>) -> Option<DraftParams> {
         let n_shared_text = match self.text_drafts {
             TextSource::Shared => Some(self.shared_text),
             TextSource::Own => Some(0),
             TextSource::Off => None,
         };
-        let default = self.folder.is_none() && model.model_path.is_none();
-        let shipped = Some(Path::new(DEFAULT_HEADS)).filter(|f| default && f.is_dir());
-        let folder = self.named_folder().or(shipped).map(Path::to_owned);
-        let heads = folder.map(|folder| HeadsParams { folder, n_heads: self.k_heads });
+        let heads = heads.map(|folder| HeadsParams { folder, n_heads: self.k_heads });
         let max_tokens_per_step = self.max_tokens_per_step;
         (heads.is_some() || n_shared_text.is_some()).then_some(DraftParams {
             heads,
@@ -372,7 +390,7 @@ impl ServeArgs {
         );
         let streams = self.kv == KvLayout::Streams;
         ensure!(
-            !(streams && self.drafts.named_folder().is_some()),
+            !(streams && self.drafts.are_named()),
             "KV_LAYOUT is streams, which cannot hold the trees of MEDUSA_HEADS: use unified"
         );
         ensure!(
@@ -380,8 +398,6 @@ impl ServeArgs {
             "KV_LAYOUT is streams, which keeps no hidden states for POOLING: use unified"
         );
         let auth = self.network.auth()?;
-        let drafts = self.drafts.params(&self.model).filter(|_| !streams);
-        let drafts = drafts.map(|drafts| DraftParams { n_tenants: auth.keys.len(), ..drafts });
         let limits = Limits {
             n_slots,
             n_ctx,
@@ -389,25 +405,16 @@ impl ServeArgs {
             n_prefill: self.prefill_chunk,
             layout: self.layout(),
         };
-        let model_path = self.model.path()?;
-        let of_file = || model_path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let model = self.model.source()?;
+        let heads = self.drafts.source(&self.model)?.filter(|_| !streams);
         Ok(Config {
-            model_id: self.alias.clone().unwrap_or_else(of_file),
+            model_id: self.alias.clone().unwrap_or_else(|| model.id()),
+            model,
+            heads,
+            n_ctx,
+            engine: self.engine(limits, auth.keys.len()),
             listen: SocketAddr::new(self.host, self.port),
             workers: self.workers,
-            engine: EngineParams {
-                model_path,
-                n_gpu_layers: self.model.n_gpu_layers,
-                n_threads: self.model.threads(),
-                n_threads_batch: self.model.threads_batch(),
-                cache: self.model.cache(),
-                limits,
-                drafts,
-                pooling: self.pooling,
-                traces: false,
-                n_queue: n_slots * self.max_concurrent_batches,
-                max_wait: self.max_wait_time,
-            },
             http: HttpLimits {
                 max_body_bytes: self.max_body_bytes,
                 max_connections: self.max_connections,
@@ -426,6 +433,31 @@ impl ServeArgs {
             otlp_endpoint: self.network.otlp_endpoint.clone(),
             drain_timeout: self.drain_timeout,
             chat_template: self.chat_template()?,
+        })
+    }
+
+    /// The engine's parameters, once its files are there.
+    fn engine(
+        &self,
+        limits: Limits,
+        n_tenants: usize,
+    ) -> Box<dyn FnOnce(Files) -> EngineParams + Send> {
+        let args = self.clone();
+        Box::new(move |Files { model, heads }| {
+            let drafts = args.drafts.params(heads).filter(|_| args.kv != KvLayout::Streams);
+            EngineParams {
+                model_path: model,
+                n_gpu_layers: args.model.n_gpu_layers,
+                n_threads: args.model.threads(),
+                n_threads_batch: args.model.threads_batch(),
+                cache: args.model.cache(),
+                limits,
+                drafts: drafts.map(|drafts| DraftParams { n_tenants, ..drafts }),
+                pooling: args.pooling,
+                traces: false,
+                n_queue: limits.n_slots * args.max_concurrent_batches,
+                max_wait: args.max_wait_time,
+            }
         })
     }
 

@@ -1,4 +1,4 @@
-//! Files that appear whole, and errors that name their file.
+//! Files that appear whole, models in several files, and errors that name their file.
 
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
@@ -46,4 +46,73 @@ pub(crate) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     name.into()
+}
+
+/// The name of one of the files that a large model is split into, as `gguf-split` writes it:
+/// `{stem}-00001-of-00003.gguf`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShardName {
+    /// What all of them begin with, a path in a repository included.
+    pub stem: String,
+    /// Which one, from 1.
+    pub number: u32,
+    /// How many there are.
+    pub count: u32,
+}
+
+impl ShardName {
+    /// Reads a name; `None` if it is no shard's.
+    #[must_use]
+    pub fn parse(name: &str) -> Option<Self> {
+        let (rest, count) = name.strip_suffix(".gguf")?.rsplit_once("-of-")?;
+        let (stem, number) = rest.rsplit_once('-')?;
+        let digits = |text: &str| {
+            let is_number = text.len() == 5 && text.bytes().all(|b| b.is_ascii_digit());
+            text.parse().ok().filter(|_| is_number)
+        };
+        let (number, count) = (digits(number)?, digits(count)?);
+        let is_one = !stem.is_empty() && (1..=count).contains(&number);
+        is_one.then(|| Self { stem: stem.to_owned(), number, count })
+    }
+
+    /// The names of all shards of its model, in order.
+    #[must_use]
+    pub fn all(&self) -> Vec<String> {
+        let Self { stem, count, .. } = self;
+        (1..=*count).map(|number| format!("{stem}-{number:05}-of-{count:05}.gguf")).collect()
+    }
+}
+
+/// What a model is called after its file: the name without `.gguf` and without a shard's number.
+pub(crate) fn model_name(path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    match ShardName::parse(&name) {
+        Some(shard) => shard.stem,
+        None => path.file_stem().unwrap_or_default().to_string_lossy().into_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shards_are_known_by_their_names() {
+        let shard = ShardName::parse("q4/big-00002-of-00003.gguf").unwrap();
+        assert_eq!((shard.stem.as_str(), shard.number, shard.count), ("q4/big", 2, 3));
+        assert_eq!(shard.all()[2], "q4/big-00003-of-00003.gguf");
+        for name in [
+            "big.gguf",
+            "big-2-of-3.gguf",
+            "big-00004-of-00003.gguf",
+            "big-00000-of-00003.gguf",
+            "big-00001-of-00003.bin",
+            "-00001-of-00003.gguf",
+            "big-+0001-of-00003.gguf",
+        ] {
+            assert_eq!(ShardName::parse(name), None, "{name}");
+        }
+        assert_eq!(model_name(Path::new("a/big-00001-of-00003.gguf")), "big");
+        assert_eq!(model_name(Path::new("a/v1.5.gguf")), "v1.5");
+    }
 }

@@ -51,11 +51,12 @@
 //! | [`metrics`] | `/metrics`: names for the counters of engine and HTTP | sockets, cells |
 //! | [`speculate`] | `heads` and `pickle` (files), `medusa` and `conditioned` (heads), `nets` (their networks), `suffix` and `text` (text drafts), `tree`, `calibration`, `reliability`, `cost`, `policy`; `device` (heads and verification on a GPU); `simulated`, which `bench` wraps around a model | requests, cells |
 //! | [`chat`] | conversations: messages and tools to a prompt and the form of its answer, and an answer's text to thoughts and calls, for `http`, `train` and `bench` | dialects |
+//! | [`hub`] | models and heads by their names on the Hugging Face Hub: `name`, `pick` the files that one means, `snapshot` a repository online or from the cache, `download` with further attempts, `transfer` with checksums | requests, engine |
 //! | [`jinja`] | Jinja as Python's library renders it, with texts that know what came from outside | chats |
 //! | [`train`] | training of heads: answers, features, fit | HTTP |
 //! | [`synth`] | models and heads with random weights in known shapes, for benchmarks | requests |
 //! | `machine` | cores that this process may use, and how busy others keep them | requests |
-//! | `eval`, `plot`, [`files`] | perplexity; SVG plots; files that appear whole | requests |
+//! | `eval`, `plot`, [`files`] | perplexity; SVG plots; files that appear whole, and names of shards | requests |
 //! | `tune` | recommends a quantization from measurements | files, models |
 //! | [`vector`], [`matrix`] | vectorized loops over logits; a matrix of floats | their purpose |
 //! | [`gpu`], `cuda/` | the fence around CUDA, and its kernels; `cuda/args.h` declares what both share | tokens, trees |
@@ -84,6 +85,7 @@ mod eval;
 pub mod files;
 pub mod gpu;
 pub mod http;
+pub mod hub;
 pub mod jinja;
 pub mod llama;
 mod machine;

@@ -3,13 +3,12 @@
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
-use clap::Parser;
 use medusa_llama::cli;
 use medusa_llama::config::{Args, Command, LogFormat};
 use tracing::Level;
 
 fn main() -> ExitCode {
-    let command = Args::parse().command;
+    let command = Args::read(std::env::args_os()).unwrap_or_else(|error| error.exit()).command;
     let in_json = matches!(&command, Command::Serve(args) if args.log_format == LogFormat::Json);
     if in_json {
         log_json(command.log_level())

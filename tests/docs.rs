@@ -4,7 +4,7 @@
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use clap::{Arg, Command, CommandFactory, Parser};
+use clap::{Arg, Command, CommandFactory};
 use medusa_llama::config::Args;
 
 /// The rendered tables follow this line.
@@ -47,7 +47,7 @@ fn documented_commands_parse() {
                 continue;
             };
             n_commands += 1;
-            if let Err(error) = Args::try_parse_from(&words[at..]) {
+            if let Err(error) = Args::read(words[at..].iter().map(Into::into)) {
                 panic!("{}: {line}\n{error}", page.display());
             }
         }

@@ -6,122 +6,21 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
+use common::gguf::{ARRAY, Bytes, File, U32, tiny};
 use common::run;
-use medusa_llama::llama::{ALIGNMENT, Quantization};
-use medusa_llama::synth::{self, ModelShape};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
-const TEXT: u32 = 8;
-const ARRAY: u32 = 9;
-const U32: u32 = 4;
 const F32: u32 = 6;
 
-/// A file in parts that can be changed: keys with type and value as they are in the file, tensors
-/// with name, dimensions, type and offset, and the tensors' values.
-#[derive(Clone, Debug)]
-struct File {
-    meta: Vec<(String, u32, Vec<u8>)>,
-    tensors: Vec<(String, Vec<u64>, u32, u64)>,
-    values: Vec<u8>,
+/// Changes that make a file no model.
+trait Spoiled: Sized {
+    fn cut(self, key: &str, n: u64) -> Self;
+    fn with_token_twice(self) -> Self;
 }
 
-struct Bytes<'a>(&'a [u8]);
-
-impl<'a> Bytes<'a> {
-    fn take(&mut self, n: usize) -> &'a [u8] {
-        let (taken, rest) = self.0.split_at(n);
-        self.0 = rest;
-        taken
-    }
-
-    fn u32(&mut self) -> u32 {
-        u32::from_le_bytes(self.take(4).try_into().unwrap())
-    }
-
-    fn u64(&mut self) -> u64 {
-        u64::from_le_bytes(self.take(8).try_into().unwrap())
-    }
-
-    fn text(&mut self) -> String {
-        let n = self.u64() as usize;
-        String::from_utf8(self.take(n).to_vec()).unwrap()
-    }
-
-    /// A value of a type, as bytes.
-    fn value(&mut self, kind: u32) -> Vec<u8> {
-        let before = self.0;
-        match kind {
-            0 | 1 | 7 => self.0 = &self.0[1..],
-            2 | 3 => self.0 = &self.0[2..],
-            TEXT => drop(self.text()),
-            ARRAY => {
-                let (of, n) = (self.u32(), self.u64());
-                (0..n).for_each(|_| drop(self.value(of)));
-            }
-            10..=12 => self.0 = &self.0[8..],
-            _ => self.0 = &self.0[4..],
-        }
-        before[..before.len() - self.0.len()].to_vec()
-    }
-}
-
-impl File {
-    fn read(bytes: &[u8]) -> Self {
-        let mut rest = Bytes(bytes);
-        assert_eq!((rest.take(4), rest.u32()), (&b"GGUF"[..], 3));
-        let (n_tensors, n_meta) = (rest.u64(), rest.u64());
-        let mut entry = || {
-            let (key, kind) = (rest.text(), rest.u32());
-            (key, kind, rest.value(kind))
-        };
-        let meta = (0..n_meta).map(|_| entry()).collect();
-        let mut tensor = || {
-            let (name, n_dims) = (rest.text(), rest.u32());
-            ((name, (0..n_dims).map(|_| rest.u64()).collect()), rest.u32(), rest.u64())
-        };
-        let tensors = (0..n_tensors).map(|_| tensor());
-        let tensors = tensors.map(|((name, dims), kind, at)| (name, dims, kind, at)).collect();
-        let at = (bytes.len() - rest.0.len()).next_multiple_of(ALIGNMENT);
-        Self { meta, tensors, values: bytes[at..].to_vec() }
-    }
-
-    fn bytes(&self) -> Vec<u8> {
-        let text = |text: &str| [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat();
-        let mut out = b"GGUF\x03\0\0\0".to_vec();
-        out.extend((self.tensors.len() as u64).to_le_bytes());
-        out.extend((self.meta.len() as u64).to_le_bytes());
-        for (key, kind, value) in &self.meta {
-            out.extend([text(key), kind.to_le_bytes().to_vec(), value.clone()].concat());
-        }
-        for (name, dims, kind, at) in &self.tensors {
-            out.extend([text(name), (dims.len() as u32).to_le_bytes().to_vec()].concat());
-            dims.iter().for_each(|n| out.extend(n.to_le_bytes()));
-            out.extend([&kind.to_le_bytes()[..], &at.to_le_bytes()].concat());
-        }
-        out.resize(out.len().next_multiple_of(ALIGNMENT), 0);
-        out.extend(&self.values);
-        out
-    }
-
-    fn set(&mut self, key: &str, kind: u32, value: Vec<u8>) {
-        match self.meta.iter_mut().find(|(k, ..)| k == key) {
-            Some(entry) => (entry.1, entry.2) = (kind, value),
-            None => self.meta.push((key.into(), kind, value)),
-        }
-    }
-
-    fn with_number(mut self, key: &str, n: u32) -> Self {
-        self.set(key, U32, n.to_le_bytes().to_vec());
-        self
-    }
-
-    fn with_text(mut self, key: &str, value: &str) -> Self {
-        self.set(key, TEXT, [&(value.len() as u64).to_le_bytes(), value.as_bytes()].concat());
-        self
-    }
-
+impl Spoiled for File {
     /// With the first `n` items of an array of numbers or texts.
     fn cut(mut self, key: &str, n: u64) -> Self {
         let (_, _, value) = self.meta.iter_mut().find(|(k, ..)| k == key).unwrap();
@@ -139,14 +38,6 @@ impl File {
         tokens.2[at + 3..at + 5].copy_from_slice(b"42");
         self
     }
-}
-
-fn tiny(folder: &Path) -> File {
-    let path = folder.join("tiny.gguf");
-    let quantization = Quantization::by_name("F16").unwrap();
-    let shape = ModelShape::by_name("tiny").unwrap();
-    synth::model(&path, &shape, quantization, 1, &mut |_, _| ()).unwrap();
-    File::read(&std::fs::read(path).unwrap())
 }
 
 /// Loads a file and generates a token: `Ok` where that works, else the error's line.

@@ -9,6 +9,7 @@ use anyhow::{Context as _, anyhow, bail, ensure};
 use serde::Serialize;
 use tokio::task::JoinSet;
 
+use super::fetch;
 use super::shared::{bar, write_json};
 use crate::config::BenchArgs;
 use crate::engine;
@@ -160,14 +161,14 @@ fn params(args: &BenchArgs) -> anyhow::Result<EngineParams> {
     let n_slots = args.parallel.iter().copied().max().unwrap_or(1);
     let mut drafts = args
         .drafts
-        .params(&args.model)
+        .params(fetch::named_heads(&args.drafts, &args.model)?)
         .context("there is nothing to draft with: neither heads nor text")?;
     drafts.fixed_nodes = args.tree_nodes;
     let by_heads = |mode: &Speculation| mode.by_heads() && !mode.by_text();
     if drafts.heads.is_none() && modes(args).iter().any(by_heads) {
         bail!("--modes names heads, but there are none; name a folder with --heads");
     }
-    let params = args.model.engine(n_slots)?;
+    let params = args.model.engine(fetch::named_model(&args.model)?, n_slots);
     Ok(EngineParams { drafts: Some(drafts), ..params })
 }
 

@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 
 use anyhow::{anyhow, ensure};
 
+use super::fetch;
 use super::shared::show_loading;
 use crate::chat::{self, Template};
 use crate::config::GenerateArgs;
@@ -15,8 +16,9 @@ use crate::request::{Caller, Event, Request, SamplingParams};
 /// Generates and prints; a line of figures goes to standard error.
 pub(super) fn generate(args: &GenerateArgs) -> anyhow::Result<()> {
     let (prompt, request) = (prompt(args)?, request(args)?);
-    let params = args.model.engine(1)?;
-    let params = EngineParams { drafts: args.drafts.params(&args.model), ..params };
+    let params = args.model.engine(fetch::named_model(&args.model)?, 1);
+    let heads = fetch::named_heads(&args.drafts, &args.model)?;
+    let params = EngineParams { drafts: args.drafts.params(heads), ..params };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let engine = engine::spawn(params);
     let done = runtime.block_on(async {

@@ -1,6 +1,7 @@
 //! The commands.
 
 mod bench;
+mod fetch;
 mod generate;
 mod perplexity;
 mod quantize;

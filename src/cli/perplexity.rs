@@ -1,12 +1,13 @@
 //! `medusa-llama perplexity`: how well a model predicts a text.
 
+use super::fetch;
 use super::shared::{bar, load, read_text};
 use crate::config::PerplexityArgs;
 use crate::eval;
 
 /// Prints the perplexity and its standard error.
 pub(super) fn perplexity(args: &PerplexityArgs) -> anyhow::Result<()> {
-    let model = load(&args.model, &args.model.path()?)?;
+    let model = load(&args.model, &fetch::named_model(&args.model)?)?;
     let (_, tokens) = read_text(&args.file, &model, eval::LEAST)?;
     let bar = bar(tokens.len(), "{bar:40} {pos}/{len} tokens {eta}");
     let found =

@@ -6,7 +6,7 @@ use anyhow::bail;
 
 use crate::config::QuantizeArgs;
 use crate::files::write_whole;
-use crate::llama::{self, Quantization};
+use crate::llama::{self, LlamaError, Quantization};
 
 /// Writes the file; it appears under its name when it is whole.
 pub(super) fn quantize(args: &QuantizeArgs) -> anyhow::Result<()> {
@@ -15,8 +15,8 @@ pub(super) fn quantize(args: &QuantizeArgs) -> anyhow::Result<()> {
         bail!("{} is there already: remove it, or give --force", output.display());
     }
     write(input, output, args.kind, args.n_threads)?;
-    let mib = |path| std::fs::metadata(path).map_or(0.0, |m| m.len() as f64 / f64::from(1 << 20));
-    let (name, kind, from, to) = (output.display(), args.kind.name, mib(input), mib(output));
+    let mib = |path| Ok::<_, LlamaError>(llama::model_bytes(path)? as f64 / f64::from(1 << 20));
+    let (name, kind, from, to) = (output.display(), args.kind.name, mib(input)?, mib(output)?);
     println!("{name}: {kind}, {to:.1} MiB (was {from:.1})");
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use super::fetch;
 use super::shared::{load, write_json};
 use crate::config::RowsArgs;
 use crate::engine::LlamaForward;
@@ -36,7 +37,7 @@ impl Measured {
 
 /// Measures all numbers of rows in turn, round after round, and prints a table.
 pub(super) fn rows(args: &RowsArgs) -> anyhow::Result<()> {
-    let model = load(&args.model, &args.model.path()?)?;
+    let model = load(&args.model, &fetch::named_model(&args.model)?)?;
     let name = model.name().unwrap_or_else(|| "unnamed model".into());
     let description = format!("{name} ({})", model.quantization());
     let most = args.rows.iter().copied().max().unwrap_or(1);

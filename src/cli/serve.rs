@@ -11,8 +11,9 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{oneshot, watch};
 
+use super::fetch;
 use super::shared::show_loading;
-use crate::config::Config;
+use crate::config::{Config, Files, HeadsSource, ModelSource};
 use crate::engine::{self, Layout, Stage};
 use crate::http::api::Readers;
 use crate::http::app::App;
@@ -41,17 +42,20 @@ async fn run(config: Config) -> anyhow::Result<()> {
         .with_context(|| format!("cannot listen on {}", config.listen))?;
     let address = listener.local_addr()?;
     let scheme = if config.tls.is_some() { "https" } else { "http" };
-    tracing::info!(
-        "listening on {scheme}://{address}, loading {}",
-        config.engine.model_path.display()
-    );
+    tracing::info!("listening on {scheme}://{address}, loading {}", config.model);
     let model_id = config.model_id;
     let telemetry =
         config.otlp_endpoint.map(|collector| Telemetry::start(&collector, &model_id)).transpose();
     let telemetry = telemetry.map_err(|error| anyhow!(error))?;
-    let readers = Readers::with_policy(config.engine.limits.n_ctx, config.unknown_fields);
+    let readers = Readers::with_policy(config.n_ctx, config.unknown_fields);
     let document = openapi::json(&readers);
-    let engine = engine::spawn(config.engine);
+    let (model, heads, params) = (config.model, config.heads, config.engine);
+    let engine = engine::spawn_after(move |stop| {
+        let goes_on = || !stop.load(Ordering::Relaxed);
+        let files =
+            files(&model, heads.as_ref(), &goes_on).map_err(|error| format!("{error:#}"))?;
+        Ok(params(files))
+    });
     let app = Arc::new(App {
         stage: engine.stage(),
         draining: AtomicBool::new(false),
@@ -96,6 +100,17 @@ async fn run(config: Config) -> anyhow::Result<()> {
         Some(why) => bail!("{why}"),
         None => Ok(()),
     }
+}
+
+/// The model and its heads, after a download if they are on the Hub.
+fn files(
+    model: &ModelSource,
+    heads: Option<&HeadsSource>,
+    goes_on: fetch::GoesOn<'_>,
+) -> anyhow::Result<Files> {
+    let model = fetch::model(model, goes_on)?;
+    let heads = heads.map(|heads| fetch::heads(heads, goes_on)).transpose()?;
+    Ok(Files { model, heads })
 }
 
 /// Completes at the first SIGTERM or SIGINT. A second one ends the process immediately.

@@ -50,7 +50,9 @@ pub(super) async fn show_loading(mut stage: watch::Receiver<Stage>) {
     let bar = bar(100, "loading model {bar:40} {percent:>3}% {eta}");
     loop {
         let Stage::Loading(progress) = *stage.borrow_and_update() else { break };
-        bar.set_position((progress * 100.0) as u64);
+        if progress > 0.0 {
+            bar.set_position((progress * 100.0) as u64); // before, a download may have its own bar
+        }
         if stage.changed().await.is_err() {
             break;
         }

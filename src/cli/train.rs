@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use anyhow::anyhow;
 
+use super::fetch;
 use super::shared::bar;
 use crate::config::TrainArgs;
 use crate::engine::thread::EngineParams;
@@ -26,8 +27,9 @@ pub(super) fn train(args: &TrainArgs) -> anyhow::Result<()> {
     let work = args.work.clone().unwrap_or_else(|| args.output.join("work"));
     let prompts = prompts::read(&args.prompts.file)?;
     let folder = work.join("features");
-    let (n_tokens, collect_s) = collect(args, prompts, &folder)?;
-    let model = Model::load(&args.model.path()?, 0, |_| true)?;
+    let path = fetch::named_model(&args.model)?;
+    let (n_tokens, collect_s) = collect(args, &path, prompts, &folder)?;
+    let model = Model::load(&path, 0, |_| true)?;
     learn(args, &model, &folder, &work.join("checkpoint.safetensors"), n_tokens, collect_s)
 }
 
@@ -35,12 +37,13 @@ pub(super) fn train(args: &TrainArgs) -> anyhow::Result<()> {
 /// seconds that this run spent on collecting.
 fn collect(
     args: &TrainArgs,
+    model: &Path,
     mut prompts: Vec<Prompt>,
     folder: &Path,
 ) -> anyhow::Result<(usize, u64)> {
     let n_ctx = args.model.context_size;
     let n_cells = args.batch_size * n_ctx.min(2 * args.max_answer + 256);
-    let params = args.model.engine(args.batch_size)?;
+    let params = args.model.engine(model.to_owned(), args.batch_size);
     let layout = Layout::Unified {
         n_cells: n_cells.max(n_ctx),
         n_retained: n_ctx,

@@ -14,6 +14,7 @@ use tokio::runtime::Runtime;
 
 use self::folder::Folder;
 use self::report::TuneReport;
+use super::fetch;
 use super::shared::{bar, load, read_text, write_json};
 use super::{bench::ask_all, quantize::write};
 use crate::config::TuneArgs;
@@ -21,7 +22,8 @@ use crate::engine;
 use crate::engine::forward::LlamaForward;
 use crate::engine::thread::EngineParams;
 use crate::eval;
-use crate::llama::{Context, ContextParams, Quantization, Token};
+use crate::files::model_name;
+use crate::llama::{Context, ContextParams, Quantization, Token, model_bytes};
 use crate::machine::cores;
 use crate::request::{Completion, Request, SamplingParams, Speculation};
 use crate::tune::{Candidate, Measured, Parallelism, StepTime, TOGETHER};
@@ -35,11 +37,12 @@ const N_BATCH: usize = 512;
 /// Measures all candidates, prints the table and the recommendation, and writes the result files.
 pub(super) fn tune(args: &TuneArgs) -> anyhow::Result<()> {
     // Check all arguments first: measuring takes long.
-    let input = args.model.path()?;
+    let source = args.model.source()?;
     let threads = thread_counts(&args.threads)?;
     for path in [&args.report.json, &args.report.svg].into_iter().flatten() {
         check_output(path)?;
     }
+    let input = fetch::model(&source, &|| true)?;
     let model = load(&args.model, &input)?;
     let (text, tokens) = read_text(&args.file, &model, 2 * eval::WINDOW)?;
     let quantization = model.quantization();
@@ -60,7 +63,7 @@ pub(super) fn tune(args: &TuneArgs) -> anyhow::Result<()> {
         eprintln!("{}", report::QUANTIZED_TWICE);
     }
     let folder = Folder::new(args.keep.as_deref())?;
-    let stem = input.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    let stem = model_name(&input);
     let files: Vec<PathBuf> =
         kinds.iter().map(|kind| folder.path().join(format!("{stem}-{}.gguf", kind.name))).collect();
     if let Some(there) = files.iter().find(|file| file.exists()) {
@@ -147,7 +150,7 @@ fn candidate(
         name,
         quantization: model.quantization(),
         quantized_twice,
-        bytes: std::fs::metadata(path)?.len(),
+        bytes: model_bytes(path)?,
         perplexity: found.value,
         perplexity_error: found.error,
         by_threads: threads.iter().map(measured).collect(),

@@ -43,7 +43,7 @@ pub use forward::{Forward, LlamaForward, Row, Rows, StepError};
 pub use handle::{Answer, Failed, Handle, SubmitError};
 pub use sequence::Job;
 pub use slots::Layout;
-pub use thread::{Stage, spawn};
+pub use thread::{Stage, spawn, spawn_after};
 
 use crate::error::incident_id;
 use crate::llama::{SeqId, Token};

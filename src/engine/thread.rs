@@ -112,6 +112,8 @@ enum StartError {
     Llama(#[from] LlamaError),
     #[error("{0}")]
     Heads(#[from] HeadsError),
+    #[error("{0}")]
+    Files(String),
     #[error("there are no threads to read requests: {0}")]
     Threads(#[from] std::io::Error),
 }
@@ -177,6 +179,19 @@ pub fn spawn(params: EngineParams) -> EngineThread {
     spawn_with(params, |model| model)
 }
 
+/// As [`spawn`], with parameters that the engine's thread gets first, which may take long. Until then
+/// the stage is `Loading(0.0)`. `prepare` returns why there are none, and looks at its flag meanwhile:
+/// it is set when the engine is to end.
+///
+/// # Panics
+/// When the operating system gives no thread.
+#[must_use]
+pub fn spawn_after(
+    prepare: impl FnOnce(&AtomicBool) -> Result<EngineParams, String> + Send + 'static,
+) -> EngineThread {
+    start(prepare, |model| model)
+}
+
 /// As [`spawn`], with something wrapped around the model.
 ///
 /// # Panics
@@ -186,11 +201,19 @@ pub fn spawn_with<F: Forward>(
     params: EngineParams,
     wrap: impl FnOnce(LlamaForward) -> F + Send + 'static,
 ) -> EngineThread {
+    start(|_| Ok(params), wrap)
+}
+
+fn start<F: Forward>(
+    prepare: impl FnOnce(&AtomicBool) -> Result<EngineParams, String> + Send + 'static,
+    wrap: impl FnOnce(LlamaForward) -> F + Send + 'static,
+) -> EngineThread {
     let (tx, stage) = watch::channel(Stage::Loading(0.0));
     let stop = Arc::new(AtomicBool::new(false));
     let stopped = Arc::clone(&stop);
     let body = move || {
         let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            let params = prepare(&stopped).map_err(StartError::Files)?;
             serve(&params, wrap, &tx, &stopped)
         }));
         let why = match ended {

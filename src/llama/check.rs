@@ -79,6 +79,13 @@ impl Gguf {
         Some(unsafe { sys::gguf_get_val_u32(self.0.as_ptr(), id) })
     }
 
+    /// A key's 16-bit count.
+    pub(super) fn short(&self, key: &str) -> Option<u16> {
+        let id = self.find(key, sys::GGUF_TYPE_UINT16)?;
+        // SAFETY: a live header, and the id of a key of this type.
+        Some(unsafe { sys::gguf_get_val_u16(self.0.as_ptr(), id) })
+    }
+
     /// A key's text.
     fn text(&self, key: &str) -> Option<String> {
         let id = self.find(key, sys::GGUF_TYPE_STRING)?;

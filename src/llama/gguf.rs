@@ -3,7 +3,7 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 
 use super::backend::start_backend;
@@ -40,6 +40,14 @@ impl Gguf {
             fail(format!("not a GGUF file{why}"))
         })
     }
+
+    /// A tensor's id.
+    fn tensor(&self, name: &str) -> Option<i64> {
+        let name = CString::new(name).ok()?;
+        // SAFETY: a live header and a zero-terminated name; -1 for none.
+        let id = unsafe { sys::gguf_find_tensor(self.0.as_ptr(), name.as_ptr()) };
+        (id >= 0).then_some(id)
+    }
 }
 
 /// Rows of a matrix, read from the file when needed: a row costs a read from the page cache, and no
@@ -57,23 +65,29 @@ pub struct MatrixRows {
 }
 
 impl MatrixRows {
-    /// Opens the first of these tensors that the file has.
+    /// Opens the first of these tensors that a model's files have.
     ///
     /// # Errors
-    /// [`LlamaError::File`] when the file is not a GGUF or has none of them, or it is not a matrix.
-    pub(super) fn open(path: &Path, names: &[&str]) -> Result<Self, LlamaError> {
+    /// [`LlamaError::File`] when a file is not a GGUF, none has any of them, or it is not a matrix.
+    pub(super) fn open(files: &[PathBuf], names: &[&str]) -> Result<Self, LlamaError> {
+        let headers = files.iter().map(|file| Ok((file, Gguf::open(file)?)));
+        let headers = headers.collect::<Result<Vec<_>, LlamaError>>()?;
+        let find = |name: &&str| {
+            headers.iter().find_map(|(file, header)| Some((*file, header, header.tensor(name)?)))
+        };
+        let Some((path, header, id)) = names.iter().find_map(find) else {
+            let path = files.first().cloned().unwrap_or_default();
+            let reason = format!("it has no tensor {}", names.join(" or "));
+            return Err(LlamaError::File { action: "load", path, reason });
+        };
+        Self::of(path, header, id, names[0])
+    }
+
+    /// A tensor of a file, by its id in the header.
+    fn of(path: &Path, header: &Gguf, id: i64, name: &str) -> Result<Self, LlamaError> {
         let fail =
             |reason: String| LlamaError::File { action: "load", path: path.to_owned(), reason };
-        let header = Gguf::open(path)?;
         let gguf = header.0.as_ptr();
-
-        let find = |name: &&str| {
-            let c_name = CString::new(*name).ok()?;
-            // SAFETY: a live header and a zero-terminated name; -1 for none.
-            usize::try_from(unsafe { sys::gguf_find_tensor(gguf, c_name.as_ptr()) }).ok()
-        };
-        let none = || fail(format!("it has no tensor {}", names.join(" or ")));
-        let id = names.iter().find_map(find).ok_or_else(none)? as i64;
         // SAFETY: a live header and the id of one of its tensors; the shape is an array of four.
         let (kind, offset, n_bytes, ne) = unsafe {
             (
@@ -85,7 +99,7 @@ impl MatrixRows {
         };
         let [n_in, n_rows] = [ne[0], ne[1]].map(|n| usize::try_from(n).unwrap_or(0));
         if n_in == 0 || n_rows == 0 || ne[2..] != [1, 1] {
-            return Err(fail(format!("{}: its shape is {ne:?}, not a matrix", names[0])));
+            return Err(fail(format!("{name}: its shape is {ne:?}, not a matrix")));
         }
         // SAFETY: a type from the header, which ggml's reader has checked.
         let to_float = unsafe { (*sys::ggml_get_type_traits(kind)).to_float };

@@ -13,6 +13,7 @@ use super::gguf::{Gguf, MatrixRows};
 use super::ids::Token;
 use super::loading::Loading;
 use super::pieces::{Special, Specials};
+use super::shards::model_files;
 use super::{log, sys};
 
 /// A model and its vocabulary.
@@ -20,7 +21,8 @@ use super::{log, sys};
 pub struct Model {
     ptr: NonNull<sys::llama_model>,
     vocab: NonNull<sys::vocab>,
-    path: PathBuf,
+    /// Not empty: the file it was loaded from, and its further shards.
+    files: Vec<PathBuf>,
     longest_token: OnceLock<usize>,
     /// `None` if a text cannot be cut at them.
     specials: OnceLock<Option<Specials>>,
@@ -41,7 +43,7 @@ impl Drop for Model {
 }
 
 impl Model {
-    /// Loads a GGUF file, with `n_gpu_layers` layers on the GPU if llama.cpp was built with support
+    /// Loads a GGUF file, or all shards if it is one of several, with `n_gpu_layers` layers on the GPU if llama.cpp was built with support
     /// for one. `progress` gets values from 0 to 1 and stops the load by returning `false`.
     ///
     /// # Errors
@@ -54,9 +56,10 @@ impl Model {
         mut progress: impl FnMut(f32) -> bool,
     ) -> Result<Self, LlamaError> {
         start_backend();
+        let files = model_files(path)?;
+        let path = files[0].as_path();
         let fail =
             |reason: String| LlamaError::File { action: "load", path: path.to_owned(), reason };
-        std::fs::File::open(path).map_err(|e| fail(e.to_string()))?;
         let _loading = Loading::begin(path);
         check(&Gguf::open(path)?).map_err(fail)?;
         let c_path =
@@ -78,29 +81,32 @@ impl Model {
         let vocab = NonNull::new(vocab.cast_mut())
             .ok_or_else(|| fail("the model has no vocabulary".into()))?;
         let (longest_token, specials) = (OnceLock::new(), OnceLock::new());
-        let model = Self { ptr, vocab, path: path.to_owned(), longest_token, specials };
-        model.check_kind().map_err(fail)?;
+        let model = Self { ptr, vocab, files, longest_token, specials };
+        if let Err(reason) = model.check_kind() {
+            let path = model.path().to_owned();
+            return Err(LlamaError::File { action: "load", path, reason });
+        }
         Ok(model)
     }
 
-    /// The file it was loaded from.
+    /// The file it was loaded from; of several, the first.
     #[must_use]
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.files[0]
     }
 
     /// The output matrix in the file, `n_vocab` rows of `n_embd` values.
     ///
     /// # Errors
-    /// [`LlamaError::File`] when the file became unreadable, or is one of several shards.
+    /// [`LlamaError::File`] when a file became unreadable.
     pub fn output_rows(&self) -> Result<MatrixRows, LlamaError> {
         // Tied models use their input embeddings.
-        MatrixRows::open(&self.path, &["output.weight", "token_embd.weight"])
+        MatrixRows::open(&self.files, &["output.weight", "token_embd.weight"])
     }
 
     /// The input embeddings in the file, `n_vocab` rows of `n_embd` values; errors as above.
     pub fn embedding_rows(&self) -> Result<MatrixRows, LlamaError> {
-        MatrixRows::open(&self.path, &["token_embd.weight"])
+        MatrixRows::open(&self.files, &["token_embd.weight"])
     }
 
     /// Accepts decoders whose cache can drop a suffix: prefix reuse and speculation need that.

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use super::backend::start_backend;
 use super::error::LlamaError;
+use super::shards::model_files;
 use super::{log, sys};
 
 /// The type that most of a file's tensors get. llama.cpp keeps some tensors finer, and rows that are
@@ -64,11 +65,11 @@ pub fn quantize(
     start_backend();
     let fail =
         |reason: String| LlamaError::File { action: "quantize", path: from.to_owned(), reason };
-    std::fs::File::open(from).map_err(|e| fail(e.to_string()))?;
+    let files = model_files(from)?; // of which llama.cpp finds all by the first
     let c_path = |path: &Path| {
         CString::new(path.as_os_str().as_encoded_bytes()).map_err(|e| fail(e.to_string()))
     };
-    let (c_from, c_to) = (c_path(from)?, c_path(to)?);
+    let (c_from, c_to) = (c_path(&files[0])?, c_path(to)?);
     // SAFETY: no arguments; returns a struct by value.
     let mut params = unsafe { sys::model_quantize_default_params() };
     params.nthread = i32::try_from(n_threads).unwrap_or(1);

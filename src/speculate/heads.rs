@@ -59,7 +59,7 @@ pub enum HeadNets {
 }
 
 /// File names of heads, in the order they are looked for.
-const FILES: [&str; 5] = [
+pub const FILES: [&str; 5] = [
     "medusa_lm_head.safetensors",
     "medusa_lm_head.pt",
     "conditioned_heads.safetensors",
@@ -117,8 +117,11 @@ impl Heads {
     }
 }
 
-/// The shards that contain heads, by the index.
-fn shards(index: &Path) -> Result<Vec<PathBuf>, HeadsError> {
+/// The shards of a full model that contain heads, by its index.
+///
+/// # Errors
+/// [`HeadsError::File`] for an index that cannot be read or names none.
+pub fn shards(index: &Path) -> Result<Vec<PathBuf>, HeadsError> {
     let fail = |reason: String| HeadsError::File { path: index.to_owned(), reason };
     let text = std::fs::read_to_string(index).map_err(|e| fail(e.to_string()))?;
     let value: serde_json::Value = serde_json::from_str(&text).map_err(|e| fail(e.to_string()))?;

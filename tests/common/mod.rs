@@ -2,6 +2,8 @@
 #![allow(dead_code, missing_docs)] // each test binary uses its part
 
 pub mod context;
+pub mod gguf;
+pub mod hub;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -55,10 +57,15 @@ impl Server {
     /// Starts a server and waits until it listens; the model may still be loading. A pass gets one
     /// thread: threads of several servers on the same cores would wait for each other.
     pub fn start_loading(args: &[&str]) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_medusa-llama"))
-            .args(["serve", "--host", "127.0.0.1", "--port", "0", "--model"])
-            .arg(model_path())
-            .args(args)
+        let mut command = Command::new(env!("CARGO_BIN_EXE_medusa-llama"));
+        command.args(["serve", "--model"]).arg(model_path()).args(args);
+        Self::launch(&mut command)
+    }
+
+    /// The same from a command that begins with `serve`.
+    pub fn launch(command: &mut Command) -> Self {
+        let mut child = command
+            .args(["--host", "127.0.0.1", "--port", "0"])
             .env("N_THREADS", "1")
             .stderr(Stdio::piped())
             .spawn()
