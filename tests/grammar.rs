@@ -401,7 +401,7 @@ fn a_property_that_a_pattern_names_too_is_written_once() {
         "patternProperties": { "^a$": { "maximum": 5 } }, "additionalProperties": false,
     });
     let mut grammar = GRAMMARS.compile(&GrammarSource::JsonSchema(schema)).unwrap();
-    let whole = tokens("{\"a\":5").into_iter().map(|t| grammar.accept(t).unwrap()).last();
+    let whole = tokens("{\"a\": 5").into_iter().map(|t| grammar.accept(t).unwrap()).last();
     assert_eq!(whole, Some(false));
     let next: Vec<String> = allowed(&grammar).iter().map(|&t| MODEL.detokenize(&[t])).collect();
     assert!(next.iter().any(|t| t == "}") && !next.iter().any(|t| t.contains(',')), "{next:?}");

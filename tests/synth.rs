@@ -48,16 +48,8 @@ fn load(path: &Path) -> Arc<Model> {
 }
 
 fn context(model: &Arc<Model>, n_seq_max: usize, tap_hidden: bool) -> Context {
-    let params = ContextParams {
-        n_cells: 1024,
-        n_batch: 256,
-        n_ubatch: 256,
-        n_seq_max,
-        n_threads: 1,
-        unified: true,
-        tap_hidden,
-        embeddings: false,
-    };
+    let one = ContextParams::of_one_sequence(1024, 256, 1);
+    let params = ContextParams { n_seq_max, tap_hidden, ..one };
     Context::new(Arc::clone(model), &params).unwrap()
 }
 

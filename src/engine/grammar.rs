@@ -20,10 +20,6 @@ use crate::error::Invalid;
 use crate::llama::{Model, Token};
 use crate::request::{CallGrammar, GrammarSource};
 
-/// Between two parts of JSON: a space, or a line's end and indentation. Without a limit a model may
-/// write white space until its tokens run out.
-const WHITESPACE: &str = r"( |\n {0,16})?";
-
 /// Bytes of stack to compile on. llguidance descends as deep as schemas refer to each other, or
 /// objects have properties; only what is used becomes memory.
 const STACK: usize = 512 << 20;
@@ -165,7 +161,7 @@ impl Grammars {
         let (grammar, digits) = match source {
             GrammarSource::JsonSchema(schema) => {
                 limit_bytes(schema.to_string().len())?;
-                let schema = with_options(schema, &spaced())?;
+                let schema = with_options(schema, &one_line())?;
                 (TopLevelGrammar::from_json_schema(schema), Some(Digits::default()))
             }
             GrammarSource::Lark(lark) => {
@@ -184,7 +180,7 @@ impl Grammars {
                 let schemas = source
                     .schemas
                     .iter()
-                    .map(|(rule, schema)| Ok((rule.clone(), with_options(schema, &compact())?)));
+                    .map(|(rule, schema)| Ok((rule.clone(), with_options(schema, &one_line())?)));
                 let schemas = schemas.collect::<Result<_, String>>()?;
                 let lark = gbnf::to_lark(&CallGrammar { schemas, ..source.clone() })?;
                 (TopLevelGrammar::from_lark(lark), Some(Digits::default()))
@@ -229,17 +225,10 @@ fn brief(why: &str) -> String {
     }
 }
 
-/// JSON with white space, as a model likes it.
-fn spaced() -> JsonCompileOptions {
-    JsonCompileOptions {
-        whitespace_pattern: Some(WHITESPACE.into()),
-        ..JsonCompileOptions::default()
-    }
-}
-
-/// JSON in one line with a space after commas and colons, as chat templates write arguments. It leaves
-/// more tokens alone, which are then drafted.
-fn compact() -> JsonCompileOptions {
+/// JSON in one line with a space after commas and colons, as chat templates write arguments. Where a
+/// model may choose white space it may write that until its tokens run out; and what it need not choose
+/// is drafted.
+fn one_line() -> JsonCompileOptions {
     JsonCompileOptions {
         item_separator: ", ".into(),
         key_separator: ": ".into(),
@@ -248,13 +237,13 @@ fn compact() -> JsonCompileOptions {
     }
 }
 
-/// A schema with the white space of its JSON, and an end to its formats. One that is no object
-/// (`true`) takes no options.
+/// A schema with the white space of its JSON, and an end to its formats; `true` is an object without
+/// keywords.
 ///
 /// # Errors
 /// For an object that has too many properties.
 fn with_options(schema: &Value, options: &JsonCompileOptions) -> Result<Value, String> {
-    let mut schema = schema.clone();
+    let mut schema = if *schema == Value::Bool(true) { json!({}) } else { schema.clone() };
     prepare(&mut schema)?;
     if schema.is_object() {
         options.apply_to(&mut schema);

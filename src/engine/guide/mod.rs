@@ -4,8 +4,8 @@
 //! A [`Guide`] has seen the tokens chosen so far. It masks the row of logits that the next one is
 //! chosen from, and prepares a tree before it is computed: it cuts out what may not follow, and adds
 //! what must. What it does at a place depends on the text up to there and on nothing else, so the
-//! text is the same with drafts and without. [`thoughts`] knows when thoughts are over, [`trigger`] where
-//! a grammar begins, [`tree`] cuts and adds.
+//! text is the same with drafts and without. `thoughts` knows when thoughts are over, `trigger` where
+//! a grammar begins, `tree` cuts and adds.
 
 mod thoughts;
 mod tree;
