@@ -45,8 +45,13 @@ pub const DEFAULT_MODEL: &str = "models/smollm2-135m-instruct-q4_1.gguf";
 pub const DEFAULT_HEADS: &str = "heads/smollm2-135m-instruct";
 
 /// llama.cpp's options of one dash and several letters, which clap does not have, and ours.
-const SHORT_NAMES: [(&str, &str); 3] =
-    [("-hf", "--hf-repo"), ("-hfr", "--hf-repo"), ("-hff", "--hf-file")];
+const SHORT_NAMES: [(&str, &str); 5] = [
+    ("-hf", "--hf-repo"),
+    ("-hfr", "--hf-repo"),
+    ("-hff", "--hf-file"),
+    ("-ctk", "--cache-type-k"),
+    ("-ctv", "--cache-type-v"),
+];
 
 /// The command line.
 #[derive(Debug, Parser)]
@@ -63,7 +68,7 @@ pub struct Args {
 }
 
 impl Args {
-    /// Reads a command line, its first word the program, with llama.cpp's `-hf` and `-hff`.
+    /// Reads a command line, its first word the program, with llama.cpp's `-hf`, `-ctk` and others.
     ///
     /// # Errors
     /// clap's, for words it does not know; also the texts of `--help` and `--version`.
@@ -145,10 +150,10 @@ pub struct ModelArgs {
     #[arg(long = "threads-batch", env = "N_THREADS_BATCH", value_name = "N_THREADS_BATCH", value_parser = between(1, 512))]
     pub n_threads_batch: Option<usize>,
     /// Type of the cached keys: f16, q8_0 (half the memory), bf16, f32, q5_1, q5_0, q4_1, q4_0 or
-    /// iq4_nl
+    /// iq4_nl; also -ctk
     #[arg(long = "cache-type-k", env = "CACHE_TYPE_K", value_name = "TYPE", default_value = "f16", value_parser = cache_type)]
     pub cache_type_k: CacheType,
-    /// Type of the cached values; as for keys
+    /// Type of the cached values, as for keys; also -ctv
     #[arg(long = "cache-type-v", env = "CACHE_TYPE_V", value_name = "TYPE", default_value = "f16", value_parser = cache_type)]
     pub cache_type_v: CacheType,
     /// Log level: ERROR, WARN, INFO, DEBUG or TRACE

@@ -417,7 +417,7 @@ fn large_grammars_are_followed_or_refused_by_name() {
         )
     };
     let mut grammar = GRAMMARS.compile(&optional(600)).unwrap();
-    for token in tokens("{\"p5\":1,\"p77\":2") {
+    for token in tokens("{\"p5\": 1, \"p77\": 2") {
         assert!(!grammar.accept(token).unwrap());
     }
     let chain = |n: usize| {
