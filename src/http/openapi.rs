@@ -16,6 +16,7 @@ use super::api::answers::{
 use super::api::embeddings::{EmbeddingAnswer, EmbeddingRequest};
 use super::api::generate::GenerateRequest;
 use super::api::message_answers::{MessageAnswer, TokenCount};
+use super::api::message_blocks::SystemBlock;
 use super::api::messages::{CountRequest, MessagesRequest};
 use super::api::openai::{ChatRequest, CompletionRequest, TemplateRequest};
 use super::api::response_answers::ResponseAnswer;
@@ -86,6 +87,7 @@ pub fn json(readers: &Readers) -> Bytes {
         ResponseAnswer,
         ResponsesRequest,
         StreamEvent,
+        SystemBlock,
         TemplateAnswer,
         TemplateRequest,
         TokenCount,
@@ -207,6 +209,21 @@ mod tests {
             _ => readers.chat.read(body)?.into_choices(N_CTX, 1, &template)?,
         };
         Ok(format!("{choices:?}"))
+    }
+
+    /// Code generators stop at a reference to what is not there.
+    #[test]
+    fn references_lead_somewhere() {
+        fn check(value: &Value, document: &Value) {
+            if let Some(to) = value.get("$ref").and_then(Value::as_str) {
+                assert!(document.pointer(to.trim_start_matches('#')).is_some(), "{to}");
+            }
+            let parts = value.as_object().into_iter().flat_map(|object| object.values());
+            let parts = parts.chain(value.as_array().into_iter().flatten());
+            parts.for_each(|part| check(part, document));
+        }
+        let document = serde_json::from_slice(&super::json(&Readers::new(N_CTX))).unwrap();
+        check(&document, &document);
     }
 
     /// Each field's example and default can be sent, its null is its absence, and what is beyond
