@@ -34,7 +34,7 @@ use crate::http::cors::Cors;
 use crate::http::host::Hosts;
 use crate::http::tls::Tls;
 use crate::hub::name::ModelName;
-use crate::llama::{CacheType, CacheTypes, Pooling};
+use crate::llama::{CacheTypes, Pooling, TensorType};
 use crate::machine::cores;
 use crate::{jinja, llama};
 
@@ -152,10 +152,10 @@ pub struct ModelArgs {
     /// Type of the cached keys: f16, q8_0 (half the memory), bf16, f32, q5_1, q5_0, q4_1, q4_0 or
     /// iq4_nl; also -ctk
     #[arg(long = "cache-type-k", env = "CACHE_TYPE_K", value_name = "TYPE", default_value = "f16", value_parser = cache_type)]
-    pub cache_type_k: CacheType,
+    pub cache_type_k: TensorType,
     /// Type of the cached values, as for keys; also -ctv
     #[arg(long = "cache-type-v", env = "CACHE_TYPE_V", value_name = "TYPE", default_value = "f16", value_parser = cache_type)]
-    pub cache_type_v: CacheType,
+    pub cache_type_v: TensorType,
     /// Log level: ERROR, WARN, INFO, DEBUG or TRACE
     #[arg(long, env = "LOG_LEVEL", default_value = "INFO", value_parser = level)]
     pub log_level: Level,
@@ -511,9 +511,9 @@ fn seconds(min: f64) -> impl Fn(&str) -> Result<Duration, String> + Clone + Send
     }
 }
 
-fn cache_type(name: &str) -> Result<CacheType, String> {
-    let names: Vec<&str> = CacheType::names().collect();
-    CacheType::by_name(name).ok_or_else(|| format!("must be one of {}", names.join(", ")))
+fn cache_type(name: &str) -> Result<TensorType, String> {
+    let names = || CacheTypes::ALL.map(TensorType::name).join(", ");
+    CacheTypes::by_name(name).ok_or_else(|| format!("must be one of {}", names()))
 }
 
 /// A log level by its name; Python's `WARNING` is accepted too.

@@ -22,9 +22,7 @@ use medusa_llama::engine::guide::Guide;
 use medusa_llama::engine::sampler::{Sampler, Scratch, argmax};
 use medusa_llama::engine::{Engine, Job, Layout, Limits};
 use medusa_llama::gpu::weights::Precision;
-use medusa_llama::llama::{
-    CacheType, CacheTypes, ContextParams, SeqId, Threads, Token, max_sequences,
-};
+use medusa_llama::llama::{CacheTypes, ContextParams, SeqId, Threads, Token, max_sequences};
 use medusa_llama::request::{Event, GrammarSource, Request, SamplingParams, Speculation};
 use medusa_llama::speculate::Speculator;
 use medusa_llama::speculate::cost::Cost;
@@ -163,7 +161,7 @@ fn rows_are_independent_in_a_cache_of_any_type() {
     let text =
         MODEL.tokenize("The old clock in the hall had stopped again, and nobody", true).unwrap();
     for name in ["q8_0", "q4_0", "iq4_nl", "bf16", "f32"] {
-        let kind = CacheType::by_name(name).unwrap();
+        let kind = CacheTypes::by_name(name).unwrap();
         for cache in [
             CacheTypes { keys: kind, values: kind },
             CacheTypes { keys: kind, ..CacheTypes::default() },

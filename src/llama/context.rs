@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::backend::max_sequences;
 use super::batch::{Batch, Limits};
-use super::cache_type::CacheTypes;
+use super::cache_types::CacheTypes;
 use super::error::LlamaError;
 use super::ids::SeqId;
 use super::loading::Loading;
@@ -118,7 +118,7 @@ impl Context {
         let threads = Threads::new(params.n_threads)?;
         c.flash_attn_type = sys::LLAMA_FLASH_ATTN_TYPE_AUTO;
         c.kv_unified = params.unified;
-        (c.type_k, c.type_v) = (params.cache.keys.number, params.cache.values.number);
+        (c.type_k, c.type_v) = (params.cache.keys.0, params.cache.values.0);
         c.swa_full = true; // dropping a suffix must always be possible
         c.no_perf = true;
         c.embeddings = params.embeddings;

@@ -11,7 +11,7 @@
 
 mod backend;
 mod batch;
-mod cache_type;
+mod cache_types;
 mod chat;
 mod check;
 mod context;
@@ -35,7 +35,7 @@ mod writer;
 
 pub use backend::{max_sequences, supports_gpu_offload, system_info, version};
 pub use batch::Batch;
-pub use cache_type::{CacheType, CacheTypes};
+pub use cache_types::CacheTypes;
 pub use chat::{AnswerParser, ChatFormat, ParsedAnswer, ParsedCall};
 pub use context::{Context, ContextParams};
 pub use error::LlamaError;
