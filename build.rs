@@ -8,7 +8,8 @@
 //! 4. Compile `llama` and `ggml` as static libraries; where the binary must run on other CPUs of the
 //!    same family too, ggml's CPU backend once for each kind of them (`build/cpu.rs`).
 //! 5. Compile our kernels once more, as `tests/cpu_kernels` calls them.
-//! 6. Compile llama.cpp's `common/chat` behind our C functions in `vendor/chat` (`build/chat.rs`).
+//! 6. Compile what llama.cpp has in C++ only behind our C functions in `vendor/chat` and
+//!    `vendor/memory` (`build/wrappers.rs`).
 //! 7. Generate bindings for the names that start with `llama_`, `ggml_`, `gguf_`, without the
 //!    `llama_`; and for `cuda/args.h`, which our kernels and `src/gpu` share.
 //! 8. Tell cargo what to link.
@@ -19,12 +20,12 @@
 //! `CUDAToolkit_ROOT`, `CUDACXX` where nvcc is; `CUDA_ARCHS` what to compile for, as CMake writes
 //! it ("90", "80;90", "90-real").
 
-#[path = "build/chat.rs"]
-mod chat;
 #[path = "build/cpu.rs"]
 mod cpu;
 #[path = "build/cuda.rs"]
 mod cuda;
+#[path = "build/wrappers.rs"]
+mod wrappers;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
@@ -49,7 +50,8 @@ fn main() {
         "ggml-cpu"
     };
     cpu::compile_for_tests(&source, &tools);
-    chat::compile(&source, &native, &tools, &state_of(&native));
+    let state = state_of(&native);
+    wrappers::WRAPPERS.iter().for_each(|ours| ours.compile(&source, &native, &tools, &state));
     generate_bindings(&source, &tools);
     generate_kernel_args(&tools);
     link(&lib, cpu, &tools);
@@ -166,13 +168,17 @@ fn copy_with_patches(tree: &Path, native: &Path) -> PathBuf {
         return copy;
     }
     let _ = fs::remove_file(&stamp);
-    let _ = fs::remove_dir_all(&copy);
-    copy_tree(tree, &copy).unwrap_or_else(|e| {
-        stop(&format!("cannot copy {} into the build folder: {e}", tree.display()))
-    });
+    let next = native.join("source.next");
+    let _ = fs::remove_dir_all(&next);
+    let lay = |from: &Path, to: &Path| {
+        copy_tree(from, to).unwrap_or_else(|e| {
+            stop(&format!("cannot copy {} into the build folder: {e}", from.display()))
+        });
+    };
+    lay(tree, &next);
     for (path, text) in patches.iter().zip(&texts) {
         let name = path.file_name().unwrap_or_default().display();
-        match apply(text, &copy) {
+        match apply(text, &next) {
             Ok(()) => {}
             Err(e) if own_checkout => {
                 println!(
@@ -184,8 +190,26 @@ fn copy_with_patches(tree: &Path, native: &Path) -> PathBuf {
             )),
         }
     }
+    // Files that stay the same keep their times, so that only what changed is compiled again.
+    remove_others(&copy, &next);
+    lay(&next, &copy);
+    let _ = fs::remove_dir_all(&next);
     fs::write(&stamp, state).expect("OUT_DIR is writable");
     copy
+}
+
+/// Removes the files of a tree that another one does not have.
+fn remove_others(tree: &Path, other: &Path) {
+    for entry in fs::read_dir(tree).into_iter().flatten().flatten() {
+        let (path, other) = (entry.path(), other.join(entry.file_name()));
+        if path.is_dir() && other.is_dir() {
+            remove_others(&path, &other);
+        } else if path.is_dir() {
+            let _ = fs::remove_dir_all(path);
+        } else if !other.is_file() {
+            let _ = fs::remove_file(path);
+        }
+    }
 }
 
 /// The files with an extension, in the order of their names.
@@ -199,6 +223,7 @@ fn files_in(folder: &Path, extension: &str) -> Vec<PathBuf> {
     files
 }
 
+/// Copies the files that are not there already, or are others.
 fn copy_tree(from: &Path, to: &Path) -> std::io::Result<()> {
     fs::create_dir_all(to)?;
     for entry in fs::read_dir(from)? {
@@ -207,7 +232,10 @@ fn copy_tree(from: &Path, to: &Path) -> std::io::Result<()> {
         if kind.is_dir() && entry.file_name() != ".git" {
             copy_tree(&entry.path(), &to)?;
         } else if kind.is_file() {
-            fs::copy(entry.path(), to)?;
+            let text = fs::read(entry.path())?;
+            if !fs::read(&to).is_ok_and(|old| old == text) {
+                fs::write(to, text)?;
+            }
         }
     }
     Ok(())
@@ -425,7 +453,9 @@ impl bindgen::callbacks::ParseCallbacks for KernelArgs {
 /// `cpu` is the library of ggml's CPU backend.
 fn link(lib: &Path, cpu: &str, tools: &Tools) {
     println!("cargo::rustc-link-search=native={}", lib.display());
-    println!("cargo::rustc-link-lib=static={}", chat::LIBRARY);
+    for ours in &wrappers::WRAPPERS {
+        println!("cargo::rustc-link-lib=static={}", ours.library());
+    }
     println!("cargo::rustc-link-lib=static=llama");
     println!("cargo::rustc-link-lib=static=ggml");
     if tools.cuda {

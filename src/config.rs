@@ -25,8 +25,8 @@ pub use commands::{
 use network::NetworkArgs;
 pub(crate) use sources::{HeadsSource, ModelSource};
 
+use crate::engine::plan::Sizes;
 use crate::engine::thread::{DraftParams, EngineParams, HeadsParams};
-use crate::engine::{Layout, Limits};
 use crate::http::api::Unknown;
 use crate::http::app::HttpLimits;
 use crate::http::auth::Auth;
@@ -34,12 +34,15 @@ use crate::http::cors::Cors;
 use crate::http::host::Hosts;
 use crate::http::tls::Tls;
 use crate::hub::name::ModelName;
+use crate::jinja;
 use crate::llama::{CacheTypes, Pooling, TensorType};
 use crate::machine::cores;
-use crate::{jinja, llama};
 
 /// Where `make model` puts the default model.
 pub const DEFAULT_MODEL: &str = "models/smollm2-135m-instruct-q4_1.gguf";
+
+/// Tokens of a context of the commands that do not follow the model's.
+const COMMAND_CONTEXT: usize = 2048;
 
 /// Heads that ship for the default model.
 pub const DEFAULT_HEADS: &str = "heads/smollm2-135m-instruct";
@@ -136,9 +139,10 @@ pub struct ModelArgs {
     /// Path of the model's file in HF_REPO, instead of a quantization; also -hff [default: none]
     #[arg(long, env = "HF_FILE", value_name = "HF_FILE", value_parser = NonEmptyStringValueParser::new())]
     pub hf_file: Option<String>,
-    /// Maximum length of prompt plus answer of one request, in tokens
-    #[arg(short = 'c', long = "ctx", env = "MODEL_CONTEXT_SIZE", value_name = "MODEL_CONTEXT_SIZE", default_value_t = 2048, value_parser = between(16, 1 << 20))]
-    pub context_size: usize,
+    /// Maximum length of prompt plus answer of one request, in tokens [default: of serve, what the
+    /// model was trained for, as far as memory allows; of other commands, 2048]
+    #[arg(short = 'c', long = "ctx", env = "MODEL_CONTEXT_SIZE", value_name = "MODEL_CONTEXT_SIZE", value_parser = between(16, 1 << 20))]
+    pub context_size: Option<usize>,
     /// Layers to offload to the GPU; a CPU build ignores it
     #[arg(long, env = "N_GPU_LAYERS", default_value_t = 25)]
     pub n_gpu_layers: u32,
@@ -216,12 +220,16 @@ pub struct ServeArgs {
     /// KV cache layout; auto is unified
     #[arg(long, env = "KV_LAYOUT", value_name = "KV_LAYOUT", default_value = "auto")]
     pub kv: KvLayout,
-    /// Size of a unified KV cache, in tokens [default: BATCH_SIZE x MODEL_CONTEXT_SIZE]
+    /// Size of a unified KV cache, in tokens [default: BATCH_SIZE x MODEL_CONTEXT_SIZE, as far as memory allows]
     #[arg(long, env = "KV_CELLS", value_parser = between(16, 1 << 28))]
     pub kv_cells: Option<usize>,
     /// Part of a unified KV cache that may keep finished prompts for reuse, in tokens [default: all]
     #[arg(long, env = "PREFIX_CELLS", value_parser = between(0, 1 << 28))]
     pub prefix_cells: Option<usize>,
+    /// States that are kept for later prompts, beside one for each slot, where a model has a state for
+    /// each sequence: of a recurrent or hybrid one (Mamba, LFM2, Qwen3.5) [default: 2 x BATCH_SIZE]
+    #[arg(long = "ctx-checkpoints", env = "CTX_CHECKPOINTS", value_name = "CTX_CHECKPOINTS", value_parser = between(0, 4096))]
+    pub ctx_checkpoints: Option<usize>,
     /// Maximum rows (tokens) of one step; longer prompts take several steps
     #[arg(long, env = "N_BATCH", default_value_t = 512, value_parser = between(1, 8192))]
     pub n_batch: usize,
@@ -312,8 +320,6 @@ pub(crate) struct Config {
     pub workers: usize,
     pub model: ModelSource,
     pub heads: Option<HeadsSource>,
-    /// Maximum tokens of a request.
-    pub n_ctx: usize,
     /// What the engine needs, once the files are here.
     pub engine: Box<dyn FnOnce(Files) -> EngineParams + Send>,
     pub http: HttpLimits,
@@ -342,10 +348,15 @@ pub(crate) struct Files {
 impl ModelArgs {
     /// An engine of `n_slots` sequences for a command; nothing is drafted.
     pub(crate) fn engine(&self, model: PathBuf, n_slots: usize) -> EngineParams {
-        let params = EngineParams::new(model, self.threads(), n_slots, self.context_size);
+        let params = EngineParams::new(model, self.threads(), n_slots, self.n_ctx());
         let n_threads_batch = self.threads_batch();
         let cache = self.cache();
         EngineParams { n_gpu_layers: self.n_gpu_layers, n_threads_batch, cache, ..params }
+    }
+
+    /// Tokens of a context for commands that do not follow the model's.
+    pub(crate) fn n_ctx(&self) -> usize {
+        self.context_size.unwrap_or(COMMAND_CONTEXT)
     }
 
     pub(crate) fn cache(&self) -> CacheTypes {
@@ -383,16 +394,17 @@ impl DraftArgs {
 impl ServeArgs {
     /// Checks values against each other. An error names the variable, its value and the limit.
     pub(crate) fn check(&self) -> anyhow::Result<Config> {
-        let (n_ctx, n_batch, n_slots) = (self.model.context_size, self.n_batch, self.batch_size);
+        let (n_batch, n_slots) = (self.n_batch, self.batch_size);
         ensure!(
             n_batch >= n_slots,
             "N_BATCH is {n_batch}, but each of BATCH_SIZE = {n_slots} sequences needs a row"
         );
-        let n_cells = self.kv_cells.unwrap_or(n_ctx);
-        ensure!(
-            n_cells >= n_ctx,
-            "KV_CELLS is {n_cells}, but one request may take MODEL_CONTEXT_SIZE = {n_ctx}"
-        );
+        if let (Some(n_cells), Some(n_ctx)) = (self.kv_cells, self.model.context_size) {
+            ensure!(
+                n_cells >= n_ctx,
+                "KV_CELLS is {n_cells}, but one request may take MODEL_CONTEXT_SIZE = {n_ctx}"
+            );
+        }
         let streams = self.kv == KvLayout::Streams;
         ensure!(
             !(streams && self.drafts.are_named()),
@@ -403,21 +415,13 @@ impl ServeArgs {
             "KV_LAYOUT is streams, which keeps no hidden states for POOLING: use unified"
         );
         let auth = self.network.auth()?;
-        let limits = Limits {
-            n_slots,
-            n_ctx,
-            n_batch,
-            n_prefill: self.prefill_chunk,
-            layout: self.layout(),
-        };
         let model = self.model.source()?;
         let heads = self.drafts.source(&self.model)?.filter(|_| !streams);
         Ok(Config {
             model_id: self.alias.clone().unwrap_or_else(|| model.id()),
             model,
             heads,
-            n_ctx,
-            engine: self.engine(limits, auth.keys.len()),
+            engine: self.engine(auth.keys.len()),
             listen: SocketAddr::new(self.host, self.port),
             workers: self.workers,
             http: HttpLimits {
@@ -442,11 +446,7 @@ impl ServeArgs {
     }
 
     /// The engine's parameters, once its files are there.
-    fn engine(
-        &self,
-        limits: Limits,
-        n_tenants: usize,
-    ) -> Box<dyn FnOnce(Files) -> EngineParams + Send> {
+    fn engine(&self, n_tenants: usize) -> Box<dyn FnOnce(Files) -> EngineParams + Send> {
         let args = self.clone();
         Box::new(move |Files { model, heads }| {
             let drafts = args.drafts.params(heads).filter(|_| args.kv != KvLayout::Streams);
@@ -456,11 +456,11 @@ impl ServeArgs {
                 n_threads: args.model.threads(),
                 n_threads_batch: args.model.threads_batch(),
                 cache: args.model.cache(),
-                limits,
+                sizes: args.sizes(),
                 drafts: drafts.map(|drafts| DraftParams { n_tenants, ..drafts }),
                 pooling: args.pooling,
                 traces: false,
-                n_queue: limits.n_slots * args.max_concurrent_batches,
+                n_queue: args.batch_size * args.max_concurrent_batches,
                 max_wait: args.max_wait_time,
             }
         })
@@ -475,19 +475,19 @@ impl ServeArgs {
         Ok(Some(source))
     }
 
-    /// `auto` is the pool: it shares prefixes and holds trees. With our attention kernel a row reads
-    /// only its own sequence's cells, so the pool is also the faster layout on a CPU
-    /// (`benches/results/`).
-    fn layout(&self) -> Layout {
-        if self.kv == KvLayout::Streams {
-            return Layout::Streams { n_cells: self.model.context_size };
-        }
-        let n_cells = self.kv_cells.unwrap_or(self.batch_size * self.model.context_size);
-        let n_retained = self.prefix_cells.unwrap_or(n_cells).min(n_cells);
-        Layout::Unified {
-            n_cells,
-            n_retained,
-            n_seqs: (self.batch_size * 2).min(llama::max_sequences()).max(self.batch_size),
+    /// The engine's sizes as they were asked for. `auto` is the pool: it shares prefixes and holds
+    /// trees. With our attention kernel a row reads only its own sequence's cells, so the pool is
+    /// also the faster layout on a CPU (`benches/results/`).
+    fn sizes(&self) -> Sizes {
+        Sizes {
+            n_slots: self.batch_size,
+            n_ctx: self.model.context_size,
+            n_batch: self.n_batch,
+            n_prefill: self.prefill_chunk,
+            n_cells: self.kv_cells,
+            n_retained: self.prefix_cells,
+            streams: self.kv == KvLayout::Streams,
+            n_states_kept: self.ctx_checkpoints.unwrap_or(2 * self.batch_size),
         }
     }
 }
@@ -583,23 +583,18 @@ mod tests {
     fn values_that_contradict_each_other_are_rejected() {
         let rejected = |args: &[&str]| serve(args).unwrap().check().err().unwrap().to_string();
         assert!(rejected(&["--n-batch", "2"]).contains("N_BATCH is 2"));
-        assert!(rejected(&["--kv-cells", "100"]).contains("KV_CELLS is 100"));
+        let few = ["--kv-cells", "100", "--ctx", "200"];
+        assert!(rejected(&few).contains("KV_CELLS is 100"));
         assert!(rejected(&["--kv", "streams", "--heads", "x"]).contains("MEDUSA_HEADS"));
     }
 
     #[test]
     fn the_cache_is_one_pool_unless_streams_are_named() {
-        let layout = |args: &[&str]| serve(args).unwrap().layout();
-        assert!(matches!(
-            layout(&[]),
-            Layout::Unified { n_cells: 8192, n_retained: 8192, n_seqs: 8 }
-        ));
-        assert!(matches!(
-            layout(&["--prefix-cells", "100"]),
-            Layout::Unified { n_retained: 100, .. }
-        ));
-        assert_eq!(layout(&["--kv", "streams"]), Layout::Streams { n_cells: 2048 });
-        assert!(matches!(layout(&["--batch-size", "256"]), Layout::Unified { n_seqs: 256, .. }));
+        let sizes = |args: &[&str]| serve(args).unwrap().sizes();
+        let of_all = sizes(&[]);
+        assert_eq!((of_all.streams, of_all.n_ctx, of_all.n_states_kept), (false, None, 8));
+        assert_eq!(sizes(&["--prefix-cells", "100"]).n_retained, Some(100));
+        assert!(sizes(&["--kv", "streams"]).streams);
     }
 
     #[test]

@@ -92,6 +92,13 @@ pub(crate) fn model_name(path: &Path) -> String {
     }
 }
 
+/// Bytes of the files directly in a folder; 0 if it cannot be read.
+pub(crate) fn folder_bytes(folder: &Path) -> u64 {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let files = entries.filter_map(|entry| entry.metadata().ok()).filter(|of| of.is_file());
+    files.map(|of| of.len()).sum()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -9,6 +9,16 @@ pub(crate) fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
+/// Bytes of memory that this process may still take: what the machine has available, or its group's
+/// limit leaves. `None` where the system does not tell.
+pub(crate) fn available_memory() -> Option<u64> {
+    let mut system = sysinfo::System::new();
+    system.refresh_memory();
+    let of_group = system.cgroup_limits().map(|limits| limits.free_memory);
+    let of_machine = Some(system.available_memory()).filter(|&bytes| bytes > 0)?;
+    Some(of_group.map_or(of_machine, |bytes| bytes.min(of_machine)))
+}
+
 /// Cores in use, on average over some time, of those that this process may run on.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Usage {

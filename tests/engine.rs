@@ -207,6 +207,55 @@ proptest! {
         engine.check_nothing_left();
     }
 
+    /// The same of a model that keeps states: prompts go on from kept ones, and chains are verified,
+    /// at most so many tokens long as a state goes back.
+    #[test]
+    fn every_client_gets_its_own_text_from_states(
+        clients in prop::collection::vec((client(), 60usize..160), 1..14),
+        n_slots in 1usize..4,
+        n_kept in 0usize..5,
+        n_batch in 5usize..100,
+        n_cells in 240usize..900,
+        n_retained in 0usize..900,
+        drafting in prop::option::of(drafting()),
+    ) {
+        let layout = Layout::States { n_cells, n_retained, n_seqs: n_slots + n_kept, window: 0 };
+        let n_rollback = drafting.as_ref().map_or(0, |drafting| drafting.max_tokens - 1);
+        let mut stub = Stub::new(N_VOCAB);
+        stub.n_rollback = Some(n_rollback);
+        let mut engine = Engine::new(stub, limits(layout, n_slots, 240, n_batch), Arc::default());
+        if let Some(drafting) = &drafting {
+            Drafting { n_leaf_ids: 0, ..drafting.clone() }.apply(&mut engine, n_slots + n_kept);
+        }
+        let prompts: Vec<Vec<i32>> =
+            clients.iter().map(|(c, n)| [&vec![7; *n], &c.prompt[..], &vec![8; n / 2]].concat()).collect();
+        let mut receivers: Vec<Option<Receiver<Event>>> = clients.iter().map(|_| None).collect();
+        let mut step = 0;
+        while step < 30 || !engine.is_idle() {
+            for (((client, _), prompt), receiver) in clients.iter().zip(&prompts).zip(&mut receivers) {
+                if client.arrives == step {
+                    let (job, events) = job(prompt, client.max_tokens.min(239 - prompt.len()), 0.0);
+                    engine.enqueue(job);
+                    *receiver = Some(events);
+                }
+                if client.leaves.is_some_and(|l| l > client.arrives && l == step) {
+                    *receiver = None;
+                }
+            }
+            engine.step();
+            engine.check_integrity();
+            step += 1;
+            prop_assert!(step < 10_000, "no end in sight");
+        }
+        for (((client, _), prompt), receiver) in clients.iter().zip(&prompts).zip(&mut receivers) {
+            let Some(receiver) = receiver else { continue };
+            let (text, end) = read(receiver);
+            prop_assert_eq!(text, expected(prompt, client.max_tokens.min(239 - prompt.len())));
+            prop_assert!(matches!(end, Some(Event::Done(_))), "{:?}", end);
+        }
+        engine.check_nothing_left();
+    }
+
     /// The same request with the same seed: alone, among others, with drafts and without; also where
     /// what is drawn from depends on a coin and on the text before.
     #[test]

@@ -73,7 +73,7 @@ fn prompt(args: &GenerateArgs) -> anyhow::Result<String> {
 
 /// All but the prompt.
 fn request(args: &GenerateArgs) -> anyhow::Result<Request> {
-    let (n, n_ctx) = (args.max_tokens, args.model.context_size);
+    let (n, n_ctx) = (args.max_tokens, args.model.n_ctx());
     ensure!(n <= n_ctx, "--max-tokens is {n}, but the context has {n_ctx} tokens");
     let sampling = SamplingParams {
         temperature: args.temperature,

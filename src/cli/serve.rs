@@ -15,7 +15,6 @@ use super::fetch;
 use super::shared::show_loading;
 use crate::config::{Config, Files, HeadsSource, ModelSource};
 use crate::engine::{self, Layout, Stage};
-use crate::http::api::Readers;
 use crate::http::app::App;
 use crate::http::{openapi, routes, server};
 use crate::metrics::Metrics;
@@ -47,8 +46,6 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let telemetry =
         config.otlp_endpoint.map(|collector| Telemetry::start(&collector, &model_id)).transpose();
     let telemetry = telemetry.map_err(|error| anyhow!(error))?;
-    let readers = Readers::with_policy(config.n_ctx, config.unknown_fields);
-    let document = openapi::json(&readers);
     let (model, heads, params) = (config.model, config.heads, config.engine);
     let engine = engine::spawn_after(move |stop| {
         let goes_on = || !stop.load(Ordering::Relaxed);
@@ -67,8 +64,9 @@ async fn run(config: Config) -> anyhow::Result<()> {
         metrics: Metrics::new(&model_id, engine.stage()),
         telemetry,
         model_id,
-        readers,
-        openapi: document,
+        unknown_fields: config.unknown_fields,
+        readers: OnceLock::new(),
+        openapi: OnceLock::new(),
         endpoints: routes::endpoints(),
         template_source: config.chat_template,
         ignored_logged: Mutex::default(),
@@ -79,7 +77,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let until_end = async { drop(ended.await) };
     let network = tokio::spawn(server::serve(listener, Arc::clone(&app), until_end, FLUSH));
     tokio::spawn(show_loading(engine.stage()));
-    tokio::spawn(announce(engine.stage()));
+    tokio::spawn(announce(Arc::clone(&app)));
 
     let failure = {
         let mut signalled = std::pin::pin!(stop_signal()?);
@@ -153,21 +151,32 @@ async fn failed(mut stage: watch::Receiver<Stage>) -> String {
     }
 }
 
-/// Logs the model and its limits once it is loaded.
-async fn announce(mut stage: watch::Receiver<Stage>) {
-    let ready = stage.wait_for(|s| !matches!(s, Stage::Loading(_))).await;
-    let Ok(Stage::Ready(handle)) = ready.as_deref() else { return };
+/// Logs the model and its limits once it is loaded, and makes the document of its routes.
+async fn announce(app: Arc<App>) {
+    let mut stage = app.stage.clone();
+    let Ok(stage) = stage.wait_for(|s| !matches!(s, Stage::Loading(_))).await else { return };
+    let Stage::Ready(handle) = stage.clone() else { return };
+    drop(stage);
+    app.openapi.get_or_init(|| openapi::json(app.readers(&handle)));
     let (model, limits) = (&handle.model, handle.limits);
     let kv = match limits.layout {
         Layout::Unified { n_cells, .. } => format!("unified, {n_cells} cells"),
+        Layout::States { n_cells, n_seqs, window: 0, .. } => {
+            format!("unified, {n_cells} cells, {n_seqs} states")
+        }
+        Layout::States { n_cells, n_seqs, window, .. } => {
+            format!("unified, {n_cells} cells, {n_seqs} windows of {window}")
+        }
         Layout::Streams { n_cells } => format!("{} streams of {n_cells} cells", limits.n_slots),
     };
     tracing::info!(
-        "ready: {} ({}), context {}, {} slots, KV {kv}",
+        "ready: {} ({}, {}), context {}, {} slots, KV {kv}, drafts: {}",
         model.name().unwrap_or_else(|| "unnamed model".into()),
+        model.architecture(),
         model.quantization(),
         limits.n_ctx,
         limits.n_slots,
+        handle.draft_shape.name(),
     );
     if limits.n_ctx > model.n_ctx_train() {
         tracing::warn!(

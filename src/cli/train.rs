@@ -8,9 +8,10 @@ use anyhow::anyhow;
 use super::fetch;
 use super::shared::bar;
 use crate::config::TrainArgs;
+use crate::engine;
+use crate::engine::plan::Sizes;
 use crate::engine::thread::EngineParams;
-use crate::engine::{self, Layout, Limits};
-use crate::llama::{Model, max_sequences};
+use crate::llama::Model;
 use crate::plot::{self, Series};
 use crate::train::answers::{self, Wanted};
 use crate::train::features::Writer;
@@ -41,16 +42,11 @@ fn collect(
     mut prompts: Vec<Prompt>,
     folder: &Path,
 ) -> anyhow::Result<(usize, u64)> {
-    let n_ctx = args.model.context_size;
+    let n_ctx = args.model.n_ctx();
     let n_cells = args.batch_size * n_ctx.min(2 * args.max_answer + 256);
     let params = args.model.engine(model.to_owned(), args.batch_size);
-    let layout = Layout::Unified {
-        n_cells: n_cells.max(n_ctx),
-        n_retained: n_ctx,
-        n_seqs: (args.batch_size + 1).min(max_sequences()),
-    };
     let params = EngineParams {
-        limits: Limits { layout, ..params.limits },
+        sizes: Sizes { n_cells: Some(n_cells.max(n_ctx)), n_retained: Some(n_ctx), ..params.sizes },
         traces: true,
         n_queue: args.batch_size + 8,
         ..params

@@ -83,7 +83,7 @@ impl<F: Forward> Engine<F> {
         started: Instant,
         now: Instant,
     ) -> Result<(), StepError> {
-        let Self { forward, running, work, stats, speculator, ledger, leaves, .. } = self;
+        let Self { forward, running, work, stats, speculator, ledger, leaves, limits, .. } = self;
         let s = running.get_mut(&turn.share.seq).expect("a turn is of a running sequence");
         s.started.get_or_insert(started);
         turn.walk.done = s.job.events.is_closed() || s.expire(now);
@@ -116,7 +116,14 @@ impl<F: Forward> Engine<F> {
         let n_before = s.n_computed + turn.share.n_rows;
         let n_after = n_before + walk.accepted.len();
         ledger.push(s.seq, &s.tokens[s.n_computed..n_after]);
+        if walk.accepted.len() < tree.len() && limits.layout.has_states() {
+            ledger.take_back(s.seq);
+        }
         s.n_computed = n_after;
+        if s.keep.front() == Some(&n_after) {
+            s.keep.pop_front();
+            apply(forward, &ledger.keep(s.seq))?;
+        }
         if let Some(speculator) = speculator {
             speculator.learn(tree, &walk.accepted, walk.last, &mut s.trust);
             let answer = s.shared_answer().filter(|_| walk.done);
@@ -124,14 +131,16 @@ impl<F: Forward> Engine<F> {
                 text.remember(tenant, answer);
             }
         }
-        if tree.is_empty() {
-            return Ok(());
-        }
-        // The sequence keeps the cells of the path that it took; the others' are free again.
-        tree.leaves_below(&mut work.below);
-        let winner = walk.accepted.last().map_or(0, |&node| work.below.lists()[node][0]);
         work.ops.clear();
-        leaves.settle(ids, winner, n_before, n_after, &mut work.ops);
+        if !tree.is_empty() {
+            // The sequence keeps the cells of the path that it took; the others' are free again.
+            tree.leaves_below(&mut work.below);
+            let winner = walk.accepted.last().map_or(0, |&node| work.below.lists()[node][0]);
+            leaves.settle(ids, winner, n_before, n_after, &mut work.ops);
+        }
+        if limits.n_window_cells().is_some() {
+            leaves.follow(s.seq, n_after, &mut work.ops);
+        }
         apply(forward, &work.ops)
     }
 

@@ -229,6 +229,11 @@ impl LlamaForward {
         self.context.threads()
     }
 
+    /// Tokens that a sequence can be taken back by after a pass, of a model that keeps states.
+    pub fn n_rollback(&self) -> usize {
+        self.context.n_rollback()
+    }
+
     /// Where the last pass left its logits and hidden states.
     pub fn tapped(&self) -> Option<Tapped<'_>> {
         self.context.tapped()

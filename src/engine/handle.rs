@@ -13,6 +13,7 @@ use super::dry::{Breakers, Dry};
 use super::grammar::Grammars;
 use super::guide::Guide;
 use super::lanes::{Lane, Lanes};
+use super::leaves::DraftShape;
 use super::stats::Stats;
 use super::{Job, Limits};
 use crate::error::{Invalid, incident_id};
@@ -122,6 +123,8 @@ pub struct Handle {
     pub drafts_text: bool,
     /// Where heads and verification are computed: `cpu` or `cuda`.
     pub drafting_on: &'static str,
+    /// What of a sequence's candidates one pass can verify.
+    pub draft_shape: DraftShape,
     /// How prompts are embedded; `None`: they are not.
     pub pooling: Option<Pooling>,
     /// Requests that may run or wait.
@@ -155,7 +158,11 @@ impl Handle {
         let this = self.clone();
         // Off the network's threads: a long prompt, or a large grammar, takes milliseconds.
         let read = self.lanes.run(lane(&request), move || {
+            let mut request = request;
             let prompt = this.fitting(&request.prompt)?;
+            if request.max_tokens >= this.limits.n_ctx {
+                request.max_tokens = this.limits.longest_answer(prompt.len());
+            }
             let shown = this.shown(&request)?;
             let guide = match is_guided(&request) {
                 true => Guide::of(&request, &*this.grammars(&shown)?)?,

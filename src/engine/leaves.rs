@@ -9,8 +9,46 @@
 //! Each sequence that drafts has its own block of ids, which stay on its cells from step to step:
 //! adding an id to a cell or removing it is expensive in llama.cpp, so only new cells are touched.
 
-use super::slots::KvOp;
+use super::slots::{KvOp, Layout};
 use crate::llama::SeqId;
+
+/// What of a sequence's candidates one pass can verify.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DraftShape {
+    /// Many paths after each other's tokens.
+    Trees,
+    /// One path of a few tokens: the model keeps a state, which can be taken back by them.
+    Chains,
+    /// Nothing: the model's state cannot be taken back, or the cache is divided into streams.
+    Plain,
+}
+
+impl DraftShape {
+    /// What is possible in a cache of this layout, where a state can be taken back by `n_rollback`
+    /// tokens.
+    #[must_use]
+    pub fn of(layout: Layout, n_rollback: usize) -> Self {
+        match layout {
+            Layout::Streams { .. } => Self::Plain,
+            _ if !layout.has_states() => Self::Trees,
+            _ if n_rollback > 0 => Self::Chains,
+            _ => Self::Plain,
+        }
+    }
+
+    /// `trees`, `chains` or `plain`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Trees => "trees",
+            Self::Chains => "chains",
+            Self::Plain => "plain",
+        }
+    }
+}
+
+/// Tokens by which an id [follows](Leaves::follow) its sequence.
+pub const FAR_BEHIND: usize = 64;
 
 /// The ids, in blocks.
 #[derive(Debug)]
@@ -71,6 +109,19 @@ impl Leaves {
                 *n_on = n_cached;
             }
             ids.push(*id);
+        }
+    }
+
+    /// After a step of `seq`, which has `n_cached` tokens now: ids of its block that are far behind
+    /// get its newer cells. Where layers keep a window of the last tokens, an id would else keep the
+    /// cells of the window that it saw last.
+    pub fn follow(&mut self, seq: SeqId, n_cached: usize, ops: &mut Vec<KvOp>) {
+        let Some(block) = &mut self.held[seq.0 as usize] else { return };
+        for (id, n_on) in block.iter_mut().filter(|(_, n_on)| *n_on > 0) {
+            if *n_on + FAR_BEHIND <= n_cached {
+                ops.push(KvOp::Share { from: seq, to: *id, start: *n_on, end: n_cached });
+                *n_on = n_cached;
+            }
         }
     }
 

@@ -5,7 +5,8 @@
 //! the next rows, [`sampler`] the next token, `text` what of it may be shown; `pool` makes a prompt's
 //! embedding; `pace` and `bursts` limit how long things take; `sharing` sets the threads of a pass, by `thread_count`; [`speculate`](crate::speculate) drafts.
 //! They are pure: only this file, `commit`, `grammar` and `sharing` read a clock, and only [`forward`] calls
-//! llama.cpp. [`stats`] counts.
+//! llama.cpp. [`stats`] counts. Before the loop, `thread` loads a model in the sizes that [`plan`] makes
+//! of the memory there is.
 
 mod bursts;
 mod closing;
@@ -21,6 +22,7 @@ pub mod handle;
 mod lanes;
 pub mod leaves;
 mod pace;
+pub mod plan;
 mod pool;
 pub(crate) mod report;
 pub mod sampler;
@@ -77,11 +79,33 @@ pub struct Limits {
     pub layout: Layout,
 }
 
+/// Tokens that an answer without a limit of its own may have where cells are few.
+const UNLIMITED: usize = 2048;
+
 impl Limits {
+    /// Most tokens of an answer to a prompt of `n_prompt` tokens that nobody limited: up to a slot's
+    /// part of a pool that has less than a context for each, so that such requests still run
+    /// together, but at least [`UNLIMITED`].
+    pub fn longest_answer(&self, n_prompt: usize) -> usize {
+        let of_slot = (self.n_cells() / self.n_slots).saturating_sub(n_prompt);
+        of_slot.max(UNLIMITED).min(self.n_ctx - n_prompt)
+    }
+
+    /// Cells of layers with a window: the last tokens of each sequence and what its leaves are behind,
+    /// and the rows of a step. `None`: such layers have as many as others.
+    pub fn n_window_cells(&self) -> Option<usize> {
+        match self.layout {
+            Layout::States { n_seqs, window, .. } if window > 0 => {
+                Some(n_seqs * (window + leaves::FAR_BEHIND) + self.n_batch)
+            }
+            _ => None,
+        }
+    }
+
     /// Cells of the whole cache.
     pub fn n_cells(&self) -> usize {
         match self.layout {
-            Layout::Unified { n_cells, .. } => n_cells,
+            Layout::Unified { n_cells, .. } | Layout::States { n_cells, .. } => n_cells,
             Layout::Streams { n_cells } => n_cells * self.n_slots,
         }
     }
@@ -148,13 +172,14 @@ impl<F: Forward> Engine<F> {
         }
     }
 
-    /// Lets trees be drafted and verified, with the sequence ids after the layout's own up to
+    /// Lets trees be drafted and verified, or chains of a model that keeps states, with the sequence ids after the layout's own up to
     /// `n_ids` for their leaves.
     ///
     /// # Panics
     /// In streams, which cannot hold trees.
     pub fn speculate(&mut self, speculator: Speculator, n_ids: usize) {
-        let Layout::Unified { n_seqs, .. } = self.limits.layout else {
+        let (Layout::Unified { n_seqs, .. } | Layout::States { n_seqs, .. }) = self.limits.layout
+        else {
             panic!("trees need a unified cache")
         };
         self.leaves = Leaves::new(n_seqs, n_ids, self.limits.n_slots);
@@ -248,7 +273,7 @@ impl<F: Forward> Engine<F> {
             }
             let ready = apply(&mut self.forward, &place.ops).and(sampler.map_err(StepError::from));
             match ready {
-                Ok(sampler) => self.start(job, sampler, &place),
+                Ok(sampler) => self.start(job, sampler, place),
                 Err(error) => self.fail_job(job, place.seq, &error),
             }
         }
@@ -256,19 +281,24 @@ impl<F: Forward> Engine<F> {
 
     /// `true` if all that this request could share is being computed for a running one.
     fn follows(&self, job: &Job) -> bool {
-        let shares = matches!(self.limits.layout, Layout::Unified { .. }) && job.reuses_cells();
         let shared = &job.prompt[..job.prompt.len() - 1];
-        let reads = |s: &Sequence| s.n_computed < shared.len() && s.tokens.starts_with(shared);
-        shares && self.running.values().any(reads)
+        let reads = |s: &Sequence| match self.limits.layout {
+            Layout::Unified { .. } => s.n_computed < shared.len() && s.tokens.starts_with(shared),
+            Layout::States { .. } => s.keep.iter().any(|&n| shared.starts_with(&s.tokens[..n])),
+            Layout::Streams { .. } => false,
+        };
+        job.reuses_cells() && self.running.values().any(reads)
     }
 
-    fn start(&mut self, job: Job, sampler: Sampler, &Admission { seq, n_cached, .. }: &Admission) {
+    fn start(&mut self, job: Job, sampler: Sampler, place: Admission) {
+        let Admission { seq, n_cached, keep, .. } = place;
         let _of_request = span(&job.caller.id).entered();
         tracing::debug!(slot = seq.0, n_prompt = job.prompt.len(), n_cached, "admitted");
         let has_text = self.speculator.as_ref().is_some_and(|s| s.text.is_some());
         let drafts_text = has_text && job.request.speculation.by_text();
         let order = self.n_admitted;
         let mut sequence = Sequence::new(job, sampler, seq, n_cached, order, self.limits.n_ctx);
+        sequence.keep = keep.into();
         sequence.trace = self.traces.then(Trace::default);
         if drafts_text {
             sequence.index_text();
@@ -307,6 +337,7 @@ impl<F: Forward> Engine<F> {
         let demand = |s: &Sequence| Demand {
             seq: s.seq,
             n_pending: s.n_pending(),
+            n_most: s.keep.front().map_or(usize::MAX, |stop| stop - s.n_computed),
             reads: s.job.request.reads_prompt(),
             order: s.order,
         };
@@ -351,11 +382,20 @@ impl<F: Forward> Engine<F> {
                 forward.piece(token, shown.contains(&token), out);
             });
         }
+        let has_states = self.limits.layout.has_states();
+        if has_states {
+            turns.iter_mut().for_each(|turn| turn.tree.keep_path()); // a state has one past
+        }
         let seconds = started.elapsed().as_secs_f64();
         let n_proposed: usize = turns.iter().map(|turn| turn.tree.len()).sum();
         let n_free = self.ledger.make_room(n_rows + n_proposed.min(MAX_NODES), &mut work.ops);
         let room = (self.limits.n_batch - n_rows).min(n_free.saturating_sub(n_rows));
         let round = drafted.choose(turns, room, seconds);
+        if has_states {
+            // A pass takes equally many rows of each sequence; more would be further passes.
+            let n = turns.iter().map(|turn| turn.tree.len()).min().unwrap_or(0);
+            turns.iter_mut().for_each(|turn| turn.tree.cut(n));
+        }
         for Turn { share, tree, leaves: ids, .. } in turns.iter_mut() {
             while tree.leaves_below(&mut work.below) > leaves.n_leaves() {
                 tree.cut(tree.len() - 1);

@@ -12,6 +12,8 @@ pub struct Demand {
     pub seq: SeqId,
     /// Tokens known but not computed: 1 while decoding, more while a prompt is read. Never 0.
     pub n_pending: usize,
+    /// Most of them that a step may compute; never 0.
+    pub n_most: usize,
     /// Its rows have results.
     pub reads: bool,
     /// Admission order.
@@ -35,7 +37,7 @@ pub struct Budget {
 }
 
 /// Most rows of prompts in a step that have results: each has logits of the whole vocabulary.
-const MOST_READ: usize = 128;
+pub const MOST_READ: usize = 128;
 
 /// The first `n_rows` pending tokens of `seq` go into the step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -72,7 +74,7 @@ pub fn plan(demands: &[Demand], budget: Budget, scratch: &mut Vec<Demand>, plan:
     let mut left_read = MOST_READ;
     for demand in scratch.iter() {
         let room = if demand.reads { left.min(left_read) } else { left };
-        let n_rows = demand.n_pending.min(room);
+        let n_rows = demand.n_pending.min(demand.n_most).min(room);
         if left == 0 {
             break;
         }
@@ -98,7 +100,7 @@ mod tests {
     }
 
     fn demand(seq: u32, n_pending: usize, order: u64) -> Demand {
-        Demand { seq: SeqId(seq), n_pending, reads: false, order }
+        Demand { seq: SeqId(seq), n_pending, n_most: usize::MAX, reads: false, order }
     }
 
     #[test]
@@ -117,6 +119,14 @@ mod tests {
         let both = planned(&[demand(0, 900, 0), demand(1, 1, 1)], budget);
         assert_eq!(both[0], Share { seq: SeqId(0), n_rows: 16, to_end: false });
         assert_eq!(both[1], Share { seq: SeqId(1), n_rows: 1, to_end: true });
+    }
+
+    #[test]
+    fn a_share_ends_where_a_state_is_to_be_kept() {
+        let stops = Demand { n_most: 29, ..demand(0, 30, 0) };
+        let shares = planned(&[stops, demand(1, 30, 1)], Budget { n_batch: 512, n_prefill: 1 });
+        assert_eq!(shares[0], Share { seq: SeqId(0), n_rows: 29, to_end: false });
+        assert_eq!(shares[1], Share { seq: SeqId(1), n_rows: 30, to_end: true });
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! One request on its way through the engine: its tokens, its sampler, its text, its clock.
 
+use std::collections::VecDeque;
 use std::time::Instant;
 
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
@@ -138,6 +139,8 @@ pub struct Sequence {
     pub tokens: Vec<Token>,
     /// How many of them are computed and cached.
     pub n_computed: usize,
+    /// The values of `n_computed` at which its state is to be kept, those to come.
+    pub keep: VecDeque<usize>,
     pub sampler: Sampler,
     pub drafts: SpeculationUsage,
     /// How far its drafts are to be trusted.
@@ -184,6 +187,7 @@ impl Sequence {
             order,
             tokens: job.prompt.clone(),
             n_computed: n_cached,
+            keep: VecDeque::new(),
             sampler,
             drafts: SpeculationUsage::default(),
             trust: Trusts::default(),

@@ -16,12 +16,16 @@ use super::bursts::Bursts;
 use super::forward::LlamaForward;
 use super::handle::Handle;
 use super::lanes::Lanes;
+use super::leaves::DraftShape;
+use super::plan::{self, Plan, Sizes};
+use super::scheduler::MOST_READ;
 use super::stats::Stats;
 use super::{Engine, Forward, Job, Layout, Limits};
+use crate::files::folder_bytes;
 use crate::gpu::Device;
 use crate::gpu::weights::Precision;
 use crate::llama::{
-    CacheTypes, Context, ContextParams, LlamaError, Model, Pooling, max_sequences,
+    CacheTypes, Context, ContextParams, LlamaError, Memory, Model, Pooling, max_sequences,
     supports_gpu_offload,
 };
 use crate::speculate::calibration::Calibration;
@@ -45,7 +49,7 @@ pub struct EngineParams {
     /// Types of the cached keys and values.
     pub cache: CacheTypes,
     /// The engine's sizes.
-    pub limits: Limits,
+    pub sizes: Sizes,
     /// What to draft with; `None`: nothing is drafted.
     pub drafts: Option<DraftParams>,
     /// How prompts are embedded; `None`: as the GGUF says, if it does.
@@ -61,15 +65,13 @@ pub struct EngineParams {
 impl EngineParams {
     /// `n_slots` sequences of up to `n_ctx` tokens each, on the CPU alone. Nothing is drafted.
     pub fn new(model_path: PathBuf, n_threads: usize, n_slots: usize, n_ctx: usize) -> Self {
-        let n_seqs = n_slots.min(max_sequences());
-        let layout = Layout::Unified { n_cells: n_slots * n_ctx, n_retained: 0, n_seqs };
         Self {
             model_path,
             n_gpu_layers: 0,
             n_threads,
             n_threads_batch: n_threads,
             cache: CacheTypes::default(),
-            limits: Limits { n_slots, n_ctx, n_batch: 512, n_prefill: None, layout },
+            sizes: Sizes::new(n_slots, n_ctx),
             drafts: None,
             pooling: None,
             traces: false,
@@ -114,6 +116,8 @@ enum StartError {
     Heads(#[from] HeadsError),
     #[error("{0}")]
     Files(String),
+    #[error("{0}")]
+    Unsupported(String),
     #[error("there are no threads to read requests: {0}")]
     Threads(#[from] std::io::Error),
 }
@@ -244,27 +248,36 @@ fn serve<F: Forward>(
         }
         !stop.load(Ordering::Relaxed)
     };
-    let model = Arc::new(Model::load(&params.model_path, params.n_gpu_layers, progress)?);
-    let pooling = params.pooling.or_else(|| Pooling::of(&model));
-    let context = Context::new(Arc::clone(&model), &context_params(params, pooling))?;
-    let limits = params.limits;
-    let is_unified = context.is_unified();
+    let path = &params.model_path;
+    let outline = Model::outline(path, params.n_gpu_layers)?;
+    let params = &for_model(params, &outline)?;
+    let heads = params.drafts.as_ref().and_then(|drafts| drafts.heads.as_ref());
+    let heads = heads.map_or(0, |heads| folder_bytes(&heads.folder));
+    let Plan { limits, uses } =
+        plan::plan(outline, &params.sizes, heads, |limits| context_params(params, limits))?;
+    plan::log(&uses, &limits, &params.sizes);
+    let model = Arc::new(Model::load(path, params.n_gpu_layers, progress)?);
+    let context = Context::new(Arc::clone(&model), &context_params(params, &limits))?;
+    let pooling = params.pooling;
     let stats = Arc::new(Stats::default());
     let (jobs, receiver) = sync_channel(params.n_queue);
     let mut forward = LlamaForward::new(context);
     if params.n_gpu_layers == 0 || !supports_gpu_offload() {
         forward.share_threads(params.n_threads, params.n_threads_batch);
     }
+    let shape = DraftShape::of(limits.layout, forward.n_rollback());
     let drafts = match &params.drafts {
-        Some(drafts) => Some(load_drafts(drafts, &model, &mut forward, limits)?),
-        None => None,
+        Some(drafts) if shape != DraftShape::Plain => {
+            Some(load_drafts(drafts, &model, &mut forward, limits)?)
+        }
+        _ => None,
     };
     let mut engine = Engine::new(wrap(forward), limits, Arc::clone(&stats));
     let (mut n_heads, mut drafting_on, mut drafts_text) = (0, "cpu", false);
     if let Some(drafts) = drafts {
         (n_heads, drafting_on) = (drafts.n_heads, drafts.on);
         drafts_text = drafts.speculator.text.is_some();
-        engine.speculate(drafts.speculator, n_ids(params));
+        engine.speculate(drafts.speculator, n_ids(params, &limits));
     }
     if params.traces {
         engine.trace_answers();
@@ -276,7 +289,8 @@ fn serve<F: Forward>(
         n_heads,
         drafts_text,
         drafting_on,
-        pooling: pooling.filter(|_| is_unified),
+        draft_shape: shape,
+        pooling,
         n_queue,
         stats,
         jobs,
@@ -296,6 +310,10 @@ const MEASURING: Duration = Duration::from_millis(1500);
 
 /// Tokens after a sequence's last one that its text may draft.
 const TEXT_DEPTH: usize = 32;
+
+/// Tokens of the longest chain that is drafted for a model with states: each takes the room of one
+/// more state for every sequence.
+const LONGEST_CHAIN: usize = 4;
 
 /// What drafts.
 struct Drafts {
@@ -374,20 +392,66 @@ fn logits_device(forward: &LlamaForward) -> Option<Rc<dyn Device>> {
 const MAX_LEAVES: usize = 16;
 
 /// Sequence ids of a unified cache: the layout's, and after them those for the leaves of trees.
-fn n_ids(params: &EngineParams) -> usize {
-    let Layout::Unified { n_seqs, .. } = params.limits.layout else { return params.limits.n_slots };
+fn n_ids(params: &EngineParams, limits: &Limits) -> usize {
+    let n_seqs = match limits.layout {
+        Layout::Unified { n_seqs, .. } => n_seqs,
+        Layout::States { n_seqs, window: 0, .. } => return n_seqs, // a chain needs no further id
+        Layout::States { n_seqs, .. } => n_seqs,
+        Layout::Streams { .. } => return limits.n_slots,
+    };
     let n_leaves = match &params.drafts {
         Some(DraftParams { fixed_nodes: Some(_), .. }) => MAX_NODES,
         Some(_) => MAX_LEAVES,
         None => 1,
     };
-    (n_seqs + params.limits.n_slots * (n_leaves - 1)).min(max_sequences())
+    (n_seqs + limits.n_slots * (n_leaves - 1)).min(max_sequences())
 }
 
-fn context_params(params: &EngineParams, pooling: Option<Pooling>) -> ContextParams {
-    let Limits { n_slots, n_batch, layout, .. } = params.limits;
+/// The parameters as they are possible with this model.
+fn for_model(params: &EngineParams, model: &Model) -> Result<EngineParams, StartError> {
+    let mut params = params.clone();
+    let architecture = model.architecture();
+    if model.memory() == Memory::State {
+        let refuse = |what: &str| {
+            let why = format!("a model of the architecture {architecture} keeps a state of each");
+            Err(StartError::Unsupported(format!("{why} sequence: {what}")))
+        };
+        if params.drafts.as_ref().is_some_and(|drafts| drafts.heads.is_some()) {
+            return refuse("heads cannot draft for it; leave MEDUSA_HEADS unset");
+        }
+        if params.traces || params.pooling.is_some() {
+            return refuse("its hidden states cannot be read, for embeddings or to train heads");
+        }
+        if params.sizes.streams {
+            return refuse("KV_LAYOUT cannot be streams");
+        }
+        // Text drafts chains, if the architecture's state can be taken back.
+        let longest =
+            |most: Option<usize>| most.map_or(LONGEST_CHAIN, |n| n - 1).min(LONGEST_CHAIN);
+        params.drafts = params.drafts.map(|drafts| DraftParams {
+            max_tokens_per_step: Some(longest(drafts.max_tokens_per_step) + 1),
+            ..drafts
+        });
+    } else if params.sizes.streams {
+        params.pooling = None; // hidden states need the pool
+    } else {
+        params.pooling = params.pooling.or_else(|| Pooling::of(model));
+    }
+    Ok(params)
+}
+
+/// Tokens that a model's state must be able to go back by: as many as a step may draft.
+fn n_rollback(params: &EngineParams, layout: Layout) -> usize {
+    let most = params.drafts.as_ref().and_then(|drafts| drafts.max_tokens_per_step);
+    most.filter(|_| layout.has_states()).map_or(0, |n| n - 1)
+}
+
+fn context_params(params: &EngineParams, limits: &Limits) -> ContextParams {
+    let &Limits { n_slots, n_batch, layout, .. } = limits;
     let (unified, n_cells, n_seq_max) = match layout {
-        Layout::Unified { n_cells, .. } => (true, n_cells, n_ids(params)),
+        Layout::Unified { n_cells, .. } | Layout::States { n_cells, .. } => {
+            (true, n_cells, n_ids(params, limits))
+        }
         // llama.cpp divides the cells among the streams and rounds each share; so round before
         // multiplying.
         Layout::Streams { n_cells } => (false, n_cells.next_multiple_of(256) * n_slots, n_slots),
@@ -396,13 +460,16 @@ fn context_params(params: &EngineParams, pooling: Option<Pooling>) -> ContextPar
         n_cells,
         n_batch,
         n_ubatch: n_batch,
+        n_outputs: n_batch.min(MOST_READ + n_slots * (1 + MAX_NODES)),
         n_seq_max,
         n_threads: params.n_threads.max(params.n_threads_batch),
         unified,
         cache: params.cache,
+        n_window_cells: limits.n_window_cells(),
+        n_rollback: n_rollback(params, layout),
         tap_hidden: unified
             && (params.traces
-                || pooling.is_some()
+                || params.pooling.is_some()
                 || params.drafts.as_ref().is_some_and(|d| d.heads.is_some())),
         embeddings: false,
     }

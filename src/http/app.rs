@@ -9,8 +9,8 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
-use super::api::Readers;
 use super::api::answers::HealthStatus;
+use super::api::{Readers, Unknown};
 use super::auth::Auth;
 use super::cors::Cors;
 use super::host::Hosts;
@@ -39,8 +39,12 @@ pub struct App {
     pub telemetry: Option<Telemetry>,
     /// How OpenAI's clients name the model.
     pub model_id: String,
-    pub readers: Readers,
-    pub openapi: Bytes,
+    /// What is done with fields of requests that nobody knows.
+    pub unknown_fields: Unknown,
+    /// What reads bodies, made at the first request, when the size of a context is known.
+    pub readers: OnceLock<Readers>,
+    /// The document of all routes, there when the engine is ready.
+    pub openapi: OnceLock<Bytes>,
     /// Method and path of each route, for `GET /`.
     pub endpoints: Vec<String>,
     /// When ignored fields were last logged.
@@ -79,6 +83,12 @@ impl App {
             Stage::Loading(_) => Err(Problem::Loading),
             Stage::Failed(_) => Err(SubmitError::Stopped.into()),
         }
+    }
+
+    /// What reads bodies of requests to this engine.
+    pub fn readers(&self, engine: &Handle) -> &Readers {
+        let n_ctx = engine.limits.n_ctx;
+        self.readers.get_or_init(|| Readers::with_policy(n_ctx, self.unknown_fields))
     }
 
     /// The source of the chat template for `model`; empty without one.

@@ -9,8 +9,8 @@ use serde_json::Value;
 
 use super::api::answers::{Detokenize, GenerateAnswer, OpenAiAnswer, StreamEvent};
 use super::api::generate::{GenerateRequest, Pieces};
-use super::api::json;
 use super::api::openai::{ChatRequest, Choices, CompletionRequest};
+use super::api::{Readers, json};
 use super::app::{App, RequestContext};
 use super::chunks::{Chunks, Endpoint};
 use super::problem::Problem;
@@ -31,8 +31,8 @@ use crate::telemetry::ChoiceRecord;
 pub async fn generate(cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
     let handle = cx.app.engine()?;
     let model = Arc::clone(&handle.model);
-    let (request, stream) = read(&cx.app, &handle, request, move |app, body| {
-        let body = app.readers.generate.read(body)?;
+    let (request, stream) = read(&cx.app, &handle, request, move |app, readers, body| {
+        let body = readers.generate.read(body)?;
         let stream = body.stream;
         Ok((body.into_request(fastrand::u64(..), app.template(&model))?, stream))
     })
@@ -51,8 +51,8 @@ pub async fn generate(cx: RequestContext, request: Request<Bytes>) -> Result<Rep
 pub async fn complete(cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
     let handle = cx.app.engine()?;
     let n_ctx = handle.limits.n_ctx;
-    let (choices, ignored) = read(&cx.app, &handle, request, move |app, body| {
-        let (body, ignored) = app.readers.completion.read_noting(body)?;
+    let (choices, ignored) = read(&cx.app, &handle, request, move |_, readers, body| {
+        let (body, ignored) = readers.completion.read_noting(body)?;
         Ok((body.into_choices(n_ctx, fastrand::u64(..))?, ignored))
     })
     .await?;
@@ -72,8 +72,8 @@ pub async fn complete(cx: RequestContext, request: Request<Bytes>) -> Result<Rep
 pub async fn chat(cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
     let handle = cx.app.engine()?;
     let (model, n_ctx) = (Arc::clone(&handle.model), handle.limits.n_ctx);
-    let (choices, ignored) = read(&cx.app, &handle, request, move |app, body| {
-        let (body, ignored) = app.readers.chat.read_noting(body)?;
+    let (choices, ignored) = read(&cx.app, &handle, request, move |app, readers, body| {
+        let (body, ignored) = readers.chat.read_noting(body)?;
         Ok((body.into_choices(n_ctx, fastrand::u64(..), app.template(&model))?, ignored))
     })
     .await?;
@@ -163,8 +163,8 @@ pub async fn read<T: Send + 'static>(
     app: &Arc<App>,
     handle: &Handle,
     request: Request<Bytes>,
-    make: impl FnOnce(&App, Value) -> Result<T, Problem> + Send + 'static,
+    make: impl FnOnce(&App, &Readers, Value) -> Result<T, Problem> + Send + 'static,
 ) -> Result<T, Problem> {
-    let (body, app) = (request.into_body(), Arc::clone(app));
-    handle.read(body.len(), move || make(&app, json::parse(&body)?)).await?
+    let (body, app, engine) = (request.into_body(), Arc::clone(app), handle.clone());
+    handle.read(body.len(), move || make(&app, app.readers(&engine), json::parse(&body)?)).await?
 }

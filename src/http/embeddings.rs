@@ -28,8 +28,8 @@ pub async fn embed(cx: RequestContext, request: Request<Bytes>) -> Result<Reply,
     let handle = cx.app.engine()?;
     let pooling = handle.pooling.ok_or(Problem::NoEmbeddings)?;
     let n_embd = handle.model.n_embd();
-    let ((requests, form), ignored) = read(&cx.app, &handle, request, move |app, body| {
-        let (body, ignored) = app.readers.embedding.read_noting(body)?;
+    let ((requests, form), ignored) = read(&cx.app, &handle, request, move |_, readers, body| {
+        let (body, ignored) = readers.embedding.read_noting(body)?;
         Ok((body.into_requests(pooling, n_embd)?, ignored))
     })
     .await?;

@@ -51,10 +51,12 @@ fn describe(handle: &Handle, body: &mut Information) {
     let (model, limits, load) = (&handle.model, handle.limits, &handle.stats);
     let (layout, cells) = match limits.layout {
         Layout::Unified { n_cells, .. } => ("unified", n_cells),
+        Layout::States { n_cells, .. } => ("unified", n_cells),
         Layout::Streams { n_cells } => ("streams", n_cells * limits.n_slots),
     };
     body.model = Some(ModelInformation {
         name: model.name(),
+        architecture: model.architecture(),
         quantization: model.quantization(),
         parameters: model.n_params(),
         size_bytes: model.size_bytes(),
@@ -63,10 +65,15 @@ fn describe(handle: &Handle, body: &mut Information) {
     });
     body.context_size = Some(limits.n_ctx);
     body.slots = Some(limits.n_slots);
-    body.kv = Some(KvInformation { layout, cells });
+    let states = match limits.layout {
+        Layout::States { n_seqs, window: 0, .. } => Some(n_seqs),
+        _ => None,
+    };
+    body.kv = Some(KvInformation { layout, cells, states });
     body.heads = Some(handle.n_heads);
     body.text_drafts = Some(handle.drafts_text);
     body.drafting_on = Some(handle.drafting_on);
+    body.drafts = Some(handle.draft_shape.name());
     body.load = Some(EngineLoad {
         in_flight: handle.n_in_flight(),
         running: load.running.get(),

@@ -36,8 +36,8 @@ const FIELDS: [(&str, &str); 2] =
 pub async fn converse(cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
     let handle = cx.app.engine()?;
     let (model, n_ctx) = (Arc::clone(&handle.model), handle.limits.n_ctx);
-    let (choices, stops, ignored) = read(&cx.app, &handle, request, move |app, body| {
-        let (body, ignored) = app.readers.messages.read_noting(body)?;
+    let (choices, stops, ignored) = read(&cx.app, &handle, request, move |app, readers, body| {
+        let (body, ignored) = readers.messages.read_noting(body)?;
         let stops = body.stops();
         Ok((body.into_choices(n_ctx, fastrand::u64(..), app.template(&model))?, stops, ignored))
     })
@@ -57,8 +57,8 @@ pub async fn converse(cx: RequestContext, request: Request<Bytes>) -> Result<Rep
 pub async fn count_tokens(cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
     let handle = cx.app.engine()?;
     let (counting, n_ctx) = (handle.clone(), handle.limits.n_ctx);
-    let (input_tokens, ignored) = read(&cx.app, &handle, request, move |app, body| {
-        let (body, ignored) = app.readers.count.read_noting(body)?;
+    let (input_tokens, ignored) = read(&cx.app, &handle, request, move |app, readers, body| {
+        let (body, ignored) = readers.count.read_noting(body)?;
         let prompt = body.prompt(n_ctx, app.template(&counting.model))?;
         Ok((counting.tokenize(&prompt)?.len(), ignored))
     })

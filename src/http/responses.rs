@@ -42,8 +42,8 @@ const ENGINES: [(&str, &str); 2] = [("prompt", "input"), ("response_format", "te
 pub async fn respond(cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
     let handle = cx.app.engine()?;
     let (model, n_ctx) = (Arc::clone(&handle.model), handle.limits.n_ctx);
-    let asked = read(&cx.app, &handle, request, move |app, body| {
-        let reader = &app.readers.responses;
+    let asked = read(&cx.app, &handle, request, move |app, readers, body| {
+        let reader = &readers.responses;
         let (mut body, mut ignored) = reader.read_noting(body)?;
         body.drop_tools(reader.unknown(), &mut ignored)?;
         let echo = body.echo();

@@ -25,8 +25,8 @@ use crate::llama::Token;
 pub async fn tokenize(cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
     let handle = cx.app.engine()?;
     let model = Arc::clone(&handle.model);
-    let tokens: Vec<TokenOrPiece> = read(&cx.app, &handle, request, move |app, body| {
-        let mut body = app.readers.tokenize.read(body)?;
+    let tokens: Vec<TokenOrPiece> = read(&cx.app, &handle, request, move |_, readers, body| {
+        let mut body = readers.tokenize.read(body)?;
         let (text, add_special) = body.text()?;
         let TokenizeRequest { parse_special, with_pieces, .. } = body;
         let tokens = model.tokenize_part(&text, add_special, parse_special);
@@ -49,8 +49,8 @@ pub async fn tokenize(cx: RequestContext, request: Request<Bytes>) -> Result<Rep
 pub async fn detokenize(cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
     let handle = cx.app.engine()?;
     let model = Arc::clone(&handle.model);
-    let content = read(&cx.app, &handle, request, move |app, body| {
-        let body = app.readers.detokenize.read(body)?;
+    let content = read(&cx.app, &handle, request, move |_, readers, body| {
+        let body = readers.detokenize.read(body)?;
         let tokens: Vec<Token> = body.tokens.into_iter().map(Token).collect();
         if let Some(Token(bad)) = tokens.iter().find(|&&token| !model.contains(token)) {
             let n_vocab = model.n_vocab();
@@ -89,8 +89,8 @@ pub async fn tokenizer_info(cx: RequestContext, _: Request<Bytes>) -> Result<Rep
 pub async fn apply_template(cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
     let handle = cx.app.engine()?;
     let model = Arc::clone(&handle.model);
-    let (prompt, ignored) = read(&cx.app, &handle, request, move |app, body| {
-        let (body, ignored) = app.readers.template.read_noting(body)?;
+    let (prompt, ignored) = read(&cx.app, &handle, request, move |app, readers, body| {
+        let (body, ignored) = readers.template.read_noting(body)?;
         let prompt = body.render(app.template(&model))?;
         Ok((prompt.text().unwrap_or_default(), ignored))
     })

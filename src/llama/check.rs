@@ -12,6 +12,8 @@ use super::sys;
 const MAX_LAYERS: u32 = 512;
 /// Of the hidden state; the largest models have 2^14.
 const MAX_WIDTH: u32 = 1 << 20;
+/// Of AVX-512.
+const WKV_STEP: u32 = 16;
 
 /// Checks a header.
 ///
@@ -33,6 +35,10 @@ pub(super) fn check(header: &Gguf) -> Result<(), String> {
         if let Some(n) = number(name).filter(|n| !(1..=most).contains(n)) {
             return Err(format!("{arch}.{name} is {n}; it must be from 1 to {most}"));
         }
+    }
+    // ggml's kernel computes so many values of a head at a time, and writes beyond a shorter one.
+    if let Some(n) = number("wkv.head_size").filter(|n| n % WKV_STEP != 0) {
+        return Err(format!("{arch}.wkv.head_size is {n}, not a multiple of {WKV_STEP}"));
     }
     let heads = number("attention.head_count").zip(number("attention.head_count_kv"));
     if let Some((n_head, n_head_kv)) = heads

@@ -9,9 +9,9 @@ use super::backend::max_sequences;
 use super::batch::{Batch, Limits};
 use super::cache_types::CacheTypes;
 use super::error::LlamaError;
-use super::ids::SeqId;
+use super::ids::{SeqId, Token};
 use super::loading::Loading;
-use super::model::Model;
+use super::model::{Memory, Model};
 use super::tap::{HiddenTap, Tapped, on_tensor};
 use super::threads::Threads;
 use super::{log, sys};
@@ -25,6 +25,8 @@ pub struct ContextParams {
     pub n_batch: usize,
     /// Most rows of one pass over the weights; a larger batch takes several micro-batches.
     pub n_ubatch: usize,
+    /// Most rows of one pass that have outputs: each takes room for its logits.
+    pub n_outputs: usize,
     /// Sequence ids; without `unified`, each owns `n_cells / n_seq_max` cells.
     pub n_seq_max: usize,
     /// Most threads of a forward pass.
@@ -34,7 +36,15 @@ pub struct ContextParams {
     pub unified: bool,
     /// Types of the cached keys and values.
     pub cache: CacheTypes,
-    /// Keep the post-norm hidden state of output rows, for [`Context::hidden`]. Needs `unified`.
+    /// Cells of layers that look at a [window](Memory::Window) of tokens, in a unified cache: those that
+    /// no later token of a sequence will see are freed. `None`: as many as the others have, and none
+    /// are freed.
+    pub n_window_cells: Option<usize>,
+    /// Tokens that a model's state can be taken back by, where its architecture can do that; see
+    /// [`Context::n_rollback`]. Each takes the room of another state.
+    pub n_rollback: usize,
+    /// Keep the post-norm hidden state of output rows, for [`Context::hidden`]. Needs `unified`, and a
+    /// model that keeps no state.
     pub tap_hidden: bool,
     /// Let llama.cpp compute embeddings of every row, as a reference for the tap.
     pub embeddings: bool,
@@ -48,10 +58,13 @@ impl ContextParams {
             n_cells,
             n_batch,
             n_ubatch: n_batch,
+            n_outputs: n_batch,
             n_seq_max: 1,
             n_threads,
             unified: true,
             cache: CacheTypes::default(),
+            n_window_cells: None,
+            n_rollback: 0,
             tap_hidden: false,
             embeddings: false,
         }
@@ -97,9 +110,9 @@ impl Context {
                 max_sequences()
             )));
         }
-        if params.tap_hidden && !params.unified {
+        if params.tap_hidden && !(params.unified && model.memory() != Memory::State) {
             return Err(fail(
-                "the hidden-state tap needs a unified cache: streams regroup the rows",
+                "the hidden-state tap needs a unified cache without states: others regroup the rows",
             ));
         }
         let c_count = |n: usize, name: &str| {
@@ -114,12 +127,15 @@ impl Context {
         c.n_batch = c_count(params.n_batch, "n_batch")?;
         c.n_ubatch = c_count(params.n_ubatch.min(params.n_batch), "n_ubatch")?;
         c.n_seq_max = c_count(params.n_seq_max, "n_seq_max")?;
-        c.n_outputs_max = c.n_batch.max(c.n_seq_max); // C reserves an output per sequence, and aborts below that
+        c.n_rs_seq = params.n_rollback as u32;
+        let n_outputs = c_count(params.n_outputs.min(params.n_batch), "n_outputs")?;
+        c.n_outputs_max = n_outputs.max(c.n_seq_max); // C reserves an output per sequence, and aborts below that
         let threads = Threads::new(params.n_threads)?;
         c.flash_attn_type = sys::LLAMA_FLASH_ATTN_TYPE_AUTO;
         c.kv_unified = params.unified;
         (c.type_k, c.type_v) = (params.cache.keys.0, params.cache.values.0);
-        c.swa_full = true; // dropping a suffix must always be possible
+        c.swa_full = params.n_window_cells.is_none();
+        c.n_swa_cells = params.n_window_cells.map_or(0, |n| u32::try_from(n).unwrap_or(u32::MAX));
         c.no_perf = true;
         c.embeddings = params.embeddings;
         let mut tap = params.tap_hidden.then(|| HiddenTap::new(model.n_embd()));
@@ -143,7 +159,7 @@ impl Context {
             n_vocab: model.n_vocab(),
             shared_rows: params.unified,
         };
-        let context = Self {
+        let mut context = Self {
             ptr,
             memory,
             tap,
@@ -156,7 +172,37 @@ impl Context {
         if context.memory.is_null() {
             return Err(fail("the model has no KV cache"));
         }
+        context.try_out()?;
         Ok(context)
+    }
+
+    /// Computes a few tokens and forgets them. Weights are read from the disk now, not for the first
+    /// request; and a file whose sizes contradict each other shows here at the latest.
+    fn try_out(&mut self) -> Result<(), LlamaError> {
+        if self.model.is_outline() {
+            return Ok(());
+        }
+        let mut batch = self.batch();
+        let n = self.limits.n_rows.min(self.n_cells_per_sequence()).min(3);
+        for (from, to) in [(0, n - 1), (n - 1, n)] {
+            batch.clear();
+            for pos in from..to {
+                batch.add(Token(0), pos, &[SeqId(0)], pos + 1 == to)?;
+            }
+            if !batch.is_empty() {
+                self.forward(&batch)?;
+                if !self.embeddings {
+                    self.logits(to - from - 1)?; // waits for the device
+                }
+            }
+        }
+        self.outputs.clear();
+        self.clear();
+        Ok(())
+    }
+
+    pub(super) fn as_ptr(&self) -> *const sys::llama_context {
+        self.ptr.as_ptr()
     }
 
     /// The model this context computes with.
@@ -175,6 +221,14 @@ impl Context {
     #[must_use]
     pub fn is_unified(&self) -> bool {
         self.limits.shared_rows
+    }
+
+    /// Tokens that a sequence's state can be taken back by, once after each pass; 0 where the
+    /// architecture cannot do that.
+    #[must_use]
+    pub fn n_rollback(&self) -> usize {
+        // SAFETY: a live context.
+        unsafe { sys::n_rs_seq(self.ptr.as_ptr()) as usize }
     }
 
     /// Cells that one sequence may fill, as llama.cpp allocated them.
@@ -304,7 +358,8 @@ impl Context {
     }
 
     /// Adds `to`'s id to the cells of `from` at these positions: both share them, and no data moves.
-    /// Needs `unified`.
+    /// Of a model that keeps states, all positions of `from` must be shared; the state is copied when
+    /// either goes on. Needs `unified`.
     pub fn share(
         &mut self,
         from: SeqId,
@@ -315,8 +370,17 @@ impl Context {
         if !self.is_unified() {
             return Err(LlamaError::Misuse("streams share no cells".into()));
         }
-        let [start, end] =
-            [positions.start, positions.end].map(|n| i32::try_from(n).unwrap_or(i32::MAX));
+        let is_whole = positions.start == 0 && Some(positions.end) == self.cached_len(from);
+        if !is_whole && self.model.memory() == Memory::State {
+            return Err(LlamaError::Misuse(format!(
+                "a part of a state, {positions:?}, is not kept"
+            )));
+        }
+        // Some architectures copy only what is named as a whole.
+        let [start, end] = match is_whole {
+            true => [-1, -1],
+            false => [positions.start, positions.end].map(|n| i32::try_from(n).unwrap_or(i32::MAX)),
+        };
         // SAFETY: a live memory, ids in range, and one stream, for which any range may be copied.
         unsafe { sys::memory_seq_cp(self.memory, c_from, c_to, start, end) };
         Ok(())

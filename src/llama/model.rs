@@ -16,6 +16,21 @@ use super::pieces::{Special, Specials};
 use super::shards::model_files;
 use super::{log, sys};
 
+/// What a model keeps of the tokens that it has read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Memory {
+    /// Keys and values of each token, in cells: any suffix can be dropped.
+    Cells,
+    /// The same, but some layers look at the last tokens only, so many of them: their cells may be freed
+    /// beyond that.
+    Window(usize),
+    /// A state that all tokens of a sequence went into, beside cells or instead of them. It can be
+    /// copied and dropped, but not taken back by more than [`Context::n_rollback`] tokens.
+    ///
+    /// [`Context::n_rollback`]: super::Context::n_rollback
+    State,
+}
+
 /// A model and its vocabulary.
 #[derive(Debug)]
 pub struct Model {
@@ -23,6 +38,7 @@ pub struct Model {
     vocab: NonNull<sys::vocab>,
     /// Not empty: the file it was loaded from, and its further shards.
     files: Vec<PathBuf>,
+    is_outline: bool,
     longest_token: OnceLock<usize>,
     /// `None` if a text cannot be cut at them.
     specials: OnceLock<Option<Specials>>,
@@ -55,6 +71,26 @@ impl Model {
         n_gpu_layers: u32,
         mut progress: impl FnMut(f32) -> bool,
     ) -> Result<Self, LlamaError> {
+        Self::read(path, n_gpu_layers, false, &mut progress)
+    }
+
+    /// Reads what a model is without its weights. A [`Context`] of it computes nothing and takes
+    /// next to no memory, but knows [what it would take](super::Context::footprint).
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    ///
+    /// [`Context`]: super::Context
+    pub fn outline(path: &Path, n_gpu_layers: u32) -> Result<Self, LlamaError> {
+        Self::read(path, n_gpu_layers, true, &mut |_| true)
+    }
+
+    fn read(
+        path: &Path,
+        n_gpu_layers: u32,
+        is_outline: bool,
+        progress: &mut dyn FnMut(f32) -> bool,
+    ) -> Result<Self, LlamaError> {
         start_backend();
         let files = model_files(path)?;
         let path = files[0].as_path();
@@ -65,10 +101,13 @@ impl Model {
         let c_path =
             CString::new(path.as_os_str().as_encoded_bytes()).map_err(|e| fail(e.to_string()))?;
 
-        let mut callback: &mut dyn FnMut(f32) -> bool = &mut progress;
+        let mut callback: &mut dyn FnMut(f32) -> bool = progress;
         // SAFETY: no arguments; returns a struct by value.
         let mut c = unsafe { sys::model_default_params() };
         c.n_gpu_layers = i32::try_from(n_gpu_layers).unwrap_or(i32::MAX);
+        if is_outline {
+            (c.no_alloc, c.load_mode) = (true, sys::LLAMA_LOAD_MODE_NONE);
+        }
         c.progress_callback = Some(on_progress);
         c.progress_callback_user_data = (&raw mut callback).cast::<c_void>();
         log::take_errors();
@@ -81,12 +120,18 @@ impl Model {
         let vocab = NonNull::new(vocab.cast_mut())
             .ok_or_else(|| fail("the model has no vocabulary".into()))?;
         let (longest_token, specials) = (OnceLock::new(), OnceLock::new());
-        let model = Self { ptr, vocab, files, longest_token, specials };
+        let model = Self { ptr, vocab, files, is_outline, longest_token, specials };
         if let Err(reason) = model.check_kind() {
             let path = model.path().to_owned();
             return Err(LlamaError::File { action: "load", path, reason });
         }
         Ok(model)
+    }
+
+    /// `true` without weights.
+    #[must_use]
+    pub fn is_outline(&self) -> bool {
+        self.is_outline
     }
 
     /// The file it was loaded from; of several, the first.
@@ -109,21 +154,40 @@ impl Model {
         MatrixRows::open(&self.files, &["token_embd.weight"])
     }
 
-    /// Accepts decoders whose cache can drop a suffix: prefix reuse and speculation need that.
+    /// What it keeps of the tokens that it has read.
+    #[must_use]
+    pub fn memory(&self) -> Memory {
+        // SAFETY: a loaded model; these read flags.
+        let has_state = unsafe {
+            sys::model_is_recurrent(self.as_ptr()) || sys::model_is_hybrid(self.as_ptr())
+        };
+        // SAFETY: as above.
+        match count(unsafe { sys::model_n_swa(self.as_ptr()) }) {
+            _ if has_state => Memory::State,
+            0 => Memory::Cells,
+            window => Memory::Window(window),
+        }
+    }
+
+    /// The architecture as the file names it, for example `llama`.
+    #[must_use]
+    pub fn architecture(&self) -> String {
+        self.meta("general.architecture").unwrap_or_default()
+    }
+
+    /// Accepts decoders of text.
     fn check_kind(&self) -> Result<(), String> {
         let m = self.ptr.as_ptr();
         // SAFETY: `m` is a loaded model; these read flags.
         let kinds = unsafe {
             [
                 (sys::model_has_encoder(m) || !sys::model_has_decoder(m), "an encoder"),
-                (sys::model_is_recurrent(m), "a recurrent model"),
-                (sys::model_is_hybrid(m), "a hybrid of attention and recurrence"),
                 (sys::model_is_diffusion(m), "a diffusion model"),
                 (self.n_vocab() == 0, "a model without a vocabulary"),
             ]
         };
         let Some((_, kind)) = kinds.iter().find(|(is, _)| *is) else { return Ok(()) };
-        Err(format!("this is {kind}; only attention decoders are supported"))
+        Err(format!("this is {kind}; only decoders are supported"))
     }
 
     pub(super) fn as_ptr(&self) -> *mut sys::llama_model {

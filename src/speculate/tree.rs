@@ -143,6 +143,22 @@ impl Tree {
         self.n_verified = self.n_verified.min(n);
     }
 
+    /// Drops all nodes but those of one path from the root: each the best child of the one before.
+    pub fn keep_path(&mut self) {
+        let mut end = None;
+        let mut n = 0;
+        for i in 0..self.n_verified {
+            if self.nodes[i].parent == end {
+                // Its parent is the node of the path before it; children come best first.
+                self.nodes[n] = Node { parent: n.checked_sub(1), ..self.nodes[i] };
+                end = Some(i);
+                n += 1;
+            }
+        }
+        self.nodes.truncate(n);
+        self.n_verified = n;
+    }
+
     /// Replaces all nodes, of which each comes after its parent, by the best `most` of these. A
     /// node's `q` is not above its parent's.
     pub fn replace(&mut self, nodes: &[Node], most: usize) {

@@ -17,10 +17,13 @@ pub fn params() -> ContextParams {
         n_cells: 512,
         n_batch: 64,
         n_ubatch: 64,
+        n_outputs: 64,
         n_seq_max: 4,
         n_threads: 1,
         unified: true,
         cache: CacheTypes::default(),
+        n_window_cells: None,
+        n_rollback: 0,
         tap_hidden: false,
         embeddings: false,
     }

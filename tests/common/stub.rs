@@ -1,6 +1,6 @@
 //! A model made of a hash, with a cache that checks what it is told.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use medusa_llama::engine::slots::KvOp;
 use medusa_llama::engine::{Forward, Rows, StepError};
@@ -17,6 +17,10 @@ pub struct Stub {
     logits: Vec<Vec<f32>>,
     /// For each row the tokens it sees, as numbers: all there is to know.
     hidden: Vec<Vec<f32>>,
+    /// It keeps a state of each sequence, which goes back by at most so many tokens, once after each
+    /// pass.
+    pub n_rollback: Option<usize>,
+    taken_back: HashSet<SeqId>,
     /// Fail the pass with this number, counted from 0.
     pub fail_at: Option<usize>,
     pub n_passes: usize,
@@ -29,6 +33,8 @@ impl Stub {
             cache: HashMap::new(),
             logits: vec![],
             hidden: vec![],
+            n_rollback: None,
+            taken_back: HashSet::new(),
             fail_at: None,
             n_passes: 0,
         }
@@ -108,6 +114,26 @@ fn favourite(n_vocab: usize, tokens: &[Token]) -> Token {
     Token((hash(tokens) >> 20) as i32 & i32::MAX).min_mod(n_vocab)
 }
 
+impl Stub {
+    /// Checks what may be done to a state.
+    fn check_state(&mut self, op: KvOp, n_rollback: usize) {
+        let n_cached = |seq| self.cache.get(&seq).map_or(0, Vec::len);
+        match op {
+            KvOp::Remove { seq, from: 0 } => drop(self.taken_back.remove(&seq)),
+            KvOp::Remove { seq, from } if from < n_cached(seq) => {
+                assert!(n_cached(seq) - from <= n_rollback, "{op:?} goes back too far");
+                assert!(self.taken_back.insert(seq), "{op:?} goes back twice");
+            }
+            KvOp::Remove { .. } => {}
+            KvOp::Share { from, to, start, end } => {
+                assert!((start, end) == (0, n_cached(from)), "{op:?} shares a part of a state");
+                assert!(!self.taken_back.contains(&from), "{op:?} shares what was taken back");
+                assert_eq!(n_cached(to), 0, "{op:?} shares into a state");
+            }
+        }
+    }
+}
+
 trait MinMod {
     fn min_mod(self, n: usize) -> Token;
 }
@@ -133,6 +159,7 @@ impl Forward for Stub {
                 let cached = self.cache.entry(*seq).or_default();
                 assert_eq!(row.pos, cached.len(), "positions follow on what is cached for {seq:?}");
                 cached.push(row.token);
+                self.taken_back.remove(seq);
             }
             let seen = &self.cache[&row.seqs[0]];
             assert!(
@@ -165,6 +192,9 @@ impl Forward for Stub {
     }
 
     fn apply(&mut self, op: KvOp) -> Result<(), StepError> {
+        if let Some(n_rollback) = self.n_rollback {
+            self.check_state(op, n_rollback);
+        }
         match op {
             KvOp::Remove { seq, from } => self.cache.entry(seq).or_default().truncate(from),
             KvOp::Share { from, to, start, end } => {

@@ -587,6 +587,10 @@ pub struct Information {
     /// Where heads and verification are computed: `cpu` or `cuda`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub drafting_on: Option<&'static str>,
+    /// What of a sequence's candidates one pass can verify: `trees`, `chains`, or nothing (`plain`). It
+    /// follows from the architecture and the cache's layout.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub drafts: Option<&'static str>,
     /// What goes on.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(inline)]
@@ -599,6 +603,8 @@ pub struct ModelInformation {
     /// As its file names it.
     #[schema(required = true)]
     pub name: Option<String>,
+    /// As its file names it, for example `llama`.
+    pub architecture: String,
     /// Of its tensors.
     pub quantization: String,
     /// How many.
@@ -618,6 +624,9 @@ pub struct KvInformation {
     pub layout: &'static str,
     /// Tokens it holds.
     pub cells: usize,
+    /// States of sequences, running and kept, of a recurrent or hybrid model.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub states: Option<usize>,
 }
 
 /// What goes on.

@@ -1,0 +1,154 @@
+//! Models of many architectures, with random weights: what a client gets depends neither on what the
+//! cache had of its prompt, nor on company, nor on drafts; and it is what the model gives alone.
+#![allow(missing_docs)]
+
+mod common;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use medusa_llama::engine::plan::Sizes;
+use medusa_llama::engine::thread::{DraftParams, EngineParams};
+use medusa_llama::engine::{Handle, spawn};
+use medusa_llama::llama::{Context, ContextParams, Model, Quantization, SeqId, Token};
+use medusa_llama::request::{Caller, Request, SamplingParams, Speculation};
+use medusa_llama::synth::{self, ModelShape};
+
+/// Tokens of an answer.
+const N: usize = 48;
+
+/// A model's file, in F16: what rounding there is does not depend on how rows are grouped.
+fn write(folder: &Path, name: &str) -> std::path::PathBuf {
+    let path = folder.join(format!("{name}.gguf"));
+    let shape = ModelShape::by_name(name).unwrap();
+    let f16 = Quantization::by_name("F16").unwrap();
+    synth::model(&path, &shape, f16, 1, &mut |_, _| ()).unwrap();
+    path
+}
+
+/// Prompts that begin alike: all with 150 words, some with 150 more; the first is there twice.
+fn prompts() -> Vec<String> {
+    let words = ["tree", "river", "stone", "cloud", "bird", "light", "road", "house"];
+    let mut rng = fastrand::Rng::with_seed(3);
+    let mut text =
+        |n: usize| (0..n).map(|_| words[rng.usize(..words.len())]).collect::<Vec<_>>().join(" ");
+    let (first, second) = (text(60), text(60));
+    let mut all: Vec<String> = (0..3).map(|i| format!("{first} {}", text(5 + 9 * i))).collect();
+    all.extend((0..2).map(|i| format!("{first} {second} {}", text(4 + 7 * i))));
+    all.push(all[0].clone());
+    all
+}
+
+/// What the model gives greedily, token after token, in a context of its own.
+fn alone(model: &Arc<Model>, prompt: &str) -> String {
+    let mut context =
+        Context::new(Arc::clone(model), &ContextParams::of_one_sequence(2048, 2048, 1)).unwrap();
+    let mut tokens = model.tokenize(prompt, true).unwrap();
+    let n_prompt = tokens.len();
+    let mut n_done = 0;
+    while tokens.len() < n_prompt + N {
+        let mut batch = context.batch();
+        for (pos, &token) in tokens.iter().enumerate().skip(n_done) {
+            batch.add(token, pos, &[SeqId(0)], pos + 1 == tokens.len()).unwrap();
+        }
+        let last = tokens.len() - n_done - 1;
+        context.forward(&batch).unwrap();
+        n_done = tokens.len();
+        let logits = context.logits(last).unwrap();
+        let best = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap();
+        tokens.push(Token(best as i32));
+    }
+    model.detokenize(&tokens[n_prompt..])
+}
+
+fn request(prompt: &str, speculation: Speculation) -> Request {
+    let sampling = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
+    Request { sampling, speculation, ..Request::new(prompt, N) }
+}
+
+async fn answers(handle: &Handle, prompts: &[String], speculation: Speculation) -> Vec<String> {
+    let mut answers = vec![];
+    for prompt in prompts {
+        let request = request(prompt, speculation);
+        answers.push(handle.submit(request, Caller::default()).await.unwrap());
+    }
+    let mut texts = vec![];
+    for answer in answers {
+        texts.push(answer.collect().await.unwrap().0.text);
+    }
+    texts
+}
+
+/// Whatever the architecture, answers are those of the model alone: one after another, all together,
+/// from what the cache has, with drafts and without.
+fn check(name: &str, drafts: &str) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = write(folder.path(), name);
+    let model = Arc::new(Model::load(&path, 0, |_| true).unwrap());
+    let prompts = prompts();
+    let expected: Vec<String> = prompts.iter().map(|prompt| alone(&model, prompt)).collect();
+    let params = EngineParams::new(path, 1, 3, 1024);
+    let params = EngineParams {
+        sizes: Sizes { n_retained: None, n_states_kept: 4, n_batch: 128, ..params.sizes },
+        drafts: Some(DraftParams {
+            n_shared_text: Some(4096),
+            fixed_nodes: Some(6), // whether or not they pay
+            ..DraftParams::default()
+        }),
+        n_queue: 16,
+        ..params
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let engine = spawn(params);
+    runtime.block_on(async {
+        let handle = engine.ready().await.unwrap();
+        assert_eq!(handle.draft_shape.name(), drafts, "{name}");
+        for speculation in [Speculation::Auto, Speculation::Off] {
+            for _ in 0..2 {
+                assert_eq!(answers(&handle, &prompts, speculation).await, expected, "{name}");
+            }
+            for (prompt, expected) in prompts.iter().zip(&expected) {
+                let one = std::slice::from_ref(prompt);
+                assert_eq!(answers(&handle, one, speculation).await[0], *expected, "{name}");
+            }
+        }
+        let (queries, hits) = (handle.stats.prefix_queries.get(), handle.stats.prefix_hits.get());
+        assert!(hits * 4 > queries, "{name}: {hits} of {queries} tokens were there");
+        if drafts != "plain" {
+            assert!(handle.stats.drafted.get() > 0, "{name} drafted");
+        }
+    });
+    engine.stop();
+}
+
+macro_rules! architectures {
+    ($($test:ident: $name:literal, $drafts:literal;)*) => {
+        $(
+            #[test]
+            fn $test() {
+                check($name, $drafts);
+            }
+        )*
+    };
+}
+
+architectures! {
+    llama: "tiny", "trees";
+    qwen2: "tiny-qwen2", "trees";
+    qwen3: "tiny-qwen3", "trees";
+    qwen3moe: "tiny-qwen3moe", "trees";
+    gemma3_with_windows: "tiny-gemma3", "trees";
+    phi3: "tiny-phi3", "trees";
+    gpt_oss_with_windows: "tiny-gpt-oss", "trees";
+    deepseek2: "tiny-deepseek2", "trees";
+    mamba: "tiny-mamba", "plain";
+    mamba2: "tiny-mamba2", "plain";
+    rwkv7: "tiny-rwkv7", "plain";
+    lfm2: "tiny-lfm2", "chains";
+    jamba: "tiny-jamba", "plain";
+    granite_hybrid: "tiny-granite-hybrid", "plain";
+    nemotron_h: "tiny-nemotron-h", "chains";
+    falcon_h1: "tiny-falcon-h1", "plain";
+    qwen3next: "tiny-qwen3next", "plain";
+    qwen35: "tiny-qwen35", "chains";
+}
