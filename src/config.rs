@@ -103,7 +103,7 @@ pub enum Command {
     Perplexity(PerplexityArgs),
     /// Compare quantizations and thread counts of a model and recommend one
     Tune(TuneArgs),
-    /// Write a model with random weights in the shape of a known one, for speed measurements
+    /// Write a model with random weights in the shape of a known one, for speed measurements and tests
     Synth(SynthArgs),
 }
 

@@ -54,7 +54,7 @@
 //! | [`hub`] | models and heads by their names on the Hugging Face Hub: `name`, `pick` the files that one means, `snapshot` a repository online or from the cache, `download` with further attempts, `transfer` with checksums | requests, engine |
 //! | [`jinja`] | Jinja as Python's library renders it, with texts that know what came from outside | chats |
 //! | [`train`] | training of heads: answers, features, fit | HTTP |
-//! | [`synth`] | models and heads with random weights in known shapes, for benchmarks | requests |
+//! | [`synth`] | models and heads with random weights: in the shapes of known models for benchmarks, of many architectures for tests | requests |
 //! | `machine` | cores and memory that this process may use, and how busy others keep them | requests |
 //! | `eval`, `plot`, [`files`] | perplexity; SVG plots; files that appear whole, and names of shards | requests |
 //! | `tune` | recommends a quantization from measurements | files, models |

@@ -1,4 +1,5 @@
-//! Models and heads of random weights: they load, generate and draft, and one seed gives one file.
+//! Models and heads of random weights, of many architectures: they load, generate and draft, and one
+//! seed gives one file.
 //! And what a real model, if a tiny one, shows about sampling that a stub cannot: that llama.cpp's
 //! trees leave the distribution alone.
 #![allow(missing_docs)]
@@ -27,6 +28,8 @@ mod files;
 
 const N_SLOTS: usize = 8;
 const N_IDS: usize = 128;
+/// Control tokens and bytes of the vocabulary, before words.
+const N_SPECIAL: usize = 259;
 
 fn tiny() -> ModelShape {
     ModelShape::by_name("tiny").unwrap()
@@ -35,12 +38,15 @@ fn tiny() -> ModelShape {
 /// Writes a tiny model and returns its bytes.
 fn write(folder: &TempDir, name: &str, quantization: &str, seed: u64) -> Vec<u8> {
     let path = folder.path().join(name);
+    write_like(&tiny(), &path, quantization, seed);
+    std::fs::read(path).unwrap()
+}
+
+fn write_like(shape: &ModelShape, path: &Path, quantization: &str, seed: u64) {
     let quantization = Quantization::by_name(quantization).unwrap();
     let (mut last, mut all) = (0, 0);
-    synth::model(&path, &tiny(), quantization, seed, &mut |done, n| (last, all) = (done, n))
-        .unwrap();
+    synth::model(path, shape, quantization, seed, &mut |done, n| (last, all) = (done, n)).unwrap();
     assert!(last == all && all > 0, "{last} of {all}");
-    std::fs::read(path).unwrap()
 }
 
 fn load(path: &Path) -> Arc<Model> {
@@ -203,6 +209,121 @@ fn logits_are_finite_and_leave_a_choice() {
     assert!(favourites.len() > 40, "what follows depends on what was: {}", favourites.len());
 }
 
+/// Small models, at least one of each architecture.
+fn tiny_names() -> impl Iterator<Item = &'static str> {
+    ModelShape::names().filter(|name| name.starts_with("tiny") && !name.ends_with("262k"))
+}
+
+fn load(path: &Path) -> Arc<Model> {
+    Arc::new(Model::load(path, 0, |_| true).unwrap())
+}
+
+/// Computes the tokens in passes of `n_batch` rows, and returns the logits after each.
+fn logits_of(context: &mut Context, tokens: &[Token], n_batch: usize) -> Vec<Vec<f32>> {
+    let mut logits = vec![];
+    let first = context.cached_len(SeqId(0)).unwrap();
+    for (i, tokens) in tokens.chunks(n_batch).enumerate() {
+        let mut batch = context.batch();
+        for (j, &token) in tokens.iter().enumerate() {
+            batch.add(token, first + i * n_batch + j, &[SeqId(0)], true).unwrap();
+        }
+        context.forward(&batch).unwrap();
+        logits.extend((0..tokens.len()).map(|row| context.logits(row).unwrap().to_vec()));
+    }
+    logits
+}
+
+/// Of the second vector from the first, as a share of the first one's length.
+fn distance(a: &[f32], b: &[f32]) -> f32 {
+    let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|v| v * v).sum::<f32>().sqrt();
+    norm(&mut a.iter().zip(b).map(|(a, b)| a - b)) / norm(&mut a.iter().copied())
+}
+
+#[test]
+fn models_of_all_architectures_are_small_and_one_seed_gives_one_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let [first, again] = ["a.gguf", "b.gguf"].map(|name| folder.path().join(name));
+    for name in tiny_names() {
+        let shape = ModelShape::by_name(name).unwrap();
+        for quantization in ["Q4_K_M", "Q8_0", "F16"] {
+            write_like(&shape, &first, quantization, 1);
+            let bytes = std::fs::read(&first).unwrap();
+            assert!(bytes.len() < 3_000_000, "{name}: {} bytes", bytes.len());
+            write_like(&shape, &again, quantization, 1);
+            assert!(bytes == std::fs::read(&again).unwrap(), "{name} in {quantization}");
+            load(&first);
+        }
+    }
+}
+
+#[test]
+fn models_of_all_architectures_write_text_that_depends_on_all_before() {
+    const N: usize = 200;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.gguf");
+    for name in tiny_names() {
+        write_like(&ModelShape::by_name(name).unwrap(), &path, "F16", 1);
+        let model = load(&path);
+        let text = "Naïve café 😀, 1 + 1 = 2\n\ttabs";
+        let tokens = model.tokenize(text, false).unwrap();
+        let back = model.detokenize(&tokens);
+        assert_eq!(back.trim_start_matches("<s>").trim_start(), text, "{name}");
+
+        let mut tokens = model.tokenize("tell me of rain", true).unwrap();
+        let n_prompt = tokens.len();
+        let mut plain = context(&model, 1, false);
+        let mut logits = logits_of(&mut plain, &tokens, 1);
+        for _ in 0..N {
+            let last = distribution(logits.last().unwrap(), 1.0); // finite
+            tokens.push(last.into_iter().max_by(|a, b| a.1.total_cmp(&b.1)).unwrap().0);
+            logits.extend(logits_of(&mut plain, &tokens[tokens.len() - 1..], 1));
+        }
+        let of_words: Vec<f32> = logits.iter().flat_map(|l| &l[N_SPECIAL..]).copied().collect();
+        let deviation =
+            (of_words.iter().map(|l| l * l).sum::<f32>() / of_words.len() as f32).sqrt();
+        assert!((2.5..3.5).contains(&deviation), "{name}: a deviation of {deviation}");
+        let mut counts: HashMap<Token, usize> = HashMap::new();
+        tokens[n_prompt..].iter().for_each(|t| *counts.entry(*t).or_default() += 1);
+        assert!(counts.keys().all(|t| t.0 as usize >= N_SPECIAL), "{name}: {counts:?}");
+        assert!(counts.len() > 20 && *counts.values().max().unwrap() < N / 2, "{name}: {counts:?}");
+
+        // Two experts may be so close that rounding decides which one computes a row.
+        let arch = model.meta("general.architecture").unwrap();
+        let has_experts = model.meta(&format!("{arch}.expert_count")).is_some();
+        let allowed = if has_experts { tokens.len() / 10 } else { 0 };
+        let together = logits_of(&mut context(&model, 1, false), &tokens, tokens.len());
+        let apart: Vec<f32> = logits.iter().zip(&together).map(|(a, b)| distance(a, b)).collect();
+        let n_far = apart.iter().filter(|d| **d > 1e-2).count();
+        assert!(n_far <= allowed, "{name}: {n_far} rows differ from those of single passes");
+        let most = apart.into_iter().fold(0.0, f32::max);
+        println!("{name}: {} different tokens, {n_far} far, {most} apart", counts.len());
+    }
+}
+
+#[test]
+fn a_longer_context_is_declared_with_its_scaling() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.gguf");
+    write_like(&ModelShape::by_name("smollm2-135m-32k").unwrap(), &path, "Q4_0", 1);
+    let model = load(&path);
+    assert_eq!((model.n_ctx_train(), model.n_embd()), (32_768, 576));
+    for (key, value) in [("type", "yarn"), ("original_context_length", "8192")] {
+        let key = format!("llama.rope.scaling.{key}");
+        assert_eq!(model.meta(&key).as_deref(), Some(value), "{key}");
+    }
+}
+
+#[test]
+fn a_large_vocabulary_has_a_small_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.gguf");
+    write_like(&ModelShape::by_name("tiny-gemma3-262k").unwrap(), &path, "Q4_0", 1);
+    let model = load(&path);
+    assert_eq!((model.n_vocab(), model.n_embd()), (262_144, 64));
+    let tokens = model.tokenize("tell me of rain", false).unwrap();
+    assert_eq!(model.detokenize(&tokens).trim_start_matches("<s>").trim_start(), "tell me of rain");
+}
+
 #[test]
 fn heads_of_both_kinds_load_and_draft() {
     let folder = tempfile::tempdir().unwrap();
@@ -261,7 +382,11 @@ fn the_command_writes_what_is_asked_for_and_nothing_twice() {
         (output.status.success(), text)
     };
     let (ok, text) = run("gpt-9", &[]);
-    assert!(!ok && text.contains("vicuna-7b, llama-3-8b, smollm2-135m, tiny"), "{text}");
+    assert!(
+        !ok && text
+            .contains("vicuna-7b, llama-3-8b, smollm2-135m, smollm2-135m-32k, tiny, tiny-qwen2"),
+        "{text}"
+    );
     let (ok, text) = run("tiny", &["--quantization", "Q9"]);
     assert!(!ok && text.contains("Q4_K_M"), "{text}");
     let (ok, text) = run("tiny", &["--kind", "hydra"]);

@@ -248,8 +248,8 @@ pub struct TuneArgs {
 /// `medusa-llama synth`.
 #[derive(Clone, Debug, ClapArgs)]
 pub struct SynthArgs {
-    /// Model whose shape to use: vicuna-7b, llama-3-8b, smollm2-135m or tiny
-    #[arg(long, value_name = "NAME", value_parser = shape)]
+    /// The model whose shape to use.
+    #[arg(long, value_name = "NAME", value_parser = shape, help = shapes())]
     pub like: ModelShape,
     /// GGUF file to write
     #[arg(short, long, value_name = "FILE.gguf")]
@@ -285,6 +285,12 @@ fn quantization(name: &str) -> Result<Quantization, String> {
 
 fn shape(name: &str) -> Result<ModelShape, String> {
     one_of(ModelShape::by_name(name), ModelShape::names())
+}
+
+/// The help of `--like`.
+fn shapes() -> String {
+    let names: Vec<_> = ModelShape::names().collect();
+    format!("Model whose shape to use: {}", names.join(", "))
 }
 
 /// The value that was found by its name, or an error with the known names.

@@ -23,17 +23,20 @@ pub(super) fn check(header: &Gguf) -> Result<(), String> {
     check_vocabulary(header)?;
     let Some(arch) = header.text("general.architecture") else { return Ok(()) }; // llama.cpp says so
     let number = |name: &str| header.number(&format!("{arch}.{name}"));
-    for (name, most) in [
-        ("block_count", MAX_LAYERS),
-        ("embedding_length", MAX_WIDTH),
-        ("context_length", i32::MAX as u32),
-        ("attention.head_count", MAX_WIDTH),
-        ("attention.head_count_kv", MAX_WIDTH),
-        ("attention.key_length", MAX_WIDTH),
-        ("attention.value_length", MAX_WIDTH),
+    // Recurrent models may have no attention at all.
+    let fewest =
+        u32::from(!["ssm.conv_kernel", "wkv.head_size"].map(number).iter().any(Option::is_some));
+    for (name, least, most) in [
+        ("block_count", 1, MAX_LAYERS),
+        ("embedding_length", 1, MAX_WIDTH),
+        ("context_length", 1, i32::MAX as u32),
+        ("attention.head_count", fewest, MAX_WIDTH),
+        ("attention.head_count_kv", fewest, MAX_WIDTH),
+        ("attention.key_length", 1, MAX_WIDTH),
+        ("attention.value_length", 1, MAX_WIDTH),
     ] {
-        if let Some(n) = number(name).filter(|n| !(1..=most).contains(n)) {
-            return Err(format!("{arch}.{name} is {n}; it must be from 1 to {most}"));
+        if let Some(n) = number(name).filter(|n| !(least..=most).contains(n)) {
+            return Err(format!("{arch}.{name} is {n}; it must be from {least} to {most}"));
         }
     }
     // ggml's kernel computes so many values of a head at a time, and writes beyond a shorter one.
@@ -42,6 +45,7 @@ pub(super) fn check(header: &Gguf) -> Result<(), String> {
     }
     let heads = number("attention.head_count").zip(number("attention.head_count_kv"));
     if let Some((n_head, n_head_kv)) = heads
+        && n_head_kv > 0
         && n_head % n_head_kv != 0
     {
         return Err(format!(

@@ -15,6 +15,9 @@ pub enum LlamaError {
         /// What llama.cpp logged, or what was checked here.
         reason: String,
     },
+    /// llama.cpp can make no model of metadata; what it logged.
+    #[error("no model has this metadata: {0}")]
+    Metadata(String),
     /// `common/chat` refused a template, messages or an answer; what it said.
     #[error("{0}")]
     Chat(String),

@@ -95,19 +95,23 @@ impl Tensors {
         Ok(Self { ptr, n_left: Cell::new(n) })
     }
 
-    /// A tensor of `n_out` rows of `n_in` values.
+    /// A tensor of this shape: values of a row, rows, matrices, groups of matrices.
     pub(super) fn tensor(
         &self,
         kind: TensorType,
-        n_in: usize,
-        n_out: usize,
+        shape: [usize; 4],
     ) -> Result<NonNull<sys::ggml_tensor>, LlamaError> {
-        let size = [n_in, n_out].map(|n| i64::try_from(n).unwrap_or(0));
-        let n_left = self.n_left.get().checked_sub(1).filter(|_| size[0] > 0 && size[1] > 0);
-        let refuse = || LlamaError::Misuse(format!("no tensor of {n_out} x {n_in} fits"));
-        self.n_left.set(n_left.filter(|_| n_in.is_multiple_of(kind.block())).ok_or_else(refuse)?);
+        let size = shape.map(|n| i64::try_from(n).unwrap_or(0));
+        let n_values = size.iter().try_fold(1i64, |all, n| all.checked_mul(*n));
+        // A value takes 8 bytes at most.
+        let fits = n_values.is_some_and(|n| (1..=i64::MAX / 8).contains(&n))
+            && shape[0].is_multiple_of(kind.block());
+        let refuse = || LlamaError::Misuse(format!("no tensor of the shape {shape:?} fits"));
+        let n_left = self.n_left.get().checked_sub(1).filter(|_| fits);
+        self.n_left.set(n_left.ok_or_else(refuse)?);
+        let [a, b, c, d] = size;
         // SAFETY: a live context with memory for another tensor; rows are whole blocks.
-        let t = unsafe { sys::ggml_new_tensor_2d(self.ptr.as_ptr(), kind.0, size[0], size[1]) };
+        let t = unsafe { sys::ggml_new_tensor_4d(self.ptr.as_ptr(), kind.0, a, b, c, d) };
         NonNull::new(t).ok_or_else(refuse)
     }
 }
@@ -225,7 +229,7 @@ impl Store {
     ) -> Result<Weight, LlamaError> {
         let bytes = kind.store(values)?;
         for memory in memory_types() {
-            let tensor = self.headers.tensor(kind, n_in, n_out)?;
+            let tensor = self.headers.tensor(kind, [n_in, n_out, 1, 1])?;
             // SAFETY: one of ggml's memory types; null without memory.
             let buffer = unsafe { sys::ggml_backend_buft_alloc_buffer(memory, bytes.len()) };
             let buffer = NonNull::new(buffer).map(Buffer).ok_or_else(|| {
@@ -273,7 +277,7 @@ impl Store {
         if n_out > n_whole || !n_out.is_multiple_of(8) {
             return Err(LlamaError::Misuse(format!("the first {n_out} rows of {n_whole}")));
         }
-        let tensor = self.headers.tensor(kind, n_in, n_out)?;
+        let tensor = self.headers.tensor(kind, [n_in, n_out, 1, 1])?;
         // SAFETY: two live tensors, the new one without data. It gets the first bytes of the other's:
         // repacking orders rows in groups of at most eight, one group after the other.
         let same = unsafe {
@@ -354,7 +358,8 @@ impl Store {
             nodes.push(unsafe {
                 match *op {
                     Op::Input(values, width) => {
-                        let x = context.tensor(TensorType::F32, width, values.len() / width)?;
+                        let x =
+                            context.tensor(TensorType::F32, [width, values.len() / width, 1, 1])?;
                         let data = (*x.as_ptr()).data.cast::<f32>();
                         ptr::copy_nonoverlapping(values.as_ptr(), data, values.len());
                         x.as_ptr()

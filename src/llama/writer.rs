@@ -12,15 +12,14 @@ use super::gguf::Gguf;
 use super::tensor_type::TensorType;
 use super::{log, sys};
 
-/// A tensor to be written: a matrix, or with one row a vector.
+/// A tensor of a file: a vector, a matrix, or several matrices.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorInfo {
     /// The name by which llama.cpp looks it up.
     pub name: String,
-    /// Values of a row.
-    pub n_in: usize,
-    /// Rows.
-    pub n_out: usize,
+    /// Values of a row, rows of a matrix, matrices, and groups of matrices: 1 for a dimension that
+    /// the tensor does not have.
+    pub shape: [usize; 4],
     /// Type of the stored values.
     pub kind: TensorType,
 }
@@ -29,7 +28,8 @@ impl TensorInfo {
     /// Bytes of all values.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.n_out * self.kind.bytes(self.n_in)
+        let [n_in, rows @ ..] = self.shape;
+        rows.iter().product::<usize>() * self.kind.bytes(n_in)
     }
 }
 
@@ -42,6 +42,8 @@ pub enum Meta {
     Number(u32),
     /// A float.
     Float(f32),
+    /// Yes or no.
+    Flag(bool),
     /// Strings.
     Texts(Vec<String>),
     /// Floats.
@@ -61,18 +63,14 @@ pub const ALIGNMENT: usize = 32; // GGUF's default, which `set` does not let a h
 /// that cannot be written.
 pub fn write_header(
     path: &Path,
-    meta: &[(&str, Meta)],
+    meta: &[(String, Meta)],
     tensors: &[TensorInfo],
 ) -> Result<(), LlamaError> {
     start_backend();
     let fail = |reason: String| LlamaError::File { action: "write", path: path.to_owned(), reason };
     let c_path =
         CString::new(path.as_os_str().as_encoded_bytes()).map_err(|e| fail(e.to_string()))?;
-    // SAFETY: no arguments; null without memory.
-    let header =
-        NonNull::new(unsafe { sys::gguf_init_empty() }).ok_or_else(|| fail("no memory".into()))?;
-    let header = Gguf(header);
-    meta.iter().try_for_each(|(key, value)| set(&header, key, value)).map_err(&fail)?;
+    let header = header(meta).map_err(&fail)?;
     let headers = Tensors::headers(tensors.len()).map_err(|e| fail(e.to_string()))?;
     let mut names = BTreeSet::new();
     for tensor in tensors {
@@ -104,6 +102,15 @@ pub fn tensor_types(path: &Path) -> Result<Vec<(String, TensorType)>, LlamaError
     Ok((0..n).map(of).collect())
 }
 
+/// A header with metadata alone; an error says which key cannot be set.
+pub(super) fn header(meta: &[(String, Meta)]) -> Result<Gguf, String> {
+    // SAFETY: no arguments; null without memory.
+    let header = NonNull::new(unsafe { sys::gguf_init_empty() }).ok_or("no memory")?;
+    let header = Gguf(header);
+    meta.iter().try_for_each(|(key, value)| set(&header, key, value))?;
+    Ok(header)
+}
+
 /// Puts a value into a header.
 fn set(header: &Gguf, key: &str, value: &Meta) -> Result<(), String> {
     let c_text =
@@ -129,6 +136,8 @@ fn set(header: &Gguf, key: &str, value: &Meta) -> Result<(), String> {
         Meta::Number(n) => unsafe { sys::gguf_set_val_u32(gguf, name, *n) },
         // SAFETY: as above.
         Meta::Float(v) => unsafe { sys::gguf_set_val_f32(gguf, name, *v) },
+        // SAFETY: as above.
+        Meta::Flag(is) => unsafe { sys::gguf_set_val_bool(gguf, name, *is) },
         Meta::Floats(values) => array(sys::GGUF_TYPE_FLOAT32, values.as_ptr().cast(), values.len()),
         Meta::Numbers(values) => array(sys::GGUF_TYPE_INT32, values.as_ptr().cast(), values.len()),
         Meta::Texts(texts) => {
@@ -144,11 +153,11 @@ fn set(header: &Gguf, key: &str, value: &Meta) -> Result<(), String> {
 
 /// A tensor of this shape and name, without data.
 fn described(headers: &Tensors, info: &TensorInfo) -> Result<NonNull<sys::ggml_tensor>, String> {
-    let TensorInfo { name, n_in, n_out, kind } = info;
+    let TensorInfo { name, shape, kind } = info;
     let c_name = CString::new(name.as_str()).ok();
     let c_name = c_name.filter(|_| name.len() < sys::GGML_MAX_NAME as usize);
     let c_name = c_name.ok_or_else(|| format!("{name:?} cannot be a tensor's name"))?;
-    let tensor = headers.tensor(*kind, *n_in, *n_out).map_err(|e| format!("{name}: {e}"))?;
+    let tensor = headers.tensor(*kind, *shape).map_err(|e| format!("{name}: {e}"))?;
     // SAFETY: a live tensor and a zero-terminated name that fits.
     unsafe { sys::ggml_set_name(tensor.as_ptr(), c_name.as_ptr()) };
     Ok(tensor)
@@ -159,7 +168,7 @@ mod tests {
     use super::*;
 
     fn info(name: &str, n_in: usize, n_out: usize, kind: TensorType) -> TensorInfo {
-        TensorInfo { name: name.into(), n_in, n_out, kind }
+        TensorInfo { name: name.into(), shape: [n_in, n_out, 1, 1], kind }
     }
 
     #[test]
@@ -167,11 +176,14 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x.gguf");
         let meta = [
-            ("general.architecture", Meta::Text("llama".into())),
-            ("x.texts", Meta::Texts(vec!["a".into()])),
+            ("general.architecture".into(), Meta::Text("llama".into())),
+            ("x.texts".into(), Meta::Texts(vec!["a".into()])),
+            ("x.flag".into(), Meta::Flag(true)),
         ];
-        let tensors =
-            [info("a", 64, 3, TensorType(sys::GGML_TYPE_Q4_0)), info("b", 5, 1, TensorType::F32)];
+        let experts = TensorInfo { name: "c".into(), shape: [32, 2, 3, 5], kind: TensorType::F16 };
+        assert_eq!(experts.bytes(), 2 * 32 * 2 * 3 * 5);
+        let q4_0 = TensorType(sys::GGML_TYPE_Q4_0);
+        let tensors = [info("a", 64, 3, q4_0), info("b", 5, 1, TensorType::F32), experts];
         write_header(&path, &meta, &tensors).unwrap();
         assert!((std::fs::metadata(&path).unwrap().len() as usize).is_multiple_of(ALIGNMENT));
         // The reader asks for the values to be there.
@@ -191,6 +203,11 @@ mod tests {
             vec![info("a", 64, 1, q4_0), info("a", 64, 1, q4_0)],
             vec![info("a", 33, 1, q4_0)],
             vec![info("a", 0, 1, q4_0)],
+            vec![TensorInfo {
+                name: "a".into(),
+                shape: [1 << 31, 1 << 31, 1 << 31, 1],
+                kind: q4_0,
+            }],
             vec![info(&"a".repeat(64), 32, 1, q4_0)],
         ] {
             assert!(
@@ -201,9 +218,11 @@ mod tests {
                 "{tensors:?}"
             );
         }
-        assert!(write_header(&path, &[("general.alignment", Meta::Number(3))], &[]).is_err());
-        assert!(write_header(&path, &[("a\0b", Meta::Number(3))], &[]).is_err());
-        assert!(write_header(&path, &[("", Meta::Number(3))], &[]).is_err());
+        assert!(
+            write_header(&path, &[("general.alignment".into(), Meta::Number(3))], &[]).is_err()
+        );
+        assert!(write_header(&path, &[("a\0b".into(), Meta::Number(3))], &[]).is_err());
+        assert!(write_header(&path, &[("".into(), Meta::Number(3))], &[]).is_err());
         assert!(write_header(&folder.path().join("no/x.gguf"), &[], &[]).is_err());
         assert!(q4_0.store(&[1.0; 33]).is_err() && q4_0.store(&[]).is_err());
     }

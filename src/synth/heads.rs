@@ -101,8 +101,9 @@ fn stream(path: &Path, entries: &[Entry], seed: u64) -> Result<u64, FileError> {
         let start = end;
         let (name, dtype, shape) = match entry {
             Entry::Random(w) => {
-                end += w.n_out * TensorType::F16.bytes(w.n_in);
-                (&*w.name, "F16", if w.n_out == 1 { vec![w.n_in] } else { vec![w.n_out, w.n_in] })
+                end += w.info(TensorType::F16).bytes();
+                let (n_in, n_out) = (w.n_in(), w.n_rows());
+                (&*w.name, "F16", if n_out == 1 { vec![n_in] } else { vec![n_out, n_in] })
             }
             Entry::Bytes(name, dtype, n, bytes) => {
                 end += bytes.len();

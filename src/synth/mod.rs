@@ -1,8 +1,10 @@
 //! Models and heads of random weights in the shape of known ones: the time of a step depends on
 //! shapes and types alone, so speed can be measured at real sizes without the real weights.
 //!
-//! 1. [`ModelShape`] names the sizes; `weights` lists its tensors, each with how its values are
-//!    distributed, so that activations stay finite and no token has all the probability.
+//! 1. [`ModelShape`] names the sizes and the architecture; `architectures` is a table of small models
+//!    of many, for tests. `weights` lists the tensors, which it asks of llama.cpp's loader for
+//!    architectures besides llama, each with how its values are distributed, so that activations
+//!    stay finite and no token has all the probability.
 //! 2. llama.cpp's own quantizer decides how to store each tensor: it quantizes a file of the same
 //!    tensors with two rows each.
 //! 3. `values` draws random pieces once for each type and deviation, and builds rows from them, so a
@@ -11,6 +13,7 @@
 //!
 //! The same arguments give the same bytes.
 
+mod architectures;
 pub mod heads;
 mod shape;
 mod values;
@@ -52,10 +55,10 @@ pub fn model(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<(), SynthError> {
     write_whole(path, |path| {
-        let weights = weights::of(shape);
         let meta = metadata(shape, quantization);
+        let weights = weights::of(shape, &meta)?;
         let types = stored_types(path, &weights, &meta, quantization)?;
-        let info = |w: &TensorSpec| w.info(w.n_out, types[&w.name]);
+        let info = |w: &TensorSpec| w.info(types[&w.name]);
         let tensors: Vec<TensorInfo> = weights.iter().map(info).collect();
         llama::write_header(path, &meta, &tensors)?;
 
@@ -77,17 +80,18 @@ pub fn model(
     })
 }
 
-/// How llama.cpp stores each tensor of such a file. Its choice depends on metadata, names and row
-/// lengths alone, so it quantizes a file with two rows of zeros for each tensor.
+/// How llama.cpp stores each tensor of such a file. Its choice depends on metadata, names, row lengths
+/// and numbers of dimensions alone, so it quantizes a file with two rows of zeros for each matrix. It
+/// leaves tensors in F32 that kernels need so.
 fn stored_types(
     beside: &Path,
     weights: &[TensorSpec],
-    meta: &[(&str, Meta)],
+    meta: &[(String, Meta)],
     quantization: Quantization,
 ) -> Result<HashMap<String, TensorType>, SynthError> {
-    let before = |w: &TensorSpec| match w.n_out {
-        1 => w.info(1, TensorType::F32),
-        _ => w.info(2, TensorType::F16),
+    let before = |w: &TensorSpec| {
+        let [n_in, n_out, n, m] = w.shape;
+        TensorInfo { shape: [n_in, n_out.min(2), n, m], ..w.info(TensorType::F32) }
     };
     let tensors: Vec<TensorInfo> = weights.iter().map(before).collect();
     let (from, to) = (with_suffix(beside, ".from"), with_suffix(beside, ".to"));
@@ -106,25 +110,19 @@ fn stored_types(
     types
 }
 
-/// The metadata that llama.cpp needs for this architecture.
-fn metadata(shape: &ModelShape, quantization: Quantization) -> Vec<(&'static str, Meta)> {
-    let number = |n: usize| Meta::Number(n as u32);
-    let mut meta = vec![
-        ("general.architecture", Meta::Text("llama".into())),
-        ("general.name", Meta::Text(format!("random weights like {}", shape.name))),
+/// The metadata that llama.cpp needs for a model.
+fn metadata(shape: &ModelShape, quantization: Quantization) -> Vec<(String, Meta)> {
+    let (arch, keys) = shape.metadata();
+    let general = [
+        ("general.architecture", Meta::Text(arch.into())),
+        // llama.cpp expects tokens of a family whose name is in this one.
+        ("general.name", Meta::Text("random weights".into())),
+        ("general.description", Meta::Text(format!("like {}", shape.name))),
         ("general.file_type", Meta::Number(quantization.file_type)),
-        ("general.quantization_version", number(2)),
-        ("llama.vocab_size", number(shape.n_vocab)),
-        ("llama.context_length", number(shape.n_ctx)),
-        ("llama.embedding_length", number(shape.n_embd)),
-        ("llama.block_count", number(shape.n_layer)),
-        ("llama.feed_forward_length", number(shape.n_ff)),
-        ("llama.attention.head_count", number(shape.n_head)),
-        ("llama.attention.head_count_kv", number(shape.n_head_kv)),
-        ("llama.attention.layer_norm_rms_epsilon", Meta::Float(1e-5)),
-        ("llama.rope.dimension_count", number(shape.n_embd / shape.n_head)),
-        ("llama.rope.freq_base", Meta::Float(shape.rope_base)),
+        ("general.quantization_version", Meta::Number(2)),
     ];
-    meta.extend(vocab::metadata(shape.n_vocab));
-    meta
+    let general = general.map(|(key, value)| (key.to_owned(), value));
+    let keys = keys.into_iter().map(|(key, value)| (format!("{arch}.{key}"), value));
+    let vocabulary = vocab::metadata(shape.n_vocab).map(|(key, value)| (key.to_owned(), value));
+    general.into_iter().chain(keys).chain(vocabulary).collect()
 }

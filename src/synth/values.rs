@@ -41,13 +41,18 @@ impl Values {
         wrote: &mut dyn FnMut(usize),
     ) -> io::Result<()> {
         let mut row = vec![];
-        for i in 0..weights.n_out {
+        let n_in = weights.n_in();
+        for i in 0..weights.n_rows() {
             row.clear();
             let filled = match weights.fill {
-                Fill::Constant(value) => kind.store(&vec![value; weights.n_in]).map(|v| row = v),
+                Fill::Constant(value) => kind.store(&vec![value; n_in]).map(|v| row = v),
+                Fill::Uniform(from, to) => {
+                    let value = |_| from + (to - from) * self.rng.f32();
+                    kind.store(&(0..n_in).map(value).collect::<Vec<_>>()).map(|v| row = v)
+                }
                 Fill::Normal { deviation, n_faint } => {
                     let deviation = if i < n_faint { deviation / FAINT } else { deviation };
-                    self.normal(weights.n_in, kind, deviation, &mut row)
+                    self.normal(n_in, kind, deviation, &mut row)
                 }
             };
             filled.map_err(io::Error::other)?;
@@ -94,14 +99,27 @@ fn gauss(rng: &mut fastrand::Rng) -> f32 {
 mod tests {
     use super::*;
 
+    /// A tensor's bytes and values.
+    fn floats(shape: [usize; 4], fill: Fill) -> (Vec<u8>, Vec<f32>) {
+        let weights = TensorSpec { name: "x".into(), shape, fill };
+        let mut bytes = vec![];
+        Values::new(1).write(&weights, TensorType::F32, &mut bytes, &mut |_| ()).unwrap();
+        let values = bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+        (bytes, values)
+    }
+
+    #[test]
+    fn uniform_values_fill_their_range() {
+        let (_, values) = floats([1, 50, 4, 1], Fill::Uniform(-16.0, -1.0));
+        let [min, max] = [f32::min, f32::max].map(|f| values.iter().copied().reduce(f).unwrap());
+        assert!(values.len() == 200 && min >= -16.0 && max <= -1.0, "{min} to {max}");
+        assert!(max - min > 14.0, "{min} to {max}");
+    }
+
     #[test]
     fn values_have_their_deviation_and_rows_differ() {
         let fill = Fill::Normal { deviation: 0.5, n_faint: 1 };
-        let weights = TensorSpec { name: "x".into(), n_in: 40, n_out: 500, fill };
-        let mut bytes = vec![];
-        Values::new(1).write(&weights, TensorType::F32, &mut bytes, &mut |_| ()).unwrap();
-        let values: Vec<f32> =
-            bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+        let (bytes, values) = floats([40, 500, 1, 1], fill);
         assert_eq!(values.len(), 40 * 500);
         let deviation = |v: &[f32]| (v.iter().map(|v| v * v).sum::<f32>() / v.len() as f32).sqrt();
         assert!(
