@@ -25,7 +25,7 @@ pub use commands::{
 use network::NetworkArgs;
 pub(crate) use sources::{HeadsSource, ModelSource};
 
-use crate::engine::plan::Sizes;
+use crate::engine::plan::{LONGEST_CONTEXT, Sizes};
 use crate::engine::thread::{DraftParams, EngineParams, HeadsParams};
 use crate::http::api::Unknown;
 use crate::http::app::HttpLimits;
@@ -141,7 +141,7 @@ pub struct ModelArgs {
     pub hf_file: Option<String>,
     /// Maximum length of prompt plus answer of one request, in tokens [default: of serve, what the
     /// model was trained for, as far as memory allows; of other commands, 2048]
-    #[arg(short = 'c', long = "ctx", env = "MODEL_CONTEXT_SIZE", value_name = "MODEL_CONTEXT_SIZE", value_parser = between(16, 1 << 20))]
+    #[arg(short = 'c', long = "ctx", env = "MODEL_CONTEXT_SIZE", value_name = "MODEL_CONTEXT_SIZE", value_parser = between(16, LONGEST_CONTEXT))]
     pub context_size: Option<usize>,
     /// Layers to offload to the GPU; a CPU build ignores it
     #[arg(long, env = "N_GPU_LAYERS", default_value_t = 25)]

@@ -211,7 +211,7 @@ proptest! {
     /// at most so many tokens long as a state goes back.
     #[test]
     fn every_client_gets_its_own_text_from_states(
-        clients in prop::collection::vec((client(), 60usize..160), 1..14),
+        clients in prop::collection::vec((client(), 60usize..140), 1..14),
         n_slots in 1usize..4,
         n_kept in 0usize..5,
         n_batch in 5usize..100,

@@ -49,10 +49,6 @@ fn write_like(shape: &ModelShape, path: &Path, quantization: &str, seed: u64) {
     assert!(last == all && all > 0, "{last} of {all}");
 }
 
-fn load(path: &Path) -> Arc<Model> {
-    Arc::new(Model::load(path, 0, |_| true).unwrap())
-}
-
 fn context(model: &Arc<Model>, n_seq_max: usize, tap_hidden: bool) -> Context {
     let one = ContextParams::of_one_sequence(1024, 256, 1);
     let params = ContextParams { n_seq_max, tap_hidden, ..one };

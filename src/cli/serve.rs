@@ -67,6 +67,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
         unknown_fields: config.unknown_fields,
         readers: OnceLock::new(),
         openapi: OnceLock::new(),
+        describe: openapi::json,
         endpoints: routes::endpoints(),
         template_source: config.chat_template,
         ignored_logged: Mutex::default(),
@@ -151,13 +152,13 @@ async fn failed(mut stage: watch::Receiver<Stage>) -> String {
     }
 }
 
-/// Logs the model and its limits once it is loaded, and makes the document of its routes.
+/// Logs the model and its limits once it is loaded, and makes what follows from them.
 async fn announce(app: Arc<App>) {
     let mut stage = app.stage.clone();
     let Ok(stage) = stage.wait_for(|s| !matches!(s, Stage::Loading(_))).await else { return };
     let Stage::Ready(handle) = stage.clone() else { return };
     drop(stage);
-    app.openapi.get_or_init(|| openapi::json(app.readers(&handle)));
+    app.openapi(); // before anybody asks for it
     let (model, limits) = (&handle.model, handle.limits);
     let kv = match limits.layout {
         Layout::Unified { n_cells, .. } => format!("unified, {n_cells} cells"),

@@ -33,8 +33,8 @@ pub struct Sizes {
     pub n_states_kept: usize,
 }
 
-/// The longest context that is chosen without being named.
-const LONGEST_AUTO: usize = 1 << 20;
+/// The longest context.
+pub const LONGEST_CONTEXT: usize = 1 << 20;
 /// The shortest one: where less would fit, memory is tried.
 const SHORTEST_AUTO: usize = 512;
 /// llama.cpp allocates cells in multiples of this.
@@ -157,7 +157,7 @@ pub(super) fn plan(
         let uses = context.footprint().into_iter().enumerate().map(of).collect();
         Ok(Plan { limits, uses })
     };
-    let n_ctx = sizes.n_ctx.unwrap_or_else(|| model.n_ctx_train().clamp(1, LONGEST_AUTO));
+    let n_ctx = sizes.n_ctx.unwrap_or_else(|| model.n_ctx_train().clamp(1, LONGEST_CONTEXT));
     let n_cells = sizes.n_cells.unwrap_or(n_ctx * sizes.n_slots).max(n_ctx);
     let is_fixed = sizes.n_ctx.is_some() && sizes.n_cells.is_some();
     let wanted = measure(n_ctx, n_cells)?;

@@ -17,6 +17,7 @@ use super::host::Hosts;
 use super::problem::Problem;
 use super::tls::Tls;
 use crate::chat::{Template, Vocabulary};
+use crate::engine::plan::LONGEST_CONTEXT;
 use crate::engine::{Handle, Stage, SubmitError};
 use crate::llama::Model;
 use crate::metrics::Metrics;
@@ -43,8 +44,9 @@ pub struct App {
     pub unknown_fields: Unknown,
     /// What reads bodies, made at the first request, when the size of a context is known.
     pub readers: OnceLock<Readers>,
-    /// The document of all routes, there when the engine is ready.
+    /// The document of all routes, and what makes it.
     pub openapi: OnceLock<Bytes>,
+    pub describe: fn(&Readers) -> Bytes,
     /// Method and path of each route, for `GET /`.
     pub endpoints: Vec<String>,
     /// When ignored fields were last logged.
@@ -89,6 +91,16 @@ impl App {
     pub fn readers(&self, engine: &Handle) -> &Readers {
         let n_ctx = engine.limits.n_ctx;
         self.readers.get_or_init(|| Readers::with_policy(n_ctx, self.unknown_fields))
+    }
+
+    /// The document of all routes, as JSON. Until the size of a context is known it has the largest.
+    pub fn openapi(&self) -> Bytes {
+        match &*self.stage.borrow() {
+            Stage::Ready(engine) => {
+                self.openapi.get_or_init(|| (self.describe)(self.readers(engine))).clone()
+            }
+            _ => (self.describe)(&Readers::with_policy(LONGEST_CONTEXT, self.unknown_fields)),
+        }
     }
 
     /// The source of the chat template for `model`; empty without one.

@@ -12,10 +12,9 @@ use super::problem::Problem;
 use super::reply::{self, Reply};
 
 /// This document
-#[utoipa::path(get, path = "/openapi.json", tag = "server", responses((status = 200, description = "OpenAPI 3.1", body = serde_json::Value), (status = 503, description = "The model is being loaded, and the limits follow from it", body = ErrorBody)))]
+#[utoipa::path(get, path = "/openapi.json", tag = "server", responses((status = 200, description = "OpenAPI 3.1", body = serde_json::Value)))]
 pub async fn document(cx: RequestContext, _: Request<Bytes>) -> Result<Reply, Problem> {
-    let document = cx.app.openapi.get().ok_or(Problem::Loading)?;
-    Ok(reply::whole(StatusCode::OK, "application/json", document.clone()))
+    Ok(reply::whole(StatusCode::OK, "application/json", cx.app.openapi()))
 }
 
 /// This document as a page to read and try
