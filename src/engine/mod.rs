@@ -80,7 +80,7 @@ pub struct Limits {
 }
 
 /// Tokens that an answer without a limit of its own may have where cells are few.
-const UNLIMITED: usize = 2048;
+pub const UNLIMITED: usize = 2048;
 
 impl Limits {
     /// Most tokens of an answer to a prompt of `n_prompt` tokens that nobody limited: up to a slot's
