@@ -6,7 +6,7 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
-use common::gguf::{ARRAY, Bytes, File, U32, tiny};
+use common::gguf::{ARRAY, Bytes, File, U32, random, tiny};
 use common::run;
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
@@ -94,6 +94,7 @@ fn a_file_that_is_no_model_is_refused_in_one_line_with_the_reason() {
         (file().with_number("llama.embedding_length", u32::MAX), "embedding_length is 4294967295"),
         (file().with_number("llama.context_length", u32::MAX), "context_length is 4294967295"),
         (file().with_number("llama.rope.dimension_count", 7), "n_rot: 7"),
+        (file().with_number("llama.rope.dimension_count", 0), "dimension_count is 0"),
         (file().with_text("llama.rope.scaling.type", "odd"), "rope_scaling_type"),
         (file().with_number("llama.expert_count", 1 << 30), "n_expert"),
         (file().with_text("general.architecture", "odd"), "unknown model architecture"),
@@ -208,14 +209,16 @@ fn changed(good: File) -> impl Strategy<Value = Vec<u8>> {
 fn no_change_of_a_header_ends_the_process_with_a_signal() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("changed.gguf");
-    let strategy = changed(tiny(folder.path()));
     let times: usize = std::env::var("FUZZ").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
     let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[5; 32]);
     let mut runner = TestRunner::new_with_rng(Config::default(), rng);
     let mut n_refused = 0;
-    for _ in 0..100 * times {
-        let bytes = strategy.new_tree(&mut runner).unwrap().current();
-        n_refused += usize::from(try_out(&path, &bytes).is_err());
+    for name in ["tiny", "tiny-gemma3", "tiny-qwen35", "tiny-rwkv7"] {
+        let strategy = changed(random(folder.path(), name));
+        for _ in 0..40 * times {
+            let bytes = strategy.new_tree(&mut runner).unwrap().current();
+            n_refused += usize::from(try_out(&path, &bytes).is_err());
+        }
     }
     assert!(n_refused > 20 * times, "{n_refused}");
 }

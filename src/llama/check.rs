@@ -12,6 +12,8 @@ use super::sys;
 const MAX_LAYERS: u32 = 512;
 /// Of the hidden state; the largest models have 2^14.
 const MAX_WIDTH: u32 = 1 << 20;
+/// The architecture whose attention knows no positions, and says so.
+const ROTATES_NOTHING: &str = "glm5-next";
 /// Of AVX-512.
 const WKV_STEP: u32 = 16;
 
@@ -34,6 +36,8 @@ pub(super) fn check(header: &Gguf) -> Result<(), String> {
         ("attention.head_count_kv", fewest, MAX_WIDTH),
         ("attention.key_length", 1, MAX_WIDTH),
         ("attention.value_length", 1, MAX_WIDTH),
+        // With 0 llama.cpp would rotate for ever.
+        ("rope.dimension_count", u32::from(arch != ROTATES_NOTHING), MAX_WIDTH),
     ] {
         if let Some(n) = number(name).filter(|n| !(least..=most).contains(n)) {
             return Err(format!("{arch}.{name} is {n}; it must be from {least} to {most}"));

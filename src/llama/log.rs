@@ -99,6 +99,10 @@ fn emit(level: sys::ggml_log_level, line: &str) {
         return;
     }
     match level {
+        // Of a pool for several sequences, or for a context that the server warns of itself.
+        sys::GGML_LOG_LEVEL_WARN if line.ends_with("possible training context overflow") => {
+            tracing::debug!(target: "llama.cpp", "{line}");
+        }
         sys::GGML_LOG_LEVEL_ERROR if !loading::is_on() => {
             tracing::error!(target: "llama.cpp", "{line}");
         }

@@ -145,9 +145,14 @@ impl File {
 
 /// A model with random weights.
 pub fn tiny(folder: &Path) -> File {
-    let path = folder.join("tiny.gguf");
+    random(folder, "tiny")
+}
+
+/// A model with random weights in the shape of this name.
+pub fn random(folder: &Path, name: &str) -> File {
+    let path = folder.join(format!("{name}.gguf"));
     let quantization = Quantization::by_name("F16").unwrap();
-    let shape = ModelShape::by_name("tiny").unwrap();
+    let shape = ModelShape::by_name(name).unwrap();
     synth::model(&path, &shape, quantization, 1, &mut |_, _| ()).unwrap();
     File::read(&std::fs::read(path).unwrap())
 }
