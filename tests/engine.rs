@@ -113,6 +113,29 @@ fn client() -> impl Strategy<Value = Client> {
         })
 }
 
+/// Lets clients come and go until all are served. Those that left have no receiver.
+fn serve(engine: &mut Engine<Stub>, clients: &[Client]) -> Vec<Option<Receiver<Event>>> {
+    let mut receivers: Vec<Option<Receiver<Event>>> = clients.iter().map(|_| None).collect();
+    let mut step = 0;
+    while step < 30 || !engine.is_idle() {
+        for (client, receiver) in clients.iter().zip(&mut receivers) {
+            if client.arrives == step {
+                let (job, events) = job(&client.prompt, client.max_tokens, 0.0);
+                engine.enqueue(job);
+                *receiver = Some(events);
+            }
+            if client.leaves.is_some_and(|l| l > client.arrives && l == step) {
+                *receiver = None;
+            }
+        }
+        engine.step();
+        engine.check_integrity();
+        step += 1;
+        assert!(step < 10_000, "no end in sight");
+    }
+    receivers
+}
+
 /// Heads of a random quality on a machine of a random kind, or none.
 #[derive(Clone, Debug)]
 struct Drafting {
@@ -176,24 +199,7 @@ proptest! {
         if let (Some(drafting), true) = (&drafting, unified) {
             drafting.apply(&mut engine, n_slots + 3);
         }
-        let mut receivers: Vec<Option<Receiver<Event>>> = clients.iter().map(|_| None).collect();
-        let mut step = 0;
-        while step < 30 || !engine.is_idle() {
-            for (client, receiver) in clients.iter().zip(&mut receivers) {
-                if client.arrives == step {
-                    let (job, events) = job(&client.prompt, client.max_tokens, 0.0);
-                    engine.enqueue(job);
-                    *receiver = Some(events);
-                }
-                if client.leaves.is_some_and(|l| l > client.arrives && l == step) {
-                    *receiver = None;
-                }
-            }
-            engine.step();
-            engine.check_integrity();
-            step += 1;
-            prop_assert!(step < 10_000, "no end in sight");
-        }
+        let mut receivers = serve(&mut engine, &clients);
         for (client, receiver) in clients.iter().zip(&mut receivers) {
             let Some(receiver) = receiver else { continue };
             let (text, end) = read(receiver);
@@ -227,30 +233,19 @@ proptest! {
         if let Some(drafting) = &drafting {
             Drafting { n_leaf_ids: 0, ..drafting.clone() }.apply(&mut engine, n_slots + n_kept);
         }
-        let prompts: Vec<Vec<i32>> =
-            clients.iter().map(|(c, n)| [&vec![7; *n], &c.prompt[..], &vec![8; n / 2]].concat()).collect();
-        let mut receivers: Vec<Option<Receiver<Event>>> = clients.iter().map(|_| None).collect();
-        let mut step = 0;
-        while step < 30 || !engine.is_idle() {
-            for (((client, _), prompt), receiver) in clients.iter().zip(&prompts).zip(&mut receivers) {
-                if client.arrives == step {
-                    let (job, events) = job(prompt, client.max_tokens.min(239 - prompt.len()), 0.0);
-                    engine.enqueue(job);
-                    *receiver = Some(events);
-                }
-                if client.leaves.is_some_and(|l| l > client.arrives && l == step) {
-                    *receiver = None;
-                }
-            }
-            engine.step();
-            engine.check_integrity();
-            step += 1;
-            prop_assert!(step < 10_000, "no end in sight");
-        }
-        for (((client, _), prompt), receiver) in clients.iter().zip(&prompts).zip(&mut receivers) {
+        let clients: Vec<Client> = clients
+            .into_iter()
+            .map(|(client, n)| {
+                let prompt = [&vec![7; n], &client.prompt[..], &vec![8; n / 2]].concat();
+                let max_tokens = client.max_tokens.min(239 - prompt.len());
+                Client { prompt, max_tokens, ..client }
+            })
+            .collect();
+        let mut receivers = serve(&mut engine, &clients);
+        for (client, receiver) in clients.iter().zip(&mut receivers) {
             let Some(receiver) = receiver else { continue };
             let (text, end) = read(receiver);
-            prop_assert_eq!(text, expected(prompt, client.max_tokens.min(239 - prompt.len())));
+            prop_assert_eq!(text, expected(&client.prompt, client.max_tokens));
             prop_assert!(matches!(end, Some(Event::Done(_))), "{:?}", end);
         }
         engine.check_nothing_left();
