@@ -46,6 +46,7 @@
 //! | [`cli`] | the commands: start, signals, drain, terminal output | llama.cpp |
 //! | [`http`] | accept loop, routes; `access`, the access log; `host`, `auth` and `cors`; `tls`; `api`, the bodies of requests and answers; `completions`, `responses`, `messages`, `embeddings`, `vocabulary` and `information`, their handlers; `sections`, what an answer is made of; server-sent events; `page` for browsers; `openapi` and `docs` | cells, batches |
 //! | [`telemetry`] | request spans for an OpenTelemetry collector | bodies, engine |
+//! | [`models`] | the models of a server: one, or several that are loaded when a request names them and unloaded when memory is needed; what follows from a loaded one | sockets, JSON, cells |
 //! | [`request`], [`error`] | what `http` and `engine` share | both |
 //! | [`engine`] | the step; `turn`, a sequence's part in it; `commit` and `walk`, its end; `pool`, embeddings; `thread` runs it, `handle` is its public side, `plan` its sizes by what memory there is, `lanes` the threads that read requests, `stats` its counters, `forward` its interface to a model, `sharing` and `thread_count` the threads of each pass, `guide` what may come next in an answer, `grammar` its interface to llguidance, `closing` the way to the end of JSON, `gbnf` a translator for llguidance | sockets, JSON |
 //! | [`metrics`] | `/metrics`: names for the counters of engine and HTTP | sockets, cells |
@@ -91,6 +92,7 @@ pub mod llama;
 mod machine;
 pub mod matrix;
 pub mod metrics;
+pub mod models;
 mod plot;
 pub mod request;
 pub mod speculate;

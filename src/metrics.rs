@@ -1,14 +1,16 @@
 //! `/metrics`: the engine's [`Stats`](crate::engine::stats::Stats), and what HTTP answered.
 //!
 //! Names are vLLM's, with `medusa_llama:` for `vllm:`, where vLLM has the same metric, so dashboards
-//! need only another prefix; every series has vLLM's label `model_name`. While the model loads there
-//! are no engine metrics.
+//! need only another prefix; every series of an engine has vLLM's label `model_name`. While a model is
+//! not loaded it has no engine metrics.
 
 use std::borrow::Cow;
 use std::fmt::Error;
-use std::sync::OnceLock;
+use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
+use indexmap::IndexMap;
+use indexmap::map::Entry;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, prometheus_text, text};
 use prometheus_client::metrics::MetricType;
@@ -17,10 +19,10 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
-use tokio::sync::watch;
 
-use crate::engine::{Handle, Stage};
+use crate::engine::Handle;
 use crate::llama;
+use crate::models::Loaded;
 use crate::request::Source;
 use crate::speculate::reliability::{Count, N_RANGES, calibration_error};
 
@@ -45,18 +47,14 @@ impl Format {
 
 /// All metrics of a server.
 pub struct Metrics {
-    model_name: String,
-    stage: watch::Receiver<Stage>,
     registry: Registry,
-    /// Filled when the engine is ready.
-    engine: OnceLock<Registry>,
     answers: Family<[(&'static str, String); 2], Counter>,
     refusals: Family<[(&'static str, &'static str); 1], Counter>,
 }
 
 impl Metrics {
-    /// Of a server that calls its model `model_name`, with the engine in `stage`.
-    pub fn new(model_name: &str, stage: watch::Receiver<Stage>) -> Self {
+    /// Of a server whose only model is called `model_name`; `None`: there are several.
+    pub fn new(model_name: Option<&str>) -> Self {
         let mut registry = labelled(model_name);
         let build = [
             ("version", env!("CARGO_PKG_VERSION").to_owned()),
@@ -72,8 +70,7 @@ impl Metrics {
         registry.register("medusa_llama:http_requests", help, answers.clone());
         let help = "Requests that got an error in place of an answer, by its type";
         registry.register("medusa_llama:request_refusals", help, refusals.clone());
-        let model_name = model_name.to_owned();
-        Self { model_name, stage, registry, engine: OnceLock::new(), answers, refusals }
+        Self { registry, answers, refusals }
     }
 
     /// Counts an answer to a request for `path`, which is one of few.
@@ -87,25 +84,25 @@ impl Metrics {
         self.refusals.get_or_create(&[("reason", kind)]).inc();
     }
 
-    /// All of them as they are now.
-    pub fn text(&self, format: Format) -> String {
-        let mut out = String::new();
+    /// All of them as they are now, with those of the engines of these models.
+    pub fn text(&self, format: Format, loaded: &[Arc<Loaded>]) -> String {
         let encode = match format {
             Format::Classic => prometheus_text::encode,
             Format::OpenMetrics => text::encode_registry,
         };
-        let mut write = |registry: &Registry| {
-            encode(&mut out, registry).expect("a String takes everything");
+        let text_of = |registry: &Registry| {
+            let mut text = String::new();
+            encode(&mut text, registry).expect("a String takes everything");
+            text
         };
-        write(&self.registry);
-        if let Stage::Ready(handle) = &*self.stage.borrow() {
-            write(self.engine.get_or_init(|| {
-                let mut registry = labelled(&self.model_name);
-                handle.stats.register(&mut registry);
-                registry.register_collector(Box::new(Derived(handle.clone())));
-                registry
-            }));
-        }
+        let engine = |model: &Arc<Loaded>| {
+            let mut registry = labelled(Some(&model.id));
+            model.handle.stats.register(&mut registry);
+            registry.register_collector(Box::new(Derived(model.handle.clone())));
+            text_of(&registry)
+        };
+        let engines: Vec<String> = loaded.iter().map(engine).collect();
+        let mut out = text_of(&self.registry) + &joined(&engines);
         if format == Format::OpenMetrics {
             text::encode_eof(&mut out).expect("a String takes everything");
         }
@@ -113,9 +110,28 @@ impl Metrics {
     }
 }
 
-fn labelled(model_name: &str) -> Registry {
-    let label = (Cow::from("model_name"), Cow::from(model_name.to_owned()));
-    Registry::with_labels([label].into_iter())
+/// What a metric's first line begins with.
+const HELP: &str = "# HELP ";
+
+/// The texts of registries that have the same metrics: all lines of a metric must be together.
+fn joined(texts: &[String]) -> String {
+    let mut metrics: IndexMap<&str, String> = IndexMap::new();
+    for metric in texts.iter().flat_map(|text| text.split(HELP)).filter(|text| !text.is_empty()) {
+        let name = metric.split(' ').next().unwrap_or_default();
+        match metrics.entry(name) {
+            Entry::Vacant(new) => drop(new.insert(format!("{HELP}{metric}"))),
+            Entry::Occupied(mut known) => {
+                let samples = metric.lines().skip(1).filter(|line| !line.starts_with('#'));
+                samples.for_each(|line| known.get_mut().extend([line, "\n"]));
+            }
+        }
+    }
+    metrics.into_values().collect()
+}
+
+fn labelled(model_name: Option<&str>) -> Registry {
+    let label = |name: &str| (Cow::from("model_name"), Cow::from(name.to_owned()));
+    Registry::with_labels(model_name.map(label).into_iter())
 }
 
 /// Metrics that are computed from the engine's when they are read.
@@ -195,12 +211,11 @@ mod tests {
 
     #[test]
     fn while_the_model_loads_there_is_http_and_the_build() {
-        let (_stage, receiver) = watch::channel(Stage::Loading(0.0));
-        let metrics = Metrics::new("m", receiver);
+        let metrics = Metrics::new(Some("m"));
         metrics.count_answer("/health", 503);
         metrics.count_refusal("loading");
-        let text = metrics.text(Format::OpenMetrics);
-        let classic = metrics.text(Format::Classic);
+        let text = metrics.text(Format::OpenMetrics, &[]);
+        let classic = metrics.text(Format::Classic, &[]);
         for (line, text) in [
             (
                 r#"medusa_llama:http_requests_total{model_name="m",path="/health",status="503"} 1"#,
@@ -215,5 +230,28 @@ mod tests {
         }
         assert!(text.contains("medusa_llama:build_info{") && !text.contains("steps"));
         assert!(!classic.contains("# EOF"));
+    }
+
+    #[test]
+    fn lines_of_a_metric_are_together() {
+        let of = |model: &str| {
+            let mut registry = labelled(Some(model));
+            registry.register("a", "first", Counter::<u64>::default());
+            registry.register("b", "second", ConstGauge::new(1));
+            let mut text = String::new();
+            prometheus_text::encode(&mut text, &registry).unwrap();
+            text
+        };
+        let text = joined(&[of("x"), of("y")]);
+        let lines: Vec<&str> = text.lines().filter(|line| !line.starts_with("# HELP")).collect();
+        let expected = [
+            "# TYPE a_total counter",
+            "a_total{model_name=\"x\"} 0",
+            "a_total{model_name=\"y\"} 0",
+            "# TYPE b gauge",
+            "b{model_name=\"x\"} 1",
+            "b{model_name=\"y\"} 1",
+        ];
+        assert_eq!(lines, expected);
     }
 }

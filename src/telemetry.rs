@@ -56,10 +56,19 @@ pub(crate) struct Served {
 
 /// One choice of a request, as the engine answered it.
 pub struct ChoiceRecord {
+    /// The model that answers.
+    pub model: Arc<str>,
     /// When it was submitted.
     pub submitted: SystemTime,
     /// What it took; `None` if it did not come to its end.
     pub done: Option<(Usage, Timings)>,
+}
+
+impl ChoiceRecord {
+    /// Of a choice that is submitted now.
+    pub fn new(model: &Arc<str>) -> Self {
+        Self { model: Arc::clone(model), submitted: SystemTime::now(), done: None }
+    }
 }
 
 /// A request's choices, each added when it is submitted and completed when it ends.
@@ -76,13 +85,12 @@ pub(crate) fn tokens(choices: &[ChoiceRecord]) -> Option<(usize, usize)> {
 pub struct Telemetry {
     provider: SdkTracerProvider,
     tracer: SdkTracer,
-    model: String,
 }
 
 impl Telemetry {
-    /// Begins to send traces of `model` to the collector at `endpoint`, on the current runtime, unless
-    /// the endpoint or OpenTelemetry's environment variables are invalid.
-    pub fn start(endpoint: &Uri, model: &str) -> Result<Self, String> {
+    /// Begins to send traces to the collector at `endpoint`, on the current runtime, unless the endpoint
+    /// or OpenTelemetry's environment variables are invalid.
+    pub fn start(endpoint: &Uri) -> Result<Self, String> {
         let base = endpoint.to_string();
         let runtime = tokio::runtime::Handle::current();
         let collector = Collector { runtime, is_down: AtomicBool::new(false) };
@@ -105,7 +113,7 @@ impl Telemetry {
             .with_batch_exporter(exporter)
             .with_resource(resource.build())
             .build();
-        Ok(Self { tracer: provider.tracer("medusa-llama"), provider, model: model.to_owned() })
+        Ok(Self { tracer: provider.tracer("medusa-llama"), provider })
     }
 
     /// Queues the spans of a request and of its choices.
@@ -151,9 +159,9 @@ impl Telemetry {
         if !served.is_complete {
             attributes.push(KeyValue::new("error.type", "aborted"));
         }
-        if !choices.is_empty() {
+        if let Some(first) = choices.first() {
             let (prompt, completion) = tokens(choices).unwrap_or_default();
-            attributes.push(KeyValue::new("gen_ai.response.model", self.model.clone()));
+            attributes.push(KeyValue::new("gen_ai.response.model", first.model.to_string()));
             attributes.push(KeyValue::new("gen_ai.usage.input_tokens", prompt as i64));
             attributes.push(KeyValue::new("gen_ai.usage.output_tokens", completion as i64));
         }

@@ -74,7 +74,8 @@ fn words(line: &str) -> Vec<String> {
 fn render(mut program: Command) -> String {
     program.build();
     let mut out = String::new();
-    for command in program.get_subcommands().filter(|c| c.get_name() != "help") {
+    for command in program.get_subcommands().filter(|c| c.get_name() != "help" && !c.is_hide_set())
+    {
         let name = command.get_name();
         let about = command.get_about().unwrap_or_default();
         write!(out, "\n## `medusa-llama {name}`\n\n{about}.\n").unwrap();

@@ -10,6 +10,7 @@ use crate::chat::{self, Template};
 use crate::config::GenerateArgs;
 use crate::engine;
 use crate::engine::Failed;
+use crate::engine::Stage;
 use crate::engine::thread::EngineParams;
 use crate::request::{Caller, Event, Request, SamplingParams};
 
@@ -22,7 +23,11 @@ pub(super) fn generate(args: &GenerateArgs) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let engine = engine::spawn(params);
     let done = runtime.block_on(async {
-        show_loading(engine.stage()).await;
+        let progress = |stage: &Stage| match stage {
+            Stage::Loading(progress) => Some(*progress),
+            _ => None,
+        };
+        show_loading(engine.stage(), progress).await;
         let handle = engine.ready().await.map_err(|e| anyhow!(e))?;
         let prompt = chat::turn(
             &Template::of(&handle.model),

@@ -10,6 +10,7 @@ mod serve;
 mod shared;
 mod synth;
 mod train;
+mod try_out;
 mod tune;
 
 use crate::config::Command;
@@ -29,5 +30,6 @@ pub fn run(command: Command) -> anyhow::Result<()> {
         Command::Tune(args) => tune::tune(&args),
         Command::Quantize(args) => quantize::quantize(&args),
         Command::Synth(args) => synth::synth(&args),
+        Command::TryOut(args) => try_out::try_out(&args),
     }
 }

@@ -1,7 +1,6 @@
 //! `medusa-llama serve`: binds the port, loads the model, serves requests until a signal, drains.
 
 use std::future::Future;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -9,15 +8,17 @@ use anyhow::{Context, anyhow, bail};
 use parking_lot::Mutex;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::oneshot;
 
 use super::fetch;
 use super::shared::show_loading;
-use crate::config::{Config, Files, HeadsSource, ModelSource};
-use crate::engine::{self, Layout, Stage};
+use super::try_out::{self, Stamp};
+use crate::config::{Config, Files, ModelConfig};
+use crate::engine::EngineParams;
 use crate::http::app::App;
 use crate::http::{openapi, routes, server};
 use crate::metrics::Metrics;
+use crate::models::{Entry, Load, ModelLimits, ModelSetup, Models, Part, Phase};
 use crate::telemetry::Telemetry;
 
 /// Time to flush written bytes after the drain.
@@ -41,75 +42,117 @@ async fn run(config: Config) -> anyhow::Result<()> {
         .with_context(|| format!("cannot listen on {}", config.listen))?;
     let address = listener.local_addr()?;
     let scheme = if config.tls.is_some() { "https" } else { "http" };
-    tracing::info!("listening on {scheme}://{address}, loading {}", config.model);
-    let model_id = config.model_id;
-    let telemetry =
-        config.otlp_endpoint.map(|collector| Telemetry::start(&collector, &model_id)).transpose();
+    match &config.models[..] {
+        [model] => tracing::info!("listening on {scheme}://{address}, loading {}", model.model),
+        several => tracing::info!("listening on {scheme}://{address}, {} models", several.len()),
+    }
+    let telemetry = config.otlp_endpoint.as_ref().map(Telemetry::start).transpose();
     let telemetry = telemetry.map_err(|error| anyhow!(error))?;
-    let (model, heads, params) = (config.model, config.heads, config.engine);
-    let engine = engine::spawn_after(move |stop| {
-        let goes_on = || !stop.load(Ordering::Relaxed);
-        let files =
-            files(&model, heads.as_ref(), &goes_on).map_err(|error| format!("{error:#}"))?;
-        Ok(params(files))
-    });
+    let models = models(config.models, config.several);
     let app = Arc::new(App {
-        stage: engine.stage(),
-        draining: AtomicBool::new(false),
+        models: Arc::clone(&models),
         limits: config.http,
         auth: config.auth,
         cors: config.cors,
         hosts: config.hosts,
         tls: config.tls,
-        metrics: Metrics::new(&model_id, engine.stage()),
+        metrics: Metrics::new(models.only().map(Entry::id)),
         telemetry,
-        model_id,
         unknown_fields: config.unknown_fields,
-        readers: OnceLock::new(),
+        readers: Mutex::default(),
         openapi: OnceLock::new(),
         describe: openapi::json,
         endpoints: routes::endpoints(),
-        template_source: config.chat_template,
         ignored_logged: Mutex::default(),
-        template: OnceLock::new(),
     });
 
     let (end, ended) = oneshot::channel::<()>();
     let until_end = async { drop(ended.await) };
     let network = tokio::spawn(server::serve(listener, Arc::clone(&app), until_end, FLUSH));
-    tokio::spawn(show_loading(engine.stage()));
-    tokio::spawn(announce(Arc::clone(&app)));
+    if let Some(only) = models.only() {
+        models.start();
+        tokio::spawn(show_loading(only.phase(), progress));
+        let (app, mut phase) = (Arc::clone(&app), only.phase());
+        tokio::spawn(async move {
+            let ready = phase.wait_for(|phase| matches!(phase, Phase::Ready(_))).await.is_ok();
+            ready.then(|| app.openapi()) // before anybody asks for it
+        });
+    }
 
     let failure = {
         let mut signalled = std::pin::pin!(stop_signal()?);
         tokio::select! {
             () = &mut signalled => {
-                app.draining.store(true, Ordering::Relaxed);
-                drain(engine.stage(), config.drain_timeout).await;
+                models.close();
+                drain(&models, config.drain_timeout).await;
                 None
             }
-            why = failed(engine.stage()) => Some(why),
+            why = failed(&models) => Some(why),
         }
     };
     let _ = end.send(());
     let _ = network.await;
     let _ = tokio::task::spawn_blocking(move || app.telemetry.as_ref().map(Telemetry::stop)).await;
-    engine.stop();
+    models.stop();
     match failure {
         Some(why) => bail!("{why}"),
         None => Ok(()),
     }
 }
 
-/// The model and its heads, after a download if they are on the Hub.
-fn files(
-    model: &ModelSource,
-    heads: Option<&HeadsSource>,
-    goes_on: fetch::GoesOn<'_>,
-) -> anyhow::Result<Files> {
-    let model = fetch::model(model, goes_on)?;
-    let heads = heads.map(|heads| fetch::heads(heads, goes_on)).transpose()?;
-    Ok(Files { model, heads })
+/// The models of a configuration.
+fn models(configs: Vec<ModelConfig>, limits: Option<ModelLimits>) -> Arc<Models> {
+    let setups = configs.into_iter().map(|config| ModelSetup {
+        id: config.id.clone(),
+        template: config.chat_template.clone(),
+        loader: Box::new(Source { config, tried: Mutex::default() }),
+    });
+    Models::new(setups.collect(), limits)
+}
+
+/// Where a model comes from.
+struct Source {
+    config: ModelConfig,
+    /// The files that were tried.
+    tried: Mutex<Option<Stamp>>,
+}
+
+impl Load for Source {
+    /// After a download if the model or its heads are on the Hub.
+    fn prepare(&self, goes_on: &dyn Fn() -> bool) -> Result<EngineParams, String> {
+        let files = || -> anyhow::Result<Files> {
+            let model = fetch::model(&self.config.model, goes_on)?;
+            let heads = self.config.heads.as_ref();
+            let heads = heads.map(|heads| fetch::heads(heads, goes_on)).transpose()?;
+            Ok(Files { model, heads })
+        };
+        files().map(&*self.config.params).map_err(|error| format!("{error:#}"))
+    }
+
+    fn try_out(
+        &self,
+        params: &EngineParams,
+        part: Part,
+        goes_on: &dyn Fn() -> bool,
+    ) -> Result<(), String> {
+        let stamp = try_out::stamp(&params.model_path)?;
+        if self.tried.lock().as_ref() == Some(&stamp) {
+            return Ok(());
+        }
+        try_out::run(&params.model_path, part, goes_on)?;
+        if part == Part::Whole {
+            *self.tried.lock() = Some(stamp);
+        }
+        Ok(())
+    }
+}
+
+fn progress(phase: &Phase) -> Option<f32> {
+    match phase {
+        Phase::Unloaded => Some(0.0),
+        Phase::Loading(progress) => Some(*progress),
+        _ => None,
+    }
 }
 
 /// Completes at the first SIGTERM or SIGINT. A second one ends the process immediately.
@@ -128,62 +171,29 @@ fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
 }
 
 /// Waits until no request is in flight, at most for `timeout`.
-async fn drain(stage: watch::Receiver<Stage>, timeout: Duration) {
-    let Stage::Ready(handle) = stage.borrow().clone() else { return };
-    tracing::info!(in_flight = handle.n_in_flight(), "draining");
+async fn drain(models: &Models, timeout: Duration) {
+    if models.loaded().is_empty() {
+        return;
+    }
+    tracing::info!(in_flight = models.n_in_flight(), "draining");
     let idle = async {
-        while handle.n_in_flight() > 0 {
+        while models.n_in_flight() > 0 {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     };
     if tokio::time::timeout(timeout, idle).await.is_err() {
         tracing::warn!(
-            in_flight = handle.n_in_flight(),
+            in_flight = models.n_in_flight(),
             "drain timeout reached; cancelling the remaining requests"
         );
     }
 }
 
-/// Waits until the engine has failed; returns the reason.
-async fn failed(mut stage: watch::Receiver<Stage>) -> String {
-    match stage.wait_for(|stage| matches!(stage, Stage::Failed(_))).await.as_deref() {
-        Ok(Stage::Failed(why)) => why.clone(),
-        _ => "the engine thread ended".into(),
-    }
-}
-
-/// Logs the model and its limits once it is loaded, and makes what follows from them.
-async fn announce(app: Arc<App>) {
-    let mut stage = app.stage.clone();
-    let Ok(stage) = stage.wait_for(|s| !matches!(s, Stage::Loading(_))).await else { return };
-    let Stage::Ready(handle) = stage.clone() else { return };
-    drop(stage);
-    app.openapi(); // before anybody asks for it
-    let (model, limits) = (&handle.model, handle.limits);
-    let kv = match limits.layout {
-        Layout::Unified { n_cells, .. } => format!("unified, {n_cells} cells"),
-        Layout::States { n_cells, n_seqs, window: 0, .. } => {
-            format!("unified, {n_cells} cells, {n_seqs} states")
-        }
-        Layout::States { n_cells, n_seqs, window, .. } => {
-            format!("unified, {n_cells} cells, {n_seqs} windows of {window}")
-        }
-        Layout::Streams { n_cells } => format!("{} streams of {n_cells} cells", limits.n_slots),
-    };
-    tracing::info!(
-        "ready: {} ({}, {}), context {}, {} slots, KV {kv}, drafts: {}",
-        model.name().unwrap_or_else(|| "unnamed model".into()),
-        model.architecture(),
-        model.quantization(),
-        limits.n_ctx,
-        limits.n_slots,
-        handle.draft_shape.name(),
-    );
-    if limits.n_ctx > model.n_ctx_train() {
-        tracing::warn!(
-            "MODEL_CONTEXT_SIZE {} exceeds the {} tokens the model was trained with",
-            limits.n_ctx,
-            model.n_ctx_train()
-        );
+/// Waits until a single model has failed; returns the reason.
+async fn failed(models: &Models) -> String {
+    let Some(only) = models.only() else { return std::future::pending().await };
+    match only.phase().wait_for(|phase| matches!(phase, Phase::Failed(..))).await.as_deref() {
+        Ok(Phase::Failed(why, _)) => why.clone(),
+        _ => "the model is gone".into(),
     }
 }

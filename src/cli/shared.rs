@@ -10,7 +10,6 @@ use serde::Serialize;
 use tokio::sync::watch;
 
 use crate::config::ModelArgs;
-use crate::engine::Stage;
 use crate::llama::{Model, Token};
 
 /// A progress bar of `n` units, in indicatif's template language.
@@ -42,14 +41,17 @@ pub(super) fn write_json(path: &Path, report: &impl Serialize) -> anyhow::Result
     std::fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// Shows a progress bar on a terminal until the model is loaded or has failed to load.
-pub(super) async fn show_loading(mut stage: watch::Receiver<Stage>) {
+/// Shows a progress bar on a terminal as long as `progress` tells how much of the model is read.
+pub(super) async fn show_loading<T>(
+    mut stage: watch::Receiver<T>,
+    progress: impl Fn(&T) -> Option<f32>,
+) {
     if !std::io::stderr().is_terminal() {
         return;
     }
     let bar = bar(100, "loading model {bar:40} {percent:>3}% {eta}");
     loop {
-        let Stage::Loading(progress) = *stage.borrow_and_update() else { break };
+        let Some(progress) = progress(&stage.borrow_and_update()) else { break };
         if progress > 0.0 {
             bar.set_position((progress * 100.0) as u64); // before, a download may have its own bar
         }

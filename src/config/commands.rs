@@ -7,7 +7,8 @@ use clap::builder::NonEmptyStringValueParser;
 use serde::Deserialize as _;
 use serde::de::IntoDeserializer as _;
 
-use super::{DraftArgs, ModelArgs, between};
+use super::values::between;
+use super::{DraftArgs, ModelArgs};
 use crate::llama::Quantization;
 use crate::request::Speculation;
 use crate::synth::ModelShape;
@@ -272,6 +273,16 @@ pub struct SynthArgs {
     /// Overwrite existing files
     #[arg(short, long)]
     pub force: bool,
+}
+
+/// `medusa-llama try-out`.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct TryOutArgs {
+    /// GGUF file to load
+    pub file: PathBuf,
+    /// Read what it is, without its weights
+    #[arg(long)]
+    pub outline: bool,
 }
 
 fn speculation(name: &str) -> Result<Speculation, String> {

@@ -121,7 +121,7 @@ mod tests {
     fn a_model_is_named_by_its_repository_as_in_llama_server() {
         for flag in ["-hf", "-hfr", "--hf-repo"] {
             let args = serve(&[flag, "a/b:Q8_0", "-hff", "x/y.gguf"]);
-            let source = args.model.source().unwrap();
+            let source = args.engine.model.source().unwrap();
             assert_eq!(
                 source,
                 ModelSource::Hub("a/b:Q8_0".parse().unwrap(), Some("x/y.gguf".into()))
@@ -131,7 +131,7 @@ mod tests {
                 ("a/b:Q8_0".into(), "a/b/x/y.gguf".into())
             );
             assert_eq!(
-                args.drafts.source(&args.model).unwrap(),
+                args.engine.drafts.source(&args.engine.model).unwrap(),
                 None,
                 "heads of the default model"
             );
@@ -140,7 +140,7 @@ mod tests {
 
     #[test]
     fn a_model_has_one_name() {
-        let refused = |args: &[&str]| serve(args).model.source().unwrap_err().to_string();
+        let refused = |args: &[&str]| serve(args).engine.model.source().unwrap_err().to_string();
         assert!(refused(&["-m", "x.gguf", "-hf", "a/b"]).contains("not both"));
         assert!(refused(&["-m", "x.gguf", "--hf-file", "y"]).contains("HF_FILE"));
     }
@@ -149,7 +149,7 @@ mod tests {
     fn heads_are_a_folder_or_a_repository() {
         let heads = |name: &str| {
             let args = serve(&["-m", "x.gguf", "--heads", name]);
-            args.drafts.source(&args.model)
+            args.engine.drafts.source(&args.engine.model)
         };
         assert_eq!(heads("none").unwrap(), None);
         assert_eq!(heads("a/b").unwrap(), Some(HeadsSource::Folder("a/b".into())));

@@ -129,6 +129,8 @@ pub struct Handle {
     pub pooling: Option<Pooling>,
     /// Requests that may run or wait.
     pub n_queue: usize,
+    /// Bytes of the host's memory that model, cache and buffers were planned to take.
+    pub host_memory: u64,
     /// What the engine counts.
     pub stats: Arc<Stats>,
     pub(super) jobs: SyncSender<Job>,

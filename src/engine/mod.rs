@@ -45,7 +45,7 @@ pub use forward::{Forward, LlamaForward, Row, Rows, StepError};
 pub use handle::{Answer, Failed, Handle, SubmitError};
 pub use sequence::Job;
 pub use slots::Layout;
-pub use thread::{Stage, spawn, spawn_after};
+pub use thread::{EngineParams, EngineThread, Stage, fits, spawn, spawn_after};
 
 use crate::error::incident_id;
 use crate::llama::{SeqId, Token};

@@ -90,6 +90,17 @@ pub struct Plan {
     pub limits: Limits,
     /// What each device is to hold, the host first.
     pub uses: Vec<Use>,
+    /// The sizes are those that were asked for, or the model's, and fit.
+    pub is_whole: bool,
+}
+
+/// What limits an engine's memory beside the devices.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Room {
+    /// Bytes of heads, on the host.
+    pub heads: u64,
+    /// Most bytes of the host for all of it; `None`: what is free.
+    pub most: Option<u64>,
 }
 
 /// What one device is to hold.
@@ -101,6 +112,8 @@ pub struct Use {
     pub heads: u64,
     /// Bytes that are free before; `None` where the system does not tell.
     pub free: Option<u64>,
+    /// Bytes that it may take; `None`: what is free.
+    pub most: Option<u64>,
 }
 
 impl Use {
@@ -111,6 +124,7 @@ impl Use {
     /// `true` if it fits, with some bytes to spare.
     fn fits(&self, spare: u64) -> bool {
         self.free.is_none_or(|free| self.total() + spare <= free)
+            && self.most.is_none_or(|most| self.total() <= most)
     }
 }
 
@@ -124,7 +138,10 @@ impl fmt::Display for Use {
         if self.heads > 0 {
             write!(f, ", heads {heads}")?;
         }
-        self.free.map_or(Ok(()), |free| write!(f, "; {} are free", bytes(free)))
+        if let Some(free) = self.free {
+            write!(f, "; {} are free", bytes(free))?;
+        }
+        self.most.map_or(Ok(()), |most| write!(f, "; {} are left for it", bytes(most)))
     }
 }
 
@@ -133,15 +150,15 @@ fn bytes(n: u64) -> String {
     if gib >= 1.0 { format!("{gib:.1} GiB") } else { format!("{mib:.0} MiB") }
 }
 
-/// Plans an engine for a model, of which this is an [outline](Model::outline), and heads of `heads`
-/// bytes on the host. `context_params` makes a context's parameters of limits.
+/// Plans an engine for a model, of which this is an [outline](Model::outline). `context_params` makes
+/// a context's parameters of limits.
 ///
 /// # Errors
 /// As [`Context::new`].
 pub(super) fn plan(
     model: Model,
     sizes: &Sizes,
-    heads: u64,
+    room: Room,
     context_params: impl Fn(&Limits) -> ContextParams,
 ) -> Result<Plan, LlamaError> {
     let model = Arc::new(model);
@@ -151,31 +168,35 @@ pub(super) fn plan(
         let context = Context::new(Arc::clone(&model), &context_params(&limits))?;
         let of = |(i, model): (usize, DeviceUse)| Use {
             free: model.device.as_ref().map_or_else(available_memory, |device| Some(device.free)),
-            heads: if i == 0 { heads } else { 0 },
+            heads: if i == 0 { room.heads } else { 0 },
+            most: room.most.filter(|_| i == 0),
             model,
         };
-        let uses = context.footprint().into_iter().enumerate().map(of).collect();
-        Ok(Plan { limits, uses })
+        let uses: Vec<Use> = context.footprint().into_iter().enumerate().map(of).collect();
+        let is_whole = uses.iter().all(|of| of.fits(SPARE));
+        Ok(Plan { limits, uses, is_whole })
     };
     let n_ctx = sizes.n_ctx.unwrap_or_else(|| model.n_ctx_train().clamp(1, LONGEST_CONTEXT));
     let n_cells = sizes.n_cells.unwrap_or(n_ctx * sizes.n_slots).max(n_ctx);
     let is_fixed = sizes.n_ctx.is_some() && sizes.n_cells.is_some();
     let wanted = measure(n_ctx, n_cells)?;
-    if is_fixed || wanted.uses.iter().all(|of| of.fits(SPARE)) {
+    if is_fixed || wanted.is_whole {
         return Ok(wanted);
     }
     let shortest = sizes.n_ctx.unwrap_or(SHORTEST_AUTO).min(n_ctx);
     let few = measure(shortest, shortest)?;
     let n_cells = most_cells(&few, &wanted).clamp(shortest, n_cells);
     let n_cells = (n_cells / CELLS_STEP * CELLS_STEP).max(shortest);
-    measure(sizes.n_ctx.unwrap_or(n_ctx.min(n_cells)), n_cells)
+    let fitting = measure(sizes.n_ctx.unwrap_or(n_ctx.min(n_cells)), n_cells)?;
+    Ok(Plan { is_whole: false, ..fitting })
 }
 
 /// The cells that fit all devices, from what few of them take and what many do.
 fn most_cells(few: &Plan, many: &Plan) -> usize {
     let (n_few, n_many) = (few.limits.n_cells() as f64, many.limits.n_cells() as f64);
     let most = |(few, many): (&Use, &Use)| {
-        let free = few.free? as f64 - SPARE as f64 - few.total() as f64;
+        let free = few.free.map(|free| free.saturating_sub(SPARE));
+        let free = free.into_iter().chain(few.most).min()? as f64 - few.total() as f64;
         let each = (many.total() as f64 - few.total() as f64) / (n_many - n_few).max(1.0);
         (each > 0.0).then_some(n_few + free / each)
     };
@@ -183,27 +204,34 @@ fn most_cells(few: &Plan, many: &Plan) -> usize {
     most.max(0.0) as usize
 }
 
-/// Logs what each device is to hold, and what does not fit.
-pub(super) fn log(uses: &[Use], limits: &Limits, sizes: &Sizes) {
-    for of in uses {
-        tracing::info!("memory: {of}");
-        if !of.fits(0) {
-            let advice = match of.model.device {
-                None => {
-                    "a smaller --ctx or --kv-cells, --cache-type-k and -v q8_0, or a smaller quantization"
-                }
-                Some(_) => {
-                    "a smaller --n-gpu-layers, --ctx or --kv-cells, or --cache-type-k and -v q8_0"
-                }
-            };
-            tracing::warn!("that may not fit; what takes less: {advice}");
-        }
+impl Plan {
+    /// Bytes of the host's memory.
+    pub(super) fn host_memory(&self) -> u64 {
+        self.uses.first().map_or(0, Use::total)
     }
-    let (&Limits { n_ctx, n_slots, .. }, n_cells) = (limits, limits.n_cells());
-    if sizes.n_ctx.is_none() || (sizes.n_cells.is_none() && n_cells < n_ctx * n_slots) {
-        tracing::info!(
-            "context of {n_ctx} tokens, {n_cells} cells for {n_slots} slots, as the model and the memory allow: --ctx and --kv-cells set others"
-        );
+
+    /// Logs what each device is to hold, and what does not fit.
+    pub(super) fn log(&self, sizes: &Sizes) {
+        for of in &self.uses {
+            tracing::info!("memory: {of}");
+            if !of.fits(0) {
+                let advice = match of.model.device {
+                    None => {
+                        "a smaller --ctx or --kv-cells, --cache-type-k and -v q8_0, or a smaller quantization"
+                    }
+                    Some(_) => {
+                        "a smaller --n-gpu-layers, --ctx or --kv-cells, or --cache-type-k and -v q8_0"
+                    }
+                };
+                tracing::warn!("that may not fit; what takes less: {advice}");
+            }
+        }
+        let (Limits { n_ctx, n_slots, .. }, n_cells) = (self.limits, self.limits.n_cells());
+        if sizes.n_ctx.is_none() || (sizes.n_cells.is_none() && n_cells < n_ctx * n_slots) {
+            tracing::info!(
+                "context of {n_ctx} tokens, {n_cells} cells for {n_slots} slots, as the model and the memory allow: --ctx and --kv-cells set others"
+            );
+        }
     }
 }
 
@@ -217,7 +245,11 @@ mod tests {
         let limits = Sizes::new(1, n_cells).limits(Memory::Cells, n_cells, n_cells);
         let cache = n_cells as u64 * (1 << 20);
         let model = DeviceUse { device: None, weights: 4 * GIB, cache, compute: GIB };
-        Plan { limits, uses: vec![Use { model, heads: 0, free: Some(free) }] }
+        Plan {
+            limits,
+            uses: vec![Use { model, heads: 0, free: Some(free), most: None }],
+            is_whole: true,
+        }
     }
 
     #[test]
@@ -226,6 +258,12 @@ mod tests {
         assert_eq!(most(8 * GIB), 2048, "a GiB is spare");
         assert_eq!(most(4 * GIB), 0, "not even the weights");
         assert_eq!(most(80 * GIB), 8192, "no more than wanted");
+        let limited = |n_cells| {
+            let mut plan = plan_of(n_cells, 80 * GIB);
+            plan.uses[0].most = Some(7 * GIB);
+            plan
+        };
+        assert_eq!(most_cells(&limited(512), &limited(8192)), 2048, "a limit has nothing to spare");
     }
 
     #[test]

@@ -17,7 +17,7 @@ use super::forward::LlamaForward;
 use super::handle::Handle;
 use super::lanes::Lanes;
 use super::leaves::DraftShape;
-use super::plan::{self, Plan, Sizes};
+use super::plan::{self, Plan, Room, Sizes};
 use super::scheduler::MOST_READ;
 use super::stats::Stats;
 use super::{Engine, Forward, Job, Layout, Limits};
@@ -60,6 +60,8 @@ pub struct EngineParams {
     pub n_queue: usize,
     /// The longest an idle engine may wait for more requests.
     pub max_wait: Duration,
+    /// Most bytes of the host's memory; `None`: what there is.
+    pub memory: Option<u64>,
 }
 
 impl EngineParams {
@@ -77,6 +79,7 @@ impl EngineParams {
             traces: false,
             n_queue: n_slots + 1,
             max_wait: Duration::ZERO,
+            memory: None,
         }
     }
 }
@@ -249,13 +252,9 @@ fn serve<F: Forward>(
         !stop.load(Ordering::Relaxed)
     };
     let path = &params.model_path;
-    let outline = Model::outline(path, params.n_gpu_layers)?;
-    let params = &for_model(params, &outline)?;
-    let heads = params.drafts.as_ref().and_then(|drafts| drafts.heads.as_ref());
-    let heads = heads.map_or(0, |heads| folder_bytes(&heads.folder));
-    let Plan { limits, uses } =
-        plan::plan(outline, &params.sizes, heads, |limits| context_params(params, limits))?;
-    plan::log(&uses, &limits, &params.sizes);
+    let (params, plan) = &planned(params)?;
+    plan.log(&params.sizes);
+    let (limits, host_memory) = (plan.limits, plan.host_memory());
     let model = Arc::new(Model::load(path, params.n_gpu_layers, progress)?);
     let context = Context::new(Arc::clone(&model), &context_params(params, &limits))?;
     let pooling = params.pooling;
@@ -292,6 +291,7 @@ fn serve<F: Forward>(
         draft_shape: shape,
         pooling,
         n_queue,
+        host_memory,
         stats,
         jobs,
         permits: Arc::new(Semaphore::new(n_queue)),
@@ -405,6 +405,28 @@ fn n_ids(params: &EngineParams, limits: &Limits) -> usize {
         None => 1,
     };
     (n_seqs + limits.n_slots * (n_leaves - 1)).min(max_sequences())
+}
+
+/// Whether an engine would get the sizes that were asked for, or those that the model has, in the
+/// memory that there is now.
+///
+/// # Errors
+/// Why the model cannot be used.
+pub fn fits(params: &EngineParams) -> Result<bool, String> {
+    let (_, plan) = planned(params).map_err(|error| error.to_string())?;
+    Ok(plan.is_whole)
+}
+
+/// The parameters as they are possible with their model, and the engine's sizes.
+fn planned(params: &EngineParams) -> Result<(EngineParams, Plan), StartError> {
+    let outline = Model::outline(&params.model_path, params.n_gpu_layers)?;
+    let params = for_model(params, &outline)?;
+    let heads = params.drafts.as_ref().and_then(|drafts| drafts.heads.as_ref());
+    let heads = heads.map_or(0, |heads| folder_bytes(&heads.folder));
+    let room = Room { heads, most: params.memory };
+    let of = |limits: &Limits| context_params(&params, limits);
+    let plan = plan::plan(outline, &params.sizes, room, of)?;
+    Ok((params, plan))
 }
 
 /// The parameters as they are possible with this model.

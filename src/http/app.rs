@@ -1,26 +1,27 @@
 //! What all connections share, and what is known of a request beside what it says.
 
-use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use hyper::Request;
 use parking_lot::Mutex;
-use tokio::sync::watch;
+use percent_encoding::percent_decode_str;
+use serde::Deserialize;
+use tokio::time::timeout;
 
-use super::api::answers::HealthStatus;
-use super::api::{Readers, Unknown};
+use super::api::information::HealthStatus;
+use super::api::{Readers, Unknown, json};
 use super::auth::Auth;
 use super::cors::Cors;
 use super::host::Hosts;
 use super::problem::Problem;
 use super::tls::Tls;
-use crate::chat::{Template, Vocabulary};
 use crate::engine::plan::LONGEST_CONTEXT;
-use crate::engine::{Handle, Stage, SubmitError};
-use crate::llama::Model;
+use crate::error::Invalid;
 use crate::metrics::Metrics;
+use crate::models::{Entry, Loaded, Models, Phase};
 use crate::telemetry::{ChoiceRecords, Telemetry};
 
 /// Between two lines about ignored fields.
@@ -28,9 +29,7 @@ const IGNORED_PAUSE: Duration = Duration::from_secs(60);
 
 /// What every connection shares.
 pub struct App {
-    pub stage: watch::Receiver<Stage>,
-    /// Set once: new work is refused from then on.
-    pub draining: AtomicBool,
+    pub models: Arc<Models>,
     pub limits: HttpLimits,
     pub auth: Auth,
     pub cors: Cors,
@@ -38,12 +37,10 @@ pub struct App {
     pub tls: Option<Tls>,
     pub metrics: Metrics,
     pub telemetry: Option<Telemetry>,
-    /// How OpenAI's clients name the model.
-    pub model_id: String,
     /// What is done with fields of requests that nobody knows.
     pub unknown_fields: Unknown,
-    /// What reads bodies, made at the first request, when the size of a context is known.
-    pub readers: OnceLock<Readers>,
+    /// What reads bodies, by the size of a context.
+    pub readers: Mutex<BTreeMap<usize, Arc<Readers>>>,
     /// The document of all routes, and what makes it.
     pub openapi: OnceLock<Bytes>,
     pub describe: fn(&Readers) -> Bytes,
@@ -51,10 +48,6 @@ pub struct App {
     pub endpoints: Vec<String>,
     /// When ignored fields were last logged.
     pub ignored_logged: Mutex<Option<Instant>>,
-    /// The source of the chat template, if it is not the model's own.
-    pub template_source: Option<String>,
-    /// The chat template, read at the first chat; or why there is none.
-    pub template: OnceLock<Result<Template, String>>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -75,45 +68,23 @@ pub struct HttpLimits {
 }
 
 impl App {
-    /// The engine, unless it is loading or stopped, or the server shuts down.
-    pub fn engine(&self) -> Result<Handle, Problem> {
-        if self.draining.load(Ordering::Relaxed) {
-            return Err(Problem::Draining);
-        }
-        match &*self.stage.borrow() {
-            Stage::Ready(handle) => Ok(handle.clone()),
-            Stage::Loading(_) => Err(Problem::Loading),
-            Stage::Failed(_) => Err(SubmitError::Stopped.into()),
-        }
+    /// What reads bodies of requests to a model with contexts of `n_ctx` tokens.
+    pub fn readers(&self, n_ctx: usize) -> Arc<Readers> {
+        let new = || Arc::new(Readers::with_policy(n_ctx, self.unknown_fields));
+        Arc::clone(self.readers.lock().entry(n_ctx).or_insert_with(new))
     }
 
-    /// What reads bodies of requests to this engine.
-    pub fn readers(&self, engine: &Handle) -> &Readers {
-        let n_ctx = engine.limits.n_ctx;
-        self.readers.get_or_init(|| Readers::with_policy(n_ctx, self.unknown_fields))
-    }
-
-    /// The document of all routes, as JSON. Until the size of a context is known it has the largest.
+    /// The document of all routes, as JSON. It has the size of a single model's context, once it is
+    /// known, or else the largest.
     pub fn openapi(&self) -> Bytes {
-        match &*self.stage.borrow() {
-            Stage::Ready(engine) => {
-                self.openapi.get_or_init(|| (self.describe)(self.readers(engine))).clone()
+        let describe = |n_ctx| (self.describe)(&self.readers(n_ctx));
+        match self.models.only().map(Entry::loaded) {
+            Some(None) => describe(LONGEST_CONTEXT),
+            Some(Some(model)) => {
+                self.openapi.get_or_init(|| describe(model.handle.limits.n_ctx)).clone()
             }
-            _ => (self.describe)(&Readers::with_policy(LONGEST_CONTEXT, self.unknown_fields)),
+            None => self.openapi.get_or_init(|| describe(LONGEST_CONTEXT)).clone(),
         }
-    }
-
-    /// The source of the chat template for `model`; empty without one.
-    pub fn template_source(&self, model: &Model) -> String {
-        self.template_source.clone().or_else(|| model.chat_template()).unwrap_or_default()
-    }
-
-    /// The chat template for `model`, or why there is none.
-    pub fn template(&self, model: &Model) -> &Result<Template, String> {
-        self.template.get_or_init(|| match &self.template_source {
-            Some(source) => Template::new(source.clone(), Vocabulary::of(model)),
-            None => Template::of(model),
-        })
     }
 
     /// Logs the fields of a request that nobody knew, once a minute at most.
@@ -130,13 +101,15 @@ impl App {
 
     pub fn status(&self) -> HealthStatus {
         let limit = self.limits.stall_timeout;
-        let is_stalled = |handle: &Handle| limit.is_some() && handle.stats.pass_elapsed() > limit;
-        match &*self.stage.borrow() {
-            Stage::Failed(_) => HealthStatus::Failed,
-            _ if self.draining.load(Ordering::Relaxed) => HealthStatus::Draining,
-            Stage::Loading(_) => HealthStatus::Loading,
-            Stage::Ready(handle) if is_stalled(handle) => HealthStatus::Stalled,
-            Stage::Ready(_) => HealthStatus::Ok,
+        let is_stalled =
+            |model: &Arc<Loaded>| limit.is_some() && model.handle.stats.pass_elapsed() > limit;
+        let only = self.models.only().map(|only| only.phase().borrow().clone());
+        match only {
+            Some(Phase::Failed(..)) => HealthStatus::Failed,
+            _ if self.models.is_closing() => HealthStatus::Draining,
+            Some(Phase::Unloaded | Phase::Loading(_)) => HealthStatus::Loading,
+            _ if self.models.loaded().iter().any(is_stalled) => HealthStatus::Stalled,
+            _ => HealthStatus::Ok,
         }
     }
 }
@@ -150,4 +123,62 @@ pub struct RequestContext {
     /// What its path has in place of its route's `{...}`.
     pub tail: String,
     pub record: Arc<ChoiceRecords>,
+    /// How long it waited for its model.
+    pub waited: Duration,
+}
+
+/// What of a body says which model is asked for, and how long to wait for it.
+#[derive(Default, Deserialize)]
+struct Asked {
+    model: Option<String>,
+    timeout_s: Option<f64>,
+}
+
+impl Asked {
+    /// From a body, or from the query of a request without one.
+    fn of(request: &Request<Bytes>) -> Result<Self, Problem> {
+        if request.body().is_empty() {
+            let query = request.uri().query().unwrap_or_default();
+            let model = query.split('&').find_map(|pair| pair.strip_prefix("model="));
+            let model = model.map(|name| {
+                percent_decode_str(&name.replace('+', " ")).decode_utf8_lossy().into_owned()
+            });
+            return Ok(Self { model, timeout_s: None });
+        }
+        serde_json::from_slice(request.body()).or_else(|_| {
+            let value = json::parse(request.body())?; // says what is wrong, if the whole body is
+            let name = value.get("model").filter(|name| !name.is_string() && !name.is_null());
+            match name {
+                Some(_) => Err(Invalid::new("model", "model must be a string".to_owned()).into()),
+                None => Ok(Self::default()),
+            }
+        })
+    }
+}
+
+impl RequestContext {
+    /// The model that a request asks for: the only one, or one of several, which is loaded if it is
+    /// not.
+    pub async fn model(&mut self, request: &Request<Bytes>) -> Result<Arc<Loaded>, Problem> {
+        let models = &self.app.models;
+        if models.only().is_some() {
+            return Ok(models.get(None).await?);
+        }
+        let asked = Asked::of(request)?;
+        let wanted = asked.timeout_s.and_then(|s| Duration::try_from_secs_f64(s).ok());
+        let limit = self.app.limits.timeout.into_iter().chain(wanted).min();
+        let model = models.get(asked.model.as_deref());
+        let began = Instant::now();
+        let model = match limit {
+            None => model.await?,
+            Some(limit) => timeout(limit, model).await.map_err(|_| Problem::Deadline)??,
+        };
+        self.waited = began.elapsed();
+        Ok(model)
+    }
+
+    /// What is left of a request's time.
+    pub fn left(&self, limit: Option<Duration>) -> Option<Duration> {
+        limit.map(|limit| limit.saturating_sub(self.waited))
+    }
 }

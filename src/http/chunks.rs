@@ -6,9 +6,10 @@ use bytes::BytesMut;
 use hyper::StatusCode;
 
 use super::api::answers::{
-    AnswerMessage, BUILD, CallPart, ChatLogprobs, ChoiceLogprobs, Delta, Detokenize, FinishKind,
+    AnswerMessage, CallPart, ChatLogprobs, ChoiceLogprobs, Delta, Detokenize, FinishKind,
     FunctionPart, Offsets, OpenAiAnswer, OpenAiChoice, TextLogprobs, details, finish,
 };
+use super::api::information::BUILD;
 use super::api::openai::Choices;
 use super::api::usage::{AnswerTimings, Ended, OpenAiUsage, PromptTokensDetails};
 use super::problem::{ErrorShape, Problem};

@@ -1,7 +1,7 @@
 //! The handlers of requests for text: a body to the engine's requests, their events to an answer.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use bytes::Bytes;
 use hyper::Request;
@@ -15,8 +15,9 @@ use super::app::{App, RequestContext};
 use super::chunks::{Chunks, Endpoint};
 use super::problem::Problem;
 use super::reply::{self, Dialect, Reply};
-use crate::engine::{Answer, Failed, Handle};
+use crate::engine::{Answer, Failed};
 use crate::error::Invalid;
+use crate::models::Loaded;
 use crate::request::{self, Caller, Completion, Event, FinishReason};
 use crate::telemetry::ChoiceRecord;
 
@@ -28,17 +29,16 @@ use crate::telemetry::ChoiceRecord;
         (StreamEvent = "text/event-stream"),
     )),
 ))]
-pub async fn generate(cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
-    let handle = cx.app.engine()?;
-    let model = Arc::clone(&handle.model);
-    let (request, stream) = read(&cx.app, &handle, request, move |app, readers, body| {
+pub async fn generate(mut cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
+    let model = cx.model(&request).await?;
+    let (request, stream) = read(&cx.app, &model, request, |model, readers, body| {
         let body = readers.generate.read(body)?;
         let stream = body.stream;
-        Ok((body.into_request(fastrand::u64(..), app.template(&model))?, stream))
+        Ok((body.into_request(fastrand::u64(..), model.template())?, stream))
     })
     .await?;
-    let dialect = Pieces(request.report.map(|_| detokenize(&handle)));
-    answer(cx, &handle, vec![request], stream, dialect).await
+    let dialect = Pieces(request.report.map(|_| detokenize(&model)));
+    answer(cx, &model, vec![request], stream, dialect).await
 }
 
 /// Text from prompts, as OpenAI has it
@@ -48,16 +48,15 @@ pub async fn generate(cx: RequestContext, request: Request<Bytes>) -> Result<Rep
         (StreamEvent = "text/event-stream"),
     )),
 ))]
-pub async fn complete(cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
-    let handle = cx.app.engine()?;
-    let n_ctx = handle.limits.n_ctx;
-    let (choices, ignored) = read(&cx.app, &handle, request, move |_, readers, body| {
+pub async fn complete(mut cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
+    let model = cx.model(&request).await?;
+    let (choices, ignored) = read(&cx.app, &model, request, |model, readers, body| {
         let (body, ignored) = readers.completion.read_noting(body)?;
-        Ok((body.into_choices(n_ctx, fastrand::u64(..))?, ignored))
+        Ok((body.into_choices(model.n_ctx(), fastrand::u64(..))?, ignored))
     })
     .await?;
     cx.app.note_ignored(&ignored);
-    let mut reply = answer_openai(cx, &handle, choices, Endpoint::Text).await?;
+    let mut reply = answer_openai(cx, &model, choices, Endpoint::Text).await?;
     reply::name_ignored(&ignored, reply.headers_mut());
     Ok(reply)
 }
@@ -69,27 +68,27 @@ pub async fn complete(cx: RequestContext, request: Request<Bytes>) -> Result<Rep
         (StreamEvent = "text/event-stream"),
     )),
 ))]
-pub async fn chat(cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
-    let handle = cx.app.engine()?;
-    let (model, n_ctx) = (Arc::clone(&handle.model), handle.limits.n_ctx);
-    let (choices, ignored) = read(&cx.app, &handle, request, move |app, readers, body| {
+pub async fn chat(mut cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
+    let model = cx.model(&request).await?;
+    let (choices, ignored) = read(&cx.app, &model, request, |model, readers, body| {
         let (body, ignored) = readers.chat.read_noting(body)?;
-        Ok((body.into_choices(n_ctx, fastrand::u64(..), app.template(&model))?, ignored))
+        let (n_ctx, seed) = (model.n_ctx(), fastrand::u64(..));
+        Ok((body.into_choices(n_ctx, seed, model.template())?, ignored))
     })
     .await?;
     cx.app.note_ignored(&ignored);
-    let mut reply = answer_openai(cx, &handle, choices, Endpoint::Chat).await?;
+    let mut reply = answer_openai(cx, &model, choices, Endpoint::Chat).await?;
     reply::name_ignored(&ignored, reply.headers_mut());
     Ok(reply)
 }
 
 async fn answer_openai(
     cx: RequestContext,
-    handle: &Handle,
+    model: &Loaded,
     choices: Choices,
     endpoint: Endpoint,
 ) -> Result<Reply, Problem> {
-    let (asked, most) = (choices.requests.len(), handle.n_queue);
+    let (asked, most) = (choices.requests.len(), model.handle.n_queue);
     if asked > most {
         // Not a full queue: waiting would not help.
         let message = format!(
@@ -97,25 +96,27 @@ async fn answer_openai(
         );
         return Err(Invalid::new("n", message).into());
     }
-    let dialect = Chunks::new(endpoint, cx.app.model_id.clone(), &choices, detokenize(handle));
-    let answered = answer(cx, handle, choices.requests, choices.stream, dialect).await;
+    let dialect = Chunks::new(endpoint, model.id.to_string(), &choices, detokenize(model));
+    let answered = answer(cx, model, choices.requests, choices.stream, dialect).await;
     answered.map_err(|problem| problem.with_fields_as(&[("prompt", endpoint.prompt_field())]))
 }
 
 /// Submits the requests, and writes their answers as one, whole or as it comes.
 pub(super) async fn answer(
     cx: RequestContext,
-    handle: &Handle,
+    model: &Loaded,
     requests: Vec<request::Request>,
     stream: bool,
     dialect: impl Dialect + 'static,
 ) -> Result<Reply, Problem> {
     let mut answers = Vec::with_capacity(requests.len());
-    for request in requests {
-        cx.record.lock().push(ChoiceRecord { submitted: SystemTime::now(), done: None });
-        let (id, timeout) = (Arc::clone(&cx.id), cx.app.limits.timeout);
+    for mut request in requests {
+        cx.record.lock().push(ChoiceRecord::new(&model.id));
+        request.timeout = cx.left(request.timeout);
+        let (id, timeout) = (Arc::clone(&cx.id), cx.left(cx.app.limits.timeout));
+        let caller = Caller { id, tenant: cx.tenant, timeout };
         // Those that were taken are cancelled if one is refused.
-        answers.push(handle.submit(request, Caller { id, tenant: cx.tenant, timeout }).await?);
+        answers.push(model.handle.submit(request, caller).await?);
     }
     if stream {
         let keep_alive = cx.app.limits.sse_keep_alive;
@@ -147,8 +148,8 @@ async fn first_event(answer: &mut Answer, limit: Option<Duration>) -> Option<&Ev
     }
 }
 
-pub(super) fn detokenize(handle: &Handle) -> Detokenize {
-    let model = Arc::clone(&handle.model);
+pub(super) fn detokenize(model: &Loaded) -> Detokenize {
+    let model = Arc::clone(model.model());
     Arc::new(move |token, by_name| model.bytes(token, by_name))
 }
 
@@ -161,10 +162,12 @@ fn is_too_late(done: &Completion) -> bool {
 /// and to render, so none of that happens on the network's threads.
 pub async fn read<T: Send + 'static>(
     app: &Arc<App>,
-    handle: &Handle,
+    model: &Arc<Loaded>,
     request: Request<Bytes>,
-    make: impl FnOnce(&App, &Readers, Value) -> Result<T, Problem> + Send + 'static,
+    make: impl FnOnce(&Loaded, &Readers, Value) -> Result<T, Problem> + Send + 'static,
 ) -> Result<T, Problem> {
-    let (body, app, engine) = (request.into_body(), Arc::clone(app), handle.clone());
-    handle.read(body.len(), move || make(&app, app.readers(&engine), json::parse(&body)?)).await?
+    let (body, app, this) = (request.into_body(), Arc::clone(app), Arc::clone(model));
+    let n_bytes = body.len();
+    let read = move || make(&this, &app.readers(this.n_ctx()), json::parse(&body)?);
+    model.handle.read(n_bytes, read).await?
 }

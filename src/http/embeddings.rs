@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use hyper::{Request, StatusCode};
@@ -14,7 +14,8 @@ use super::app::RequestContext;
 use super::completions::read;
 use super::problem::Problem;
 use super::reply::{self, Reply};
-use crate::engine::{Answer, Handle, SubmitError};
+use crate::engine::{Answer, SubmitError};
+use crate::models::Loaded;
 use crate::request::{self, Caller};
 use crate::telemetry::ChoiceRecord;
 
@@ -24,21 +25,21 @@ use crate::telemetry::ChoiceRecord;
 #[utoipa::path(post, path = "/v1/embeddings", tag = "openai", request_body = EmbeddingRequest, responses(
     (status = 200, description = "The embeddings", body = EmbeddingAnswer),
 ))]
-pub async fn embed(cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
-    let handle = cx.app.engine()?;
-    let pooling = handle.pooling.ok_or(Problem::NoEmbeddings)?;
-    let n_embd = handle.model.n_embd();
-    let ((requests, form), ignored) = read(&cx.app, &handle, request, move |_, readers, body| {
-        let (body, ignored) = readers.embedding.read_noting(body)?;
-        Ok((body.into_requests(pooling, n_embd)?, ignored))
-    })
-    .await?;
+pub async fn embed(mut cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
+    let model = cx.model(&request).await?;
+    let pooling = model.handle.pooling.ok_or(Problem::NoEmbeddings)?;
+    let ((requests, form), ignored) =
+        read(&cx.app, &model, request, move |model, readers, body| {
+            let (body, ignored) = readers.embedding.read_noting(body)?;
+            Ok((body.into_requests(pooling, model.model().n_embd())?, ignored))
+        })
+        .await?;
     cx.app.note_ignored(&ignored);
-    let (data, n_tokens) = collect(&cx, &handle, requests, form)
+    let (data, n_tokens) = collect(&cx, &model, requests, form)
         .await
         .map_err(|e| e.with_fields_as(&[("prompt", "input")]))?;
     let usage = EmbeddingUsage { prompt_tokens: n_tokens, total_tokens: n_tokens };
-    let answer = EmbeddingAnswer { object: "list", data, model: &cx.app.model_id, usage };
+    let answer = EmbeddingAnswer { object: "list", data, model: &model.id, usage };
     let mut reply = reply::json(StatusCode::OK, &answer);
     reply::name_ignored(&ignored, reply.headers_mut());
     Ok(reply)
@@ -48,11 +49,11 @@ pub async fn embed(cx: RequestContext, request: Request<Bytes>) -> Result<Reply,
 /// leaves room for others.
 async fn collect(
     cx: &RequestContext,
-    handle: &Handle,
+    model: &Loaded,
     requests: Vec<request::Request>,
     form: Form,
 ) -> Result<(Vec<EmbeddingEntry>, usize), Problem> {
-    let started = Instant::now();
+    let (handle, id, started) = (&model.handle, &model.id, Instant::now());
     let most = handle.limits.n_slots.min(handle.n_queue / 2).max(1);
     let mut running: VecDeque<Answer> = VecDeque::new();
     let mut done = Done { cx, form, data: Vec::with_capacity(requests.len()), n_tokens: 0 };
@@ -63,14 +64,13 @@ async fn collect(
             done.take(answer).await?;
         }
         let left = |limit: Duration| limit.saturating_sub(started.elapsed());
-        request.timeout = request.timeout.map(left);
+        request.timeout = cx.left(request.timeout).map(left);
         loop {
-            let timeout = cx.app.limits.timeout.map(left);
+            let timeout = cx.left(cx.app.limits.timeout).map(left);
             let caller = Caller { id: Arc::clone(&cx.id), tenant: cx.tenant, timeout };
             match handle.submit(request.clone(), caller).await {
                 Ok(answer) => {
-                    let submitted = SystemTime::now();
-                    cx.record.lock().push(ChoiceRecord { submitted, done: None });
+                    cx.record.lock().push(ChoiceRecord::new(id));
                     running.push_back(answer);
                     break;
                 }

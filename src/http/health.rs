@@ -5,7 +5,8 @@ use hyper::header::{ACCEPT, HeaderMap, HeaderValue, RETRY_AFTER, VARY};
 use hyper::{Request, StatusCode};
 
 use super::accept::quality;
-use super::api::answers::{ErrorBody, Health, HealthStatus};
+use super::api::answers::ErrorBody;
+use super::api::information::{Health, HealthStatus};
 use super::app::RequestContext;
 use super::problem::Problem;
 use super::reply::{self, Reply};
@@ -62,8 +63,8 @@ pub async fn ready(cx: RequestContext, _: Request<Bytes>) -> Result<Reply, Probl
 ))]
 pub async fn metrics(cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
     let format = format(request.headers());
-    let mut reply =
-        reply::whole(StatusCode::OK, format.content_type(), cx.app.metrics.text(format));
+    let text = cx.app.metrics.text(format, &cx.app.models.loaded());
+    let mut reply = reply::whole(StatusCode::OK, format.content_type(), text);
     reply.headers_mut().insert(VARY, HeaderValue::from_name(ACCEPT));
     Ok(reply)
 }

@@ -4,16 +4,18 @@ use bytes::Bytes;
 use hyper::header::{ACCEPT, HeaderValue, VARY};
 use hyper::{Request, StatusCode};
 
-use super::api::answers::{
-    BUILD, EngineLoad, ErrorBody, GenerationSettings, Information, KvInformation, Modalities,
-    ModelEntry, ModelInformation, Models, Props,
+use super::api::answers::ErrorBody;
+use super::api::information::{
+    BUILD, EngineLoad, GenerationSettings, Information, KvInformation, Modalities, ModelEntry,
+    ModelInformation, ModelList, ModelQuery, Props,
 };
 use super::app::{App, RequestContext};
 use super::page;
 use super::problem::Problem;
 use super::reply::{self, Reply};
-use crate::engine::{Handle, Layout, Stage};
+use crate::engine::{Handle, Layout};
 use crate::llama;
+use crate::models::{Entry, Phase};
 use crate::request::SamplingParams;
 
 /// What is served
@@ -37,10 +39,11 @@ pub async fn information(cx: RequestContext, request: Request<Bytes>) -> Result<
         endpoints: cx.app.endpoints.clone(),
         ..Information::default()
     };
-    match &*cx.app.stage.borrow() {
-        Stage::Loading(progress) => body.loading = Some(*progress),
-        Stage::Ready(handle) => describe(handle, &mut body),
-        Stage::Failed(_) => {}
+    match cx.app.models.only().map(|only| only.phase().borrow().clone()) {
+        Some(Phase::Loading(progress)) => body.loading = Some(progress),
+        Some(Phase::Ready(model)) => describe(&model.handle, &mut body),
+        Some(_) => {}
+        None => body.models = Some(entries(&cx.app)?),
     }
     let mut reply = reply::json(StatusCode::OK, &body);
     reply.headers_mut().insert(VARY, HeaderValue::from_name(ACCEPT)); // browsers get the page
@@ -85,37 +88,36 @@ fn describe(handle: &Handle, body: &mut Information) {
     });
 }
 
-/// The served model
-#[utoipa::path(get, path = "/v1/models", tag = "openai", responses((status = 200, description = "A list of one", body = Models)))]
+/// The served models
+#[utoipa::path(get, path = "/v1/models", tag = "openai", responses((status = 200, description = "A list of one, or of several", body = ModelList)))]
 pub async fn models(cx: RequestContext, _: Request<Bytes>) -> Result<Reply, Problem> {
-    Ok(reply::json(StatusCode::OK, &Models { object: "list", data: vec![entry(&cx.app)?] }))
+    Ok(reply::json(StatusCode::OK, &ModelList { object: "list", data: entries(&cx.app)? }))
 }
 
-/// The served model, by its id
+/// A served model, by its id
 #[utoipa::path(get, path = "/v1/models/{id}", tag = "openai", params(("id" = String, Path)), responses(
     (status = 200, description = "The model", body = ModelEntry),
     (status = 404, description = "The server does not serve this model", body = ErrorBody),
 ))]
 pub async fn model(cx: RequestContext, _: Request<Bytes>) -> Result<Reply, Problem> {
-    let model = entry(&cx.app)?;
-    if cx.tail != model.id {
-        return Err(Problem::ModelNotFound(cx.tail));
+    match entries(&cx.app)?.into_iter().find(|entry| entry.id == cx.tail) {
+        Some(entry) => Ok(reply::json(StatusCode::OK, &entry)),
+        None => Err(Problem::ModelNotFound(cx.tail)),
     }
-    Ok(reply::json(StatusCode::OK, &model))
 }
 
 /// What is served, as llama-server has it
-#[utoipa::path(get, path = "/props", tag = "server", responses((status = 200, description = "Settings, files and the chat template", body = Props)))]
-pub async fn props(cx: RequestContext, _: Request<Bytes>) -> Result<Reply, Problem> {
-    let handle = cx.app.engine()?;
-    let (model, limits) = (&handle.model, handle.limits);
+#[utoipa::path(get, path = "/props", tag = "server", params(ModelQuery), responses((status = 200, description = "Settings, files and the chat template", body = Props)))]
+pub async fn props(mut cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
+    let loaded = cx.model(&request).await?;
+    let (model, limits) = (loaded.model(), loaded.handle.limits);
     let params = SamplingParams::default().into();
     let props = Props {
         default_generation_settings: GenerationSettings { n_ctx: limits.n_ctx, params },
         total_slots: limits.n_slots,
-        model_alias: &cx.app.model_id,
+        model_alias: &loaded.id,
         model_path: model.path().display().to_string(),
-        chat_template: cx.app.template_source(model),
+        chat_template: loaded.template_source(),
         bos_token: model.bos_text(),
         eos_token: model.eos_text(),
         modalities: Modalities::default(),
@@ -124,12 +126,22 @@ pub async fn props(cx: RequestContext, _: Request<Bytes>) -> Result<Reply, Probl
     Ok(reply::json(StatusCode::OK, &props))
 }
 
-fn entry(app: &App) -> Result<ModelEntry<'_>, Problem> {
-    Ok(ModelEntry {
-        id: &app.model_id,
-        object: "model",
-        created: 0,
-        owned_by: env!("CARGO_PKG_NAME"),
-        max_model_len: app.engine()?.limits.n_ctx,
-    })
+/// All models; a single one is there once it is loaded.
+fn entries(app: &App) -> Result<Vec<ModelEntry>, Problem> {
+    let are_several = app.models.only().is_none();
+    if !are_several && app.models.loaded().is_empty() {
+        return Err(Problem::Loading);
+    }
+    let entry = |model: &Entry| {
+        let phase = model.phase().borrow().clone();
+        ModelEntry {
+            id: model.id().to_owned(),
+            object: "model",
+            created: 0,
+            owned_by: env!("CARGO_PKG_NAME"),
+            max_model_len: model.loaded().map(|loaded| loaded.n_ctx()),
+            status: are_several.then(|| (&phase).into()),
+        }
+    };
+    Ok(app.models.entries().iter().map(entry).collect())
 }

@@ -19,6 +19,7 @@ use super::reply::{self, Dialect, Reply, named_event, typed_event};
 use super::sections::{Change, Kind, Sections};
 use crate::chat::Syntax;
 use crate::engine::Failed;
+use crate::models::Loaded;
 use crate::request::{Completion, Event, Piece, Usage};
 
 /// Names of fields that others call otherwise.
@@ -33,18 +34,17 @@ const FIELDS: [(&str, &str); 2] =
         (StreamEvent = "text/event-stream"),
     )),
 ))]
-pub async fn converse(cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
-    let handle = cx.app.engine()?;
-    let (model, n_ctx) = (Arc::clone(&handle.model), handle.limits.n_ctx);
-    let (choices, stops, ignored) = read(&cx.app, &handle, request, move |app, readers, body| {
+pub async fn converse(mut cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
+    let model = cx.model(&request).await?;
+    let (choices, stops, ignored) = read(&cx.app, &model, request, |model, readers, body| {
         let (body, ignored) = readers.messages.read_noting(body)?;
-        let stops = body.stops();
-        Ok((body.into_choices(n_ctx, fastrand::u64(..), app.template(&model))?, stops, ignored))
+        let (stops, n_ctx, seed) = (body.stops(), model.n_ctx(), fastrand::u64(..));
+        Ok((body.into_choices(n_ctx, seed, model.template())?, stops, ignored))
     })
     .await?;
     cx.app.note_ignored(&ignored);
-    let dialect = Messages::new(&cx, &choices, stops);
-    let answered = answer(cx, &handle, choices.requests, choices.stream, dialect).await;
+    let dialect = Messages::new(&cx, &model, &choices, stops);
+    let answered = answer(cx, &model, choices.requests, choices.stream, dialect).await;
     let mut reply = answered.map_err(|problem| problem.with_fields_as(&FIELDS))?;
     reply::name_ignored(&ignored, reply.headers_mut());
     Ok(reply)
@@ -54,13 +54,15 @@ pub async fn converse(cx: RequestContext, request: Request<Bytes>) -> Result<Rep
 #[utoipa::path(post, path = "/v1/messages/count_tokens", tag = "anthropic", request_body = CountRequest, responses(
     (status = 200, description = "How many", body = TokenCount),
 ))]
-pub async fn count_tokens(cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
-    let handle = cx.app.engine()?;
-    let (counting, n_ctx) = (handle.clone(), handle.limits.n_ctx);
-    let (input_tokens, ignored) = read(&cx.app, &handle, request, move |app, readers, body| {
+pub async fn count_tokens(
+    mut cx: RequestContext,
+    request: Request<Bytes>,
+) -> Result<Reply, Problem> {
+    let model = cx.model(&request).await?;
+    let (input_tokens, ignored) = read(&cx.app, &model, request, |model, readers, body| {
         let (body, ignored) = readers.count.read_noting(body)?;
-        let prompt = body.prompt(n_ctx, app.template(&counting.model))?;
-        Ok((counting.tokenize(&prompt)?.len(), ignored))
+        let prompt = body.prompt(model.n_ctx(), model.template())?;
+        Ok((model.handle.tokenize(&prompt)?.len(), ignored))
     })
     .await
     .map_err(|problem| problem.with_fields_as(&FIELDS))?;
@@ -136,10 +138,10 @@ fn change(change: &Change<'_>, out: &mut BytesMut) {
 
 impl Messages {
     /// An answer that begins now.
-    fn new(cx: &RequestContext, choices: &Choices, stops: Vec<String>) -> Self {
+    fn new(cx: &RequestContext, model: &Loaded, choices: &Choices, stops: Vec<String>) -> Self {
         let head = Head {
             id: format!("msg_{:016x}", fastrand::u64(..)),
-            model: cx.app.model_id.clone(),
+            model: model.id.to_string(),
             request_id: Arc::clone(&cx.id),
         };
         let syntax = choices.syntax.clone();

@@ -10,11 +10,11 @@ use utoipa::openapi::{ContentBuilder, OpenApi, Ref, RefOr, Schema};
 
 use super::api::Readers;
 use super::api::answers::{
-    ErrorBody, GenerateAnswer, Health, Information, MessagesErrorBody, ModelEntry, Models,
-    OpenAiAnswer, Props, StreamEvent,
+    ErrorBody, GenerateAnswer, MessagesErrorBody, OpenAiAnswer, StreamEvent,
 };
 use super::api::embeddings::{EmbeddingAnswer, EmbeddingRequest};
 use super::api::generate::GenerateRequest;
+use super::api::information::{Health, Information, ModelEntry, ModelList, ModelStatus, Props};
 use super::api::message_answers::{MessageAnswer, TokenCount};
 use super::api::message_blocks::SystemBlock;
 use super::api::messages::{CountRequest, MessagesRequest};
@@ -81,7 +81,8 @@ pub fn json(readers: &Readers) -> Bytes {
         MessagesErrorBody,
         MessagesRequest,
         ModelEntry,
-        Models,
+        ModelList,
+        ModelStatus,
         OpenAiAnswer,
         Props,
         ResponseAnswer,

@@ -12,6 +12,7 @@ use super::api::answers::{
 };
 use crate::engine::{Failed, SubmitError};
 use crate::error::{Invalid, InvalidKind};
+use crate::models::Unavailable;
 
 #[derive(Debug, thiserror::Error)]
 pub enum Problem {
@@ -23,6 +24,8 @@ pub enum Problem {
     MethodNotAllowed { path: &'static str, allow: &'static str },
     #[error("this server does not serve the model {0:.100}")]
     ModelNotFound(String),
+    #[error("the model could not be loaded: {0}")]
+    ModelFailed(String),
     #[error("this server has its metrics off")]
     MetricsOff,
     #[error("the Host header {0}: HTTP/1.1 asks for one that names this server")]
@@ -71,6 +74,22 @@ impl From<Invalid> for Problem {
     }
 }
 
+impl From<Unavailable> for Problem {
+    fn from(why: Unavailable) -> Self {
+        match why {
+            Unavailable::Unnamed(names) => {
+                let message = format!("model is missing; this server has {names}");
+                Invalid::new("model", message).into()
+            }
+            Unavailable::Unknown(name) => Self::ModelNotFound(name),
+            Unavailable::Loading => Self::Loading,
+            Unavailable::Failed(why) => Self::ModelFailed(why),
+            Unavailable::Stopped => SubmitError::Stopped.into(),
+            Unavailable::Draining => Self::Draining,
+        }
+    }
+}
+
 /// Whose errors a path answers with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ErrorShape {
@@ -101,6 +120,7 @@ impl Problem {
             Self::NotFound(_) | Self::UnknownPath { .. } | Self::MetricsOff => (404, "not_found"),
             Self::MethodNotAllowed { .. } => (405, "method_not_allowed"),
             Self::ModelNotFound(_) => (404, "model_not_found"),
+            Self::ModelFailed(_) => (503, "model_failed"),
             Self::KeyMissing | Self::KeyUnknown => (401, "invalid_api_key"),
             Self::InvalidHost(_) => (400, "invalid_host"),
             Self::HostNotAllowed(_) => (403, "host_not_allowed"),
@@ -150,6 +170,7 @@ impl Problem {
             Self::BodyTooLarge(_) | Self::BodyTimeout => Some((CONNECTION, "close")),
             Self::Refused(SubmitError::QueueFull { .. } | SubmitError::Stopped)
             | Self::Draining
+            | Self::ModelFailed(_)
             | Self::Loading => Some((RETRY_AFTER, "1")),
             _ => None,
         }

@@ -20,7 +20,8 @@ use super::problem::Problem;
 use super::reply::{self, Dialect, Reply, typed_event};
 use super::sections::{Change, Kind, Section, Sections};
 use crate::chat::Syntax;
-use crate::engine::{Failed, Handle};
+use crate::engine::Failed;
+use crate::models::Loaded;
 use crate::request::{Completion, Event, Piece};
 
 /// Names of fields that the chat calls otherwise.
@@ -39,20 +40,19 @@ const ENGINES: [(&str, &str); 2] = [("prompt", "input"), ("response_format", "te
         (StreamEvent = "text/event-stream"),
     )),
 ))]
-pub async fn respond(cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
-    let handle = cx.app.engine()?;
-    let (model, n_ctx) = (Arc::clone(&handle.model), handle.limits.n_ctx);
-    let asked = read(&cx.app, &handle, request, move |app, readers, body| {
+pub async fn respond(mut cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
+    let model = cx.model(&request).await?;
+    let asked = read(&cx.app, &model, request, |model, readers, body| {
         let reader = &readers.responses;
         let (mut body, mut ignored) = reader.read_noting(body)?;
         body.drop_tools(reader.unknown(), &mut ignored)?;
-        let echo = body.echo();
-        Ok((body.into_choices(n_ctx, fastrand::u64(..), app.template(&model))?, echo, ignored))
+        let (echo, n_ctx, seed) = (body.echo(), model.n_ctx(), fastrand::u64(..));
+        Ok((body.into_choices(n_ctx, seed, model.template())?, echo, ignored))
     });
     let (choices, echo, ignored) = asked.await.map_err(|problem| problem.with_fields_as(&CHATS))?;
     cx.app.note_ignored(&ignored);
-    let dialect = Responses::new(&cx, &handle, &choices, echo);
-    let answered = answer(cx, &handle, choices.requests, choices.stream, dialect).await;
+    let dialect = Responses::new(&model, &choices, echo);
+    let answered = answer(cx, &model, choices.requests, choices.stream, dialect).await;
     let mut reply = answered.map_err(|problem| problem.with_fields_as(&ENGINES))?;
     reply::name_ignored(&ignored, reply.headers_mut());
     Ok(reply)
@@ -305,18 +305,18 @@ impl Writer {
 
 impl Responses {
     /// An answer that begins now.
-    fn new(cx: &RequestContext, handle: &Handle, choices: &Choices, echo: Echo) -> Self {
+    fn new(model: &Loaded, choices: &Choices, echo: Echo) -> Self {
         let id = Id(fastrand::u64(..));
-        let model = Arc::clone(&handle.model);
+        let counting = Arc::clone(model.model());
         let count = move |text: &str| {
-            model.tokenize_part(text, false, false).map_or(0, |tokens| tokens.len())
+            counting.tokenize_part(text, false, false).map_or(0, |tokens| tokens.len())
         };
         let head = Head {
             id,
             created: UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs()),
-            model: cx.app.model_id.clone(),
+            model: model.id.to_string(),
             echo,
-            detokenize: detokenize(handle),
+            detokenize: detokenize(model),
             count: Arc::new(count),
         };
         let syntax = choices.syntax.clone();

@@ -7,6 +7,7 @@
 use std::borrow::Cow;
 use std::pin::Pin;
 use std::sync::{Arc, LazyLock};
+use std::time::Duration;
 
 use bytes::Bytes;
 use hyper::body::{Body, Incoming};
@@ -185,7 +186,7 @@ pub async fn dispatch(
         };
         let (app, id, record) = (Arc::clone(app), Arc::clone(id), Arc::clone(record));
         let tail = route.tail(path).unwrap_or_default().to_owned(); // none of an alias
-        let cx = RequestContext { app, id, tenant, tail, record };
+        let cx = RequestContext { app, id, tenant, tail, record, waited: Duration::ZERO };
         (route.handler)(cx, request.map(|()| body)).await
     };
     let mut reply = handled.await.unwrap_or_else(|problem| {

@@ -1,11 +1,10 @@
 //! Prompts without answers, as llama-server and vLLM have them: `/tokenize`, `/detokenize`,
 //! `/tokenizer_info` and `/apply-template`.
 
-use std::sync::Arc;
-
 use bytes::Bytes;
 use hyper::{Request, StatusCode};
 
+use super::api::information::ModelQuery;
 use super::api::openai::TemplateRequest;
 use super::api::vocabulary::{
     DetokenizeAnswer, DetokenizeRequest, TemplateAnswer, TokenOrPiece, TokenizeAnswer,
@@ -22,10 +21,10 @@ use crate::llama::Token;
 #[utoipa::path(post, path = "/tokenize", tag = "tokens", request_body = TokenizeRequest, responses(
     (status = 200, description = "The tokens", body = TokenizeAnswer),
 ))]
-pub async fn tokenize(cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
-    let handle = cx.app.engine()?;
-    let model = Arc::clone(&handle.model);
-    let tokens: Vec<TokenOrPiece> = read(&cx.app, &handle, request, move |_, readers, body| {
+pub async fn tokenize(mut cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
+    let model = cx.model(&request).await?;
+    let tokens: Vec<TokenOrPiece> = read(&cx.app, &model, request, |model, readers, body| {
+        let model = model.model();
         let mut body = readers.tokenize.read(body)?;
         let (text, add_special) = body.text()?;
         let TokenizeRequest { parse_special, with_pieces, .. } = body;
@@ -38,7 +37,7 @@ pub async fn tokenize(cx: RequestContext, request: Request<Bytes>) -> Result<Rep
         Ok(tokens.into_iter().map(shown).collect())
     })
     .await?;
-    let (count, max_model_len) = (tokens.len(), handle.limits.n_ctx);
+    let (count, max_model_len) = (tokens.len(), model.n_ctx());
     Ok(reply::json(StatusCode::OK, &TokenizeAnswer { tokens, count, max_model_len }))
 }
 
@@ -46,10 +45,10 @@ pub async fn tokenize(cx: RequestContext, request: Request<Bytes>) -> Result<Rep
 #[utoipa::path(post, path = "/detokenize", tag = "tokens", request_body = DetokenizeRequest, responses(
     (status = 200, description = "The text", body = DetokenizeAnswer),
 ))]
-pub async fn detokenize(cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
-    let handle = cx.app.engine()?;
-    let model = Arc::clone(&handle.model);
-    let content = read(&cx.app, &handle, request, move |_, readers, body| {
+pub async fn detokenize(mut cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
+    let model = cx.model(&request).await?;
+    let content = read(&cx.app, &model, request, |model, readers, body| {
+        let model = model.model();
         let body = readers.detokenize.read(body)?;
         let tokens: Vec<Token> = body.tokens.into_iter().map(Token).collect();
         if let Some(Token(bad)) = tokens.iter().find(|&&token| !model.contains(token)) {
@@ -65,19 +64,22 @@ pub async fn detokenize(cx: RequestContext, request: Request<Bytes>) -> Result<R
 }
 
 /// The tokenizer, as vLLM has it
-#[utoipa::path(get, path = "/tokenizer_info", tag = "tokens", responses(
+#[utoipa::path(get, path = "/tokenizer_info", tag = "tokens", params(ModelQuery), responses(
     (status = 200, description = "Its special tokens and the chat template", body = TokenizerInformation),
 ))]
-pub async fn tokenizer_info(cx: RequestContext, _: Request<Bytes>) -> Result<Reply, Problem> {
-    let handle = cx.app.engine()?;
-    let model = &handle.model;
+pub async fn tokenizer_info(
+    mut cx: RequestContext,
+    request: Request<Bytes>,
+) -> Result<Reply, Problem> {
+    let loaded = cx.model(&request).await?;
+    let model = loaded.model();
     let answer = TokenizerInformation {
         tokenizer_class: model.meta("tokenizer.ggml.model").unwrap_or_default(),
         bos_token: model.bos_text(),
         eos_token: model.eos_text(),
         pad_token: model.pad_text(),
-        chat_template: cx.app.template_source(model),
-        model_max_length: handle.limits.n_ctx,
+        chat_template: loaded.template_source(),
+        model_max_length: loaded.n_ctx(),
     };
     Ok(reply::json(StatusCode::OK, &answer))
 }
@@ -86,12 +88,14 @@ pub async fn tokenizer_info(cx: RequestContext, _: Request<Bytes>) -> Result<Rep
 #[utoipa::path(post, path = "/apply-template", tag = "tokens", request_body = TemplateRequest, responses(
     (status = 200, description = "The prompt", body = TemplateAnswer),
 ))]
-pub async fn apply_template(cx: RequestContext, request: Request<Bytes>) -> Result<Reply, Problem> {
-    let handle = cx.app.engine()?;
-    let model = Arc::clone(&handle.model);
-    let (prompt, ignored) = read(&cx.app, &handle, request, move |app, readers, body| {
+pub async fn apply_template(
+    mut cx: RequestContext,
+    request: Request<Bytes>,
+) -> Result<Reply, Problem> {
+    let model = cx.model(&request).await?;
+    let (prompt, ignored) = read(&cx.app, &model, request, |model, readers, body| {
         let (body, ignored) = readers.template.read_noting(body)?;
-        let prompt = body.render(app.template(&model))?;
+        let prompt = body.render(model.template())?;
         Ok((prompt.text().unwrap_or_default(), ignored))
     })
     .await?;

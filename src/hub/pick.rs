@@ -69,7 +69,7 @@ fn pick<'a>(files: &[&'a str], quant: Option<&str>) -> Option<&'a str> {
 }
 
 /// A GGUF file of a model; of one in several files, the first.
-fn is_model(path: &str) -> bool {
+pub(crate) fn is_model(path: &str) -> bool {
     let name = path.rsplit('/').next().unwrap_or(path);
     path.ends_with(".gguf")
         && !NO_MODELS.iter().any(|part| name.contains(part))

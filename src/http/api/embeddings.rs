@@ -23,7 +23,7 @@ pub struct EmbeddingRequest {
     /// What to embed. Names of control tokens in a text are text.
     #[schema(schema_with = Prompts::<MAX_INPUTS>::schema)]
     pub input: Prompts<MAX_INPUTS>,
-    /// Any name will do: the served model answers.
+    /// The model that answers, where there are several; a single one answers to any name.
     #[schema(example = "any")]
     pub model: Option<String>,
     /// As numbers, or as the bytes of little-endian floats of 32 bits in base64.

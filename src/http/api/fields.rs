@@ -20,6 +20,9 @@ macro_rules! request_body {
         #[serde(deny_unknown_fields)]
         pub struct $name {
             $($own)*
+            /// The model that answers, where there are several; a single one answers to any name.
+            #[schema(example = "any")]
+            pub model: Option<String>,
             /// Keep this many most likely tokens; 0 or less keeps all.
             #[schema(default = 0, minimum = -2147483648, maximum = 2147483647)]
             pub top_k: i64,

@@ -35,9 +35,6 @@ request_body! {
         pub max_tokens: Option<u64>,
         /// Instructions.
         pub system: Option<SystemText>,
-        /// Any name will do: the served model answers.
-        #[schema(example = "any")]
-        pub model: Option<String>,
         /// Functions that the model may call.
         #[schema(max_items = 512)]
         pub tools: Option<Vec<InputTool>>,

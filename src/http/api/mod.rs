@@ -12,6 +12,7 @@ mod fields;
 mod foreign;
 pub mod generate;
 mod history;
+pub(crate) mod information;
 pub(crate) mod json;
 pub(crate) mod message_answers;
 pub mod message_blocks;

@@ -59,9 +59,6 @@ macro_rules! openai_body {
             $(#[$about])*
             $name {
                 $($own)*
-                /// Any name will do: the served model answers.
-                #[schema(example = "any")]
-                pub model: Option<String>,
                 /// 0 is greedy.
                 #[schema(default = 1.0, minimum = 0.0, maximum = 2.0)]
                 pub temperature: f32,
@@ -296,6 +293,7 @@ impl ChatRequest {
             return Err(Invalid::new("echo", "echo is not supported in chats"));
         }
         let request = TemplateRequest {
+            model: None,
             messages: std::mem::take(&mut self.messages),
             tools: self.tools.take(),
             documents: self.documents.take(),
@@ -330,6 +328,9 @@ impl ChatRequest {
 /// A conversation to render, with the fields of a [`ChatRequest`].
 #[derive(Debug, Deserialize, ToSchema)]
 pub struct TemplateRequest {
+    /// The model whose template renders, where there are several.
+    #[schema(example = "any")]
+    pub model: Option<String>,
     /// The conversation so far.
     #[schema(min_items = 1, example = json!([{ "role": "user", "content": "Why is the sky blue?" }]))]
     pub messages: Vec<Message>,

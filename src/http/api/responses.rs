@@ -41,9 +41,6 @@ request_body! {
         /// Most tokens to generate; the context's end may come first.
         #[schema(minimum = 1, example = 64)]
         pub max_output_tokens: Option<u64>,
-        /// Any name will do: the served model answers.
-        #[schema(example = "any")]
-        pub model: Option<String>,
         /// Functions that the model may call. Tools of other types are left out.
         #[schema(value_type = Option<Vec<Object>>, max_items = 512, example = json!([{
             "type": "function", "name": "get_weather",

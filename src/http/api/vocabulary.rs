@@ -2,7 +2,6 @@
 //! `/tokenizer_info`, with llama-server's fields and vLLM's.
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use utoipa::ToSchema;
 
 use crate::error::Invalid;
@@ -23,8 +22,9 @@ pub struct TokenizeRequest {
     /// The same, as vLLM calls it; by default true with `prompt`.
     #[schema(example = false)]
     pub add_special_tokens: Option<bool>,
-    /// Ignored.
-    pub model: Option<Value>,
+    /// The model that answers, where there are several; a single one answers to any name.
+    #[schema(example = "any")]
+    pub model: Option<String>,
     /// Names of control tokens in the text become those tokens.
     #[schema(default = true)]
     pub parse_special: bool,
@@ -99,8 +99,9 @@ pub struct DetokenizeRequest {
     /// By id.
     #[schema(example = json!([504, 1573]))]
     pub tokens: Vec<i32>,
-    /// Ignored.
-    pub model: Option<Value>,
+    /// The model that answers, where there are several; a single one answers to any name.
+    #[schema(example = "any")]
+    pub model: Option<String>,
 }
 
 /// The text of tokens.

@@ -1,0 +1,180 @@
+//! The part of `serve`'s table that is about one engine: its model, its sizes, its drafts.
+
+use std::fmt::Display;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{anyhow, ensure};
+use clap::builder::NonEmptyStringValueParser;
+use clap::{Args as ClapArgs, ValueEnum};
+
+use super::sources::{HeadsSource, ModelSource};
+use super::values::{between, seconds};
+use super::{DraftArgs, ModelArgs};
+use crate::engine::plan::Sizes;
+use crate::engine::thread::{DraftParams, EngineParams};
+use crate::jinja;
+use crate::llama::Pooling;
+
+/// Flags about an engine. Of several models, each has its own.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct EngineArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// Maximum number of sequences decoded together (slots)
+    #[arg(short = 'b', long, env = "BATCH_SIZE", default_value_t = 4, value_parser = between(1, 256))]
+    pub batch_size: usize,
+    /// BATCH_SIZE times this many requests may run or wait; further ones get 429
+    #[arg(long, env = "MAX_CONCURRENT_BATCHES", default_value_t = 4, value_parser = between(1, 4096))]
+    pub max_concurrent_batches: usize,
+    /// Longest time an idle engine waits for more requests before a step, in seconds; it waits only
+    /// if recent traffic came in bursts
+    #[arg(long, env = "MAX_WAIT_TIME", default_value = "0.1", value_parser = seconds(0.0))]
+    pub max_wait_time: Duration,
+    /// KV cache layout; auto is unified
+    #[arg(long, env = "KV_LAYOUT", value_name = "KV_LAYOUT", default_value = "auto")]
+    pub kv: KvLayout,
+    /// Size of a unified KV cache, in tokens [default: BATCH_SIZE x MODEL_CONTEXT_SIZE, as far as memory allows]
+    #[arg(long, env = "KV_CELLS", value_parser = between(16, 1 << 28))]
+    pub kv_cells: Option<usize>,
+    /// Part of a unified KV cache that may keep finished prompts for reuse, in tokens [default: all]
+    #[arg(long, env = "PREFIX_CELLS", value_parser = between(0, 1 << 28))]
+    pub prefix_cells: Option<usize>,
+    /// States that are kept for later prompts, beside one for each slot, where a model has a state for
+    /// each sequence: of a recurrent or hybrid one (Mamba, LFM2, Qwen3.5) [default: 2 x BATCH_SIZE]
+    #[arg(long = "ctx-checkpoints", env = "CTX_CHECKPOINTS", value_name = "CTX_CHECKPOINTS", value_parser = between(0, 4096))]
+    pub ctx_checkpoints: Option<usize>,
+    /// Maximum rows (tokens) of one step; longer prompts take several steps
+    #[arg(long, env = "N_BATCH", default_value_t = 512, value_parser = between(1, 8192))]
+    pub n_batch: usize,
+    /// Prompt rows in a step that also decodes [default: adaptive, so that running streams keep
+    /// their pace]
+    #[arg(long, env = "PREFILL_CHUNK", value_parser = between(1, 8192))]
+    pub prefill_chunk: Option<usize>,
+    /// Name of the model in answers, metrics and /v1/models [default: HF_REPO, or the file's name without .gguf]
+    #[arg(long, env = "MODEL_ALIAS", value_name = "NAME", value_parser = NonEmptyStringValueParser::new())]
+    pub alias: Option<String>,
+    /// File with a chat template (Jinja) to use instead of the model's own [default: none]
+    #[arg(long, env = "CHAT_TEMPLATE_FILE", value_name = "FILE")]
+    pub chat_template_file: Option<PathBuf>,
+    /// How /v1/embeddings makes one vector of a text's tokens [default: as the GGUF says; if it says
+    /// nothing, there are no embeddings]
+    #[arg(long, env = "POOLING", value_name = "POOLING")]
+    pub pooling: Option<Pooling>,
+    #[command(flatten)]
+    pub(crate) drafts: DraftArgs,
+}
+
+/// KV cache layout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum KvLayout {
+    /// The faster layout, which is the pool
+    Auto,
+    /// One pool: prefixes are shared between sequences at no cost
+    Unified,
+    /// One stream of cells per sequence, without trees
+    Streams,
+}
+
+/// Where a model and its heads are.
+pub(crate) struct Files {
+    /// The GGUF file.
+    pub model: PathBuf,
+    /// The heads' folder, if there are any.
+    pub heads: Option<PathBuf>,
+}
+
+/// A model to serve, and how.
+#[derive(Clone)]
+pub(crate) struct ModelConfig {
+    /// What clients call it.
+    pub id: String,
+    pub model: ModelSource,
+    pub heads: Option<HeadsSource>,
+    /// What its engine needs, once its files are here.
+    pub params: Arc<dyn Fn(Files) -> EngineParams + Send + Sync>,
+    /// The source of a chat template to use instead of the model's.
+    pub chat_template: Option<String>,
+}
+
+impl EngineArgs {
+    /// Checks values against each other; there are `n_tenants` API keys. An error names the variable,
+    /// its value and the limit.
+    pub(crate) fn check(&self, n_tenants: usize) -> anyhow::Result<ModelConfig> {
+        let (n_batch, n_slots) = (self.n_batch, self.batch_size);
+        ensure!(
+            n_batch >= n_slots,
+            "N_BATCH is {n_batch}, but each of BATCH_SIZE = {n_slots} sequences needs a row"
+        );
+        if let (Some(n_cells), Some(n_ctx)) = (self.kv_cells, self.model.context_size) {
+            ensure!(
+                n_cells >= n_ctx,
+                "KV_CELLS is {n_cells}, but one request may take MODEL_CONTEXT_SIZE = {n_ctx}"
+            );
+        }
+        let streams = self.kv == KvLayout::Streams;
+        ensure!(
+            !(streams && self.drafts.are_named()),
+            "KV_LAYOUT is streams, which cannot hold the trees of MEDUSA_HEADS: use unified"
+        );
+        ensure!(
+            !(streams && self.pooling.is_some()),
+            "KV_LAYOUT is streams, which keeps no hidden states for POOLING: use unified"
+        );
+        let model = self.model.source()?;
+        let heads = self.drafts.source(&self.model)?.filter(|_| !streams);
+        let args = self.clone();
+        Ok(ModelConfig {
+            id: self.alias.clone().unwrap_or_else(|| model.id()),
+            model,
+            heads,
+            params: Arc::new(move |files| args.params(files, n_tenants)),
+            chat_template: self.chat_template()?,
+        })
+    }
+
+    /// The engine's parameters with these files, for `n_tenants` API keys.
+    fn params(&self, Files { model, heads }: Files, n_tenants: usize) -> EngineParams {
+        let drafts = self.drafts.params(heads).filter(|_| self.kv != KvLayout::Streams);
+        EngineParams {
+            model_path: model,
+            n_gpu_layers: self.model.n_gpu_layers,
+            n_threads: self.model.threads(),
+            n_threads_batch: self.model.threads_batch(),
+            cache: self.model.cache(),
+            sizes: self.sizes(),
+            drafts: drafts.map(|drafts| DraftParams { n_tenants, ..drafts }),
+            pooling: self.pooling,
+            traces: false,
+            n_queue: self.batch_size * self.max_concurrent_batches,
+            max_wait: self.max_wait_time,
+            memory: None,
+        }
+    }
+
+    /// The chat template of the file, which must be valid.
+    fn chat_template(&self) -> anyhow::Result<Option<String>> {
+        let Some(path) = &self.chat_template_file else { return Ok(None) };
+        let fail = |why: &dyn Display| anyhow!("CHAT_TEMPLATE_FILE is {}: {why}", path.display());
+        let source = std::fs::read_to_string(path).map_err(|error| fail(&error))?;
+        jinja::Template::new(&source).map_err(|error| fail(&error))?;
+        Ok(Some(source))
+    }
+
+    /// The engine's sizes as they were asked for. `auto` is the pool: it shares prefixes and holds
+    /// trees. With our attention kernel a row reads only its own sequence's cells, so the pool is
+    /// also the faster layout on a CPU (`benches/results/`).
+    pub(super) fn sizes(&self) -> Sizes {
+        Sizes {
+            n_slots: self.batch_size,
+            n_ctx: self.model.context_size,
+            n_batch: self.n_batch,
+            n_prefill: self.prefill_chunk,
+            n_cells: self.kv_cells,
+            n_retained: self.prefix_cells,
+            streams: self.kv == KvLayout::Streams,
+            n_states_kept: self.ctx_checkpoints.unwrap_or(2 * self.batch_size),
+        }
+    }
+}
