@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How long running streams stall when a long prompt joins, or large bodies. Standard library only.
 
-    benches/stall.py [--model GGUF] [--streams 8] [--prompt-tokens 1500] [--runs 5] [--bodies BYTES] [--serve-arg=ARG ...]
+    benches/stall.py [--model GGUF] [--streams 8] [--stream-tokens 1800] [--prompt-tokens 1500] [--runs 5] [--bodies BYTES] [--serve-arg=ARG ...]
 
 Starts `target/release/medusa-llama serve` with room for more sequences than streams, lets the streams run, then sends a
 prompt of some 1,500 tokens, five times over. Prints, per run: the ordinary gap between two pieces (median before the
@@ -23,8 +23,8 @@ def figures(streams, begin, end, ordinary):
     return {"ordinary_ms": round(1e3 * ordinary, 1), "largest_ms": round(1e3 * max(during), 1),
             "p95_ms": round(1e3 * sorted(during)[int(0.95 * len(during))], 1), "ratio": round(max(during) / ordinary, 2)}
 
-def beside_a_prompt(url, n_streams, n_prompt, seed):
-    with Streams(url, n_streams, seed) as streams:
+def beside_a_prompt(url, n_streams, n_tokens, n_prompt, seed):
+    with Streams(url, n_streams, seed, n_tokens) as streams:
         joined = time.perf_counter()
         with post(url, "/generate", {"prompt": f"{seed} " + "word " * (n_prompt - 4), "raw": True, "max_tokens": 1, "temperature": 0}) as answer:
             usage = json.load(answer)["usage"]
@@ -107,6 +107,7 @@ def beside_bodies(url, n_streams, seed, kind, path, body):
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--model"); ap.add_argument("--streams", type=int, default=8)
+    ap.add_argument("--stream-tokens", type=int, default=1800)
     ap.add_argument("--prompt-tokens", type=int, default=1500); ap.add_argument("--runs", type=int, default=5)
     ap.add_argument("--bodies", type=int, metavar="BYTES"); ap.add_argument("--kind", help="only this kind of body")
     ap.add_argument("--serve-arg", action="append", default=[])
@@ -119,6 +120,6 @@ def main():
                     print(json.dumps(beside_bodies(server.url, a.streams, seed, kind, path, body)), flush=True)
             return
         for seed in range(1, a.runs + 1):
-            print(json.dumps(beside_a_prompt(server.url, a.streams, a.prompt_tokens, seed)), flush=True)
+            print(json.dumps(beside_a_prompt(server.url, a.streams, a.stream_tokens, a.prompt_tokens, seed)), flush=True)
 
 main()

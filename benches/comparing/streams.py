@@ -9,15 +9,16 @@ def post(url, path, body):
 
 
 class Streams:
-    """`n` streams of a server, which run inside `with`: it begins when each has had 40 pieces."""
+    """`n` streams of a server, which run inside `with`: it begins when each has had 40 pieces, and they have `n_tokens` at most."""
 
-    def __init__(self, url, n, seed):
+    def __init__(self, url, n, seed, n_tokens=1800):
+        self.n_tokens = n_tokens
         self.times, self.stop = [[] for _ in range(n)], threading.Event()
         run = lambda i: threading.Thread(target=self.read, args=(url, i, 100 * seed + i))
         self.threads = [run(i) for i in range(n)]
 
     def read(self, url, i, seed):
-        body = {"prompt": f"Tell me tale number {seed}.", "max_tokens": 1800, "temperature": 0.8, "seed": seed, "ignore_eos": True, "stream": True}
+        body = {"prompt": f"Tell me tale number {seed}.", "max_tokens": self.n_tokens, "temperature": 0.8, "seed": seed, "ignore_eos": True, "stream": True}
         with post(url, "/generate", body) as answer:
             for line in answer:
                 if line.startswith(b"data:"):
