@@ -3,6 +3,7 @@
 
 mod commands;
 pub mod network;
+mod placement;
 mod sources;
 
 use std::ffi::OsString;
@@ -23,6 +24,7 @@ pub use commands::{
     SynthArgs, TrainArgs, TuneArgs,
 };
 use network::NetworkArgs;
+pub use placement::PlacementArgs;
 pub(crate) use sources::{HeadsSource, ModelSource};
 
 use crate::engine::plan::{LONGEST_CONTEXT, Sizes};
@@ -35,7 +37,7 @@ use crate::http::host::Hosts;
 use crate::http::tls::Tls;
 use crate::hub::name::ModelName;
 use crate::jinja;
-use crate::llama::{CacheTypes, Pooling, TensorType};
+use crate::llama::{CacheTypes, ContextParams, Numa, Placement, Pooling, TensorType};
 use crate::machine::cores;
 
 /// Where `make model` puts the default model.
@@ -48,12 +50,19 @@ const COMMAND_CONTEXT: usize = 2048;
 pub const DEFAULT_HEADS: &str = "heads/smollm2-135m-instruct";
 
 /// llama.cpp's options of one dash and several letters, which clap does not have, and ours.
-const SHORT_NAMES: [(&str, &str); 5] = [
+const SHORT_NAMES: [(&str, &str); 12] = [
     ("-hf", "--hf-repo"),
     ("-hfr", "--hf-repo"),
     ("-hff", "--hf-file"),
     ("-ctk", "--cache-type-k"),
     ("-ctv", "--cache-type-v"),
+    ("-ngl", "--n-gpu-layers"),
+    ("-sm", "--split-mode"),
+    ("-ts", "--tensor-split"),
+    ("-mg", "--main-gpu"),
+    ("-cmoe", "--cpu-moe"),
+    ("-ncmoe", "--n-cpu-moe"),
+    ("-ot", "--override-tensor"),
 ];
 
 /// The command line.
@@ -110,18 +119,32 @@ pub enum Command {
 impl Command {
     /// The chosen log level. By default, commands that print their own output log only problems.
     pub fn log_level(&self) -> Level {
-        let level = match self {
-            Self::Serve(args) => return args.model.log_level,
-            Self::Generate(args) => args.model.log_level,
-            Self::Train(args) => args.model.log_level,
-            Self::Bench(args) => args.model.log_level,
-            Self::Rows(args) => args.model.log_level,
-            Self::Perplexity(args) => args.model.log_level,
-            Self::Tune(args) => args.model.log_level,
-            Self::Quantize(_) => Level::WARN,
-            Self::Synth(_) => Level::ERROR,
+        let level = match (self, self.model()) {
+            (Self::Serve(args), _) => return args.model.log_level,
+            (Self::Synth(_), _) => Level::ERROR,
+            (_, Some(model)) => model.log_level,
+            (_, None) => Level::WARN,
         };
         if level == Level::INFO { Level::WARN } else { level }
+    }
+
+    /// The machine's nodes, if they are to be used.
+    pub(crate) fn numa(&self) -> Option<Numa> {
+        self.model()?.placement.numa
+    }
+
+    /// The model that it loads, if it does.
+    fn model(&self) -> Option<&ModelArgs> {
+        match self {
+            Self::Serve(args) => Some(&args.model),
+            Self::Generate(args) => Some(&args.model),
+            Self::Train(args) => Some(&args.model),
+            Self::Bench(args) => Some(&args.model),
+            Self::Rows(args) => Some(&args.model),
+            Self::Perplexity(args) => Some(&args.model),
+            Self::Tune(args) => Some(&args.model),
+            Self::Quantize(_) | Self::Synth(_) => None,
+        }
     }
 }
 
@@ -143,9 +166,8 @@ pub struct ModelArgs {
     /// model was trained for, as far as memory allows; of other commands, 2048]
     #[arg(short = 'c', long = "ctx", env = "MODEL_CONTEXT_SIZE", value_name = "MODEL_CONTEXT_SIZE", value_parser = between(16, LONGEST_CONTEXT))]
     pub context_size: Option<usize>,
-    /// Layers to offload to the GPU; a CPU build ignores it
-    #[arg(long, env = "N_GPU_LAYERS", default_value_t = 25)]
-    pub n_gpu_layers: u32,
+    #[command(flatten)]
+    pub(crate) placement: PlacementArgs,
     /// Most threads of a forward pass; capped at the number of cores. Fewer compute while other
     /// processes keep cores busy
     #[arg(short = 't', long, env = "N_THREADS", default_value_t = 4, value_parser = between(1, 512))]
@@ -346,12 +368,26 @@ pub(crate) struct Files {
 }
 
 impl ModelArgs {
-    /// An engine of `n_slots` sequences for a command; nothing is drafted.
-    pub(crate) fn engine(&self, model: PathBuf, n_slots: usize) -> EngineParams {
-        let params = EngineParams::new(model, self.threads(), n_slots, self.n_ctx());
-        let n_threads_batch = self.threads_batch();
-        let cache = self.cache();
-        EngineParams { n_gpu_layers: self.n_gpu_layers, n_threads_batch, cache, ..params }
+    /// An engine of `n_slots` sequences for a command; nothing is drafted. An error names variables
+    /// that contradict each other.
+    pub(crate) fn engine(&self, model: PathBuf, n_slots: usize) -> anyhow::Result<EngineParams> {
+        Ok(EngineParams {
+            placement: self.placement()?,
+            n_threads_batch: self.threads_batch(),
+            cache: self.cache(),
+            ..EngineParams::new(model, self.threads(), n_slots, self.n_ctx())
+        })
+    }
+
+    /// A context of one sequence, to measure.
+    pub(crate) fn context(&self, n_cells: usize, n_batch: usize) -> ContextParams {
+        let params = ContextParams::of_one_sequence(n_cells, n_batch, self.threads());
+        ContextParams { cache: self.cache(), ..params }
+    }
+
+    /// Where the weights go; errors as above.
+    pub(crate) fn placement(&self) -> anyhow::Result<Placement> {
+        self.placement.placement()
     }
 
     /// Tokens of a context for commands that do not follow the model's.
@@ -421,7 +457,7 @@ impl ServeArgs {
             model_id: self.alias.clone().unwrap_or_else(|| model.id()),
             model,
             heads,
-            engine: self.engine(auth.keys.len()),
+            engine: self.engine(auth.keys.len())?,
             listen: SocketAddr::new(self.host, self.port),
             workers: self.workers,
             http: HttpLimits {
@@ -445,25 +481,26 @@ impl ServeArgs {
         })
     }
 
-    /// The engine's parameters, once its files are there.
-    fn engine(&self, n_tenants: usize) -> Box<dyn FnOnce(Files) -> EngineParams + Send> {
+    /// The engine's parameters, once its files are there. An error names variables that contradict
+    /// each other.
+    fn engine(
+        &self,
+        n_tenants: usize,
+    ) -> anyhow::Result<Box<dyn FnOnce(Files) -> EngineParams + Send>> {
         let args = self.clone();
-        Box::new(move |Files { model, heads }| {
+        let params = self.model.engine(PathBuf::new(), self.batch_size)?;
+        Ok(Box::new(move |Files { model, heads }| {
             let drafts = args.drafts.params(heads).filter(|_| args.kv != KvLayout::Streams);
             EngineParams {
                 model_path: model,
-                n_gpu_layers: args.model.n_gpu_layers,
-                n_threads: args.model.threads(),
-                n_threads_batch: args.model.threads_batch(),
-                cache: args.model.cache(),
                 sizes: args.sizes(),
                 drafts: drafts.map(|drafts| DraftParams { n_tenants, ..drafts }),
                 pooling: args.pooling,
-                traces: false,
                 n_queue: args.batch_size * args.max_concurrent_batches,
                 max_wait: args.max_wait_time,
+                ..params
             }
-        })
+        }))
     }
 
     /// The chat template of the file, which must be valid.
@@ -500,6 +537,14 @@ fn between(
     move |text| match text.parse() {
         Ok(n) if (min..=max).contains(&n) => Ok(n),
         _ => Err(format!("must be a whole number from {min} to {max}")),
+    }
+}
+
+/// A number in a range.
+fn number(min: f32, max: f32) -> impl Fn(&str) -> Result<f32, String> + Clone + Send + Sync {
+    move |text| match text.parse() {
+        Ok(n) if (min..=max).contains(&n) => Ok(n),
+        _ => Err(format!("must be a number from {min} to {max}")),
     }
 }
 

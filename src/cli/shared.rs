@@ -2,7 +2,6 @@
 
 use std::io::IsTerminal;
 use std::path::Path;
-use std::sync::Arc;
 
 use anyhow::{Context as _, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -10,8 +9,8 @@ use serde::Serialize;
 use tokio::sync::watch;
 
 use crate::config::ModelArgs;
-use crate::engine::Stage;
-use crate::llama::{Model, Token};
+use crate::engine::{Stage, offload, plan};
+use crate::llama::{Context, ContextParams, LlamaError, Model, Token};
 
 /// A progress bar of `n` units, in indicatif's template language.
 pub(super) fn bar(n: usize, template: &str) -> ProgressBar {
@@ -19,8 +18,17 @@ pub(super) fn bar(n: usize, template: &str) -> ProgressBar {
     ProgressBar::new(n as u64).with_style(style)
 }
 
-pub(super) fn load(args: &ModelArgs, path: &Path) -> anyhow::Result<Arc<Model>> {
-    Ok(Arc::new(Model::load(path, args.n_gpu_layers, |_| true)?))
+/// A context of a model.
+pub(super) fn load(
+    args: &ModelArgs,
+    path: &Path,
+    params: &ContextParams,
+) -> anyhow::Result<Context> {
+    let placement = offload::settle(path, &args.placement()?, |model| {
+        Ok::<_, LlamaError>(plan::fits_devices(&Context::new(model.into(), params)?))
+    })?;
+    let model = Model::load(path, &placement, |_| true)?;
+    Ok(Context::new(model.into(), params)?)
 }
 
 /// A text to measure perplexity on, with its tokens, of which there are to be at least `least`.

@@ -37,6 +37,8 @@ pub struct Sizes {
 pub const LONGEST_CONTEXT: usize = 1 << 20;
 /// The shortest one: where less would fit, memory is tried.
 const SHORTEST_AUTO: usize = 512;
+/// The context that as many layers as fit a GPU leave memory for, or the model's if that is shorter.
+const SHORTEST_ON_GPU: usize = 4096;
 /// llama.cpp allocates cells in multiples of this.
 const CELLS_STEP: usize = 256;
 /// Bytes of each device that are left to others where sizes are chosen.
@@ -117,12 +119,11 @@ impl Use {
 impl fmt::Display for Use {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let device = self.model.device.as_ref().map_or("the host", |device| &device.name);
-        let [total, weights, cache, compute, heads] =
-            [self.total(), self.model.weights, self.model.cache, self.model.compute, self.heads]
-                .map(bytes);
+        let DeviceUse { weights, cache, compute, .. } = self.model;
+        let [total, weights, cache, compute] = [self.total(), weights, cache, compute].map(bytes);
         write!(f, "{total} on {device}: weights {weights}, cache {cache}, buffers {compute}")?;
         if self.heads > 0 {
-            write!(f, ", heads {heads}")?;
+            write!(f, ", heads {}", bytes(self.heads))?;
         }
         self.free.map_or(Ok(()), |free| write!(f, "; {} are free", bytes(free)))
     }
@@ -131,6 +132,29 @@ impl fmt::Display for Use {
 fn bytes(n: u64) -> String {
     let (gib, mib) = (n as f64 / f64::from(1 << 30), n as f64 / f64::from(1 << 20));
     if gib >= 1.0 { format!("{gib:.1} GiB") } else { format!("{mib:.0} MiB") }
+}
+
+/// What a context takes of each device, the host first.
+fn uses(context: &Context, heads: u64) -> Vec<Use> {
+    let of = |(i, model): (usize, DeviceUse)| Use {
+        free: model.device.as_ref().map_or_else(available_memory, |device| Some(device.free)),
+        heads: if i == 0 { heads } else { 0 },
+        model,
+    };
+    context.footprint().into_iter().enumerate().map(of).collect()
+}
+
+/// Whether a context, of an outline, fits all devices but the host.
+pub(crate) fn fits_devices(context: &Context) -> bool {
+    let uses = uses(context, 0);
+    uses.iter().filter(|of| of.model.device.is_some()).all(|of| of.fits(SPARE))
+}
+
+/// The smallest sizes that an engine on a GPU is to have, if they are not named.
+pub(super) fn limits_on_gpu(model: &Model, sizes: &Sizes) -> Limits {
+    let n_ctx = sizes.n_ctx.unwrap_or_else(|| model.n_ctx_train().min(SHORTEST_ON_GPU));
+    let n_cells = sizes.n_cells.unwrap_or(n_ctx * sizes.n_slots).max(n_ctx);
+    sizes.limits(model.memory(), n_ctx, n_cells)
 }
 
 /// Plans an engine for a model, of which this is an [outline](Model::outline), and heads of `heads`
@@ -149,13 +173,7 @@ pub(super) fn plan(
     let measure = |n_ctx: usize, n_cells: usize| -> Result<Plan, LlamaError> {
         let limits = sizes.limits(memory, n_ctx, n_cells);
         let context = Context::new(Arc::clone(&model), &context_params(&limits))?;
-        let of = |(i, model): (usize, DeviceUse)| Use {
-            free: model.device.as_ref().map_or_else(available_memory, |device| Some(device.free)),
-            heads: if i == 0 { heads } else { 0 },
-            model,
-        };
-        let uses = context.footprint().into_iter().enumerate().map(of).collect();
-        Ok(Plan { limits, uses })
+        Ok(Plan { limits, uses: uses(&context, heads) })
     };
     let n_ctx = sizes.n_ctx.unwrap_or_else(|| model.n_ctx_train().clamp(1, LONGEST_CONTEXT));
     let n_cells = sizes.n_cells.unwrap_or(n_ctx * sizes.n_slots).max(n_ctx);

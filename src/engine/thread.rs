@@ -17,6 +17,7 @@ use super::forward::LlamaForward;
 use super::handle::Handle;
 use super::lanes::Lanes;
 use super::leaves::DraftShape;
+use super::offload;
 use super::plan::{self, Plan, Sizes};
 use super::scheduler::MOST_READ;
 use super::stats::Stats;
@@ -25,8 +26,8 @@ use crate::files::folder_bytes;
 use crate::gpu::Device;
 use crate::gpu::weights::Precision;
 use crate::llama::{
-    CacheTypes, Context, ContextParams, LlamaError, Memory, Model, Pooling, max_sequences,
-    supports_gpu_offload,
+    CacheTypes, Context, ContextParams, LlamaError, Memory, Model, Placement, Pooling,
+    max_sequences,
 };
 use crate::speculate::calibration::Calibration;
 use crate::speculate::cost::{self, Cost};
@@ -40,8 +41,8 @@ use crate::speculate::{Draft, MAX_NODES, Speculator};
 pub struct EngineParams {
     /// The GGUF file.
     pub model_path: PathBuf,
-    /// Layers on the GPU.
-    pub n_gpu_layers: u32,
+    /// Where its weights go.
+    pub placement: Placement,
     /// Most threads of a forward pass.
     pub n_threads: usize,
     /// The same for one that reads prompts.
@@ -67,7 +68,7 @@ impl EngineParams {
     pub fn new(model_path: PathBuf, n_threads: usize, n_slots: usize, n_ctx: usize) -> Self {
         Self {
             model_path,
-            n_gpu_layers: 0,
+            placement: Placement::default(),
             n_threads,
             n_threads_batch: n_threads,
             cache: CacheTypes::default(),
@@ -248,21 +249,14 @@ fn serve<F: Forward>(
         }
         !stop.load(Ordering::Relaxed)
     };
-    let path = &params.model_path;
-    let outline = Model::outline(path, params.n_gpu_layers)?;
-    let params = &for_model(params, &outline)?;
-    let heads = params.drafts.as_ref().and_then(|drafts| drafts.heads.as_ref());
-    let heads = heads.map_or(0, |heads| folder_bytes(&heads.folder));
-    let Plan { limits, uses } =
-        plan::plan(outline, &params.sizes, heads, |limits| context_params(params, limits))?;
-    plan::log(&uses, &limits, &params.sizes);
-    let model = Arc::new(Model::load(path, params.n_gpu_layers, progress)?);
-    let context = Context::new(Arc::clone(&model), &context_params(params, &limits))?;
+    let Loaded { params, context, limits } = load(params, progress)?;
+    let params = &params;
+    let model = Arc::clone(context.model());
     let pooling = params.pooling;
     let stats = Arc::new(Stats::default());
     let (jobs, receiver) = sync_channel(params.n_queue);
     let mut forward = LlamaForward::new(context);
-    if params.n_gpu_layers == 0 || !supports_gpu_offload() {
+    if params.placement.is_on_cpu() {
         forward.share_threads(params.n_threads, params.n_threads_batch);
     }
     let shape = DraftShape::of(limits.layout, forward.n_rollback());
@@ -301,6 +295,38 @@ fn serve<F: Forward>(
     stage.send_replace(Stage::Ready(handle));
     run(engine, &receiver, params.max_wait, stop);
     Ok(())
+}
+
+/// A model that is ready to compute.
+struct Loaded {
+    /// As they are possible with this model and this machine.
+    params: EngineParams,
+    context: Context,
+    limits: Limits,
+}
+
+/// Decides on sizes and loads the model.
+fn load(params: &EngineParams, progress: impl FnMut(f32) -> bool) -> Result<Loaded, StartError> {
+    let path = &params.model_path;
+    let placement = offload::settle(path, &params.placement, |model| fits_gpus(params, model))?;
+    let outline = Model::outline(path, &placement)?;
+    let params = EngineParams { placement, ..for_model(params, &outline)? };
+    let of_context = |limits: &Limits| context_params(&params, limits);
+    let heads = params.drafts.as_ref().and_then(|drafts| drafts.heads.as_ref());
+    let heads = heads.map_or(0, |heads| folder_bytes(&heads.folder));
+    let Plan { limits, uses } = plan::plan(outline, &params.sizes, heads, of_context)?;
+    plan::log(&uses, &limits, &params.sizes);
+    let model = Model::load(path, &params.placement, progress)?;
+    let context = Context::new(Arc::new(model), &of_context(&limits))?;
+    Ok(Loaded { params, context, limits })
+}
+
+/// Whether GPUs have room for what an outline puts there, and for a context that is worth it.
+fn fits_gpus(params: &EngineParams, model: Model) -> Result<bool, StartError> {
+    let params = for_model(params, &model)?;
+    let limits = plan::limits_on_gpu(&model, &params.sizes);
+    let context = Context::new(Arc::new(model), &context_params(&params, &limits))?;
+    Ok(plan::fits_devices(&context))
 }
 
 /// Step times are measured up to two rows for each slot and this many more.

@@ -25,6 +25,7 @@ mod loading;
 mod log;
 mod model;
 mod pieces;
+mod placement;
 mod pooling;
 mod quantize;
 mod sampler;
@@ -35,7 +36,7 @@ mod tensor_type;
 mod threads;
 mod writer;
 
-pub use backend::{max_sequences, supports_gpu_offload, system_info, version};
+pub use backend::{Numa, max_sequences, supports_gpu_offload, system_info, use_numa, version};
 pub use batch::Batch;
 pub use cache_types::CacheTypes;
 pub use chat::{AnswerParser, ChatFormat, ParsedAnswer, ParsedCall};
@@ -46,6 +47,9 @@ pub use gguf::MatrixRows;
 pub use ids::{SeqId, Token};
 pub use layout::tensors_of;
 pub use model::{Memory, Model};
+pub use placement::{
+    Buffer, GpuLayers, LoadMode, Override, Pattern, Placement, SplitMode, max_devices,
+};
 pub use pooling::Pooling;
 pub use quantize::{Quantization, quantize};
 pub use sampler::{Candidates, SamplerChain};

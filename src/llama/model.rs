@@ -13,6 +13,7 @@ use super::gguf::{Gguf, MatrixRows};
 use super::ids::Token;
 use super::loading::Loading;
 use super::pieces::{Special, Specials};
+use super::placement::Placement;
 use super::shards::model_files;
 use super::{log, sys};
 
@@ -59,8 +60,8 @@ impl Drop for Model {
 }
 
 impl Model {
-    /// Loads a GGUF file, or all shards if it is one of several, with `n_gpu_layers` layers on the GPU if llama.cpp was built with support
-    /// for one. `progress` gets values from 0 to 1 and stops the load by returning `false`.
+    /// Loads a GGUF file, or all shards if it is one of several. `progress` gets values from 0 to 1
+    /// and stops the load by returning `false`.
     ///
     /// # Errors
     /// [`LlamaError::File`] with llama.cpp's reason: no such file, not a GGUF, an unknown
@@ -68,10 +69,10 @@ impl Model {
     /// file is as it must be, the process ends with one line and status 1.
     pub fn load(
         path: &Path,
-        n_gpu_layers: u32,
+        placement: &Placement,
         mut progress: impl FnMut(f32) -> bool,
     ) -> Result<Self, LlamaError> {
-        Self::read(path, n_gpu_layers, false, &mut progress)
+        Self::read(path, placement, false, &mut progress)
     }
 
     /// Reads what a model is without its weights. A [`Context`] of it computes nothing and takes
@@ -81,13 +82,13 @@ impl Model {
     /// As [`load`](Self::load).
     ///
     /// [`Context`]: super::Context
-    pub fn outline(path: &Path, n_gpu_layers: u32) -> Result<Self, LlamaError> {
-        Self::read(path, n_gpu_layers, true, &mut |_| true)
+    pub fn outline(path: &Path, placement: &Placement) -> Result<Self, LlamaError> {
+        Self::read(path, placement, true, &mut |_| true)
     }
 
     fn read(
         path: &Path,
-        n_gpu_layers: u32,
+        placement: &Placement,
         is_outline: bool,
         progress: &mut dyn FnMut(f32) -> bool,
     ) -> Result<Self, LlamaError> {
@@ -104,15 +105,16 @@ impl Model {
         let mut callback: &mut dyn FnMut(f32) -> bool = progress;
         // SAFETY: no arguments; returns a struct by value.
         let mut c = unsafe { sys::model_default_params() };
-        c.n_gpu_layers = i32::try_from(n_gpu_layers).unwrap_or(i32::MAX);
+        let lists = placement.set(&mut c);
         if is_outline {
             (c.no_alloc, c.load_mode) = (true, sys::LLAMA_LOAD_MODE_NONE);
         }
         c.progress_callback = Some(on_progress);
         c.progress_callback_user_data = (&raw mut callback).cast::<c_void>();
         log::take_errors();
-        // SAFETY: the path is zero-terminated; C uses `callback` during the call only.
+        // SAFETY: the path is zero-terminated; C uses `callback` and `lists` during the call only.
         let ptr = unsafe { sys::model_load_from_file(c_path.as_ptr(), c) };
+        drop(lists);
         let ptr = NonNull::new(ptr)
             .ok_or_else(|| fail(log::take_errors().unwrap_or_else(|| "no reason given".into())))?;
         // SAFETY: `ptr` is a loaded model; the vocabulary is a part of it.
@@ -213,6 +215,17 @@ impl Model {
     pub fn n_ctx_train(&self) -> usize {
         // SAFETY: a loaded model.
         count(unsafe { sys::model_n_ctx_train(self.as_ptr()) })
+    }
+
+    /// Layers that can go to GPUs, of which the output is one.
+    #[must_use]
+    pub fn n_offloadable(&self) -> usize {
+        self.number("block_count").unwrap_or(0) + 1
+    }
+
+    /// A count by its key after the architecture's name.
+    fn number(&self, key: &str) -> Option<usize> {
+        self.meta(&format!("{}.{key}", self.architecture()))?.parse().ok()
     }
 
     /// Number of parameters.

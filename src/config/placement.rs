@@ -1,0 +1,179 @@
+//! Arguments of all commands that load a model, about where its weights go.
+
+use anyhow::ensure;
+use clap::Args as ClapArgs;
+use clap::builder::BoolishValueParser;
+
+use super::{between, number};
+use crate::llama::{
+    Buffer, GpuLayers, LoadMode, Numa, Override, Pattern, Placement, SplitMode, max_devices,
+};
+
+/// Where a model's weights go.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct PlacementArgs {
+    /// Layers to offload to GPUs, a number, `all`, or `auto`: as many as fit; also -ngl. A CPU build
+    /// ignores it
+    #[arg(long, visible_alias = "gpu-layers", env = "N_GPU_LAYERS", default_value = "25", value_parser = layers)]
+    pub n_gpu_layers: GpuLayers,
+    /// How several GPUs share the model; also -sm
+    #[arg(long = "split-mode", env = "SPLIT_MODE", default_value = "layer")]
+    pub split: SplitMode,
+    /// Share of each GPU, such as 3,1; also -ts [default: by the memory that each has free]
+    #[arg(long, env = "TENSOR_SPLIT", value_delimiter = ',', value_parser = number(0.0, 1e6))]
+    pub tensor_split: Vec<f32>,
+    /// Index of the GPU that has the whole model with SPLIT_MODE none, and small tensors with row;
+    /// also -mg
+    #[arg(long, env = "MAIN_GPU", default_value_t = 0)]
+    pub main_gpu: u16,
+    /// Keep the weights of all experts in the host's memory; also -cmoe
+    #[arg(long, env = "CPU_MOE", value_parser = BoolishValueParser::new())]
+    pub cpu_moe: bool,
+    /// First layers whose experts' weights stay in the host's memory; also -ncmoe
+    #[arg(long, env = "N_CPU_MOE", default_value_t = 0, value_parser = between(0, MOST_LAYERS))]
+    pub n_cpu_moe: usize,
+    /// Buffer of the tensors whose names a pattern matches, PATTERN=BUFFER, such as
+    /// `ffn_up=CPU`; repeat it, or separate several by commas; also -ot [default: none]
+    #[arg(long = "override-tensor", env = "OVERRIDE_TENSOR", value_name = "OVERRIDE_TENSOR", value_delimiter = ',', value_parser = tensors)]
+    pub overrides: Vec<Override>,
+    /// Map the model's file into memory [default: unless a device needs a copy, or MLOCK is set]
+    #[arg(long, env = "MMAP", value_parser = BoolishValueParser::new())]
+    pub mmap: bool,
+    /// Copy the model into memory instead
+    #[arg(long, env = "NO_MMAP", value_parser = BoolishValueParser::new())]
+    pub no_mmap: bool,
+    /// Keep the model in memory: the system must not swap it out
+    #[arg(long, env = "MLOCK", value_parser = BoolishValueParser::new())]
+    pub mlock: bool,
+    /// How threads and memory are spread over the machine's NUMA nodes [default: as the system does]
+    #[arg(long, env = "NUMA")]
+    pub numa: Option<Numa>,
+}
+
+/// More layers than any model has.
+const MOST_LAYERS: usize = 512;
+
+impl PlacementArgs {
+    /// Checks values against each other. An error names the variables.
+    pub(super) fn placement(&self) -> anyhow::Result<Placement> {
+        ensure!(
+            !(self.mmap && self.no_mmap),
+            "MMAP and NO_MMAP are both set: the model is mapped, or else it is copied"
+        );
+        let (n, most) = (self.tensor_split.len(), max_devices());
+        ensure!(n <= most, "TENSOR_SPLIT has {n} shares; at most {most} devices can have one");
+        let of_experts =
+            |layer| Override { pattern: Pattern::of_experts(layer), buffer: Buffer::host() };
+        let mut overrides = self.overrides.clone();
+        overrides.extend(self.cpu_moe.then(|| of_experts(None)));
+        overrides.extend((0..self.n_cpu_moe as u32).map(|layer| of_experts(Some(layer))));
+        Ok(Placement {
+            n_gpu_layers: self.n_gpu_layers,
+            split: self.split,
+            main_gpu: self.main_gpu,
+            tensor_split: self.tensor_split.clone(),
+            overrides,
+            load: match (self.mmap, self.no_mmap) {
+                (_, true) => LoadMode::Copied,
+                (true, false) => LoadMode::Mapped,
+                (false, false) => LoadMode::Auto,
+            },
+            lock: self.mlock,
+        })
+    }
+}
+
+fn layers(text: &str) -> Result<GpuLayers, String> {
+    match text {
+        "auto" => Ok(GpuLayers::Auto),
+        "all" => Ok(GpuLayers::ALL),
+        n => n
+            .parse()
+            .map(GpuLayers::Most)
+            .map_err(|_| format!("must be a whole number from 0 to {}, all or auto", u32::MAX)),
+    }
+}
+
+fn tensors(text: &str) -> Result<Override, String> {
+    // A pattern may contain the sign: (?=x).
+    let (pattern, buffer) = text.rsplit_once('=').ok_or("must be PATTERN=BUFFER")?;
+    let pattern =
+        Pattern::new(pattern).map_err(|why| format!("the pattern {pattern} is invalid: {why}"))?;
+    Ok(Override { pattern, buffer: Buffer::by_name(buffer)? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Args, Command, ServeArgs};
+    use super::*;
+
+    fn read(args: &[&str]) -> Result<ServeArgs, String> {
+        let all = ["medusa-llama", "serve", "-m", "x"].iter().chain(args).map(Into::into);
+        match Args::read(all).map_err(|error| error.to_string())?.command {
+            Command::Serve(args) => Ok(*args),
+            _ => unreachable!("`serve` was given"),
+        }
+    }
+
+    fn placement(args: &[&str]) -> Result<Placement, String> {
+        read(args)?.model.placement.placement().map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn layers_are_a_number_all_or_auto() {
+        let layers = |args: &[&str]| placement(args).map(|of| of.n_gpu_layers);
+        assert_eq!(layers(&[]), Ok(GpuLayers::Most(25)));
+        for flag in ["-ngl", "--n-gpu-layers", "--gpu-layers"] {
+            assert_eq!(layers(&[flag, "7"]), Ok(GpuLayers::Most(7)));
+        }
+        assert_eq!(layers(&["-ngl", "all"]), Ok(GpuLayers::ALL));
+        assert_eq!(layers(&["-ngl", "auto"]), Ok(GpuLayers::Auto));
+        let text = layers(&["-ngl", "many"]).unwrap_err();
+        assert!(text.contains("N_GPU_LAYERS") && text.contains("auto"), "{text}");
+    }
+
+    #[test]
+    fn several_gpus_have_shares_of_a_model() {
+        let of = placement(&["-sm", "row", "-mg", "2", "-ts", "3,1.5"]).unwrap();
+        assert_eq!((of.split, of.main_gpu, of.tensor_split), (SplitMode::Row, 2, vec![3.0, 1.5]));
+        let many = vec!["1"; max_devices() + 1].join(",");
+        for (args, name) in [
+            (["-sm", "column"], "--split-mode"),
+            (["-mg", "-1"], "'-1'"),
+            (["-ts", "1,nan"], "TENSOR_SPLIT"),
+            (["-ts", &many], "TENSOR_SPLIT has"),
+        ] {
+            let text = placement(&args).unwrap_err();
+            assert!(text.contains(name), "{text}");
+        }
+    }
+
+    #[test]
+    fn tensors_go_where_a_pattern_says() {
+        let of = placement(&["-ot", "a=CPU,b(?=c)=CPU", "-cmoe", "-ncmoe", "2"]).unwrap();
+        let patterns = [
+            Pattern::new("a").unwrap(),
+            Pattern::new("b(?=c)").unwrap(),
+            Pattern::of_experts(None),
+            Pattern::of_experts(Some(0)),
+            Pattern::of_experts(Some(1)),
+        ];
+        assert_eq!(of.overrides.iter().map(|o| o.pattern.clone()).collect::<Vec<_>>(), patterns);
+        for (value, name) in
+            [("a=HERE", "there is CPU"), ("a", "PATTERN=BUFFER"), ("(=CPU", "the pattern ( is")]
+        {
+            let text = placement(&["-ot", value]).unwrap_err();
+            assert!(text.contains(name) && text.contains("OVERRIDE_TENSOR"), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_file_is_mapped_or_copied() {
+        let load = |args: &[&str]| placement(args).map(|of| (of.load, of.lock));
+        assert_eq!(load(&[]), Ok((LoadMode::Auto, false)));
+        assert_eq!(load(&["--mmap"]), Ok((LoadMode::Mapped, false)));
+        assert_eq!(load(&["--no-mmap", "--mlock"]), Ok((LoadMode::Copied, true)));
+        let text = load(&["--mmap", "--no-mmap"]).unwrap_err();
+        assert!(text.contains("NO_MMAP"), "{text}");
+    }
+}
