@@ -24,7 +24,7 @@ pub use commands::{
     SynthArgs, TrainArgs, TuneArgs,
 };
 use network::NetworkArgs;
-pub use placement::PlacementArgs;
+pub use placement::{PlacementArgs, RopeArgs};
 pub(crate) use sources::{HeadsSource, ModelSource};
 
 use crate::engine::plan::{LONGEST_CONTEXT, Sizes};
@@ -168,6 +168,8 @@ pub struct ModelArgs {
     pub context_size: Option<usize>,
     #[command(flatten)]
     pub(crate) placement: PlacementArgs,
+    #[command(flatten)]
+    pub(crate) rope: RopeArgs,
     /// Most threads of a forward pass; capped at the number of cores. Fewer compute while other
     /// processes keep cores busy
     #[arg(short = 't', long, env = "N_THREADS", default_value_t = 4, value_parser = between(1, 512))]
@@ -373,16 +375,17 @@ impl ModelArgs {
     pub(crate) fn engine(&self, model: PathBuf, n_slots: usize) -> anyhow::Result<EngineParams> {
         Ok(EngineParams {
             placement: self.placement()?,
+            rope: self.rope.rope()?,
             n_threads_batch: self.threads_batch(),
             cache: self.cache(),
             ..EngineParams::new(model, self.threads(), n_slots, self.n_ctx())
         })
     }
 
-    /// A context of one sequence, to measure.
-    pub(crate) fn context(&self, n_cells: usize, n_batch: usize) -> ContextParams {
+    /// A context of one sequence, to measure; errors as above.
+    pub(crate) fn context(&self, n_cells: usize, n_batch: usize) -> anyhow::Result<ContextParams> {
         let params = ContextParams::of_one_sequence(n_cells, n_batch, self.threads());
-        ContextParams { cache: self.cache(), ..params }
+        Ok(ContextParams { cache: self.cache(), rope: self.rope.rope()?, ..params })
     }
 
     /// Where the weights go; errors as above.

@@ -7,7 +7,7 @@ use crate::eval;
 
 /// Prints the perplexity and its standard error.
 pub(super) fn perplexity(args: &PerplexityArgs) -> anyhow::Result<()> {
-    let params = args.model.context(eval::WINDOW, eval::WINDOW);
+    let params = args.model.context(eval::WINDOW, eval::WINDOW)?;
     let mut context = load(&args.model, &fetch::named_model(&args.model)?, &params)?;
     let (_, tokens) = read_text(&args.file, context.model(), eval::LEAST)?;
     let bar = bar(tokens.len(), "{bar:40} {pos}/{len} tokens {eta}");

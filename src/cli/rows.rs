@@ -40,7 +40,7 @@ pub(super) fn rows(args: &RowsArgs) -> anyhow::Result<()> {
     let most = args.rows.iter().copied().max().unwrap_or(1);
     // The cells before are filled by as many rows as a micro-batch has.
     let n_batch = most.max(args.micro_batch);
-    let params = args.model.context(args.cells + most, n_batch);
+    let params = args.model.context(args.cells + most, n_batch)?;
     let params = ContextParams { n_ubatch: args.micro_batch, ..params };
     let context = load(&args.model, &fetch::named_model(&args.model)?, &params)?;
     let name = context.model().name().unwrap_or_else(|| "unnamed model".into());

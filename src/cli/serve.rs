@@ -179,11 +179,11 @@ async fn announce(app: Arc<App>) {
         limits.n_slots,
         handle.draft_shape.name(),
     );
-    if limits.n_ctx > model.n_ctx_train() {
+    if limits.n_ctx > handle.n_ctx_trained {
         tracing::warn!(
             "MODEL_CONTEXT_SIZE {} exceeds the {} tokens the model was trained with",
             limits.n_ctx,
-            model.n_ctx_train()
+            handle.n_ctx_trained
         );
     }
 }

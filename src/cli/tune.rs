@@ -143,7 +143,7 @@ fn candidate(
     tokens: &[Token],
     threads: &[usize],
 ) -> anyhow::Result<Candidate> {
-    let params = args.model.context(eval::WINDOW, eval::WINDOW);
+    let params = args.model.context(eval::WINDOW, eval::WINDOW)?;
     let mut context = load(&args.model, path, &params)?;
     let found = eval::perplexity(&mut context, tokens, |_| ())?;
     let steps = ROWS.map(|rows| StepTime { rows, seconds: Default::default() });
@@ -204,7 +204,7 @@ fn measure(
 
 /// Measures step times by rows.
 fn time_steps(args: &TuneArgs, path: &Path, own: &mut Measured) -> anyhow::Result<()> {
-    let params = args.model.context(N_BATCH, N_BATCH);
+    let params = args.model.context(N_BATCH, N_BATCH)?;
     let params = ContextParams { n_threads: own.threads, ..params };
     let mut forward = LlamaForward::new(load(&args.model, path, &params)?);
     let (points, change_s) = forward.measure(&ROWS, Duration::MAX)?;

@@ -1,12 +1,13 @@
-//! Arguments of all commands that load a model, about where its weights go.
+//! Arguments of all commands that load a model, about where its weights go and how it reads positions.
 
-use anyhow::ensure;
+use anyhow::{anyhow, ensure};
 use clap::Args as ClapArgs;
 use clap::builder::BoolishValueParser;
 
 use super::{between, number};
 use crate::llama::{
-    Buffer, GpuLayers, LoadMode, Numa, Override, Pattern, Placement, SplitMode, max_devices,
+    Buffer, GpuLayers, LoadMode, Numa, Override, Pattern, Placement, Rope, RopeScaling, SplitMode,
+    max_devices,
 };
 
 /// Where a model's weights go.
@@ -50,8 +51,46 @@ pub struct PlacementArgs {
     pub numa: Option<Numa>,
 }
 
+/// How positions are rotated. 0 is the model's own value, as llama-server has it.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct RopeArgs {
+    /// How the context is extended beyond the training's [default: as the GGUF says, else linear]
+    #[arg(long = "rope-scaling", env = "ROPE_SCALING", value_name = "ROPE_SCALING")]
+    pub scaling: Option<RopeScaling>,
+    /// Extend the context by this factor: 1 / ROPE_FREQ_SCALE [default: as the GGUF says]
+    #[arg(long = "rope-scale", env = "ROPE_SCALE", value_name = "ROPE_SCALE", value_parser = number(0.0, MOST_SCALE))]
+    pub scale: Option<f32>,
+    /// Base of the frequencies [default: as the GGUF says]
+    #[arg(long = "rope-freq-base", env = "ROPE_FREQ_BASE", value_name = "ROPE_FREQ_BASE", value_parser = number(0.0, 1e12))]
+    pub freq_base: Option<f32>,
+    /// Factor of the frequencies; 0.5 is for twice the context [default: as the GGUF says]
+    #[arg(long = "rope-freq-scale", env = "ROPE_FREQ_SCALE", value_name = "ROPE_FREQ_SCALE", value_parser = number(0.0, MOST_SCALE))]
+    pub freq_scale: Option<f32>,
+    /// YaRN: context that the model was trained for before it is extended, in tokens [default: as the
+    /// GGUF says]
+    #[arg(long, env = "YARN_ORIG_CTX", value_parser = between(0, 1 << 30))]
+    pub yarn_orig_ctx: Option<usize>,
+    /// YaRN: share of extrapolation; 0 interpolates alone, -1 is as the GGUF says [default: as the
+    /// GGUF says, else 1]
+    #[arg(long, env = "YARN_EXT_FACTOR", allow_negative_numbers = true, value_parser = number(-1.0, 1e6))]
+    pub yarn_ext_factor: Option<f32>,
+    /// YaRN: factor of the attention's magnitude; -1 is as the GGUF says [default: as the GGUF says]
+    #[arg(long, env = "YARN_ATTN_FACTOR", allow_negative_numbers = true, value_parser = number(-1.0, 1e6))]
+    pub yarn_attn_factor: Option<f32>,
+    /// YaRN: rotations over the original context below which a dimension is interpolated; -1 is as
+    /// the GGUF says [default: as the GGUF says, else 1]
+    #[arg(long, env = "YARN_BETA_SLOW", allow_negative_numbers = true, value_parser = number(-1.0, 1e6))]
+    pub yarn_beta_slow: Option<f32>,
+    /// YaRN: rotations over the original context above which a dimension stays as it is; -1 is as
+    /// the GGUF says [default: as the GGUF says, else 32]
+    #[arg(long, env = "YARN_BETA_FAST", allow_negative_numbers = true, value_parser = number(-1.0, 1e6))]
+    pub yarn_beta_fast: Option<f32>,
+}
+
 /// More layers than any model has.
 const MOST_LAYERS: usize = 512;
+/// The largest factor of a context or of frequencies.
+const MOST_SCALE: f32 = 1e6;
 
 impl PlacementArgs {
     /// Checks values against each other. An error names the variables.
@@ -79,6 +118,30 @@ impl PlacementArgs {
                 (false, false) => LoadMode::Auto,
             },
             lock: self.mlock,
+        })
+    }
+}
+
+impl RopeArgs {
+    /// Checks values against each other. An error names the variables.
+    pub(super) fn rope(&self) -> anyhow::Result<Rope> {
+        let named = |value: Option<f32>| value.filter(|&value| value != 0.0);
+        let (scale, freq_scale) = (named(self.scale), named(self.freq_scale));
+        if let (Some(scale), Some(freq_scale)) = (scale, freq_scale) {
+            return Err(anyhow!(
+                "ROPE_SCALE is {scale} and ROPE_FREQ_SCALE is {freq_scale}: one is 1 / the other, give one"
+            ));
+        }
+        let or_own = |value: Option<f32>| value.filter(|&value| value >= 0.0);
+        Ok(Rope {
+            scaling: self.scaling,
+            freq_base: named(self.freq_base),
+            freq_scale: freq_scale.or(scale.map(f32::recip)),
+            yarn_orig_ctx: self.yarn_orig_ctx.filter(|&n| n > 0).map(|n| n as u32),
+            yarn_ext_factor: or_own(self.yarn_ext_factor),
+            yarn_attn_factor: or_own(self.yarn_attn_factor),
+            yarn_beta_slow: or_own(self.yarn_beta_slow),
+            yarn_beta_fast: or_own(self.yarn_beta_fast),
         })
     }
 }
@@ -117,6 +180,10 @@ mod tests {
 
     fn placement(args: &[&str]) -> Result<Placement, String> {
         read(args)?.model.placement.placement().map_err(|error| error.to_string())
+    }
+
+    fn rope(args: &[&str]) -> Result<Rope, String> {
+        read(args)?.model.rope.rope().map_err(|error| error.to_string())
     }
 
     #[test]
@@ -175,5 +242,30 @@ mod tests {
         assert_eq!(load(&["--no-mmap", "--mlock"]), Ok((LoadMode::Copied, true)));
         let text = load(&["--mmap", "--no-mmap"]).unwrap_err();
         assert!(text.contains("NO_MMAP"), "{text}");
+    }
+
+    #[test]
+    fn rotations_are_the_models_unless_they_are_named() {
+        assert_eq!(rope(&[]), Ok(Rope::default()));
+        let own = ["--rope-freq-base", "0", "--yarn-orig-ctx", "0", "--yarn-beta-fast", "-1"];
+        assert_eq!(rope(&own), Ok(Rope::default()));
+        let named = ["--rope-scaling", "yarn", "--rope-scale", "4", "--yarn-orig-ctx", "4096"];
+        let expected = Rope {
+            scaling: Some(RopeScaling::Yarn),
+            freq_scale: Some(0.25),
+            yarn_orig_ctx: Some(4096),
+            ..Rope::default()
+        };
+        assert_eq!(rope(&named), Ok(expected));
+        for (args, name) in [
+            (&["--rope-scale", "-1"][..], "'-1'"),
+            (&["--rope-freq-base", "x"], "ROPE_FREQ_BASE"),
+            (&["--rope-scaling", "ntk"], "ROPE_SCALING"),
+            (&["--yarn-ext-factor", "-2"], "YARN_EXT_FACTOR"),
+            (&["--rope-scale", "2", "--rope-freq-scale", "0.5"], "ROPE_SCALE is 2"),
+        ] {
+            let text = rope(args).unwrap_err();
+            assert!(text.contains(name), "{text}");
+        }
     }
 }

@@ -8,7 +8,9 @@ use std::sync::Arc;
 
 use super::Limits;
 use super::slots::Layout;
-use crate::llama::{Context, ContextParams, DeviceUse, LlamaError, Memory, Model, max_sequences};
+use crate::llama::{
+    Context, ContextParams, DeviceUse, LlamaError, Memory, Model, Rope, max_sequences,
+};
 use crate::machine::available_memory;
 
 /// Sizes as they were asked for. What is not named follows from the model and the memory.
@@ -151,8 +153,8 @@ pub(crate) fn fits_devices(context: &Context) -> bool {
 }
 
 /// The smallest sizes that an engine on a GPU is to have, if they are not named.
-pub(super) fn limits_on_gpu(model: &Model, sizes: &Sizes) -> Limits {
-    let n_ctx = sizes.n_ctx.unwrap_or_else(|| model.n_ctx_train().min(SHORTEST_ON_GPU));
+pub(super) fn limits_on_gpu(model: &Model, sizes: &Sizes, rope: &Rope) -> Limits {
+    let n_ctx = sizes.n_ctx.unwrap_or_else(|| rope.n_ctx(model).min(SHORTEST_ON_GPU));
     let n_cells = sizes.n_cells.unwrap_or(n_ctx * sizes.n_slots).max(n_ctx);
     sizes.limits(model.memory(), n_ctx, n_cells)
 }
@@ -165,6 +167,7 @@ pub(super) fn limits_on_gpu(model: &Model, sizes: &Sizes) -> Limits {
 pub(super) fn plan(
     model: Model,
     sizes: &Sizes,
+    rope: &Rope,
     heads: u64,
     context_params: impl Fn(&Limits) -> ContextParams,
 ) -> Result<Plan, LlamaError> {
@@ -175,7 +178,7 @@ pub(super) fn plan(
         let context = Context::new(Arc::clone(&model), &context_params(&limits))?;
         Ok(Plan { limits, uses: uses(&context, heads) })
     };
-    let n_ctx = sizes.n_ctx.unwrap_or_else(|| model.n_ctx_train().clamp(1, LONGEST_CONTEXT));
+    let n_ctx = sizes.n_ctx.unwrap_or_else(|| rope.n_ctx(&model).clamp(1, LONGEST_CONTEXT));
     let n_cells = sizes.n_cells.unwrap_or(n_ctx * sizes.n_slots).max(n_ctx);
     let is_fixed = sizes.n_ctx.is_some() && sizes.n_cells.is_some();
     let wanted = measure(n_ctx, n_cells)?;

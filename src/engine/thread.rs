@@ -26,7 +26,7 @@ use crate::files::folder_bytes;
 use crate::gpu::Device;
 use crate::gpu::weights::Precision;
 use crate::llama::{
-    CacheTypes, Context, ContextParams, LlamaError, Memory, Model, Placement, Pooling,
+    CacheTypes, Context, ContextParams, LlamaError, Memory, Model, Placement, Pooling, Rope,
     max_sequences,
 };
 use crate::speculate::calibration::Calibration;
@@ -43,6 +43,8 @@ pub struct EngineParams {
     pub model_path: PathBuf,
     /// Where its weights go.
     pub placement: Placement,
+    /// How positions are rotated.
+    pub rope: Rope,
     /// Most threads of a forward pass.
     pub n_threads: usize,
     /// The same for one that reads prompts.
@@ -69,6 +71,7 @@ impl EngineParams {
         Self {
             model_path,
             placement: Placement::default(),
+            rope: Rope::default(),
             n_threads,
             n_threads_batch: n_threads,
             cache: CacheTypes::default(),
@@ -249,7 +252,7 @@ fn serve<F: Forward>(
         }
         !stop.load(Ordering::Relaxed)
     };
-    let Loaded { params, context, limits } = load(params, progress)?;
+    let Loaded { params, context, limits, n_ctx_trained } = load(params, progress)?;
     let params = &params;
     let model = Arc::clone(context.model());
     let pooling = params.pooling;
@@ -280,6 +283,7 @@ fn serve<F: Forward>(
     let handle = Handle {
         model,
         limits,
+        n_ctx_trained,
         n_heads,
         drafts_text,
         drafting_on,
@@ -303,6 +307,8 @@ struct Loaded {
     params: EngineParams,
     context: Context,
     limits: Limits,
+    /// The longest context that the model was trained for.
+    n_ctx_trained: usize,
 }
 
 /// Decides on sizes and loads the model.
@@ -311,20 +317,22 @@ fn load(params: &EngineParams, progress: impl FnMut(f32) -> bool) -> Result<Load
     let placement = offload::settle(path, &params.placement, |model| fits_gpus(params, model))?;
     let outline = Model::outline(path, &placement)?;
     let params = EngineParams { placement, ..for_model(params, &outline)? };
+    let n_ctx_trained = params.rope.n_ctx(&outline);
     let of_context = |limits: &Limits| context_params(&params, limits);
     let heads = params.drafts.as_ref().and_then(|drafts| drafts.heads.as_ref());
     let heads = heads.map_or(0, |heads| folder_bytes(&heads.folder));
-    let Plan { limits, uses } = plan::plan(outline, &params.sizes, heads, of_context)?;
+    let Plan { limits, uses } =
+        plan::plan(outline, &params.sizes, &params.rope, heads, of_context)?;
     plan::log(&uses, &limits, &params.sizes);
     let model = Model::load(path, &params.placement, progress)?;
     let context = Context::new(Arc::new(model), &of_context(&limits))?;
-    Ok(Loaded { params, context, limits })
+    Ok(Loaded { params, context, limits, n_ctx_trained })
 }
 
 /// Whether GPUs have room for what an outline puts there, and for a context that is worth it.
 fn fits_gpus(params: &EngineParams, model: Model) -> Result<bool, StartError> {
     let params = for_model(params, &model)?;
-    let limits = plan::limits_on_gpu(&model, &params.sizes);
+    let limits = plan::limits_on_gpu(&model, &params.sizes, &params.rope);
     let context = Context::new(Arc::new(model), &context_params(&params, &limits))?;
     Ok(plan::fits_devices(&context))
 }
@@ -491,6 +499,7 @@ fn context_params(params: &EngineParams, limits: &Limits) -> ContextParams {
         n_threads: params.n_threads.max(params.n_threads_batch),
         unified,
         cache: params.cache,
+        rope: params.rope,
         n_window_cells: limits.n_window_cells(),
         n_rollback: n_rollback(params, layout),
         tap_hidden: unified

@@ -12,6 +12,7 @@ use super::error::LlamaError;
 use super::ids::{SeqId, Token};
 use super::loading::Loading;
 use super::model::{Memory, Model};
+use super::rope::Rope;
 use super::tap::{HiddenTap, Tapped, on_tensor};
 use super::threads::Threads;
 use super::{log, sys};
@@ -36,6 +37,8 @@ pub struct ContextParams {
     pub unified: bool,
     /// Types of the cached keys and values.
     pub cache: CacheTypes,
+    /// How positions are rotated.
+    pub rope: Rope,
     /// Cells of layers that look at a [window](Memory::Window) of tokens, in a unified cache: those that
     /// no later token of a sequence will see are freed. `None`: as many as the others have, and none
     /// are freed.
@@ -63,6 +66,7 @@ impl ContextParams {
             n_threads,
             unified: true,
             cache: CacheTypes::default(),
+            rope: Rope::default(),
             n_window_cells: None,
             n_rollback: 0,
             tap_hidden: false,
@@ -134,6 +138,7 @@ impl Context {
         c.flash_attn_type = sys::LLAMA_FLASH_ATTN_TYPE_AUTO;
         c.kv_unified = params.unified;
         (c.type_k, c.type_v) = (params.cache.keys.0, params.cache.values.0);
+        params.rope.set(&mut c);
         c.swa_full = params.n_window_cells.is_none();
         c.n_swa_cells = params.n_window_cells.map_or(0, |n| u32::try_from(n).unwrap_or(u32::MAX));
         c.no_perf = true;

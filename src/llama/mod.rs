@@ -28,6 +28,7 @@ mod pieces;
 mod placement;
 mod pooling;
 mod quantize;
+mod rope;
 mod sampler;
 mod shards;
 mod sys;
@@ -52,6 +53,7 @@ pub use placement::{
 };
 pub use pooling::Pooling;
 pub use quantize::{Quantization, quantize};
+pub use rope::{Rope, RopeScaling};
 pub use sampler::{Candidates, SamplerChain};
 pub use shards::{model_bytes, model_files};
 pub use tap::Tapped;

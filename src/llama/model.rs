@@ -40,13 +40,16 @@ pub struct Model {
     /// Not empty: the file it was loaded from, and its further shards.
     files: Vec<PathBuf>,
     is_outline: bool,
+    /// As the file says: llama.cpp changes its own number when a context scales positions.
+    n_ctx_train: usize,
     longest_token: OnceLock<usize>,
     /// `None` if a text cannot be cut at them.
     specials: OnceLock<Option<Specials>>,
 }
 
-// SAFETY: after loading nothing in llama.cpp writes to a model; tokenising and metadata are `const`
-// and keep their working memory on the stack. A context only reads the weights.
+// SAFETY: after loading nothing in llama.cpp writes to a model, but for its trained context, which only
+// C reads; tokenising and metadata are `const` and keep their working memory on the stack. A context
+// only reads the weights.
 unsafe impl Send for Model {}
 // SAFETY: as above.
 unsafe impl Sync for Model {}
@@ -122,7 +125,9 @@ impl Model {
         let vocab = NonNull::new(vocab.cast_mut())
             .ok_or_else(|| fail("the model has no vocabulary".into()))?;
         let (longest_token, specials) = (OnceLock::new(), OnceLock::new());
-        let model = Self { ptr, vocab, files, is_outline, longest_token, specials };
+        // SAFETY: as above.
+        let n_ctx_train = count(unsafe { sys::model_n_ctx_train(ptr.as_ptr()) });
+        let model = Self { ptr, vocab, files, is_outline, n_ctx_train, longest_token, specials };
         if let Err(reason) = model.check_kind() {
             let path = model.path().to_owned();
             return Err(LlamaError::File { action: "load", path, reason });
@@ -213,8 +218,18 @@ impl Model {
     /// The longest context the model was trained on, in tokens.
     #[must_use]
     pub fn n_ctx_train(&self) -> usize {
+        self.n_ctx_train
+    }
+
+    /// The context it was trained on before that was extended, as the file says.
+    pub(super) fn n_ctx_before(&self) -> Option<usize> {
+        self.number("rope.scaling.original_context_length")
+    }
+
+    /// The factor by which its own settings scale the frequencies of positions.
+    pub(super) fn rope_freq_scale(&self) -> f32 {
         // SAFETY: a loaded model.
-        count(unsafe { sys::model_n_ctx_train(self.as_ptr()) })
+        unsafe { sys::model_rope_freq_scale_train(self.as_ptr()) }
     }
 
     /// Layers that can go to GPUs, of which the output is one.

@@ -3,7 +3,9 @@
 
 use std::sync::{Arc, LazyLock};
 
-use medusa_llama::llama::{CacheTypes, Context, ContextParams, Model, Placement, SeqId, Token};
+use medusa_llama::llama::{
+    CacheTypes, Context, ContextParams, Model, Placement, Rope, SeqId, Token,
+};
 
 use super::model_path;
 
@@ -22,6 +24,7 @@ pub fn params() -> ContextParams {
         n_threads: 1,
         unified: true,
         cache: CacheTypes::default(),
+        rope: Rope::default(),
         n_window_cells: None,
         n_rollback: 0,
         tap_hidden: false,
