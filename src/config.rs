@@ -37,7 +37,7 @@ use crate::http::host::Hosts;
 use crate::http::tls::Tls;
 use crate::hub::name::ModelName;
 use crate::jinja;
-use crate::llama::{CacheTypes, ContextParams, Numa, Placement, Pooling, TensorType};
+use crate::llama::{AdapterFile, CacheTypes, ContextParams, Numa, Placement, Pooling, TensorType};
 use crate::machine::cores;
 
 /// Where `make model` puts the default model.
@@ -375,6 +375,7 @@ impl ModelArgs {
     pub(crate) fn engine(&self, model: PathBuf, n_slots: usize) -> anyhow::Result<EngineParams> {
         Ok(EngineParams {
             placement: self.placement()?,
+            adapters: self.adapters(),
             rope: self.rope.rope()?,
             n_threads_batch: self.threads_batch(),
             cache: self.cache(),
@@ -391,6 +392,11 @@ impl ModelArgs {
     /// Where the weights go; errors as above.
     pub(crate) fn placement(&self) -> anyhow::Result<Placement> {
         self.placement.placement()
+    }
+
+    /// What is added to the weights.
+    pub(crate) fn adapters(&self) -> Vec<AdapterFile> {
+        self.placement.adapters()
     }
 
     /// Tokens of a context for commands that do not follow the model's.

@@ -18,16 +18,18 @@ pub(super) fn bar(n: usize, template: &str) -> ProgressBar {
     ProgressBar::new(n as u64).with_style(style)
 }
 
-/// A context of a model.
+/// A context of a model and its adapters.
 pub(super) fn load(
     args: &ModelArgs,
     path: &Path,
     params: &ContextParams,
 ) -> anyhow::Result<Context> {
+    let adapters = args.adapters();
     let placement = offload::settle(path, &args.placement()?, |model| {
-        Ok::<_, LlamaError>(plan::fits_devices(&Context::new(model.into(), params)?))
+        Ok::<_, LlamaError>(plan::fits_devices(&Context::new(model.into(), params)?, &adapters))
     })?;
-    let model = Model::load(path, &placement, |_| true)?;
+    let mut model = Model::load(path, &placement, |_| true)?;
+    model.adapt(&adapters)?;
     Ok(Context::new(model.into(), params)?)
 }
 

@@ -116,6 +116,7 @@ fn learn(
         ),
         heads: kind,
         n_heads: args.heads,
+        lora: !args.model.adapters().is_empty(),
         width,
         n_draft_vocab: vocab.len(),
         answer_tokens: n_tokens,

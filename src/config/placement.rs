@@ -1,13 +1,15 @@
 //! Arguments of all commands that load a model, about where its weights go and how it reads positions.
 
+use std::path::{Path, PathBuf};
+
 use anyhow::{anyhow, ensure};
 use clap::Args as ClapArgs;
 use clap::builder::BoolishValueParser;
 
-use super::{between, number};
+use super::{HeadsSource, ModelArgs, between, number};
 use crate::llama::{
-    Buffer, GpuLayers, LoadMode, Numa, Override, Pattern, Placement, Rope, RopeScaling, SplitMode,
-    max_devices,
+    AdapterFile, Buffer, GpuLayers, LoadMode, Numa, Override, Pattern, Placement, Rope,
+    RopeScaling, SplitMode, max_devices,
 };
 
 /// Where a model's weights go.
@@ -49,6 +51,13 @@ pub struct PlacementArgs {
     /// How threads and memory are spread over the machine's NUMA nodes [default: as the system does]
     #[arg(long, env = "NUMA")]
     pub numa: Option<Numa>,
+    /// LoRA adapter to apply, a GGUF file for this model; repeat it, or separate several by commas
+    /// [default: none]
+    #[arg(long, env = "LORA", value_name = "FILE", value_delimiter = ',')]
+    pub lora: Vec<PathBuf>,
+    /// The same with a scale, FILE:SCALE [default: none]
+    #[arg(long, env = "LORA_SCALED", value_name = "FILE:SCALE", value_delimiter = ',', value_parser = scaled)]
+    pub lora_scaled: Vec<AdapterFile>,
 }
 
 /// How positions are rotated. 0 is the model's own value, as llama-server has it.
@@ -91,6 +100,8 @@ pub struct RopeArgs {
 const MOST_LAYERS: usize = 512;
 /// The largest factor of a context or of frequencies.
 const MOST_SCALE: f32 = 1e6;
+/// What `config.json` of heads has as `true` if they were trained with adapters.
+const FOR_ADAPTERS: &str = "lora";
 
 impl PlacementArgs {
     /// Checks values against each other. An error names the variables.
@@ -120,6 +131,12 @@ impl PlacementArgs {
             lock: self.mlock,
         })
     }
+
+    /// All adapters.
+    pub(super) fn adapters(&self) -> Vec<AdapterFile> {
+        let whole = self.lora.iter().map(|path| AdapterFile { path: path.clone(), scale: 1.0 });
+        whole.chain(self.lora_scaled.iter().cloned()).collect()
+    }
 }
 
 impl RopeArgs {
@@ -146,6 +163,31 @@ impl RopeArgs {
     }
 }
 
+impl ModelArgs {
+    /// The heads, unless they were trained for the model without its adapters.
+    pub(super) fn fitting(&self, heads: HeadsSource, are_named: bool) -> Option<HeadsSource> {
+        if self.placement.adapters().is_empty() || are_for_adapters(&heads) {
+            return Some(heads);
+        }
+        if are_named {
+            tracing::warn!(
+                "heads are off: they were trained without the adapters of LORA and LORA_SCALED; heads that fit have \"{FOR_ADAPTERS}\": true in the config.json of a local folder"
+            );
+        } else {
+            tracing::info!("heads are off: they were trained without the adapters");
+        }
+        None
+    }
+}
+
+/// Whether heads say that they were trained with adapters.
+fn are_for_adapters(heads: &HeadsSource) -> bool {
+    let HeadsSource::Folder(folder) = heads else { return false };
+    let config = std::fs::read(folder.join("config.json")).unwrap_or_default();
+    let config: serde_json::Value = serde_json::from_slice(&config).unwrap_or_default();
+    config[FOR_ADAPTERS] == true
+}
+
 fn layers(text: &str) -> Result<GpuLayers, String> {
     match text {
         "auto" => Ok(GpuLayers::Auto),
@@ -163,6 +205,13 @@ fn tensors(text: &str) -> Result<Override, String> {
     let pattern =
         Pattern::new(pattern).map_err(|why| format!("the pattern {pattern} is invalid: {why}"))?;
     Ok(Override { pattern, buffer: Buffer::by_name(buffer)? })
+}
+
+fn scaled(text: &str) -> Result<AdapterFile, String> {
+    let (path, scale) = text.rsplit_once(':').ok_or("must be FILE:SCALE")?;
+    let scale = scale.parse().ok().filter(|scale: &f32| scale.is_finite());
+    let scale = scale.ok_or_else(|| format!("the scale of {path} must be a number"))?;
+    Ok(AdapterFile { path: Path::new(path).to_owned(), scale })
 }
 
 #[cfg(test)]
@@ -242,6 +291,33 @@ mod tests {
         assert_eq!(load(&["--no-mmap", "--mlock"]), Ok((LoadMode::Copied, true)));
         let text = load(&["--mmap", "--no-mmap"]).unwrap_err();
         assert!(text.contains("NO_MMAP"), "{text}");
+    }
+
+    #[test]
+    fn adapters_have_scales() {
+        let args = read(&["--lora", "a,b", "--lora", "c", "--lora-scaled", "d:e:-0.5"]).unwrap();
+        let of = |path: &str, scale| AdapterFile { path: path.into(), scale };
+        let all = [of("a", 1.0), of("b", 1.0), of("c", 1.0), of("d:e", -0.5)];
+        assert_eq!(args.model.placement.adapters(), all);
+        for bad in ["a", "a:", "a:nan", "a:x"] {
+            let text = read(&["--lora-scaled", bad]).unwrap_err();
+            assert!(text.contains("FILE:SCALE"), "{text}");
+        }
+    }
+
+    #[test]
+    fn heads_are_off_with_adapters_unless_they_fit() {
+        let folder = tempfile::tempdir().unwrap();
+        let name = folder.path().to_str().unwrap();
+        let heads = |args: &[&str]| {
+            let args = read(args).unwrap();
+            args.drafts.source(&args.model).unwrap()
+        };
+        let with = ["--heads", name, "--lora", "a"];
+        assert!(heads(&with[..2]).is_some());
+        assert_eq!(heads(&with), None);
+        std::fs::write(folder.path().join("config.json"), r#"{ "lora": true }"#).unwrap();
+        assert!(heads(&with).is_some());
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::Limits;
 use super::slots::Layout;
 use crate::llama::{
-    Context, ContextParams, DeviceUse, LlamaError, Memory, Model, Rope, max_sequences,
+    AdapterFile, Context, ContextParams, DeviceUse, LlamaError, Memory, Model, Rope, max_sequences,
 };
 use crate::machine::available_memory;
 
@@ -103,13 +103,15 @@ pub struct Use {
     pub model: DeviceUse,
     /// By heads.
     pub heads: u64,
+    /// By adapters.
+    pub adapters: u64,
     /// Bytes that are free before; `None` where the system does not tell.
     pub free: Option<u64>,
 }
 
 impl Use {
     fn total(&self) -> u64 {
-        self.model.total() + self.heads
+        self.model.total() + self.heads + self.adapters
     }
 
     /// `true` if it fits, with some bytes to spare.
@@ -124,8 +126,10 @@ impl fmt::Display for Use {
         let DeviceUse { weights, cache, compute, .. } = self.model;
         let [total, weights, cache, compute] = [self.total(), weights, cache, compute].map(bytes);
         write!(f, "{total} on {device}: weights {weights}, cache {cache}, buffers {compute}")?;
-        if self.heads > 0 {
-            write!(f, ", heads {}", bytes(self.heads))?;
+        for (what, n) in [("heads", self.heads), ("adapters", self.adapters)] {
+            if n > 0 {
+                write!(f, ", {what} {}", bytes(n))?;
+            }
         }
         self.free.map_or(Ok(()), |free| write!(f, "; {} are free", bytes(free)))
     }
@@ -136,19 +140,34 @@ fn bytes(n: u64) -> String {
     if gib >= 1.0 { format!("{gib:.1} GiB") } else { format!("{mib:.0} MiB") }
 }
 
-/// What a context takes of each device, the host first.
-fn uses(context: &Context, heads: u64) -> Vec<Use> {
-    let of = |(i, model): (usize, DeviceUse)| Use {
-        free: model.device.as_ref().map_or_else(available_memory, |device| Some(device.free)),
-        heads: if i == 0 { heads } else { 0 },
-        model,
-    };
-    context.footprint().into_iter().enumerate().map(of).collect()
+/// What an engine has beside its context and its model.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Beside<'a> {
+    /// Bytes of heads, on the host.
+    pub heads: u64,
+    /// On each device there is the same share of them as of the weights.
+    pub adapters: &'a [AdapterFile],
 }
 
-/// Whether a context, of an outline, fits all devices but the host.
-pub(crate) fn fits_devices(context: &Context) -> bool {
-    let uses = uses(context, 0);
+/// What a context takes of each device, the host first.
+fn uses(context: &Context, beside: Beside<'_>) -> Vec<Use> {
+    // A file that cannot be read is an error later.
+    let bytes = |file: &AdapterFile| std::fs::metadata(&file.path).map_or(0, |of| of.len());
+    let adapters: u64 = beside.adapters.iter().map(bytes).sum();
+    let all = context.footprint();
+    let weights: u64 = all.iter().map(|of| of.weights).sum();
+    let of = |(i, model): (usize, DeviceUse)| Use {
+        free: model.device.as_ref().map_or_else(available_memory, |device| Some(device.free)),
+        heads: if i == 0 { beside.heads } else { 0 },
+        adapters: (adapters as f64 * model.weights as f64 / weights.max(1) as f64) as u64,
+        model,
+    };
+    all.into_iter().enumerate().map(of).collect()
+}
+
+/// Whether a context, of an outline, and adapters fit all devices but the host.
+pub(crate) fn fits_devices(context: &Context, adapters: &[AdapterFile]) -> bool {
+    let uses = uses(context, Beside { heads: 0, adapters });
     uses.iter().filter(|of| of.model.device.is_some()).all(|of| of.fits(SPARE))
 }
 
@@ -159,8 +178,8 @@ pub(super) fn limits_on_gpu(model: &Model, sizes: &Sizes, rope: &Rope) -> Limits
     sizes.limits(model.memory(), n_ctx, n_cells)
 }
 
-/// Plans an engine for a model, of which this is an [outline](Model::outline), and heads of `heads`
-/// bytes on the host. `context_params` makes a context's parameters of limits.
+/// Plans an engine for a model, of which this is an [outline](Model::outline), and what is beside it.
+/// `context_params` makes a context's parameters of limits.
 ///
 /// # Errors
 /// As [`Context::new`].
@@ -168,7 +187,7 @@ pub(super) fn plan(
     model: Model,
     sizes: &Sizes,
     rope: &Rope,
-    heads: u64,
+    beside: Beside<'_>,
     context_params: impl Fn(&Limits) -> ContextParams,
 ) -> Result<Plan, LlamaError> {
     let model = Arc::new(model);
@@ -176,7 +195,7 @@ pub(super) fn plan(
     let measure = |n_ctx: usize, n_cells: usize| -> Result<Plan, LlamaError> {
         let limits = sizes.limits(memory, n_ctx, n_cells);
         let context = Context::new(Arc::clone(&model), &context_params(&limits))?;
-        Ok(Plan { limits, uses: uses(&context, heads) })
+        Ok(Plan { limits, uses: uses(&context, beside) })
     };
     let n_ctx = sizes.n_ctx.unwrap_or_else(|| rope.n_ctx(&model).clamp(1, LONGEST_CONTEXT));
     let n_cells = sizes.n_cells.unwrap_or(n_ctx * sizes.n_slots).max(n_ctx);
@@ -238,7 +257,7 @@ mod tests {
         let limits = Sizes::new(1, n_cells).limits(Memory::Cells, n_cells, n_cells);
         let cache = n_cells as u64 * (1 << 20);
         let model = DeviceUse { device: None, weights: 4 * GIB, cache, compute: GIB };
-        Plan { limits, uses: vec![Use { model, heads: 0, free: Some(free) }] }
+        Plan { limits, uses: vec![Use { model, heads: 0, adapters: 0, free: Some(free) }] }
     }
 
     #[test]
@@ -251,11 +270,14 @@ mod tests {
 
     #[test]
     fn sizes_say_what_they_hold() {
-        let text = plan_of(2048, 8 * GIB).uses[0].to_string();
+        let mut on_host = plan_of(2048, 8 * GIB).uses.remove(0);
         assert_eq!(
-            text,
+            on_host.to_string(),
             "7.0 GiB on the host: weights 4.0 GiB, cache 2.0 GiB, buffers 1.0 GiB; 8.0 GiB are free"
         );
+        on_host.adapters = 2 * GIB;
+        assert!(on_host.to_string().contains("buffers 1.0 GiB, adapters 2.0 GiB; 8.0"));
+        assert!(!on_host.fits(0));
     }
 
     #[test]

@@ -18,7 +18,7 @@ use super::handle::Handle;
 use super::lanes::Lanes;
 use super::leaves::DraftShape;
 use super::offload;
-use super::plan::{self, Plan, Sizes};
+use super::plan::{self, Beside, Plan, Sizes};
 use super::scheduler::MOST_READ;
 use super::stats::Stats;
 use super::{Engine, Forward, Job, Layout, Limits};
@@ -26,8 +26,8 @@ use crate::files::folder_bytes;
 use crate::gpu::Device;
 use crate::gpu::weights::Precision;
 use crate::llama::{
-    CacheTypes, Context, ContextParams, LlamaError, Memory, Model, Placement, Pooling, Rope,
-    max_sequences,
+    AdapterFile, CacheTypes, Context, ContextParams, LlamaError, Memory, Model, Placement, Pooling,
+    Rope, max_sequences,
 };
 use crate::speculate::calibration::Calibration;
 use crate::speculate::cost::{self, Cost};
@@ -43,6 +43,8 @@ pub struct EngineParams {
     pub model_path: PathBuf,
     /// Where its weights go.
     pub placement: Placement,
+    /// What is added to its weights. All requests get it.
+    pub adapters: Vec<AdapterFile>,
     /// How positions are rotated.
     pub rope: Rope,
     /// Most threads of a forward pass.
@@ -71,6 +73,7 @@ impl EngineParams {
         Self {
             model_path,
             placement: Placement::default(),
+            adapters: vec![],
             rope: Rope::default(),
             n_threads,
             n_threads_batch: n_threads,
@@ -321,10 +324,12 @@ fn load(params: &EngineParams, progress: impl FnMut(f32) -> bool) -> Result<Load
     let of_context = |limits: &Limits| context_params(&params, limits);
     let heads = params.drafts.as_ref().and_then(|drafts| drafts.heads.as_ref());
     let heads = heads.map_or(0, |heads| folder_bytes(&heads.folder));
+    let beside = Beside { heads, adapters: &params.adapters };
     let Plan { limits, uses } =
-        plan::plan(outline, &params.sizes, &params.rope, heads, of_context)?;
+        plan::plan(outline, &params.sizes, &params.rope, beside, of_context)?;
     plan::log(&uses, &limits, &params.sizes);
-    let model = Model::load(path, &params.placement, progress)?;
+    let mut model = Model::load(path, &params.placement, progress)?;
+    model.adapt(&params.adapters)?;
     let context = Context::new(Arc::new(model), &of_context(&limits))?;
     Ok(Loaded { params, context, limits, n_ctx_trained })
 }
@@ -334,7 +339,7 @@ fn fits_gpus(params: &EngineParams, model: Model) -> Result<bool, StartError> {
     let params = for_model(params, &model)?;
     let limits = plan::limits_on_gpu(&model, &params.sizes, &params.rope);
     let context = Context::new(Arc::new(model), &context_params(&params, &limits))?;
-    Ok(plan::fits_devices(&context))
+    Ok(plan::fits_devices(&context, &params.adapters))
 }
 
 /// Step times are measured up to two rows for each slot and this many more.

@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+use super::adapter::Adapter;
 use super::backend::max_sequences;
 use super::batch::{Batch, Limits};
 use super::cache_types::CacheTypes;
@@ -88,7 +89,7 @@ pub struct Context {
     outputs: Vec<bool>,
     /// The C context computes with them.
     threads: Threads,
-    /// The C context points to its weights.
+    /// The C context points to its weights and its adapters.
     model: Arc<Model>,
 }
 
@@ -149,11 +150,17 @@ impl Context {
             c.cb_eval_user_data = (&raw mut **tap).cast();
         }
         log::take_errors();
-        let _loading = Loading::begin(model.path()); // the first graphs show what sizes do not fit
+        // The first graphs show what sizes do not fit.
+        let files = [model.path()].into_iter().chain(model.adapters().iter().map(Adapter::path));
+        let _loading: Vec<Loading> = files.map(Loading::begin).collect();
         // SAFETY: the model is loaded and kept by the new value; the tap is boxed and kept too.
         let ptr = unsafe { sys::init_from_model(model.as_ptr(), c) };
         let ptr = NonNull::new(ptr)
             .ok_or_else(|| LlamaError::Context(log::take_errors().unwrap_or_default()))?;
+        if !model.adapters().is_empty() {
+            // SAFETY: a live context of this model, which the new value frees before the model.
+            unsafe { Adapter::set(model.adapters(), ptr) };
+        }
         // SAFETY: a live context, and threads that the new value keeps.
         unsafe { sys::attach_threadpool(ptr.as_ptr(), threads.as_ptr(), threads.as_ptr()) };
         // SAFETY: a live context; the memory belongs to it.

@@ -91,9 +91,11 @@ unsafe extern "C" fn receive(level: sys::ggml_log_level, text: *const c_char, _:
 }
 
 /// What is in lines of llama.cpp that warn of nothing.
-const NO_WARNINGS: [&str; 2] = [
+const NO_WARNINGS: [&str; 3] = [
     // Of a pool for several sequences, or for a context that the server warns of itself.
     "possible training context overflow",
+    // A line for each tensor of an adapter whose model's tensor is repacked.
+    "fallback to CPU",
     // Names an option that is not ours.
     "tensor overrides to CPU are used with mmap enabled",
 ];

@@ -9,6 +9,7 @@
 //! Nothing in this folder knows of requests, slots, heads or HTTP.
 #![allow(unsafe_code)]
 
+mod adapter;
 mod backend;
 mod batch;
 mod cache_types;
@@ -37,6 +38,7 @@ mod tensor_type;
 mod threads;
 mod writer;
 
+pub use adapter::AdapterFile;
 pub use backend::{Numa, max_sequences, supports_gpu_offload, system_info, use_numa, version};
 pub use batch::Batch;
 pub use cache_types::CacheTypes;

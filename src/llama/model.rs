@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 use std::sync::OnceLock;
 
+use super::adapter::{Adapter, AdapterFile};
 use super::backend::{start_backend, text};
 use super::check::check;
 use super::error::LlamaError;
@@ -42,6 +43,8 @@ pub struct Model {
     is_outline: bool,
     /// As the file says: llama.cpp changes its own number when a context scales positions.
     n_ctx_train: usize,
+    /// All contexts compute with them.
+    adapters: Vec<Adapter>,
     longest_token: OnceLock<usize>,
     /// `None` if a text cannot be cut at them.
     specials: OnceLock<Option<Specials>>,
@@ -56,8 +59,9 @@ unsafe impl Sync for Model {}
 
 impl Drop for Model {
     fn drop(&mut self) {
-        // SAFETY: `ptr` came from a successful load and is freed once; contexts hold the model by
-        // `Arc`.
+        self.adapters.clear();
+        // SAFETY: `ptr` came from a successful load and is freed once, after its adapters; contexts
+        // hold the model by `Arc`.
         unsafe { sys::model_free(self.ptr.as_ptr()) };
     }
 }
@@ -87,6 +91,22 @@ impl Model {
     /// [`Context`]: super::Context
     pub fn outline(path: &Path, placement: &Placement) -> Result<Self, LlamaError> {
         Self::read(path, placement, true, &mut |_| true)
+    }
+
+    /// Lets all contexts of this model compute with adapters, which are read now.
+    ///
+    /// # Errors
+    /// [`LlamaError::File`] for one that is no LoRA adapter of this model, or not whole. Where
+    /// llama.cpp asserts that a file is as it must be, the process ends with one line and status 1.
+    pub fn adapt(&mut self, files: &[AdapterFile]) -> Result<(), LlamaError> {
+        let architecture = self.architecture();
+        for file in files {
+            // SAFETY: a loaded model, which nobody else has: `self` is borrowed alone. It frees its
+            // adapters first.
+            let adapter = unsafe { Adapter::read(self.ptr, &architecture, file) }?;
+            self.adapters.push(adapter);
+        }
+        Ok(())
     }
 
     fn read(
@@ -127,7 +147,9 @@ impl Model {
         let (longest_token, specials) = (OnceLock::new(), OnceLock::new());
         // SAFETY: as above.
         let n_ctx_train = count(unsafe { sys::model_n_ctx_train(ptr.as_ptr()) });
-        let model = Self { ptr, vocab, files, is_outline, n_ctx_train, longest_token, specials };
+        let adapters = vec![];
+        let model =
+            Self { ptr, vocab, files, is_outline, n_ctx_train, adapters, longest_token, specials };
         if let Err(reason) = model.check_kind() {
             let path = model.path().to_owned();
             return Err(LlamaError::File { action: "load", path, reason });
@@ -195,6 +217,10 @@ impl Model {
         };
         let Some((_, kind)) = kinds.iter().find(|(is, _)| *is) else { return Ok(()) };
         Err(format!("this is {kind}; only decoders are supported"))
+    }
+
+    pub(super) fn adapters(&self) -> &[Adapter] {
+        &self.adapters
     }
 
     pub(super) fn as_ptr(&self) -> *mut sys::llama_model {
