@@ -8,8 +8,8 @@
 //! 4. Compile `llama` and `ggml` as static libraries; where the binary must run on other CPUs of the
 //!    same family too, ggml's CPU backend once for each kind of them (`build/cpu.rs`).
 //! 5. Compile our kernels once more, as `tests/cpu_kernels` calls them.
-//! 6. Compile what llama.cpp has in C++ only behind our C functions in `vendor/chat` and
-//!    `vendor/memory` (`build/wrappers.rs`).
+//! 6. Compile what llama.cpp has in C++ only behind our C functions in `vendor/chat`,
+//!    `vendor/memory` and `vendor/pattern` (`build/wrappers.rs`).
 //! 7. Generate bindings for the names that start with `llama_`, `ggml_`, `gguf_`, without the
 //!    `llama_`; and for `cuda/args.h`, which our kernels and `src/gpu` share.
 //! 8. Tell cargo what to link.

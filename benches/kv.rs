@@ -15,7 +15,7 @@ use medusa_llama::config::DEFAULT_MODEL;
 use medusa_llama::engine::leaves::Leaves;
 use medusa_llama::engine::slots::KvOp;
 use medusa_llama::engine::{Forward, LlamaForward, Rows, StepError};
-use medusa_llama::llama::{Context, ContextParams, Model, SeqId, Token, max_sequences};
+use medusa_llama::llama::{Context, ContextParams, Model, Placement, SeqId, Token, max_sequences};
 
 const N_SLOTS: usize = 32;
 const N_CELLS: usize = 16_384;
@@ -26,7 +26,7 @@ fn main() -> Result<(), StepError> {
     // Tokens of a sequence before anything is timed (the cache is nearly full), and steps.
     let (n_tokens, n_steps) = if short { (4, 1) } else { (420, 12) };
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(DEFAULT_MODEL);
-    let model = Arc::new(Model::load(&path, 0, |_| true)?);
+    let model = Arc::new(Model::load(&path, &Placement::default(), |_| true)?);
     let n_ids = max_sequences();
     let one = ContextParams::of_one_sequence(N_CELLS, N_BATCH, 2);
     let params = ContextParams { n_seq_max: n_ids, ..one };

@@ -16,7 +16,7 @@ pub struct Wrapper {
 }
 
 /// All of them. They call `llama` and `ggml-base`.
-pub const WRAPPERS: [Wrapper; 2] = [
+pub const WRAPPERS: [Wrapper; 3] = [
     // llama.cpp's `common/chat`.
     Wrapper {
         name: "chat",
@@ -25,6 +25,8 @@ pub const WRAPPERS: [Wrapper; 2] = [
     },
     // What a context takes of each device.
     Wrapper { name: "memory", sources: &["memory.cpp"], headers: &["memory.h"] },
+    // Whether a pattern of tensors' names can be read.
+    Wrapper { name: "pattern", sources: &["pattern.cpp"], headers: &["pattern.h"] },
 ];
 
 impl Wrapper {

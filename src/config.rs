@@ -4,6 +4,7 @@
 mod commands;
 mod engine;
 pub mod network;
+mod placement;
 mod serve;
 mod several;
 mod sources;
@@ -23,6 +24,7 @@ pub use commands::{
 };
 pub use engine::EngineArgs;
 pub(crate) use engine::{Files, ModelConfig};
+pub use placement::{PlacementArgs, RopeArgs};
 pub(crate) use serve::Config;
 pub use serve::{LogFormat, ServeArgs};
 pub(crate) use sources::{HeadsSource, ModelSource};
@@ -31,7 +33,7 @@ use values::{between, cache_type, level};
 use crate::engine::plan::LONGEST_CONTEXT;
 use crate::engine::thread::{DraftParams, EngineParams, HeadsParams};
 use crate::hub::name::ModelName;
-use crate::llama::{CacheTypes, TensorType};
+use crate::llama::{AdapterFile, CacheTypes, ContextParams, Numa, Placement, TensorType};
 use crate::machine::cores;
 
 /// Where `make model` puts the default model.
@@ -44,12 +46,19 @@ const COMMAND_CONTEXT: usize = 2048;
 pub const DEFAULT_HEADS: &str = "heads/smollm2-135m-instruct";
 
 /// llama.cpp's options of one dash and several letters, which clap does not have, and ours.
-const SHORT_NAMES: [(&str, &str); 5] = [
+const SHORT_NAMES: [(&str, &str); 12] = [
     ("-hf", "--hf-repo"),
     ("-hfr", "--hf-repo"),
     ("-hff", "--hf-file"),
     ("-ctk", "--cache-type-k"),
     ("-ctv", "--cache-type-v"),
+    ("-ngl", "--n-gpu-layers"),
+    ("-sm", "--split-mode"),
+    ("-ts", "--tensor-split"),
+    ("-mg", "--main-gpu"),
+    ("-cmoe", "--cpu-moe"),
+    ("-ncmoe", "--n-cpu-moe"),
+    ("-ot", "--override-tensor"),
 ];
 
 /// The command line.
@@ -114,18 +123,32 @@ pub enum Command {
 impl Command {
     /// The chosen log level. By default, commands that print their own output log only problems.
     pub fn log_level(&self) -> Level {
-        let level = match self {
-            Self::Serve(args) => return args.engine.model.log_level,
-            Self::Generate(args) => args.model.log_level,
-            Self::Train(args) => args.model.log_level,
-            Self::Bench(args) => args.model.log_level,
-            Self::Rows(args) => args.model.log_level,
-            Self::Perplexity(args) => args.model.log_level,
-            Self::Tune(args) => args.model.log_level,
-            Self::Quantize(_) => Level::WARN,
-            Self::Synth(_) | Self::TryOut(_) => Level::ERROR,
+        let level = match (self, self.model()) {
+            (Self::Serve(args), _) => return args.engine.model.log_level,
+            (Self::Synth(_) | Self::TryOut(_), _) => Level::ERROR,
+            (_, Some(model)) => model.log_level,
+            (_, None) => Level::WARN,
         };
         if level == Level::INFO { Level::WARN } else { level }
+    }
+
+    /// The machine's nodes, if they are to be used.
+    pub(crate) fn numa(&self) -> Option<Numa> {
+        self.model()?.placement.numa
+    }
+
+    /// The model that it loads, if it does.
+    fn model(&self) -> Option<&ModelArgs> {
+        match self {
+            Self::Serve(args) => Some(&args.engine.model),
+            Self::Generate(args) => Some(&args.model),
+            Self::Train(args) => Some(&args.model),
+            Self::Bench(args) => Some(&args.model),
+            Self::Rows(args) => Some(&args.model),
+            Self::Perplexity(args) => Some(&args.model),
+            Self::Tune(args) => Some(&args.model),
+            Self::Quantize(_) | Self::Synth(_) | Self::TryOut(_) => None,
+        }
     }
 }
 
@@ -147,9 +170,10 @@ pub struct ModelArgs {
     /// model was trained for, as far as memory allows; of other commands, 2048]
     #[arg(short = 'c', long = "ctx", env = "MODEL_CONTEXT_SIZE", value_name = "MODEL_CONTEXT_SIZE", value_parser = between(16, LONGEST_CONTEXT))]
     pub context_size: Option<usize>,
-    /// Layers to offload to the GPU; a CPU build ignores it
-    #[arg(long, env = "N_GPU_LAYERS", default_value_t = 25)]
-    pub n_gpu_layers: u32,
+    #[command(flatten)]
+    pub(crate) placement: PlacementArgs,
+    #[command(flatten)]
+    pub(crate) rope: RopeArgs,
     /// Most threads of a forward pass; capped at the number of cores. Fewer compute while other
     /// processes keep cores busy
     #[arg(short = 't', long, env = "N_THREADS", default_value_t = 4, value_parser = between(1, 512))]
@@ -204,12 +228,33 @@ pub enum TextSource {
 }
 
 impl ModelArgs {
-    /// An engine of `n_slots` sequences for a command; nothing is drafted.
-    pub(crate) fn engine(&self, model: PathBuf, n_slots: usize) -> EngineParams {
-        let params = EngineParams::new(model, self.threads(), n_slots, self.n_ctx());
-        let n_threads_batch = self.threads_batch();
-        let cache = self.cache();
-        EngineParams { n_gpu_layers: self.n_gpu_layers, n_threads_batch, cache, ..params }
+    /// An engine of `n_slots` sequences for a command; nothing is drafted. An error names variables
+    /// that contradict each other.
+    pub(crate) fn engine(&self, model: PathBuf, n_slots: usize) -> anyhow::Result<EngineParams> {
+        Ok(EngineParams {
+            placement: self.placement()?,
+            adapters: self.adapters(),
+            rope: self.rope.rope()?,
+            n_threads_batch: self.threads_batch(),
+            cache: self.cache(),
+            ..EngineParams::new(model, self.threads(), n_slots, self.n_ctx())
+        })
+    }
+
+    /// A context of one sequence, to measure; errors as above.
+    pub(crate) fn context(&self, n_cells: usize, n_batch: usize) -> anyhow::Result<ContextParams> {
+        let params = ContextParams::of_one_sequence(n_cells, n_batch, self.threads());
+        Ok(ContextParams { cache: self.cache(), rope: self.rope.rope()?, ..params })
+    }
+
+    /// Where the weights go; errors as above.
+    pub(crate) fn placement(&self) -> anyhow::Result<Placement> {
+        self.placement.placement()
+    }
+
+    /// What is added to the weights.
+    pub(crate) fn adapters(&self) -> Vec<AdapterFile> {
+        self.placement.adapters()
     }
 
     /// Tokens of a context for commands that do not follow the model's.

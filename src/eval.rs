@@ -1,8 +1,6 @@
 //! The quality of a model: perplexity.
 
-use std::sync::Arc;
-
-use crate::llama::{CacheTypes, Context, ContextParams, LlamaError, Model, SeqId, Token};
+use crate::llama::{Context, LlamaError, SeqId, Token};
 use crate::vector::log_sum_exp;
 
 /// Tokens of a window; the model sees nothing before it.
@@ -21,18 +19,13 @@ pub struct Perplexity {
     pub n_tokens: usize,
 }
 
-/// A model's perplexity on a text, in windows of [`WINDOW`] tokens. `progress` gets the number of
-/// tokens read.
+/// The perplexity of a context's model on a text, in windows of [`WINDOW`] tokens, which the context
+/// must have room for and compute in one pass. `progress` gets the number of tokens read.
 pub fn perplexity(
-    model: &Arc<Model>,
+    context: &mut Context,
     tokens: &[Token],
-    n_threads: usize,
-    cache: CacheTypes,
     mut progress: impl FnMut(usize),
 ) -> Result<Perplexity, LlamaError> {
-    let params =
-        ContextParams { cache, ..ContextParams::of_one_sequence(WINDOW, WINDOW, n_threads) };
-    let mut context = Context::new(Arc::clone(model), &params)?;
     let mut batch = context.batch();
     let mut losses: Vec<f64> = vec![];
     for (i, window) in tokens.chunks(WINDOW).enumerate() {

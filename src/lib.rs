@@ -48,7 +48,7 @@
 //! | [`telemetry`] | request spans for an OpenTelemetry collector | bodies, engine |
 //! | [`models`] | the models of a server: one, or several that are loaded when a request names them and unloaded when memory is needed; what follows from a loaded one | sockets, JSON, cells |
 //! | [`request`], [`error`] | what `http` and `engine` share | both |
-//! | [`engine`] | the step; `turn`, a sequence's part in it; `commit` and `walk`, its end; `pool`, embeddings; `thread` runs it, `handle` is its public side, `plan` its sizes by what memory there is, `lanes` the threads that read requests, `stats` its counters, `forward` its interface to a model, `sharing` and `thread_count` the threads of each pass, `guide` what may come next in an answer, `grammar` its interface to llguidance, `closing` the way to the end of JSON, `gbnf` a translator for llguidance | sockets, JSON |
+//! | [`engine`] | the step; `turn`, a sequence's part in it; `commit` and `walk`, its end; `pool`, embeddings; `thread` runs it, `handle` is its public side, `plan` its sizes by what memory there is, `offload` the layers that fit GPUs, `lanes` the threads that read requests, `stats` its counters, `forward` its interface to a model, `sharing` and `thread_count` the threads of each pass, `guide` what may come next in an answer, `grammar` its interface to llguidance, `closing` the way to the end of JSON, `gbnf` a translator for llguidance | sockets, JSON |
 //! | [`metrics`] | `/metrics`: names for the counters of engine and HTTP | sockets, cells |
 //! | [`speculate`] | `heads` and `pickle` (files), `medusa` and `conditioned` (heads), `nets` (their networks), `suffix` and `text` (text drafts), `tree`, `calibration`, `reliability`, `cost`, `policy`; `device` (heads and verification on a GPU); `simulated`, which `bench` wraps around a model | requests, cells |
 //! | [`chat`] | conversations: messages and tools to a prompt and the form of its answer, and an answer's text to thoughts and calls, for `http`, `train` and `bench` | dialects |
@@ -61,7 +61,7 @@
 //! | `tune` | recommends a quantization from measurements | files, models |
 //! | [`vector`], [`matrix`] | vectorized loops over logits; a matrix of floats | their purpose |
 //! | [`gpu`], `cuda/` | the fence around CUDA, and its kernels; `cuda/args.h` declares what both share | tokens, trees |
-//! | [`llama`] | the fence around C: model, context and what it takes of each device, samplers, and graphs on ggml's kernels | requests, slots, heads |
+//! | [`llama`] | the fence around C: model, where its weights go, its adapters, context and what it takes of each device, samplers, and graphs on ggml's kernels | requests, slots, heads |
 //!
 //! # Invariants
 //!

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use medusa_llama::engine::plan::Sizes;
 use medusa_llama::engine::thread::{DraftParams, EngineParams};
 use medusa_llama::engine::{Handle, spawn};
-use medusa_llama::llama::{Context, ContextParams, Model, Quantization, SeqId, Token};
+use medusa_llama::llama::{Context, ContextParams, Model, Placement, Quantization, SeqId, Token};
 use medusa_llama::request::{Caller, Report, Request, SamplingParams, Speculation};
 use medusa_llama::synth::{self, ModelShape};
 
@@ -118,7 +118,7 @@ async fn answers(handle: &Handle, prompts: &[String], speculation: Speculation) 
 fn check(name: &str, drafts: &str) {
     let folder = tempfile::tempdir().unwrap();
     let path = write(folder.path(), name);
-    let model = Arc::new(Model::load(&path, 0, |_| true).unwrap());
+    let model = Arc::new(Model::load(&path, &Placement::default(), |_| true).unwrap());
     let prompts = prompts();
     let alone: Vec<Alone> = prompts.iter().map(|prompt| Alone::of(&model, prompt)).collect();
     let params = EngineParams::new(path, 1, 3, 1024);

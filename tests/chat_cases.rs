@@ -15,7 +15,7 @@ use medusa_llama::chat::{
 };
 use medusa_llama::engine::grammar::Grammars;
 use medusa_llama::engine::guide::Guide;
-use medusa_llama::llama::{AnswerParser, ChatFormat, Model, ParsedAnswer, ParsedCall};
+use medusa_llama::llama::{AnswerParser, ChatFormat, Model, ParsedAnswer, ParsedCall, Placement};
 use medusa_llama::request::{GrammarBegin, Prompt, Request};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -475,7 +475,8 @@ fn last_words(why: &str) -> String {
 #[test]
 fn every_form_of_calls_can_be_followed() {
     static GRAMMARS: LazyLock<Grammars> = LazyLock::new(|| {
-        let model = Arc::new(Model::load(&common::model_path(), 0, |_| true).unwrap());
+        let model =
+            Arc::new(Model::load(&common::model_path(), &Placement::default(), |_| true).unwrap());
         Grammars::new(&model, &[]).unwrap()
     });
     let sources: Vec<(String, String)> = sources().into_iter().collect();

@@ -21,7 +21,7 @@ use medusa_llama::http::api::generate::Pieces;
 use medusa_llama::http::api::openai::Choices;
 use medusa_llama::http::chunks::{Chunks, Endpoint};
 use medusa_llama::http::reply::{self, Dialect};
-use medusa_llama::llama::Model;
+use medusa_llama::llama::{Model, Placement};
 use medusa_llama::request::{
     Completion, Event, FinishReason, GrammarSource, Piece, Request, SpeculationUsage, Timings,
     Usage,
@@ -30,8 +30,9 @@ use proptest::prelude::*;
 use proptest::test_runner::Config;
 use serde_json::{Map, Value, json};
 
-static MODEL: LazyLock<Arc<Model>> =
-    LazyLock::new(|| Arc::new(Model::load(&model_path(), 0, |_| true).unwrap()));
+static MODEL: LazyLock<Arc<Model>> = LazyLock::new(|| {
+    Arc::new(Model::load(&model_path(), &Placement::default(), |_| true).unwrap())
+});
 
 fn config(cases: u32) -> Config {
     let times = std::env::var("FUZZ").ok().and_then(|n| n.parse().ok()).unwrap_or(1);

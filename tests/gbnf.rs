@@ -8,12 +8,13 @@ use std::sync::{Arc, LazyLock};
 
 use common::model_path;
 use medusa_llama::engine::grammar::{Grammar, GrammarError, Grammars};
-use medusa_llama::llama::{Model, Token};
+use medusa_llama::llama::{Model, Placement, Token};
 use medusa_llama::request::{CallGrammar, GrammarSource};
 use proptest::prelude::*;
 
-static MODEL: LazyLock<Arc<Model>> =
-    LazyLock::new(|| Arc::new(Model::load(&model_path(), 0, |_| true).unwrap()));
+static MODEL: LazyLock<Arc<Model>> = LazyLock::new(|| {
+    Arc::new(Model::load(&model_path(), &Placement::default(), |_| true).unwrap())
+});
 static GRAMMARS: LazyLock<Grammars> = LazyLock::new(|| Grammars::new(&MODEL, &[]).unwrap());
 
 /// A text's characters are these.

@@ -9,13 +9,14 @@ use std::sync::{Arc, LazyLock};
 use common::{Server, model_path};
 use medusa_llama::engine::grammar::{Grammar, Grammars};
 use medusa_llama::engine::guide::Guide;
-use medusa_llama::llama::{Model, Token};
+use medusa_llama::llama::{Model, Placement, Token};
 use medusa_llama::request::{GrammarBegin, GrammarSource, Request, Thinking, Trigger};
 use medusa_llama::speculate::{Node, Tree};
 use serde_json::{Value, json};
 
-static MODEL: LazyLock<Arc<Model>> =
-    LazyLock::new(|| Arc::new(Model::load(&model_path(), 0, |_| true).unwrap()));
+static MODEL: LazyLock<Arc<Model>> = LazyLock::new(|| {
+    Arc::new(Model::load(&model_path(), &Placement::default(), |_| true).unwrap())
+});
 static GRAMMARS: LazyLock<Grammars> = LazyLock::new(|| Grammars::new(&MODEL, &[]).unwrap());
 
 fn lark(grammar: &str) -> Grammar {

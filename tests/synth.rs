@@ -12,7 +12,7 @@ use std::sync::Arc;
 use medusa_llama::engine::forward::LlamaForward;
 use medusa_llama::engine::{Engine, Job, Layout, Limits};
 use medusa_llama::llama::{
-    self, Context, ContextParams, Model, Quantization, SeqId, Threads, Token,
+    self, Context, ContextParams, Model, Placement, Quantization, SeqId, Threads, Token,
 };
 use medusa_llama::request::{Completion, Event, Request, SamplingParams};
 use medusa_llama::speculate::Speculator;
@@ -211,7 +211,7 @@ fn tiny_names() -> impl Iterator<Item = &'static str> {
 }
 
 fn load(path: &Path) -> Arc<Model> {
-    Arc::new(Model::load(path, 0, |_| true).unwrap())
+    Arc::new(Model::load(path, &Placement::default(), |_| true).unwrap())
 }
 
 /// Computes the tokens in passes of `n_batch` rows, and returns the logits after each.

@@ -14,7 +14,7 @@ use fastrand::Rng;
 use jiff::{Zoned, civil::date, tz::TimeZone};
 use medusa_llama::chat;
 use medusa_llama::jinja::Template;
-use medusa_llama::llama::{Model, Token};
+use medusa_llama::llama::{Model, Placement, Token};
 use medusa_llama::request::{Part, Prompt};
 use serde_json::{Map, Value, json};
 
@@ -190,7 +190,7 @@ fn calls_reach_templates_of_the_pypi_package() {
 /// On the default model, token for token.
 #[test]
 fn a_users_text_opens_no_turn() {
-    let model = Model::load(&model_path(), 0, |_| true).unwrap();
+    let model = Model::load(&model_path(), &Placement::default(), |_| true).unwrap();
     let template = chat::Template::of(&model).unwrap();
     let tokens = |parts: &[Part]| -> Vec<Token> {
         let tokens = parts

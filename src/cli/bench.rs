@@ -168,7 +168,7 @@ fn params(args: &BenchArgs) -> anyhow::Result<EngineParams> {
     if drafts.heads.is_none() && modes(args).iter().any(by_heads) {
         bail!("--modes names heads, but there are none; name a folder with --heads");
     }
-    let params = args.model.engine(fetch::named_model(&args.model)?, n_slots);
+    let params = args.model.engine(fetch::named_model(&args.model)?, n_slots)?;
     Ok(EngineParams { drafts: Some(drafts), ..params })
 }
 

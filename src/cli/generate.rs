@@ -17,7 +17,7 @@ use crate::request::{Caller, Event, Request, SamplingParams};
 /// Generates and prints; a line of figures goes to standard error.
 pub(super) fn generate(args: &GenerateArgs) -> anyhow::Result<()> {
     let (prompt, request) = (prompt(args)?, request(args)?);
-    let params = args.model.engine(fetch::named_model(&args.model)?, 1);
+    let params = args.model.engine(fetch::named_model(&args.model)?, 1)?;
     let heads = fetch::named_heads(&args.drafts, &args.model)?;
     let params = EngineParams { drafts: args.drafts.params(heads), ..params };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

@@ -14,12 +14,14 @@ mod try_out;
 mod tune;
 
 use crate::config::Command;
+use crate::llama::use_numa;
 
 /// Runs a command to its end.
 ///
 /// # Errors
 /// One line that says what cannot be read, written, loaded or bound, or which argument is invalid.
 pub fn run(command: Command) -> anyhow::Result<()> {
+    command.numa().into_iter().for_each(use_numa);
     match command {
         Command::Serve(args) => serve::serve(args.check()?),
         Command::Generate(args) => generate::generate(&args),

@@ -7,13 +7,11 @@ use crate::eval;
 
 /// Prints the perplexity and its standard error.
 pub(super) fn perplexity(args: &PerplexityArgs) -> anyhow::Result<()> {
-    let model = load(&args.model, &fetch::named_model(&args.model)?)?;
-    let (_, tokens) = read_text(&args.file, &model, eval::LEAST)?;
+    let params = args.model.context(eval::WINDOW, eval::WINDOW)?;
+    let mut context = load(&args.model, &fetch::named_model(&args.model)?, &params)?;
+    let (_, tokens) = read_text(&args.file, context.model(), eval::LEAST)?;
     let bar = bar(tokens.len(), "{bar:40} {pos}/{len} tokens {eta}");
-    let found =
-        eval::perplexity(&model, &tokens, args.model.threads(), args.model.cache(), |done| {
-            bar.set_position(done as u64)
-        })?;
+    let found = eval::perplexity(&mut context, &tokens, |done| bar.set_position(done as u64))?;
     bar.finish_and_clear();
     let (n, file) = (found.n_tokens, args.file.display());
     println!("perplexity {:.3} +- {:.3} over {n} tokens of {file}", found.value, found.error);

@@ -6,7 +6,7 @@ use super::fetch;
 use super::shared::{load, write_json};
 use crate::config::RowsArgs;
 use crate::engine::LlamaForward;
-use crate::llama::{Context, ContextParams};
+use crate::llama::ContextParams;
 
 #[derive(Serialize)]
 struct Report {
@@ -37,18 +37,15 @@ impl Measured {
 
 /// Measures all numbers of rows in turn, round after round, and prints a table.
 pub(super) fn rows(args: &RowsArgs) -> anyhow::Result<()> {
-    let model = load(&args.model, &fetch::named_model(&args.model)?)?;
-    let name = model.name().unwrap_or_else(|| "unnamed model".into());
-    let description = format!("{name} ({})", model.quantization());
     let most = args.rows.iter().copied().max().unwrap_or(1);
     // The cells before are filled by as many rows as a micro-batch has.
     let n_batch = most.max(args.micro_batch);
-    let params = ContextParams {
-        n_ubatch: args.micro_batch,
-        cache: args.model.cache(),
-        ..ContextParams::of_one_sequence(args.cells + most, n_batch, args.model.threads())
-    };
-    let mut forward = LlamaForward::new(Context::new(model, &params)?);
+    let params = args.model.context(args.cells + most, n_batch)?;
+    let params = ContextParams { n_ubatch: args.micro_batch, ..params };
+    let context = load(&args.model, &fetch::named_model(&args.model)?, &params)?;
+    let name = context.model().name().unwrap_or_else(|| "unnamed model".into());
+    let description = format!("{name} ({})", context.model().quantization());
+    let mut forward = LlamaForward::new(context);
     forward.fill(args.cells)?;
     let mut measured: Vec<Measured> =
         args.rows.iter().map(|&rows| Measured { rows, seconds: vec![] }).collect();

@@ -2,7 +2,6 @@
 
 use std::io::IsTerminal;
 use std::path::Path;
-use std::sync::Arc;
 
 use anyhow::{Context as _, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -10,7 +9,8 @@ use serde::Serialize;
 use tokio::sync::watch;
 
 use crate::config::ModelArgs;
-use crate::llama::{Model, Token};
+use crate::engine::{offload, plan};
+use crate::llama::{Context, ContextParams, LlamaError, Model, Token};
 
 /// A progress bar of `n` units, in indicatif's template language.
 pub(super) fn bar(n: usize, template: &str) -> ProgressBar {
@@ -18,8 +18,19 @@ pub(super) fn bar(n: usize, template: &str) -> ProgressBar {
     ProgressBar::new(n as u64).with_style(style)
 }
 
-pub(super) fn load(args: &ModelArgs, path: &Path) -> anyhow::Result<Arc<Model>> {
-    Ok(Arc::new(Model::load(path, args.n_gpu_layers, |_| true)?))
+/// A context of a model and its adapters.
+pub(super) fn load(
+    args: &ModelArgs,
+    path: &Path,
+    params: &ContextParams,
+) -> anyhow::Result<Context> {
+    let adapters = args.adapters();
+    let placement = offload::settle(path, &args.placement()?, |model| {
+        Ok::<_, LlamaError>(plan::fits_devices(&Context::new(model.into(), params)?, &adapters))
+    })?;
+    let mut model = Model::load(path, &placement, |_| true)?;
+    model.adapt(&adapters)?;
+    Ok(Context::new(model.into(), params)?)
 }
 
 /// A text to measure perplexity on, with its tokens, of which there are to be at least `least`.

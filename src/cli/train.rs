@@ -11,7 +11,7 @@ use crate::config::TrainArgs;
 use crate::engine;
 use crate::engine::plan::Sizes;
 use crate::engine::thread::EngineParams;
-use crate::llama::Model;
+use crate::llama::{Model, Placement};
 use crate::plot::{self, Series};
 use crate::train::answers::{self, Wanted};
 use crate::train::features::Writer;
@@ -30,7 +30,7 @@ pub(super) fn train(args: &TrainArgs) -> anyhow::Result<()> {
     let folder = work.join("features");
     let path = fetch::named_model(&args.model)?;
     let (n_tokens, collect_s) = collect(args, &path, prompts, &folder)?;
-    let model = Model::load(&path, 0, |_| true)?;
+    let model = Model::load(&path, &Placement::default(), |_| true)?;
     learn(args, &model, &folder, &work.join("checkpoint.safetensors"), n_tokens, collect_s)
 }
 
@@ -44,7 +44,7 @@ fn collect(
 ) -> anyhow::Result<(usize, u64)> {
     let n_ctx = args.model.n_ctx();
     let n_cells = args.batch_size * n_ctx.min(2 * args.max_answer + 256);
-    let params = args.model.engine(model.to_owned(), args.batch_size);
+    let params = args.model.engine(model.to_owned(), args.batch_size)?;
     let params = EngineParams {
         sizes: Sizes { n_cells: Some(n_cells.max(n_ctx)), n_retained: Some(n_ctx), ..params.sizes },
         traces: true,
@@ -116,6 +116,7 @@ fn learn(
         ),
         heads: kind,
         n_heads: args.heads,
+        lora: !args.model.adapters().is_empty(),
         width,
         n_draft_vocab: vocab.len(),
         answer_tokens: n_tokens,

@@ -8,7 +8,7 @@ use std::thread::sleep;
 use std::time::{Duration, SystemTime};
 
 use crate::config::TryOutArgs;
-use crate::llama::{Context, ContextParams, Model, model_files};
+use crate::llama::{Context, ContextParams, Model, Placement, model_files};
 use crate::models::Part;
 
 /// Between two looks at the process.
@@ -17,10 +17,10 @@ const LOOK: Duration = Duration::from_millis(10);
 /// Loads a file. A context tries out what it is made of.
 pub(super) fn try_out(args: &TryOutArgs) -> anyhow::Result<()> {
     if args.outline {
-        Model::outline(&args.file, 0)?;
+        Model::outline(&args.file, &Placement::default())?;
         return Ok(());
     }
-    let model = Arc::new(Model::load(&args.file, 0, |_| true)?);
+    let model = Arc::new(Model::load(&args.file, &Placement::default(), |_| true)?);
     Context::new(model, &ContextParams::of_one_sequence(64, 4, 1))?;
     Ok(())
 }

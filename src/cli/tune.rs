@@ -20,10 +20,11 @@ use super::{bench::ask_all, quantize::write};
 use crate::config::TuneArgs;
 use crate::engine;
 use crate::engine::forward::LlamaForward;
+use crate::engine::plan::Sizes;
 use crate::engine::thread::EngineParams;
 use crate::eval;
 use crate::files::model_name;
-use crate::llama::{Context, ContextParams, Quantization, Token, model_bytes};
+use crate::llama::{ContextParams, Model, Placement, Quantization, Token, model_bytes};
 use crate::machine::cores;
 use crate::request::{Completion, Request, SamplingParams, Speculation};
 use crate::tune::{Candidate, Measured, Parallelism, StepTime, TOGETHER};
@@ -43,7 +44,7 @@ pub(super) fn tune(args: &TuneArgs) -> anyhow::Result<()> {
         check_output(path)?;
     }
     let input = fetch::model(&source, &|| true)?;
-    let model = load(&args.model, &input)?;
+    let model = Model::outline(&input, &Placement::default())?;
     let (text, tokens) = read_text(&args.file, &model, 2 * eval::WINDOW)?;
     let quantization = model.quantization();
     let quantized = !["F32", "F16", "BF16"].iter().any(|full| quantization.contains(full));
@@ -142,13 +143,14 @@ fn candidate(
     tokens: &[Token],
     threads: &[usize],
 ) -> anyhow::Result<Candidate> {
-    let model = load(&args.model, path)?;
-    let found = eval::perplexity(&model, tokens, args.model.threads(), args.model.cache(), |_| ())?;
+    let params = args.model.context(eval::WINDOW, eval::WINDOW)?;
+    let mut context = load(&args.model, path, &params)?;
+    let found = eval::perplexity(&mut context, tokens, |_| ())?;
     let steps = ROWS.map(|rows| StepTime { rows, seconds: Default::default() });
     let measured = |&threads| Measured { threads, steps: steps.to_vec(), ..Measured::default() };
     Ok(Candidate {
         name,
-        quantization: model.quantization(),
+        quantization: context.model().quantization(),
         quantized_twice,
         bytes: model_bytes(path)?,
         perplexity: found.value,
@@ -202,11 +204,9 @@ fn measure(
 
 /// Measures step times by rows.
 fn time_steps(args: &TuneArgs, path: &Path, own: &mut Measured) -> anyhow::Result<()> {
-    let params = ContextParams {
-        cache: args.model.cache(),
-        ..ContextParams::of_one_sequence(N_BATCH, N_BATCH, own.threads)
-    };
-    let mut forward = LlamaForward::new(Context::new(load(&args.model, path)?, &params)?);
+    let params = args.model.context(N_BATCH, N_BATCH)?;
+    let params = ContextParams { n_threads: own.threads, ..params };
+    let mut forward = LlamaForward::new(load(&args.model, path, &params)?);
     let (points, change_s) = forward.measure(&ROWS, Duration::MAX)?;
     for (step, (_, seconds)) in own.steps.iter_mut().zip(points) {
         step.seconds.add(seconds);
@@ -224,10 +224,11 @@ fn time_decoding(
     runtime: &Runtime,
 ) -> anyhow::Result<()> {
     let n_ctx = 4 * PROMPT + 16 + args.max_tokens; // a character may be four tokens
-    let params = EngineParams::new(path.to_owned(), own.threads, TOGETHER, n_ctx);
+    let params = args.model.engine(path.to_owned(), TOGETHER)?;
     let engine = engine::spawn(EngineParams {
-        n_gpu_layers: args.model.n_gpu_layers,
-        cache: args.model.cache(),
+        n_threads: own.threads,
+        n_threads_batch: own.threads,
+        sizes: Sizes::new(TOGETHER, n_ctx),
         ..params
     });
     let measured = runtime.block_on(async {

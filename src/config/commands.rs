@@ -7,7 +7,7 @@ use clap::builder::NonEmptyStringValueParser;
 use serde::Deserialize as _;
 use serde::de::IntoDeserializer as _;
 
-use super::values::between;
+use super::values::{between, number};
 use super::{DraftArgs, ModelArgs};
 use crate::llama::Quantization;
 use crate::request::Speculation;
@@ -307,12 +307,4 @@ fn shapes() -> String {
 /// The value that was found by its name, or an error with the known names.
 fn one_of<T>(found: Option<T>, names: impl Iterator<Item = &'static str>) -> Result<T, String> {
     found.ok_or_else(|| format!("must be one of {}", names.collect::<Vec<_>>().join(", ")))
-}
-
-/// A number in a range.
-fn number(min: f32, max: f32) -> impl Fn(&str) -> Result<f32, String> + Clone + Send + Sync {
-    move |text| match text.parse() {
-        Ok(n) if (min..=max).contains(&n) => Ok(n),
-        _ => Err(format!("must be a number from {min} to {max}")),
-    }
 }

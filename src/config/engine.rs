@@ -85,6 +85,9 @@ pub(crate) struct Files {
     pub heads: Option<PathBuf>,
 }
 
+/// What an engine needs, once its files are here.
+pub(crate) type MakeParams = Arc<dyn Fn(Files) -> EngineParams + Send + Sync>;
+
 /// A model to serve, and how.
 #[derive(Clone)]
 pub(crate) struct ModelConfig {
@@ -93,7 +96,7 @@ pub(crate) struct ModelConfig {
     pub model: ModelSource,
     pub heads: Option<HeadsSource>,
     /// What its engine needs, once its files are here.
-    pub params: Arc<dyn Fn(Files) -> EngineParams + Send + Sync>,
+    pub params: MakeParams,
     /// The source of a chat template to use instead of the model's.
     pub chat_template: Option<String>,
 }
@@ -124,33 +127,32 @@ impl EngineArgs {
         );
         let model = self.model.source()?;
         let heads = self.drafts.source(&self.model)?.filter(|_| !streams);
-        let args = self.clone();
         Ok(ModelConfig {
             id: self.alias.clone().unwrap_or_else(|| model.id()),
             model,
             heads,
-            params: Arc::new(move |files| args.params(files, n_tenants)),
+            params: self.params(n_tenants)?,
             chat_template: self.chat_template()?,
         })
     }
 
-    /// The engine's parameters with these files, for `n_tenants` API keys.
-    fn params(&self, Files { model, heads }: Files, n_tenants: usize) -> EngineParams {
-        let drafts = self.drafts.params(heads).filter(|_| self.kv != KvLayout::Streams);
-        EngineParams {
-            model_path: model,
-            n_gpu_layers: self.model.n_gpu_layers,
-            n_threads: self.model.threads(),
-            n_threads_batch: self.model.threads_batch(),
-            cache: self.model.cache(),
-            sizes: self.sizes(),
-            drafts: drafts.map(|drafts| DraftParams { n_tenants, ..drafts }),
-            pooling: self.pooling,
-            traces: false,
-            n_queue: self.batch_size * self.max_concurrent_batches,
-            max_wait: self.max_wait_time,
-            memory: None,
-        }
+    /// The engine's parameters with files, for `n_tenants` API keys. An error names variables that
+    /// contradict each other.
+    fn params(&self, n_tenants: usize) -> anyhow::Result<MakeParams> {
+        let args = self.clone();
+        let params = self.model.engine(PathBuf::new(), self.batch_size)?;
+        Ok(Arc::new(move |Files { model, heads }| {
+            let drafts = args.drafts.params(heads).filter(|_| args.kv != KvLayout::Streams);
+            EngineParams {
+                model_path: model,
+                sizes: args.sizes(),
+                drafts: drafts.map(|drafts| DraftParams { n_tenants, ..drafts }),
+                pooling: args.pooling,
+                n_queue: args.batch_size * args.max_concurrent_batches,
+                max_wait: args.max_wait_time,
+                ..params.clone()
+            }
+        }))
     }
 
     /// The chat template of the file, which must be valid.

@@ -79,8 +79,14 @@ impl ModelArgs {
 }
 
 impl DraftArgs {
-    /// The heads that were named, unless that is `none`, or those that ship for the default model.
+    /// The heads that were named, unless that is `none`, or those that ship for the default model;
+    /// if they fit its adapters.
     pub(crate) fn source(&self, model: &ModelArgs) -> anyhow::Result<Option<HeadsSource>> {
+        let heads = self.any_source(model)?;
+        Ok(heads.and_then(|heads| model.fitting(heads, self.are_named())))
+    }
+
+    fn any_source(&self, model: &ModelArgs) -> anyhow::Result<Option<HeadsSource>> {
         let Some(named) = &self.folder else {
             let is_default = model.model_path.is_none() && model.hf_repo.is_none();
             let shipped = Some(Path::new(DEFAULT_HEADS)).filter(|f| is_default && f.is_dir());

@@ -37,3 +37,14 @@ pub(super) fn level(name: &str) -> Result<Level, String> {
     let name = if name.eq_ignore_ascii_case("warning") { "warn" } else { name };
     name.parse().map_err(|_| "must be ERROR, WARN, INFO, DEBUG or TRACE".into())
 }
+
+/// A number in a range.
+pub(super) fn number(
+    min: f32,
+    max: f32,
+) -> impl Fn(&str) -> Result<f32, String> + Clone + Send + Sync {
+    move |text| match text.parse() {
+        Ok(n) if (min..=max).contains(&n) => Ok(n),
+        _ => Err(format!("must be a number from {min} to {max}")),
+    }
+}

@@ -165,13 +165,13 @@ fn common_prefixes(text: &[Token], common: &mut Vec<usize>) {
 mod tests {
     use super::*;
     use crate::config::DEFAULT_MODEL;
-    use crate::llama::{Candidates, SamplerChain};
+    use crate::llama::{Candidates, Placement, SamplerChain};
     use std::path::Path;
 
     /// Random histories, of few tokens and of a text's, with breakers of every kind.
     #[test]
     fn penalties_are_what_llama_cpp_subtracts() {
-        let model = Model::load(Path::new(DEFAULT_MODEL), 0, |_| true).unwrap();
+        let model = Model::load(Path::new(DEFAULT_MODEL), &Placement::default(), |_| true).unwrap();
         let text = "a b: a b\na \"b\" c* a b c 😀漢 a b c 😀漢 a b: a b ** a b: a";
         let text = model.tokenize(text, false).unwrap();
         let mut random = fastrand::Rng::with_seed(3);

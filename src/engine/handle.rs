@@ -117,6 +117,10 @@ pub struct Handle {
     pub model: Arc<Model>,
     /// The engine's sizes.
     pub limits: Limits,
+    /// The longest context that the model was trained for, in tokens, as [`Rope`] extends it.
+    ///
+    /// [`Rope`]: crate::llama::Rope
+    pub n_ctx_trained: usize,
     /// Heads that draft; 0 without any.
     pub n_heads: usize,
     /// `true` if text drafts.

@@ -21,6 +21,7 @@ pub mod guide;
 pub mod handle;
 mod lanes;
 pub mod leaves;
+pub mod offload;
 mod pace;
 pub mod plan;
 mod pool;

@@ -8,7 +8,9 @@ use std::sync::Arc;
 
 use super::Limits;
 use super::slots::Layout;
-use crate::llama::{Context, ContextParams, DeviceUse, LlamaError, Memory, Model, max_sequences};
+use crate::llama::{
+    AdapterFile, Context, ContextParams, DeviceUse, LlamaError, Memory, Model, Rope, max_sequences,
+};
 use crate::machine::available_memory;
 
 /// Sizes as they were asked for. What is not named follows from the model and the memory.
@@ -37,6 +39,8 @@ pub struct Sizes {
 pub const LONGEST_CONTEXT: usize = 1 << 20;
 /// The shortest one: where less would fit, memory is tried.
 const SHORTEST_AUTO: usize = 512;
+/// The context that as many layers as fit a GPU leave memory for, or the model's if that is shorter.
+const SHORTEST_ON_GPU: usize = 4096;
 /// llama.cpp allocates cells in multiples of this.
 const CELLS_STEP: usize = 256;
 /// Bytes of each device that are left to others where sizes are chosen.
@@ -94,15 +98,6 @@ pub struct Plan {
     pub is_whole: bool,
 }
 
-/// What limits an engine's memory beside the devices.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Room {
-    /// Bytes of heads, on the host.
-    pub heads: u64,
-    /// Most bytes of the host for all of it; `None`: what is free.
-    pub most: Option<u64>,
-}
-
 /// What one device is to hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Use {
@@ -110,6 +105,8 @@ pub struct Use {
     pub model: DeviceUse,
     /// By heads.
     pub heads: u64,
+    /// By adapters.
+    pub adapters: u64,
     /// Bytes that are free before; `None` where the system does not tell.
     pub free: Option<u64>,
     /// Bytes that it may take; `None`: what is free.
@@ -118,7 +115,7 @@ pub struct Use {
 
 impl Use {
     fn total(&self) -> u64 {
-        self.model.total() + self.heads
+        self.model.total() + self.heads + self.adapters
     }
 
     /// `true` if it fits, with some bytes to spare.
@@ -131,12 +128,13 @@ impl Use {
 impl fmt::Display for Use {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let device = self.model.device.as_ref().map_or("the host", |device| &device.name);
-        let [total, weights, cache, compute, heads] =
-            [self.total(), self.model.weights, self.model.cache, self.model.compute, self.heads]
-                .map(bytes);
+        let DeviceUse { weights, cache, compute, .. } = self.model;
+        let [total, weights, cache, compute] = [self.total(), weights, cache, compute].map(bytes);
         write!(f, "{total} on {device}: weights {weights}, cache {cache}, buffers {compute}")?;
-        if self.heads > 0 {
-            write!(f, ", heads {heads}")?;
+        for (what, n) in [("heads", self.heads), ("adapters", self.adapters)] {
+            if n > 0 {
+                write!(f, ", {what} {}", bytes(n))?;
+            }
         }
         if let Some(free) = self.free {
             write!(f, "; {} are free", bytes(free))?;
@@ -150,15 +148,57 @@ fn bytes(n: u64) -> String {
     if gib >= 1.0 { format!("{gib:.1} GiB") } else { format!("{mib:.0} MiB") }
 }
 
-/// Plans an engine for a model, of which this is an [outline](Model::outline). `context_params` makes
-/// a context's parameters of limits.
+/// What an engine has beside its context and its model, and what it may take.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Beside<'a> {
+    /// Bytes of heads, on the host.
+    pub heads: u64,
+    /// On each device there is the same share of them as of the weights.
+    pub adapters: &'a [AdapterFile],
+    /// Most bytes of the host for all of it; `None`: what is free.
+    pub most: Option<u64>,
+}
+
+/// What a context takes of each device, the host first.
+fn uses(context: &Context, beside: Beside<'_>) -> Vec<Use> {
+    // A file that cannot be read is an error later.
+    let bytes = |file: &AdapterFile| std::fs::metadata(&file.path).map_or(0, |of| of.len());
+    let adapters: u64 = beside.adapters.iter().map(bytes).sum();
+    let all = context.footprint();
+    let weights: u64 = all.iter().map(|of| of.weights).sum();
+    let of = |(i, model): (usize, DeviceUse)| Use {
+        free: model.device.as_ref().map_or_else(available_memory, |device| Some(device.free)),
+        heads: if i == 0 { beside.heads } else { 0 },
+        adapters: (adapters as f64 * model.weights as f64 / weights.max(1) as f64) as u64,
+        most: beside.most.filter(|_| i == 0),
+        model,
+    };
+    all.into_iter().enumerate().map(of).collect()
+}
+
+/// Whether a context, of an outline, and adapters fit all devices but the host.
+pub(crate) fn fits_devices(context: &Context, adapters: &[AdapterFile]) -> bool {
+    let uses = uses(context, Beside { heads: 0, adapters, most: None });
+    uses.iter().filter(|of| of.model.device.is_some()).all(|of| of.fits(SPARE))
+}
+
+/// The smallest sizes that an engine on a GPU is to have, if they are not named.
+pub(super) fn limits_on_gpu(model: &Model, sizes: &Sizes, rope: &Rope) -> Limits {
+    let n_ctx = sizes.n_ctx.unwrap_or_else(|| rope.n_ctx(model).min(SHORTEST_ON_GPU));
+    let n_cells = sizes.n_cells.unwrap_or(n_ctx * sizes.n_slots).max(n_ctx);
+    sizes.limits(model.memory(), n_ctx, n_cells)
+}
+
+/// Plans an engine for a model, of which this is an [outline](Model::outline), and what is beside it.
+/// `context_params` makes a context's parameters of limits.
 ///
 /// # Errors
 /// As [`Context::new`].
 pub(super) fn plan(
     model: Model,
     sizes: &Sizes,
-    room: Room,
+    rope: &Rope,
+    beside: Beside<'_>,
     context_params: impl Fn(&Limits) -> ContextParams,
 ) -> Result<Plan, LlamaError> {
     let model = Arc::new(model);
@@ -166,17 +206,11 @@ pub(super) fn plan(
     let measure = |n_ctx: usize, n_cells: usize| -> Result<Plan, LlamaError> {
         let limits = sizes.limits(memory, n_ctx, n_cells);
         let context = Context::new(Arc::clone(&model), &context_params(&limits))?;
-        let of = |(i, model): (usize, DeviceUse)| Use {
-            free: model.device.as_ref().map_or_else(available_memory, |device| Some(device.free)),
-            heads: if i == 0 { room.heads } else { 0 },
-            most: room.most.filter(|_| i == 0),
-            model,
-        };
-        let uses: Vec<Use> = context.footprint().into_iter().enumerate().map(of).collect();
+        let uses = uses(&context, beside);
         let is_whole = uses.iter().all(|of| of.fits(SPARE));
         Ok(Plan { limits, uses, is_whole })
     };
-    let n_ctx = sizes.n_ctx.unwrap_or_else(|| model.n_ctx_train().clamp(1, LONGEST_CONTEXT));
+    let n_ctx = sizes.n_ctx.unwrap_or_else(|| rope.n_ctx(&model).clamp(1, LONGEST_CONTEXT));
     let n_cells = sizes.n_cells.unwrap_or(n_ctx * sizes.n_slots).max(n_ctx);
     let is_fixed = sizes.n_ctx.is_some() && sizes.n_cells.is_some();
     let wanted = measure(n_ctx, n_cells)?;
@@ -245,11 +279,8 @@ mod tests {
         let limits = Sizes::new(1, n_cells).limits(Memory::Cells, n_cells, n_cells);
         let cache = n_cells as u64 * (1 << 20);
         let model = DeviceUse { device: None, weights: 4 * GIB, cache, compute: GIB };
-        Plan {
-            limits,
-            uses: vec![Use { model, heads: 0, free: Some(free), most: None }],
-            is_whole: true,
-        }
+        let of = Use { model, heads: 0, adapters: 0, free: Some(free), most: None };
+        Plan { limits, uses: vec![of], is_whole: true }
     }
 
     #[test]
@@ -268,11 +299,14 @@ mod tests {
 
     #[test]
     fn sizes_say_what_they_hold() {
-        let text = plan_of(2048, 8 * GIB).uses[0].to_string();
+        let mut on_host = plan_of(2048, 8 * GIB).uses.remove(0);
         assert_eq!(
-            text,
+            on_host.to_string(),
             "7.0 GiB on the host: weights 4.0 GiB, cache 2.0 GiB, buffers 1.0 GiB; 8.0 GiB are free"
         );
+        on_host.adapters = 2 * GIB;
+        assert!(on_host.to_string().contains("buffers 1.0 GiB, adapters 2.0 GiB; 8.0"));
+        assert!(!on_host.fits(0));
     }
 
     #[test]

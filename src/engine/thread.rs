@@ -17,7 +17,8 @@ use super::forward::LlamaForward;
 use super::handle::Handle;
 use super::lanes::Lanes;
 use super::leaves::DraftShape;
-use super::plan::{self, Plan, Room, Sizes};
+use super::offload;
+use super::plan::{self, Beside, Plan, Sizes};
 use super::scheduler::MOST_READ;
 use super::stats::Stats;
 use super::{Engine, Forward, Job, Layout, Limits};
@@ -25,8 +26,8 @@ use crate::files::folder_bytes;
 use crate::gpu::Device;
 use crate::gpu::weights::Precision;
 use crate::llama::{
-    CacheTypes, Context, ContextParams, LlamaError, Memory, Model, Pooling, max_sequences,
-    supports_gpu_offload,
+    AdapterFile, CacheTypes, Context, ContextParams, LlamaError, Memory, Model, Placement, Pooling,
+    Rope, max_sequences,
 };
 use crate::speculate::calibration::Calibration;
 use crate::speculate::cost::{self, Cost};
@@ -40,8 +41,12 @@ use crate::speculate::{Draft, MAX_NODES, Speculator};
 pub struct EngineParams {
     /// The GGUF file.
     pub model_path: PathBuf,
-    /// Layers on the GPU.
-    pub n_gpu_layers: u32,
+    /// Where its weights go.
+    pub placement: Placement,
+    /// What is added to its weights. All requests get it.
+    pub adapters: Vec<AdapterFile>,
+    /// How positions are rotated.
+    pub rope: Rope,
     /// Most threads of a forward pass.
     pub n_threads: usize,
     /// The same for one that reads prompts.
@@ -69,7 +74,9 @@ impl EngineParams {
     pub fn new(model_path: PathBuf, n_threads: usize, n_slots: usize, n_ctx: usize) -> Self {
         Self {
             model_path,
-            n_gpu_layers: 0,
+            placement: Placement::default(),
+            adapters: vec![],
+            rope: Rope::default(),
             n_threads,
             n_threads_batch: n_threads,
             cache: CacheTypes::default(),
@@ -251,17 +258,14 @@ fn serve<F: Forward>(
         }
         !stop.load(Ordering::Relaxed)
     };
-    let path = &params.model_path;
-    let (params, plan) = &planned(params)?;
-    plan.log(&params.sizes);
-    let (limits, host_memory) = (plan.limits, plan.host_memory());
-    let model = Arc::new(Model::load(path, params.n_gpu_layers, progress)?);
-    let context = Context::new(Arc::clone(&model), &context_params(params, &limits))?;
+    let Prepared { params, context, limits, host_memory, n_ctx_trained } = load(params, progress)?;
+    let params = &params;
+    let model = Arc::clone(context.model());
     let pooling = params.pooling;
     let stats = Arc::new(Stats::default());
     let (jobs, receiver) = sync_channel(params.n_queue);
     let mut forward = LlamaForward::new(context);
-    if params.n_gpu_layers == 0 || !supports_gpu_offload() {
+    if params.placement.is_on_cpu() {
         forward.share_threads(params.n_threads, params.n_threads_batch);
     }
     let shape = DraftShape::of(limits.layout, forward.n_rollback());
@@ -285,6 +289,7 @@ fn serve<F: Forward>(
     let handle = Handle {
         model,
         limits,
+        n_ctx_trained,
         n_heads,
         drafts_text,
         drafting_on,
@@ -301,6 +306,69 @@ fn serve<F: Forward>(
     stage.send_replace(Stage::Ready(handle));
     run(engine, &receiver, params.max_wait, stop);
     Ok(())
+}
+
+/// A model that is ready to compute.
+struct Prepared {
+    /// As they are possible with this model and this machine.
+    params: EngineParams,
+    context: Context,
+    limits: Limits,
+    /// Bytes.
+    host_memory: u64,
+    /// The longest context that the model was trained for.
+    n_ctx_trained: usize,
+}
+
+/// Decides on sizes and loads the model.
+fn load(params: &EngineParams, progress: impl FnMut(f32) -> bool) -> Result<Prepared, StartError> {
+    let Planned { params, plan, n_ctx_trained } = planned(params)?;
+    plan.log(&params.sizes);
+    let (limits, host_memory) = (plan.limits, plan.host_memory());
+    let mut model = Model::load(&params.model_path, &params.placement, progress)?;
+    model.adapt(&params.adapters)?;
+    let context = Context::new(Arc::new(model), &context_params(&params, &limits))?;
+    Ok(Prepared { params, context, limits, host_memory, n_ctx_trained })
+}
+
+/// A model that is about to be loaded.
+struct Planned {
+    params: EngineParams,
+    plan: Plan,
+    n_ctx_trained: usize,
+}
+
+/// The parameters as they are possible with their model and this machine, and the engine's sizes.
+fn planned(params: &EngineParams) -> Result<Planned, StartError> {
+    let path = &params.model_path;
+    let placement = offload::settle(path, &params.placement, |model| fits_gpus(params, model))?;
+    let outline = Model::outline(path, &placement)?;
+    let params = EngineParams { placement, ..for_model(params, &outline)? };
+    let n_ctx_trained = params.rope.n_ctx(&outline);
+    let heads = params.drafts.as_ref().and_then(|drafts| drafts.heads.as_ref());
+    let heads = heads.map_or(0, |heads| folder_bytes(&heads.folder));
+    let beside = Beside { heads, adapters: &params.adapters, most: params.memory };
+    let of_context = |limits: &Limits| context_params(&params, limits);
+    let plan = plan::plan(outline, &params.sizes, &params.rope, beside, of_context)?;
+    Ok(Planned { params, plan, n_ctx_trained })
+}
+
+/// Whether an engine would get the sizes that were asked for, or those that the model has, in the
+/// memory that there is now.
+///
+/// # Errors
+/// Why the model cannot be used.
+pub fn fits(params: &EngineParams) -> Result<bool, String> {
+    let planned = planned(params).map_err(|error| error.to_string())?;
+    Ok(planned.plan.is_whole)
+}
+
+/// Whether GPUs have room for what an outline puts there, and for a context that is worth it.
+fn fits_gpus(params: &EngineParams, model: Model) -> Result<bool, StartError> {
+    let params = for_model(params, &model)?;
+    let limits = plan::limits_on_gpu(&model, &params.sizes, &params.rope);
+    let context = Context::new(Arc::new(model), &context_params(&params, &limits))?;
+    Ok(plan::fits_devices(&context, &params.adapters))
 }
 
 /// Step times are measured up to two rows for each slot and this many more.
@@ -407,28 +475,6 @@ fn n_ids(params: &EngineParams, limits: &Limits) -> usize {
     (n_seqs + limits.n_slots * (n_leaves - 1)).min(max_sequences())
 }
 
-/// Whether an engine would get the sizes that were asked for, or those that the model has, in the
-/// memory that there is now.
-///
-/// # Errors
-/// Why the model cannot be used.
-pub fn fits(params: &EngineParams) -> Result<bool, String> {
-    let (_, plan) = planned(params).map_err(|error| error.to_string())?;
-    Ok(plan.is_whole)
-}
-
-/// The parameters as they are possible with their model, and the engine's sizes.
-fn planned(params: &EngineParams) -> Result<(EngineParams, Plan), StartError> {
-    let outline = Model::outline(&params.model_path, params.n_gpu_layers)?;
-    let params = for_model(params, &outline)?;
-    let heads = params.drafts.as_ref().and_then(|drafts| drafts.heads.as_ref());
-    let heads = heads.map_or(0, |heads| folder_bytes(&heads.folder));
-    let room = Room { heads, most: params.memory };
-    let of = |limits: &Limits| context_params(&params, limits);
-    let plan = plan::plan(outline, &params.sizes, room, of)?;
-    Ok((params, plan))
-}
-
 /// The parameters as they are possible with this model.
 fn for_model(params: &EngineParams, model: &Model) -> Result<EngineParams, StartError> {
     let mut params = params.clone();
@@ -487,6 +533,7 @@ fn context_params(params: &EngineParams, limits: &Limits) -> ContextParams {
         n_threads: params.n_threads.max(params.n_threads_batch),
         unified,
         cache: params.cache,
+        rope: params.rope,
         n_window_cells: limits.n_window_cells(),
         n_rollback: n_rollback(params, layout),
         tap_hidden: unified

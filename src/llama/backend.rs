@@ -16,6 +16,31 @@ pub(super) fn start_backend() {
     });
 }
 
+/// How threads and memory are spread on a machine whose cores are nearer to some memory than to other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Numa {
+    /// Threads are spread over all nodes
+    Distribute,
+    /// Threads run on the node that the process started on
+    Isolate,
+    /// Threads run where numactl lets the process run
+    Numactl,
+}
+
+/// Uses the machine's nodes from now on, in the whole process: models that are loaded later, threads
+/// that start later. Only the first call counts.
+pub fn use_numa(numa: Numa) {
+    static CHOSEN: Once = Once::new();
+    start_backend();
+    let numa = match numa {
+        Numa::Distribute => sys::GGML_NUMA_STRATEGY_DISTRIBUTE,
+        Numa::Isolate => sys::GGML_NUMA_STRATEGY_ISOLATE,
+        Numa::Numactl => sys::GGML_NUMA_STRATEGY_NUMACTL,
+    };
+    // SAFETY: llama.cpp has started, and `Once` gives the one call that ggml expects.
+    CHOSEN.call_once(|| unsafe { sys::numa_init(numa) });
+}
+
 /// `true` if llama.cpp was built with a backend that can hold layers on a GPU and finds one.
 #[must_use]
 pub fn supports_gpu_offload() -> bool {

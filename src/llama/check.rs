@@ -86,6 +86,14 @@ impl Gguf {
         (id >= 0 && unsafe { sys::gguf_get_kv_type(gguf, id) } == kind).then_some(id)
     }
 
+    /// Whether a key is there whose value is no 32-bit float.
+    pub(super) fn is_no_float(&self, key: &str) -> bool {
+        let Ok(c_key) = CString::new(key) else { return false };
+        // SAFETY: a live header and a zero-terminated key; -1 for none.
+        let is_there = unsafe { sys::gguf_find_key(self.0.as_ptr(), c_key.as_ptr()) } >= 0;
+        is_there && self.find(key, sys::GGUF_TYPE_FLOAT32).is_none()
+    }
+
     /// A key's count.
     fn number(&self, key: &str) -> Option<u32> {
         let id = self.find(key, sys::GGUF_TYPE_UINT32)?;
@@ -101,7 +109,7 @@ impl Gguf {
     }
 
     /// A key's text.
-    fn text(&self, key: &str) -> Option<String> {
+    pub(super) fn text(&self, key: &str) -> Option<String> {
         let id = self.find(key, sys::GGUF_TYPE_STRING)?;
         // SAFETY: a live header, and the id of a key of this type; the text is a part of it.
         Some(unsafe { text(sys::gguf_get_val_str(self.0.as_ptr(), id)) })

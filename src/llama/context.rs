@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+use super::adapter::Adapter;
 use super::backend::max_sequences;
 use super::batch::{Batch, Limits};
 use super::cache_types::CacheTypes;
@@ -12,6 +13,7 @@ use super::error::LlamaError;
 use super::ids::{SeqId, Token};
 use super::loading::Loading;
 use super::model::{Memory, Model};
+use super::rope::Rope;
 use super::tap::{HiddenTap, Tapped, on_tensor};
 use super::threads::Threads;
 use super::{log, sys};
@@ -36,6 +38,8 @@ pub struct ContextParams {
     pub unified: bool,
     /// Types of the cached keys and values.
     pub cache: CacheTypes,
+    /// How positions are rotated.
+    pub rope: Rope,
     /// Cells of layers that look at a [window](Memory::Window) of tokens, in a unified cache: those that
     /// no later token of a sequence will see are freed. `None`: as many as the others have, and none
     /// are freed.
@@ -63,6 +67,7 @@ impl ContextParams {
             n_threads,
             unified: true,
             cache: CacheTypes::default(),
+            rope: Rope::default(),
             n_window_cells: None,
             n_rollback: 0,
             tap_hidden: false,
@@ -84,7 +89,7 @@ pub struct Context {
     outputs: Vec<bool>,
     /// The C context computes with them.
     threads: Threads,
-    /// The C context points to its weights.
+    /// The C context points to its weights and its adapters.
     model: Arc<Model>,
 }
 
@@ -134,6 +139,7 @@ impl Context {
         c.flash_attn_type = sys::LLAMA_FLASH_ATTN_TYPE_AUTO;
         c.kv_unified = params.unified;
         (c.type_k, c.type_v) = (params.cache.keys.0, params.cache.values.0);
+        params.rope.set(&mut c);
         c.swa_full = params.n_window_cells.is_none();
         c.n_swa_cells = params.n_window_cells.map_or(0, |n| u32::try_from(n).unwrap_or(u32::MAX));
         c.no_perf = true;
@@ -144,11 +150,17 @@ impl Context {
             c.cb_eval_user_data = (&raw mut **tap).cast();
         }
         log::take_errors();
-        let _loading = Loading::begin(model.path()); // the first graphs show what sizes do not fit
+        // The first graphs show what sizes do not fit.
+        let files = [model.path()].into_iter().chain(model.adapters().iter().map(Adapter::path));
+        let _loading: Vec<Loading> = files.map(Loading::begin).collect();
         // SAFETY: the model is loaded and kept by the new value; the tap is boxed and kept too.
         let ptr = unsafe { sys::init_from_model(model.as_ptr(), c) };
         let ptr = NonNull::new(ptr)
             .ok_or_else(|| LlamaError::Context(log::take_errors().unwrap_or_default()))?;
+        if !model.adapters().is_empty() {
+            // SAFETY: a live context of this model, which the new value frees before the model.
+            unsafe { Adapter::set(model.adapters(), ptr) };
+        }
         // SAFETY: a live context, and threads that the new value keeps.
         unsafe { sys::attach_threadpool(ptr.as_ptr(), threads.as_ptr(), threads.as_ptr()) };
         // SAFETY: a live context; the memory belongs to it.

@@ -90,6 +90,16 @@ unsafe extern "C" fn receive(level: sys::ggml_log_level, text: *const c_char, _:
     }
 }
 
+/// What is in lines of llama.cpp that warn of nothing.
+const NO_WARNINGS: [&str; 3] = [
+    // Of a pool for several sequences, or for a context that the server warns of itself.
+    "possible training context overflow",
+    // A line for each tensor of an adapter whose model's tensor is repacked.
+    "fallback to CPU",
+    // Names an option that is not ours.
+    "tensor overrides to CPU are used with mmap enabled",
+];
+
 /// llama.cpp's info lines become debug lines: the server itself logs what it loaded. So do its errors
 /// while a model loads: they are the reason in one error of ours.
 fn emit(level: sys::ggml_log_level, line: &str) {
@@ -99,8 +109,7 @@ fn emit(level: sys::ggml_log_level, line: &str) {
         return;
     }
     match level {
-        // Of a pool for several sequences, or for a context that the server warns of itself.
-        sys::GGML_LOG_LEVEL_WARN if line.ends_with("possible training context overflow") => {
+        sys::GGML_LOG_LEVEL_WARN if NO_WARNINGS.iter().any(|of| line.contains(of)) => {
             tracing::debug!(target: "llama.cpp", "{line}");
         }
         sys::GGML_LOG_LEVEL_ERROR if !loading::is_on() => {

@@ -9,6 +9,7 @@
 //! Nothing in this folder knows of requests, slots, heads or HTTP.
 #![allow(unsafe_code)]
 
+mod adapter;
 mod backend;
 mod batch;
 mod cache_types;
@@ -25,8 +26,10 @@ mod loading;
 mod log;
 mod model;
 mod pieces;
+mod placement;
 mod pooling;
 mod quantize;
+mod rope;
 mod sampler;
 mod shards;
 mod sys;
@@ -35,7 +38,8 @@ mod tensor_type;
 mod threads;
 mod writer;
 
-pub use backend::{max_sequences, supports_gpu_offload, system_info, version};
+pub use adapter::AdapterFile;
+pub use backend::{Numa, max_sequences, supports_gpu_offload, system_info, use_numa, version};
 pub use batch::Batch;
 pub use cache_types::CacheTypes;
 pub use chat::{AnswerParser, ChatFormat, ParsedAnswer, ParsedCall};
@@ -46,8 +50,12 @@ pub use gguf::MatrixRows;
 pub use ids::{SeqId, Token};
 pub use layout::tensors_of;
 pub use model::{Memory, Model};
+pub use placement::{
+    Buffer, GpuLayers, LoadMode, Override, Pattern, Placement, SplitMode, max_devices,
+};
 pub use pooling::Pooling;
 pub use quantize::{Quantization, quantize};
+pub use rope::{Rope, RopeScaling};
 pub use sampler::{Candidates, SamplerChain};
 pub use shards::{model_bytes, model_files};
 pub use tap::Tapped;

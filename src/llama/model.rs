@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 use std::sync::OnceLock;
 
+use super::adapter::{Adapter, AdapterFile};
 use super::backend::{start_backend, text};
 use super::check::check;
 use super::error::LlamaError;
@@ -13,6 +14,7 @@ use super::gguf::{Gguf, MatrixRows};
 use super::ids::Token;
 use super::loading::Loading;
 use super::pieces::{Special, Specials};
+use super::placement::Placement;
 use super::shards::model_files;
 use super::{log, sys};
 
@@ -39,28 +41,34 @@ pub struct Model {
     /// Not empty: the file it was loaded from, and its further shards.
     files: Vec<PathBuf>,
     is_outline: bool,
+    /// As the file says: llama.cpp changes its own number when a context scales positions.
+    n_ctx_train: usize,
+    /// All contexts compute with them.
+    adapters: Vec<Adapter>,
     longest_token: OnceLock<usize>,
     /// `None` if a text cannot be cut at them.
     specials: OnceLock<Option<Specials>>,
 }
 
-// SAFETY: after loading nothing in llama.cpp writes to a model; tokenising and metadata are `const`
-// and keep their working memory on the stack. A context only reads the weights.
+// SAFETY: after loading nothing in llama.cpp writes to a model, but for its trained context, which only
+// C reads; tokenising and metadata are `const` and keep their working memory on the stack. A context
+// only reads the weights.
 unsafe impl Send for Model {}
 // SAFETY: as above.
 unsafe impl Sync for Model {}
 
 impl Drop for Model {
     fn drop(&mut self) {
-        // SAFETY: `ptr` came from a successful load and is freed once; contexts hold the model by
-        // `Arc`.
+        self.adapters.clear();
+        // SAFETY: `ptr` came from a successful load and is freed once, after its adapters; contexts
+        // hold the model by `Arc`.
         unsafe { sys::model_free(self.ptr.as_ptr()) };
     }
 }
 
 impl Model {
-    /// Loads a GGUF file, or all shards if it is one of several, with `n_gpu_layers` layers on the GPU if llama.cpp was built with support
-    /// for one. `progress` gets values from 0 to 1 and stops the load by returning `false`.
+    /// Loads a GGUF file, or all shards if it is one of several. `progress` gets values from 0 to 1
+    /// and stops the load by returning `false`.
     ///
     /// # Errors
     /// [`LlamaError::File`] with llama.cpp's reason: no such file, not a GGUF, an unknown
@@ -68,10 +76,10 @@ impl Model {
     /// file is as it must be, the process ends with one line and status 1.
     pub fn load(
         path: &Path,
-        n_gpu_layers: u32,
+        placement: &Placement,
         mut progress: impl FnMut(f32) -> bool,
     ) -> Result<Self, LlamaError> {
-        Self::read(path, n_gpu_layers, false, &mut progress)
+        Self::read(path, placement, false, &mut progress)
     }
 
     /// Reads what a model is without its weights. A [`Context`] of it computes nothing and takes
@@ -81,13 +89,29 @@ impl Model {
     /// As [`load`](Self::load).
     ///
     /// [`Context`]: super::Context
-    pub fn outline(path: &Path, n_gpu_layers: u32) -> Result<Self, LlamaError> {
-        Self::read(path, n_gpu_layers, true, &mut |_| true)
+    pub fn outline(path: &Path, placement: &Placement) -> Result<Self, LlamaError> {
+        Self::read(path, placement, true, &mut |_| true)
+    }
+
+    /// Lets all contexts of this model compute with adapters, which are read now.
+    ///
+    /// # Errors
+    /// [`LlamaError::File`] for one that is no LoRA adapter of this model, or not whole. Where
+    /// llama.cpp asserts that a file is as it must be, the process ends with one line and status 1.
+    pub fn adapt(&mut self, files: &[AdapterFile]) -> Result<(), LlamaError> {
+        let architecture = self.architecture();
+        for file in files {
+            // SAFETY: a loaded model, which nobody else has: `self` is borrowed alone. It frees its
+            // adapters first.
+            let adapter = unsafe { Adapter::read(self.ptr, &architecture, file) }?;
+            self.adapters.push(adapter);
+        }
+        Ok(())
     }
 
     fn read(
         path: &Path,
-        n_gpu_layers: u32,
+        placement: &Placement,
         is_outline: bool,
         progress: &mut dyn FnMut(f32) -> bool,
     ) -> Result<Self, LlamaError> {
@@ -104,15 +128,16 @@ impl Model {
         let mut callback: &mut dyn FnMut(f32) -> bool = progress;
         // SAFETY: no arguments; returns a struct by value.
         let mut c = unsafe { sys::model_default_params() };
-        c.n_gpu_layers = i32::try_from(n_gpu_layers).unwrap_or(i32::MAX);
+        let lists = placement.set(&mut c);
         if is_outline {
             (c.no_alloc, c.load_mode) = (true, sys::LLAMA_LOAD_MODE_NONE);
         }
         c.progress_callback = Some(on_progress);
         c.progress_callback_user_data = (&raw mut callback).cast::<c_void>();
         log::take_errors();
-        // SAFETY: the path is zero-terminated; C uses `callback` during the call only.
+        // SAFETY: the path is zero-terminated; C uses `callback` and `lists` during the call only.
         let ptr = unsafe { sys::model_load_from_file(c_path.as_ptr(), c) };
+        drop(lists);
         let ptr = NonNull::new(ptr)
             .ok_or_else(|| fail(log::take_errors().unwrap_or_else(|| "no reason given".into())))?;
         // SAFETY: `ptr` is a loaded model; the vocabulary is a part of it.
@@ -120,7 +145,11 @@ impl Model {
         let vocab = NonNull::new(vocab.cast_mut())
             .ok_or_else(|| fail("the model has no vocabulary".into()))?;
         let (longest_token, specials) = (OnceLock::new(), OnceLock::new());
-        let model = Self { ptr, vocab, files, is_outline, longest_token, specials };
+        // SAFETY: as above.
+        let n_ctx_train = count(unsafe { sys::model_n_ctx_train(ptr.as_ptr()) });
+        let adapters = vec![];
+        let model =
+            Self { ptr, vocab, files, is_outline, n_ctx_train, adapters, longest_token, specials };
         if let Err(reason) = model.check_kind() {
             let path = model.path().to_owned();
             return Err(LlamaError::File { action: "load", path, reason });
@@ -190,6 +219,10 @@ impl Model {
         Err(format!("this is {kind}; only decoders are supported"))
     }
 
+    pub(super) fn adapters(&self) -> &[Adapter] {
+        &self.adapters
+    }
+
     pub(super) fn as_ptr(&self) -> *mut sys::llama_model {
         self.ptr.as_ptr()
     }
@@ -211,8 +244,29 @@ impl Model {
     /// The longest context the model was trained on, in tokens.
     #[must_use]
     pub fn n_ctx_train(&self) -> usize {
+        self.n_ctx_train
+    }
+
+    /// The context it was trained on before that was extended, as the file says.
+    pub(super) fn n_ctx_before(&self) -> Option<usize> {
+        self.number("rope.scaling.original_context_length")
+    }
+
+    /// The factor by which its own settings scale the frequencies of positions.
+    pub(super) fn rope_freq_scale(&self) -> f32 {
         // SAFETY: a loaded model.
-        count(unsafe { sys::model_n_ctx_train(self.as_ptr()) })
+        unsafe { sys::model_rope_freq_scale_train(self.as_ptr()) }
+    }
+
+    /// Layers that can go to GPUs, of which the output is one.
+    #[must_use]
+    pub fn n_offloadable(&self) -> usize {
+        self.number("block_count").unwrap_or(0) + 1
+    }
+
+    /// A count by its key after the architecture's name.
+    fn number(&self, key: &str) -> Option<usize> {
+        self.meta(&format!("{}.{key}", self.architecture()))?.parse().ok()
     }
 
     /// Number of parameters.

@@ -69,11 +69,11 @@ impl Loaded {
             limits.n_slots,
             self.handle.draft_shape.name(),
         );
-        if limits.n_ctx > model.n_ctx_train() {
+        let n_trained = self.handle.n_ctx_trained;
+        if limits.n_ctx > n_trained {
             tracing::warn!(
-                "MODEL_CONTEXT_SIZE {} exceeds the {} tokens the model was trained with",
+                "MODEL_CONTEXT_SIZE {} exceeds the {n_trained} tokens the model was trained with",
                 limits.n_ctx,
-                model.n_ctx_train()
             );
         }
     }

@@ -71,6 +71,8 @@ pub struct Provenance {
     pub model: String,
     pub heads: HeadKind,
     pub n_heads: usize,
+    /// Whether the model answered with LoRA adapters.
+    pub lora: bool,
     pub width: usize,
     /// Tokens that the heads know.
     pub n_draft_vocab: usize,

@@ -3,13 +3,15 @@
 
 use std::sync::{Arc, LazyLock};
 
-use medusa_llama::llama::{CacheTypes, Context, ContextParams, Model, SeqId, Token};
+use medusa_llama::llama::{
+    CacheTypes, Context, ContextParams, Model, Placement, Rope, SeqId, Token,
+};
 
 use super::model_path;
 
 pub static MODEL: LazyLock<Arc<Model>> = LazyLock::new(|| {
     let n_gpu_layers = std::env::var("N_GPU_LAYERS").map_or(0, |n| n.parse().unwrap());
-    Arc::new(Model::load(&model_path(), n_gpu_layers, |_| true).unwrap())
+    Arc::new(Model::load(&model_path(), &Placement::layers(n_gpu_layers), |_| true).unwrap())
 });
 
 pub fn params() -> ContextParams {
@@ -22,6 +24,7 @@ pub fn params() -> ContextParams {
         n_threads: 1,
         unified: true,
         cache: CacheTypes::default(),
+        rope: Rope::default(),
         n_window_cells: None,
         n_rollback: 0,
         tap_hidden: false,
