@@ -229,11 +229,11 @@ mod tests {
     }
 
     fn placement(args: &[&str]) -> Result<Placement, String> {
-        read(args)?.model.placement.placement().map_err(|error| error.to_string())
+        read(args)?.engine.model.placement.placement().map_err(|error| error.to_string())
     }
 
     fn rope(args: &[&str]) -> Result<Rope, String> {
-        read(args)?.model.rope.rope().map_err(|error| error.to_string())
+        read(args)?.engine.model.rope.rope().map_err(|error| error.to_string())
     }
 
     #[test]
@@ -299,7 +299,7 @@ mod tests {
         let args = read(&["--lora", "a,b", "--lora", "c", "--lora-scaled", "d:e:-0.5"]).unwrap();
         let of = |path: &str, scale| AdapterFile { path: path.into(), scale };
         let all = [of("a", 1.0), of("b", 1.0), of("c", 1.0), of("d:e", -0.5)];
-        assert_eq!(args.model.placement.adapters(), all);
+        assert_eq!(args.engine.model.placement.adapters(), all);
         for bad in ["a", "a:", "a:nan", "a:x"] {
             let text = read(&["--lora-scaled", bad]).unwrap_err();
             assert!(text.contains("FILE:SCALE"), "{text}");
@@ -312,7 +312,7 @@ mod tests {
         let name = folder.path().to_str().unwrap();
         let heads = |args: &[&str]| {
             let args = read(args).unwrap();
-            args.drafts.source(&args.model).unwrap()
+            args.engine.drafts.source(&args.engine.model).unwrap()
         };
         let with = ["--heads", name, "--lora", "a"];
         assert!(heads(&with[..2]).is_some());

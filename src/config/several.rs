@@ -16,6 +16,9 @@ use crate::files::model_name;
 use crate::hub::pick::is_model;
 use crate::models::ModelLimits;
 
+/// Flags beside those of a model that are not its own.
+const OF_SERVER: [&str; 2] = ["log-level", "numa"];
+
 /// Flags about several models.
 #[derive(Clone, Debug, ClapArgs)]
 pub struct SeveralArgs {
@@ -113,7 +116,10 @@ fn refuse_one(args: &EngineArgs) -> anyhow::Result<()> {
 fn args_of(words: &[OsString], table: Table) -> anyhow::Result<EngineArgs> {
     let is_named = ["model", "hf-repo"].iter().any(|key| table.contains_key(*key));
     ensure!(is_named, "it needs `model`, a GGUF file, or `hf-repo`");
-    ensure!(!table.contains_key("log-level"), "`log-level` is the whole server's");
+    let of_server = OF_SERVER.iter().find(|key| table.contains_key(**key));
+    if let Some(key) = of_server {
+        bail!("`{key}` is the whole server's");
+    }
     let mut own = Vec::new();
     for (key, value) in table {
         match value {
