@@ -4,7 +4,8 @@
 //! full chunk, the chunk is scaled by the ratio of the time such a step may take to the time it
 //! took. A step may take [`STALL`] times as long as a step of as many streams without a prompt, and
 //! at least [`MIN_STALL_S`]. For a cost of `a + b n` the scaling settles at the `n` where the step
-//! takes just that long; where even `a` is too long it stays at [`MIN_CHUNK`].
+//! takes just that long; where even `a` is too long it stays at [`MIN_CHUNK`]. Streams become slower
+//! as they grow, so while a long prompt is read one of [`LOOK_EVERY`] steps goes without it.
 //!
 //! Where more prompts wait than streams run, that time is multiplied by the prompts per stream: the
 //! prompts of a burst are read together, and a single new request is read in small chunks.
@@ -13,8 +14,10 @@
 pub const STALL: f64 = 2.5;
 /// A step may always last this long, in seconds.
 pub const MIN_STALL_S: f64 = 0.036;
-/// The smallest chunk, in rows.
-pub const MIN_CHUNK: usize = 8;
+/// The smallest chunk, in rows: after 30,000 cells one row can take as long as a step of streams.
+pub const MIN_CHUNK: usize = 1;
+/// So many steps with prompts are followed by one without.
+const LOOK_EVERY: usize = 32;
 /// The chunk before anything was measured.
 const FIRST_CHUNK: f64 = 16.0;
 /// Weight of a new measurement of a decode-only step.
@@ -27,6 +30,8 @@ const SCALE: std::ops::RangeInclusive<f64> = 0.75..=1.25;
 pub struct Pace {
     /// Running mean of the seconds of a decode-only step, by number of streams.
     decode_s: Vec<Option<f64>>,
+    /// Steps with prompts since the last one without.
+    n_since: usize,
     chunk: f64,
     n_batch: usize,
     /// The chunk does not follow what steps take.
@@ -52,11 +57,12 @@ impl Pace {
     /// For steps of at most `n_batch` rows; always with `fixed` rows of prompts, if given.
     pub fn new(n_batch: usize, fixed: Option<usize>) -> Self {
         let chunk = fixed.map_or(FIRST_CHUNK, |n| n as f64);
-        Self { decode_s: Vec::new(), chunk, n_batch, is_fixed: fixed.is_some() }
+        Self { decode_s: Vec::new(), n_since: 0, chunk, n_batch, is_fixed: fixed.is_some() }
     }
 
     /// Records what a step took under this load, where `n_prompt` rows were prompts'.
     pub fn record(&mut self, load: Load, n_prompt: usize, seconds: f64) {
+        self.n_since = if n_prompt == 0 || load.n_decode == 0 { 0 } else { self.n_since + 1 };
         if n_prompt == 0 {
             if self.decode_s.len() <= load.n_decode {
                 self.decode_s.resize(load.n_decode + 1, None);
@@ -72,8 +78,13 @@ impl Pace {
         }
     }
 
-    /// Rows of prompts that the next step may have beside decoding ones; from 1 to `n_batch`.
+    /// Rows of prompts that the next step may have beside decoding ones; up to `n_batch`.
     pub fn n_prefill(&self, load: Load) -> usize {
+        let looks = self.n_since >= LOOK_EVERY && !self.is_fixed;
+        if looks { 0 } else { self.chunk(load) }
+    }
+
+    fn chunk(&self, load: Load) -> usize {
         let crowd = if self.is_fixed { 1.0 } else { load.crowd() };
         ((self.chunk * crowd) as usize).clamp(1, self.n_batch)
     }
@@ -81,7 +92,7 @@ impl Pace {
     /// Rows of prompts in a step that has as many as it may: the streams' rows are in the batch,
     /// too.
     fn full_chunk(&self, load: Load) -> usize {
-        self.n_prefill(load).min(self.n_batch.saturating_sub(load.n_decode)).max(1)
+        self.chunk(load).min(self.n_batch.saturating_sub(load.n_decode)).max(1)
     }
 
     /// A step of `n` streams and nothing else, or of the nearest number of streams that was
@@ -144,7 +155,11 @@ mod tests {
     #[test]
     fn where_nothing_fits_there_is_still_some_progress_and_it_recovers() {
         let mut pace = Pace::new(512, None);
-        settle(&mut pace, streams(1), 0.1, 0.05);
+        for _ in 0..60 {
+            pace.record(streams(1), 0, 0.012);
+            let n = pace.n_prefill(streams(1));
+            pace.record(streams(1), n, 0.012 + 0.1 * n as f64); // after many cells
+        }
         assert_eq!(pace.n_prefill(streams(1)), MIN_CHUNK);
         settle(&mut pace, streams(8), 0.005, 0.001);
         assert!(pace.n_prefill(streams(8)) > 16);
@@ -168,6 +183,23 @@ mod tests {
             pace.record(streams(4), 60, 1.0);
         }
         assert!(pace.n_prefill(streams(4)) < 60);
+    }
+
+    #[test]
+    fn streams_that_grow_while_a_prompt_is_read_leave_it_its_share() {
+        let mut pace = Pace::new(512, None);
+        let load = streams(4);
+        let (mut n_read, mut n_without) = (0, 0);
+        for step in 0..2000 {
+            let n = pace.n_prefill(load);
+            let plain_s = 0.02 * (1.0 + step as f64 / 500.0);
+            pace.record(load, n, plain_s + 0.002 * n as f64);
+            n_read += n;
+            n_without += usize::from(n == 0);
+        }
+        // Half as many rows again as a plain step takes, and more as these become slower.
+        assert!(n_read > 2000 * 25, "{n_read}");
+        assert!((55..=65).contains(&n_without), "{n_without}");
     }
 
     #[test]

@@ -32,7 +32,7 @@ impl Demand {
 pub struct Budget {
     /// All rows; at least the number of sequences.
     pub n_batch: usize,
-    /// Rows of prompts while other sequences decode; at least 1.
+    /// Rows of prompts while other sequences decode.
     pub n_prefill: usize,
 }
 

@@ -146,7 +146,7 @@ async function ask(mine) {
   const prompt = byId("prompt").value;
   const number = (id) => (byId(id).value.trim() === "" ? undefined : Number(byId(id).value));
   const common = {
-    model: byId("model").value || undefined, // of several
+    model: byId("model").value || undefined,
     max_tokens: number("max-tokens"), temperature: number("temperature"), seed: number("seed"),
     // Without this, a repeated prompt would be drafted from its own earlier answer, and runs would not be comparable.
     speculation: mine.mode, share_text: mine.shares, details: true, stream: true,
@@ -472,7 +472,10 @@ async function information() {
 
 function showServer({ model, models, loading, context_size, slots, heads, text_drafts, drafting_on, load }) {
   if (models) {
-    showModels(models);
+    const { value } = byId("model");
+    byId("model").replaceChildren(...models.map(({ id }) => new Option(id, id, false, id === value)));
+    byId("model-row").hidden = false;
+    byId("fact-model").textContent = plural(models.length, "model");
     return;
   }
   if (!model) {
@@ -487,17 +490,6 @@ function showServer({ model, models, loading, context_size, slots, heads, text_d
   byId("fact-drafts").textContent = drafts.join(", ") || "none";
   byId("fact-load").textContent = `${load.running} running, ${load.waiting} waiting`;
   byId("max-tokens").max = context_size;
-}
-
-// Several models, of which one is chosen.
-function showModels(models) {
-  const chosen = byId("model").value;
-  const option = ({ id, status }) => new Option(`${id} (${status.value})`, id, false, id === chosen);
-  byId("model").replaceChildren(...models.map(option));
-  byId("model-row").hidden = false;
-  byId("fact-model").textContent = plural(models.length, "model");
-  const loaded = models.filter(({ status }) => status.value === "loaded");
-  byId("fact-load").textContent = `${loaded.length} loaded`;
 }
 
 // Focuses the field when it appears or a prompt was rejected for lack of a key, but not on every poll of the server's state.
