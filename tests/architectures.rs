@@ -114,7 +114,7 @@ async fn answers(handle: &Handle, prompts: &[String], speculation: Speculation) 
 }
 
 /// Whatever the architecture, answers are those of the model alone: one after another, all together,
-/// from what the cache has, with drafts and without.
+/// from what the cache has, with drafts and without, and from an engine that has none.
 fn check(name: &str, drafts: &str) {
     let folder = tempfile::tempdir().unwrap();
     let path = write(folder.path(), name);
@@ -133,7 +133,7 @@ fn check(name: &str, drafts: &str) {
         ..params
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let engine = spawn(params);
+    let engine = spawn(params.clone());
     let mut n_same = 0;
     let mut compare = |i: usize, tokens: &[Token], how: &str| {
         let (at, distance) = alone[i].distance(tokens);
@@ -162,7 +162,15 @@ fn check(name: &str, drafts: &str) {
         }
     });
     engine.stop();
-    let n_all = 6 * prompts.len();
+    let engine = spawn(EngineParams { drafts: None, ..params });
+    runtime.block_on(async {
+        let handle = engine.ready().await.unwrap();
+        for (i, tokens) in answers(&handle, &prompts, Speculation::Auto).await.iter().enumerate() {
+            compare(i, tokens, "by an engine that drafts nothing");
+        }
+    });
+    engine.stop();
+    let n_all = 7 * prompts.len();
     assert!(n_same * 2 > n_all, "{name}: {n_same} of {n_all} answers are the same without ties");
 }
 

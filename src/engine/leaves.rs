@@ -116,7 +116,7 @@ impl Leaves {
     /// get its newer cells. Where layers keep a window of the last tokens, an id would else keep the
     /// cells of the window that it saw last.
     pub fn follow(&mut self, seq: SeqId, n_cached: usize, ops: &mut Vec<KvOp>) {
-        let Some(block) = &mut self.held[seq.0 as usize] else { return };
+        let Some(block) = self.held(seq) else { return };
         for (id, n_on) in block.iter_mut().filter(|(_, n_on)| *n_on > 0) {
             if *n_on + FAR_BEHIND <= n_cached {
                 ops.push(KvOp::Share { from: seq, to: *id, start: *n_on, end: n_cached });
@@ -146,9 +146,14 @@ impl Leaves {
             }
         }
         ops.extend(ids[1..].iter().map(|&id| KvOp::Remove { seq: id, from: n_common }));
-        if let Some(block) = &mut self.held[seq.0 as usize] {
+        if let Some(block) = self.held(seq) {
             block[..ids.len() - 1].iter_mut().for_each(|(_, n_on)| *n_on = n_common);
         }
+    }
+
+    /// The block of a sequence that has one; an engine that drafts nothing has none at all.
+    fn held(&mut self, seq: SeqId) -> Option<&mut Block> {
+        self.held.get_mut(seq.0 as usize).and_then(Option::as_mut)
     }
 
     /// The sequence has ended, or what its cells hold is not known: its block is free for the next.
