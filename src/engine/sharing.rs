@@ -1,6 +1,11 @@
 //! The threads of passes on a machine that others use, too.
+//!
+//! Of several engines in a process, one computes at a time with more than one thread, and they take
+//! turns: threads of two passes on the same cores would wait for each other after each operation.
 
 use std::time::{Duration, Instant};
+
+use parking_lot::{FairMutex, FairMutexGuard};
 
 use super::thread_count::ThreadCount;
 use crate::llama::Threads;
@@ -8,6 +13,9 @@ use crate::machine::{self, Watch};
 
 /// Time between two looks at the machine.
 const LOOK: Duration = Duration::from_millis(250);
+
+/// Held by a pass of several threads.
+static TURN: FairMutex<()> = FairMutex::new(());
 
 /// Whose rows a pass has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,6 +33,7 @@ pub struct Sharing {
     watch: Watch,
     started: Instant,
     looked: Option<Instant>,
+    turn: Option<FairMutexGuard<'static, ()>>,
 }
 
 impl Sharing {
@@ -36,10 +45,11 @@ impl Sharing {
             watch: Watch::default(),
             started: Instant::now(),
             looked: None,
+            turn: None,
         }
     }
 
-    /// Sets the threads of the pass that begins now.
+    /// Sets the threads of the pass that begins now. It waits for its turn.
     pub fn begin(&mut self, pass: Pass, threads: &Threads) {
         if self.looked.is_none_or(|at| at.elapsed() > LOOK) {
             let (most, usage) = (machine::cores(), self.watch.usage());
@@ -47,11 +57,14 @@ impl Sharing {
             self.prompts.look(most, usage);
             self.looked = Some(Instant::now());
         }
-        threads.set_used(self.count(pass).now());
+        let n_threads = self.count(pass).now();
+        threads.set_used(n_threads);
+        self.turn = (n_threads > 1).then(|| TURN.lock());
     }
 
     /// Records the pass that began at `began` and ends now.
     pub fn end(&mut self, pass: Pass, n_rows: usize, began: Instant) {
+        self.turn = None;
         let at = self.started.elapsed().as_secs_f64();
         self.count(pass).record(n_rows, began.elapsed().as_secs_f64(), at);
     }
