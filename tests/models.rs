@@ -101,6 +101,12 @@ fn a_request_without_a_known_name_is_refused() {
     assert_eq!((number.status, &number.json()["error"]["param"]), (422, &json!("model")));
     assert_eq!(server.post(b"{").json()["error"]["type"], "invalid_json");
     assert_eq!(server.get("/props").status, 422);
+    let paths = server.get("/openapi.json").json()["paths"].take();
+    for (path, method) in [("/v1/completions", "post"), ("/generate", "post"), ("/props", "get")] {
+        let known = &paths[path][method]["responses"];
+        assert!(["404", "408", "503"].iter().all(|status| !known[status].is_null()), "{path}");
+    }
+    assert!(!paths["/props"]["get"]["responses"]["422"].is_null());
     assert_eq!([status(&server, "a"), status(&server, "sub/b")], ["unloaded", "unloaded"]);
 }
 

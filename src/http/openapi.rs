@@ -4,6 +4,7 @@
 
 use bytes::Bytes;
 use utoipa::OpenApi as _;
+use utoipa::openapi::path::Parameter;
 use utoipa::openapi::response::{Response, ResponseBuilder};
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::openapi::{ContentBuilder, OpenApi, Ref, RefOr, Schema};
@@ -99,16 +100,18 @@ pub fn json(readers: &Readers) -> Bytes {
 )]
 struct Document;
 
-/// Which operations: `Keyed` where keys are set, `Posts` have a body, `Own` of this server's dialect.
+/// Which operations: `Keyed` where keys are set, `Posts` have a body, `Models` are about one of several
+/// models, `Own` are that in this server's dialect.
 enum Of {
     All,
     Keyed,
     Posts,
+    Models,
     Own,
 }
 
 /// Errors: status, the operations that can answer with it, and why.
-const REFUSALS: [(u16, Of, &str); 15] = [
+const REFUSALS: [(u16, Of, &str); 17] = [
     (
         400,
         Of::Posts,
@@ -123,12 +126,14 @@ const REFUSALS: [(u16, Of, &str); 15] = [
         "The key does not allow this, or the server does not answer to the name in `Host`",
     ),
     (403, Of::All, "The server does not answer to the name in `Host`"),
+    (404, Of::Models, "The server has several models, and none of this name"),
     (405, Of::All, "The path takes other methods, which `Allow` names"),
     (
         408,
         Of::Posts,
         "The body took too long to arrive, or the request's time was over before its first token",
     ),
+    (408, Of::Models, "The request's time was over before its model was loaded"),
     (413, Of::Posts, "The body is too large"),
     (414, Of::All, "The path is too long"),
     (415, Of::Posts, "The body is compressed"),
@@ -144,7 +149,7 @@ const REFUSALS: [(u16, Of, &str); 15] = [
         Of::Posts,
         "The engine failed on this request; the log has the cause under the id in the message",
     ),
-    (503, Of::Keyed, "The model still loads, or the server shuts down"),
+    (503, Of::Keyed, "The model still loads or could not be loaded, or the server shuts down"),
 ];
 
 /// Adds each route's operation, with the [`REFUSALS`] that it can answer with.
@@ -152,14 +157,17 @@ fn add_paths(document: &mut OpenApi) {
     for route in ROUTES.iter() {
         let (methods, mut operation) = (route.operation)();
         let has_body = operation.request_body.is_some();
+        let is_model = |of: &RefOr<Parameter>| matches!(of, RefOr::T(Parameter { name, .. }) if name == "model");
+        let is_of_model = has_body || operation.parameters.iter().flatten().any(is_model);
         for (status, of, why) in REFUSALS {
             let applies = match of {
                 Of::All => true,
                 Of::Keyed => {
-                    route.access == Access::Key && (has_body || route.errors != ErrorShape::Own)
+                    route.access == Access::Key && (is_of_model || route.errors != ErrorShape::Own)
                 }
                 Of::Posts => has_body,
-                Of::Own => has_body && route.errors == ErrorShape::Own,
+                Of::Models => is_of_model,
+                Of::Own => is_of_model && route.errors == ErrorShape::Own,
             };
             if applies {
                 let known = &mut operation.responses.responses;
