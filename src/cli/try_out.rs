@@ -1,6 +1,7 @@
 //! `medusa-llama try-out`: loads a model in a process of its own, where a file that crashes llama.cpp
 //! ends nothing else; and the server's side of it.
 
+use std::io::Read as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -49,9 +50,15 @@ pub(super) fn run(path: &Path, part: Part, goes_on: &dyn Fn() -> bool) -> Result
     command.arg("try-out").args((part == Part::Outline).then_some("--outline")).arg(path);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
     let mut child = command.spawn().map_err(fail)?;
-    loop {
-        if child.try_wait().map_err(fail)?.is_some() {
-            break;
+    let mut stderr = child.stderr.take().expect("it is piped");
+    // Read as it comes: a process that has much to say would wait for that.
+    let said = std::thread::spawn(move || {
+        let mut said = Vec::new();
+        stderr.read_to_end(&mut said).map(|_| said)
+    });
+    let status = loop {
+        if let Some(status) = child.try_wait().map_err(fail)? {
+            break status;
         }
         if !goes_on() {
             let _ = child.kill();
@@ -59,16 +66,16 @@ pub(super) fn run(path: &Path, part: Part, goes_on: &dyn Fn() -> bool) -> Result
             return Err("the server shuts down".into());
         }
         sleep(LOOK);
-    }
-    let output = child.wait_with_output().map_err(fail)?;
-    if output.status.success() {
+    };
+    if status.success() {
         return Ok(());
     }
-    let said = String::from_utf8_lossy(&output.stderr);
+    let said = said.join().ok().and_then(Result::ok).unwrap_or_default();
+    let said = String::from_utf8_lossy(&said);
     // An error of ours, or a line of the log where llama.cpp aborted.
     let why = |line: &str| {
         ["error: ", "ERROR "].iter().find_map(|mark| line.split(mark).nth(1).map(str::to_owned))
     };
     let last = said.lines().rev().find_map(why);
-    Err(last.unwrap_or_else(|| format!("{}: {}", path.display(), output.status)))
+    Err(last.unwrap_or_else(|| format!("{}: {}", path.display(), status)))
 }
