@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use medusa_llama::engine::plan::Sizes;
-use medusa_llama::engine::thread::{DraftParams, EngineParams};
+use medusa_llama::engine::thread::EngineParams;
 use medusa_llama::engine::{Handle, spawn};
 use medusa_llama::llama::{Context, ContextParams, Model, Placement, Quantization, SeqId, Token};
 use medusa_llama::request::{Caller, Report, Request, SamplingParams, Speculation};
@@ -136,11 +136,7 @@ fn check(name: &str, drafts: &str) {
     let params = EngineParams::new(path, 1, 3, 1024);
     let params = EngineParams {
         sizes: Sizes { n_retained: None, n_states_kept: 4, n_batch: 128, ..params.sizes },
-        drafts: Some(DraftParams {
-            n_shared_text: Some(4096),
-            fixed_nodes: Some(6), // whether or not they pay
-            ..DraftParams::default()
-        }),
+        drafts: Some(common::text_drafts()),
         n_queue: 16,
         ..params
     };

@@ -9,7 +9,7 @@ use common::gguf::{ARRAY, File, U32, random};
 use common::run;
 use medusa_llama::engine::plan::Sizes;
 use medusa_llama::engine::spawn;
-use medusa_llama::engine::thread::{DraftParams, EngineParams};
+use medusa_llama::engine::thread::EngineParams;
 use medusa_llama::llama::{
     ALIGNMENT, AdapterFile, Buffer, Context, ContextParams, LoadMode, Meta, Model, Override,
     Pattern, Placement, Quantization, Rope, RopeScaling, SeqId, TensorInfo, TensorType, Token,
@@ -325,15 +325,7 @@ fn drafts_change_no_text_of_a_model_with_an_adapter() {
     let (path, lora) = (write(folder.path(), "tiny", "F16"), folder.path().join("lora.gguf"));
     Lora::new().write(&lora);
     let params = EngineParams::new(path, 1, 3, 512);
-    let params = EngineParams {
-        drafts: Some(DraftParams {
-            n_shared_text: Some(4096),
-            fixed_nodes: Some(6), // whether or not they pay
-            ..DraftParams::default()
-        }),
-        n_queue: 16,
-        ..params
-    };
+    let params = EngineParams { drafts: Some(common::text_drafts()), n_queue: 16, ..params };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let texts = |adapters: Vec<AdapterFile>| {
         let engine = spawn(EngineParams { adapters, ..params.clone() });

@@ -331,7 +331,7 @@ impl Models {
         });
         if failed {
             entry.engine.lock().take();
-            if self.limits.is_some() {
+            if self.limits.is_some() && !self.is_closing() {
                 tracing::error!(model = entry.id(), "{why}");
             }
         }

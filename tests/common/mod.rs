@@ -12,6 +12,7 @@ use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
+use medusa_llama::engine::thread::DraftParams;
 use proptest::prelude::*;
 use serde_json::Value;
 use socket2::{Domain, Socket, Type};
@@ -22,6 +23,11 @@ pub fn model_path() -> PathBuf {
     let path = PathBuf::from(medusa_llama::config::DEFAULT_MODEL);
     assert!(path.is_file(), "the default model is missing: run `make model`");
     path
+}
+
+/// Drafts from text, whether or not they pay.
+pub fn text_drafts() -> DraftParams {
+    DraftParams { n_shared_text: Some(4096), fixed_nodes: Some(6), ..DraftParams::default() }
 }
 
 /// Runs the binary to its end.
