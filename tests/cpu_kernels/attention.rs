@@ -345,7 +345,9 @@ fn attention_of_any_number_of_rows_is_the_twins_within_rounding() {
 /// Around the sizes of a block, a chunk and a word of the mask.
 #[test]
 fn attention_over_any_number_of_cells_is_the_twins_within_rounding() {
-    for n_cells in [1, 2, 5, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256, 257, 640, 1030] {
+    for n_cells in
+        [1, 2, 5, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256, 257, 640, 1030, 2048, 2049, 2600]
+    {
         for mask in [Mask::Absent, Mask::Causal, Mask::Shared] {
             check_attention(&Case { n_cells, mask, ..CASE });
         }

@@ -16,6 +16,7 @@
 #define ggml_few_rows_mul_mat NAME(few_rows_mul_mat)
 #define ggml_few_rows_repack NAME(few_rows_repack)
 #define ggml_attention_by_kv_head NAME(attention_by_kv_head)
+#define ggml_attention_work_size NAME(attention_work_size)
 #define ggml_barrier NAME(barrier)
 #define ggml_threadpool_chunk_set NAME(chunk_set)
 #define ggml_threadpool_chunk_add NAME(chunk_add)
@@ -288,9 +289,7 @@ bool NAME(attention)(const Attention* a) {
         t->data = t->view_src->data;
     }
 #ifdef KERNELS
-    const size_t work_size = a->n_threads * (size_t(1) << 20) + a->n_streams * a->n_q * a->n_head *
-                                                                    (a->n_cells + 127) / 128 *
-                                                                    (2 + a->dv) * sizeof(float);
+    const size_t work_size = ggml_attention_work_size(op, a->n_threads);
     return run(op, a->n_threads, work_size, ggml_attention_by_kv_head);
 #else
     return run(context, op, a->n_threads);
