@@ -20,14 +20,15 @@ impl<F: Forward> Engine<F> {
     ) {
         let now = Instant::now();
         let n_nodes: usize = turns.iter().map(|turn| turn.tree.len()).sum();
-        let (n_rows, n_decode) = (self.work.rows.len(), n_decode(turns));
-        let (n_prompt, seconds) = (n_rows - n_decode - n_nodes, (now - started).as_secs_f64());
-        self.pace.record(self.work.load, n_prompt, seconds);
+        let (n_rows, n_decode, prompts) =
+            (self.work.rows.len(), n_decode(turns), self.work.prompts);
+        let seconds = (now - started).as_secs_f64();
+        self.pace.record(self.work.load, prompts, seconds);
         self.stats.rows.observe(n_rows as f64);
         if let (Some(round), Some(speculator)) = (round, &mut self.speculator) {
             round.finish(speculator, n_rows, seconds);
         }
-        tracing::trace!(n_decode, n_prompt, n_nodes, seconds, "step");
+        tracing::trace!(n_decode, n_prompt = prompts.n, n_nodes, seconds, "step");
         self.choose_on_device(turns);
         for turn in turns {
             match self.advance(turn, started, now) {

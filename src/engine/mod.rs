@@ -58,7 +58,7 @@ use crate::speculate::{MAX_NODES, Origin, Speculator};
 use leaves::Leaves;
 use pace::{Load, Pace};
 use sampler::Sampler;
-use scheduler::{Budget, Demand, Share};
+use scheduler::{Budget, Demand, PromptRows, Share};
 use sequence::Sequence;
 use slots::{Admission, KvOp, Slots};
 use stats::{Ended, Stats};
@@ -137,6 +137,8 @@ pub struct Engine<F> {
 struct Work {
     demands: Vec<Demand>,
     load: Load,
+    /// Of the step.
+    prompts: PromptRows,
     by_age: Vec<Demand>,
     shares: Vec<Share>,
     below: Below,
@@ -160,7 +162,7 @@ impl<F: Forward> Engine<F> {
             waiting: VecDeque::new(),
             running: BTreeMap::new(),
             n_admitted: 0,
-            pace: Pace::new(limits.n_batch, limits.n_prefill),
+            pace: Pace::new(limits.n_prefill),
             speculator: None,
             leaves: Leaves::new(0, 0, 0),
             traces: false,
@@ -337,6 +339,7 @@ impl<F: Forward> Engine<F> {
         work.demands.clear();
         let demand = |s: &Sequence| Demand {
             seq: s.seq,
+            n_computed: s.n_computed,
             n_pending: s.n_pending(),
             n_most: s.keep.front().map_or(usize::MAX, |stop| stop - s.n_computed),
             reads: s.job.request.reads_prompt(),
@@ -345,9 +348,8 @@ impl<F: Forward> Engine<F> {
         work.demands.extend(self.running.values().map(demand));
         let n_decode = work.demands.iter().filter(|d| d.decodes()).count();
         work.load = Load { n_decode, n_prompts: work.demands.len() - n_decode };
-        let budget =
-            Budget { n_batch: self.limits.n_batch, n_prefill: self.pace.n_prefill(work.load) };
-        scheduler::plan(&work.demands, budget, &mut work.by_age, &mut work.shares);
+        let budget = Budget { n_batch: self.limits.n_batch, prefill: self.pace.prefill(work.load) };
+        work.prompts = scheduler::plan(&work.demands, budget, &mut work.by_age, &mut work.shares);
         turns.resize_with(work.shares.len(), Turn::default);
         turns.iter_mut().zip(&work.shares).for_each(|(turn, share)| turn.begin(*share));
     }
