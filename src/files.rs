@@ -1,6 +1,7 @@
 //! Files that appear whole, models in several files, and errors that name their file.
 
 use std::fmt::Display;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 /// A file or folder that cannot be read, written or used.
@@ -25,14 +26,18 @@ pub(crate) fn write(path: &Path, text: String) -> Result<(), FileError> {
 }
 
 /// Runs `write` with another path in the same folder, then renames that file to `path`: a reader
-/// never sees a part of it. Removes the file if `write` fails.
+/// never sees a part of it. The file has the rights of any new file, whatever made it. Removes the
+/// file if `write` fails.
 pub(crate) fn write_whole<T, E: From<FileError>>(
     path: &Path,
     write: impl FnOnce(&Path) -> Result<T, E>,
 ) -> Result<T, E> {
     let part = with_suffix(path, ".part");
+    let fail = |e| FileError::new(path, e);
+    let rights = File::create(&part).and_then(|file| file.metadata()).map_err(fail)?.permissions();
     let written = write(&part).and_then(|written| {
-        std::fs::rename(&part, path).map_err(|e| FileError::new(path, e))?;
+        std::fs::set_permissions(&part, rights).map_err(fail)?;
+        std::fs::rename(&part, path).map_err(fail)?;
         Ok(written)
     });
     if written.is_err() {
@@ -102,6 +107,26 @@ pub(crate) fn folder_bytes(folder: &Path) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Writers that make a file by way of a temporary one leave it to its owner alone.
+    #[cfg(unix)]
+    #[test]
+    fn a_whole_file_has_the_rights_of_any_new_file() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().unwrap();
+        let (whole, plain) = (folder.path().join("whole"), folder.path().join("plain"));
+        std::fs::write(&plain, "").unwrap();
+        write_whole::<_, FileError>(&whole, |part| {
+            std::fs::remove_file(part).unwrap();
+            std::fs::write(part, "text").unwrap();
+            std::fs::set_permissions(part, PermissionsExt::from_mode(0o600)).unwrap();
+            Ok(())
+        })
+        .unwrap();
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode();
+        assert_eq!(mode(&whole), mode(&plain));
+        assert_eq!(std::fs::read_to_string(&whole).unwrap(), "text");
+    }
 
     #[test]
     fn shards_are_known_by_their_names() {
