@@ -6,8 +6,7 @@ use std::path::Path;
 use half::f16;
 use safetensors::Dtype;
 
-use super::fit::net::{FitNet, Parameter};
-use super::fit::{Fitted, evaluate::HeadScore};
+use super::fit::{Fitted, Parameter, evaluate::HeadScore};
 use super::kind::HeadKind;
 use super::{RawTensor, le_bytes, write_tensors};
 use crate::files::{self, FileError};
@@ -18,19 +17,17 @@ use crate::files::{self, FileError};
 pub fn weights(
     folder: &Path,
     kind: HeadKind,
-    net: &FitNet,
-    params: &[f32],
+    params: &[Parameter],
     vocab: &[(u32, f64)],
 ) -> Result<(), FileError> {
     let mut tensors: Vec<RawTensor<String>> = vec![];
-    for tensor in net.parameters() {
-        let values = &params[tensor.range.clone()];
+    for Parameter { name, shape, values } in params {
         if kind == HeadKind::Medusa {
-            tensors.push(medusa_v2_tensor(&tensor, values));
-        } else if tensor.shape.len() == 2 {
-            tensors.extend(eight_bit(&tensor, values));
+            tensors.push(medusa_v2_tensor(name, shape, values));
+        } else if shape.len() == 2 {
+            tensors.extend(eight_bit(name, shape, values));
         } else {
-            tensors.push((tensor.name, Dtype::F32, tensor.shape, le_bytes!(values)));
+            tensors.push((name.clone(), Dtype::F32, shape.clone(), le_bytes!(values)));
         }
     }
     let map = vocab.iter().flat_map(|&(t, _)| (t as i32).to_le_bytes()).collect();
@@ -43,24 +40,24 @@ pub fn weights(
 }
 
 /// Renames `{h}.w` to Medusa v2's `{h}.0.linear.weight`.
-fn medusa_v2_tensor(parameter: &Parameter, values: &[f32]) -> RawTensor<String> {
-    let (head, name) = parameter.name.split_once('.').expect("{head}.{name}");
+fn medusa_v2_tensor(name: &str, shape: &[usize], values: &[f32]) -> RawTensor<String> {
+    let (head, name) = name.split_once('.').expect("{head}.{name}");
     let name = if name == "b" { "bias" } else { "weight" };
     let bytes = values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect();
-    (format!("{head}.0.linear.{name}"), Dtype::F16, parameter.shape.clone(), bytes)
+    (format!("{head}.0.linear.{name}"), Dtype::F16, shape.to_vec(), bytes)
 }
 
 /// A matrix as integers from -127 to 127, and the scale of each row.
-fn eight_bit(tensor: &Parameter, values: &[f32]) -> [RawTensor<String>; 2] {
-    let n_in = tensor.shape[1];
+fn eight_bit(name: &str, shape: &[usize], values: &[f32]) -> [RawTensor<String>; 2] {
+    let n_in = shape[1];
     let scale = |row: &[f32]| row.iter().fold(0.0f32, |m, v| m.max(v.abs())) / 127.0;
     let scales: Vec<f32> = values.chunks(n_in).map(scale).collect();
     let whole =
         |(i, v): (usize, &f32)| (v / scales[i / n_in].max(f32::MIN_POSITIVE)).round() as i8 as u8;
     let bytes = values.iter().enumerate().map(whole).collect();
     [
-        (tensor.name.clone(), Dtype::I8, tensor.shape.clone(), bytes),
-        (format!("{}.scale", tensor.name), Dtype::F32, vec![scales.len()], le_bytes!(scales)),
+        (name.to_owned(), Dtype::I8, shape.to_vec(), bytes),
+        (format!("{name}.scale"), Dtype::F32, vec![scales.len()], le_bytes!(scales)),
     ]
 }
 
@@ -119,7 +116,7 @@ pub fn card(folder: &Path, origin: &Provenance, fitted: &Fitted) -> Result<(), F
 mod tests {
     use super::*;
     use crate::speculate::heads::{HeadNets, Heads, Shape};
-    use crate::train::fit::net::NetShape;
+    use crate::train::fit::net::{FitNet, NetShape};
 
     /// Heads of both kinds come back from their files as they went in, to the precision of the
     /// file.
@@ -127,15 +124,20 @@ mod tests {
     fn what_is_saved_can_be_loaded() {
         for kind in [HeadKind::Medusa, HeadKind::Conditioned] {
             let shape = NetShape { kind, n_embd: 4, width: 6, n_heads: 2 };
-            let net = FitNet::new(&shape);
-            let params: Vec<f32> = (0..net.n_params).map(|i| (i as f32 * 0.7).sin()).collect();
+            let mut rng = fastrand::Rng::with_seed(2);
+            let net = FitNet::new(&shape, &candle_core::Device::Cpu, &mut rng).unwrap();
+            let params = net.parameters().into_iter().map(|(name, var)| {
+                let n = var.elem_count();
+                let values = (0..n).map(|_| rng.f32() - 0.5).collect();
+                Parameter { name, shape: var.dims().to_vec(), values }
+            });
+            let params: Vec<_> = params.collect();
             let folder = tempfile::tempdir().unwrap();
-            weights(folder.path(), kind, &net, &params, &[(5, 9.5), (2, 3.0), (7, 0.0)]).unwrap();
+            weights(folder.path(), kind, &params, &[(5, 9.5), (2, 3.0), (7, 0.0)]).unwrap();
             let heads = Heads::load(folder.path(), Shape { n_embd: 4, n_vocab: 9 }, 9).unwrap();
             assert_eq!(heads.token_map.unwrap().iter().map(|t| t.0).collect::<Vec<_>>(), [5, 2, 7]);
             let of = |name: &str| {
-                let tensor = net.parameters().into_iter().find(|t| t.name == name).unwrap();
-                params[tensor.range].to_vec()
+                params.iter().find(|parameter| parameter.name == name).unwrap().values.clone()
             };
             let close = |a: &[f32], b: &[f32]| {
                 a.len() == b.len() && a.iter().zip(b).all(|(a, b)| (a - b).abs() < 5e-3)

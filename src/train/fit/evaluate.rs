@@ -1,21 +1,17 @@
 //! Accuracy of heads on held-out text: the rank of the token that followed, among all draft tokens,
 //! given the true path before it.
 
-use std::thread::ScopedJoinHandle;
-
-use ndarray::Axis;
+use candle_core::{D, DType, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::files::FileError;
 use crate::train::fit::batch::Lookup;
-use crate::train::fit::lanes;
 use crate::train::fit::net::FitNet;
 use crate::train::fit::shards::{Shard, Shards};
-use crate::vector::largest;
+use crate::train::fit::{FitError, in_parts};
 
 /// Ranks that are counted one by one.
 const N_RANKS: usize = 16;
-/// Rows at a time, per thread.
+/// Rows at a time, per part.
 const ROWS: usize = 128;
 
 /// The accuracy of one head.
@@ -52,30 +48,21 @@ impl HeadScore {
     }
 }
 
-/// Scores each head on up to `max_rows` rows of the shards.
+/// Scores each head on up to `max_rows` rows of the shards, in `n_parts` parts at once.
 pub fn evaluate(
     net: &FitNet,
-    params: &[f32],
     shards: &Shards,
-    lookup: &Lookup<'_>,
+    lookup: &Lookup,
     max_rows: usize,
-    n_threads: usize,
-) -> Result<Vec<HeadScore>, FileError> {
+    n_parts: usize,
+) -> Result<Vec<HeadScore>, FitError> {
     let mut scores = vec![HeadScore::default(); net.n_heads()];
     let mut left = max_rows;
     for i in 0..shards.len() {
         let shard = shards.load(i)?;
         let rows: Vec<u32> = shard.rows_to_predict_from().take(left).collect();
         left -= rows.len();
-        let parts = std::thread::scope(|scope| {
-            let workers: Vec<_> = rows
-                .chunks(rows.len().div_ceil(n_threads).max(1))
-                .map(|rows| scope.spawn(|| part(net, params, &shard, lookup, rows)))
-                .collect();
-            let joined = |w: ScopedJoinHandle<'_, _>| w.join().expect("a worker does not panic");
-            workers.into_iter().map(joined).collect::<Vec<_>>()
-        });
-        for part in parts {
+        for part in in_parts(&rows, n_parts, |_, rows| part(net, &shard, lookup, rows))? {
             scores.iter_mut().zip(&part).for_each(|(sum, score)| sum.add(score));
         }
     }
@@ -85,35 +72,44 @@ pub fn evaluate(
 /// Scores some rows of a shard.
 fn part(
     net: &FitNet,
-    params: &[f32],
     shard: &Shard,
-    lookup: &Lookup<'_>,
+    lookup: &Lookup,
     rows: &[u32],
-) -> Vec<HeadScore> {
+) -> candle_core::Result<Vec<HeadScore>> {
     let mut scores = vec![HeadScore::default(); net.n_heads()];
     for rows in rows.chunks(ROWS) {
-        let (x, e) = lookup.inputs(shard, rows, net.n_heads());
-        let done = net.forward(params, &x, &e);
-        for (head, score) in scores.iter_mut().enumerate() {
-            let mut logits = net.state(&done, head).dot(&lookup.output().t());
-            for (mut logits, &row) in logits.axis_iter_mut(Axis(0)).zip(rows) {
+        let (x, e) = lookup.inputs(shard, rows, net.n_heads())?;
+        let states = net.forward(&x, &e)?;
+        for (head, (score, states)) in scores.iter_mut().zip(&states).enumerate() {
+            // The examples with a token to predict, and its row in the output matrix.
+            let mut known: Vec<(u32, u32)> = vec![];
+            for (i, &row) in rows.iter().enumerate() {
                 let Some(token) = shard.path(row as usize, 2 + head) else { continue };
                 score.n += 1;
-                let Some(target) = lookup.output_row(token) else {
-                    score.n_outside += 1;
-                    continue;
-                };
-                let logits = logits.as_slice_mut().expect("a row");
-                let logit = logits[target];
-                if let Some(count) = score.ranks.get_mut(lanes::count_above(logits, logit)) {
+                match lookup.output_row(token) {
+                    Some(target) => known.push((i as u32, target)),
+                    None => score.n_outside += 1,
+                }
+            }
+            if known.is_empty() {
+                continue;
+            }
+            let (examples, targets): (Vec<u32>, Vec<u32>) = known.into_iter().unzip();
+            let device = net.device();
+            let states = states.detach().index_select(&Tensor::new(examples, device)?, 0)?;
+            let logits = states.matmul(&lookup.output.t()?)?;
+            let target = logits.gather(&Tensor::new(targets, device)?.unsqueeze(1)?, D::Minus1)?;
+            let above = logits.broadcast_gt(&target)?.to_dtype(DType::F32)?.sum(D::Minus1)?;
+            for rank in above.to_vec1::<f32>()? {
+                if let Some(count) = score.ranks.get_mut(rank as usize) {
                     *count += 1;
                 }
-                let max = largest(logits);
-                score.loss += f64::from(max + lanes::exp_minus(logits, max).ln() - logit);
             }
+            let loss = (logits.log_sum_exp(D::Minus1)?.sum_all()? - target.sum_all()?)?;
+            score.loss += f64::from(loss.to_scalar::<f32>()?);
         }
     }
-    scores
+    Ok(scores)
 }
 
 #[cfg(test)]

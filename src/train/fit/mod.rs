@@ -1,10 +1,11 @@
-//! Fits draft heads: the loop over minibatches, the optimizer, and the best epoch's parameters.
-//! Deterministic by seed for a given number of threads, also across interruptions.
+//! Fits draft heads with candle, on the CPU or a GPU: the loop over minibatches, and the best epoch's
+//! parameters. Deterministic by seed for a device and a number of threads, also across
+//! interruptions.
 
-pub mod batch;
+mod adam;
+mod batch;
 mod checkpoint;
 pub mod evaluate;
-mod lanes;
 mod loss;
 pub mod net;
 pub mod shards;
@@ -12,7 +13,8 @@ pub mod shards;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use ndarray::Array2;
+use candle_core::backprop::GradStore;
+use candle_core::{Device, Tensor};
 use serde::Serialize;
 
 use crate::files::FileError;
@@ -22,8 +24,7 @@ use crate::train::fit::loss::Classes;
 use crate::train::fit::net::{FitNet, NetShape};
 use crate::train::fit::shards::{ModelMatrices, Shard, Shards};
 pub use checkpoint::Epoch;
-use checkpoint::FitState;
-use lanes::AdamStep;
+use checkpoint::{FitState, Position};
 
 /// How to fit.
 #[derive(Serialize)]
@@ -34,27 +35,37 @@ pub struct FitParams {
     /// Rows per step.
     pub batch: usize,
     /// Highest learning rate: reached after the warm-up, a twentieth of it at the end.
-    pub learning_rate: f32,
+    pub learning_rate: f64,
     /// AdamW's weight decay.
-    pub weight_decay: f32,
+    pub weight_decay: f64,
     /// The weight of a head's loss relative to the head before it.
-    pub decay: f32,
+    pub decay: f64,
     /// Classes a step compares with.
     pub n_classes: usize,
     /// Most held-out rows to score after each epoch.
     pub max_held_rows: usize,
     pub seed: u64,
-    /// Threads; each computes a part of every minibatch.
-    pub n_threads: usize,
+    /// Parts of every minibatch whose gradients are added up: on the CPU each has a thread, on a GPU
+    /// they follow one another, and more of them take less memory.
+    pub n_parts: usize,
 }
 
 /// Fitted heads.
 pub struct Fitted {
-    /// Parameters of the best epoch, in [`FitNet`]'s layout.
-    pub params: Vec<f32>,
+    /// Parameters of the best epoch.
+    pub params: Vec<Parameter>,
     /// The index of the best epoch.
     pub best: usize,
     pub history: Vec<Epoch>,
+}
+
+/// A parameter's values.
+pub struct Parameter {
+    /// As [`FitNet::parameters`] names it.
+    pub name: String,
+    /// Rows and columns; a bias has one number.
+    pub shape: Vec<usize>,
+    pub values: Vec<f32>,
 }
 
 /// Why fitting failed.
@@ -67,10 +78,17 @@ pub enum FitError {
     )]
     Empty(&'static str),
     #[error("the loss is {0} at step {1}: try a lower learning rate")]
-    Diverged(f32, usize),
+    Diverged(f64, usize),
+    #[error("candle: {0}")]
+    Candle(#[from] candle_core::Error),
 }
 
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(120);
+
+/// The first GPU if candle was built for them and there is one, otherwise the CPU.
+pub fn device() -> Result<Device, FitError> {
+    Ok(Device::cuda_if_available(0)?)
+}
 
 /// Fits heads to `train`, measures them on `held` after each epoch, and keeps the best epoch's
 /// parameters. A killed run resumes from the file `checkpoint`, written every two minutes and at
@@ -78,8 +96,9 @@ const CHECKPOINT_EVERY: Duration = Duration::from_secs(120);
 pub fn fit(
     train: &Shards,
     held: &Shards,
-    matrices: &ModelMatrices,
+    matrices: ModelMatrices,
     params: &FitParams,
+    device: &Device,
     checkpoint: &Path,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Fitted, FitError> {
@@ -90,43 +109,50 @@ pub fn fit(
     if held.n_rows() == 0 {
         return Err(FitError::Empty("measure"));
     }
-    let net = FitNet::new(&params.shape);
+    let net = FitNet::new(&params.shape, device, &mut fastrand::Rng::with_seed(params.seed))?;
+    let lookup = Lookup::new(matrices, device)?;
     let identity = identity(params, train, held);
     let mut state = if checkpoint.exists() {
-        FitState::load(checkpoint, &identity, net.n_params)?
+        FitState::load(&net, checkpoint, &identity)?
     } else {
-        FitState::new(net.init(&mut fastrand::Rng::with_seed(params.seed)))
+        FitState::new(&net)?
     };
-    let mut trainer = Trainer::new(&net, matrices, params);
+    let trainer = Trainer { net: &net, params, lookup: &lookup, n_steps: plan.n_steps() };
     let mut saved = Instant::now();
-    for epoch in state.history.len()..params.epochs {
+    for epoch in state.position.history.len()..params.epochs {
         for (shard, first_step) in plan.epoch(epoch) {
             let batches = plan.batches[shard];
-            if state.step >= first_step + batches {
+            if state.position.step >= first_step + batches {
                 continue; // done before an interruption
             }
             let data = train.load(shard)?;
             let rows = shuffled_rows(&data, params.seed ^ ((epoch as u64) << 32 | shard as u64));
-            for batch in state.step - first_step..batches {
+            for batch in state.position.step - first_step..batches {
                 let rows = &rows[batch * rows.len() / batches..(batch + 1) * rows.len() / batches];
-                let loss = trainer.step(&mut state, &data, rows, plan.n_steps());
+                let loss = trainer.step(&mut state, &data, rows)?;
                 if !loss.is_finite() {
-                    return Err(FitError::Diverged(loss, state.step));
+                    return Err(FitError::Diverged(loss, state.position.step));
                 }
-                progress(state.step, plan.n_steps());
+                progress(state.position.step, plan.n_steps());
                 if saved.elapsed() >= CHECKPOINT_EVERY {
-                    state.save(checkpoint, &identity)?;
+                    state.save(&net, checkpoint, &identity)?;
                     saved = Instant::now();
                 }
             }
         }
-        let (max_rows, n_threads) = (params.max_held_rows, params.n_threads);
-        let held = evaluate(&net, &state.params, held, &trainer.lookup, max_rows, n_threads)?;
-        state.end_epoch(held, params.decay);
-        state.save(checkpoint, &identity)?;
+        let scores = evaluate(&net, held, &lookup, params.max_held_rows, params.n_parts)?;
+        if state.position.end_epoch(scores, params.decay) {
+            state.keep(&net)?;
+        }
+        state.save(&net, checkpoint, &identity)?;
     }
-    let best = state.best_epoch(params.decay);
-    Ok(Fitted { params: state.best, best, history: state.history })
+    let values = net.parameters().into_iter().zip(&state.best).map(|((name, _), best)| {
+        let values = best.flatten_all()?.to_vec1()?;
+        Ok(Parameter { name, shape: best.dims().to_vec(), values })
+    });
+    let best = state.position.best_epoch(params.decay);
+    let params = values.collect::<Result<_, FitError>>()?;
+    Ok(Fitted { params, best, history: state.position.history })
 }
 
 /// Names parameters and data: a run resumes only from a checkpoint of the same identity.
@@ -135,20 +161,18 @@ fn identity(params: &FitParams, train: &Shards, held: &Shards) -> String {
     serde_json::to_string(&(params, files)).expect("numbers and names have a JSON form")
 }
 
-impl FitState {
-    /// Records an epoch's results, and its parameters if they are the best so far.
-    fn end_epoch(&mut self, held: Vec<HeadScore>, decay: f32) {
+impl Position {
+    /// Records an epoch's results; returns whether it is the best so far.
+    fn end_epoch(&mut self, held: Vec<HeadScore>, decay: f64) -> bool {
         let losses = std::mem::take(&mut self.losses);
         let tenth = losses.len().div_ceil(10).max(1);
         let train_loss =
             losses.chunks(tenth).map(|part| part.iter().sum::<f32>() / part.len() as f32).collect();
         self.history.push(Epoch { train_loss, held });
-        if self.best_epoch(decay) + 1 == self.history.len() {
-            self.best.clone_from(&self.params);
-        }
+        self.best_epoch(decay) + 1 == self.history.len()
     }
 
-    fn best_epoch(&self, decay: f32) -> usize {
+    fn best_epoch(&self, decay: f64) -> usize {
         let loss = |i: usize| self.history[i].held_loss(decay);
         (0..self.history.len()).min_by(|&a, &b| loss(a).total_cmp(&loss(b))).unwrap_or(0)
     }
@@ -200,76 +224,86 @@ fn shuffled_rows(shard: &Shard, seed: u64) -> Vec<u32> {
 struct Trainer<'a> {
     net: &'a FitNet,
     params: &'a FitParams,
-    lookup: Lookup<'a>,
-    /// One gradient per thread, zero between steps.
-    grads: Vec<Vec<f32>>,
+    lookup: &'a Lookup,
+    /// Steps of the whole run.
+    n_steps: usize,
 }
 
-impl<'a> Trainer<'a> {
-    fn new(net: &'a FitNet, matrices: &'a ModelMatrices, params: &'a FitParams) -> Self {
-        let grads = vec![vec![0.0; net.n_params]; params.n_threads.max(1)];
-        Self { net, params, lookup: Lookup::new(matrices), grads }
-    }
-
-    /// Trains on one minibatch: labels, classes, gradients of each thread's rows, an optimizer step.
-    fn step(&mut self, state: &mut FitState, shard: &Shard, rows: &[u32], n_steps: usize) -> f32 {
-        let params = self.params;
-        let mut labels = self.lookup.labels(shard, rows, self.net.n_heads());
-        let seed = params.seed.wrapping_mul(31).wrapping_add(state.step as u64);
+impl Trainer<'_> {
+    /// Trains on one minibatch; returns its mean loss.
+    fn step(&self, state: &mut FitState, shard: &Shard, rows: &[u32]) -> Result<f64, FitError> {
+        let (params, position) = (self.params, &mut state.position);
+        let labels = self.lookup.labels(shard, rows, self.net.n_heads());
+        let seed = params.seed.wrapping_mul(31).wrapping_add(position.step as u64);
         let mut rng = fastrand::Rng::with_seed(seed);
-        let classes =
-            Classes::sample(self.lookup.output(), &mut labels, params.n_classes, &mut rng);
-        let (net, lookup, n_threads) = (self.net, &self.lookup, self.grads.len());
-        let loss: f64 = std::thread::scope(|scope| {
-            let (weights, labels, classes) = (&state.params, &labels, &classes);
-            // Adds the gradient of the minibatch's mean loss from one thread's rows; returns their
-            // share of that loss.
-            let work = move |(i, grad): (usize, &mut Vec<f32>)| {
-                let range = i * rows.len() / n_threads..(i + 1) * rows.len() / n_threads;
-                let (x, e) = lookup.inputs(shard, &rows[range.clone()], net.n_heads());
-                let done = net.forward(weights, &x, &e);
-                let mut loss = 0.0;
-                let mut dz = vec![Array2::zeros(x.dim()); net.n_heads()];
-                for (head, dz) in dz.iter_mut().enumerate() {
-                    let weight = params.decay.powi(head as i32) / rows.len() as f32;
-                    let first = head * rows.len() + range.start;
-                    let z = net.state(&done, head);
-                    loss += classes.cross_entropy(z, labels, first, weight, dz.view_mut());
-                }
-                net.backward(weights, &x, &e, &done, dz, grad);
-                loss
-            };
-            let jobs = self.grads.iter_mut().enumerate();
-            let workers: Vec<_> = jobs.map(|job| scope.spawn(move || work(job))).collect();
-            workers.into_iter().map(|w| w.join().expect("a worker does not panic")).sum()
-        });
-        state.step += 1;
-        state.losses.push(loss as f32);
-        self.optimize(state, n_steps);
-        loss as f32
+        let classes = Classes::sample(&self.lookup.output, labels, params.n_classes, &mut rng)?;
+        let parts = in_parts(rows, params.n_parts, |first, part| {
+            self.part(shard, &classes, part, (first, rows.len()))
+        })?;
+        let loss = parts.iter().map(|(loss, _)| loss).sum();
+        let grads: Vec<GradStore> = parts.into_iter().map(|(_, grads)| grads).collect();
+        position.step += 1;
+        position.losses.push(loss as f32);
+        let (number, rate) = (position.step, self.learning_rate(position.step));
+        let step = adam::Step { number, rate, decay: params.weight_decay };
+        let vars: Vec<_> = self.net.parameters().into_iter().map(|(_, var)| var).collect();
+        step.apply(&vars, &mut state.moments, &grads, params.n_parts)?;
+        Ok(loss)
     }
 
-    /// AdamW, each thread on its part of the parameters.
-    fn optimize(&mut self, state: &mut FitState, n_steps: usize) {
-        let (step, params) = (state.step as f32, self.params);
-        let warm_up = (n_steps as f32 / 20.0).clamp(1.0, 100.0);
-        let part = ((step - warm_up) / (n_steps as f32 - warm_up).max(1.0)).clamp(0.0, 1.0);
-        let cosine = 0.05 + 0.95 * (0.5 + 0.5 * (std::f32::consts::PI * part).cos());
-        let rate = params.learning_rate * (step / warm_up).min(1.0) * cosine;
-        let adam = AdamStep {
-            rate: rate / (1.0 - 0.9f32.powf(step)),
-            second: 1.0 / (1.0 - 0.98f32.powf(step)),
-            decay: rate * params.weight_decay,
-        };
-        let n = state.params.len().div_ceil(self.grads.len()).max(1);
-        let mut grads: Vec<_> = self.grads.iter_mut().map(|grad| grad.chunks_mut(n)).collect();
-        std::thread::scope(|scope| {
-            let moments = state.m.chunks_mut(n).zip(state.v.chunks_mut(n));
-            for (weights, (m, v)) in state.params.chunks_mut(n).zip(moments) {
-                let mut grads: Vec<&mut [f32]> =
-                    grads.iter_mut().filter_map(Iterator::next).collect();
-                scope.spawn(move || lanes::adam(adam, weights, m, v, &mut grads));
-            }
-        });
+    /// The share of a minibatch's mean loss, and the gradients, of its rows from `first` on, of
+    /// `n` in all.
+    fn part(
+        &self,
+        shard: &Shard,
+        classes: &Classes,
+        rows: &[u32],
+        (first, n): (usize, usize),
+    ) -> candle_core::Result<(f64, GradStore)> {
+        let (x, e) = self.lookup.inputs(shard, rows, self.net.n_heads())?;
+        let mut loss = 0.0;
+        let mut along: Option<Tensor> = None;
+        for (head, z) in self.net.forward(&x, &e)?.iter().enumerate() {
+            let weight = self.params.decay.powi(head as i32) / n as f64;
+            let (of_head, gradient) = classes.cross_entropy(z, head * n + first, weight)?;
+            loss += of_head;
+            // Its gradient by z is the loss's.
+            let term = (z * gradient)?.sum_all()?;
+            along = Some(match along {
+                Some(sum) => (sum + term)?,
+                None => term,
+            });
+        }
+        let grads = along.map_or_else(|| Ok(GradStore::default()), |sum| sum.backward())?;
+        Ok((loss, grads))
     }
+
+    /// Of a step, from 1: rises to its highest at the end of the warm-up, then falls along a cosine
+    /// to a twentieth.
+    fn learning_rate(&self, step: usize) -> f64 {
+        let (step, n_steps) = (step as f64, self.n_steps as f64);
+        let warm_up = (n_steps / 20.0).clamp(1.0, 100.0);
+        let part = ((step - warm_up) / (n_steps - warm_up).max(1.0)).clamp(0.0, 1.0);
+        let cosine = 0.05 + 0.95 * (0.5 + 0.5 * (std::f64::consts::PI * part).cos());
+        self.params.learning_rate * (step / warm_up).min(1.0) * cosine
+    }
+}
+
+/// Calls `each` with parts of some rows and the index of each part's first, all at once; returns the
+/// results in order.
+fn in_parts<T: Send>(
+    rows: &[u32],
+    n_parts: usize,
+    each: impl Fn(usize, &[u32]) -> candle_core::Result<T> + Sync,
+) -> candle_core::Result<Vec<T>> {
+    let (n, n_parts) = (rows.len(), n_parts.max(1));
+    std::thread::scope(|scope| {
+        let each = &each;
+        let part = |i: usize| {
+            let range = i * n / n_parts..(i + 1) * n / n_parts;
+            scope.spawn(move || each(range.start, &rows[range]))
+        };
+        let workers: Vec<_> = (0..n_parts).map(part).collect();
+        workers.into_iter().map(|w| w.join().expect("a worker does not panic")).collect()
+    })
 }

@@ -8,7 +8,6 @@ use crate::llama::{LlamaError, Model};
 use crate::train::{read_header, read_tensor};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
-use ndarray::Array2;
 use safetensors::{Dtype, SafeTensors};
 
 /// The shards of one kind in a folder.
@@ -30,10 +29,12 @@ pub struct Shard {
 
 /// The model's matrices that fitting reads.
 pub struct ModelMatrices {
+    /// Width, d.
+    pub n_embd: usize,
     /// Embeddings [V, d].
-    pub embedding: Array2<f32>,
+    pub embedding: Vec<f32>,
     /// Output rows of the draft vocabulary [n, d].
-    pub output: Array2<f32>,
+    pub output: Vec<f32>,
     /// The token of each output row.
     pub token_map: Vec<u32>,
 }
@@ -174,13 +175,7 @@ impl ModelMatrices {
         let rows = model.output_rows()?;
         let mut values = Vec::with_capacity(token_map.len() * rows.n_in());
         token_map.iter().try_for_each(|&t| rows.read(t as usize, 1, &mut values))?;
-        let shaped =
-            |n, d, values| Array2::from_shape_vec((n, d), values).expect("rows of d values");
-        Ok(Self {
-            embedding: shaped(whole.n_out, whole.n_in, whole.values),
-            output: shaped(token_map.len(), rows.n_in(), values),
-            token_map,
-        })
+        Ok(Self { n_embd: whole.n_in, embedding: whole.values, output: values, token_map })
     }
 }
 
