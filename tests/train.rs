@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -12,10 +13,16 @@ use medusa_llama::request::{Part, Prompt};
 use medusa_llama::train::prompts;
 use serde_json::json;
 
+/// Trains on a file of prompts.
 fn train(folder: &Path, args: &[&str]) -> Output {
     let prompts = folder.join("prompts.jsonl");
     let asked = |i: usize| json!({ "prompt": format!("What is {i} plus {i}?") }).to_string() + "\n";
     std::fs::write(&prompts, (0..80).map(asked).collect::<String>()).unwrap();
+    train_alone(folder, &[&["--prompts", prompts.to_str().unwrap()], args].concat())
+}
+
+/// Trains on the model's own prompts.
+fn train_alone(folder: &Path, args: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_medusa-llama"));
     command.args([
         "train",
@@ -31,14 +38,7 @@ fn train(folder: &Path, args: &[&str]) -> Output {
         "2",
     ]);
     command.args(["--draft-vocab", "1024", "--tokens", "1500", "-m"]).arg(model_path());
-    command
-        .arg("--prompts")
-        .arg(prompts)
-        .arg("--work")
-        .arg(folder.join("work"))
-        .args(args)
-        .output()
-        .unwrap()
+    command.arg("--work").arg(folder.join("work")).args(args).output().unwrap()
 }
 
 /// Trains heads of a kind and returns their files' bytes, after a server has drafted with them.
@@ -53,6 +53,9 @@ fn trained(work: &Path, output: &Path, kind: &str, file: &str) -> Vec<u8> {
         "{card}"
     );
     assert!(std::fs::read_to_string(output.join("loss.svg")).unwrap().contains("<svg"));
+    // Another user's server may read them, as far as this user's umask allows.
+    let mode = |file: &str| output.join(file).metadata().unwrap().permissions().mode();
+    assert_eq!(mode(file), mode("README.md"));
     let server = Server::start(&["--ctx", "256", "--heads", output.to_str().unwrap()]);
     assert_eq!(server.get("/").json()["heads"], 2);
     assert_eq!(server.generate(&json!({ "prompt": "1 2 3", "max_tokens": 4 })).status, 200);
@@ -83,6 +86,48 @@ fn a_few_prompts_become_heads_of_either_kind_and_a_second_run_goes_on_where_the_
     std::fs::remove_file(folder.path().join("work/checkpoint.safetensors")).unwrap();
     trained(folder.path(), &plain, "medusa", "medusa_lm_head.safetensors");
     assert_eq!(features(), n_before);
+}
+
+/// Without prompts the model writes some, the same ones if the file is lost, half of it too.
+#[test]
+fn a_model_writes_its_own_prompts() {
+    let folder = tempfile::tempdir().unwrap();
+    let texts = folder.path().join("texts/of");
+    std::fs::create_dir_all(&texts).unwrap();
+    std::fs::write(texts.join("boats.txt"), "The old boat lay in the harbour. ".repeat(30))
+        .unwrap();
+    let output = folder.path().join("heads");
+    let run = |texts: &Path| {
+        let args = ["-o", output.to_str().unwrap(), "--texts", texts.to_str().unwrap()];
+        train_alone(folder.path(), &[&args[..], &["--own-prompts", "70", "--width", "64"]].concat())
+    };
+    let done = run(&folder.path().join("texts"));
+    let err = String::from_utf8_lossy(&done.stderr).into_owned();
+    assert!(done.status.success(), "{err}");
+    assert!(output.join("conditioned_heads.safetensors").exists());
+
+    let file = folder.path().join("work/prompts.jsonl");
+    let written = std::fs::read_to_string(&file).unwrap();
+    let prompts = prompts::read(&file).unwrap();
+    assert!(prompts.len() >= 70, "{}", prompts.len());
+    let long = prompts.iter().filter(|p| p.category.as_deref() == Some("long"));
+    assert!(
+        long.clone().count() > 5 && long.clone().all(|p| p.message.contains("The old boat lay"))
+    );
+    let unique: std::collections::HashSet<_> = prompts.iter().map(|p| &p.message).collect();
+    assert_eq!(unique.len(), prompts.len());
+
+    // The run was killed after its first wave.
+    let first = |line: &&str| line.contains("\"wave\":0");
+    let kept: String = written.lines().filter(first).map(|line| line.to_owned() + "\n").collect();
+    assert!(kept.len() < written.len());
+    std::fs::write(&file, kept).unwrap();
+    let done = run(&folder.path().join("texts"));
+    assert!(done.status.success());
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), written);
+
+    let none = run(&folder.path().join("work"));
+    assert!(String::from_utf8_lossy(&none.stderr).contains("holds no text of 400 bytes"));
 }
 
 /// Training renders a prompt to the tokens that a server computes for the same messages: the server

@@ -129,8 +129,8 @@ pub(super) fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let report = runtime.block_on(async {
         let handle = engine.ready().await.map_err(|e| anyhow!(e))?;
-        if !args.prompts.raw {
-            prompts::render(&mut prompts, &handle.model, args.prompts.system.as_deref())?;
+        if !args.prompts.style.raw {
+            prompts::render(&mut prompts, &handle.model, args.prompts.style.system.as_deref())?;
         }
         measure(args, &handle, &prompts).await
     });

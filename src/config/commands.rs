@@ -21,6 +21,14 @@ pub struct PromptArgs {
     /// "category"
     #[arg(long = "prompts", value_name = "FILE.jsonl")]
     pub file: PathBuf,
+    /// How they become what a model continues.
+    #[command(flatten)]
+    pub style: PromptStyle,
+}
+
+/// How prompts become what a model continues.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct PromptStyle {
     /// System message before each prompt
     #[arg(long)]
     pub system: Option<String>,
@@ -84,8 +92,20 @@ pub struct GenerateArgs {
 pub struct TrainArgs {
     #[command(flatten)]
     pub(crate) model: ModelArgs,
+    /// File of prompts: one JSON object per line, with "prompt" or "turns" [default: the model
+    /// writes its own]
+    #[arg(long, value_name = "FILE.jsonl")]
+    pub prompts: Option<PathBuf>,
+    /// Prompts that the model writes itself [default: one for each MAX_ANSWER of TOKENS without
+    /// --prompts, none with it]
+    #[arg(long, value_name = "N", value_parser = between(1, 1 << 24))]
+    pub own_prompts: Option<usize>,
+    /// Folder of texts (.txt, .md, .rst, .html): some of the model's own prompts ask about passages of
+    /// them [default: passages that the model wrote]
+    #[arg(long, value_name = "DIR")]
+    pub texts: Option<PathBuf>,
     #[command(flatten)]
-    pub(crate) prompts: PromptArgs,
+    pub(crate) style: PromptStyle,
     /// Folder to write the heads to
     #[arg(short, long, value_name = "DIR")]
     pub output: PathBuf,

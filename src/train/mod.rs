@@ -1,8 +1,9 @@
-//! Training of heads, from a GGUF file and a file of prompts and nothing else.
+//! Training of heads, from a GGUF file and nothing else, or with prompts.
 //!
-//! 1. `answers`: the model answers the prompts, in the batched engine.
-//! 2. `features`: hidden states and distributions at each token go to the disk.
-//! 3. `fit`: heads learn from them; `save` writes them.
+//! 1. `own`: the model writes prompts, unless there are some.
+//! 2. `answers`: it answers them, in the batched engine.
+//! 3. `features`: hidden states and distributions at each token go to the disk.
+//! 4. `fit`: heads learn from them; `save` writes them.
 //!
 //! A killed run resumes in the same work folder.
 
@@ -10,6 +11,7 @@ pub(crate) mod answers;
 pub(crate) mod features;
 pub(crate) mod fit;
 pub mod kind;
+pub(crate) mod own;
 pub mod prompts;
 pub(crate) mod save;
 

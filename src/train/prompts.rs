@@ -22,6 +22,13 @@ pub struct Prompt {
     pub category: Option<String>,
 }
 
+impl Prompt {
+    /// A user's message, not yet rendered.
+    pub fn of(message: String) -> Self {
+        Self { prompt: message.as_str().into(), message, category: None }
+    }
+}
+
 /// Reads a file with one JSON object per line, whose `prompt` (or first of `turns`) is a user's
 /// message.
 ///
@@ -35,12 +42,8 @@ pub fn read(path: &Path) -> Result<Vec<Prompt>, FileError> {
         let value: Value = serde_json::from_str(line).map_err(|e| fail(i, &e))?;
         let text = value["prompt"].as_str().or_else(|| value["turns"][0].as_str());
         let text = text.ok_or_else(|| fail(i, &"has no string \"prompt\""))?.to_owned();
-        let prompt = text.as_str().into();
-        prompts.push(Prompt {
-            message: text,
-            prompt,
-            category: value["category"].as_str().map(str::to_owned),
-        });
+        let category = value["category"].as_str().map(str::to_owned);
+        prompts.push(Prompt { category, ..Prompt::of(text) });
     }
     if prompts.is_empty() {
         return Err(FileError::new(path, "holds no prompts"));
