@@ -9,8 +9,8 @@ use safetensors::SafeTensors;
 use serde::{Deserialize, Serialize};
 
 use crate::files::{FileError, write_whole};
-use crate::train::fit::FitError;
 use crate::train::fit::adam::Moments;
+use crate::train::fit::error::FitError;
 use crate::train::fit::evaluate::HeadScore;
 use crate::train::fit::net::FitNet;
 

@@ -5,9 +5,10 @@ use candle_core::{D, DType, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::train::fit::batch::Lookup;
+use crate::train::fit::error::FitError;
 use crate::train::fit::net::FitNet;
+use crate::train::fit::parts::in_parts;
 use crate::train::fit::shards::{Shard, Shards};
-use crate::train::fit::{FitError, in_parts};
 
 /// Ranks that are counted one by one.
 const N_RANKS: usize = 16;

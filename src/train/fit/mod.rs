@@ -5,9 +5,11 @@
 mod adam;
 mod batch;
 mod checkpoint;
+mod error;
 pub mod evaluate;
 mod loss;
 pub mod net;
+mod parts;
 pub mod shards;
 
 use std::path::Path;
@@ -17,7 +19,6 @@ use candle_core::backprop::GradStore;
 use candle_core::{Device, Tensor};
 use serde::Serialize;
 
-use crate::files::FileError;
 use crate::train::fit::batch::Lookup;
 use crate::train::fit::evaluate::{HeadScore, evaluate};
 use crate::train::fit::loss::Classes;
@@ -25,6 +26,8 @@ use crate::train::fit::net::{FitNet, NetShape};
 use crate::train::fit::shards::{ModelMatrices, Shard, Shards};
 pub use checkpoint::Epoch;
 use checkpoint::{FitState, Position};
+pub use error::FitError;
+use parts::in_parts;
 
 /// How to fit.
 #[derive(Serialize)]
@@ -66,21 +69,6 @@ pub struct Parameter {
     /// Rows and columns; a bias has one number.
     pub shape: Vec<usize>,
     pub values: Vec<f32>,
-}
-
-/// Why fitting failed.
-#[derive(Debug, thiserror::Error)]
-pub enum FitError {
-    #[error(transparent)]
-    File(#[from] FileError),
-    #[error(
-        "no rows to {0} on: every twentieth prompt is held out, so it takes a few dozen prompts and their answers"
-    )]
-    Empty(&'static str),
-    #[error("the loss is {0} at step {1}: try a lower learning rate")]
-    Diverged(f64, usize),
-    #[error("candle: {0}")]
-    Candle(#[from] candle_core::Error),
 }
 
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(120);
@@ -287,23 +275,4 @@ impl Trainer<'_> {
         let cosine = 0.05 + 0.95 * (0.5 + 0.5 * (std::f64::consts::PI * part).cos());
         self.params.learning_rate * (step / warm_up).min(1.0) * cosine
     }
-}
-
-/// Calls `each` with parts of some rows and the index of each part's first, all at once; returns the
-/// results in order.
-fn in_parts<T: Send>(
-    rows: &[u32],
-    n_parts: usize,
-    each: impl Fn(usize, &[u32]) -> candle_core::Result<T> + Sync,
-) -> candle_core::Result<Vec<T>> {
-    let (n, n_parts) = (rows.len(), n_parts.max(1));
-    std::thread::scope(|scope| {
-        let each = &each;
-        let part = |i: usize| {
-            let range = i * n / n_parts..(i + 1) * n / n_parts;
-            scope.spawn(move || each(range.start, &rows[range]))
-        };
-        let workers: Vec<_> = (0..n_parts).map(part).collect();
-        workers.into_iter().map(|w| w.join().expect("a worker does not panic")).collect()
-    })
 }
