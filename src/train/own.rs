@@ -382,7 +382,7 @@ mod tests {
             "One sentence of this text. ".repeat(200) + "\n\n" + &"Another one. ".repeat(100);
         let mut rng = fastrand::Rng::with_seed(1);
         for _ in 0..50 {
-            let passage = passage(&[text.clone()], 900, &mut rng);
+            let passage = passage(std::slice::from_ref(&text), 900, &mut rng);
             assert!(passage.ends_with('.') && passage.len() <= 900, "{passage}");
             assert!(passage.starts_with("One") || passage.starts_with("Another"), "{passage}");
         }
