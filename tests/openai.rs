@@ -40,6 +40,40 @@ fn python_client_is_content(script: &str, server: &Server) {
     assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
 }
 
+/// `benches/against` compares servers by what this dialect tells of them.
+#[test]
+fn servers_are_compared() {
+    let server = Server::start(&["--batch-size", "2", "--ctx", "256", "--api-key", "secret"]);
+    let folder = tempfile::tempdir().unwrap();
+    let prompts = folder.path().join("prompts.jsonl");
+    let lines =
+        (0..8).map(|i| json!({ "prompt": format!("What is {i} + {{1}}?") }).to_string() + "\n");
+    std::fs::write(&prompts, lines.collect::<String>()).unwrap();
+    let run = |key: &str| {
+        let mut against = Command::new("python3");
+        against.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/against"));
+        let args = ["--parallel", "1,2", "--rounds", "2", "-k", "2", "-n", "6", "--api-key", key];
+        against.args(args).arg("--prompts").arg(&prompts);
+        let servers = [format!("a=http://{}", server.addr), format!("b=http://{}/v1", server.addr)];
+        against.args(servers).output().unwrap()
+    };
+    let done = run("secret");
+    let (table, log) =
+        (String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
+    assert!(done.status.success(), "{log}");
+    assert_eq!(
+        log.lines().filter(|line| line.contains(r#""requests": 2, "errors": 0"#)).count(),
+        8
+    );
+    for begin in ["| 1 | a | ", "| 1 | b | ", "| 2 | a | ", "| 2 | b | "] {
+        let row = table.lines().find(|line| line.starts_with(begin)).expect(begin);
+        let speed: f64 = row.split(" | ").nth(2).unwrap().parse().unwrap();
+        assert!(speed > 0.0, "{row}");
+    }
+    let refused = run("wrong");
+    assert!(!refused.status.success() && String::from_utf8_lossy(&refused.stderr).contains("401"));
+}
+
 /// Vercel's AI SDK, in JavaScript.
 #[test]
 fn the_ai_sdk_is_content() {

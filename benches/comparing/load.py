@@ -33,18 +33,36 @@ def prompts(path, how_many):
 
 
 def body_of(kind, prompt, max_tokens, extra):
-    """Greedy, streamed, from no cached prompt."""
-    body = {"prompt": prompt, "temperature": 0, "stream": True, "cache_prompt": False}
+    """Greedy and streamed; from no cached prompt where that can be asked for."""
+    body = {"temperature": 0, "stream": True}
+    if kind == "openai":
+        return body | {"messages": [{"role": "user", "content": prompt}], "max_tokens": max_tokens,
+                       "stream_options": {"include_usage": True}} | extra
     ours = {"max_tokens": max_tokens, "raw": True}
-    return body | ({"n_predict": max_tokens} if kind == "llama" else ours) | extra
+    return body | {"prompt": prompt, "cache_prompt": False} | ({"n_predict": max_tokens} if kind == "llama" else ours) | extra
 
 
-def ask(kind, url, prompt, category, max_tokens, extra=None, stopped=lambda: False):
-    """One request, to the end, or until it is `stopped`, by hanging up."""
+def piece_of(kind, event):
+    """The text of an event, thoughts included."""
+    if kind != "openai":
+        return event.get("content") if kind == "llama" else event.get("generated_text")
+    deltas = [choice.get("delta") or {} for choice in event.get("choices") or []]
+    return "".join(delta.get(key) or "" for delta in deltas for key in ("reasoning_content", "reasoning", "content"))
+
+
+def tokens_of(kind, event):
+    """Tokens of the answer, if an event says how many."""
+    return event.get("tokens_predicted") if kind == "llama" else (event.get("usage") or {}).get("completion_tokens")
+
+
+PATHS = {"llama": "/completion", "ours": "/generate", "openai": "/v1/chat/completions"}
+
+
+def ask(kind, url, prompt, category, max_tokens, extra=None, stopped=lambda: False, headers=None):
+    """One request, to the end, or until it is `stopped`, by hanging up. A server that counts no tokens has one in each piece."""
     answer = Answer(category, sent=time.perf_counter())
-    path = "/completion" if kind == "llama" else "/generate"
     body = json.dumps(body_of(kind, prompt, max_tokens, extra or {})).encode()
-    request = urllib.request.Request(url + path, body, {"Content-Type": "application/json"})
+    request = urllib.request.Request(url + PATHS[kind], body, {"Content-Type": "application/json", **(headers or {})})
     with urllib.request.urlopen(request, timeout=900) as response:
         for line in response:
             if not line.startswith(b"data:") or line.startswith(b"data: [DONE]"):
@@ -52,19 +70,18 @@ def ask(kind, url, prompt, category, max_tokens, extra=None, stopped=lambda: Fal
             now, event = time.perf_counter(), json.loads(line[5:])
             if "error" in event:
                 raise RuntimeError(event["error"])
-            piece = event.get("content") if kind == "llama" else event.get("generated_text")
-            if piece:
+            if piece := piece_of(kind, event):
                 answer.pieces.append(now)
                 answer.text += piece
-            tokens = event.get("tokens_predicted") if kind == "llama" else event.get("usage", {}).get("completion_tokens")
-            answer.tokens = tokens or answer.tokens
+            answer.tokens = tokens_of(kind, event) or answer.tokens
             if stopped():
                 break
     answer.end = time.perf_counter()
+    answer.tokens = answer.tokens or len(answer.pieces)
     return answer
 
 
-def run(kind, url, asked, parallel, max_tokens, template=CHATML, extra=None):
+def run(kind, url, asked, parallel, max_tokens, template=CHATML, extra=None, headers=None):
     """All prompts, `parallel` at a time; returns the answers, the errors and the seconds it took."""
     todo, answers, errors = queue.Queue(), [], []
     for prompt in asked:
@@ -77,7 +94,7 @@ def run(kind, url, asked, parallel, max_tokens, template=CHATML, extra=None):
             except queue.Empty:
                 return
             try:
-                answers.append(ask(kind, url, template.format(prompt), category, max_tokens, extra))
+                answers.append(ask(kind, url, template.replace("{}", prompt), category, max_tokens, extra, headers=headers))
             except Exception as error:  # whatever it is, the run goes on and says so
                 errors.append(f"{type(error).__name__}: {error}")
 
