@@ -54,7 +54,7 @@
 //! | [`chat`] | conversations: messages and tools to a prompt and the form of its answer, and an answer's text to thoughts and calls, for `http`, `train` and `bench` | dialects |
 //! | [`hub`] | models and heads by their names on the Hugging Face Hub: `name`, `pick` the files that one means, `snapshot` a repository online or from the cache, `download` with further attempts, `transfer` with checksums | requests, engine |
 //! | [`jinja`] | Jinja as Python's library renders it, with texts that know what came from outside | chats |
-//! | [`train`] | training of heads: answers, features, fit | HTTP |
+//! | [`train`] | training of heads: `own`, prompts that the model writes; `answers` to prompts, `features`, `fit` | HTTP |
 //! | [`synth`] | models and heads with random weights: in the shapes of known models for benchmarks, of many architectures for tests | requests |
 //! | `machine` | cores and memory that this process may use, and how busy others keep them | requests |
 //! | `eval`, `plot`, [`files`] | perplexity; SVG plots; files that appear whole, and names of shards | requests |
