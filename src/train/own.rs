@@ -173,7 +173,7 @@ pub async fn write(
     progress(lines.len());
     while lines.len() < wanted.n {
         let seed = |i: usize| {
-            fastrand::Rng::with_seed(wanted.seed ^ ((wave * WAVE + i) as u64) << 8).u64(..)
+            fastrand::Rng::with_seed(wanted.seed ^ ((wave * (WAVE + 2) + i) as u64) << 8).u64(..)
         };
         let requests = (0..WAVE).map(|i| turn.request(seed(i)));
         let messages = ask(handle, requests.collect()).await?;
