@@ -101,7 +101,7 @@ pub enum Command {
     Serve(Box<ServeArgs>),
     /// Generate text from one prompt, streamed to the terminal
     Generate(GenerateArgs),
-    /// Train heads for a model from its own answers to a file of prompts
+    /// Train heads for a model from its answers to prompts that it writes, or to a file of prompts
     Train(TrainArgs),
     /// Measure the speed with and without drafts on a file of prompts
     Bench(BenchArgs),
