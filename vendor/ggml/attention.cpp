@@ -23,8 +23,8 @@
 // in their order, are divided into chunks; the sums over each chunk are merged in that order, as in
 // https://arxiv.org/pdf/2112.05682. Adjacent rows of a tile that see about the same cells form a
 // group: chunks that are equal for all of them are computed together, the others row by row. Where
-// there are fewer than four tiles for a thread, an item is a part of a tile's chunks; if it is long,
-// of all KV heads one after another, as they lie beside each other in a cell.
+// there are fewer than four tiles for a thread, an item is a part of a tile's chunks; a long one of
+// all KV heads one after another, as they lie beside each other in a cell.
 //
 // So a row's result does not depend, bit for bit, on where in the cache its cells are, only on
 // their order, nor on the rows beside it nor on the number of threads.
@@ -53,6 +53,7 @@ constexpr int TILE_ROWS = 24;  // query rows x heads of a tile
 constexpr int LANES = 16;      // the most F32 values of a vector
 constexpr int CACHE_LINE = 16; // F32 values
 constexpr int EPR = GGML_F32_EPR;
+constexpr int KEYS_AT_ONCE = 4; // in registers
 constexpr int64_t AHEAD_BYTES = 1 << 17; // of keys and values, to fetch ahead
 
 // Query rows for which a cell's values are in registers at a time: as many as there are registers
@@ -116,7 +117,8 @@ inline void fetch(const char* data, size_t n) {
     }
 }
 
-// Keys or values of one KV head, d of each of n cells. `ahead` more cells are listed after them.
+// Keys or values of one KV head, d of each of n cells. More are listed after them: as many as are
+// fetched ahead, and those that fill up the last KEYS_AT_ONCE.
 template <typename T>
 struct Rows {
     const char* data;
@@ -337,7 +339,8 @@ inline float max_of(const float* x, int n) {
 struct Op {
     const ggml_tensor *q, *k, *v, *mask, *sinks, *dst;
     int64_t DK, DV, n_q, n_cells, n_head, n_streams, group, kv_group3;
-    int64_t tile_heads, tile_q, head_tiles, q_tiles, item_kv_heads, n_parts, max_chunks, words, ahead;
+    int64_t tile_heads, tile_q, head_tiles, q_tiles, item_kv_heads, n_parts, max_chunks, words;
+    int64_t ahead; // cells to fetch ahead
     float scale, max_bias, softcap, m0, m1;
     uint32_t n_head_log2;
 
@@ -357,7 +360,7 @@ struct Op {
     size_t scratch() const {
         const int64_t converted = (in_place(k->type) ? 0 : DK) + (in_place(v->type) ? 0 : DV);
         return n_rows() * (DK + BLOCK + 2 * (DV + 2)) + BLOCK * (1 + converted) + 6 * words +
-               n_cells + 64 + ahead + 2 * CACHE_LINE;
+               n_cells + ahead + KEYS_AT_ONCE + 2 * CACHE_LINE;
     }
     // Floats of the sums of all chunks, where threads divide them.
     size_t partials() const {
@@ -425,7 +428,7 @@ struct Tile {
     uint64_t* group;  // [words], a bit for each cell that any row of a group sees
     uint64_t* common; // [words], that all of them see
     uint64_t* next;   // [words], that the row after the group sees
-    int* order;       // [n_cells], the cells that a group or row sees
+    int* order;       // [n_cells + ahead + KEYS_AT_ONCE], the cells that a group or row sees
 
     Tile(const Op& op, int64_t item, float* scratch) : op(op) {
         part = item % op.n_parts;
@@ -463,12 +466,15 @@ struct Tile {
         }
     }
 
-    // Goes on with the query rows' heads that share a KV head.
+    // The first of the tile's heads that share a KV head.
+    int64_t first_head(int64_t kv_h) const { return kv_h * op.group + i_ht * op.tile_heads; }
+
+    // Goes on with these.
     void select(int64_t kv_h) {
         const int64_t k3 = i3 / op.kv_group3;
         keys = (const char*)op.k->data + kv_h * op.k->nb[2] + k3 * op.k->nb[3];
         values = (const char*)op.v->data + kv_h * op.v->nb[2] + k3 * op.v->nb[3];
-        h0 = kv_h * op.group + i_ht * op.tile_heads;
+        h0 = first_head(kv_h);
         for (int64_t i = 0; i < nq; i++) {
             for (int64_t h = 0; h < nh; h++) {
                 float* row = Q + (i * nh + h) * op.DK;
@@ -542,8 +548,10 @@ struct Tile {
                 n += __builtin_popcountll(seen[w]);
             }
             attend(i, i + 1, partials, seen, n, n_shared, chunks(n));
-            for (int64_t h = 0; h < op.n_head && op.n_parts > 1 && part == 0; h++) {
-                *op.n_partials(partials, i3, q0 + i, h) = chunks(n);
+            for (int64_t kv_h = kv_from; kv_h < kv_to && op.n_parts > 1 && part == 0; kv_h++) {
+                for (int64_t h = 0; h < nh; h++) {
+                    *op.n_partials(partials, i3, q0 + i, first_head(kv_h) + h) = chunks(n);
+                }
             }
         }
     }
@@ -579,7 +587,7 @@ struct Tile {
     // Lists the cells from..to of those in `seen`, and those that follow, or the last one again, to
     // fetch ahead.
     void list(const uint64_t* seen, int64_t from, int64_t to) {
-        const int64_t n = to - from + op.ahead;
+        const int64_t n = to - from + op.ahead + KEYS_AT_ONCE;
         int64_t skip = from, listed = 0;
         for (int64_t w = 0; w < op.words && listed < n; w++) {
             uint64_t rest = seen[w];
