@@ -8,8 +8,11 @@ use crate::train::fit::shards::{ModelMatrices, Shard};
 
 /// Looks up the embeddings and output rows of tokens.
 pub struct Lookup {
-    /// [V + 1, d]: the last row is zero, for tokens that do not exist.
+    /// [V + 1, d], times `scale`: the last row is zero, for tokens that do not exist.
     embedding: Tensor,
+    /// What brings embeddings to a mean square of one. They can be far smaller than states, and a head
+    /// that begins with weights of the same size for both would learn of tokens last.
+    pub scale: f32,
     /// The output matrix [n, d].
     pub output: Tensor,
     /// The row of each token in the output matrix.
@@ -25,12 +28,16 @@ impl Lookup {
             output_rows[token as usize] = row as u32;
         }
         let mut embedding = matrices.embedding;
+        let squares: f64 = embedding.iter().map(|v| f64::from(*v).powi(2)).sum();
+        let scale = (embedding.len() as f64 / squares.max(f64::MIN_POSITIVE)).sqrt() as f32;
+        embedding.iter_mut().for_each(|v| *v *= scale);
         embedding.resize((n_vocab + 1) * n_embd, 0.0);
         let n_output = matrices.token_map.len();
         Ok(Self {
             embedding: Tensor::from_vec(embedding, (n_vocab + 1, n_embd), device)?,
             output: Tensor::from_vec(matrices.output, (n_output, n_embd), device)?,
             output_rows,
+            scale,
         })
     }
 
@@ -80,5 +87,30 @@ impl Lookup {
             }
         }
         labels
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn embeddings_of_any_size_weigh_the_same() {
+        let lookup = |size: f32| {
+            let embedding = [1.0, -2.0, 0.5, 3.0, 0.0, 1.0].map(|v| v * size).to_vec();
+            let matrices =
+                ModelMatrices { n_embd: 2, embedding, output: vec![1.0; 4], token_map: vec![2, 0] };
+            Lookup::new(matrices, &Device::Cpu).unwrap()
+        };
+        let [small, large] = [0.01, 100.0].map(lookup);
+        let rows = |lookup: &Lookup| lookup.embedding.to_vec2::<f32>().unwrap();
+        let squares: f32 = rows(&small).iter().flatten().map(|v| v * v).sum();
+        assert!((squares / 6.0 - 1.0).abs() < 1e-5 && rows(&small)[3] == [0.0, 0.0]);
+        for (a, b) in rows(&small).concat().iter().zip(rows(&large).concat()) {
+            assert!((a - b).abs() < 1e-5, "{a}, not {b}");
+        }
+        assert!((small.scale / large.scale / 1e4 - 1.0).abs() < 1e-5);
+        assert_eq!(small.output_row(2), Some(0));
+        assert_eq!(small.output_row(1), None);
     }
 }

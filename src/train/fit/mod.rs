@@ -135,7 +135,9 @@ pub fn fit(
         state.save(&net, checkpoint, &identity)?;
     }
     let values = net.parameters().into_iter().zip(&state.best).map(|((name, _), best)| {
-        let values = best.flatten_all()?.to_vec1()?;
+        // Served heads see embeddings as they are.
+        let scale = if FitNet::reads_embedding(&name) { f64::from(lookup.scale) } else { 1.0 };
+        let values = (best.flatten_all()? * scale)?.to_vec1()?;
         Ok(Parameter { name, shape: best.dims().to_vec(), values })
     });
     let best = state.position.best_epoch(params.decay);

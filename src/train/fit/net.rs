@@ -74,6 +74,11 @@ impl FitNet {
         all
     }
 
+    /// Whether the parameter of this name multiplies embeddings.
+    pub fn reads_embedding(name: &str) -> bool {
+        name.ends_with(".u")
+    }
+
     /// The states of all heads, each [b, d], for hidden states `x` [b, d] and the embeddings `e` of
     /// the tokens c_0, c_1, ..., one [b, d] per head.
     pub fn forward(&self, x: &Tensor, e: &[Tensor]) -> Result<Vec<Tensor>> {
