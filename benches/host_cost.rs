@@ -1,8 +1,8 @@
 //! The engine's own cost per step, without a model: plan, commit, sampling, text, events.
 //!
 //! `cargo bench --bench host_cost`. A step of N decoding sequences over a vocabulary of 49,152
-//! (SmolLM2's) whose forward pass does nothing. Greedy reads every logit once; sampled runs
-//! llama.cpp's filters with `/generate`'s defaults.
+//! (SmolLM2's) whose forward pass does nothing. Greedy reads every logit once; sampled filters
+//! with `/generate`'s defaults, where the model is sure and where it is not.
 #![allow(missing_docs)]
 
 use std::hint::black_box;
@@ -23,14 +23,15 @@ const N_CTX: usize = 1 << 16;
 struct Still(Vec<Vec<f32>>);
 
 impl Still {
-    fn new(n_rows: usize) -> Self {
-        // Shaped like a model's: a bell of a thousandth of the mass, and some forty likely tokens
-        // ahead of it.
+    /// Shaped like a model's: a bell of a thousandth of the mass, and some forty likely tokens ahead of
+    /// it; or, if it `is_unsure`, a bell so wide that 95% of the mass are some four thousand tokens.
+    fn new(n_rows: usize, is_unsure: bool) -> Self {
         let uniform = |i: usize| {
             ((i as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 40) as f32 / (1u64 << 24) as f32
         };
         let bell = |i: usize| (0..6).map(|k| uniform(i * 6 + k + 1)).sum::<f32>() - 3.0;
         let logit = |row: usize, i: usize| match i % 1229 {
+            _ if is_unsure => 4.2 * bell(i + row),
             0 => 20.0 - 0.3 * ((i / 1229 + row) % 40) as f32,
             _ => 2.5 * bell(i + row),
         };
@@ -73,7 +74,7 @@ struct Decoding {
 }
 
 impl Decoding {
-    fn new(n: usize, temperature: f32) -> Self {
+    fn new(n: usize, temperature: f32, is_unsure: bool) -> Self {
         let limits = Limits {
             n_slots: n,
             n_ctx: N_CTX,
@@ -81,7 +82,7 @@ impl Decoding {
             n_prefill: None,
             layout: Layout::Streams { n_cells: N_CTX },
         };
-        let engine = Engine::new(Still::new(n), limits, Default::default());
+        let engine = Engine::new(Still::new(n, is_unsure), limits, Default::default());
         let mut decoding = Self { engine, receivers: vec![], temperature, n_left: 0 };
         decoding.start(n);
         decoding
@@ -134,14 +135,15 @@ impl Decoding {
 }
 
 fn host_cost(c: &mut Criterion) {
-    for (name, temperature) in [("greedy", 0.0), ("sampled", 0.8)] {
+    let groups = [("greedy", 0.0, false), ("sampled", 0.8, false), ("sampled, unsure", 0.8, true)];
+    for (name, temperature, is_unsure) in groups {
         let mut group = c.benchmark_group(name);
         group
             .sample_size(20)
             .warm_up_time(Duration::from_millis(500))
             .measurement_time(Duration::from_secs(3));
         for n in [1, 8, 32] {
-            let mut decoding = Decoding::new(n, temperature);
+            let mut decoding = Decoding::new(n, temperature, is_unsure);
             group
                 .bench_function(format!("{n} sequences"), |b| b.iter_custom(|n| decoding.steps(n)));
         }

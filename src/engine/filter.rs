@@ -83,15 +83,9 @@ impl Filter {
                     kept.iter().map(|k| exp_below(k.1 - max)).sum::<f32>() >= enough
                 });
             }
-            kept.sort_unstable_by(more_likely);
-            let mut mass = 0.0;
-            let beyond = kept.iter().position(|k| {
-                mass += exp_below(k.1 - max);
-                mass >= enough
-            });
-            kept.truncate(beyond.map_or(kept.len(), |i| i + 1));
+            keep_nucleus(max, enough, kept);
         } else if !is_narrow {
-            self.collect(&row, kept, |_| false);
+            row.collect(f32::INFINITY, kept);
         }
         if self.min_p > 0.0 {
             let least = max + self.min_p.ln();
@@ -138,30 +132,62 @@ impl Filter {
         kept.iter_mut().for_each(|k| k.1 = ((k.1 - max) * inverse).exp());
     }
 
-    /// Collects tokens with their logits, ever farther from the top, until there are `enough`. At a
-    /// high temperature with nothing cut off before, tokens far down count too, so the last reach
-    /// then is the whole row.
+    /// Collects tokens with their logits, ever farther from the top, until there are `enough`. Before
+    /// other filters than top-p, tokens far down count too, so the last reach then is the whole row.
     fn collect(
         &self,
         row: &Row<'_>,
         kept: &mut Vec<(Token, f32)>,
         enough: impl Fn(&[(Token, f32)]) -> bool,
     ) {
-        let all = self.is_narrow() || self.top_p >= 1.0;
-        for reach in REACHES.into_iter().chain(all.then_some(f32::INFINITY)) {
-            let least = row.max - reach;
-            kept.clear();
-            for (block, values) in row.logits.chunks(BLOCK).enumerate() {
-                if row.maxima[block] >= least {
-                    let near = values.iter().enumerate().filter(|(_, v)| **v >= least);
-                    kept.extend(near.map(|(i, &v)| (Token((block * BLOCK + i) as i32), v)));
-                }
-            }
+        for reach in REACHES.into_iter().chain(self.is_narrow().then_some(f32::INFINITY)) {
+            row.collect(reach, kept);
             if enough(kept) {
                 return;
             }
         }
     }
+}
+
+impl Row<'_> {
+    /// Fills `kept` with the tokens whose logits are at most `reach` below the largest, in order.
+    fn collect(&self, reach: f32, kept: &mut Vec<(Token, f32)>) {
+        let least = self.max - reach;
+        kept.clear();
+        for (block, values) in self.logits.chunks(BLOCK).enumerate() {
+            if self.maxima[block] >= least {
+                let near = values.iter().enumerate().filter(|(_, v)| **v >= least);
+                kept.extend(near.map(|(i, &v)| (Token((block * BLOCK + i) as i32), v)));
+            }
+        }
+    }
+}
+
+/// Tokens that are sorted at once: fewer are not worth a selection.
+const SORTED: usize = 32;
+
+/// Keeps the smallest set of most likely tokens whose probabilities, relative to that of the logit
+/// `max`, are `enough` together. Halves what is undecided at each turn: the nucleus of a flat
+/// distribution has thousands of tokens, and to sort them takes ten times as long.
+fn keep_nucleus(max: f32, enough: f32, kept: &mut Vec<(Token, f32)>) {
+    let (mut from, mut to, mut mass) = (0, kept.len(), 0.0);
+    while to - from > SORTED {
+        let half = (to - from) / 2;
+        kept[from..to].select_nth_unstable_by(half, more_likely);
+        let of_half: f32 = kept[from..from + half].iter().map(|k| exp_below(k.1 - max)).sum();
+        if mass + of_half >= enough {
+            to = from + half;
+        } else {
+            mass += of_half;
+            from += half;
+        }
+    }
+    kept[from..to].sort_unstable_by(more_likely);
+    let beyond = kept[from..to].iter().position(|k| {
+        mass += exp_below(k.1 - max);
+        mass >= enough
+    });
+    kept.truncate(beyond.map_or(to, |i| from + i + 1));
 }
 
 /// Larger logits first, and of equal ones, as 0 and -0 are, the smaller token.
