@@ -17,6 +17,8 @@ use crate::llama::{MatrixRows, Threads, Token};
 
 /// Most paths that one head continues, of all sequences together.
 const MAX_PATHS: usize = 64;
+/// Candidates this much less likely than what pays are not proposed, but for the first ones.
+const FAR: f64 = 0.25;
 /// Numbers of paths for which a head is timed at start.
 const POINTS: [usize; 5] = [1, 2, 4, 8, 16];
 /// A head may be limited to this many of the most frequent draft tokens.
@@ -112,7 +114,13 @@ impl Conditioned {
     }
 
     /// Computes head `depth` for all paths of `level`, and appends its candidates to `nodes`.
-    fn extend(&mut self, depth: usize, calibration: &Calibration) -> Result<(), HeadsError> {
+    fn extend(
+        &mut self,
+        depth: usize,
+        worth: Worth,
+        calibration: &Calibration,
+    ) -> Result<(), HeadsError> {
+        let least = (FAR * worth.row_s / worth.token_s) as f32;
         let level = &mut self.level;
         level.embeddings.clear();
         for path in &level.paths {
@@ -134,7 +142,7 @@ impl Conditioned {
             }
             let Path { origin, node: parent, token, q, .. } = *path;
             let path_end = Candidate { origin, parent, token, p: 1.0, q, state: first_state + i };
-            propose(&mut self.nodes, path_end, self.best.iter().copied(), |rank, p| {
+            propose(&mut self.nodes, path_end, self.best.iter().copied(), least, |rank, p| {
                 calibration.estimate(depth + 1, rank, p, path.trust)
             });
         }
@@ -194,7 +202,7 @@ impl Conditioned {
                 break;
             }
             let first = self.nodes.len();
-            self.extend(depth, calibration)?;
+            self.extend(depth, worth, calibration)?;
             let continued = |(i, n): (usize, &Candidate)| {
                 let o = &origins[n.origin];
                 let &Candidate { origin, state, q, token, .. } = n;

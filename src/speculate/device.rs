@@ -11,7 +11,7 @@ use std::rc::Rc;
 use super::calibration::Calibration;
 use super::error::HeadsError;
 use super::heads::{HeadNets, Heads};
-use super::medusa::{WIDTH, pick};
+use super::medusa::pick;
 pub use super::nets::device::MOST_SEQUENCES;
 use super::nets::device::{DeviceNets, DeviceWeights, Drafted, Offered, PathOffer, Roots, Scratch};
 use super::paths::{Candidate, fill, plant, propose};
@@ -23,6 +23,8 @@ use crate::gpu::weights::Precision;
 use crate::gpu::{Buffer, Device, GpuError, Slice};
 use crate::llama::{Model, SeqId, Token};
 
+/// Candidates of a head after a path: with more, fewer paths would fit the kernel that sorts them.
+const WIDTH: usize = 10;
 /// Most rows of a step that the device verifies.
 pub const MOST_ROWS: usize = 4096;
 
@@ -301,7 +303,7 @@ fn candidates(
             here[path] = Some((origin, nodes.len()));
             let q = parent.map_or(1.0, |node: usize| nodes[node].q);
             let path_end = Candidate { origin, parent, token: offer.token, p: 1.0, q, state: 0 };
-            propose(&mut nodes, path_end, offer.best.iter().copied(), |rank, p| {
+            propose(&mut nodes, path_end, offer.best.iter().copied(), 0.0, |rank, p| {
                 calibration.estimate(depth + 1, rank, p, o.trust)
             });
         }

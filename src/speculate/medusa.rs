@@ -13,8 +13,9 @@ use crate::llama::{LlamaError, MatrixRows, Threads, Token};
 use crate::matrix::Matrix;
 use crate::vector::{largest_k, log_sum_exp};
 
-/// Candidates per head.
-pub(super) const WIDTH: usize = 10;
+/// Most candidates of a head after a path. In a tree of 64 nodes 32 are worth 4% more tokens per step
+/// than 10.
+const WIDTH: usize = 32;
 
 /// Heads ready to draft.
 pub struct Medusa {

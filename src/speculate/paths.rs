@@ -24,19 +24,27 @@ pub struct Candidate {
     pub state: usize,
 }
 
+/// So many candidates of a head are proposed, however unlikely: what becomes of them teaches how far
+/// it is right.
+const ALWAYS: usize = 10;
+
 /// Appends what a head proposes after a path, best first: its tokens with its probabilities of them,
-/// of which `estimate` makes estimated ones, given the rank. `path` has what all have in common, and
-/// the path's own `q`.
+/// of which `estimate` makes estimated ones, given the rank, until a candidate's is below `least`, but for the first ones.
+/// `path` has what all have in common, and the path's own `q`.
 pub fn propose(
     nodes: &mut Vec<Candidate>,
     path: Candidate,
     best: impl Iterator<Item = (Token, f32)>,
+    least: f32,
     estimate: impl Fn(usize, f32) -> f32,
 ) {
     let mut above = path.q;
     for (rank, (token, p)) in best.enumerate() {
         // Calibration may put a sibling above a better one. The minimum keeps the head's order.
         above = (path.q * estimate(rank, p)).min(above);
+        if rank >= ALWAYS && above < least {
+            return;
+        }
         nodes.push(Candidate { token, p, q: above, ..path });
     }
 }
@@ -126,6 +134,25 @@ mod tests {
         assert_eq!(below.lists(), [vec![0], vec![0], vec![1], vec![1]]);
         tree.clear();
         assert_eq!(tree.leaves_below(&mut below), 0);
+    }
+
+    #[test]
+    fn proposals_end_where_they_are_too_unlikely() {
+        let path =
+            Candidate { origin: 3, parent: Some(7), token: Token(0), p: 1.0, q: 0.5, state: 2 };
+        let likely = [(Token(4), 0.6), (Token(1), 0.2), (Token(9), 0.3)];
+        let best = likely.into_iter().chain((20..40).map(|t| (Token(t), 0.01)));
+        let proposed = |least: f32| {
+            let mut nodes = vec![];
+            propose(&mut nodes, path, best.clone(), least, |_, p| p);
+            assert!(nodes.iter().all(|n| (n.origin, n.parent, n.state) == (3, Some(7), 2)));
+            nodes.iter().map(|n| (n.token.0, n.q)).collect::<Vec<_>>()
+        };
+        let all = proposed(0.0);
+        assert_eq!(all[..3], [(4, 0.3), (1, 0.1), (9, 0.1)], "none is above a better one");
+        assert_eq!(all.len(), 23);
+        assert_eq!(proposed(0.005), all, "as likely as that");
+        assert_eq!(proposed(0.01), all[..ALWAYS]);
     }
 
     proptest! {
