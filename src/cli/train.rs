@@ -131,7 +131,10 @@ fn learn(
     let vocab = train.frequent_tokens(args.draft_vocab.min(n_vocab), n_vocab)?;
     let matrices = ModelMatrices::of(model, vocab.iter().map(|(token, _)| *token).collect())?;
     let (kind, n_embd) = (args.kind, model.n_embd());
-    let width = args.width.filter(|_| kind == HeadKind::Conditioned).unwrap_or(n_embd);
+    let width = match kind {
+        HeadKind::Medusa => n_embd,
+        HeadKind::Conditioned => args.width.unwrap_or((4 * n_embd / 3).next_multiple_of(32)),
+    };
     let device = fit::device()?;
     let params = FitParams {
         shape: NetShape { kind, n_embd, width, n_heads: args.heads },

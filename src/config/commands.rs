@@ -115,7 +115,7 @@ pub struct TrainArgs {
     /// Number of heads
     #[arg(long, default_value_t = 4, value_parser = between(1, 16))]
     pub heads: usize,
-    /// Width of a conditioned head's block [default: the model's]
+    /// Width of a conditioned head's block [default: four thirds of the model's]
     #[arg(long, value_parser = between(1, 1 << 16))]
     pub width: Option<usize>,
     /// Draft vocabulary: heads draft only this many of the most frequent tokens
@@ -128,13 +128,13 @@ pub struct TrainArgs {
     #[arg(long, value_name = "DIR")]
     pub work: Option<PathBuf>,
     /// Tokens of answers to train on
-    #[arg(long, default_value_t = 200_000, value_parser = between(1000, 1 << 40))]
+    #[arg(long, default_value_t = 500_000, value_parser = between(1000, 1 << 40))]
     pub tokens: usize,
     /// Maximum tokens of one answer
     #[arg(long, default_value_t = 256, value_parser = between(8, 1 << 20))]
     pub max_answer: usize,
     /// Answers to generate concurrently
-    #[arg(short = 'b', long, default_value_t = 32, value_parser = between(1, 256))]
+    #[arg(short = 'b', long, default_value_t = 64, value_parser = between(1, 256))]
     pub batch_size: usize,
     /// Maximum disk space for features, in GiB; features beyond it are not used
     #[arg(long, default_value_t = 8, value_parser = between(1, 1 << 20))]
