@@ -168,7 +168,7 @@ const SORTED: usize = 32;
 
 /// Keeps the smallest set of most likely tokens whose probabilities, relative to that of the logit
 /// `max`, are `enough` together. Halves what is undecided at each turn: the nucleus of a flat
-/// distribution has thousands of tokens, and to sort them takes ten times as long.
+/// distribution has thousands of tokens, and if they are sorted, a row takes 1.8 times as long.
 fn keep_nucleus(max: f32, enough: f32, kept: &mut Vec<(Token, f32)>) {
     let (mut from, mut to, mut mass) = (0, kept.len(), 0.0);
     while to - from > SORTED {
