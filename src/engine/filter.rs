@@ -3,7 +3,7 @@
 //!
 //! llama.cpp's top-p sorts as much of the vocabulary as the distribution is wide: 2.6 ms a row for a
 //! vocabulary of 49,152 at temperature 0.8. Here one pass finds the largest logit, one adds up the
-//! probabilities, and only the tokens near the top are collected and sorted.
+//! probabilities, and only the tokens near the top are collected, and ordered as far as needed.
 
 use crate::llama::Token;
 use crate::vector::{BLOCK, NEGLIGIBLE, block_maxima, exp_below, sum_exp};

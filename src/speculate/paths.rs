@@ -29,8 +29,8 @@ pub struct Candidate {
 const ALWAYS: usize = 10;
 
 /// Appends what a head proposes after a path, best first: its tokens with its probabilities of them,
-/// of which `estimate` makes estimated ones, given the rank, until a candidate's is below `least`, but for the first ones.
-/// `path` has what all have in common, and the path's own `q`.
+/// of which `estimate` makes estimated ones, given the rank. After the first ones it ends where a
+/// candidate's is below `least`. `path` has what all have in common, and the path's own `q`.
 pub fn propose(
     nodes: &mut Vec<Candidate>,
     path: Candidate,

@@ -29,7 +29,8 @@ impl Lookup {
         }
         let mut embedding = matrices.embedding;
         let squares: f64 = embedding.iter().map(|v| f64::from(*v).powi(2)).sum();
-        let scale = (embedding.len() as f64 / squares.max(f64::MIN_POSITIVE)).sqrt() as f32;
+        let scale =
+            if squares > 0.0 { (embedding.len() as f64 / squares).sqrt() as f32 } else { 1.0 };
         embedding.iter_mut().for_each(|v| *v *= scale);
         embedding.resize((n_vocab + 1) * n_embd, 0.0);
         let n_output = matrices.token_map.len();
@@ -110,6 +111,8 @@ mod tests {
             assert!((a - b).abs() < 1e-5, "{a}, not {b}");
         }
         assert!((small.scale / large.scale / 1e4 - 1.0).abs() < 1e-5);
+        let none = lookup(0.0);
+        assert!(rows(&none).iter().flatten().all(|&v| v == 0.0) && none.scale == 1.0);
         assert_eq!(small.output_row(2), Some(0));
         assert_eq!(small.output_row(1), None);
     }

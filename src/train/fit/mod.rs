@@ -99,7 +99,7 @@ pub fn fit(
     }
     let net = FitNet::new(&params.shape, device, &mut fastrand::Rng::with_seed(params.seed))?;
     let lookup = Lookup::new(matrices, device)?;
-    let identity = identity(params, train, held);
+    let identity = identity(params, lookup.scale, train, held);
     let mut state = if checkpoint.exists() {
         FitState::load(&net, checkpoint, &identity)?
     } else {
@@ -145,10 +145,10 @@ pub fn fit(
     Ok(Fitted { params, best, history: state.position.history })
 }
 
-/// Names parameters and data: a run resumes only from a checkpoint of the same identity.
-fn identity(params: &FitParams, train: &Shards, held: &Shards) -> String {
+/// Names parameters, the scale of embeddings, and data: a run resumes only from a checkpoint of the same identity.
+fn identity(params: &FitParams, scale: f32, train: &Shards, held: &Shards) -> String {
     let files: Vec<_> = train.files().chain(held.files()).collect();
-    serde_json::to_string(&(params, files)).expect("numbers and names have a JSON form")
+    serde_json::to_string(&(params, scale, files)).expect("numbers and names have a JSON form")
 }
 
 impl Position {
