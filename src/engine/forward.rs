@@ -214,7 +214,7 @@ impl LlamaForward {
         compute: impl FnOnce(&mut Self) -> Result<(), LlamaError>,
     ) -> Result<(), LlamaError> {
         if let Some(sharing) = &mut self.sharing {
-            sharing.begin(pass, self.context.threads());
+            sharing.begin(pass, n_rows, self.context.threads());
         }
         let began = Instant::now();
         let result = compute(self);
@@ -273,7 +273,14 @@ impl LlamaForward {
     pub fn time(&mut self, n_before: usize, n: usize, all: bool) -> Result<f64, LlamaError> {
         self.set_batch(n_before, n, all)?;
         let started = Instant::now();
-        self.pass(Pass::Decoding, n, |this| this.context.forward(&this.batch))?;
+        if let Some(sharing) = &mut self.sharing {
+            sharing.begin_measured(self.context.threads());
+        }
+        let result = self.context.forward(&self.batch);
+        if let Some(sharing) = &mut self.sharing {
+            sharing.end_measured();
+        }
+        result?;
         if self.tapped().is_none_or(|tapped| tapped.on_host) {
             self.context.logits(n - 1)?; // of all rows: they cross to the host together
         }

@@ -49,17 +49,32 @@ impl Sharing {
         }
     }
 
-    /// Sets the threads of the pass that begins now. It waits for its turn.
-    pub fn begin(&mut self, pass: Pass, threads: &Threads) {
+    /// Sets the threads of the pass of `n_rows` that begins now. It waits for its turn.
+    pub fn begin(&mut self, pass: Pass, n_rows: usize, threads: &Threads) {
         if self.looked.is_none_or(|at| at.elapsed() > LOOK) {
             let (most, usage) = (machine::cores(), self.watch.usage());
             self.decoding.look(most, usage);
             self.prompts.look(most, usage);
             self.looked = Some(Instant::now());
         }
-        let n_threads = self.count(pass).now();
+        let n_threads = self.count(pass).now(n_rows);
+        self.take_turn(n_threads, threads);
+    }
+
+    /// The same for a pass that is measured: nothing is tried in it, and nothing learned from it.
+    pub fn begin_measured(&mut self, threads: &Threads) {
+        let n_threads = self.decoding.usual();
+        self.take_turn(n_threads, threads);
+    }
+
+    fn take_turn(&mut self, n_threads: usize, threads: &Threads) {
         threads.set_used(n_threads);
         self.turn = (n_threads > 1).then(|| TURN.lock());
+    }
+
+    /// Ends a pass that was measured.
+    pub fn end_measured(&mut self) {
+        self.turn = None;
     }
 
     /// Records the pass that began at `began` and ends now.

@@ -19,8 +19,6 @@ const IDLE: f64 = 0.5;
 const N_PASSES: usize = 5;
 /// A trial ends once it has cost as much time as so many usual passes.
 const MOST_EXTRA: f64 = 3.0;
-/// Passes of unknown sizes after which a trial is given up.
-const MOST_UNKNOWN: usize = 64;
 /// Fewer threads must take at most this share of the usual time.
 const FEWER: f64 = 0.95;
 /// So must more threads.
@@ -35,6 +33,8 @@ const MIN_WAIT_S: f64 = 0.5;
 const FLAT: f64 = 1.1;
 /// Weight of a new pass for what passes usually take.
 const ALPHA: f64 = 0.2;
+/// Sizes of passes, by the logarithm of their rows.
+const N_BUCKETS: usize = 16;
 /// A usual time is known after so many passes.
 const KNOWN: usize = 3;
 
@@ -67,7 +67,6 @@ struct Trial {
     /// Seconds of its passes as shares of the usual ones.
     ratios: Vec<f64>,
     extra_s: f64,
-    n_unknown: usize,
 }
 
 /// The number of threads, from what passes took.
@@ -78,7 +77,7 @@ pub struct ThreadCount {
     most: usize,
     n: usize,
     /// By the logarithm of the number of rows.
-    usual: [Usual; 16],
+    usual: [Usual; N_BUCKETS],
     trial: Option<Trial>,
     fewer: Next,
     more: Next,
@@ -102,9 +101,16 @@ impl ThreadCount {
         }
     }
 
-    /// Threads for the next pass.
-    pub fn now(&self) -> usize {
-        self.trial.as_ref().map_or(self.n, |trial| trial.n)
+    /// Threads for the next pass, of `n_rows`. A trial is of sizes whose usual time is known: the
+    /// others become known meanwhile.
+    pub fn now(&self, n_rows: usize) -> usize {
+        let trial = self.trial.as_ref().filter(|_| self.usual[bucket(n_rows)].n_passes >= KNOWN);
+        trial.map_or(self.n, |trial| trial.n)
+    }
+
+    /// The usual number of threads, whatever is tried.
+    pub fn usual(&self) -> usize {
+        self.n
     }
 
     /// What there is now: so many cores for all threads, and their usage, if the system tells.
@@ -120,22 +126,16 @@ impl ThreadCount {
     /// Records that a pass of `n_rows` took `seconds` and ended at `at` (seconds on any steady
     /// clock).
     pub fn record(&mut self, n_rows: usize, seconds: f64, at: f64) {
-        let bucket = (n_rows.max(1).ilog2() as usize).min(self.usual.len() - 1);
-        let usual = &mut self.usual[bucket];
-        let Some(trial) = &mut self.trial else {
+        let usual = &mut self.usual[bucket(n_rows)];
+        let Some(trial) = self.trial.as_mut().filter(|_| usual.n_passes >= KNOWN) else {
             usual.n_passes += 1;
             let weight = ALPHA.max(1.0 / usual.n_passes as f64);
             usual.seconds += weight * (seconds - usual.seconds);
-            self.begin(at);
-            return;
-        };
-        if usual.n_passes < KNOWN {
-            trial.n_unknown += 1;
-            if trial.n_unknown == MOST_UNKNOWN {
-                self.end(at);
+            if self.trial.is_none() {
+                self.begin(at);
             }
             return;
-        }
+        };
         trial.ratios.push(seconds / usual.seconds);
         trial.extra_s += seconds - usual.seconds;
         if trial.ratios.len() == N_PASSES || trial.extra_s > MOST_EXTRA * usual.seconds {
@@ -169,7 +169,7 @@ impl ThreadCount {
                 return;
             };
         let ratios = Vec::with_capacity(N_PASSES);
-        self.trial = Some(Trial { direction, n, ratios, extra_s: 0.0, n_unknown: 0 });
+        self.trial = Some(Trial { direction, n, ratios, extra_s: 0.0 });
     }
 
     /// Decides by the trial.
@@ -207,6 +207,11 @@ impl ThreadCount {
     }
 }
 
+/// Where the usual time of passes of so many rows is.
+fn bucket(n_rows: usize) -> usize {
+    (n_rows.max(1).ilog2() as usize).min(N_BUCKETS - 1)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -235,7 +240,7 @@ mod tests {
         fn run(&mut self, seconds: f64, busy: usize) -> f64 {
             let (start, mut n_passes) = (self.at, 0);
             while self.at < start + seconds {
-                let n = self.count.now();
+                let n = self.count.now(1);
                 if n_passes % 20 == 0 {
                     let others = busy.min(CORES) as f64;
                     let idle = (CORES as f64 - others - n as f64).max(0.0);
@@ -293,15 +298,15 @@ mod tests {
     fn a_quota_holds_from_the_next_pass_on() {
         let mut count = ThreadCount::new(4);
         count.look(2, None);
-        assert_eq!(count.now(), 2);
+        assert_eq!(count.now(1), 2);
         count.look(0, None);
-        assert_eq!(count.now(), 1);
+        assert_eq!(count.now(1), 1);
         let idle = Some(Usage { others: 0.0, idle: 3.0 });
         count.look(4, idle);
         for i in 0..200 {
-            count.record(1, 1.0 / count.now() as f64, f64::from(i));
+            count.record(1, 1.0 / count.now(1) as f64, f64::from(i));
         }
-        assert_eq!(count.now(), 4);
+        assert_eq!(count.now(1), 4);
     }
 
     /// Passes of all sizes: only those of sizes that were seen before decide.
@@ -312,9 +317,22 @@ mod tests {
         let mut rng = fastrand::Rng::with_seed(1);
         for i in 0..300 {
             let n_rows = 1 << rng.usize(0..9);
-            let slow = if count.now() == 2 { 5.0 } else { 1.0 };
+            let slow = if count.now(n_rows) == 2 { 5.0 } else { 1.0 };
             count.record(n_rows, slow * n_rows as f64, f64::from(i));
         }
-        assert_eq!(count.now(), 1);
+        assert_eq!(count.now(1), 1);
+    }
+
+    #[test]
+    fn a_size_that_is_not_known_is_not_tried() {
+        let mut count = ThreadCount::new(2);
+        for i in 0..KNOWN {
+            count.record(1, 1.0, i as f64);
+        }
+        assert_eq!((count.now(1), count.now(2), count.usual()), (1, 2, 2));
+        for i in 0..KNOWN {
+            count.record(2, 1.0, 10.0 + i as f64);
+        }
+        assert_eq!(count.now(2), 1, "now it is");
     }
 }

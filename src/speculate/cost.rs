@@ -6,6 +6,8 @@ pub const POINTS: [usize; 12] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64];
 /// Rounds of measuring, in which each number of rows adds up to at most [`MOST_ROWS`].
 const ROUNDS: usize = 10;
 const MOST_ROWS: usize = 96;
+/// Numbers of rows that may be added to a step.
+const FEW_ROWS: [usize; 4] = [1, 2, 4, 8];
 /// Share of the time for the curve; the rest is for what a change of the number of rows costs.
 const CURVE: f64 = 0.8;
 /// Where time is up before two rows are measured, the second is taken to cost this share of the
@@ -17,8 +19,10 @@ const SPEED: f64 = 0.1;
 const CHANGE: f64 = 0.05;
 /// Weight of a step for the shape of the curve near its number of rows.
 const SHAPE: f64 = 0.02;
-/// A step this many times slower or faster than predicted says nothing: the machine was elsewhere.
+/// A step this many times slower or faster than predicted says nothing: the machine was elsewhere ...
 const OUTLIER: f64 = 4.0;
+/// ... unless as many are in a row: the machine has changed.
+const CHANGED: u32 = 8;
 
 /// Measures what steps take by `time`, the seconds of a pass of `n` rows: seconds for each number
 /// of rows, ascending, after a pass of as many, and the seconds more after one of another number:
@@ -79,6 +83,8 @@ pub struct Cost {
     change_s: f64,
     /// By what everything is multiplied now.
     speed: f64,
+    /// Outliers since the last step that was none.
+    n_outliers: u32,
 }
 
 impl Cost {
@@ -87,7 +93,7 @@ impl Cost {
     #[must_use]
     pub fn from_points(measured: &[(usize, f64)]) -> Self {
         assert!(!measured.is_empty() && measured.is_sorted_by(|a, b| a.0 < b.0), "points in order");
-        let mut cost = Self { points: measured.to_vec(), change_s: 0.0, speed: 1.0 };
+        let mut cost = Self { points: measured.to_vec(), change_s: 0.0, speed: 1.0, n_outliers: 0 };
         cost.keep_order();
         cost
     }
@@ -117,13 +123,27 @@ impl Cost {
         (s0 + slope * (n as f64 - n0 as f64)).max(0.5 * points[0].1) * self.speed
     }
 
+    /// Seconds that each of a few rows more costs in a step of `n` rows: of as many as are cheapest.
+    /// Often the first one is dear, because another kernel computes several, and the next ones are not.
+    #[must_use]
+    pub fn row_seconds(&self, n: usize) -> f64 {
+        let base = self.seconds(n);
+        let each = |more: &usize| (self.seconds(n + more) - base) / *more as f64;
+        FEW_ROWS.iter().map(each).fold(f64::INFINITY, f64::min)
+    }
+
     /// Records that a step of `n` rows after one of `before` took `seconds`.
     pub fn record(&mut self, before: usize, n: usize, seconds: f64) {
         let predicted = self.seconds_after(before, n);
         let ratio = seconds / predicted;
         if !(1.0 / OUTLIER..OUTLIER).contains(&ratio) {
+            self.n_outliers += 1;
+            if self.n_outliers == CHANGED {
+                (self.speed, self.n_outliers) = (self.speed * ratio, 0);
+            }
             return;
         }
+        self.n_outliers = 0;
         if n != before {
             self.change_s = (self.change_s + CHANGE * (seconds - predicted) / self.speed).max(0.0);
             return;
@@ -191,10 +211,20 @@ mod tests {
     }
 
     #[test]
+    fn a_dear_second_row_does_not_hide_cheap_ones_after_it() {
+        let cost = Cost::from_points(&[(1, 1.0), (2, 1.8), (5, 2.1), (9, 4.5)]);
+        assert!((cost.row_seconds(1) - 1.1 / 4.0).abs() < 1e-9, "{}", cost.row_seconds(1));
+        assert!((cost.row_seconds(5) - 0.6).abs() < 1e-9, "{}", cost.row_seconds(5));
+    }
+
+    #[test]
     fn it_follows_the_machine_and_ignores_a_hiccup() {
         let mut cost = Cost::from_points(&[(1, 1.0), (2, 1.2), (8, 2.0)]);
         cost.record(1, 1, 50.0);
         assert_eq!(cost.seconds(1), 1.0);
+        (0..CHANGED).for_each(|_| cost.record(1, 1, 50.0));
+        assert_eq!(cost.seconds(1), 50.0, "no hiccup, but another machine");
+        (0..CHANGED).for_each(|_| cost.record(1, 1, 2.0));
         (0..200).for_each(|_| cost.record(1, 1, 2.0));
         assert!(
             (cost.seconds(1) - 2.0).abs() < 0.05 && (cost.seconds(8) - 4.0).abs() < 1.0,
