@@ -2,6 +2,7 @@
 //! [`ServeArgs`] declares every limit of the server with its default.
 
 mod commands;
+mod drafts;
 mod engine;
 pub mod network;
 mod placement;
@@ -15,13 +16,15 @@ use std::path::PathBuf;
 use std::str::FromStr as _;
 
 use clap::builder::NonEmptyStringValueParser;
-use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use clap::{Args as ClapArgs, Parser, Subcommand};
 use tracing::Level;
 
 pub use commands::{
-    BenchArgs, GenerateArgs, PerplexityArgs, PromptArgs, QuantizeArgs, ReportArgs, RowsArgs,
-    SynthArgs, TrainArgs, TryOutArgs, TuneArgs,
+    BenchArgs, GenerateArgs, MakeDraftArgs, PerplexityArgs, PromptArgs, QuantizeArgs, ReportArgs,
+    RowsArgs, SynthArgs, TrainArgs, TryOutArgs, TuneArgs,
 };
+pub(crate) use drafts::DraftFiles;
+pub use drafts::{DraftArgs, TextSource};
 pub use engine::EngineArgs;
 pub(crate) use engine::{Files, ModelConfig};
 pub use placement::{PlacementArgs, RopeArgs};
@@ -31,7 +34,7 @@ pub(crate) use sources::{HeadsSource, ModelSource};
 use values::{between, cache_type, level};
 
 use crate::engine::plan::LONGEST_CONTEXT;
-use crate::engine::thread::{DraftParams, EngineParams, HeadsParams};
+use crate::engine::thread::EngineParams;
 use crate::hub::name::ModelName;
 use crate::llama::{AdapterFile, CacheTypes, ContextParams, Numa, Placement, TensorType};
 use crate::machine::cores;
@@ -46,7 +49,7 @@ const COMMAND_CONTEXT: usize = 2048;
 pub const DEFAULT_HEADS: &str = "heads/smollm2-135m-instruct";
 
 /// llama.cpp's options of one dash and several letters, which clap does not have, and ours.
-const SHORT_NAMES: [(&str, &str); 12] = [
+const SHORT_NAMES: [(&str, &str); 17] = [
     ("-hf", "--hf-repo"),
     ("-hfr", "--hf-repo"),
     ("-hff", "--hf-file"),
@@ -59,6 +62,11 @@ const SHORT_NAMES: [(&str, &str); 12] = [
     ("-cmoe", "--cpu-moe"),
     ("-ncmoe", "--n-cpu-moe"),
     ("-ot", "--override-tensor"),
+    ("-md", "--draft-model"),
+    ("-hfd", "--draft-hf"),
+    ("-hfrd", "--draft-hf"),
+    ("-ngld", "--draft-gpu-layers"),
+    ("-cd", "--draft-ctx"),
 ];
 
 /// The command line.
@@ -109,6 +117,8 @@ pub enum Command {
     Rows(RowsArgs),
     /// Write a GGUF file in another quantization
     Quantize(QuantizeArgs),
+    /// Make a draft model of a model itself, and measure what it brings
+    Draft(MakeDraftArgs),
     /// Measure the perplexity of a model on a text
     Perplexity(PerplexityArgs),
     /// Compare quantizations and thread counts of a model and recommend one
@@ -144,6 +154,7 @@ impl Command {
             Self::Generate(args) => Some(&args.model),
             Self::Train(args) => Some(&args.model),
             Self::Bench(args) => Some(&args.model),
+            Self::Draft(args) => Some(&args.model),
             Self::Rows(args) => Some(&args.model),
             Self::Perplexity(args) => Some(&args.model),
             Self::Tune(args) => Some(&args.model),
@@ -193,40 +204,6 @@ pub struct ModelArgs {
     pub log_level: Level,
 }
 
-/// Draft sources; shared by all commands that draft.
-#[derive(Clone, Debug, ClapArgs)]
-pub struct DraftArgs {
-    /// Folder with heads trained for the model, `hf:user/repo` for a repository on the Hugging Face
-    /// Hub, or `none` [default: heads/smollm2-135m-instruct for the default model, else none]
-    #[arg(long = "heads", env = "MEDUSA_HEADS", value_name = "MEDUSA_HEADS")]
-    pub folder: Option<PathBuf>,
-    /// Maximum number of heads to use
-    #[arg(long = "medusa-k-heads", env = "MEDUSA_K_HEADS", value_name = "MEDUSA_K_HEADS", default_value_t = 5, value_parser = between(1, 16))]
-    pub k_heads: usize,
-    /// Draft by copying what followed earlier occurrences of the last tokens: in the request's own
-    /// text, or also in recent answers (to the same API key, if keys are set)
-    #[arg(long, env = "TEXT_DRAFTS", default_value = "shared")]
-    pub text_drafts: TextSource,
-    /// Tokens of recent answers to keep for text drafts; 20 bytes each
-    #[arg(long, env = "SHARED_TEXT", default_value_t = 1 << 16, value_parser = between(64, 1 << 28))]
-    pub shared_text: usize,
-    /// Maximum tokens a sequence can gain in one step, including the model's own choice
-    /// [default: 33 with text drafts, else heads + 1]
-    #[arg(long = "medusa-max-tokens-per-step", env = "MEDUSA_MAX_TOKENS_PER_STEP", value_name = "MEDUSA_MAX_TOKENS_PER_STEP", value_parser = between(1, 64))]
-    pub max_tokens_per_step: Option<usize>,
-}
-
-/// Where text drafts come from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum TextSource {
-    /// The request's own text and recent answers
-    Shared,
-    /// The request's own text: its prompt and its answer so far
-    Own,
-    /// No text drafts
-    Off,
-}
-
 impl ModelArgs {
     /// An engine of `n_slots` sequences for a command; nothing is drafted. An error names variables
     /// that contradict each other.
@@ -272,24 +249,5 @@ impl ModelArgs {
 
     fn threads_batch(&self) -> usize {
         self.n_threads_batch.unwrap_or(self.n_threads).min(cores())
-    }
-}
-
-impl DraftArgs {
-    /// Parameters of the draft sources, of which heads are in a folder; `None` without any.
-    pub(crate) fn params(&self, heads: Option<PathBuf>) -> Option<DraftParams> {
-        let n_shared_text = match self.text_drafts {
-            TextSource::Shared => Some(self.shared_text),
-            TextSource::Own => Some(0),
-            TextSource::Off => None,
-        };
-        let heads = heads.map(|folder| HeadsParams { folder, n_heads: self.k_heads });
-        let max_tokens_per_step = self.max_tokens_per_step;
-        (heads.is_some() || n_shared_text.is_some()).then_some(DraftParams {
-            heads,
-            n_shared_text,
-            max_tokens_per_step,
-            ..DraftParams::default()
-        })
     }
 }

@@ -1,7 +1,8 @@
 //! medusa-llama: a server that makes GGUF models answer faster.
 //!
 //! It links llama.cpp directly and serves many HTTP clients from one continuously batched engine.
-//! Medusa heads and earlier text draft token trees, which the same forward pass verifies. On a CUDA
+//! Medusa heads, a smaller model and earlier text draft token trees, which the same forward pass
+//! verifies. On a CUDA
 //! device our own kernels run the heads and the verification.
 //!
 //! # Architecture
@@ -20,8 +21,8 @@
 //!    that is already cached.
 //! 4. `engine::scheduler` picks the rows of the step: one for each
 //!    decoding sequence, then prompt chunks of the size that `engine::pace` allows.
-//! 5. [`speculate`] drafts a tree of candidates for each decoding sequence, with heads and from
-//!    text; the [`guide`](engine::guide), if any, removes those that its grammar forbids and adds
+//! 5. [`speculate`] drafts a tree of candidates for each decoding sequence, with heads, a draft
+//!    model and from text; the [`guide`](engine::guide), if any, removes those that its grammar forbids and adds
 //!    those that it leaves alone; the policy keeps those that pay.
 //! 6. One [`forward`](engine::Forward::forward) over all rows, including the trees.
 //!    [`leaves`](engine::leaves) assigns sequence ids so that each node attends to its own path.
@@ -48,9 +49,9 @@
 //! | [`telemetry`] | request spans for an OpenTelemetry collector | bodies, engine |
 //! | [`models`] | the models of a server: one, or several that are loaded when a request names them and unloaded when memory is needed; what follows from a loaded one | sockets, JSON, cells |
 //! | [`request`], [`error`] | what `http` and `engine` share | both |
-//! | [`engine`] | the step; `turn`, a sequence's part in it; `commit` and `walk`, its end; `pool`, embeddings; `thread` runs it, `handle` is its public side, `plan` its sizes by what memory there is, `offload` the layers that fit GPUs, `lanes` the threads that read requests, `stats` its counters, `forward` its interface to a model, `sharing` and `thread_count` the threads of each pass, `guide` what may come next in an answer, `grammar` its interface to llguidance, `closing` the way to the end of JSON, `gbnf` a translator for llguidance | sockets, JSON |
+//! | [`engine`] | the step; `turn`, a sequence's part in it; `commit` and `walk`, its end; `pool`, embeddings; `thread` runs it, `handle` is its public side, `plan` its sizes by what memory there is, `offload` the layers that fit GPUs, `drafts` the sources of drafts, `lanes` the threads that read requests, `stats` its counters, `forward` its interface to a model, `sharing` and `thread_count` the threads of each pass, `guide` what may come next in an answer, `grammar` its interface to llguidance, `closing` the way to the end of JSON, `gbnf` a translator for llguidance | sockets, JSON |
 //! | [`metrics`] | `/metrics`: names for the counters of engine and HTTP | sockets, cells |
-//! | [`speculate`] | `heads` and `pickle` (files), `medusa` and `conditioned` (heads), `nets` (their networks), `suffix` and `text` (text drafts), `tree`, `calibration`, `reliability`, `cost`, `policy`; `device` (heads and verification on a GPU); `simulated`, which `bench` wraps around a model | requests, cells |
+//! | [`speculate`] | `heads` and `pickle` (files), `medusa` and `conditioned` (heads), `nets` (their networks), `draft_model`, `joint` (what two sources say together), `suffix` and `text` (text drafts), `tree`, `calibration`, `reliability`, `cost`, `policy`; `device` (heads and verification on a GPU); `simulated`, which `bench` wraps around a model | requests, cells |
 //! | [`chat`] | conversations: messages and tools to a prompt and the form of its answer, and an answer's text to thoughts and calls, for `http`, `train` and `bench` | dialects |
 //! | [`hub`] | models and heads by their names on the Hugging Face Hub: `name`, `pick` the files that one means, `snapshot` a repository online or from the cache, `download` with further attempts, `transfer` with checksums | requests, engine |
 //! | [`jinja`] | Jinja as Python's library renders it, with texts that know what came from outside | chats |
@@ -67,7 +68,7 @@
 //!
 //! - `unsafe` occurs only in [`llama`] and [`gpu`].
 //! - `scheduler`, `slots`, `leaves`, `sampler`'s draw, `text`, `pace`, `bursts`, `thread_count`, `turn`, and of
-//!   `speculate` all but `heads`, `pickle`, `medusa`, `conditioned`, `nets` and `device` do no I/O
+//!   `speculate` all but `heads`, `pickle`, `medusa`, `conditioned`, `nets`, `draft_model` and `device` do no I/O
 //!   and read no clock.
 //! - One thread creates and owns the llama context.
 //! - Whatever grows after the start has a limit in [`config`]: queue, body, connections, cells,

@@ -5,9 +5,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use half::f16;
-use serde::{Deserialize, Serialize, Serializer};
+use serde::{Serialize, Serializer};
 use serde_json::Value;
 use utoipa::ToSchema;
+
+mod speculation;
+
+pub use speculation::Speculation;
 
 use crate::llama::{Pooling, Token};
 
@@ -144,7 +148,7 @@ impl Request {
             stop_token_ids: Vec::new(),
             ignore_eos: false,
             cache_prompt: true,
-            speculation: Speculation::Auto,
+            speculation: Speculation::AUTO,
             share_text: true,
             grammar: None,
             begin: GrammarBegin::Answer,
@@ -162,7 +166,7 @@ impl Request {
     pub fn embedding(prompt: Prompt, pooling: Pooling) -> Self {
         Self {
             embed: Some(pooling),
-            speculation: Speculation::Off,
+            speculation: Speculation::OFF,
             share_text: false,
             ..Self::new(prompt, 0)
         }
@@ -364,11 +368,16 @@ pub enum Source {
     Both,
     /// The grammar, which leaves nothing else.
     Grammar,
+    /// The draft model.
+    Model,
+    /// The draft model, and heads or text or both.
+    Several,
 }
 
 impl Source {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Heads, Self::Text, Self::Both, Self::Grammar];
+    pub const ALL: [Self; 6] =
+        [Self::Heads, Self::Text, Self::Both, Self::Grammar, Self::Model, Self::Several];
 
     /// As JSON and metrics call it.
     pub fn name(self) -> &'static str {
@@ -377,6 +386,8 @@ impl Source {
             Self::Text => "text",
             Self::Both => "both",
             Self::Grammar => "grammar",
+            Self::Model => "model",
+            Self::Several => "several",
         }
     }
 }
@@ -395,49 +406,6 @@ pub struct Logprobs {
 #[must_use]
 pub fn span(id: &str) -> tracing::Span {
     tracing::error_span!("request", request_id = id)
-}
-
-/// Where drafts come from: `heads`, `text`, both (`auto`) or neither (`off`); `typical`: both, with
-/// Medusa's lossy acceptance, where a drafted token need only be typical of what the model would
-/// sample.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ToSchema)]
-#[serde(rename_all = "lowercase")]
-#[schema(example = "auto")]
-pub enum Speculation {
-    /// From heads and text, as far as it pays; the answer is the same as without.
-    #[default]
-    Auto,
-    /// The same, from heads alone.
-    Heads,
-    /// The same, from text alone.
-    Text,
-    /// Never.
-    Off,
-    /// As `Auto`, but a drafted token that is typical is accepted in place of a draw: lossy.
-    Typical,
-}
-
-impl Speculation {
-    /// As requests name it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Auto => "auto",
-            Self::Heads => "heads",
-            Self::Text => "text",
-            Self::Off => "off",
-            Self::Typical => "typical",
-        }
-    }
-
-    /// `true` if heads draft.
-    pub fn by_heads(self) -> bool {
-        matches!(self, Self::Auto | Self::Heads | Self::Typical)
-    }
-
-    /// `true` if text drafts.
-    pub fn by_text(self) -> bool {
-        matches!(self, Self::Auto | Self::Text | Self::Typical)
-    }
 }
 
 /// What a request gets back: any number of pieces, then one end.

@@ -105,10 +105,15 @@ impl Draft for Same {
         calibration: &Calibration,
         trees: &mut [Tree],
     ) {
-        for (origin, tree) in origins.iter().zip(trees).filter(|(o, _)| o.max_depth > 0) {
-            let q = calibration.estimate(1, 0, 0.5, origin.trust);
+        for (origin, tree) in origins.iter().zip(trees).filter(|(o, _)| o.heads.max_depth > 0) {
+            let q = calibration.estimate(1, 0, 0.5, origin.heads.trust);
             tree.push(None, Token(3), 0.5, q);
-            tree.push(None, Token(4), 0.3, calibration.estimate(1, 1, 0.3, origin.trust).min(q));
+            tree.push(
+                None,
+                Token(4),
+                0.3,
+                calibration.estimate(1, 1, 0.3, origin.heads.trust).min(q),
+            );
         }
     }
 }

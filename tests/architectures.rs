@@ -155,7 +155,7 @@ fn check(name: &str, drafts: &str) {
     runtime.block_on(async {
         let handle = engine.ready().await.unwrap();
         assert_eq!(handle.draft_shape.name(), drafts, "{name}");
-        for speculation in [Speculation::Auto, Speculation::Off] {
+        for speculation in [Speculation::AUTO, Speculation::OFF] {
             for how in ["together", "together again"] {
                 for (i, tokens) in answers(&handle, &prompts, speculation).await.iter().enumerate()
                 {
@@ -177,7 +177,7 @@ fn check(name: &str, drafts: &str) {
     let engine = spawn(EngineParams { drafts: None, ..params });
     runtime.block_on(async {
         let handle = engine.ready().await.unwrap();
-        for (i, tokens) in answers(&handle, &prompts, Speculation::Auto).await.iter().enumerate() {
+        for (i, tokens) in answers(&handle, &prompts, Speculation::AUTO).await.iter().enumerate() {
             compare(i, tokens, "by an engine that drafts nothing");
         }
     });

@@ -383,9 +383,9 @@ impl Draft for Two {
         for (origin, tree) in origins.iter().zip(trees) {
             fill(
                 tree,
-                &vec![level.clone(); origin.max_depth.min(3)],
+                &vec![level.clone(); origin.heads.max_depth.min(3)],
                 calibration,
-                origin.trust,
+                origin.heads.trust,
                 worth.n_nodes,
             );
         }
@@ -475,7 +475,7 @@ fn a_request_without_drafts_is_not_simulated() {
     let mut engine = Engine::new(model, limits(layout, 4, 60, 64), Arc::default());
     engine.speculate(speculator, 30);
     let (mut plain, mut events) = job(&[1, 2, 3], 40, 0.0);
-    plain.request.speculation = Speculation::Off;
+    plain.request.speculation = Speculation::OFF;
     let (drafting, mut others) = job(&[1, 2, 3], 40, 0.0);
     engine.enqueue(plain);
     engine.enqueue(drafting);
@@ -537,14 +537,14 @@ fn good_drafts_save_steps() {
         n_leaf_ids: 30,
         n_shared: None,
     };
-    assert_eq!(run(None, Speculation::Auto).steps, 100);
-    let with = run(Some(heads.clone()), Speculation::Auto);
+    assert_eq!(run(None, Speculation::AUTO).steps, 100);
+    let with = run(Some(heads.clone()), Speculation::AUTO);
     assert!(with.steps < 55 && with.steps + with.accepted == 100, "{with:?}");
     assert!(
-        run(Some(Drafting { max_tokens: 2, ..heads.clone() }), Speculation::Auto).steps >= 50,
+        run(Some(Drafting { max_tokens: 2, ..heads.clone() }), Speculation::AUTO).steps >= 50,
         "the cap holds"
     );
-    let off = run(Some(heads), Speculation::Off);
+    let off = run(Some(heads), Speculation::OFF);
     assert_eq!((off.steps, off.drafted), (100, 0));
 }
 
@@ -566,23 +566,23 @@ fn an_answer_given_before_is_drafted_from_unless_that_is_not_wanted() {
         done.speculation.steps
     };
     let mut steps = |speculation, share_text| steps_of(0, speculation, share_text);
-    assert_eq!(steps(Speculation::Auto, false), 100, "nobody answered that before");
-    assert_eq!(steps(Speculation::Off, true), 100);
+    assert_eq!(steps(Speculation::AUTO, false), 100, "nobody answered that before");
+    assert_eq!(steps(Speculation::OFF, true), 100);
     assert_eq!(
-        steps(Speculation::Auto, true),
+        steps(Speculation::AUTO, true),
         100,
         "the answers above were not to be shared, or not indexed"
     );
-    let again = steps(Speculation::Auto, true);
+    let again = steps(Speculation::AUTO, true);
     assert!(again < 40, "{again} steps");
-    assert_eq!(steps(Speculation::Auto, false), 100, "this request does not want others' answers");
-    assert_eq!(steps(Speculation::Heads, true), 100, "nor does this one any text");
+    assert_eq!(steps(Speculation::AUTO, false), 100, "this request does not want others' answers");
+    assert_eq!(steps(Speculation::HEADS, true), 100, "nor does this one any text");
     assert_eq!(
-        steps_of(1, Speculation::Auto, true),
+        steps_of(1, Speculation::AUTO, true),
         100,
         "what another owner was answered is not for this one"
     );
-    assert!(steps_of(1, Speculation::Auto, true) < 40, "but its own is");
+    assert!(steps_of(1, Speculation::AUTO, true) < 40, "but its own is");
 }
 
 #[test]

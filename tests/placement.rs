@@ -332,7 +332,7 @@ fn drafts_change_no_text_of_a_model_with_an_adapter() {
         let texts = runtime.block_on(async {
             let handle = engine.ready().await.unwrap();
             let mut texts = vec![];
-            for speculation in [Speculation::Off, Speculation::Auto, Speculation::Auto] {
+            for speculation in [Speculation::OFF, Speculation::AUTO, Speculation::AUTO] {
                 for prompt in ["tree river tree river tree", "a stone and a stone and a"] {
                     let sampling = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
                     let report = Some(Report { details: true, n_top: None });

@@ -319,7 +319,7 @@ fn a_seed_gives_one_text_with_drafts_and_without() {
         speculation,
         ..GREEDY.clone()
     };
-    let (auto, off) = (with(Speculation::Auto), with(Speculation::Off));
+    let (auto, off) = (with(Speculation::AUTO), with(Speculation::OFF));
     let tokens: Vec<_> =
         prompts.iter().map(|prompt| MODEL.tokenize(prompt, true).unwrap()).collect();
     let texts: Vec<_> = tokens.iter().map(|prompt| sampled(prompt, &auto.sampling, 32)).collect();
@@ -376,8 +376,8 @@ fn a_grammar_gives_one_text_with_drafts_and_without() {
             speculation,
             ..GREEDY.clone()
         };
-        let (plain, none) = run(&mut engine, &prompts, &with(Speculation::Off), 160);
-        let (drafted, accepted) = run(&mut engine, &prompts, &with(Speculation::Auto), 160);
+        let (plain, none) = run(&mut engine, &prompts, &with(Speculation::OFF), 160);
+        let (drafted, accepted) = run(&mut engine, &prompts, &with(Speculation::AUTO), 160);
         assert!(none == 0 && accepted > 20, "{none} and {accepted} drafts were accepted");
         for (plain, drafted) in plain.iter().zip(&drafted) {
             let parsed: serde_json::Value =
@@ -408,7 +408,7 @@ fn what_a_device_verifies_and_drafts_changes_no_text() {
         sampling: SamplingParams { temperature: 0.8, seed: 5, ..SamplingParams::default() },
         ..GREEDY.clone()
     };
-    let plain = |like: &Request| Request { speculation: Speculation::Off, ..like.clone() };
+    let plain = |like: &Request| Request { speculation: Speculation::OFF, ..like.clone() };
     let penalties = Request {
         sampling: SamplingParams { repetition_penalty: 1.2, ..GREEDY.sampling.clone() },
         ..plain(&GREEDY)
@@ -445,7 +445,7 @@ fn what_a_device_verifies_and_drafts_changes_no_text() {
         let (ruled, _) = run(
             &mut engine,
             &prompts,
-            &Request { speculation: Speculation::Auto, ..grammar.clone() },
+            &Request { speculation: Speculation::AUTO, ..grammar.clone() },
             12,
         );
         let is_ruled = |text: &String| {

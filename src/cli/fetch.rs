@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use indicatif::{HumanBytes, ProgressBar};
 
 use super::shared::bar;
-use crate::config::{DraftArgs, HeadsSource, ModelArgs, ModelSource};
+use crate::config::{DraftArgs, DraftFiles, HeadsSource, ModelArgs, ModelSource};
 use crate::hub::{Hub, Snapshot, Step};
 use crate::speculate::heads;
 
@@ -43,13 +43,25 @@ pub(super) fn named_model(args: &ModelArgs) -> anyhow::Result<PathBuf> {
     model(&args.source()?, &|| true)
 }
 
-/// The folder of the heads that a command names, if it does.
-pub(super) fn named_heads(args: &DraftArgs, model: &ModelArgs) -> anyhow::Result<Option<PathBuf>> {
-    args.source(model)?.map(|source| heads(&source, &|| true)).transpose()
+/// What a command names to draft with.
+pub(super) fn named_drafts(args: &DraftArgs, of: &ModelArgs) -> anyhow::Result<DraftFiles> {
+    drafts(args.source(of)?.as_ref(), args.model_source()?.as_ref(), &|| true)
+}
+
+/// The files of heads and a draft model.
+pub(super) fn drafts(
+    of_heads: Option<&HeadsSource>,
+    of_model: Option<&ModelSource>,
+    goes_on: GoesOn<'_>,
+) -> anyhow::Result<DraftFiles> {
+    Ok(DraftFiles {
+        heads: of_heads.map(|source| heads(source, goes_on)).transpose()?,
+        model: of_model.map(|source| model(source, goes_on)).transpose()?,
+    })
 }
 
 /// The folder of heads.
-pub(super) fn heads(source: &HeadsSource, goes_on: GoesOn<'_>) -> anyhow::Result<PathBuf> {
+fn heads(source: &HeadsSource, goes_on: GoesOn<'_>) -> anyhow::Result<PathBuf> {
     let repo = match source {
         HeadsSource::Folder(folder) => return Ok(folder.clone()),
         HeadsSource::Hub(repo) => repo,

@@ -18,8 +18,9 @@ use crate::request::{Caller, Event, Request, SamplingParams};
 pub(super) fn generate(args: &GenerateArgs) -> anyhow::Result<()> {
     let (prompt, request) = (prompt(args)?, request(args)?);
     let params = args.model.engine(fetch::named_model(&args.model)?, 1)?;
-    let heads = fetch::named_heads(&args.drafts, &args.model)?;
-    let params = EngineParams { drafts: args.drafts.params(heads), ..params };
+    let files = fetch::named_drafts(&args.drafts, &args.model)?;
+    let drafts = args.drafts.params(files, &params.placement);
+    let params = EngineParams { drafts, ..params };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let engine = engine::spawn(params);
     let done = runtime.block_on(async {

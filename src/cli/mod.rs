@@ -1,6 +1,7 @@
 //! The commands.
 
 mod bench;
+mod draft;
 mod fetch;
 mod generate;
 mod perplexity;
@@ -28,6 +29,7 @@ pub fn run(command: Command) -> anyhow::Result<()> {
         Command::Train(args) => train::train(&args),
         Command::Bench(args) => bench::bench(&args),
         Command::Rows(args) => rows::rows(&args),
+        Command::Draft(args) => draft::draft(&args),
         Command::Perplexity(args) => perplexity::perplexity(&args),
         Command::Tune(args) => tune::tune(&args),
         Command::Quantize(args) => quantize::quantize(&args),

@@ -122,9 +122,9 @@ impl Load for Source {
     fn prepare(&self, goes_on: &dyn Fn() -> bool) -> Result<EngineParams, String> {
         let files = || -> anyhow::Result<Files> {
             let model = fetch::model(&self.config.model, goes_on)?;
-            let heads = self.config.heads.as_ref();
-            let heads = heads.map(|heads| fetch::heads(heads, goes_on)).transpose()?;
-            Ok(Files { model, heads })
+            let ModelConfig { heads, draft_model, .. } = &self.config;
+            let drafts = fetch::drafts(heads.as_ref(), draft_model.as_ref(), goes_on)?;
+            Ok(Files { model, drafts })
         };
         files().map(&*self.config.params).map_err(|error| format!("{error:#}"))
     }
@@ -135,11 +135,18 @@ impl Load for Source {
         part: Part,
         goes_on: &dyn Fn() -> bool,
     ) -> Result<(), String> {
-        let stamp = try_out::stamp(&params.model_path)?;
+        let drafter = params.drafts.as_ref().and_then(|drafts| drafts.model.as_ref());
+        let files = || [&params.model_path].into_iter().chain(drafter.map(|of| &of.path));
+        let mut stamp = Stamp::new();
+        for file in files() {
+            stamp.extend(try_out::stamp(file)?);
+        }
         if self.tried.lock().as_ref() == Some(&stamp) {
             return Ok(());
         }
-        try_out::run(&params.model_path, part, goes_on)?;
+        for file in files() {
+            try_out::run(file, part, goes_on)?;
+        }
         if part == Part::Whole {
             *self.tried.lock() = Some(stamp);
         }

@@ -260,7 +260,7 @@ fn request(prompt: &str, max_tokens: usize) -> Request {
         sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
         ignore_eos: true,
         cache_prompt: false,
-        speculation: Speculation::Off,
+        speculation: Speculation::OFF,
         share_text: false,
         ..Request::new(prompt, max_tokens)
     }

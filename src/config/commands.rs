@@ -4,8 +4,6 @@ use std::path::PathBuf;
 
 use clap::Args as ClapArgs;
 use clap::builder::NonEmptyStringValueParser;
-use serde::Deserialize as _;
-use serde::de::IntoDeserializer as _;
 
 use super::values::{between, number};
 use super::{DraftArgs, ModelArgs};
@@ -168,7 +166,8 @@ pub struct BenchArgs {
     /// Sampling temperature; 0 is greedy
     #[arg(long, default_value_t = 0.0)]
     pub temperature: f64,
-    /// Modes to compare, the first with each other one: off, heads, text, auto (both), typical
+    /// Modes to compare, the first with each other one: off, heads, text, model, several of them joined
+    /// by +, auto (all), typical
     #[arg(long, default_value = "off,auto", value_delimiter = ',', value_parser = speculation)]
     pub modes: Vec<Speculation>,
     /// Verify this many candidates in every step, whatever they cost
@@ -224,6 +223,38 @@ pub struct QuantizeArgs {
     /// Number of threads
     #[arg(short = 't', long, default_value_t = 4, value_parser = between(1, 1024))]
     pub n_threads: usize,
+}
+
+/// `medusa-llama draft`.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct MakeDraftArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// GGUF file to write
+    #[arg(short, long)]
+    pub output: PathBuf,
+    /// Keep this many of the first layers [default: all]
+    #[arg(long, value_parser = between(1, 4096))]
+    pub layers: Option<usize>,
+    /// Quantization of the draft model [default: Q2_K, or with --layers the model's own]
+    #[arg(long = "type", value_name = "TYPE", value_parser = quantization)]
+    pub kind: Option<Quantization>,
+    /// Overwrite an existing output file
+    #[arg(short, long)]
+    pub force: bool,
+    /// File of prompts to measure with: one JSON object per line, with "prompt" or "turns" [default: a
+    /// few general ones]
+    #[arg(long, value_name = "FILE.jsonl")]
+    pub prompts: Option<PathBuf>,
+    /// System message before each prompt
+    #[arg(long)]
+    pub system: Option<String>,
+    /// Number of prompts
+    #[arg(short = 'k', long, default_value_t = 8, value_parser = between(1, 1 << 20))]
+    pub n_prompts: usize,
+    /// Maximum tokens of one answer
+    #[arg(short = 'n', long, default_value_t = 64, value_parser = between(2, 1 << 20))]
+    pub max_tokens: usize,
 }
 
 /// `medusa-llama perplexity`.
@@ -306,8 +337,10 @@ pub struct TryOutArgs {
 }
 
 fn speculation(name: &str) -> Result<Speculation, String> {
-    Speculation::deserialize(name.into_deserializer())
-        .map_err(|error: serde::de::value::Error| error.to_string())
+    Speculation::by_name(name).ok_or_else(|| {
+        "it must be off, auto, typical, or some of heads, text and model, joined by + in this order"
+            .into()
+    })
 }
 
 fn quantization(name: &str) -> Result<Quantization, String> {

@@ -11,9 +11,10 @@ use clap::{Args as ClapArgs, ValueEnum};
 
 use super::sources::{HeadsSource, ModelSource};
 use super::values::{between, seconds};
-use super::{DraftArgs, ModelArgs};
+use super::{DraftArgs, DraftFiles, ModelArgs};
+use crate::engine::drafts::DraftParams;
 use crate::engine::plan::Sizes;
-use crate::engine::thread::{DraftParams, EngineParams};
+use crate::engine::thread::EngineParams;
 use crate::jinja;
 use crate::llama::Pooling;
 
@@ -77,12 +78,12 @@ pub enum KvLayout {
     Streams,
 }
 
-/// Where a model and its heads are.
+/// Where a model and what drafts for it are.
 pub(crate) struct Files {
     /// The GGUF file.
     pub model: PathBuf,
-    /// The heads' folder, if there are any.
-    pub heads: Option<PathBuf>,
+    /// The sources of drafts.
+    pub drafts: DraftFiles,
 }
 
 /// What an engine needs, once its files are here.
@@ -95,6 +96,7 @@ pub(crate) struct ModelConfig {
     pub id: String,
     pub model: ModelSource,
     pub heads: Option<HeadsSource>,
+    pub draft_model: Option<ModelSource>,
     /// What its engine needs, once its files are here.
     pub params: MakeParams,
     /// The source of a chat template to use instead of the model's.
@@ -127,10 +129,16 @@ impl EngineArgs {
         );
         let model = self.model.source()?;
         let heads = self.drafts.source(&self.model)?.filter(|_| !streams);
+        let draft_model = self.drafts.model_source()?;
+        ensure!(
+            !(streams && draft_model.is_some()),
+            "KV_LAYOUT is streams, which cannot hold the trees of DRAFT_MODEL: use unified"
+        );
         Ok(ModelConfig {
             id: self.alias.clone().unwrap_or_else(|| model.id()),
             model,
             heads,
+            draft_model,
             params: self.params(n_tenants)?,
             chat_template: self.chat_template()?,
         })
@@ -141,8 +149,11 @@ impl EngineArgs {
     fn params(&self, n_tenants: usize) -> anyhow::Result<MakeParams> {
         let args = self.clone();
         let params = self.model.engine(PathBuf::new(), self.batch_size)?;
-        Ok(Arc::new(move |Files { model, heads }| {
-            let drafts = args.drafts.params(heads).filter(|_| args.kv != KvLayout::Streams);
+        Ok(Arc::new(move |Files { model, drafts }| {
+            let drafts = args
+                .drafts
+                .params(drafts, &params.placement)
+                .filter(|_| args.kv != KvLayout::Streams);
             EngineParams {
                 model_path: model,
                 sizes: args.sizes(),

@@ -189,7 +189,7 @@ fn are_for_adapters(heads: &HeadsSource) -> bool {
     config[FOR_ADAPTERS] == true
 }
 
-fn layers(text: &str) -> Result<GpuLayers, String> {
+pub(super) fn layers(text: &str) -> Result<GpuLayers, String> {
     match text {
         "auto" => Ok(GpuLayers::Auto),
         "all" => Ok(GpuLayers::ALL),

@@ -27,7 +27,7 @@ pub struct SeveralArgs {
     #[arg(long, env = "MODEL_DIR", alias = "models-dir")]
     pub model_dir: Option<PathBuf>,
     /// TOML file with a table [[model]] for each model, whose keys are flags of `serve` about models,
-    /// such as `model`, `hf-repo`, `alias`, `ctx` and `heads` [default: none]
+    /// such as `model`, `hf-repo`, `alias`, `ctx`, `heads` and `draft-model` [default: none]
     #[arg(long, env = "MODEL_LIST", value_name = "FILE.toml")]
     pub model_list: Option<PathBuf>,
     /// Most models of MODEL_DIR and MODEL_LIST that are loaded at a time. The one that was used longest
@@ -103,6 +103,8 @@ fn refuse_one(args: &EngineArgs) -> anyhow::Result<()> {
         ("HF_FILE", args.model.hf_file.is_some()),
         ("MODEL_ALIAS", args.alias.is_some()),
         ("MEDUSA_HEADS", args.drafts.are_named()),
+        ("DRAFT_MODEL", args.drafts.model.is_some()),
+        ("DRAFT_HF", args.drafts.hf.is_some()),
     ];
     match named.iter().find(|(_, is_named)| *is_named) {
         Some((name, _)) => bail!(

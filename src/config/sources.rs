@@ -104,6 +104,21 @@ impl DraftArgs {
         }
     }
 
+    /// The draft model, if one was named.
+    pub(crate) fn model_source(&self) -> anyhow::Result<Option<ModelSource>> {
+        match (&self.model, &self.hf) {
+            (Some(path), Some(name)) => bail!(
+                "DRAFT_MODEL is {} and DRAFT_HF is {name}: give a file or a name, not both",
+                path.display()
+            ),
+            (_, Some(name)) => Ok(Some(ModelSource::Hub(name.clone(), None))),
+            (Some(path), None) if path.as_os_str().is_empty() => {
+                bail!("DRAFT_MODEL is empty: name a GGUF file, or leave it unset")
+            }
+            (path, None) => Ok(path.clone().map(ModelSource::File)),
+        }
+    }
+
     /// Whether heads were named.
     pub(super) fn are_named(&self) -> bool {
         self.folder.as_deref().is_some_and(|folder| folder.as_os_str() != NO_HEADS)

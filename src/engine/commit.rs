@@ -6,7 +6,7 @@ use super::turn::Turn;
 use super::walk::Walker;
 use super::{Engine, Forward, StepError, apply, n_decode, report};
 use crate::llama::{SeqId, Token};
-use crate::request::{Speculation, span};
+use crate::request::span;
 use crate::speculate::device::{Ask, OutputRow, Verified};
 use crate::speculate::speculator::Verifying;
 
@@ -54,7 +54,7 @@ impl<F: Forward> Engine<F> {
         for Turn { share, tree, .. } in turns.iter().filter(|turn| turn.share.to_end) {
             let s = &running[&share.seq];
             let speculation = s.job.request.speculation;
-            let on_host = speculation == Speculation::Typical || s.job.guide.is_some();
+            let on_host = speculation.is_typical() || s.job.guide.is_some();
             let rule = |depth| s.sampler.rule(s.tokens.len() + depth).filter(|_| !on_host);
             work.outputs.push(OutputRow { rule: rule(0), parent: None, token: Token(0) });
             work.outputs.extend(tree.nodes().iter().map(|n| OutputRow {

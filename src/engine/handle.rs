@@ -123,6 +123,8 @@ pub struct Handle {
     pub n_ctx_trained: usize,
     /// Heads that draft; 0 without any.
     pub n_heads: usize,
+    /// Name of the model that drafts, if one does.
+    pub draft_model: Option<String>,
     /// `true` if text drafts.
     pub drafts_text: bool,
     /// Where heads and verification are computed: `cpu` or `cuda`.

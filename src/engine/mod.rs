@@ -12,6 +12,7 @@ mod bursts;
 mod closing;
 mod commit;
 mod digits;
+pub mod drafts;
 pub mod dry;
 pub mod filter;
 pub mod forward;
@@ -371,12 +372,14 @@ impl<F: Forward> Engine<F> {
             running[&share.seq].origin(if share.decodes() { deepest } else { 0 })
         };
         let mut origins: Vec<Origin<'_>> = turns.iter().map(origin).collect();
-        let has_source = origins.iter().any(|o| o.max_depth > 0 || o.text.is_some());
+        let has_source = origins
+            .iter()
+            .any(|o| o.heads.max_depth > 0 || o.model.max_depth > 0 || o.text.is_some());
         if !drafting.is_due || !(has_source || is_guided) {
             return Some(drafting.skip());
         }
         let started = Instant::now();
-        let drafted = drafting.draft(&mut origins, turns);
+        let drafted = drafting.draft(&mut origins, turns, || started.elapsed().as_secs_f64());
         for turn in turns.iter_mut().filter(|turn| turn.share.decodes()) {
             let Some(s) = running.get_mut(&turn.share.seq) else { continue };
             let depth = s.draft_depth(deepest);

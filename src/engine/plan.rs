@@ -105,6 +105,8 @@ pub struct Use {
     pub model: DeviceUse,
     /// By heads.
     pub heads: u64,
+    /// By a draft model and its context.
+    pub drafter: u64,
     /// By adapters.
     pub adapters: u64,
     /// Bytes that are free before; `None` where the system does not tell.
@@ -115,7 +117,7 @@ pub struct Use {
 
 impl Use {
     fn total(&self) -> u64 {
-        self.model.total() + self.heads + self.adapters
+        self.model.total() + self.heads + self.drafter + self.adapters
     }
 
     /// `true` if it fits, with some bytes to spare.
@@ -131,7 +133,9 @@ impl fmt::Display for Use {
         let DeviceUse { weights, cache, compute, .. } = self.model;
         let [total, weights, cache, compute] = [self.total(), weights, cache, compute].map(bytes);
         write!(f, "{total} on {device}: weights {weights}, cache {cache}, buffers {compute}")?;
-        for (what, n) in [("heads", self.heads), ("adapters", self.adapters)] {
+        let beside =
+            [("heads", self.heads), ("draft model", self.drafter), ("adapters", self.adapters)];
+        for (what, n) in beside {
             if n > 0 {
                 write!(f, ", {what} {}", bytes(n))?;
             }
@@ -153,6 +157,8 @@ fn bytes(n: u64) -> String {
 pub(super) struct Beside<'a> {
     /// Bytes of heads, on the host.
     pub heads: u64,
+    /// What a draft model and its context take of each device.
+    pub drafter: &'a [DeviceUse],
     /// On each device there is the same share of them as of the weights.
     pub adapters: &'a [AdapterFile],
     /// Most bytes of the host for all of it; `None`: what is free.
@@ -166,9 +172,15 @@ fn uses(context: &Context, beside: Beside<'_>) -> Vec<Use> {
     let adapters: u64 = beside.adapters.iter().map(bytes).sum();
     let all = context.footprint();
     let weights: u64 = all.iter().map(|of| of.weights).sum();
+    let name = |of: &DeviceUse| of.device.as_ref().map(|device| device.name.clone());
+    let drafter = |model: &DeviceUse| {
+        let there = beside.drafter.iter().filter(|of| name(of) == name(model));
+        there.map(DeviceUse::total).sum()
+    };
     let of = |(i, model): (usize, DeviceUse)| Use {
         free: model.device.as_ref().map_or_else(available_memory, |device| Some(device.free)),
         heads: if i == 0 { beside.heads } else { 0 },
+        drafter: drafter(&model),
         adapters: (adapters as f64 * model.weights as f64 / weights.max(1) as f64) as u64,
         most: beside.most.filter(|_| i == 0),
         model,
@@ -178,7 +190,7 @@ fn uses(context: &Context, beside: Beside<'_>) -> Vec<Use> {
 
 /// Whether a context, of an outline, and adapters fit all devices but the host.
 pub(crate) fn fits_devices(context: &Context, adapters: &[AdapterFile]) -> bool {
-    let uses = uses(context, Beside { heads: 0, adapters, most: None });
+    let uses = uses(context, Beside { heads: 0, drafter: &[], adapters, most: None });
     uses.iter().filter(|of| of.model.device.is_some()).all(|of| of.fits(SPARE))
 }
 
@@ -279,7 +291,7 @@ mod tests {
         let limits = Sizes::new(1, n_cells).limits(Memory::Cells, n_cells, n_cells);
         let cache = n_cells as u64 * (1 << 20);
         let model = DeviceUse { device: None, weights: 4 * GIB, cache, compute: GIB };
-        let of = Use { model, heads: 0, adapters: 0, free: Some(free), most: None };
+        let of = Use { model, heads: 0, drafter: 0, adapters: 0, free: Some(free), most: None };
         Plan { limits, uses: vec![of], is_whole: true }
     }
 

@@ -14,13 +14,13 @@ use super::stats::{Ended, Stats};
 use super::text::{Pushed, TextAssembler};
 use crate::llama::{SeqId, Token};
 use crate::request::{
-    Caller, Completion, Event, FinishReason, Logprobs, Piece, Progress, Request, Speculation,
-    SpeculationUsage, Timings, TokenReport, Trace, Usage,
+    Caller, Completion, Event, FinishReason, Logprobs, Piece, Progress, Request, SpeculationUsage,
+    Timings, TokenReport, Trace, Usage,
 };
-use crate::speculate::Origin;
-use crate::speculate::calibration::Trusts;
+use crate::speculate::calibration::{Trust, Trusts};
 use crate::speculate::suffix::Suffixes;
 use crate::speculate::text::TextOrigin;
+use crate::speculate::{Asked, Origin};
 
 /// A request that was accepted.
 pub struct Job {
@@ -230,7 +230,7 @@ impl Sequence {
     pub fn draft_depth(&self, deepest: usize) -> usize {
         // The answer may end before what is drafted, but not after.
         let left = (self.n_generate - self.n_answer()).saturating_sub(1);
-        let is_off = self.job.request.speculation == Speculation::Off;
+        let is_off = self.job.request.speculation.is_off();
         if is_off { 0 } else { left.min(deepest) }
     }
 
@@ -239,12 +239,17 @@ impl Sequence {
         let max_depth = self.draft_depth(deepest);
         let (trust, shared) = (self.trust.text.factor(), self.tenant());
         let index = self.suffixes.as_ref().filter(|_| max_depth > 0);
+        let by_model = self.job.request.speculation.by_model() && max_depth > 0;
+        let asked = |is_asked: bool, trust: &Trust| Asked {
+            max_depth: if is_asked { max_depth } else { 0 },
+            trust: trust.factor(),
+        };
         Origin {
             seq: self.seq,
+            tokens: &self.tokens,
             hidden: &self.hidden,
-            root: self.tokens[self.n_computed],
-            max_depth: if self.hidden.is_empty() { 0 } else { max_depth },
-            trust: self.trust.heads.factor(),
+            heads: asked(!self.hidden.is_empty(), &self.trust.heads),
+            model: asked(by_model, &self.trust.model),
             open: 1.0,
             text: index.map(|index| TextOrigin {
                 index,

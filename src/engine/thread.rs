@@ -1,9 +1,7 @@
 //! The engine's thread: it loads the model, measures the machine, and runs the loop until no
 //! handle is left.
 
-use std::cell::RefCell;
 use std::path::PathBuf;
-use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::sync::{Arc, OnceLock};
@@ -13,6 +11,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Semaphore, watch};
 
 use super::bursts::Bursts;
+use super::drafts::DraftParams;
+use super::drafts::{self, DraftsError};
 use super::forward::LlamaForward;
 use super::handle::Handle;
 use super::lanes::Lanes;
@@ -23,18 +23,11 @@ use super::scheduler::MOST_READ;
 use super::stats::Stats;
 use super::{Engine, Forward, Job, Layout, Limits};
 use crate::files::folder_bytes;
-use crate::gpu::Device;
-use crate::gpu::weights::Precision;
 use crate::llama::{
     AdapterFile, CacheTypes, Context, ContextParams, LlamaError, Memory, Model, Placement, Pooling,
     Rope, max_sequences,
 };
-use crate::speculate::calibration::Calibration;
-use crate::speculate::cost::{self, Cost};
-use crate::speculate::device::DeviceHeads;
-use crate::speculate::heads::{Heads, HeadsError, Shape};
-use crate::speculate::text::TextDrafts;
-use crate::speculate::{Draft, MAX_NODES, Speculator};
+use crate::speculate::MAX_NODES;
 
 /// What the engine needs to start.
 #[derive(Clone, Debug)]
@@ -91,39 +84,13 @@ impl EngineParams {
     }
 }
 
-/// What drafts are made of, and how much of them is verified.
-#[derive(Clone, Debug, Default)]
-pub struct DraftParams {
-    /// Heads.
-    pub heads: Option<HeadsParams>,
-    /// Each sequence's own text, and this many tokens of recent answers; `None`: no text.
-    pub n_shared_text: Option<usize>,
-    /// Tenants: an answer to one is not drafted for another. 0 counts as one.
-    pub n_tenants: usize,
-    /// Most tokens a step may give one sequence; `None`: what the sources can give.
-    pub max_tokens_per_step: Option<usize>,
-    /// Verify this many candidates for each sequence in every step, to measure; `None` to serve.
-    pub fixed_nodes: Option<usize>,
-    /// How often heads' candidates are right, as far as that is known at the start.
-    pub calibration: Calibration,
-}
-
-/// Which heads.
-#[derive(Clone, Debug)]
-pub struct HeadsParams {
-    /// Their folder.
-    pub folder: PathBuf,
-    /// Use at most this many.
-    pub n_heads: usize,
-}
-
 /// Why the engine did not start.
 #[derive(Debug, thiserror::Error)]
 enum StartError {
     #[error("{0}")]
     Llama(#[from] LlamaError),
     #[error("{0}")]
-    Heads(#[from] HeadsError),
+    Drafts(#[from] DraftsError),
     #[error("{0}")]
     Files(String),
     #[error("{0}")]
@@ -271,14 +238,14 @@ fn serve<F: Forward>(
     let shape = DraftShape::of(limits.layout, forward.n_rollback());
     let drafts = match &params.drafts {
         Some(drafts) if shape != DraftShape::Plain => {
-            Some(load_drafts(drafts, &model, &mut forward, limits)?)
+            Some(drafts::load(drafts, &model, &mut forward, limits)?)
         }
         _ => None,
     };
     let mut engine = Engine::new(wrap(forward), limits, Arc::clone(&stats));
-    let (mut n_heads, mut drafting_on, mut drafts_text) = (0, "cpu", false);
+    let (mut n_heads, mut drafting_on, mut drafts_text, mut draft_model) = (0, "cpu", false, None);
     if let Some(drafts) = drafts {
-        (n_heads, drafting_on) = (drafts.n_heads, drafts.on);
+        (n_heads, drafting_on, draft_model) = (drafts.n_heads, drafts.on, drafts.model);
         drafts_text = drafts.speculator.text.is_some();
         engine.speculate(drafts.speculator, n_ids(params, &limits));
     }
@@ -291,6 +258,7 @@ fn serve<F: Forward>(
         limits,
         n_ctx_trained,
         n_heads,
+        draft_model,
         drafts_text,
         drafting_on,
         draft_shape: shape,
@@ -347,7 +315,11 @@ fn planned(params: &EngineParams) -> Result<Planned, StartError> {
     let n_ctx_trained = params.rope.n_ctx(&outline);
     let heads = params.drafts.as_ref().and_then(|drafts| drafts.heads.as_ref());
     let heads = heads.map_or(0, |heads| folder_bytes(&heads.folder));
-    let beside = Beside { heads, adapters: &params.adapters, most: params.memory };
+    let drafter = params.drafts.as_ref().and_then(|drafts| drafts.model.as_ref());
+    let drafter = drafter.map(|drafter| drafts::footprint(drafter, params.sizes.n_slots));
+    let drafter = drafter.transpose()?.unwrap_or_default();
+    let (adapters, most) = (&params.adapters, params.memory);
+    let beside = Beside { heads, drafter: &drafter, adapters, most };
     let of_context = |limits: &Limits| context_params(&params, limits);
     let plan = plan::plan(outline, &params.sizes, &params.rope, beside, of_context)?;
     Ok(Planned { params, plan, n_ctx_trained })
@@ -371,90 +343,9 @@ fn fits_gpus(params: &EngineParams, model: Model) -> Result<bool, StartError> {
     Ok(plan::fits_devices(&context, &params.adapters))
 }
 
-/// Step times are measured up to two rows for each slot and this many more.
-const MEASURED_BEYOND: usize = 24;
-/// Most time spent on that measurement.
-const MEASURING: Duration = Duration::from_millis(1500);
-
-/// Tokens after a sequence's last one that its text may draft.
-const TEXT_DEPTH: usize = 32;
-
 /// Tokens of the longest chain that is drafted for a model with states: each takes the room of one
 /// more state for every sequence.
 const LONGEST_CHAIN: usize = 4;
-
-/// What drafts.
-struct Drafts {
-    speculator: Speculator,
-    n_heads: usize,
-    /// Where heads and verification are computed.
-    on: &'static str,
-}
-
-/// Reads heads, and measures what rows cost.
-fn load_drafts(
-    params: &DraftParams,
-    model: &Model,
-    forward: &mut LlamaForward,
-    Limits { n_batch, n_slots, .. }: Limits,
-) -> Result<Drafts, StartError> {
-    // Beyond, the curve goes on as a line; and what is measured takes memory.
-    let most = n_batch.min(2 * n_slots + MEASURED_BEYOND);
-    let numbers: Vec<usize> = cost::POINTS.into_iter().filter(|&n| n <= most).collect();
-    let (points, change_s) = forward.measure(&numbers, MEASURING)?;
-    let curve: Vec<String> = points.iter().map(|(n, s)| format!("{n}: {:.1}", s * 1e3)).collect();
-    let (curve, change) = (curve.join(", "), change_s * 1e3);
-    tracing::info!(
-        "milliseconds of a step by rows: {curve}; {change:.1} more if their number changes"
-    );
-
-    let cost = Cost::from_points(&points).with_change(change_s);
-    let text_depth = if params.n_shared_text.is_some() { TEXT_DEPTH } else { 0 };
-    let (heads, on) = match &params.heads {
-        Some(heads) => {
-            let (heads, on) = load_heads(heads, model, forward)?;
-            tracing::info!(n_heads = heads.n_heads(), side = on, "heads loaded");
-            (Some(heads), on)
-        }
-        None => (None, "cpu"),
-    };
-    let n_heads = heads.as_ref().map_or(0, |heads| heads.n_heads());
-    let max_tokens = params.max_tokens_per_step.unwrap_or(n_heads.max(text_depth) + 1);
-    let mut speculator = Speculator::new(heads, max_tokens, cost);
-    speculator.text = params.n_shared_text.map(|n| TextDrafts::new(params.n_tenants.max(1), n));
-    speculator.fixed_nodes = params.fixed_nodes;
-    speculator.calibration = params.calibration.clone();
-    Ok(Drafts { speculator, n_heads, on })
-}
-
-/// Reads heads and makes them ready where they will be computed.
-fn load_heads(
-    params: &HeadsParams,
-    model: &Model,
-    forward: &mut LlamaForward,
-) -> Result<(Box<dyn Draft>, &'static str), StartError> {
-    let shape = Shape { n_embd: model.n_embd(), n_vocab: model.n_vocab() };
-    let heads = Heads::load(&params.folder, shape, params.n_heads)?;
-    let Some(device) = logits_device(forward) else {
-        return Ok((heads.drafter(model, forward.threads())?, "cpu"));
-    };
-    let heads = Rc::new(RefCell::new(DeviceHeads::new(device, heads, model, Precision::Q8)?));
-    forward.use_device(Rc::clone(&heads));
-    Ok((Box::new(heads), "cuda"))
-}
-
-/// The device that the last pass left its logits on, if our kernels can work there.
-fn logits_device(forward: &LlamaForward) -> Option<Rc<dyn Device>> {
-    let tapped = forward.tapped().filter(|tapped| !tapped.on_host)?;
-    #[cfg(not(feature = "cuda-kernels"))]
-    let _ = tapped;
-    #[cfg(feature = "cuda-kernels")]
-    match crate::gpu::cuda::Cuda::holding(tapped.logits) {
-        Ok(cuda) => return Some(Rc::new(cuda)),
-        Err(error) => tracing::warn!(%error, "heads and verification stay on the CPU"),
-    }
-    None
-}
 
 /// Most leaves of a sequence's tree: for every id llama.cpp keeps a row of logits.
 const MAX_LEAVES: usize = 16;

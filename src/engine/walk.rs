@@ -10,7 +10,7 @@ use super::sequence::Sequence;
 use super::stats::Stats;
 use super::turn::Turn;
 use crate::llama::Token;
-use crate::request::{Speculation, TokenReport};
+use crate::request::TokenReport;
 
 /// Buffers to choose tokens with.
 #[derive(Default)]
@@ -93,7 +93,7 @@ impl<F: Forward> Walker<'_, F> {
         }
         let Choosing { drafted, masked, sampling, .. } = &mut *self.buffers;
         drafted.clear();
-        if s.job.request.speculation == Speculation::Typical {
+        if s.job.request.speculation.is_typical() {
             let children = turn.tree.nodes().iter().filter(|n| n.parent == at);
             drafted.extend(children.map(|n| n.token));
         }

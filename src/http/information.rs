@@ -74,6 +74,7 @@ fn describe(handle: &Handle, body: &mut Information) {
     };
     body.kv = Some(KvInformation { layout, cells, states });
     body.heads = Some(handle.n_heads);
+    body.draft_model = handle.draft_model.clone();
     body.text_drafts = Some(handle.drafts_text);
     body.drafting_on = Some(handle.drafting_on);
     body.drafts = Some(handle.draft_shape.name());

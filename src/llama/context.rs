@@ -107,6 +107,18 @@ impl Context {
     /// # Errors
     /// [`LlamaError::Context`] for sizes that are out of range or do not fit memory.
     pub fn new(model: Arc<Model>, params: &ContextParams) -> Result<Self, LlamaError> {
+        Self::with_threads(model, params, Threads::new(params.n_threads)?)
+    }
+
+    /// The same with threads that another context computes with, too: they take turns.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_threads(
+        model: Arc<Model>,
+        params: &ContextParams,
+        threads: Threads,
+    ) -> Result<Self, LlamaError> {
         let fail = |what: &str| LlamaError::Context(what.to_owned());
         if params.n_seq_max == 0 || params.n_seq_max > max_sequences() {
             return Err(fail(&format!(
@@ -135,7 +147,6 @@ impl Context {
         c.n_rs_seq = params.n_rollback as u32;
         let n_outputs = c_count(params.n_outputs.min(params.n_batch), "n_outputs")?;
         c.n_outputs_max = n_outputs.max(c.n_seq_max); // C reserves an output per sequence, and aborts below that
-        let threads = Threads::new(params.n_threads)?;
         c.flash_attn_type = sys::LLAMA_FLASH_ATTN_TYPE_AUTO;
         c.kv_unified = params.unified;
         (c.type_k, c.type_v) = (params.cache.keys.0, params.cache.values.0);

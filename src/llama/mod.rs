@@ -54,7 +54,7 @@ pub use placement::{
     Buffer, GpuLayers, LoadMode, Override, Pattern, Placement, SplitMode, max_devices,
 };
 pub use pooling::Pooling;
-pub use quantize::{Quantization, quantize};
+pub use quantize::{Quantization, convert, quantize};
 pub use rope::{Rope, RopeScaling};
 pub use sampler::{Candidates, SamplerChain};
 pub use shards::{model_bytes, model_files};

@@ -234,6 +234,13 @@ impl Model {
         count(unsafe { sys::vocab_n_tokens(self.vocab.as_ptr()) })
     }
 
+    /// Number of layers.
+    #[must_use]
+    pub fn n_layers(&self) -> usize {
+        // SAFETY: a loaded model.
+        count(unsafe { sys::model_n_layer(self.as_ptr()) })
+    }
+
     /// Width of the hidden state.
     #[must_use]
     pub fn n_embd(&self) -> usize {

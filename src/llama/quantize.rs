@@ -1,6 +1,7 @@
 //! Quantizes GGUF files with llama.cpp's own quantizer.
 
 use std::ffi::CString;
+use std::ops::Range;
 use std::path::Path;
 
 use super::backend::start_backend;
@@ -62,6 +63,21 @@ pub fn quantize(
     kind: Quantization,
     n_threads: usize,
 ) -> Result<(), LlamaError> {
+    convert(from, to, Some(kind), 0..0, n_threads)
+}
+
+/// Writes `from` to `to` without the layers of `left_out`, in another quantization or, for `None`, as
+/// it is.
+///
+/// # Errors
+/// As [`quantize`].
+pub fn convert(
+    from: &Path,
+    to: &Path,
+    kind: Option<Quantization>,
+    left_out: Range<usize>,
+    n_threads: usize,
+) -> Result<(), LlamaError> {
     start_backend();
     let fail =
         |reason: String| LlamaError::File { action: "quantize", path: from.to_owned(), reason };
@@ -73,10 +89,17 @@ pub fn quantize(
     // SAFETY: no arguments; returns a struct by value.
     let mut params = unsafe { sys::model_quantize_default_params() };
     params.nthread = i32::try_from(n_threads).unwrap_or(1);
-    params.ftype = kind.file_type;
-    params.allow_requantize = true;
+    match kind {
+        Some(kind) => (params.ftype, params.allow_requantize) = (kind.file_type, true),
+        None => params.only_copy = true,
+    }
+    // C's list ends with -1.
+    let left_out: Vec<i32> = left_out.map(|layer| layer as i32).chain([-1]).collect();
+    if left_out.len() > 1 {
+        params.prune_layers = left_out.as_ptr();
+    }
     log::take_errors();
-    // SAFETY: zero-terminated paths and parameters that outlive the call.
+    // SAFETY: zero-terminated paths and a list, and parameters, that outlive the call.
     let code = unsafe { sys::model_quantize(c_from.as_ptr(), c_to.as_ptr(), &raw const params) };
     if code == 0 {
         return Ok(());

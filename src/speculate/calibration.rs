@@ -21,6 +21,8 @@ const N_RANGES: usize = 20;
 const PLACES: f64 = 128.0;
 /// Before anything is known, a head is taken to be sure and right at this share of places ...
 const SURE: f64 = 0.4;
+/// ... and a draft model at this one ...
+const SURE_MODEL: f64 = 0.7;
 /// ... as firmly as after this many of them.
 const SURE_FIRMNESS: f64 = 4.0;
 /// Decay per step without candidates, so that places not tried lately are tried again.
@@ -41,6 +43,18 @@ pub struct Calibration {
     proposals: [Proposals; N_HEADS],
     /// Instead of what was counted: rates of the best candidate by depth. Others are never right.
     given: Option<Vec<f32>>,
+    /// Share of places at which a source is taken to be sure and right before anything is known.
+    sure: Sure,
+}
+
+/// A share.
+#[derive(Clone, Copy, Debug)]
+struct Sure(f64);
+
+impl Default for Sure {
+    fn default() -> Self {
+        Self(SURE)
+    }
 }
 
 /// How often candidates of one kind are right, against how often they were said to be.
@@ -84,6 +98,12 @@ impl Calibration {
         Self { bins: [[bin; N_BINS]; N_HEADS], ..Self::default() }
     }
 
+    /// One for a draft model.
+    #[must_use]
+    pub fn of_model() -> Self {
+        Self { sure: Sure(SURE_MODEL), ..Self::default() }
+    }
+
     /// One that learns nothing: at depth `h + 1` the best candidate is right at `rates[h]`, and no
     /// other is.
     #[must_use]
@@ -122,7 +142,7 @@ impl Calibration {
         let Proposals { places, ranges } = &self.proposals[head(depth)];
         let trust = f64::from(trust);
         let seen: f64 = ranges.iter().map(|&(n, q)| (q * trust - n * row).max(0.0)).sum();
-        let sure = SURE * (f64::from(HIGHEST) * trust.min(1.0) - row).max(0.0);
+        let sure = self.sure.0 * (f64::from(HIGHEST) * trust.min(1.0) - row).max(0.0);
         (seen + SURE_FIRMNESS * sure) / (places + SURE_FIRMNESS)
     }
 
@@ -188,8 +208,17 @@ impl Trust {
 pub struct Trusts {
     /// Heads.
     pub heads: Trust,
+    /// The draft model.
+    pub model: Trust,
     /// The text before.
     pub text: Trust,
+}
+
+impl Trusts {
+    /// Records a place where nobody proposed anything.
+    pub fn fade(&mut self) {
+        [&mut self.heads, &mut self.model, &mut self.text].into_iter().for_each(Trust::fade);
+    }
 }
 
 fn rate(rates: &[f32], depth: usize) -> f32 {

@@ -183,7 +183,7 @@ impl Conditioned {
         // The hidden states of the roots are the states before the first head.
         let paths = &mut self.level.paths;
         paths.clear();
-        for (origin, o) in origins.iter().enumerate().filter(|(_, o)| o.max_depth > 0) {
+        for (origin, o) in origins.iter().enumerate().filter(|(_, o)| o.heads.max_depth > 0) {
             let state = self.states.len() / self.net.n_embd();
             self.states.extend_from_slice(o.hidden);
             paths.push(Path {
@@ -191,8 +191,8 @@ impl Conditioned {
                 node: None,
                 state,
                 q: 1.0,
-                token: o.root,
-                trust: o.trust,
+                token: o.root(),
+                trust: o.heads.trust,
                 open: o.open,
             });
         }
@@ -206,9 +206,16 @@ impl Conditioned {
             let continued = |(i, n): (usize, &Candidate)| {
                 let o = &origins[n.origin];
                 let &Candidate { origin, state, q, token, .. } = n;
-                let path =
-                    Path { origin, node: Some(i), state, q, token, trust: o.trust, open: o.open };
-                (o.max_depth > depth + 1).then_some(path)
+                let path = Path {
+                    origin,
+                    node: Some(i),
+                    state,
+                    q,
+                    token,
+                    trust: o.heads.trust,
+                    open: o.open,
+                };
+                (o.heads.max_depth > depth + 1).then_some(path)
             };
             self.level.paths.clear();
             self.level

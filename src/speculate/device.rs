@@ -183,8 +183,8 @@ impl DeviceHeads {
         calibration: &Calibration,
     ) -> Result<Drafted, GpuError> {
         let hidden: Vec<f32> = origins.iter().flat_map(|o| o.hidden).copied().collect();
-        let roots: Vec<Token> = origins.iter().map(|o| o.root).collect();
-        let trust: Vec<f32> = origins.iter().map(|o| o.trust).collect();
+        let roots: Vec<Token> = origins.iter().map(|o| o.root()).collect();
+        let trust: Vec<f32> = origins.iter().map(|o| o.heads.trust).collect();
         self.scratch.upload(&self.nets, calibration, &trust)?;
         let hidden = Buffer::from_host(&self.device, &hidden)?;
         let on_device =
@@ -260,8 +260,8 @@ impl Drafted {
                 for &(origin, place) in places {
                     let o = &origins[origin];
                     let own: Vec<Vec<Offered>> =
-                        levels.iter().take(o.max_depth).map(|l| l[place].clone()).collect();
-                    fill(&mut trees[origin], &own, calibration, o.trust, n_nodes);
+                        levels.iter().take(o.heads.max_depth).map(|l| l[place].clone()).collect();
+                    fill(&mut trees[origin], &own, calibration, o.heads.trust, n_nodes);
                 }
             }
             Self::Paths(depths) => {
@@ -297,14 +297,14 @@ fn candidates(
                 (origin, Some(node))
             };
             let o = &origins[origin];
-            if depth >= o.max_depth {
+            if depth >= o.heads.max_depth {
                 continue;
             }
             here[path] = Some((origin, nodes.len()));
             let q = parent.map_or(1.0, |node: usize| nodes[node].q);
             let path_end = Candidate { origin, parent, token: offer.token, p: 1.0, q, state: 0 };
             propose(&mut nodes, path_end, offer.best.iter().copied(), 0.0, |rank, p| {
-                calibration.estimate(depth + 1, rank, p, o.trust)
+                calibration.estimate(depth + 1, rank, p, o.heads.trust)
             });
         }
         above = here;
@@ -327,8 +327,8 @@ impl Draft for Rc<RefCell<DeviceHeads>> {
     ) {
         let mut heads = self.borrow_mut();
         let (mut ready, mut others) = (vec![], vec![]);
-        for (i, o) in origins.iter().enumerate().filter(|(_, o)| o.max_depth > 0) {
-            match heads.ready.iter().position(|&known| known == (o.seq, o.root)) {
+        for (i, o) in origins.iter().enumerate().filter(|(_, o)| o.heads.max_depth > 0) {
+            match heads.ready.iter().position(|&known| known == (o.seq, o.root())) {
                 Some(place) => ready.push((i, place)),
                 None => others.push(i),
             }

@@ -62,7 +62,8 @@ impl Draft for Medusa {
         trees: &mut [Tree],
     ) {
         self.input.clear();
-        let wanted: Vec<usize> = (0..origins.len()).filter(|&i| origins[i].max_depth > 0).collect();
+        let wanted: Vec<usize> =
+            (0..origins.len()).filter(|&i| origins[i].heads.max_depth > 0).collect();
         wanted.iter().for_each(|&i| self.input.extend_from_slice(origins[i].hidden));
         let (n_heads, n_out) = (self.net.n_heads(), self.net.n_out());
         let logits = match self.net.forward(&self.input) {
@@ -73,7 +74,7 @@ impl Draft for Medusa {
             }
         };
         for (row, &i) in wanted.iter().enumerate() {
-            let n_levels = origins[i].max_depth.min(n_heads);
+            let n_levels = origins[i].heads.max_depth.min(n_heads);
             self.levels.resize_with(n_levels, Vec::new);
             for (h, level) in self.levels.iter_mut().enumerate() {
                 let at = (h * wanted.len() + row) * n_out;
@@ -82,7 +83,7 @@ impl Draft for Medusa {
                     level.iter_mut().for_each(|(token, _)| *token = map[token.0 as usize]);
                 }
             }
-            fill(&mut trees[i], &self.levels, calibration, origins[i].trust, worth.n_nodes);
+            fill(&mut trees[i], &self.levels, calibration, origins[i].heads.trust, worth.n_nodes);
         }
     }
 }

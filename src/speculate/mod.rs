@@ -2,7 +2,8 @@
 //!
 //! Each step, every decoding sequence has a root (its last token, chosen but not computed) and the
 //! hidden state of the token before it. Heads, as a [`Draft`], make a [`Tree`] of candidates from
-//! it; [`text`] adds what followed earlier occurrences of the last tokens. [`policy`] cuts all trees
+//! it; a [draft model](draft_model) makes another from the tokens, and one tree is made of both;
+//! [`text`] adds what followed earlier occurrences of the last tokens. [`policy`] cuts all trees
 //! to the nodes that pay, by the measured [`cost`] of rows and by how often such candidates were
 //! right ([`calibration`], [`text`]). The engine computes root and nodes in one pass and walks down
 //! each tree by the model's own choices, so speculation never changes a text.
@@ -11,8 +12,10 @@ pub mod calibration;
 pub mod conditioned;
 pub mod cost;
 pub mod device;
+pub mod draft_model;
 mod error;
 pub mod heads;
+mod joint;
 pub mod medusa;
 pub mod nets;
 pub mod paths;
@@ -37,23 +40,43 @@ use crate::llama::{SeqId, Token};
 pub struct Origin<'a> {
     /// Which it is.
     pub seq: SeqId,
+    /// Its tokens; the last one is the root.
+    pub tokens: &'a [Token],
     /// Hidden state, after the final norm, of the token before the root: `n_embd` values.
     pub hidden: &'a [f32],
-    /// The sequence's last token.
-    pub root: Token,
-    /// Tokens after the root that heads may draft; 0 for none.
-    pub max_depth: usize,
-    /// [`Trust::factor`](calibration::Trust::factor) of the sequence's heads.
-    pub trust: f32,
-    /// Probability that only heads propose the right next token.
+    /// What heads are asked for.
+    pub heads: Asked,
+    /// What a draft model is asked for.
+    pub model: Asked,
+    /// Probability that text does not know the next token.
     pub open: f32,
     /// Its text, if that may be drafted from.
     pub text: Option<TextOrigin<'a>>,
 }
 
+/// What a source of drafts is asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked {
+    /// Tokens after the root; 0 for none.
+    pub max_depth: usize,
+    /// [`Trust::factor`](calibration::Trust::factor) of this source for the sequence.
+    pub trust: f32,
+}
+
+impl Origin<'_> {
+    /// The sequence's last token, chosen but not computed.
+    ///
+    /// # Panics
+    /// For a sequence without tokens.
+    #[must_use]
+    pub fn root(&self) -> Token {
+        *self.tokens.last().expect("a sequence has tokens")
+    }
+}
+
 /// Something that proposes continuations.
 pub trait Draft {
-    /// Most tokens that a path after the root can have.
+    /// Most tokens that a path after the root can have; of heads, how many there are.
     fn n_heads(&self) -> usize;
     /// Fills `trees[i]`, which is empty, with candidates after `origins[i]`, best first, within `worth`.
     fn draft(
@@ -63,6 +86,10 @@ pub trait Draft {
         calibration: &Calibration,
         trees: &mut [Tree],
     );
+    /// Seconds of the last draft that went into what later drafts need, too.
+    fn invested_s(&self) -> f64 {
+        0.0
+    }
 }
 
 /// What candidates are worth in the step they are drafted for.

@@ -7,8 +7,9 @@
 use std::borrow::BorrowMut;
 use std::iter::successors;
 
-use super::calibration::{self, Calibration, Trusts};
+use super::calibration::{Calibration, Trust, Trusts};
 use super::cost::Cost;
+use super::joint::Merger;
 use super::policy::{self, Step};
 use super::reliability::Reliability;
 use super::text::TextDrafts;
@@ -28,6 +29,8 @@ const LONGEST_REST: f64 = 64.0;
 pub struct Speculator {
     /// Drafts from hidden states.
     pub heads: Option<Box<dyn Draft>>,
+    /// Drafts by a smaller model, from the sequences' tokens.
+    pub model: Option<Box<dyn Draft>>,
     /// Drafts from the sequences' text.
     pub text: Option<TextDrafts>,
     /// Most tokens a step may give one sequence, its own choice included; at least 1.
@@ -37,16 +40,24 @@ pub struct Speculator {
     pub fixed_nodes: Option<usize>,
     /// How often candidates of heads are right.
     pub calibration: Calibration,
+    /// How often those of the draft model are.
+    of_model: Calibration,
+    merger: Merger,
     /// Whether candidates were right as often as predicted.
     pub reliability: Reliability,
     cost: Cost,
     /// Rows of the last step.
     n_before: usize,
-    /// Working memory: what heads propose for each origin, and probabilities.
+    /// Working memory: what heads, the draft model and both propose for each origin, and
+    /// probabilities.
     by_heads: Vec<Tree>,
+    by_model: Vec<Tree>,
+    by_both: Tree,
     predicted: Vec<f32>,
     scratch: Vec<f32>,
+    /// Of heads, and of the draft model.
     rest: Rest,
+    model_rest: Rest,
 }
 
 /// A step that may draft.
@@ -57,6 +68,12 @@ pub struct Drafting<'s> {
     /// Candidates may pay.
     pub is_due: bool,
     asks_heads: bool,
+    asks_model: bool,
+    /// Seconds that heads took, and the draft model, without what later drafts need as well.
+    heads_s: f64,
+    model_s: f64,
+    /// Seconds for that.
+    invested_s: f64,
 }
 
 /// A step with all candidates, of which some may be taken out before the rest is chosen from.
@@ -70,10 +87,10 @@ pub struct Verifying {
     is_decode_only: bool,
 }
 
-/// Steps go by in which heads are not asked while what they propose does not pay.
+/// Steps go by in which a source is not asked while what it proposes does not pay.
 #[derive(Clone, Copy, Debug, Default)]
 struct Rest {
-    /// Mean of what they gained, in shares of a step's time.
+    /// Mean of what it gained, in shares of a step's time.
     gain: f64,
     left: u32,
 }
@@ -84,17 +101,23 @@ impl Speculator {
     pub fn new(heads: Option<Box<dyn Draft>>, max_tokens_per_step: usize, cost: Cost) -> Self {
         Self {
             heads,
+            model: None,
             text: None,
             max_tokens_per_step: max_tokens_per_step.max(1),
             fixed_nodes: None,
             calibration: Calibration::default(),
+            of_model: Calibration::of_model(),
+            merger: Merger::default(),
             reliability: Reliability::default(),
             cost,
             n_before: 0,
             by_heads: Vec::new(),
+            by_model: Vec::new(),
+            by_both: Tree::default(),
             predicted: Vec::new(),
             scratch: Vec::new(),
             rest: Rest::default(),
+            model_rest: Rest::default(),
         }
     }
 
@@ -104,13 +127,29 @@ impl Speculator {
         let worth = self.worth(n_rows, n_decode);
         let is_fixed = self.fixed_nodes.is_some();
         let can_pay = worth.row_s < worth.token_s; // else nothing pays, however certain
-        let asks_heads = self.heads.is_some() && (is_fixed || (can_pay && self.rest.left == 0));
-        if can_pay && !is_fixed {
-            self.rest.left = self.rest.left.saturating_sub(1);
-        }
-        let is_due = is_fixed || (can_pay && (asks_heads || self.text.is_some() || is_guided));
+        let asks = |is_there: bool, rest: &mut Rest| {
+            let is_asked = is_there && (is_fixed || (can_pay && rest.left == 0));
+            if can_pay && !is_fixed {
+                rest.left = rest.left.saturating_sub(1);
+            }
+            is_asked
+        };
+        let asks_heads = asks(self.heads.is_some(), &mut self.rest);
+        let asks_model = asks(self.model.is_some(), &mut self.model_rest);
+        let may_pay = asks_heads || asks_model || self.text.is_some() || is_guided;
+        let is_due = is_fixed || (can_pay && may_pay);
         let step = Step { n_rows, n_before: self.n_before, n_decode, draft_s: 0.0, room: 0 };
-        Drafting { speculator: self, step, is_due, asks_heads }
+        let (heads_s, model_s, invested_s) = (0.0, 0.0, 0.0);
+        Drafting {
+            speculator: self,
+            step,
+            is_due,
+            asks_heads,
+            asks_model,
+            heads_s,
+            model_s,
+            invested_s,
+        }
     }
 
     /// How far heads are right, if they will probably be asked in the next step, of `n_decode`
@@ -127,7 +166,7 @@ impl Speculator {
         Worth {
             n_nodes: MAX_NODES,
             token_s: self.cost.seconds(n_decode) / n_decode.max(1) as f64,
-            row_s: self.cost.seconds(n_rows + 1) - self.cost.seconds(n_rows),
+            row_s: self.cost.row_seconds(n_rows),
         }
     }
 
@@ -144,40 +183,46 @@ impl Speculator {
         // Candidates that were not worth verifying teach as much as those that were.
         let nodes = tree.proposed();
         if nodes.is_empty() {
-            trust.heads.fade();
-            return trust.text.fade();
+            return trust.fade();
         }
         self.record_verified(tree, accepted, last);
-        let factor = trust.heads.factor();
         if nodes.iter().all(|n| n.forced) {
-            trust.text.fade();
-            return trust.heads.fade();
+            return trust.fade();
         }
         if nodes.iter().all(|n| n.p == 0.0) {
             trust.heads.fade();
         }
+        if nodes.iter().all(|n| n.m == 0.0) {
+            trust.model.fade();
+        }
         let mut parent = None;
         for token in accepted.iter().map(|&i| nodes[i].token).chain(last) {
             let children = || nodes.iter().filter(|n| n.parent == parent);
-            let by_heads = || children().filter(|n| n.p > 0.0);
-            let estimate =
-                |(rank, n): (usize, &Node)| self.calibration.estimate(n.depth, rank, n.p, 1.0);
-            let predicted = &mut self.predicted;
-            predicted.clear();
-            predicted.extend(by_heads().enumerate().map(estimate));
             if let Some(text) = &mut self.text {
-                let mut of_heads = predicted.iter().map(|h| (h * factor).min(calibration::HIGHEST));
-                let each = children().map(|n| (n, (n.p > 0.0).then(|| of_heads.next()).flatten()));
-                text.record(each, !predicted.is_empty(), token, &mut trust.text);
+                text.record(children(), token, &mut trust.text);
             }
-            if !predicted.is_empty() {
-                trust.heads.record(predicted.iter().sum(), by_heads().any(|n| n.token == token));
-                let depth = parent.map_or(0, |i: usize| nodes[i].depth) + 1;
-                self.calibration.record_proposals(depth, predicted.iter().copied());
-            }
-            by_heads().for_each(|n| self.calibration.record(n.depth, n.p, n.token == token));
+            self.record_both(children(), token);
+            let predicted = &mut self.predicted;
+            let (heads, model) = (&mut trust.heads, &mut trust.model);
+            record(&mut self.calibration, children(), |n| n.p, token, heads, predicted);
+            record(&mut self.of_model, children(), |n| n.m, token, model, predicted);
             parent = child(nodes, parent, token);
         }
+    }
+
+    /// Records what became of a place, with these candidates, where heads and the draft model were
+    /// asked.
+    fn record_both<'a>(&mut self, children: impl Iterator<Item = &'a Node> + Clone, token: Token) {
+        let has = |of: fn(&Node) -> f32| children.clone().any(|n| of(n) > 0.0);
+        if !has(|n| n.p) || !has(|n| n.m) {
+            return;
+        }
+        let (heads, model) = (&self.calibration, &self.of_model);
+        let said = |calibration: &Calibration, n: &Node, p: f32| {
+            (p > 0.0).then(|| calibration.estimate(n.depth, 0, p, 1.0))
+        };
+        let each = children.map(|n| (n.token, said(heads, n, n.p), said(model, n, n.m)));
+        self.merger.record(each, token);
     }
 
     /// Records whether each verified candidate was accepted, as far as that is known: after a
@@ -201,11 +246,12 @@ impl<'s> Drafting<'s> {
         Verifying { is_decode_only: self.step.n_rows == self.step.n_decode }
     }
 
-    /// Fills `trees` with all candidates for `origins`.
+    /// Fills `trees` with all candidates for `origins`. `clock` tells seconds.
     pub fn draft<T: BorrowMut<Tree>>(
         mut self,
         origins: &mut [Origin<'_>],
         trees: &mut [T],
+        clock: impl Fn() -> f64,
     ) -> Drafted<'s> {
         let Step { n_rows, n_decode, .. } = self.step;
         let s = &mut *self.speculator;
@@ -213,27 +259,33 @@ impl<'s> Drafting<'s> {
             Some(n) => Worth { n_nodes: n.min(MAX_NODES), token_s: f64::MAX.sqrt(), row_s: 0.0 },
             None => s.worth(n_rows, n_decode),
         };
-        self.asks_heads &= origins.iter().any(|o| o.max_depth > 0);
-        if let Some(text) = s.text.as_mut().filter(|_| self.asks_heads) {
+        self.asks_heads &= origins.iter().any(|o| o.heads.max_depth > 0);
+        self.asks_model &= origins.iter().any(|o| o.model.max_depth > 0);
+        if let Some(text) = s.text.as_mut().filter(|_| self.asks_heads || self.asks_model) {
             for origin in origins.iter_mut() {
                 origin.open = 1.0 - origin.text.map_or(0.0, |o| text.predict(&o));
             }
         }
-        s.by_heads.resize_with(origins.len().max(s.by_heads.len()), Tree::default);
-        let by_heads = &mut s.by_heads[..origins.len()];
-        by_heads.iter_mut().for_each(Tree::clear);
-        if let Some(heads) = s.heads.as_mut().filter(|_| self.asks_heads) {
-            heads.draft(origins, worth, &s.calibration, by_heads);
-            if by_heads.iter().all(Tree::is_empty) {
-                s.calibration.fade();
-            }
-        }
+        let n = origins.len();
+        let began = clock();
+        let by_heads = cleared(&mut s.by_heads, n);
+        ask(&mut s.heads, self.asks_heads, origins, worth, &mut s.calibration, by_heads);
+        let between = clock();
+        let by_model = cleared(&mut s.by_model, n);
+        ask(&mut s.model, self.asks_model, origins, worth, &mut s.of_model, by_model);
+        self.invested_s = s.model.as_ref().map_or(0.0, |model| model.invested_s());
+        self.heads_s = between - began;
+        self.model_s = (clock() - between - self.invested_s).max(0.0);
         let pays = (worth.row_s / worth.token_s) as f32;
-        for ((origin, by_heads), tree) in origins.iter().zip(by_heads).zip(trees) {
-            let tree = tree.borrow_mut();
+        for (i, (origin, tree)) in origins.iter().zip(trees).enumerate() {
+            let (tree, heads, model) = (tree.borrow_mut(), &mut s.by_heads[i], &s.by_model[i]);
+            if !model.is_empty() {
+                s.merger.merge(heads, model, worth.n_nodes, &mut s.by_both);
+                std::mem::swap(heads, &mut s.by_both);
+            }
             match (&mut s.text, &origin.text) {
-                (Some(text), Some(o)) => text.grow(o, by_heads, pays, worth.n_nodes, tree),
-                _ => std::mem::swap(by_heads, tree),
+                (Some(text), Some(o)) => text.grow(o, heads, pays, worth.n_nodes, tree),
+                _ => std::mem::swap(heads, tree),
             }
         }
         Drafted(self)
@@ -248,29 +300,81 @@ impl Drafted<'_> {
         room: usize,
         seconds: f64,
     ) -> Verifying {
-        let Drafting { speculator: s, step, asks_heads, .. } = self.0;
+        let Drafting { speculator: s, step, asks_heads, asks_model, .. } = self.0;
+        let Drafting { heads_s, model_s, invested_s, .. } = self.0;
         let verifying = Verifying { is_decode_only: step.n_rows == step.n_decode };
         if s.fixed_nodes.is_some() {
             let each = room / trees.len().max(1);
             trees.iter_mut().for_each(|tree| tree.borrow_mut().cut(each));
             return verifying;
         }
-        let step = Step { draft_s: seconds, room, ..step };
-        // Heads are judged by what they add: against steps of as many rows as before, with what
-        // text alone proposes.
-        let without = Step { draft_s: 0.0, n_before: step.n_rows, ..step };
-        let by_text = trees.iter().flat_map(|tree| tree.borrow().nodes());
-        let by_text = by_text.filter(|n| n.text.is_some() || n.forced).map(|n| n.q);
-        let without = policy::best(by_text, without, &s.cost, &mut s.scratch).1;
+        let step = Step { draft_s: (seconds - invested_s).max(0.0), room, ..step };
+        // A source is judged by what it adds: against steps of as many rows as before, with what the
+        // others alone propose.
+        let mut without = |draft_s: f64, others: fn(&Node) -> bool| {
+            let step = Step { draft_s: draft_s.max(0.0), n_before: step.n_rows, ..step };
+            let nodes = trees.iter().flat_map(|tree| (*tree).borrow().nodes());
+            let q = nodes.filter(|n| n.text.is_some() || n.forced || others(n)).map(|n| n.q);
+            policy::best(q, step, &s.cost, &mut s.scratch).1
+        };
+        let no_heads = without(step.draft_s - heads_s, |n| n.m > 0.0);
+        let no_model = without(step.draft_s - model_s, |n| n.p > 0.0);
         let n = policy::choose(trees, step, &s.cost, &mut s.scratch);
+        let nodes = trees.iter().flat_map(|tree| (*tree).borrow().nodes());
+        let hoped: f64 = nodes.map(|n| f64::from(n.q)).sum();
+        let rate = (step.n_decode as f64 + hoped) / step.seconds(&s.cost, n);
         if asks_heads {
-            let nodes = trees.iter().flat_map(|tree| tree.borrow().nodes());
-            let hoped: f64 = nodes.map(|n| f64::from(n.q)).sum();
-            let rate = (step.n_decode as f64 + hoped) / step.seconds(&s.cost, n);
-            s.rest.record(rate / without - 1.0);
+            s.rest.record(rate / no_heads - 1.0);
+        }
+        if asks_model {
+            s.model_rest.record(rate / no_model - 1.0);
         }
         verifying
     }
+}
+
+/// As many empty trees, of which the memory is kept.
+fn cleared(trees: &mut Vec<Tree>, n: usize) -> &mut [Tree] {
+    trees.resize_with(n.max(trees.len()), Tree::default);
+    let trees = &mut trees[..n];
+    trees.iter_mut().for_each(Tree::clear);
+    trees
+}
+
+/// Asks a source, if it is to be asked.
+fn ask(
+    source: &mut Option<Box<dyn Draft>>,
+    is_asked: bool,
+    origins: &[Origin<'_>],
+    worth: Worth,
+    calibration: &mut Calibration,
+    trees: &mut [Tree],
+) {
+    let Some(source) = source.as_mut().filter(|_| is_asked) else { return };
+    source.draft(origins, worth, calibration, trees);
+    if trees.iter().all(Tree::is_empty) {
+        calibration.fade();
+    }
+}
+
+/// Records what became of a place: which of the `children` that a source proposed, with these
+/// probabilities (0: not), was right.
+fn record<'a>(
+    calibration: &mut Calibration,
+    children: impl Iterator<Item = &'a Node> + Clone,
+    p: fn(&Node) -> f32,
+    token: Token,
+    trust: &mut Trust,
+    predicted: &mut Vec<f32>,
+) {
+    let proposed = children.filter(|n| p(n) > 0.0);
+    predicted.clear();
+    let each = proposed.clone().enumerate();
+    predicted.extend(each.map(|(rank, n)| calibration.estimate(n.depth, rank, p(n), 1.0)));
+    let Some(depth) = proposed.clone().next().map(|n| n.depth) else { return };
+    trust.record(predicted.iter().sum(), proposed.clone().any(|n| n.token == token));
+    calibration.record_proposals(depth, predicted.iter().copied());
+    proposed.for_each(|n| calibration.record(n.depth, p(n), n.token == token));
 }
 
 impl Verifying {
@@ -293,8 +397,11 @@ impl Rest {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
     use super::*;
     use crate::llama::SeqId;
+    use crate::speculate::Asked;
     use crate::speculate::paths::fill;
 
     /// Proposes `p` of token 1, and half of that of token 2.
@@ -336,13 +443,15 @@ mod tests {
         let origin = Origin {
             seq: SeqId(0),
             hidden: &[],
-            root: Token(0),
-            max_depth: 1,
-            trust: 1.0,
+            tokens: &[Token(0)],
+            heads: Asked { max_depth: 1, trust: 1.0 },
+            model: Asked { max_depth: 0, trust: 1.0 },
             open: 1.0,
             text: None,
         };
-        let _ = drafting.draft(&mut [origin], &mut trees).choose(&mut trees, 64, 0.05);
+        let seconds = Cell::new(0.0);
+        let clock = || seconds.replace(seconds.get() + 0.05);
+        let _ = drafting.draft(&mut [origin], &mut trees, clock).choose(&mut trees, 64, 0.05);
         let accepted = trees[0].child(None, model);
         let last = accepted.is_none().then_some(model);
         speculator.learn(&trees[0], accepted.as_slice(), last, &mut Trusts::default());

@@ -6,6 +6,7 @@ use std::collections::BinaryHeap;
 use std::iter::successors;
 
 use super::calibration::{Bin, HIGHEST, Trust};
+use super::joint::Joint;
 use super::suffix::{Match, Suffixes};
 use super::tree::{Evidence, Node, Offer, Tree};
 use crate::llama::Token;
@@ -21,10 +22,8 @@ const PRIOR_SUPPORT: [f32; N_SUPPORTS] = [1.0, 1.2, 0.8, 0.4];
 const PRIOR_SHARED: f32 = 0.8;
 const N_SUPPORTS: usize = 4;
 const N_EVIDENCE: usize = 2 * LENGTHS.len() * N_SUPPORTS;
-/// Classes of probabilities, equally wide, for what heads and text say of the same token.
-const N_CLASSES: usize = 5;
-/// Factor for what text says of a token that a head was asked for and did not propose, before
-/// anything is known.
+/// Factor for what text says of a token that no head or draft model proposes, though they were asked,
+/// before anything is known.
 const NOT_OFFERED: f32 = 0.6;
 /// Candidates below this share of what pays are not gone on from.
 const WORTH_A_LOOK: f32 = 0.5;
@@ -72,9 +71,8 @@ pub struct TextDrafts {
     shared: Vec<Suffixes>,
     /// By evidence.
     rates: [Bin; N_EVIDENCE],
-    /// Where heads were asked too: by class of the head's probability (0: not proposed) and of the
-    /// text's.
-    both: [[Bin; N_CLASSES]; N_CLASSES + 1],
+    /// Where heads or a draft model were asked too: theirs first.
+    both: Joint,
     found: Vec<Match>,
     guesses: Vec<Guess>,
     path: Vec<Token>,
@@ -85,10 +83,11 @@ pub struct TextDrafts {
 #[derive(Clone, Copy, Debug)]
 struct Open {
     token: Token,
-    p: f32,
     text: Option<Evidence>,
-    /// The same node in the heads' tree.
-    head: Option<usize>,
+    /// Its probability by the others alone; 0 if they do not propose it.
+    h: f32,
+    /// The same node in the others' tree.
+    other: Option<usize>,
 }
 
 impl TextDrafts {
@@ -101,7 +100,7 @@ impl TextDrafts {
         Self {
             shared: (0..shared).map(|_| Suffixes::new(n_shared / n_tenants)).collect(),
             rates: [Bin::default(); N_EVIDENCE],
-            both: [[Bin::default(); N_CLASSES]; N_CLASSES + 1],
+            both: Joint::default(),
             found: vec![],
             guesses: vec![],
             path: vec![],
@@ -125,40 +124,42 @@ impl TextDrafts {
         self.guesses.iter().map(|g| g.t).sum()
     }
 
-    /// Fills `tree` with the `n_nodes` best candidates of the heads, in their own tree, and of the
-    /// text. A path of text is gone on from as long as its probability is not far below `pays`,
+    /// Fills `tree` with the `n_nodes` best candidates of the `others`, heads and draft model, and of
+    /// the text. A path of text is gone on from as long as its probability is not far below `pays`,
     /// what one must have to pay.
     pub fn grow(
         &mut self,
         origin: &TextOrigin<'_>,
-        heads: &Tree,
+        others: &Tree,
         pays: f32,
         n_nodes: usize,
         tree: &mut Tree,
     ) {
         tree.clear();
         self.open.clear();
-        self.offer(origin, heads, Some(None), None, tree);
+        self.offer(origin, others, Some(None), None, tree);
         while tree.len() < n_nodes {
             let Some(Offer { q, parent, of: best, .. }) = self.open.pop() else { return };
-            let node = tree.push_with(parent, best.token, best.p, best.text, q);
+            let Open { token, text, h, other } = best;
+            let same = other.map_or(Node::new(parent, token, q), |i| others.nodes()[i]);
+            let node = tree.push_node(Node { parent, text, h, q, ..same });
             let depth = tree.nodes()[node].depth;
             let by_text = depth < origin.max_depth && q >= WORTH_A_LOOK * pays;
-            if by_text || best.head.is_some() {
+            if by_text || other.is_some() {
                 let origin =
                     TextOrigin { max_depth: if by_text { origin.max_depth } else { 0 }, ..*origin };
-                self.offer(&origin, heads, best.head.map(Some), Some(node), tree);
+                self.offer(&origin, others, other.map(Some), Some(node), tree);
             }
         }
     }
 
-    /// Opens the children of node `at` of `tree` (`None`: of the root), which is `head` in the
-    /// heads' tree if it is there.
+    /// Opens the children of node `at` of `tree` (`None`: of the root), which is `other` in the
+    /// others' tree if it is there.
     fn offer(
         &mut self,
         origin: &TextOrigin<'_>,
-        heads: &Tree,
-        head: Option<Option<usize>>,
+        others: &Tree,
+        other: Option<Option<usize>>,
         at: Option<usize>,
         tree: &Tree,
     ) {
@@ -170,10 +171,11 @@ impl TextDrafts {
             self.path = path;
         }
         let above = at.map_or(1.0, |i| tree.nodes()[i].q);
-        let head_above = head.flatten().map_or(1.0, |i| heads.nodes()[i].q);
+        let other_above = other.flatten().map_or(1.0, |i| others.nodes()[i].q);
         let proposed = || {
-            let children = heads.nodes().iter().enumerate().filter(|(_, n)| head == Some(n.parent));
-            children.map(|(i, n)| (i, n, n.q / head_above.max(f32::MIN_POSITIVE)))
+            let children =
+                others.nodes().iter().enumerate().filter(|(_, n)| other == Some(n.parent));
+            children.map(|(i, n)| (i, n, n.q / other_above.max(f32::MIN_POSITIVE)))
         };
         let asked = proposed().next().is_some();
 
@@ -182,25 +184,23 @@ impl TextDrafts {
             open.push(Offer { q: above * q, parent: at, rank: of.token.0 as usize, of });
         };
         // What text says of its tokens moves what is left for the others.
-        let (mut by_text, mut by_heads) = (0.0, 0.0);
+        let (mut by_text, mut by_others) = (0.0, 0.0);
         for i in 0..self.guesses.len() {
             let Guess { token, evidence, t } = self.guesses[i];
             let same = proposed().find(|(_, n, _)| n.token == token);
             let h = same.map(|(_, _, h)| h);
-            let (bin, prior) = both(h, t);
-            let joined = (prior * self.both[bin.0][bin.1].ratio(1.0)).clamp(0.0, HIGHEST);
-            let q = if asked { joined } else { t };
+            let q = if asked { self.both.estimate(h, Some(t), both(h, t)) } else { t };
             by_text += q;
-            by_heads += h.unwrap_or(0.0);
+            by_others += h.unwrap_or(0.0);
             self.guesses[i].t = q;
-            let (p, head) = same.map_or((0.0, None), |(i, n, _)| (n.p, Some(i)));
-            push(q, Open { token, p, text: Some(evidence), head });
+            let other = same.map(|(i, ..)| i);
+            push(q, Open { token, text: Some(evidence), h: h.unwrap_or(0.0), other });
         }
-        let rest = ((1.0 - by_text) / (1.0 - by_heads).max(f32::EPSILON)).clamp(0.0, 1.0);
+        let rest = ((1.0 - by_text) / (1.0 - by_others).max(f32::EPSILON)).clamp(0.0, 1.0);
         for (i, n, h) in
             proposed().filter(|(_, n, _)| self.guesses.iter().all(|g| g.token != n.token))
         {
-            push(h * rest, Open { token: n.token, p: n.p, text: None, head: Some(i) });
+            push(h * rest, Open { token: n.token, text: None, h, other: Some(i) });
         }
     }
 
@@ -234,18 +234,17 @@ impl TextDrafts {
         evidence.prior() * self.rates[usize::from(evidence.0)].ratio(1.0)
     }
 
-    /// Records what became of a place whose candidates were `children`: `token` was chosen. `h` is
-    /// for each what heads say, if they propose it; they were `asked`.
+    /// Records what became of a place whose candidates were `children`: `token` was chosen.
     pub fn record<'a>(
         &mut self,
-        children: impl Iterator<Item = (&'a Node, Option<f32>)>,
-        asked: bool,
+        children: impl Iterator<Item = &'a Node> + Clone,
         token: Token,
         trust: &mut Trust,
     ) {
         let factor = trust.factor();
+        let asked = children.clone().any(|n| n.h > 0.0);
         let (mut predicted, mut hit) = (0.0, false);
-        for (node, h) in children {
+        for node in children {
             let Some(evidence) = node.text else { continue };
             let t = self.rate(evidence);
             predicted += t;
@@ -253,8 +252,8 @@ impl TextDrafts {
             hit |= is_right;
             self.rates[usize::from(evidence.0)].record(evidence.prior(), is_right);
             if asked {
-                let (bin, prior) = both(h, trusted(t, factor));
-                self.both[bin.0][bin.1].record(prior, is_right);
+                let (h, t) = (Some(node.h).filter(|h| *h > 0.0), trusted(t, factor));
+                self.both.record(h, Some(t), both(h, t), is_right);
             }
         }
         if predicted > 0.0 {
@@ -272,13 +271,12 @@ fn trusted(t: f32, trust: f32) -> f32 {
     (odds / (1.0 + odds)).min(HIGHEST)
 }
 
-/// Where what heads say (if they propose the token) and what text says is counted, and what to think
-/// before it was.
-fn both(h: Option<f32>, t: f32) -> ((usize, usize), f32) {
-    let class = |p: f32| ((p * N_CLASSES as f32) as usize).min(N_CLASSES - 1);
+/// What to think of a token of which the others (if they propose it) and text say so much, before it
+/// is known.
+fn both(h: Option<f32>, t: f32) -> f32 {
     match h {
-        None => ((0, class(t)), NOT_OFFERED * t),
-        Some(h) => ((1 + class(h), class(t)), 1.0 - (1.0 - h) * (1.0 - t)),
+        None => NOT_OFFERED * t,
+        Some(h) => 1.0 - (1.0 - h) * (1.0 - t),
     }
 }
 
@@ -405,8 +403,8 @@ mod tests {
         let both = &tree.nodes()[tree.child(None, Token(i32::from(b'o'))).unwrap()];
         assert!(both.p == 0.4 && both.text.is_some());
         assert_eq!(
-            grown(&mut drafts, &text.origin(0), &heads),
-            heads,
+            paths(&grown(&mut drafts, &text.origin(0), &heads)),
+            paths(&heads),
             "without text the heads' tree stays"
         );
     }
@@ -421,7 +419,7 @@ mod tests {
         for (right, token) in [(false, Token(1)), (true, Token(i32::from(b'o')))] {
             for _ in 0..400 {
                 let node = first(&mut drafts);
-                drafts.record([(&node, None)].into_iter(), false, token, &mut Trust::default());
+                drafts.record([&node].into_iter(), token, &mut Trust::default());
             }
             let after = first(&mut drafts).q;
             assert!(if right { after > 0.95 } else { after < 0.05 }, "{before} became {after}");

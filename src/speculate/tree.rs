@@ -26,6 +26,11 @@ pub struct Node {
     pub depth: usize,
     /// Probability that its head gave it, as it came; 0 if no head proposed it.
     pub p: f32,
+    /// The same of the draft model.
+    pub m: f32,
+    /// Estimated probability that it follows its parent, by heads and draft model; 0 if neither
+    /// proposed it. Set where text was asked, too.
+    pub h: f32,
     /// What speaks for it in the text before, if anything does.
     pub text: Option<Evidence>,
     /// A grammar leaves nothing else, and no other source proposed it.
@@ -38,12 +43,20 @@ impl Node {
     /// Where it came from.
     #[must_use]
     pub fn source(&self) -> Source {
-        match self.text {
+        match (self.p > 0.0, self.text.is_some(), self.m > 0.0) {
             _ if self.forced => Source::Grammar,
-            None => Source::Heads,
-            Some(_) if self.p == 0.0 => Source::Text,
-            Some(_) => Source::Both,
+            (_, false, false) => Source::Heads,
+            (false, true, false) => Source::Text,
+            (true, true, false) => Source::Both,
+            (false, false, true) => Source::Model,
+            (_, _, true) => Source::Several,
         }
+    }
+
+    /// One after `parent`, proposed by nobody yet.
+    #[must_use]
+    pub(crate) fn new(parent: Option<usize>, token: Token, q: f32) -> Self {
+        Self { token, parent, depth: 0, p: 0.0, m: 0.0, h: 0.0, text: None, forced: false, q }
     }
 }
 
@@ -175,30 +188,24 @@ impl Tree {
         self.n_verified = self.nodes.len();
     }
 
-    /// Adds a node that a head proposes after all others; panics as [`push_with`](Self::push_with).
+    /// Adds a node that a head proposes after all others; panics as [`push_node`](Self::push_node).
     pub fn push(&mut self, parent: Option<usize>, token: Token, p: f32, q: f32) -> usize {
-        self.push_with(parent, token, p, None, q)
+        self.push_node(Node { p, ..Node::new(parent, token, q) })
     }
 
-    /// Adds a node after all others.
+    /// Adds a node after all others; its depth follows from its parent.
     ///
     /// # Panics
     /// When its parent is missing, its path exists already, its `q` is above its predecessor's, or
     /// the tree was cut.
-    pub fn push_with(
-        &mut self,
-        parent: Option<usize>,
-        token: Token,
-        p: f32,
-        text: Option<Evidence>,
-        q: f32,
-    ) -> usize {
+    pub fn push_node(&mut self, node: Node) -> usize {
+        let Node { parent, token, q, .. } = node;
         assert!(parent.is_none_or(|i| i < self.nodes.len()), "a parent comes before its children");
         assert!(self.nodes.last().is_none_or(|last| q <= last.q), "nodes come in descending order");
         assert!(self.child(parent, token).is_none(), "a path is in a tree once");
         assert_eq!(self.n_verified, self.nodes.len(), "a tree grows before it is cut");
         let depth = parent.map_or(0, |i| self.nodes[i].depth) + 1;
-        self.nodes.push(Node { token, parent, depth, p, text, forced: false, q });
+        self.nodes.push(Node { depth, ..node });
         self.n_verified += 1;
         self.nodes.len() - 1
     }

@@ -103,7 +103,7 @@ pub async fn collect(
 fn request(prompt: request::Prompt, temperature: f32, max_tokens: usize, seed: u64) -> Request {
     Request {
         sampling: SamplingParams { temperature, seed, ..SamplingParams::default() },
-        speculation: Speculation::Off,
+        speculation: Speculation::OFF,
         share_text: false,
         ..Request::new(prompt, max_tokens)
     }

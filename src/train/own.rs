@@ -148,7 +148,7 @@ fn sampled(prompt: Prompt, max_tokens: usize, seed: u64) -> Request {
             seed,
             ..SamplingParams::default()
         },
-        speculation: Speculation::Off,
+        speculation: Speculation::OFF,
         share_text: false,
         ..Request::new(prompt, max_tokens)
     }

@@ -12,7 +12,7 @@ use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
-use medusa_llama::engine::thread::DraftParams;
+use medusa_llama::engine::drafts::DraftParams;
 use proptest::prelude::*;
 use serde_json::Value;
 use socket2::{Domain, Socket, Type};

@@ -86,8 +86,8 @@ impl Draft for Guess {
     ) {
         for (origin, tree) in origins.iter().zip(trees) {
             let mut tokens: Vec<Token> = origin.hidden.iter().map(|&t| Token(t as i32)).collect();
-            tokens.push(origin.root);
-            let n_levels = self.n_levels.min(origin.max_depth);
+            tokens.push(origin.root());
+            let n_levels = self.n_levels.min(origin.heads.max_depth);
             let mut level = |_| {
                 let (right, h) = (favourite(self.n_vocab, &tokens), hash(&tokens));
                 tokens.push(right);
@@ -100,7 +100,7 @@ impl Draft for Guess {
                 offered.into_iter().zip((1..).map(|rank| 0.6 / rank as f32)).collect()
             };
             let levels: Vec<Vec<(Token, f32)>> = (0..n_levels).map(&mut level).collect();
-            fill(tree, &levels, calibration, origin.trust, worth.n_nodes);
+            fill(tree, &levels, calibration, origin.heads.trust, worth.n_nodes);
         }
     }
 }

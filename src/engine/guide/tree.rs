@@ -57,8 +57,7 @@ impl Guide {
         let forced = if forced.is_empty() { &asked } else { forced };
         if let [token, rest @ ..] = forced {
             let same = old.and_then(|old| walk.tree.child(old, *token));
-            let alone =
-                Node { token: *token, parent: None, depth: 0, p: 0.0, text: None, forced: true, q };
+            let alone = Node { forced: true, ..Node::new(None, *token, q) };
             let node = same.map_or(alone, |i| walk.tree.nodes()[i]);
             let node = Node { parent: at, depth: depth + 1, q: q * CERTAIN, ..node };
             return self.follow(walk, same.map(Some), node, rest);

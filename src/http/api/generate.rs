@@ -143,7 +143,7 @@ mod tests {
         assert_eq!((s.logit_bias.as_slice(), s.seed), (&[(Token(5), -100.0)][..], u64::MAX));
         assert_eq!((request.max_tokens, request.stop.len()), (5, 2));
         assert_eq!((request.ignore_eos, request.cache_prompt, stream), (true, false, true));
-        assert_eq!((request.speculation, request.share_text), (Speculation::Off, false));
+        assert_eq!((request.speculation, request.share_text), (Speculation::OFF, false));
         assert_eq!(read(json!({ "prompt": "x", "stop": "one" })).unwrap().0.stop, ["one"]);
     }
 

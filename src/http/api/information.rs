@@ -126,6 +126,9 @@ pub struct Information {
     /// Heads that draft.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub heads: Option<usize>,
+    /// Name of the model that drafts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub draft_model: Option<String>,
     /// Whether text drafts.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub text_drafts: Option<bool>,
