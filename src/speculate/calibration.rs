@@ -13,6 +13,8 @@ pub const LOWEST: f32 = 1e-3;
 const BELIEF: f64 = 0.8;
 /// ... as firmly as after this many expected hits.
 const FIRMNESS: f64 = 2.0;
+/// The same of a place's best candidate, in candidates.
+const FIRMNESS_BEST: f64 = 4.0;
 /// Counts are halved at this many expected hits, so that a bin follows the text.
 const MEMORY: f64 = 64.0;
 /// Ranges, equally wide, of the probabilities that a head's candidates may turn out to have.
@@ -39,22 +41,14 @@ pub const HIGHEST: f32 = 0.99;
 /// Counts for each head and range.
 #[derive(Clone, Debug, Default)]
 pub struct Calibration {
-    bins: [[Bin; N_BINS]; N_HEADS],
+    /// Of candidates that are not the best at their place, and of those that are: where texts are
+    /// greedy these are right far more often than a head says.
+    bins: [[[Bin; N_BINS]; 2]; N_HEADS],
     proposals: [Proposals; N_HEADS],
     /// Instead of what was counted: rates of the best candidate by depth. Others are never right.
     given: Option<Vec<f32>>,
-    /// Share of places at which a source is taken to be sure and right before anything is known.
-    sure: Sure,
-}
-
-/// A share.
-#[derive(Clone, Copy, Debug)]
-struct Sure(f64);
-
-impl Default for Sure {
-    fn default() -> Self {
-        Self(SURE)
-    }
+    /// Of a draft model, which is as good at any depth: all share the first one's counts.
+    is_model: bool,
 }
 
 /// How often candidates of one kind are right, against how often they were said to be.
@@ -64,6 +58,20 @@ pub(super) struct Bin {
     expected: f64,
     /// Those that were accepted.
     hits: f64,
+    /// All of them.
+    n: f64,
+}
+
+impl std::ops::Add for Bin {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            expected: self.expected + other.expected,
+            hits: self.hits + other.hits,
+            n: self.n + other.n,
+        }
+    }
 }
 
 impl Bin {
@@ -72,12 +80,20 @@ impl Bin {
         ((self.hits + FIRMNESS * belief) / (self.expected + FIRMNESS)) as f32
     }
 
+    /// How often a best candidate of such a probability is right; as long as little is known, about
+    /// as often as is believed of it.
+    fn share(self, p: f32) -> f32 {
+        ((self.hits + FIRMNESS_BEST * BELIEF * f64::from(p)) / (self.n + FIRMNESS_BEST)) as f32
+    }
+
     /// Records a candidate.
     pub(super) fn record(&mut self, p: f32, accepted: bool) {
         self.expected += f64::from(p);
         self.hits += f64::from(u8::from(accepted));
-        if self.expected >= MEMORY {
-            *self = Self { expected: self.expected / 2.0, hits: self.hits / 2.0 };
+        self.n += 1.0;
+        if self.expected >= MEMORY || self.hits >= MEMORY {
+            let Self { expected, hits, n } = *self;
+            *self = Self { expected: expected / 2.0, hits: hits / 2.0, n: n / 2.0 };
         }
     }
 }
@@ -94,14 +110,15 @@ impl Calibration {
     /// One that believes every head.
     #[cfg(test)]
     pub(super) fn exact() -> Self {
-        let bin = Bin { expected: 0.0, hits: FIRMNESS * (1.0 - BELIEF) };
-        Self { bins: [[bin; N_BINS]; N_HEADS], ..Self::default() }
+        let others = Bin { hits: FIRMNESS * (1.0 - BELIEF), ..Bin::default() };
+        let best = Bin { hits: 0.0, n: FIRMNESS_BEST * (BELIEF - 1.0), ..Bin::default() };
+        Self { bins: [[[others; N_BINS], [best; N_BINS]]; N_HEADS], ..Self::default() }
     }
 
     /// One for a draft model.
     #[must_use]
     pub fn of_model() -> Self {
-        Self { sure: Sure(SURE_MODEL), ..Self::default() }
+        Self { is_model: true, ..Self::default() }
     }
 
     /// One that learns nothing: at depth `h + 1` the best candidate is right at `rates[h]`, and no
@@ -119,15 +136,20 @@ impl Calibration {
         if let Some(rates) = &self.given {
             return if rank == 0 { rate(rates, depth) } else { 0.0 };
         }
-        (p * self.bins[head(depth)][bin(p)].ratio(BELIEF) * trust).clamp(0.0, HIGHEST)
+        let [others, best] = &self.bins[self.place(depth)];
+        let q = if rank == 0 { best[bin(p)].share(p) } else { p * others[bin(p)].ratio(BELIEF) };
+        (q * trust).clamp(0.0, HIGHEST)
     }
 
-    /// For each range of what the head at `depth` says, how often candidates are accepted, against
-    /// that.
+    /// For each range of what the head at `depth` says, how often candidates of any rank are accepted,
+    /// against that.
     #[must_use]
     pub fn ratios(&self, depth: usize) -> [f32; N_BINS] {
         match self.given {
-            None => self.bins[head(depth)].map(|bin| bin.ratio(BELIEF)),
+            None => {
+                let [others, best] = self.bins[self.place(depth)];
+                std::array::from_fn(|i| (others[i] + best[i]).ratio(BELIEF))
+            }
             Some(_) => [1.0; N_BINS],
         }
     }
@@ -139,16 +161,18 @@ impl Calibration {
         if let Some(rates) = &self.given {
             return (f64::from(rate(rates, depth)) - row).max(0.0);
         }
-        let Proposals { places, ranges } = &self.proposals[head(depth)];
+        let Proposals { places, ranges } = &self.proposals[self.place(depth)];
         let trust = f64::from(trust);
         let seen: f64 = ranges.iter().map(|&(n, q)| (q * trust - n * row).max(0.0)).sum();
-        let sure = self.sure.0 * (f64::from(HIGHEST) * trust.min(1.0) - row).max(0.0);
+        let sure = if self.is_model { SURE_MODEL } else { SURE };
+        let sure = sure * (f64::from(HIGHEST) * trust.min(1.0) - row).max(0.0);
         (seen + SURE_FIRMNESS * sure) / (places + SURE_FIRMNESS)
     }
 
     /// Records the candidates' probabilities at one place where a head was asked.
     pub fn record_proposals(&mut self, depth: usize, proposed: impl Iterator<Item = f32>) {
-        let Proposals { places, ranges } = &mut self.proposals[head(depth)];
+        let place = self.place(depth);
+        let Proposals { places, ranges } = &mut self.proposals[place];
         let keep = 1.0 - 1.0 / PLACES;
         *places = *places * keep + 1.0;
         ranges.iter_mut().for_each(|(n, q)| (*n, *q) = (*n * keep, *q * keep));
@@ -167,9 +191,16 @@ impl Calibration {
         }
     }
 
-    /// Records what became of a candidate whose parent was accepted.
-    pub fn record(&mut self, depth: usize, p: f32, accepted: bool) {
-        self.bins[head(depth)][bin(p)].record(p, accepted);
+    /// Where counts of a depth are.
+    fn place(&self, depth: usize) -> usize {
+        if self.is_model { 0 } else { depth.clamp(1, N_HEADS) - 1 }
+    }
+
+    /// Records what became of a candidate whose parent was accepted; `is_best` is of those at its
+    /// place the one with the highest probability.
+    pub fn record(&mut self, depth: usize, is_best: bool, p: f32, accepted: bool) {
+        let place = self.place(depth);
+        self.bins[place][usize::from(is_best)][bin(p)].record(p, accepted);
     }
 }
 
@@ -225,10 +256,6 @@ fn rate(rates: &[f32], depth: usize) -> f32 {
     rates.get(depth - 1).copied().unwrap_or(0.0)
 }
 
-fn head(depth: usize) -> usize {
-    depth.clamp(1, N_HEADS) - 1
-}
-
 fn bin(p: f32) -> usize {
     let place = 1.0 - p.clamp(LOWEST, 1.0).ln() / LOWEST.ln();
     ((place * N_BINS as f32) as usize).min(N_BINS - 1)
@@ -243,25 +270,27 @@ mod tests {
         let mut c = Calibration::default();
         assert!((c.estimate(1, 0, 0.5, 1.0) - 0.4).abs() < 1e-6);
         for i in 0..4000 {
-            c.record(1, 0.9, i % 10 < 6);
-            c.record(2, 0.9, i % 10 < 3);
-            c.record(1, 0.01, i % 50 == 0);
+            c.record(1, true, 0.9, i % 10 < 6);
+            c.record(2, true, 0.9, i % 10 < 3);
+            c.record(1, false, 0.01, i % 50 == 0);
+            c.record(1, false, 0.9, false);
         }
-        for (depth, p, happens) in [(1, 0.9, 0.6), (2, 0.9, 0.3), (1, 0.01, 0.02)] {
+        for (depth, rank, p, happens) in [(1, 0, 0.9, 0.6), (2, 0, 0.9, 0.3), (1, 1, 0.01, 0.02)] {
             assert!(
-                (c.estimate(depth, 0, p, 1.0) / happens - 1.0).abs() < 0.1,
+                (c.estimate(depth, rank, p, 1.0) / happens - 1.0).abs() < 0.1,
                 "{depth} {p}: {}",
-                c.estimate(depth, 0, p, 1.0)
+                c.estimate(depth, rank, p, 1.0)
             );
         }
+        assert!(c.estimate(1, 1, 0.9, 1.0) < 0.05 && (0.25..0.35).contains(&c.ratios(1)[bin(0.9)]));
         assert!((c.estimate(3, 0, 0.9, 1.0) - 0.72).abs() < 1e-6, "other heads know nothing of it");
     }
 
     #[test]
     fn it_follows_a_change_of_text() {
         let mut c = Calibration::default();
-        (0..10_000).for_each(|_| c.record(1, 0.5, true));
-        (0..2000).for_each(|_| c.record(1, 0.5, false));
+        (0..10_000).for_each(|_| c.record(1, true, 0.5, true));
+        (0..2000).for_each(|_| c.record(1, true, 0.5, false));
         assert!(c.estimate(1, 0, 0.5, 1.0) < 0.1);
     }
 

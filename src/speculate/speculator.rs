@@ -218,10 +218,15 @@ impl Speculator {
             return;
         }
         let (heads, model) = (&self.calibration, &self.of_model);
-        let said = |calibration: &Calibration, n: &Node, p: f32| {
-            (p > 0.0).then(|| calibration.estimate(n.depth, 0, p, 1.0))
+        let highest = |of: fn(&Node) -> f32| children.clone().map(of).fold(0.0, f32::max);
+        let (best_p, best_m) = (highest(|n| n.p), highest(|n| n.m));
+        let said = |calibration: &Calibration, n: &Node, p: f32, best: f32| {
+            let rank = usize::from(p != best);
+            (p > 0.0).then(|| calibration.estimate(n.depth, rank, p, 1.0))
         };
-        let each = children.map(|n| (n.token, said(heads, n, n.p), said(model, n, n.m)));
+        let each = children
+            .clone()
+            .map(|n| (n.token, said(heads, n, n.p, best_p), said(model, n, n.m, best_m)));
         self.merger.record(each, token);
     }
 
@@ -374,7 +379,8 @@ fn record<'a>(
     let Some(depth) = proposed.clone().next().map(|n| n.depth) else { return };
     trust.record(predicted.iter().sum(), proposed.clone().any(|n| n.token == token));
     calibration.record_proposals(depth, predicted.iter().copied());
-    proposed.for_each(|n| calibration.record(n.depth, p(n), n.token == token));
+    let highest = proposed.clone().map(p).fold(0.0, f32::max);
+    proposed.for_each(|n| calibration.record(n.depth, p(n) == highest, p(n), n.token == token));
 }
 
 impl Verifying {
