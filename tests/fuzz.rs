@@ -54,7 +54,7 @@ fn likely(name: &'static str) -> BoxedStrategy<Value> {
         "system" | "instructions" => likely("prompt"),
         "stop" | "stop_sequences" => prop::collection::vec("[a-c]{0,3}", 0..4).prop_map(Value::from).boxed(),
         "logit_bias" => prop::collection::btree_map("[0-9]{1,5}", -100.0..100.0f64, 0..3).prop_map(|m| json!(m)).boxed(),
-        "speculation" => words(&["auto", "heads", "text", "off", "typical", "on"]),
+        "speculation" => words(&["auto", "heads", "text", "model", "off", "typical", "on"]),
         "grammar" => words(&["start: \"a\"", "start: /[a-z]+/", "start: (", ""]),
         "response_format" => any_json()
             .prop_flat_map(|schema| {

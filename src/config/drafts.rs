@@ -5,8 +5,7 @@ use std::str::FromStr as _;
 
 use clap::{Args as ClapArgs, ValueEnum};
 
-use super::placement::layers;
-use super::values::between;
+use super::values::{between, layers};
 use crate::engine::drafts::{DraftModelParams, DraftParams, HeadsParams};
 use crate::hub::name::ModelName;
 use crate::llama::{GpuLayers, Placement};
@@ -91,7 +90,10 @@ impl DraftArgs {
         let model = files.model.map(|path| DraftModelParams {
             path,
             placement: Placement {
-                n_gpu_layers: self.draft_gpu_layers,
+                n_gpu_layers: match self.draft_gpu_layers {
+                    GpuLayers::Auto => GpuLayers::ALL,
+                    layers => layers,
+                },
                 main_gpu: placement.main_gpu,
                 load: placement.load,
                 lock: placement.lock,

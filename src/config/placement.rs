@@ -6,7 +6,7 @@ use anyhow::{anyhow, ensure};
 use clap::Args as ClapArgs;
 use clap::builder::BoolishValueParser;
 
-use super::values::{between, number};
+use super::values::{between, layers, number};
 use super::{HeadsSource, ModelArgs};
 use crate::llama::{
     AdapterFile, Buffer, GpuLayers, LoadMode, Numa, Override, Pattern, Placement, Rope,
@@ -187,17 +187,6 @@ fn are_for_adapters(heads: &HeadsSource) -> bool {
     let config = std::fs::read(folder.join("config.json")).unwrap_or_default();
     let config: serde_json::Value = serde_json::from_slice(&config).unwrap_or_default();
     config[FOR_ADAPTERS] == true
-}
-
-pub(super) fn layers(text: &str) -> Result<GpuLayers, String> {
-    match text {
-        "auto" => Ok(GpuLayers::Auto),
-        "all" => Ok(GpuLayers::ALL),
-        n => n
-            .parse()
-            .map(GpuLayers::Most)
-            .map_err(|_| format!("must be a whole number from 0 to {}, all or auto", u32::MAX)),
-    }
 }
 
 fn tensors(text: &str) -> Result<Override, String> {

@@ -112,9 +112,6 @@ impl DraftArgs {
                 path.display()
             ),
             (_, Some(name)) => Ok(Some(ModelSource::Hub(name.clone(), None))),
-            (Some(path), None) if path.as_os_str().is_empty() => {
-                bail!("DRAFT_MODEL is empty: name a GGUF file, or leave it unset")
-            }
             (path, None) => Ok(path.clone().map(ModelSource::File)),
         }
     }
@@ -136,6 +133,22 @@ mod tests {
             Command::Serve(args) => *args,
             _ => unreachable!("`serve` was given"),
         }
+    }
+
+    #[test]
+    fn a_draft_model_is_a_file_or_a_name() {
+        let source = |args: &[&str]| {
+            serve(args).engine.drafts.model_source().map_err(|error| error.to_string())
+        };
+        assert_eq!(source(&[]), Ok(None));
+        for flag in ["-md", "--draft-model", "--model-draft"] {
+            assert_eq!(source(&[flag, "a.gguf"]), Ok(Some(ModelSource::File("a.gguf".into()))));
+        }
+        for flag in ["-hfd", "--draft-hf", "--hf-repo-draft"] {
+            let named = ModelSource::Hub("a/b:Q8_0".parse().unwrap(), None);
+            assert_eq!(source(&[flag, "a/b:Q8_0"]), Ok(Some(named)));
+        }
+        assert!(source(&["-md", "a.gguf", "-hfd", "a/b"]).unwrap_err().contains("not both"));
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tracing::Level;
 
-use crate::llama::{CacheTypes, TensorType};
+use crate::llama::{CacheTypes, GpuLayers, TensorType};
 
 /// A whole number in a range; the error names both ends.
 pub(super) fn between(
@@ -46,5 +46,17 @@ pub(super) fn number(
     move |text| match text.parse() {
         Ok(n) if (min..=max).contains(&n) => Ok(n),
         _ => Err(format!("must be a number from {min} to {max}")),
+    }
+}
+
+/// A number of layers on GPUs.
+pub(super) fn layers(text: &str) -> Result<GpuLayers, String> {
+    match text {
+        "auto" => Ok(GpuLayers::Auto),
+        "all" => Ok(GpuLayers::ALL),
+        n => n
+            .parse()
+            .map(GpuLayers::Most)
+            .map_err(|_| format!("must be a whole number from 0 to {}, all or auto", u32::MAX)),
     }
 }

@@ -301,7 +301,7 @@ impl DraftModel {
         };
         let mut paths: Vec<(f64, Path)> = self.paths.iter().map(|p| (value(p), *p)).collect();
         paths.sort_by(|a, b| b.0.total_cmp(&a.0));
-        paths.truncate(MAX_PATHS.min(self.batch.n_most()));
+        paths.truncate(MAX_PATHS.min(worth.n_nodes * origins.len()).min(self.batch.n_most()));
         let (mut gained, mut best, mut n) = (0.0, 0.0, 0);
         for (i, (saved, _)) in paths.iter().enumerate() {
             gained += saved;
@@ -350,7 +350,6 @@ impl DraftModel {
         let started = Instant::now();
         self.context.forward(&self.batch)?;
         self.context.logits(rows[0])?; // waits for the device
-        self.cost.record(n_rows, n_rows, started.elapsed().as_secs_f64());
         let least = (FAR * worth.row_s / worth.token_s) as f32;
         for (&row, path) in rows.iter().zip(&self.paths) {
             top_candidates(&self.context.logits(row)?[..self.n_vocab], &mut self.best);
@@ -361,6 +360,7 @@ impl DraftModel {
                 calibration.estimate(depth, rank, p, trust)
             });
         }
+        self.cost.record(n_rows, n_rows, started.elapsed().as_secs_f64());
         Ok(())
     }
 
@@ -423,7 +423,7 @@ impl DraftModel {
         let gain_s = gain_s / self.paths.len() as f64;
         self.read(origins, gain_s, worth.token_s)?;
         self.invested_s = started.elapsed().as_secs_f64();
-        for depth in 1..=self.max_depth {
+        for depth in 1..=self.max_depth.min(worth.n_nodes) {
             if self.paths.is_empty() {
                 break;
             }

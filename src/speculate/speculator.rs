@@ -278,7 +278,8 @@ impl<'s> Drafting<'s> {
         let between = clock();
         let by_model = cleared(&mut s.by_model, n);
         ask(&mut s.model, self.asks_model, origins, worth, &mut s.of_model, by_model);
-        self.invested_s = s.model.as_ref().map_or(0.0, |model| model.invested_s());
+        let asked = s.model.as_ref().filter(|_| self.asks_model);
+        self.invested_s = asked.map_or(0.0, |model| model.invested_s());
         self.heads_s = between - began;
         self.model_s = (clock() - between - self.invested_s).max(0.0);
         let pays = (worth.row_s / worth.token_s) as f32;

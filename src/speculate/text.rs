@@ -21,7 +21,14 @@ const PRIOR: [f32; 8] = [0.05, 0.25, 0.35, 0.45, 0.55, 0.65, 0.8, 0.9];
 const PRIOR_SUPPORT: [f32; N_SUPPORTS] = [1.0, 1.2, 0.8, 0.4];
 const PRIOR_SHARED: f32 = 0.8;
 const N_SUPPORTS: usize = 4;
-const N_EVIDENCE: usize = 2 * LENGTHS.len() * N_SUPPORTS;
+/// The least depth of each class of depths: where a path's tokens came true so far, the next one does
+/// more often ...
+const DEPTHS: [usize; 3] = [1, 3, 7];
+/// ... by so many times the odds, before anything is known.
+const PRIOR_DEPTH: [f32; DEPTHS.len()] = [1.0, 1.5, 3.0];
+/// Evidence without its depth.
+const N_PLACES: usize = 2 * LENGTHS.len() * N_SUPPORTS;
+const N_EVIDENCE: usize = DEPTHS.len() * N_PLACES;
 /// Factor for what text says of a token that no head or draft model proposes, though they were asked,
 /// before anything is known.
 const NOT_OFFERED: f32 = 0.6;
@@ -120,7 +127,7 @@ impl TextDrafts {
         if origin.max_depth == 0 {
             return 0.0;
         }
-        self.guess(origin, origin.tokens);
+        self.guess(origin, origin.tokens, 1);
         self.guesses.iter().map(|g| g.t).sum()
     }
 
@@ -167,7 +174,8 @@ impl TextDrafts {
         if origin.max_depth > 0 {
             let mut path = std::mem::take(&mut self.path);
             path_to(origin.tokens, tree, at, &mut path);
-            self.guess(origin, &path);
+            let depth = at.map_or(0, |i| tree.nodes()[i].depth) + 1;
+            self.guess(origin, &path, depth);
             self.path = path;
         }
         let above = at.map_or(1.0, |i| tree.nodes()[i].q);
@@ -204,8 +212,8 @@ impl TextDrafts {
         }
     }
 
-    /// Fills `guesses` with what may follow `text`.
-    fn guess(&mut self, origin: &TextOrigin<'_>, text: &[Token]) {
+    /// Fills `guesses` with what may follow `text`, at this depth of the tree.
+    fn guess(&mut self, origin: &TextOrigin<'_>, text: &[Token], depth: usize) {
         self.guesses.clear();
         let shared = origin.shared.and_then(|tenant| self.shared.get(tenant as usize));
         for (index, is_shared) in [(Some(origin.index), false), (shared, true)] {
@@ -213,7 +221,7 @@ impl TextDrafts {
             self.found.clear();
             index.find(text, &mut self.found);
             self.found.sort_by_key(|m| std::cmp::Reverse(m.n));
-            for guess in evidence(&self.found, is_shared) {
+            for guess in evidence(&self.found, is_shared, depth) {
                 let t = trusted(self.rate(guess.1), origin.trust);
                 let guess = Guess { token: guess.0, evidence: guess.1, t };
                 match self.guesses.iter_mut().find(|g| g.token == guess.token) {
@@ -281,7 +289,11 @@ fn both(h: Option<f32>, t: f32) -> f32 {
 }
 
 /// The tokens that matches, longest first, speak for.
-fn evidence(found: &[Match], is_shared: bool) -> impl Iterator<Item = (Token, Evidence)> {
+fn evidence(
+    found: &[Match],
+    is_shared: bool,
+    depth: usize,
+) -> impl Iterator<Item = (Token, Evidence)> {
     let is_first = move |i: usize| found[..i].iter().all(|m| m.token != found[i].token);
     (0..found.len()).filter(move |&i| is_first(i)).take(N_GUESSES).map(move |i| {
         let Match { token, n } = found[i];
@@ -293,22 +305,24 @@ fn evidence(found: &[Match], is_shared: bool) -> impl Iterator<Item = (Token, Ev
             others if same > others => Support::Led,
             _ => Support::Split,
         };
-        (token, Evidence::new(is_shared, n, support))
+        (token, Evidence::new(is_shared, n, support, depth))
     })
 }
 
 impl Evidence {
-    fn new(is_shared: bool, n: usize, support: Support) -> Self {
+    fn new(is_shared: bool, n: usize, support: Support, depth: usize) -> Self {
         let length = LENGTHS.partition_point(|&least| least <= n).max(1) - 1;
         let place =
             (usize::from(is_shared) * LENGTHS.len() + length) * N_SUPPORTS + support as usize;
-        Self(place as u8)
+        let depth = DEPTHS.partition_point(|&least| least <= depth).max(1) - 1;
+        Self((depth * N_PLACES + place) as u8)
     }
 
     fn prior(self) -> f32 {
-        let (place, support) = (usize::from(self.0) / N_SUPPORTS, usize::from(self.0) % N_SUPPORTS);
+        let (depth, place) = (usize::from(self.0) / N_PLACES, usize::from(self.0) % N_PLACES);
+        let (place, support) = (place / N_SUPPORTS, place % N_SUPPORTS);
         let shared = if place >= LENGTHS.len() { PRIOR_SHARED } else { 1.0 };
-        (PRIOR[place % LENGTHS.len()] * PRIOR_SUPPORT[support] * shared).min(HIGHEST)
+        trusted(PRIOR[place % LENGTHS.len()] * PRIOR_SUPPORT[support] * shared, PRIOR_DEPTH[depth])
     }
 }
 

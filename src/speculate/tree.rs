@@ -9,8 +9,8 @@ use std::iter::successors;
 use crate::llama::Token;
 use crate::request::Source;
 
-/// What speaks for a token in the text before: which text, how many tokens match, and how far
-/// matches agree, as `text` encodes it.
+/// What speaks for a token in the text before: which text, how many tokens match, how far matches
+/// agree, and how deep in the tree that is, as `text` encodes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Evidence(pub(super) u8);
 
