@@ -21,8 +21,10 @@ const CHANGE: f64 = 0.05;
 const SHAPE: f64 = 0.02;
 /// A step this many times slower or faster than predicted says nothing: the machine was elsewhere ...
 const OUTLIER: f64 = 4.0;
-/// ... unless as many are in a row: the machine has changed.
+/// ... unless so many are in a row, and none is farther off than this: the machine has changed, as when
+/// what kept its cores busy while it was measured has ended.
 const CHANGED: u32 = 8;
+const FARTHEST: f64 = 64.0;
 
 /// Measures what steps take by `time`, the seconds of a pass of `n` rows: seconds for each number
 /// of rows, ascending, after a pass of as many, and the seconds more after one of another number:
@@ -137,7 +139,8 @@ impl Cost {
         let predicted = self.seconds_after(before, n);
         let ratio = seconds / predicted;
         if !(1.0 / OUTLIER..OUTLIER).contains(&ratio) {
-            self.n_outliers += 1;
+            let is_near = (1.0 / FARTHEST..FARTHEST).contains(&ratio);
+            self.n_outliers = if is_near { self.n_outliers + 1 } else { 0 };
             if self.n_outliers == CHANGED {
                 (self.speed, self.n_outliers) = (self.speed * ratio, 0);
             }
@@ -224,6 +227,8 @@ mod tests {
         assert_eq!(cost.seconds(1), 1.0);
         (0..CHANGED).for_each(|_| cost.record(1, 1, 50.0));
         assert_eq!(cost.seconds(1), 50.0, "no hiccup, but another machine");
+        (0..100).for_each(|_| cost.record(1, 1, 1e-3));
+        assert_eq!(cost.seconds(1), 50.0, "no machine is so fast");
         (0..CHANGED).for_each(|_| cost.record(1, 1, 2.0));
         (0..200).for_each(|_| cost.record(1, 1, 2.0));
         assert!(
