@@ -157,12 +157,7 @@ impl Conditioned {
         let expected = |path: &Path| path.q * path.trust * path.open;
         level.paths.sort_by(|a, b| expected(b).total_cmp(&expected(a)));
         level.paths.truncate(MAX_PATHS);
-        let value = |path: &Path| {
-            let token_s = f64::from(path.q) * worth.token_s;
-            f64::from(path.open)
-                * token_s
-                * calibration.expect(depth, worth.row_s / token_s, path.trust)
-        };
+        let value = |path: &Path| worth.saved_s(depth, path.q, path.open, path.trust, calibration);
         let (n, cut) = most_gain(&self.cuts, level.paths.iter().map(value));
         level.paths.truncate(n);
         level.cut = cut;

@@ -294,10 +294,7 @@ impl DraftModel {
     ) -> f64 {
         let value = |path: &Path| {
             let o = &origins[path.origin];
-            let token_s = f64::from(path.q) * worth.token_s;
-            f64::from(o.open)
-                * token_s
-                * calibration.expect(depth, worth.row_s / token_s, o.model.trust)
+            worth.saved_s(depth, path.q, o.open, o.model.trust, calibration)
         };
         let mut paths: Vec<(f64, Path)> = self.paths.iter().map(|p| (value(p), *p)).collect();
         paths.sort_by(|a, b| b.0.total_cmp(&a.0));

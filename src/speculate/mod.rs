@@ -103,5 +103,22 @@ pub struct Worth {
     pub row_s: f64,
 }
 
+impl Worth {
+    /// Seconds that candidates at `depth` are expected to save after a path of probability `q`, where
+    /// text does not know the next token with probability `open` and their source has that trust.
+    #[must_use]
+    pub fn saved_s(
+        &self,
+        depth: usize,
+        q: f32,
+        open: f32,
+        trust: f32,
+        calibration: &Calibration,
+    ) -> f64 {
+        let token_s = f64::from(q) * self.token_s;
+        f64::from(open) * token_s * calibration.expect(depth, self.row_s / token_s, trust)
+    }
+}
+
 /// Most nodes proposed for one sequence.
 pub const MAX_NODES: usize = 64;
