@@ -17,6 +17,7 @@ use crate::config::{Config, Files, ModelConfig};
 use crate::engine::EngineParams;
 use crate::http::app::App;
 use crate::http::{openapi, routes, server};
+use crate::llama::exit_now;
 use crate::metrics::Metrics;
 use crate::models::{Entry, Load, ModelLimits, ModelSetup, Models, Part, Phase};
 use crate::telemetry::Telemetry;
@@ -172,7 +173,7 @@ fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
         let _ = tx.send(());
         tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
         tracing::warn!("second signal: exiting immediately");
-        std::process::exit(130);
+        exit_now(130);
     });
     Ok(async { drop(rx.await) })
 }

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicPtr, Ordering};
 
 use parking_lot::Mutex;
 
+use super::exit::exit_now;
 use super::sys;
 
 /// What is being loaded.
@@ -98,8 +99,7 @@ extern "C" fn on_crash(_: c_int) {
         // SAFETY: a leaked zero-terminated text; both functions may be called by a handler.
         unsafe { libc::write(libc::STDERR_FILENO, line.cast(), libc::strlen(line)) };
     }
-    // SAFETY: takes an integer and does not return.
-    unsafe { libc::_exit(1) }
+    exit_now(1)
 }
 
 /// Whether any file is being loaded.
@@ -122,7 +122,5 @@ unsafe extern "C" fn on_abort(message: *const c_char) {
         return;
     }
     tracing::error!("{}: {message}", could_not(&state.files));
-    // SAFETY: takes an integer and does not return; other threads may still compute, so nothing that
-    // `exit` runs is run.
-    unsafe { libc::_exit(1) }
+    exit_now(1)
 }

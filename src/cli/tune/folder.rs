@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::llama::exit_now;
+
 /// An existing folder, removed on drop unless it is kept.
 pub(super) struct Folder {
     path: PathBuf,
@@ -44,7 +46,7 @@ impl Folder {
                 tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
             });
             let _ = std::fs::remove_dir_all(&path);
-            std::process::exit(130);
+            exit_now(130);
         })?;
         Ok(())
     }
