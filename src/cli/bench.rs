@@ -3,9 +3,11 @@
 
 use std::collections::BTreeMap;
 use std::io::Write as _;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context as _, anyhow, bail, ensure};
+use parking_lot::Mutex;
 use serde::Serialize;
 use tokio::task::JoinSet;
 
@@ -18,9 +20,14 @@ use crate::engine::handle::Handle;
 use crate::engine::thread::{EngineParams, spawn_with};
 use crate::plot::{self, Series};
 use crate::request::{self, Caller, Completion, Request, SamplingParams, Source, Speculation};
+use crate::speculate::recording::{Hindsight, Recording};
 use crate::speculate::reliability::{Count, N_DEPTHS, Reliability, calibration_error};
 use crate::speculate::simulated::{Acceptance, Simulated};
 use crate::train::prompts::{self, Prompt};
+
+/// Requests of a group for each that runs at the same time: while one is left, most of the group's time
+/// has gone by.
+const QUEUE: usize = 4;
 
 /// One mode at one number of parallel requests.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -99,6 +106,8 @@ struct Report {
     prompts: usize,
     modes: Vec<&'static str>,
     by_parallel: BTreeMap<usize, Modes>,
+    /// What other choices among the same candidates would have reached, of every mode that drafts.
+    hindsight: BTreeMap<usize, BTreeMap<&'static str, Hindsight>>,
     /// At one parallel request.
     by_category: BTreeMap<String, Modes>,
     calibration: Vec<Calibrated>,
@@ -121,6 +130,10 @@ struct Calibrated {
 pub(super) fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     let mut prompts = prompts::read(&args.prompts.file)?;
     let mut params = params(args)?;
+    let recording = Arc::new(Mutex::new(Recording::default()));
+    if let Some(drafts) = &mut params.drafts {
+        drafts.recording = Some(Arc::clone(&recording));
+    }
     let engine = match args.acceptance.clone() {
         None => engine::spawn(params),
         Some(rates) => {
@@ -134,7 +147,7 @@ pub(super) fn bench(args: &BenchArgs) -> anyhow::Result<()> {
         if !args.prompts.style.raw {
             prompts::render(&mut prompts, &handle.model, args.prompts.style.system.as_deref())?;
         }
-        measure(args, &handle, &prompts).await
+        measure(args, &handle, &recording, &prompts).await
     });
     engine.stop();
     let report = report?;
@@ -206,7 +219,12 @@ fn modes(args: &BenchArgs) -> Vec<Speculation> {
     modes
 }
 
-async fn measure(args: &BenchArgs, handle: &Handle, prompts: &[Prompt]) -> anyhow::Result<Report> {
+async fn measure(
+    args: &BenchArgs,
+    handle: &Handle,
+    recording: &Mutex<Recording>,
+    prompts: &[Prompt],
+) -> anyhow::Result<Report> {
     let (n_rates, n_heads) = (args.acceptance.as_ref().map_or(0, Vec::len), handle.n_heads);
     ensure!(n_rates <= n_heads, "acceptance is given for {n_rates} heads, but there are {n_heads}");
     // Every n-th of the file, so that all its parts are there.
@@ -228,23 +246,29 @@ async fn measure(args: &BenchArgs, handle: &Handle, prompts: &[Prompt]) -> anyho
         prompts: n,
         modes: modes.iter().map(|mode| mode.name()).collect(),
         by_parallel: BTreeMap::new(),
+        hindsight: BTreeMap::new(),
         by_category: BTreeMap::new(),
         calibration: vec![],
     };
     let template = "{bar:40} {pos}/{len} prompts {elapsed}, {eta} left";
     let bar = bar(args.parallel.len() * args.rounds * n, template);
-    ask_all(handle, [request(args, "Say hi.".into(), Speculation::AUTO)]).await?;
+    ask_all(handle, [request(args, "Say hi.".into(), Speculation::AUTO)], 1).await?;
     for &parallel in &args.parallel {
         let all = report.by_parallel.entry(parallel).or_default();
+        let mut recorded = BTreeMap::<_, Recording>::new();
         for round in 0..args.rounds {
             let mut of_round = Modes::new();
-            // Together as many as run in parallel, so that all modes see the same concurrent requests.
-            for (i, group) in chosen.chunks(parallel.max(1)).enumerate() {
+            let n_group = if parallel > 1 { parallel * QUEUE } else { 1 };
+            for (i, group) in chosen.chunks(n_group).enumerate() {
                 let category = group[0].category.as_deref().unwrap_or("all").to_owned();
                 // Which mode goes first changes, since the next one finds a warmer machine.
                 for k in 0..modes.len() {
                     let mode = modes[(round + i + k) % modes.len()];
-                    let figures = run(args, handle, group, mode).await?;
+                    let figures = run(args, handle, group, mode, parallel).await?;
+                    if mode != Speculation::OFF {
+                        let steps = std::mem::take(&mut *recording.lock());
+                        recorded.entry(mode.name()).or_default().append(steps);
+                    }
                     of_round.entry(mode.name()).or_default().add(&figures);
                     if parallel == 1 {
                         let of = report.by_category.entry(category.clone()).or_default();
@@ -259,6 +283,8 @@ async fn measure(args: &BenchArgs, handle: &Handle, prompts: &[Prompt]) -> anyho
                 sum.speeds.push(figures.speed(parallel));
             }
         }
+        let hindsight = recorded.iter().map(|(mode, steps)| (*mode, steps.hindsight()));
+        report.hindsight.insert(parallel, hindsight.collect());
     }
     report.calibration = calibrated(&handle.stats.reliability());
     bar.finish_and_clear();
@@ -289,11 +315,12 @@ async fn run(
     handle: &Handle,
     group: &[&Prompt],
     mode: Speculation,
+    parallel: usize,
 ) -> anyhow::Result<Figures> {
     let started = Instant::now();
     let mut figures = Figures::default();
     let requests = group.iter().map(|prompt| request(args, prompt.prompt.clone(), mode));
-    for done in ask_all(handle, requests).await? {
+    for done in ask_all(handle, requests, parallel).await? {
         figures.record(&done);
     }
     figures.wall_s = started.elapsed().as_secs_f64();
@@ -314,16 +341,28 @@ fn request(args: &BenchArgs, prompt: request::Prompt, speculation: Speculation) 
     }
 }
 
-/// The answers to requests that run at the same time.
+/// The answers to requests, of which at most `parallel` run at the same time.
 pub(super) async fn ask_all(
     handle: &Handle,
     requests: impl IntoIterator<Item = Request>,
+    parallel: usize,
 ) -> anyhow::Result<Vec<Completion>> {
-    let asked = requests.into_iter().map(|request| {
+    let mut asked = requests.into_iter().map(|request| {
         let handle = handle.clone();
-        async move { Ok(handle.submit(request, Caller::default()).await?.collect().await?.1) }
+        async move {
+            let answer = handle.submit(request, Caller::default()).await?;
+            anyhow::Ok(answer.collect().await?.1)
+        }
     });
-    asked.collect::<JoinSet<_>>().join_all().await.into_iter().collect()
+    let mut running: JoinSet<_> = asked.by_ref().take(parallel).collect();
+    let mut answers = vec![];
+    while let Some(done) = running.join_next().await {
+        answers.push(done??);
+        if let Some(next) = asked.next() {
+            running.spawn(next);
+        }
+    }
+    Ok(answers)
 }
 
 fn print(report: &Report) -> anyhow::Result<()> {
@@ -379,6 +418,7 @@ fn print(report: &Report) -> anyhow::Result<()> {
             }
         }
     }
+    print_hindsight(&mut out, report)?;
     if !report.by_category.is_empty() {
         let columns: String = modes.iter().map(|name| format!("{name:>17}")).collect();
         writeln!(
@@ -416,6 +456,30 @@ fn print(report: &Report) -> anyhow::Result<()> {
             "{sources:6} {depth:24} {:10} {predicted:10.3} {accepted:10.3} {:28.3}",
             c.verified, c.error
         )?;
+    }
+    Ok(())
+}
+
+/// How far the choices were from those that would have been best.
+fn print_hindsight(out: &mut impl std::io::Write, report: &Report) -> std::io::Result<()> {
+    if report.hindsight.values().all(BTreeMap::is_empty) {
+        return Ok(());
+    }
+    writeln!(
+        out,
+        "\nregret of what was verified, by predicted times: against estimates without error, and who knows what is right\nparallel   mode       tok/s   calibrated   regret   oracle"
+    )?;
+    for (parallel, modes) in &report.hindsight {
+        for (name, hindsight) in modes {
+            writeln!(
+                out,
+                "{parallel:8}   {name:8} {:7.1}   {:10.1}   {:5.1}%   {:6.1}",
+                hindsight.chosen.per_second(),
+                hindsight.calibrated.per_second(),
+                100.0 * hindsight.regret(),
+                hindsight.oracle.per_second(),
+            )?;
+        }
     }
     Ok(())
 }

@@ -132,7 +132,7 @@ fn request(args: &MakeDraftArgs, prompt: &Prompt, speculation: Speculation) -> R
 async fn right(args: &MakeDraftArgs, handle: &Handle, chosen: &[Prompt]) -> anyhow::Result<f64> {
     let (mut drafted, mut accepted) = (0, 0);
     for prompt in chosen {
-        for done in ask_all(handle, [request(args, prompt, Speculation::MODEL)]).await? {
+        for done in ask_all(handle, [request(args, prompt, Speculation::MODEL)], 1).await? {
             drafted += done.speculation.drafted;
             accepted += done.speculation.accepted;
         }
@@ -155,7 +155,7 @@ async fn timed(
             // Which goes first changes, since the next one finds a warmer machine.
             for k in [(i + round) % 2, (i + round + 1) % 2] {
                 let started = Instant::now();
-                ask_all(handle, [request(args, prompt, modes[k])]).await?;
+                ask_all(handle, [request(args, prompt, modes[k])], 1).await?;
                 seconds[k] += started.elapsed().as_secs_f64();
             }
         }

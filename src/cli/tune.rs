@@ -234,7 +234,7 @@ fn time_decoding(
     let measured = runtime.block_on(async {
         let handle = engine.ready().await.map_err(|e| anyhow!(e))?;
         // The first request touches memory for the first time.
-        ask_all(&handle, [request(&prompts[0], 2)]).await?;
+        ask_all(&handle, [request(&prompts[0], 2)], 1).await?;
         for load in Parallelism::ALL {
             let prompts = prompts[..load.parallel()].iter();
             let requests = prompts.map(|prompt| request(prompt, args.max_tokens));
@@ -247,7 +247,7 @@ fn time_decoding(
                 Parallelism::Alone => &mut own.alone,
                 Parallelism::Together => &mut own.together,
             };
-            speed.add(ask_all(&handle, requests).await?.into_iter().map(rate).sum());
+            speed.add(ask_all(&handle, requests, load.parallel()).await?.into_iter().map(rate).sum());
         }
         anyhow::Ok(())
     });

@@ -126,7 +126,7 @@ impl<F: Forward> Engine<F> {
             apply(forward, &ledger.keep(s.seq))?;
         }
         if let Some(speculator) = speculator {
-            speculator.learn(tree, &walk.accepted, walk.last, &mut s.trust);
+            speculator.learn(s.order, tree, &walk.accepted, walk.last, &mut s.trust);
             let answer = s.shared_answer().filter(|_| walk.done);
             if let (Some((tenant, answer)), Some(text)) = (answer, &mut speculator.text) {
                 text.remember(tenant, answer);

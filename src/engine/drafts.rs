@@ -6,6 +6,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
+
 use super::Limits;
 use super::forward::LlamaForward;
 use crate::gpu::Device;
@@ -18,6 +20,7 @@ use crate::speculate::cost::{self, Cost};
 use crate::speculate::device::DeviceHeads;
 use crate::speculate::draft_model::{self, DraftModel};
 use crate::speculate::heads::{Heads, HeadsError, Shape};
+use crate::speculate::recording::Recording;
 use crate::speculate::text::TextDrafts;
 use crate::speculate::{Draft, Speculator};
 
@@ -36,6 +39,8 @@ pub struct DraftParams {
     pub max_tokens_per_step: Option<usize>,
     /// Verify this many candidates for each sequence in every step, to measure; `None` to serve.
     pub fixed_nodes: Option<usize>,
+    /// Where steps are recorded, to measure; `None` to serve.
+    pub recording: Option<Arc<Mutex<Recording>>>,
     /// How often heads' candidates are right, as far as that is known at the start.
     pub calibration: Calibration,
 }
@@ -135,6 +140,7 @@ pub(super) fn load(
     speculator.model = drafter.map(|drafter| Box::new(drafter) as Box<dyn Draft>);
     speculator.text = params.n_shared_text.map(|n| TextDrafts::new(params.n_tenants.max(1), n));
     speculator.fixed_nodes = params.fixed_nodes;
+    speculator.recording.clone_from(&params.recording);
     speculator.calibration = params.calibration.clone();
     Ok(Drafts { speculator, n_heads, on, model: name })
 }

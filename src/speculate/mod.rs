@@ -21,6 +21,7 @@ pub mod nets;
 pub mod paths;
 mod pickle;
 pub mod policy;
+pub mod recording;
 pub mod reliability;
 pub mod simulated;
 pub mod speculator;

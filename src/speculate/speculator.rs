@@ -6,11 +6,15 @@
 
 use std::borrow::BorrowMut;
 use std::iter::successors;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
 
 use super::calibration::{Calibration, Trust, Trusts};
 use super::cost::Cost;
 use super::joint::Merger;
 use super::policy::{self, Step};
+use super::recording::Recording;
 use super::reliability::Reliability;
 use super::text::TextDrafts;
 use super::tree::child;
@@ -38,6 +42,8 @@ pub struct Speculator {
     /// Verify this many candidates for each sequence, whatever they cost: not to serve with, but to
     /// measure.
     pub fixed_nodes: Option<usize>,
+    /// Where steps are recorded, to measure.
+    pub recording: Option<Arc<Mutex<Recording>>>,
     /// How often candidates of heads are right.
     pub calibration: Calibration,
     /// How often those of the draft model are.
@@ -105,6 +111,7 @@ impl Speculator {
             text: None,
             max_tokens_per_step: max_tokens_per_step.max(1),
             fixed_nodes: None,
+            recording: None,
             calibration: Calibration::default(),
             of_model: Calibration::of_model(),
             merger: Merger::default(),
@@ -139,6 +146,9 @@ impl Speculator {
         let may_pay = asks_heads || asks_model || self.text.is_some() || is_guided;
         let is_due = is_fixed || (can_pay && may_pay);
         let step = Step { n_rows, n_before: self.n_before, n_decode, draft_s: 0.0, room: 0 };
+        if let Some(recording) = &self.recording {
+            recording.lock().begin(step, &self.cost);
+        }
         let (heads_s, model_s, invested_s) = (0.0, 0.0, 0.0);
         Drafting {
             speculator: self,
@@ -172,9 +182,11 @@ impl Speculator {
 
     /// Learns from the walk down a sequence's tree: the accepted nodes, and the `last` token that
     /// the model chose after them. A verified node holds it only if the request ended with it;
-    /// there is none if no client waited for it. `trust` is the sequence's.
+    /// there is none if no client waited for it. `trust` is the sequence's, and `request` the number
+    /// of its request.
     pub fn learn(
         &mut self,
+        request: u64,
         tree: &Tree,
         accepted: &[usize],
         last: Option<Token>,
@@ -182,6 +194,10 @@ impl Speculator {
     ) {
         // Candidates that were not worth verifying teach as much as those that were.
         let nodes = tree.proposed();
+        if let Some(recording) = &self.recording {
+            let tokens = accepted.iter().map(|&i| nodes[i].token).chain(last);
+            recording.lock().follow(request, tree, tokens);
+        }
         if nodes.is_empty() {
             return trust.fade();
         }
@@ -325,6 +341,10 @@ impl Drafted<'_> {
         };
         let no_heads = without(step.draft_s - heads_s, |n| n.m > 0.0);
         let no_model = without(step.draft_s - model_s, |n| n.p > 0.0);
+        if let Some(recording) = &s.recording {
+            let n = trees.iter().map(|tree| (*tree).borrow().len()).sum();
+            recording.lock().offer(step, &s.cost, n);
+        }
         let n = policy::choose(trees, step, &s.cost, &mut s.scratch);
         let nodes = trees.iter().flat_map(|tree| (*tree).borrow().nodes());
         let hoped: f64 = nodes.map(|n| f64::from(n.q)).sum();
@@ -461,7 +481,7 @@ mod tests {
         let _ = drafting.draft(&mut [origin], &mut trees, clock).choose(&mut trees, 64, 0.05);
         let accepted = trees[0].child(None, model);
         let last = accepted.is_none().then_some(model);
-        speculator.learn(&trees[0], accepted.as_slice(), last, &mut Trusts::default());
+        speculator.learn(0, &trees[0], accepted.as_slice(), last, &mut Trusts::default());
         Some(trees[0].len())
     }
 
