@@ -247,7 +247,9 @@ fn time_decoding(
                 Parallelism::Alone => &mut own.alone,
                 Parallelism::Together => &mut own.together,
             };
-            speed.add(ask_all(&handle, requests, load.parallel()).await?.into_iter().map(rate).sum());
+            speed.add(
+                ask_all(&handle, requests, load.parallel()).await?.into_iter().map(rate).sum(),
+            );
         }
         anyhow::Ok(())
     });

@@ -233,3 +233,52 @@ impl Rate {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One sequence that verifies the first `n` of these candidates, each the chain's next token, in
+    /// every step, where `right` of them come true and a row costs `row` of a step.
+    fn recorded(q: &[f32], n: usize, right: impl Fn(usize) -> usize, row: f64) -> Hindsight {
+        let cost = Cost::from_points(&[(1, 1.0), (65, 1.0 + 64.0 * row)]);
+        let mut recording = Recording::default();
+        for i in 0..100 {
+            let mut tree = Tree::default();
+            let chain = (0..).zip(q);
+            chain.fold(None, |at, (t, &q)| Some(tree.push(at, Token(t), q, q)));
+            tree.cut(n);
+            let step = Step { n_rows: 1, n_before: 1, n_decode: 1, draft_s: 0.0, room: 64 };
+            recording.begin(step, &cost);
+            recording.offer(step, &cost, q.len());
+            let tokens = (0..right(i)).map(|t| Token(t as i32)).chain([Token(99)]);
+            recording.follow(i as u64, &tree, tokens);
+            recording.begin(Step { n_rows: 9, ..step }, &cost);
+            recording.follow(i as u64, &tree, [Token(0)].into_iter());
+        }
+        recording.hindsight()
+    }
+
+    fn rates(of: Hindsight) -> [f64; 3] {
+        [of.chosen, of.calibrated, of.oracle].map(|rate| (1e3 * rate.per_second()).round() / 1e3)
+    }
+
+    #[test]
+    fn estimates_that_hold_leave_nothing_to_regret() {
+        let found = recorded(&[0.5, 0.05], 1, |i| i % 2, 0.25);
+        assert_eq!(rates(found), [1.2, 1.2, 1.333], "who knows what is right saves the other rows");
+        assert_eq!(found.regret(), 0.0);
+    }
+
+    #[test]
+    fn what_is_always_right_and_was_not_verified_is_regretted() {
+        let found = recorded(&[0.1, 0.05], 0, |_| 2, 0.25);
+        assert_eq!(rates(found), [1.0, 2.0, 2.0]);
+        assert!((found.regret() - 0.5).abs() < 1e-9);
+    }
+
+    #[test]
+    fn what_is_never_right_and_was_verified_is_regretted() {
+        assert_eq!(rates(recorded(&[0.9, 0.8], 2, |_| 0, 0.25)), [0.667, 1.0, 1.0]);
+    }
+}

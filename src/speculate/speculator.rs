@@ -201,7 +201,7 @@ impl Speculator {
         if nodes.is_empty() {
             return trust.fade();
         }
-        self.record_verified(tree, accepted, last);
+        self.record_paths(tree, accepted, last);
         if nodes.iter().all(|n| n.forced) {
             return trust.fade();
         }
@@ -246,16 +246,25 @@ impl Speculator {
         self.merger.record(each, token);
     }
 
-    /// Records whether each verified candidate was accepted, as far as that is known: after a
-    /// request's last token it is not.
-    fn record_verified(&mut self, tree: &Tree, accepted: &[usize], last: Option<Token>) {
+    /// Records which paths were right, as far as that is known whatever the model chose: of candidates
+    /// directly after accepted ones or the root, or after others that were verified. After a request's
+    /// last token it is not.
+    fn record_paths(&mut self, tree: &Tree, accepted: &[usize], last: Option<Token>) {
         let Some(last) = last else { return };
-        let end = tree.child(accepted.last().copied(), last);
-        for (i, node) in tree.nodes().iter().enumerate() {
-            let mut before = successors(node.parent, |&i| tree.nodes()[i].parent);
-            if end.is_none() || before.all(|i| Some(i) != end) {
-                let is_right = accepted.contains(&i) || Some(i) == end;
+        let nodes = tree.proposed();
+        let end = child(nodes, accepted.last().copied(), last);
+        for (i, node) in nodes.iter().enumerate() {
+            let mut before = successors(node.parent, |&i| nodes[i].parent);
+            let is_known = node.parent.is_none_or(|parent| parent < tree.len());
+            if !is_known || (end.is_some() && before.any(|i| Some(i) == end)) {
+                continue;
+            }
+            let is_right = accepted.contains(&i) || Some(i) == end;
+            if i < tree.len() {
                 self.reliability.record(node.source(), node.depth, node.q, is_right);
+            }
+            if let Some(text) = &mut self.text {
+                text.record_path(node, is_right);
             }
         }
     }

@@ -5,7 +5,7 @@
 use std::collections::BinaryHeap;
 use std::iter::successors;
 
-use super::calibration::{Bin, HIGHEST, Trust};
+use super::calibration::{Bin, HIGHEST, PathRates, Trust};
 use super::joint::Joint;
 use super::suffix::{Match, Suffixes};
 use super::tree::{Evidence, Node, Offer, Tree};
@@ -78,6 +78,7 @@ pub struct TextDrafts {
     shared: Vec<Suffixes>,
     /// By evidence.
     rates: [Bin; N_EVIDENCE],
+    paths: PathRates,
     /// Where heads or a draft model were asked too: theirs first.
     both: Joint,
     found: Vec<Match>,
@@ -91,6 +92,8 @@ pub struct TextDrafts {
 struct Open {
     token: Token,
     text: Option<Evidence>,
+    /// [`Node::product`].
+    product: f32,
     /// Its probability by the others alone; 0 if they do not propose it.
     h: f32,
     /// The same node in the others' tree.
@@ -107,6 +110,7 @@ impl TextDrafts {
         Self {
             shared: (0..shared).map(|_| Suffixes::new(n_shared / n_tenants)).collect(),
             rates: [Bin::default(); N_EVIDENCE],
+            paths: PathRates::default(),
             both: Joint::default(),
             found: vec![],
             guesses: vec![],
@@ -147,9 +151,9 @@ impl TextDrafts {
         self.offer(origin, others, Some(None), None, tree);
         while tree.len() < n_nodes {
             let Some(Offer { q, parent, of: best, .. }) = self.open.pop() else { return };
-            let Open { token, text, h, other } = best;
+            let Open { token, text, product, h, other } = best;
             let same = other.map_or(Node::new(parent, token, q), |i| others.nodes()[i]);
-            let node = tree.push_node(Node { parent, text, h, q, ..same });
+            let node = tree.push_node(Node { parent, text, h, product, q, ..same });
             let depth = tree.nodes()[node].depth;
             let by_text = depth < origin.max_depth && q >= WORTH_A_LOOK * pays;
             if by_text || other.is_some() {
@@ -171,14 +175,14 @@ impl TextDrafts {
         tree: &Tree,
     ) {
         self.guesses.clear();
+        let depth = at.map_or(0, |i| tree.nodes()[i].depth) + 1;
         if origin.max_depth > 0 {
             let mut path = std::mem::take(&mut self.path);
             path_to(origin.tokens, tree, at, &mut path);
-            let depth = at.map_or(0, |i| tree.nodes()[i].depth) + 1;
             self.guess(origin, &path, depth);
             self.path = path;
         }
-        let above = at.map_or(1.0, |i| tree.nodes()[i].q);
+        let above = at.map_or((1.0, 1.0), |i| (tree.nodes()[i].q, tree.nodes()[i].product));
         let other_above = other.flatten().map_or(1.0, |i| others.nodes()[i].q);
         let proposed = || {
             let children =
@@ -187,9 +191,12 @@ impl TextDrafts {
         };
         let asked = proposed().next().is_some();
 
-        let open = &mut self.open;
+        let (open, paths) = (&mut self.open, &self.paths);
         let mut push = |q: f32, of: Open| {
-            open.push(Offer { q: above * q, parent: at, rank: of.token.0 as usize, of });
+            let product = above.1 * q;
+            let q = if of.text.is_some() { paths.estimate(depth, product) } else { above.0 * q };
+            let of = Open { product, ..of };
+            open.push(Offer { q: q.min(above.0), parent: at, rank: of.token.0 as usize, of });
         };
         // What text says of its tokens moves what is left for the others.
         let (mut by_text, mut by_others) = (0.0, 0.0);
@@ -202,13 +209,13 @@ impl TextDrafts {
             by_others += h.unwrap_or(0.0);
             self.guesses[i].t = q;
             let other = same.map(|(i, ..)| i);
-            push(q, Open { token, text: Some(evidence), h: h.unwrap_or(0.0), other });
+            push(q, Open { token, text: Some(evidence), product: 0.0, h: h.unwrap_or(0.0), other });
         }
         let rest = ((1.0 - by_text) / (1.0 - by_others).max(f32::EPSILON)).clamp(0.0, 1.0);
         for (i, n, h) in
             proposed().filter(|(_, n, _)| self.guesses.iter().all(|g| g.token != n.token))
         {
-            push(h * rest, Open { token: n.token, text: None, h, other: Some(i) });
+            push(h * rest, Open { token: n.token, text: None, product: 0.0, h, other: Some(i) });
         }
     }
 
@@ -240,6 +247,13 @@ impl TextDrafts {
     /// How often tokens with such evidence are right.
     fn rate(&self, evidence: Evidence) -> f32 {
         evidence.prior() * self.rates[usize::from(evidence.0)].ratio(1.0)
+    }
+
+    /// Records whether a candidate's path was right, if text speaks for its last token.
+    pub fn record_path(&mut self, node: &Node, is_right: bool) {
+        if node.text.is_some() {
+            self.paths.record(node.depth, node.product, is_right);
+        }
     }
 
     /// Records what became of a place whose candidates were `children`: `token` was chosen.

@@ -35,6 +35,8 @@ pub struct Node {
     pub text: Option<Evidence>,
     /// A grammar leaves nothing else, and no other source proposed it.
     pub forced: bool,
+    /// Product of the probabilities of its path's tokens, each after the ones before it.
+    pub product: f32,
     /// Estimated probability that it is accepted: of the whole path.
     pub q: f32,
 }
@@ -56,7 +58,18 @@ impl Node {
     /// One after `parent`, proposed by nobody yet.
     #[must_use]
     pub(crate) fn new(parent: Option<usize>, token: Token, q: f32) -> Self {
-        Self { token, parent, depth: 0, p: 0.0, m: 0.0, h: 0.0, text: None, forced: false, q }
+        Self {
+            token,
+            parent,
+            depth: 0,
+            p: 0.0,
+            m: 0.0,
+            h: 0.0,
+            text: None,
+            forced: false,
+            product: q,
+            q,
+        }
     }
 }
 
