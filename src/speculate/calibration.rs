@@ -346,7 +346,7 @@ mod tests {
         assert_eq!(paths.estimate(3, 0.25), 0.25);
         // Half of the texts are copied: there all three tokens are right, elsewhere none.
         (0..400).for_each(|i| paths.record(3, 0.5f32.powi(3), i % 2 == 0));
-        assert!((paths.estimate(3, 0.5f32.powi(3)) - 0.5).abs() < 0.05, "{paths:?}");
+        assert!((0.4..0.55).contains(&paths.estimate(3, 0.5f32.powi(3))), "{paths:?}");
         assert_eq!((paths.estimate(1, 0.125), paths.estimate(3, 0.5)), (0.125, 0.5));
         (0..400).for_each(|_| paths.record(9, 1e-9, true));
         assert!(paths.estimate(9, 0.001) <= HIGHEST);

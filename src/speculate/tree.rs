@@ -35,7 +35,8 @@ pub struct Node {
     pub text: Option<Evidence>,
     /// A grammar leaves nothing else, and no other source proposed it.
     pub forced: bool,
-    /// Product of the probabilities of its path's tokens, each after the ones before it.
+    /// Product of the probabilities of its path's tokens, each after the ones before it. Set where
+    /// text was asked.
     pub product: f32,
     /// Estimated probability that it is accepted: of the whole path.
     pub q: f32,
