@@ -16,7 +16,7 @@ pub struct Wrapper {
 }
 
 /// All of them. They call `llama` and `ggml-base`.
-pub const WRAPPERS: [Wrapper; 3] = [
+pub const WRAPPERS: [Wrapper; 4] = [
     // llama.cpp's `common/chat`.
     Wrapper {
         name: "chat",
@@ -25,6 +25,8 @@ pub const WRAPPERS: [Wrapper; 3] = [
     },
     // What a context takes of each device.
     Wrapper { name: "memory", sources: &["memory.cpp"], headers: &["memory.h"] },
+    // What a model's own draft layers continue from.
+    Wrapper { name: "nextn", sources: &["nextn.cpp"], headers: &["nextn.h"] },
     // Whether a pattern of tensors' names can be read.
     Wrapper { name: "pattern", sources: &["pattern.cpp"], headers: &["pattern.h"] },
 ];

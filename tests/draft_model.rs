@@ -17,9 +17,13 @@ use medusa_llama::llama::{
 use medusa_llama::request::{Caller, Completion, Request, SamplingParams, Source, Speculation};
 use medusa_llama::speculate::calibration::Calibration;
 use medusa_llama::speculate::draft_model::{self, DraftModel};
+use medusa_llama::speculate::states::States;
 use medusa_llama::speculate::{Asked, Draft, Origin, Tree, Worth};
 use medusa_llama::synth::{self, ModelShape};
 use tempfile::TempDir;
+
+/// None: a draft model needs only tokens.
+static STATES: LazyLock<States> = LazyLock::new(States::default);
 
 /// The default model in two bits, as far as its shape allows.
 static SMALL: LazyLock<(TempDir, PathBuf)> = LazyLock::new(|| {
@@ -223,6 +227,7 @@ fn origin(seq: SeqId, tokens: &[Token]) -> Origin<'_> {
         seq,
         tokens,
         hidden: &[],
+        states: &STATES,
         heads: Asked { max_depth: 0, trust: 1.0 },
         model: Asked { max_depth: 4, trust: 1.0 },
         open: 1.0,

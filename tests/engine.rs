@@ -21,7 +21,7 @@ use medusa_llama::speculate::simulated::{Acceptance, Simulated};
 use medusa_llama::speculate::text::TextDrafts;
 use medusa_llama::speculate::{Draft, Origin, Speculator, Tree, Worth};
 use proptest::prelude::*;
-use stub::{Guess, Stub};
+use stub::{Guess, GuessModel, Stub};
 use tokio::sync::mpsc::{self, Receiver};
 
 const N_VOCAB: usize = 50;
@@ -146,6 +146,8 @@ struct Drafting {
     n_leaf_ids: usize,
     /// Text drafts, too, from so many tokens of other answers.
     n_shared: Option<usize>,
+    /// A draft model, too, which offers so many tokens at each place.
+    model: Option<usize>,
 }
 
 impl Drafting {
@@ -153,6 +155,10 @@ impl Drafting {
         let guess = Guess { n_vocab: N_VOCAB, n_levels: self.n_levels, width: self.width };
         let cost = Cost::from_points(&[(1, 1.0), (64, 1.0 + 63.0 * self.row_cost)]);
         let mut speculator = Speculator::new(Some(Box::new(guess)), self.max_tokens, cost);
+        if let Some(width) = self.model {
+            let guess = Guess { n_vocab: N_VOCAB, n_levels: self.max_tokens, width };
+            speculator.model = Some(Box::new(GuessModel(guess)));
+        }
         if let Some(n_shared) = self.n_shared {
             speculator.text = Some(TextDrafts::new(1, n_shared));
         }
@@ -162,14 +168,16 @@ impl Drafting {
 
 fn drafting() -> impl Strategy<Value = Drafting> {
     let n_shared = prop::option::of(prop_oneof![Just(0), Just(64), Just(1000)]);
-    (1usize..5, 1usize..6, 1usize..12, 0.0f64..0.4, 0usize..20, n_shared).prop_map(
-        |(n_levels, width, max_tokens, row_cost, n_leaf_ids, n_shared)| Drafting {
+    let model = prop::option::of(1usize..4);
+    (1usize..5, 1usize..6, 1usize..12, 0.0f64..0.4, 0usize..20, n_shared, model).prop_map(
+        |(n_levels, width, max_tokens, row_cost, n_leaf_ids, n_shared, model)| Drafting {
             n_levels,
             width,
             max_tokens,
             row_cost,
             n_leaf_ids,
             n_shared,
+            model,
         },
     )
 }
@@ -312,19 +320,18 @@ fn sampled_text_has_the_models_own_distribution() {
     const V: usize = 4;
     let expected = answers(V, &[1, 2, 3].map(Token));
     assert!((expected.values().sum::<f64>() - 1.0).abs() < 1e-9);
-    for drafts in [false, true] {
+    for (drafts, model) in [(false, false), (true, false), (true, true)] {
         let layout = Layout::Unified { n_cells: 400, n_retained: 60, n_seqs: 16 };
         let mut engine = Engine::new(Stub::new(V), limits(layout, 8, 40, 100), Arc::default());
         if drafts {
             let guess = Guess { n_vocab: V, n_levels: 2, width: 3 };
-            engine.speculate(
-                Speculator::new(
-                    Some(Box::new(guess)),
-                    3,
-                    Cost::from_points(&[(1, 1.0), (64, 1.1)]),
-                ),
-                100,
-            );
+            let cost = Cost::from_points(&[(1, 1.0), (64, 1.1)]);
+            let mut speculator = Speculator::new(Some(Box::new(guess)), 3, cost);
+            if model {
+                let guess = Guess { n_vocab: V, n_levels: 2, width: 2 };
+                speculator.model = Some(Box::new(GuessModel(guess)));
+            }
+            engine.speculate(speculator, 100);
         }
         let mut counts: HashMap<Vec<i32>, u32> = HashMap::new();
         let mut accepted = 0;
@@ -360,7 +367,7 @@ fn sampled_text_has_the_models_own_distribution() {
             (expected.len(), counts.keys().all(|answer| expected.contains_key(answer))),
             (40, true)
         );
-        assert!(chi2 < 72.1, "{chi2}, drafts: {drafts}");
+        assert!(chi2 < 72.1, "{chi2}, drafts: {drafts}, with a draft model: {model}");
     }
 }
 
@@ -536,6 +543,7 @@ fn good_drafts_save_steps() {
         row_cost: 0.0,
         n_leaf_ids: 30,
         n_shared: None,
+        model: None,
     };
     assert_eq!(run(None, Speculation::AUTO).steps, 100);
     let with = run(Some(heads.clone()), Speculation::AUTO);

@@ -144,6 +144,10 @@ pub(super) fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let report = runtime.block_on(async {
         let handle = engine.ready().await.map_err(|e| anyhow!(e))?;
+        ensure!(
+            handle.draft_model.is_some() || !names(args, Speculation::by_model),
+            "--modes names a draft model, but there is none, and the model has no draft layers; name a file with --draft-model"
+        );
         if !args.prompts.style.raw {
             prompts::render(&mut prompts, &handle.model, args.prompts.style.system.as_deref())?;
         }
@@ -181,17 +185,16 @@ fn params(args: &BenchArgs) -> anyhow::Result<EngineParams> {
         .params(files, &params.placement)
         .context("there is nothing to draft with: no heads, no draft model and no text")?;
     drafts.fixed_nodes = args.tree_nodes;
-    let names = |of: Speculation, by: fn(Speculation) -> bool| {
-        by(of) && of != Speculation::AUTO && !of.is_typical()
-    };
-    let modes = modes(args);
-    if drafts.heads.is_none() && modes.iter().any(|mode| names(*mode, Speculation::by_heads)) {
+    if drafts.heads.is_none() && names(args, Speculation::by_heads) {
         bail!("--modes names heads, but there are none; name a folder with --heads");
     }
-    if drafts.model.is_none() && modes.iter().any(|mode| names(*mode, Speculation::by_model)) {
-        bail!("--modes names a draft model, but there is none; name a file with --draft-model");
-    }
     Ok(EngineParams { drafts: Some(drafts), ..params })
+}
+
+/// Whether one of the modes is to draft from this source and not merely may.
+fn names(args: &BenchArgs, by: fn(Speculation) -> bool) -> bool {
+    let mut named = args.modes.iter().filter(|of| **of != Speculation::AUTO && !of.is_typical());
+    named.any(|of| by(*of))
 }
 
 /// Prepares the engine for heads that are right at these rates.

@@ -6,7 +6,7 @@ use std::str::FromStr as _;
 use clap::{Args as ClapArgs, ValueEnum};
 
 use super::values::{between, layers};
-use crate::engine::drafts::{DraftModelParams, DraftParams, HeadsParams};
+use crate::engine::drafts::{DraftModelParams, DraftParams, HeadsParams, LayersParams};
 use crate::hub::name::ModelName;
 use crate::llama::{GpuLayers, Placement};
 
@@ -33,17 +33,20 @@ pub struct DraftArgs {
     /// none]
     #[arg(long = "draft-hf", visible_alias = "hf-repo-draft", alias = "spec-draft-hf", env = "DRAFT_HF", value_name = "DRAFT_HF", value_parser = ModelName::from_str)]
     pub hf: Option<ModelName>,
-    /// Maximum tokens that the draft model drafts in one step; it stops earlier where more would not
+    /// Maximum tokens that the draft model, or draft layers, draft in one step; they stop earlier where more would not
     /// pay
     #[arg(long, visible_alias = "draft", aliases = ["draft-n", "spec-draft-n-max"], env = "DRAFT_MAX", default_value_t = 16, value_parser = between(1, 63))]
     pub draft_max: usize,
-    /// Size of the draft model's KV cache, in tokens; also -cd [default: BATCH_SIZE x 4096]
+    /// Size of the KV cache of the draft model or of draft layers, in tokens; also -cd [default: BATCH_SIZE x 4096]
     #[arg(long = "draft-ctx", visible_alias = "ctx-size-draft", alias = "spec-draft-ctx-size", env = "DRAFT_CONTEXT_SIZE", value_name = "DRAFT_CONTEXT_SIZE", value_parser = between(16, 1 << 28))]
     pub draft_ctx: Option<usize>,
     /// Layers of the draft model to offload to GPUs, a number or `all`; also -ngld. A CPU build ignores
     /// it
     #[arg(long, visible_aliases = ["n-gpu-layers-draft", "gpu-layers-draft"], alias = "spec-draft-ngl", env = "DRAFT_GPU_LAYERS", default_value = "all", value_parser = layers)]
     pub draft_gpu_layers: GpuLayers,
+    /// Draft with the model's own draft layers (MTP, NextN), if its file has some
+    #[arg(long, env = "MTP", default_value = "auto")]
+    pub mtp: OwnLayers,
     /// Draft by copying what followed earlier occurrences of the last tokens: in the request's own
     /// text, or also in recent answers (to the same API key, if keys are set)
     #[arg(long, env = "TEXT_DRAFTS", default_value = "shared")]
@@ -65,6 +68,17 @@ pub enum TextSource {
     /// The request's own text: its prompt and its answer so far
     Own,
     /// No text drafts
+    Off,
+}
+
+/// Whether a model's own draft layers draft.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OwnLayers {
+    /// If there are some, and no draft model is named
+    Auto,
+    /// There must be some
+    On,
+    /// They are not loaded
     Off,
 }
 
@@ -102,11 +116,20 @@ impl DraftArgs {
             n_cells: self.draft_ctx,
             max_depth: self.draft_max,
         });
+        let own_layers = (self.mtp != OwnLayers::Off && model.is_none()).then_some(LayersParams {
+            n_cells: self.draft_ctx,
+            max_depth: self.draft_max,
+            is_needed: self.mtp == OwnLayers::On,
+        });
         let max_tokens_per_step = self.max_tokens_per_step;
-        let any = heads.is_some() || model.is_some() || n_shared_text.is_some();
+        let any = heads.is_some()
+            || model.is_some()
+            || n_shared_text.is_some()
+            || self.mtp == OwnLayers::On;
         any.then_some(DraftParams {
             heads,
             model,
+            own_layers,
             n_shared_text,
             max_tokens_per_step,
             ..DraftParams::default()

@@ -124,6 +124,7 @@ impl PlacementArgs {
             main_gpu: self.main_gpu,
             tensor_split: self.tensor_split.clone(),
             overrides,
+            draft_layers: false, // whoever drafts decides
             load: match (self.mmap, self.no_mmap) {
                 (_, true) => LoadMode::Copied,
                 (true, false) => LoadMode::Mapped,

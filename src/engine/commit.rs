@@ -113,6 +113,11 @@ impl<F: Forward> Engine<F> {
             };
             walker.walk(turn, s, now)?;
         }
+        let accepted = turn.walk.accepted.iter().map(|&node| turn.rows.of(Some(node)));
+        for (row, position) in turn.share_rows().chain(accepted).zip(s.n_computed..) {
+            let Some(state) = forward.state(row)? else { break };
+            s.keep_state(position, state);
+        }
         let Turn { tree, walk, leaves: ids, .. } = turn;
         let n_before = s.n_computed + turn.share.n_rows;
         let n_after = n_before + walk.accepted.len();

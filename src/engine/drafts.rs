@@ -1,7 +1,7 @@
 //! Sources of drafts, loaded and measured for an engine.
 
 use std::cell::RefCell;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,6 +31,8 @@ pub struct DraftParams {
     pub heads: Option<HeadsParams>,
     /// A smaller model.
     pub model: Option<DraftModelParams>,
+    /// The model's own draft layers, if it has some and there is no smaller model.
+    pub own_layers: Option<LayersParams>,
     /// Each sequence's own text, and this many tokens of recent answers; `None`: no text.
     pub n_shared_text: Option<usize>,
     /// Tenants: an answer to one is not drafted for another. 0 counts as one.
@@ -65,6 +67,17 @@ pub struct DraftModelParams {
     pub n_cells: Option<usize>,
     /// Most tokens of a draft.
     pub max_depth: usize,
+}
+
+/// How far a model's own draft layers draft.
+#[derive(Clone, Copy, Debug)]
+pub struct LayersParams {
+    /// Cells of their cache, as of a [draft model](DraftModelParams::n_cells).
+    pub n_cells: Option<usize>,
+    /// Most tokens of a draft.
+    pub max_depth: usize,
+    /// There must be such layers.
+    pub is_needed: bool,
 }
 
 /// Why there are no drafts.
@@ -104,7 +117,7 @@ pub(super) struct Drafts {
 /// Loads all sources, and measures what rows cost.
 pub(super) fn load(
     params: &DraftParams,
-    model: &Model,
+    model: &Arc<Model>,
     forward: &mut LlamaForward,
     Limits { n_batch, n_slots, .. }: Limits,
 ) -> Result<Drafts, DraftsError> {
@@ -130,12 +143,18 @@ pub(super) fn load(
     };
     let n_heads = heads.as_ref().map_or(0, |heads| heads.n_heads());
     let drafter = params.model.as_ref().map(|of| load_model(of, model, forward, n_slots));
-    let drafter = drafter.transpose()?;
+    let drafter = match (drafter.transpose()?, &params.own_layers) {
+        (None, Some(of)) => Some(load_layers(of, model, forward, n_slots)?),
+        (drafter, _) => drafter,
+    };
     let model_depth = drafter.as_ref().map_or(0, Draft::n_heads);
     let deepest = n_heads.max(text_depth).max(model_depth);
     let max_tokens = params.max_tokens_per_step.unwrap_or(deepest + 1);
     let mut speculator = Speculator::new(heads, max_tokens, cost);
-    let name = |of: &DraftModel| of.model().name().unwrap_or_else(|| "unnamed model".into());
+    let name = |of: &DraftModel| match of.model() {
+        own if Arc::ptr_eq(own, model) => "its own draft layers".into(),
+        other => other.name().unwrap_or_else(|| "unnamed model".into()),
+    };
     let name = drafter.as_ref().map(name);
     speculator.model = drafter.map(|drafter| Box::new(drafter) as Box<dyn Draft>);
     speculator.text = params.n_shared_text.map(|n| TextDrafts::new(params.n_tenants.max(1), n));
@@ -184,44 +203,80 @@ fn load_model(
     let model = Model::load(&params.path, &params.placement, |_| true)?;
     let refuse = |why| DraftsError::Model { path: params.path.clone(), why };
     draft_model::check_vocabulary(target, &model).map_err(refuse)?;
-    let context = context(model, params, n_slots, forward.threads().clone())?;
-    let drafter = DraftModel::new(context, n_slots, target.n_vocab(), params.max_depth)?;
-    let ms = |n| drafter.seconds(n) * 1e3;
-    tracing::info!(
-        "draft model loaded; milliseconds of a pass by rows: 1: {:.1}, 4: {:.1}, 16: {:.1}",
-        ms(1),
-        ms(4),
-        ms(16)
-    );
-    Ok(drafter)
-}
-
-/// A draft model's context.
-fn context(
-    model: Model,
-    params: &DraftModelParams,
-    n_slots: usize,
-    threads: Threads,
-) -> Result<Context, DraftsError> {
     if model.memory() == Memory::State {
         let why = "it keeps a state of each sequence, which cannot be taken back".to_owned();
         return Err(DraftsError::Model { path: params.path.clone(), why });
     }
-    let least = draft_model::n_least_cells(n_slots, params.max_depth);
-    let n_cells = params.n_cells.unwrap_or(CELLS * n_slots).max(least);
+    let (n_cells, max_depth) = (params.n_cells, params.max_depth);
+    let threads = forward.threads().clone();
+    let context = context(Arc::new(model), n_cells, max_depth, n_slots, threads)?;
+    let drafter = DraftModel::new(context, n_slots, target.n_vocab(), max_depth)?;
+    log_loaded("draft model", &drafter);
+    Ok(drafter)
+}
+
+/// Makes a model's own draft layers ready.
+fn load_layers(
+    params: &LayersParams,
+    model: &Arc<Model>,
+    forward: &LlamaForward,
+    n_slots: usize,
+) -> Result<DraftModel, DraftsError> {
+    let &LayersParams { n_cells, max_depth, .. } = params;
+    let threads = forward.threads().clone();
+    let context = context(Arc::clone(model), n_cells, max_depth, n_slots, threads)?;
+    let drafter = DraftModel::new(context, n_slots, model.n_vocab(), max_depth)?;
+    log_loaded("the model's own draft layers", &drafter);
+    Ok(drafter)
+}
+
+fn log_loaded(what: &str, drafter: &DraftModel) {
+    let ms = |n| drafter.seconds(n) * 1e3;
+    tracing::info!(
+        "{what} loaded; milliseconds of a pass by rows: 1: {:.1}, 4: {:.1}, 16: {:.1}",
+        ms(1),
+        ms(4),
+        ms(16)
+    );
+}
+
+/// The context of a draft model, or of the draft layers of a model that was loaded with them.
+fn context(
+    model: Arc<Model>,
+    n_cells: Option<usize>,
+    max_depth: usize,
+    n_slots: usize,
+    threads: Threads,
+) -> Result<Context, LlamaError> {
+    let least = draft_model::n_least_cells(n_slots, max_depth);
+    let n_cells = n_cells.unwrap_or(CELLS * n_slots).max(least);
     let n_batch = MODEL_ROWS.min(n_cells);
     let of_one = ContextParams::of_one_sequence(n_cells, n_batch, threads.n_most());
     let n_outputs = draft_model::n_outputs(n_slots);
     let n_seq_max = draft_model::n_ids(n_slots);
-    let params = ContextParams { n_outputs, n_seq_max, ..of_one };
-    Ok(Context::with_threads(Arc::new(model), &params, threads)?)
+    let of_draft_layers = model.has_draft_layers();
+    let params = ContextParams { n_outputs, n_seq_max, of_draft_layers, ..of_one };
+    Context::with_threads(model, &params, threads)
 }
 
-/// What a draft model will take of each device, the host first.
+/// What the smaller model, or the model's own draft layers, will take of each device, the host first.
+/// `placement` is the model's.
 pub(super) fn footprint(
-    params: &DraftModelParams,
+    params: &DraftParams,
+    path: &Path,
+    placement: &Placement,
     n_slots: usize,
 ) -> Result<Vec<DeviceUse>, DraftsError> {
-    let model = Model::outline(&params.path, &params.placement)?;
-    Ok(context(model, params, n_slots, Threads::new(1)?)?.footprint())
+    let of = |model: Model, n_cells, max_depth| {
+        let context = context(Arc::new(model), n_cells, max_depth, n_slots, Threads::new(1)?)?;
+        Ok::<_, LlamaError>(context.footprint())
+    };
+    if let Some(params) = &params.model {
+        let model = Model::outline(&params.path, &params.placement)?;
+        return Ok(of(model, params.n_cells, params.max_depth)?);
+    }
+    let Some(layers) = &params.own_layers else { return Ok(vec![]) };
+    let mut all = of(Model::outline(path, placement)?, layers.n_cells, layers.max_depth)?;
+    all.iter_mut().for_each(|device| device.weights = 0); // they are the model's
+    Ok(all)
 }

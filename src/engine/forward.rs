@@ -124,6 +124,14 @@ pub trait Forward {
     /// # Errors
     /// For any other row, or a model that does not keep it.
     fn hidden(&self, row: usize) -> Result<&[f32], StepError>;
+    /// What the model's draft layers continue from after any row of the last pass; `None` without such
+    /// layers.
+    ///
+    /// # Errors
+    /// When the model does not tell.
+    fn state(&self, _row: usize) -> Result<Option<&[f32]>, StepError> {
+        Ok(None)
+    }
     /// `true` if [`verify`](Self::verify) is worth a call.
     fn verifies(&self) -> bool {
         false
@@ -160,6 +168,9 @@ pub struct LlamaForward {
     places: Vec<Place>,
     /// Logits of earlier passes of the step, row after row.
     kept: Vec<f32>,
+    /// For each row of the step, what draft layers continue from; empty without such layers.
+    states: Vec<f32>,
+    keeps_states: bool,
     /// Heads and verification where the logits are.
     device: Option<Rc<RefCell<DeviceHeads>>>,
     chosen: Vec<i32>,
@@ -185,6 +196,8 @@ impl LlamaForward {
             batch,
             model,
             streams: !context.is_unified(),
+            keeps_states: context.has_states(),
+            states: Vec::new(),
             context,
             places: Vec::new(),
             kept: Vec::new(),
@@ -306,6 +319,17 @@ impl LlamaForward {
         Ok(())
     }
 
+    /// Copies out the states of the last pass, whose rows are these of the step.
+    fn keep_states(&mut self, rows: impl Iterator<Item = usize>) -> Result<(), LlamaError> {
+        if self.keeps_states {
+            let n = self.model.n_embd();
+            for (at, row) in rows.enumerate() {
+                self.states[row * n..][..n].copy_from_slice(self.context.state(at)?);
+            }
+        }
+        Ok(())
+    }
+
     /// Copies out what the next pass would overwrite.
     fn keep_logits(&mut self) -> Result<(), LlamaError> {
         for place in &mut self.places {
@@ -323,15 +347,20 @@ impl LlamaForward {
             rows.runs().into_iter().partition(|run| run.len() == 1);
         for run in several {
             self.batch.clear();
-            run.clone().zip(rows.slice(run)).try_for_each(|(i, row)| self.add(i, row))?;
+            run.clone().zip(rows.slice(run.clone())).try_for_each(|(i, row)| self.add(i, row))?;
             self.context.forward(&self.batch)?;
             self.keep_logits()?;
+            self.keep_states(run)?;
         }
         self.batch.clear();
-        for run in single {
-            run.clone().zip(rows.slice(run)).try_for_each(|(i, row)| self.add(i, row))?;
+        for run in &single {
+            run.clone().zip(rows.slice(run.clone())).try_for_each(|(i, row)| self.add(i, row))?;
         }
-        if self.batch.is_empty() { Ok(()) } else { self.context.forward(&self.batch) }
+        if self.batch.is_empty() {
+            return Ok(());
+        }
+        self.context.forward(&self.batch)?;
+        self.keep_states(single.into_iter().flatten())
     }
 }
 
@@ -344,6 +373,9 @@ impl Forward for LlamaForward {
         self.places.clear();
         self.places.resize(rows.len(), Place::Nowhere);
         self.kept.clear();
+        if self.keeps_states {
+            self.states.resize(rows.len() * self.model.n_embd(), 0.0);
+        }
         let reads_prompts = rows.iter().any(|row| !row.output);
         let pass = if reads_prompts { Pass::Prompts } else { Pass::Decoding };
         if self.streams {
@@ -351,7 +383,8 @@ impl Forward for LlamaForward {
         }
         self.batch.clear();
         rows.iter().enumerate().try_for_each(|(i, row)| self.add(i, row))?;
-        Ok(self.pass(pass, rows.len(), |this| this.context.forward(&this.batch))?)
+        self.pass(pass, rows.len(), |this| this.context.forward(&this.batch))?;
+        Ok(self.keep_states(0..rows.len())?)
     }
 
     fn logits(&self, row: usize) -> Result<&[f32], StepError> {
@@ -364,6 +397,11 @@ impl Forward for LlamaForward {
 
     fn hidden(&self, row: usize) -> Result<&[f32], StepError> {
         Ok(self.context.hidden(row)?)
+    }
+
+    fn state(&self, row: usize) -> Result<Option<&[f32]>, StepError> {
+        let n = self.model.n_embd();
+        Ok(self.keeps_states.then(|| &self.states[row * n..][..n]))
     }
 
     fn verifies(&self) -> bool {

@@ -18,6 +18,7 @@ use crate::request::{
     Timings, TokenReport, Trace, Usage,
 };
 use crate::speculate::calibration::{Trust, Trusts};
+use crate::speculate::states::States;
 use crate::speculate::suffix::Suffixes;
 use crate::speculate::text::TextOrigin;
 use crate::speculate::{Asked, Origin};
@@ -153,6 +154,8 @@ pub struct Sequence {
     n_generate: usize,
     /// Of the last row that decided a token; empty before the first.
     hidden: Vec<f32>,
+    /// For the model's draft layers.
+    states: States,
     /// Index of `tokens`, to draft from.
     suffixes: Option<Suffixes>,
     /// Of the prompt's tokens from the second one on, if they are scored and not yet sent.
@@ -196,6 +199,7 @@ impl Sequence {
             n_cached,
             n_generate: job.n_generate(n_ctx),
             hidden: Vec::new(),
+            states: States::default(),
             suffixes: None,
             prompt_logprobs: Vec::new(),
             pool: job.request.embed.map(|pooling| Pool::new(pooling, job.prompt.len())),
@@ -248,6 +252,7 @@ impl Sequence {
             seq: self.seq,
             tokens: &self.tokens,
             hidden: &self.hidden,
+            states: &self.states,
             heads: asked(!self.hidden.is_empty(), &self.trust.heads),
             model: asked(by_model, &self.trust.model),
             open: 1.0,
@@ -277,6 +282,13 @@ impl Sequence {
         if self.job.request.speculation.by_heads() {
             self.hidden.clear();
             self.hidden.extend_from_slice(hidden);
+        }
+    }
+
+    /// Keeps the state of the token at `position`, which is computed now, for draft layers.
+    pub fn keep_state(&mut self, position: usize, state: &[f32]) {
+        if self.job.request.speculation.by_model() {
+            self.states.push(position, state);
         }
     }
 

@@ -309,14 +309,21 @@ struct Planned {
 /// The parameters as they are possible with their model and this machine, and the engine's sizes.
 fn planned(params: &EngineParams) -> Result<Planned, StartError> {
     let path = &params.model_path;
-    let placement = offload::settle(path, &params.placement, |model| fits_gpus(params, model))?;
+    let own_layers = |params: &EngineParams| {
+        params.drafts.as_ref().is_some_and(|drafts| drafts.own_layers.is_some())
+    };
+    let wanted = Placement { draft_layers: own_layers(params), ..params.placement.clone() };
+    let mut placement = offload::settle(path, &wanted, |model| fits_gpus(params, model))?;
     let outline = Model::outline(path, &placement)?;
-    let params = EngineParams { placement, ..for_model(params, &outline)? };
+    let params = for_model(params, &outline)?;
+    placement.draft_layers = own_layers(&params);
+    let params = EngineParams { placement, ..params };
     let n_ctx_trained = params.rope.n_ctx(&outline);
     let heads = params.drafts.as_ref().and_then(|drafts| drafts.heads.as_ref());
     let heads = heads.map_or(0, |heads| folder_bytes(&heads.folder));
-    let drafter = params.drafts.as_ref().and_then(|drafts| drafts.model.as_ref());
-    let drafter = drafter.map(|drafter| drafts::footprint(drafter, params.sizes.n_slots));
+    let drafter = params.drafts.as_ref().map(|of| {
+        drafts::footprint(of, &params.model_path, &params.placement, params.sizes.n_slots)
+    });
     let drafter = drafter.transpose()?.unwrap_or_default();
     let (adapters, most) = (&params.adapters, params.memory);
     let beside = Beside { heads, drafter: &drafter, adapters, most };
@@ -370,6 +377,17 @@ fn n_ids(params: &EngineParams, limits: &Limits) -> usize {
 fn for_model(params: &EngineParams, model: &Model) -> Result<EngineParams, StartError> {
     let mut params = params.clone();
     let architecture = model.architecture();
+    if let Some(drafts) = &mut params.drafts
+        && let Some(own) = drafts.own_layers
+        && !(drafts.model.is_none() && model.has_draft_layers())
+    {
+        if own.is_needed && drafts.model.is_none() {
+            let what = format!("{} has no draft layers (MTP)", model.path().display());
+            let why = "or llama.cpp cannot compute those of its architecture";
+            return Err(StartError::Unsupported(format!("{what}, {why} {architecture}")));
+        }
+        drafts.own_layers = None;
+    }
     if model.memory() == Memory::State {
         let refuse = |what: &str| {
             let why = format!("a model of the architecture {architecture} keeps a state of each");
@@ -431,6 +449,8 @@ fn context_params(params: &EngineParams, limits: &Limits) -> ContextParams {
             && (params.traces
                 || params.pooling.is_some()
                 || params.drafts.as_ref().is_some_and(|d| d.heads.is_some())),
+        keeps_states: params.drafts.as_ref().is_some_and(|d| d.own_layers.is_some()),
+        of_draft_layers: false,
         embeddings: false,
     }
 }

@@ -13,6 +13,8 @@ pub struct Batch {
     pub(super) limits: Limits,
     /// By row: whether it outputs logits.
     pub(super) outputs: Vec<bool>,
+    /// What draft layers continue from: `n_state` values a row.
+    states: Vec<f32>,
 }
 
 /// What a context accepts; kept with the batch so that every row is checked.
@@ -23,6 +25,8 @@ pub(super) struct Limits {
     pub n_vocab: usize,
     /// A row may have several ids: the cache is unified.
     pub shared_rows: bool,
+    /// Values of the state that each row needs; 0: none does.
+    pub n_state: usize,
 }
 
 impl Batch {
@@ -32,7 +36,7 @@ impl Batch {
         // SAFETY: allocates arrays for `n_rows` tokens with `n_seq` ids each; C aborts the process
         // if it has no memory.
         let c = unsafe { sys::batch_init(n_rows, 0, n_seq) };
-        Self { c, limits, outputs: Vec::with_capacity(limits.n_rows) }
+        Self { c, limits, outputs: Vec::with_capacity(limits.n_rows), states: vec![] }
     }
 
     /// Rows it has room for.
@@ -88,6 +92,7 @@ impl Batch {
             }
         }
         self.outputs.push(output);
+        self.states.resize(self.states.len() + self.limits.n_state, 0.0);
         self.c.n_tokens = row as i32 + 1;
         Ok(row)
     }
@@ -96,6 +101,26 @@ impl Batch {
     pub fn clear(&mut self) {
         self.c.n_tokens = 0;
         self.outputs.clear();
+        self.states.clear();
+    }
+
+    /// Sets what draft layers continue from at a row; zeros before.
+    ///
+    /// # Panics
+    /// For a row that is not there, or another number of values than a context of [draft
+    /// layers](super::ContextParams::of_draft_layers) needs.
+    pub fn set_state(&mut self, row: usize, state: &[f32]) {
+        let n = self.limits.n_state;
+        self.states[row * n..][..n].copy_from_slice(state);
+    }
+
+    /// C's view, valid as long as this batch is not changed.
+    pub(super) fn as_c(&self) -> sys::batch {
+        let mut c = self.c;
+        if self.limits.n_state > 0 {
+            c.embd = self.states.as_ptr().cast_mut(); // C reads it
+        }
+        c
     }
 
     /// Number of rows.

@@ -50,6 +50,11 @@ pub struct ContextParams {
     /// Keep the post-norm hidden state of output rows, for [`Context::hidden`]. Needs `unified`, and a
     /// model that keeps no state.
     pub tap_hidden: bool,
+    /// Keep what the model's draft layers continue from, of every row, for [`Context::state`].
+    pub keeps_states: bool,
+    /// Compute the model's draft layers, and nothing else: each row needs the
+    /// [state](Batch::set_state) of the token before it.
+    pub of_draft_layers: bool,
     /// Let llama.cpp compute embeddings of every row, as a reference for the tap.
     pub embeddings: bool,
 }
@@ -71,6 +76,8 @@ impl ContextParams {
             n_window_cells: None,
             n_rollback: 0,
             tap_hidden: false,
+            keeps_states: false,
+            of_draft_layers: false,
             embeddings: false,
         }
     }
@@ -85,6 +92,7 @@ pub struct Context {
     tap: Option<Box<HiddenTap>>,
     limits: Limits,
     embeddings: bool,
+    keeps_states: bool,
     /// By row of the last batch: whether it has logits.
     outputs: Vec<bool>,
     /// The C context computes with them.
@@ -153,6 +161,12 @@ impl Context {
         params.rope.set(&mut c);
         c.swa_full = params.n_window_cells.is_none();
         c.n_swa_cells = params.n_window_cells.map_or(0, |n| u32::try_from(n).unwrap_or(u32::MAX));
+        if params.of_draft_layers {
+            if !model.has_draft_layers() {
+                return Err(fail("the model has no layers that draft"));
+            }
+            c.ctx_type = sys::LLAMA_CONTEXT_TYPE_MTP;
+        }
         c.no_perf = true;
         c.embeddings = params.embeddings;
         let mut tap = params.tap_hidden.then(|| HiddenTap::new(model.n_embd()));
@@ -181,6 +195,7 @@ impl Context {
             n_seq_max: params.n_seq_max,
             n_vocab: model.n_vocab(),
             shared_rows: params.unified,
+            n_state: if params.of_draft_layers { model.n_embd() } else { 0 },
         };
         let mut context = Self {
             ptr,
@@ -188,12 +203,16 @@ impl Context {
             tap,
             limits,
             embeddings: params.embeddings,
+            keeps_states: params.keeps_states || params.of_draft_layers,
             outputs: vec![],
             threads,
             model,
         };
         if context.memory.is_null() {
             return Err(fail("the model has no KV cache"));
+        }
+        if context.keeps_states {
+            context.keep_states(params.of_draft_layers);
         }
         context.try_out()?;
         Ok(context)
@@ -226,6 +245,17 @@ impl Context {
 
     pub(super) fn as_ptr(&self) -> *const sys::llama_context {
         self.ptr.as_ptr()
+    }
+
+    /// Rows of the last batch.
+    pub(super) fn n_rows(&self) -> usize {
+        self.outputs.len()
+    }
+
+    /// Whether it keeps states for draft layers.
+    #[must_use]
+    pub fn has_states(&self) -> bool {
+        self.keeps_states
     }
 
     /// The model this context computes with.
@@ -296,7 +326,7 @@ impl Context {
         unsafe { sys::set_n_threads(self.ptr.as_ptr(), n_threads, n_threads) };
         // SAFETY: every array of the batch holds `n_tokens` checked entries. The tap is not
         // borrowed during the call.
-        let code = unsafe { sys::decode(self.ptr.as_ptr(), batch.c) };
+        let code = unsafe { sys::decode(self.ptr.as_ptr(), batch.as_c()) };
         match code {
             0 => {
                 self.outputs.extend_from_slice(&batch.outputs);
@@ -394,7 +424,9 @@ impl Context {
             return Err(LlamaError::Misuse("streams share no cells".into()));
         }
         let is_whole = positions.start == 0 && Some(positions.end) == self.cached_len(from);
-        if !is_whole && self.model.memory() == Memory::State {
+        // Draft layers have keys and values, whatever the layers before them have.
+        let has_state = self.model.memory() == Memory::State && self.limits.n_state == 0;
+        if !is_whole && has_state {
             return Err(LlamaError::Misuse(format!(
                 "a part of a state, {positions:?}, is not kept"
             )));

@@ -23,6 +23,7 @@ pub fn tensors_of(meta: &[(String, Meta)]) -> Result<Vec<TensorInfo>, LlamaError
     // SAFETY: no arguments; returns a struct by value.
     let mut c = unsafe { sys::model_default_params() };
     c.n_gpu_layers = 0;
+    c.load_mtp = true;
     c.no_host = true; // one kind of memory: the loader lists tensors of each kind together
     let mut tensors: Vec<TensorInfo> = vec![];
     log::take_errors();

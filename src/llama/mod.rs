@@ -26,6 +26,7 @@ mod layout;
 mod loading;
 mod log;
 mod model;
+mod nextn;
 mod pieces;
 mod placement;
 mod pooling;

@@ -41,6 +41,7 @@ pub struct Model {
     /// Not empty: the file it was loaded from, and its further shards.
     files: Vec<PathBuf>,
     is_outline: bool,
+    draft_layers: bool,
     /// As the file says: llama.cpp changes its own number when a context scales positions.
     n_ctx_train: usize,
     /// All contexts compute with them.
@@ -129,6 +130,7 @@ impl Model {
         // SAFETY: no arguments; returns a struct by value.
         let mut c = unsafe { sys::model_default_params() };
         let lists = placement.set(&mut c);
+        let draft_layers = placement.draft_layers;
         if is_outline {
             (c.no_alloc, c.load_mode) = (true, sys::LLAMA_LOAD_MODE_NONE);
         }
@@ -148,13 +150,31 @@ impl Model {
         // SAFETY: as above.
         let n_ctx_train = count(unsafe { sys::model_n_ctx_train(ptr.as_ptr()) });
         let adapters = vec![];
-        let model =
-            Self { ptr, vocab, files, is_outline, n_ctx_train, adapters, longest_token, specials };
+        let model = Self {
+            ptr,
+            vocab,
+            files,
+            is_outline,
+            draft_layers,
+            n_ctx_train,
+            adapters,
+            longest_token,
+            specials,
+        };
         if let Err(reason) = model.check_kind() {
             let path = model.path().to_owned();
             return Err(LlamaError::File { action: "load", path, reason });
         }
         Ok(model)
+    }
+
+    pub(super) fn loads_draft_layers(&self) -> bool {
+        self.draft_layers
+    }
+
+    /// Whether its files have this matrix.
+    pub(super) fn has_tensor(&self, name: &str) -> bool {
+        MatrixRows::open(&self.files, &[name]).is_ok()
     }
 
     /// `true` without weights.

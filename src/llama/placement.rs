@@ -30,6 +30,8 @@ pub struct Placement {
     pub tensor_split: Vec<f32>,
     /// Buffers of tensors, wherever their layer is. Of several patterns that match, the first counts.
     pub overrides: Vec<Override>,
+    /// Load the layers that draft, too, if the file has some.
+    pub draft_layers: bool,
     /// How the file gets into memory.
     pub load: LoadMode,
     /// Keep the weights in memory: the system must not swap them out. If it refuses that, the log
@@ -219,6 +221,7 @@ impl Placement {
             GpuLayers::Most(n) => i32::try_from(n).unwrap_or(i32::MAX),
             GpuLayers::Auto => i32::MAX,
         };
+        c.load_mtp = self.draft_layers;
         c.split_mode = match self.split {
             SplitMode::None => sys::LLAMA_SPLIT_MODE_NONE,
             SplitMode::Row => sys::LLAMA_SPLIT_MODE_ROW,

@@ -1,10 +1,16 @@
-//! A smaller model with the same vocabulary, which drafts for all sequences together.
+//! A smaller model with the same vocabulary, or the model's own draft layers (NextN, also called MTP),
+//! which draft for all sequences together.
 //!
 //! It has a cache of its own, in which a *lane* holds what it has read of a sequence. Before it drafts
 //! it reads what the sequence gained meanwhile; what was drafted and accepted is in the cache
 //! already. Then it goes down level by level, one pass for all sequences, along the paths for which
 //! another token is expected to save more than a row of the pass takes. A path that branches off
 //! gets a sequence id of its own for the draft, by which it sees the cells of its own past.
+//!
+//! Draft layers need with each token the model's state at the token before it. On a path that is
+//! their own state after its last token, which is not quite the model's: what was drafted is dropped,
+//! and is read again with the model's states. Where states of a text's beginning are missing, because it
+//! was cached or is long, they see the rest of it.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -101,6 +107,8 @@ pub struct DraftModel {
     nodes: Vec<Candidate>,
     paths: Vec<Path>,
     best: Vec<(Token, f32)>,
+    /// Of draft layers, after each row with an output of this draft: `n_embd` values.
+    states: Vec<f32>,
     n_drafts: u64,
     invested_s: f64,
 }
@@ -111,6 +119,8 @@ struct Lane {
     /// Whose it is.
     seq: Option<SeqId>,
     tokens: Vec<Token>,
+    /// How many of them, the last ones, are drafted.
+    n_drafted: usize,
     /// The draft that it was last needed for.
     used: u64,
 }
@@ -158,6 +168,7 @@ impl DraftModel {
             nodes: vec![],
             paths: vec![],
             best: vec![],
+            states: vec![],
             n_drafts: 0,
             invested_s: 0.0,
             context,
@@ -212,6 +223,7 @@ impl DraftModel {
             self.context.remove_from(SeqId(lane as u32), n)?;
             self.lanes[lane].tokens.truncate(n);
         }
+        self.lanes[lane].n_drafted = 0;
         Ok(())
     }
 
@@ -257,6 +269,9 @@ impl DraftModel {
             let origin = &origins[root.origin];
             let lane = self.lane(origin, &busy)?;
             busy[lane] = true;
+            if self.context.has_states() && !self.reach_states(lane, origin)? {
+                continue;
+            }
             let new = &origin.tokens[self.lanes[lane].tokens.len()..];
             let is_known = |t: &Token| usize::try_from(t.0).is_ok_and(|t| t < self.n_vocab);
             let mut n_ahead = new.len().saturating_sub(n_last);
@@ -270,7 +285,8 @@ impl DraftModel {
                 let tokens = &origin.tokens[from..from + n];
                 self.batch.clear();
                 for (pos, &token) in (from..).zip(tokens) {
-                    self.batch.add(token, pos, &[SeqId(lane as u32)], false)?;
+                    let row = self.batch.add(token, pos, &[SeqId(lane as u32)], false)?;
+                    self.set_state(row, pos, origin);
                 }
                 self.context.forward(&self.batch)?;
                 self.lanes[lane].tokens.extend_from_slice(tokens);
@@ -281,6 +297,30 @@ impl DraftModel {
             }
         }
         Ok(())
+    }
+
+    /// Gives a row of draft layers the model's state at the token before `pos`.
+    fn set_state(&mut self, row: usize, pos: usize, origin: &Origin<'_>) {
+        let before = pos.checked_sub(1).filter(|_| self.context.has_states());
+        if let Some(state) = before.and_then(|pos| origin.states.at(pos)) {
+            self.batch.set_state(row, state);
+        }
+    }
+
+    /// Makes a lane begin where there are states, if it does not go on from there. Returns `false` if
+    /// there is none for the root.
+    fn reach_states(&mut self, lane: usize, origin: &Origin<'_>) -> Result<bool, LlamaError> {
+        let states = origin.states;
+        let most = origin.tokens.len() - 1;
+        if most == 0 || states.at(most - 1).is_none() {
+            return Ok(false);
+        }
+        let n_held = self.lanes[lane].tokens.len();
+        if n_held <= states.first() && (n_held > 0 || states.first() > 0) {
+            self.truncate(lane, 0)?;
+            self.lanes[lane].tokens.extend_from_slice(&origin.tokens[..=states.first()]);
+        }
+        Ok(true)
     }
 
     /// Keeps the paths after which candidates at `depth` are expected to pay for the pass; returns the
@@ -329,15 +369,21 @@ impl DraftModel {
                 None => {
                     let from = self.lanes[lane].tokens.len();
                     for (pos, &token) in (from..).zip(&tokens[from..]) {
-                        self.batch.add(token, pos, &[id], pos + 1 == tokens.len())?;
+                        let row = self.batch.add(token, pos, &[id], pos + 1 == tokens.len())?;
+                        self.set_state(row, pos, &origins[origin]);
                     }
                     self.lanes[lane].tokens.extend_from_slice(&tokens[from..]);
                 }
                 Some(node) => {
-                    let token = self.nodes[node].token;
-                    self.batch.add(token, tokens.len() + depth - 2, &[id], true)?;
+                    let Candidate { token, state, .. } = self.nodes[node];
+                    let row = self.batch.add(token, tokens.len() + depth - 2, &[id], true)?;
+                    if self.context.has_states() {
+                        let n = self.context.model().n_embd();
+                        self.batch.set_state(row, &self.states[state * n..][..n]);
+                    }
                     if id == SeqId(lane as u32) {
                         self.lanes[lane].tokens.push(token);
+                        self.lanes[lane].n_drafted += 1;
                     }
                 }
             }
@@ -351,7 +397,12 @@ impl DraftModel {
         for (&row, path) in rows.iter().zip(&self.paths) {
             top_candidates(&self.context.logits(row)?[..self.n_vocab], &mut self.best);
             let Path { origin, node: parent, q, .. } = *path;
-            let end = Candidate { origin, parent, token: Token(0), p: 1.0, q, state: 0 };
+            let mut state = 0;
+            if self.context.has_states() {
+                state = self.states.len() / self.context.model().n_embd();
+                self.states.extend_from_slice(self.context.state(row)?);
+            }
+            let end = Candidate { origin, parent, token: Token(0), p: 1.0, q, state };
             let trust = origins[origin].model.trust;
             propose(&mut self.nodes, end, self.best.iter().copied(), least, |rank, p| {
                 calibration.estimate(depth, rank, p, trust)
@@ -404,6 +455,7 @@ impl DraftModel {
     ) -> Result<(), LlamaError> {
         self.nodes.clear();
         self.paths.clear();
+        self.states.clear();
         self.n_drafts += 1;
         self.invested_s = 0.0;
         let n_longest = self.context.n_cells_per_sequence();
@@ -436,8 +488,14 @@ impl DraftModel {
         Ok(())
     }
 
-    /// Frees the cells of paths that branched off.
+    /// Frees the cells of paths that branched off, and of draft layers those of all paths.
     fn settle(&mut self) -> Result<(), LlamaError> {
+        if self.context.has_states() {
+            for lane in 0..self.lanes.len() {
+                let Lane { tokens, n_drafted, .. } = &self.lanes[lane];
+                self.truncate(lane, tokens.len() - n_drafted)?;
+            }
+        }
         while let Some(id) = self.lent.pop() {
             self.context.remove_from(id, 0)?;
             self.free.push(id);

@@ -25,12 +25,14 @@ pub mod recording;
 pub mod reliability;
 pub mod simulated;
 pub mod speculator;
+pub mod states;
 pub mod suffix;
 pub mod text;
 pub mod tree;
 
 use calibration::Calibration;
 pub use speculator::Speculator;
+use states::States;
 use text::TextOrigin;
 pub use tree::{Node, Tree};
 
@@ -45,6 +47,9 @@ pub struct Origin<'a> {
     pub tokens: &'a [Token],
     /// Hidden state, after the final norm, of the token before the root: `n_embd` values.
     pub hidden: &'a [f32],
+    /// What the model's draft layers continue from, of its last tokens but the root; none where there
+    /// are no such layers.
+    pub states: &'a States,
     /// What heads are asked for.
     pub heads: Asked,
     /// What a draft model is asked for.

@@ -111,6 +111,10 @@ impl<F: Forward> Forward for Simulated<F> {
         self.model.hidden(row)
     }
 
+    fn state(&self, row: usize) -> Result<Option<&[f32]>, StepError> {
+        self.model.state(row)
+    }
+
     fn verifies(&self) -> bool {
         self.model.verifies()
     }

@@ -439,6 +439,7 @@ mod tests {
     use crate::llama::SeqId;
     use crate::speculate::Asked;
     use crate::speculate::paths::fill;
+    use crate::speculate::states::States;
 
     /// Proposes `p` of token 1, and half of that of token 2.
     struct Sure(f32);
@@ -479,6 +480,7 @@ mod tests {
         let origin = Origin {
             seq: SeqId(0),
             hidden: &[],
+            states: &States::default(),
             tokens: &[Token(0)],
             heads: Asked { max_depth: 1, trust: 1.0 },
             model: Asked { max_depth: 0, trust: 1.0 },

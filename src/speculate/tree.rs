@@ -68,7 +68,7 @@ impl Node {
             h: 0.0,
             text: None,
             forced: false,
-            product: q,
+            product: 0.0,
             q,
         }
     }

@@ -304,3 +304,39 @@ pub(super) const QWEN35: Declared = declared(
         &[("rope.dimension_sections", Numbers(&[3, 3, 2, 0]))],
     ],
 );
+
+/// What a draft layer may have of its own, and shares with the model in these files.
+const SHARED: &[&str] = &["nextn.embed_tokens.weight", "nextn.shared_head_head.weight"];
+
+/// With a draft layer after three others.
+pub(super) const GLM4_MOE: Declared = with_draft_layer(declared(
+    "glm4moe",
+    4,
+    &[
+        ATTENTION,
+        FFN,
+        EXPERTS,
+        &[
+            ("expert_shared_count", Number(1)),
+            ("leading_dense_block_count", Number(1)),
+            ("nextn_predict_layers", Number(1)),
+        ],
+    ],
+));
+
+/// [`QWEN35`] with a draft layer after its four others.
+pub(super) const QWEN35_MTP: Declared = with_draft_layer(declared(
+    "qwen35",
+    5,
+    &[
+        ATTENTION,
+        HEADS_OF_32,
+        DELTA_NET,
+        FFN,
+        &[("rope.dimension_sections", Numbers(&[3, 3, 2, 0])), ("nextn_predict_layers", Number(1))],
+    ],
+));
+
+const fn with_draft_layer(declared: Declared) -> Declared {
+    Declared { without: &[RARE, SHARED], ..declared }
+}

@@ -40,7 +40,7 @@ pub(crate) struct Llama {
     pub(crate) tied: bool,
 }
 
-const SHAPES: [ModelShape; 23] = [
+const SHAPES: [ModelShape; 25] = [
     ModelShape {
         name: "vicuna-7b",
         n_layer: 32,
@@ -103,6 +103,8 @@ const SHAPES: [ModelShape; 23] = [
     declared("tiny-falcon-h1", of::FALCON_H1),
     declared("tiny-qwen3next", of::QWEN3_NEXT),
     declared("tiny-qwen35", of::QWEN35),
+    declared("tiny-glm4moe", of::GLM4_MOE),
+    declared("tiny-qwen35-mtp", of::QWEN35_MTP),
 ];
 
 const fn smollm2(name: &'static str, n_ctx: usize, yarn_factor: Option<f32>) -> ModelShape {

@@ -50,6 +50,10 @@ impl Values {
                     let value = |_| from + (to - from) * self.rng.f32();
                     kind.store(&(0..n_in).map(value).collect::<Vec<_>>()).map(|v| row = v)
                 }
+                Fill::Identity => {
+                    let value = |j| if i == j { 1.0 } else { 0.0 };
+                    kind.store(&(0..n_in).map(value).collect::<Vec<_>>()).map(|v| row = v)
+                }
                 Fill::Normal { deviation, n_faint } => {
                     let deviation = if i < n_faint { deviation / FAINT } else { deviation };
                     self.normal(n_in, kind, deviation, &mut row)

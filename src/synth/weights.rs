@@ -8,7 +8,8 @@
 //!
 //! Of small models for tests, embeddings are as large as what the layers add, and queries select a
 //! few of the tokens before ([`QUERY`]). So their text depends on all that was cached, and does not
-//! repeat itself soon. Models of the llama architecture repeat themselves, and tests draft from that.
+//! repeat itself soon. Models of the llama architecture repeat themselves, and tests draft from that. So
+//! do those with draft layers, which take the last token as it is and are right now and then.
 
 use super::shape::{Architecture, Llama, ModelShape};
 use super::vocab::N_SPECIAL;
@@ -35,6 +36,8 @@ pub(super) enum Fill {
     Normal { deviation: f32, n_faint: usize },
     /// Values between two, all alike likely.
     Uniform(f32, f32),
+    /// Takes over the first inputs, one for each output, and no others.
+    Identity,
 }
 
 /// What tensors of a model have in common.
@@ -102,6 +105,7 @@ impl Fill {
                 Self::normal(QUERY / (n_in as f32).sqrt())
             }
             "attn_q_norm.weight" if model.sharp => Self::Constant(QUERY),
+            "nextn.eh_proj.weight" => Self::Identity,
             "token_embd.weight" | "attn_sinks.weight" => Self::normal(1.0),
             // What each layer adds to the residual stream.
             "attn_output.weight"
@@ -149,7 +153,8 @@ pub(super) fn of(
     let model = Model {
         n_layer: shape.n_layer,
         tied: !tensors.iter().any(|(name, _)| name == "output.weight"),
-        sharp: matches!(shape.architecture, Architecture::Declared(_)),
+        sharp: matches!(shape.architecture, Architecture::Declared(_))
+            && !tensors.iter().any(|(name, _)| name.contains(".nextn.")),
     };
     let spec = |(name, shape): (String, [usize; 4])| {
         let fill = Fill::of(in_layer(&name), shape[0], model);

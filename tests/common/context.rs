@@ -28,6 +28,8 @@ pub fn params() -> ContextParams {
         n_window_cells: None,
         n_rollback: 0,
         tap_hidden: false,
+        keeps_states: false,
+        of_draft_layers: false,
         embeddings: false,
     }
 }

@@ -105,6 +105,27 @@ impl Draft for Guess {
     }
 }
 
+/// A draft model that knows the stub as heads do.
+pub struct GuessModel(pub Guess);
+
+impl Draft for GuessModel {
+    fn n_heads(&self) -> usize {
+        self.0.n_levels
+    }
+
+    fn draft(
+        &mut self,
+        origins: &[Origin<'_>],
+        worth: Worth,
+        calibration: &Calibration,
+        trees: &mut [Tree],
+    ) {
+        let origins: Vec<Origin<'_>> =
+            origins.iter().map(|origin| Origin { heads: origin.model, ..*origin }).collect();
+        self.0.draft(&origins, worth, calibration, trees);
+    }
+}
+
 /// FNV-1a over the tokens.
 fn hash(tokens: &[Token]) -> u64 {
     tokens.iter().fold(0xcbf2_9ce4_8422_2325, |h, t| (h ^ t.0 as u64).wrapping_mul(0x100_0000_01b3))

@@ -1,0 +1,224 @@
+//! A model's own draft layers (MTP) change no text, and draft from the model's states alone: what they
+//! drafted before leaves no trace.
+#![allow(missing_docs)]
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use common::context::rows_are_independent;
+use medusa_llama::engine::drafts::{DraftParams, LayersParams};
+use medusa_llama::engine::thread::EngineParams;
+use medusa_llama::engine::{Handle, spawn};
+use medusa_llama::llama::{Context, ContextParams, Model, Placement, Quantization, SeqId, Token};
+use medusa_llama::request::{Caller, Completion, Request, SamplingParams, Source, Speculation};
+use medusa_llama::speculate::calibration::Calibration;
+use medusa_llama::speculate::draft_model::{self, DraftModel};
+use medusa_llama::speculate::states::States;
+use medusa_llama::speculate::{Asked, Draft, Origin, Tree, Worth};
+use medusa_llama::synth::{self, ModelShape};
+
+/// A model of random weights with a draft layer, in F16: what rounding there is does not depend on how
+/// rows are grouped.
+fn write(folder: &Path, name: &str) -> PathBuf {
+    let path = folder.join(format!("{name}.gguf"));
+    let shape = ModelShape::by_name(name).unwrap();
+    let f16 = Quantization::by_name("F16").unwrap();
+    synth::model(&path, &shape, f16, 1, &mut |_, _| ()).unwrap();
+    path
+}
+
+fn loaded(path: &Path) -> Arc<Model> {
+    let placement = Placement { draft_layers: true, ..Placement::default() };
+    Arc::new(Model::load(path, &placement, |_| true).unwrap())
+}
+
+fn own_layers() -> Option<LayersParams> {
+    Some(LayersParams { n_cells: None, max_depth: 4, is_needed: true })
+}
+
+fn engine(path: PathBuf, drafts: DraftParams) -> EngineParams {
+    let params = EngineParams::new(path, 1, 8, 1024);
+    EngineParams { drafts: Some(drafts), n_queue: 16, ..params }
+}
+
+fn with_engine<R>(params: EngineParams, f: impl AsyncFnOnce(Handle) -> R) -> R {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let engine = spawn(params);
+    let result = runtime.block_on(async { f(engine.ready().await.unwrap()).await });
+    engine.stop();
+    result
+}
+
+async fn answers(handle: &Handle, requests: &[Request]) -> Vec<(String, Completion)> {
+    let mut sent = vec![];
+    for request in requests {
+        sent.push(handle.submit(request.clone(), Caller::default()).await.unwrap());
+    }
+    let mut all = vec![];
+    for answer in sent {
+        let (piece, done) = answer.collect().await.unwrap();
+        all.push((piece.text, done));
+    }
+    all
+}
+
+fn requests(speculation: Speculation) -> Vec<Request> {
+    let ask = |(i, text): (usize, &str)| {
+        [0.0, 0.9].map(|temperature| Request {
+            sampling: SamplingParams {
+                temperature,
+                seed: 7 + i as u64,
+                ..SamplingParams::default()
+            },
+            speculation,
+            share_text: false,
+            ..Request::new(text.repeat(20 + i), 40)
+        })
+    };
+    let texts = ["a river ", "a stone bird ", "road, light, road ", "house of clouds "];
+    texts.into_iter().enumerate().flat_map(ask).collect()
+}
+
+/// Greedy and seeded texts, alone and among eight, with text drafts beside, of a model whose cache
+/// takes trees and of one that keeps states and takes chains.
+#[test]
+fn draft_layers_change_no_text() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["tiny-glm4moe", "tiny-qwen35-mtp"] {
+        let drafts = DraftParams {
+            own_layers: own_layers(),
+            n_shared_text: Some(4096),
+            fixed_nodes: Some(4),
+            ..DraftParams::default()
+        };
+        with_engine(engine(write(folder.path(), name), drafts), async |handle| {
+            assert!(handle.draft_model.is_some(), "{name}");
+            let plain = answers(&handle, &requests(Speculation::OFF)).await;
+            let (mut n_same, mut n_all) = (0, 0);
+            for of in ["model", "auto"] {
+                let asked = requests(Speculation::by_name(of).unwrap());
+                let drafted = answers(&handle, &asked).await;
+                let n_drafted: usize = drafted.iter().map(|(_, d)| d.speculation.drafted).sum();
+                assert!(n_drafted > 200, "{name}, {of}: {n_drafted}");
+                let alone = answers(&handle, &asked[3..4]).await;
+                let pairs = drafted.iter().zip(&plain).chain(alone.iter().zip(&plain[3..]));
+                n_all += drafted.len() + alone.len();
+                n_same += pairs.filter(|(ours, plain)| ours.0 == plain.0).count();
+            }
+            let enough = if rows_are_independent() { n_all } else { n_all * 2 / 3 };
+            assert!(n_same >= enough, "{name}: {n_same} of {n_all} texts are the same");
+            let ranges = handle.stats.reliability().ranges(&[Source::Model], None);
+            let (n, right) = ranges.iter().fold((0, 0), |(n, r), c| (n + c.n, r + c.accepted));
+            assert!(n > 200 && right > 50, "{name}: {right} of {n}");
+        });
+    }
+}
+
+/// The rule that is served with asks draft layers that are never right rarely.
+#[test]
+fn draft_layers_that_are_of_no_use_are_left_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let drafts = DraftParams { own_layers: own_layers(), ..DraftParams::default() };
+    with_engine(engine(write(folder.path(), "tiny-glm4moe"), drafts), async |handle| {
+        let (steps, drafted) = (|| handle.stats.steps.get(), || handle.stats.offered.get());
+        let ask = || {
+            let one = requests(Speculation::AUTO).remove(0);
+            [Request { max_tokens: 400, ..one }]
+        };
+        answers(&handle, &ask()).await;
+        let before = (steps(), drafted());
+        answers(&handle, &ask()).await;
+        let (steps, offered) = (steps() - before.0, drafted() - before.1);
+        assert!(offered < 10 * steps, "{offered} candidates in {steps} steps");
+    });
+}
+
+#[test]
+fn a_model_without_draft_layers_is_refused_where_they_must_be_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let refused = |path: PathBuf| {
+        let drafts = DraftParams { own_layers: own_layers(), ..DraftParams::default() };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let engine = spawn(engine(path, drafts));
+        let why = runtime.block_on(engine.ready()).err();
+        engine.stop();
+        why.unwrap_or_default()
+    };
+    let why = refused(write(folder.path(), "tiny-qwen35"));
+    assert!(why.contains("tiny-qwen35.gguf has no draft layers (MTP)"), "{why}");
+}
+
+/// What the layers propose after a text is the same whether they read all of it at once, or went along
+/// with it and drafted after each token, or began late because the first states were gone.
+#[test]
+fn what_was_drafted_leaves_no_trace() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["tiny-glm4moe", "tiny-qwen35-mtp"] {
+        let model = loaded(&write(folder.path(), name));
+        let text = model.tokenize(&"the old road to the river ".repeat(4), true).unwrap();
+        let states = states_of(&model, &text);
+        let mut going = drafter(&model);
+        let mut seen = States::default();
+        for n in 2..text.len() {
+            (seen_to(&seen, n - 1)..n - 1).for_each(|i| seen.push(i, states.at(i).unwrap()));
+            let now = draft(&mut going, &text[..n], &seen);
+            let fresh = draft(&mut drafter(&model), &text[..n], &seen);
+            assert_eq!(now.len(), fresh.len(), "{name}");
+            for (a, b) in now.iter().zip(&fresh) {
+                assert!(a.0 == b.0 && (a.1 - b.1).abs() < 1e-3, "{name}, {n}: {now:?} {fresh:?}");
+            }
+        }
+        let mut late = States::default();
+        (20..text.len() - 1).for_each(|i| late.push(i, states.at(i).unwrap()));
+        assert!(!draft(&mut drafter(&model), &text, &late).is_empty());
+        assert!(draft(&mut drafter(&model), &text, &States::default()).is_empty());
+    }
+}
+
+/// The first position without a state.
+fn seen_to(states: &States, most: usize) -> usize {
+    (0..most).find(|&i| states.at(i).is_none()).unwrap_or(most)
+}
+
+fn states_of(model: &Arc<Model>, tokens: &[Token]) -> States {
+    let of_one = ContextParams::of_one_sequence(512, 64, 1);
+    let params = ContextParams { keeps_states: true, ..of_one };
+    let mut context = Context::new(Arc::clone(model), &params).unwrap();
+    let (mut states, mut batch) = (States::default(), context.batch());
+    for (pos, &token) in tokens.iter().enumerate() {
+        batch.clear();
+        batch.add(token, pos, &[SeqId(0)], true).unwrap();
+        context.forward(&batch).unwrap();
+        states.push(pos, context.state(0).unwrap());
+    }
+    states
+}
+
+fn drafter(model: &Arc<Model>) -> DraftModel {
+    let n_cells = draft_model::n_least_cells(2, 4);
+    let of_one = ContextParams::of_one_sequence(n_cells, 128, 1);
+    let (n_outputs, n_seq_max) = (draft_model::n_outputs(2), draft_model::n_ids(2));
+    let params = ContextParams { n_outputs, n_seq_max, of_draft_layers: true, ..of_one };
+    let context = Context::new(Arc::clone(model), &params).unwrap();
+    DraftModel::new(context, 2, model.n_vocab(), 4).unwrap()
+}
+
+/// The tokens of a tree, with their probabilities.
+fn draft(drafter: &mut DraftModel, tokens: &[Token], states: &States) -> Vec<(Token, f32)> {
+    let origin = Origin {
+        seq: SeqId(0),
+        tokens,
+        hidden: &[],
+        states,
+        heads: Asked { max_depth: 0, trust: 1.0 },
+        model: Asked { max_depth: 4, trust: 1.0 },
+        open: 1.0,
+        text: None,
+    };
+    let mut trees = [Tree::default()];
+    let worth = Worth { n_nodes: 8, token_s: 1e6, row_s: 0.0 };
+    drafter.draft(&[origin], worth, &Calibration::of_model(), &mut trees);
+    trees[0].nodes().iter().map(|n| (n.token, n.q)).collect()
+}
