@@ -31,6 +31,7 @@ use super::problem::Problem;
 use super::reply::{self, Reply};
 use super::responses::{self, respond};
 use super::vocabulary::{self, apply_template, detokenize, tokenize, tokenizer_info};
+use crate::models::Intake;
 use crate::telemetry::ChoiceRecords;
 
 pub static ROUTES: LazyLock<Vec<Route>> = LazyLock::new(|| {
@@ -194,7 +195,9 @@ pub async fn dispatch(
         reply::error(&problem, errors, id)
     });
     let is_last = reply.headers().contains_key(CONNECTION);
-    if !is_last && !unread.is_end_stream() && !body::drain(&mut unread).await {
+    let is_read = is_last || unread.is_end_stream() || body::drain(&mut unread).await;
+    // At the end of the server its clients should find another one.
+    if !is_read || app.models.intake() != Intake::Open {
         reply.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
     }
     if errors == Anthropic
