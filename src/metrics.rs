@@ -145,22 +145,23 @@ impl std::fmt::Debug for Derived {
 
 impl Collector for Derived {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), Error> {
-        let (stats, n_cells) = (&self.0.stats, self.0.limits.n_cells() as f64);
+        let stats = &self.0.stats;
+        let kept = stats.cells_retained.get() as f64 / self.0.limits.n_cells() as f64;
         let shares = [
             (
                 "medusa_llama:kv_cache_usage_perc",
                 "Share of the KV cache that running requests hold; 1 is all of it",
-                &stats.cells_active,
+                self.0.kv_usage(),
             ),
             (
                 "medusa_llama:kv_cache_kept_perc",
                 "Share that holds finished prompts for reuse, and is free when needed",
-                &stats.cells_retained,
+                kept,
             ),
         ];
-        for (name, help, cells) in shares {
+        for (name, help, share) in shares {
             let metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
-            ConstGauge::new(cells.get() as f64 / n_cells).encode(metric)?;
+            ConstGauge::new(share).encode(metric)?;
         }
         let reliability = stats.reliability();
         let sources = Source::ALL.map(|source| (source, reliability.ranges(&[source], None)));
