@@ -99,6 +99,11 @@ impl Metrics {
             let mut registry = labelled(Some(&model.id));
             model.handle.stats.register(&mut registry);
             registry.register_collector(Box::new(Derived(model.handle.clone())));
+            registry.register(
+                "medusa_llama:cache_config",
+                CACHE_CONFIG,
+                cache_config(&model.handle),
+            );
             text_of(&registry)
         };
         let engines: Vec<String> = loaded.iter().map(engine).collect();
@@ -127,6 +132,17 @@ fn joined(texts: &[String]) -> String {
         }
     }
     metrics.into_values().collect()
+}
+
+/// Cells that count as a block for those who ask in blocks, such as llm-d's router, which hashes a
+/// prompt's beginning a block at a time: vLLM's size. The cache itself has no blocks.
+const BLOCK: usize = 16;
+
+const CACHE_CONFIG: &str = "Size of the KV cache, in blocks of so many tokens";
+
+fn cache_config(handle: &Handle) -> Info<[(&'static str, String); 2]> {
+    let n_blocks = handle.limits.n_cells() / BLOCK;
+    Info::new([("block_size", BLOCK.to_string()), ("num_gpu_blocks", n_blocks.to_string())])
 }
 
 fn labelled(model_name: Option<&str>) -> Registry {
