@@ -101,6 +101,9 @@ pub struct Information {
     pub llama_cpp: String,
     /// What this build can compute on: `cpu` or `cuda`.
     pub backend: &'static str,
+    /// Instruction sets that the CPU's kernels use, as ggml names them. The same request and seed give the
+    /// same text from any server with the same of these, the same version and the same model.
+    pub cpu: String,
     /// Methods and paths.
     pub endpoints: Vec<String>,
     /// How much of the model is read, from 0 to 1.
