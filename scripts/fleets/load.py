@@ -1,9 +1,8 @@
 """What replicas say, and what balancers make of it."""
 import subprocess
-import threading
 import time
 
-from fleets.parts import PLACES, Background, at_once, ask, chat, get_json, outcome, unlike, wait_for
+from fleets.parts import PLACES, SLOTS, ask, at_once, chat, connect, get_json, outcome, send, unlike
 
 # promtool would have no colon in a metric's name: that is for rules. We have vLLM's form.
 EXPECTED_LINT = "metric names should not contain ':'"
@@ -63,22 +62,21 @@ def loads(report, balancer, replicas):
 
 def orca(report, balancer, replicas):
     """One replica is kept busy by others than the balancer: from its reports the balancer sends it less."""
-    before = [replica.n_answers() for replica in replicas]
-    balanced = shares(balancer, replicas, before)
-    stop = threading.Event()
-    long = chat("Tell a very long story.", max_tokens=1500, min_tokens=1500)
-    busy = Background(2 * PLACES // 3, lambda client, turn: stop.is_set() or outcome(replicas[0].url, long))
-    wait_for(lambda: replicas[0].load()["num_total_reqs"] >= 2 * PLACES // 3, 30)
-    before = [replica.n_answers() for replica in replicas]
-    shifted = shares(balancer, replicas, before)
-    stop.set()
-    busy.goes_on = False
-    report.line(f"{balancer.name}: shifts load by ORCA away from a busy replica", 0 < min(balanced) and shifted[0] < min(balanced[0], shifted[1], shifted[2]) / 2,
-                idle=[round(share, 2) for share in balanced], first_busy=[round(share, 2) for share in shifted])
+    idle = shares(balancer, replicas)
+    long = chat("Tell a very long story.", max_tokens=1900, min_tokens=1900, stream=True)
+    others = [connect(replicas[0].url) for _ in range(SLOTS)]
+    streams = [send(other, long) for other in others]
+    busy = shares(balancer, replicas)
+    for other, stream in zip(others, streams):
+        stream.close()
+        other.close()
+    report.line(f"{balancer.name}: shifts load by ORCA away from a busy replica", 0 < min(idle) and busy[0] < min(idle[0], busy[1], busy[2]) / 2,
+                idle=[round(share, 2) for share in idle], first_busy=[round(share, 2) for share in busy])
 
 
-def shares(balancer, replicas, before):
+def shares(balancer, replicas):
     """Which part of 90 requests without a session each replica gets."""
+    before = [replica.n_answers() for replica in replicas]
     at_once(3, lambda client: [ask(balancer.url, chat(f"Say {client} {i}.", max_tokens=4)) for i in range(30)])
     got = [replica.n_answers() - n for replica, n in zip(replicas, before)]
     return [n / sum(got) for n in got]
