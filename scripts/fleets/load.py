@@ -61,11 +61,12 @@ def loads(report, balancer, replicas):
 
 
 def orca(report, balancer, replicas):
-    """One replica is kept busy by others than the balancer: from its reports the balancer sends it less."""
+    """One replica is kept busy by others than the balancer, with one slot left: from its reports the balancer sends it less."""
     idle = shares(balancer, replicas)
     long = chat("Tell a very long story.", max_tokens=1900, min_tokens=1900, stream=True)
-    others = [connect(replicas[0].url) for _ in range(SLOTS)]
+    others = [connect(replicas[0].url) for _ in range(SLOTS - 1)]
     streams = [send(other, long) for other in others]
+    shares(balancer, replicas)  # until the reports of the busy one have come
     busy = shares(balancer, replicas)
     for other, stream in zip(others, streams):
         stream.close()
@@ -75,8 +76,8 @@ def orca(report, balancer, replicas):
 
 
 def shares(balancer, replicas):
-    """Which part of 90 requests without a session each replica gets."""
+    """Which part of 60 requests without a session each replica gets."""
     before = [replica.n_answers() for replica in replicas]
-    at_once(3, lambda client: [ask(balancer.url, chat(f"Say {client} {i}.", max_tokens=4)) for i in range(30)])
+    at_once(3, lambda client: [ask(balancer.url, chat(f"Say {client} {i}.", max_tokens=4)) for i in range(20)])
     got = [replica.n_answers() - n for replica, n in zip(replicas, before)]
     return [n / sum(got) for n in got]
