@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 /// An event's weight falls to 1/e in this time.
 const MEMORY: Duration = Duration::from_secs(10);
 
-/// Events per second: each counts for 1 / [`MEMORY`], and less as it becomes older. From its start
+/// Events per second: each counts for 1 / `MEMORY`, and less as it becomes older. From its start
 /// the rate needs as long to reach what it measures.
 #[derive(Debug)]
 pub struct Rate(Mutex<(Instant, f64)>);
