@@ -9,13 +9,14 @@
 # make schemathesis   tests with thousands of requests generated from /openapi.json, for ten minutes at most; ARGS=... goes to scripts/schemathesis
 # make llama-server-suite   runs llama-server's own test suite against this server, for seven minutes; ARGS=... goes to scripts/llama-server-suite
 # make agents  runs sessions of Codex and Qwen Code against this server, for a few minutes; installs 480 MB once
+# make fleet   runs three replicas behind HAProxy, smg and Envoy as deploy/ configures them, for some minutes; installs 330 MB once; ARGS=... goes to scripts/fleet
 # make lm-eval compares an evaluator's log likelihoods with `medusa-llama perplexity`; installs 750 MB once
 # make deny    checks licences and duplicate dependencies; installs cargo-deny once
 # make gpu     packs a CUDA build with its tests and benches for a host with a GPU
 # make chat-cases   takes the cases of llama.cpp's test of chat templates out of it, for tests/chat_cases.rs
 # Steps of the set-up, each idempotent: make tools, make vendor, make model, make clients, make node-clients, make browser, make templates, make schemas (for tests); for CUDA make nvcc, make cuda.
 
-.PHONY: serve test check docs bench bench-short compare schemathesis llama-server-suite agents lm-eval chat-cases build gpu setup tools vendor model clients node-clients browser templates schemas nvcc cuda deny help
+.PHONY: serve test check docs bench bench-short compare schemathesis llama-server-suite agents lm-eval chat-cases build gpu setup tools vendor model clients node-clients browser templates schemas nvcc cuda fleet deny help
 .DEFAULT_GOAL := help
 
 help:
@@ -78,6 +79,10 @@ agents: build
 
 chat-cases: build
 	scripts/chat-cases
+
+fleet: build
+	@scripts/setup fleet
+	scripts/fleet $(ARGS)
 
 lm-eval: build
 	@scripts/setup lm-eval

@@ -99,6 +99,11 @@ impl Metrics {
             let mut registry = labelled(Some(&model.id));
             model.handle.stats.register(&mut registry);
             registry.register_collector(Box::new(Derived(model.handle.clone())));
+            registry.register(
+                "medusa_llama:cache_config",
+                CACHE_CONFIG,
+                cache_config(&model.handle),
+            );
             text_of(&registry)
         };
         let engines: Vec<String> = loaded.iter().map(engine).collect();
@@ -129,6 +134,17 @@ fn joined(texts: &[String]) -> String {
     metrics.into_values().collect()
 }
 
+/// Cells that count as a block for those who ask in blocks, such as llm-d's router, which hashes a
+/// prompt's beginning a block at a time: vLLM's size. The cache itself has no blocks.
+const BLOCK: usize = 16;
+
+const CACHE_CONFIG: &str = "Size of the KV cache, in blocks of so many tokens";
+
+fn cache_config(handle: &Handle) -> Info<[(&'static str, String); 2]> {
+    let n_blocks = handle.limits.n_cells() / BLOCK;
+    Info::new([("block_size", BLOCK.to_string()), ("num_gpu_blocks", n_blocks.to_string())])
+}
+
 fn labelled(model_name: Option<&str>) -> Registry {
     let label = |name: &str| (Cow::from("model_name"), Cow::from(name.to_owned()));
     Registry::with_labels(model_name.map(label).into_iter())
@@ -145,22 +161,23 @@ impl std::fmt::Debug for Derived {
 
 impl Collector for Derived {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), Error> {
-        let (stats, n_cells) = (&self.0.stats, self.0.limits.n_cells() as f64);
+        let stats = &self.0.stats;
+        let kept = stats.cells_retained.get() as f64 / self.0.limits.n_cells() as f64;
         let shares = [
             (
                 "medusa_llama:kv_cache_usage_perc",
                 "Share of the KV cache that running requests hold; 1 is all of it",
-                &stats.cells_active,
+                self.0.kv_usage(),
             ),
             (
                 "medusa_llama:kv_cache_kept_perc",
                 "Share that holds finished prompts for reuse, and is free when needed",
-                &stats.cells_retained,
+                kept,
             ),
         ];
-        for (name, help, cells) in shares {
+        for (name, help, share) in shares {
             let metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
-            ConstGauge::new(cells.get() as f64 / n_cells).encode(metric)?;
+            ConstGauge::new(share).encode(metric)?;
         }
         let reliability = stats.reliability();
         let sources = Source::ALL.map(|source| (source, reliability.ranges(&[source], None)));

@@ -3,8 +3,11 @@
 
 mod common;
 
+use std::io::{Read, Write};
+use std::time::Duration;
+
 use clap::CommandFactory as _;
-use common::{Server, model_path, read_answer, run};
+use common::{Server, model_path, post_bytes, read_answer, run};
 use medusa_llama::config::Args;
 use serde_json::json;
 
@@ -27,6 +30,65 @@ fn sigterm_in_mid_stream_finishes_it_and_refuses_new_work() {
         300,
         "finished to the last token"
     );
+    assert_eq!(server.wait_for_exit().code(), Some(0));
+}
+
+#[test]
+fn requests_are_served_until_the_drain_delay_is_over() {
+    let server = Server::start(&["--drain-delay", "3600"]);
+    let keep_alive = |what: &str| format!("{what} HTTP/1.1\r\nHost: localhost\r\n\r\n");
+    let mut kept = server.send(keep_alive("GET /health").as_bytes());
+    let mut head = [0; 4096];
+    let n = kept.read(&mut head).unwrap();
+    let head = String::from_utf8_lossy(&head[..n]).to_lowercase();
+    assert!(head.starts_with("http/1.1 200") && !head.contains("connection: close"), "{head}");
+
+    server.terminate();
+    server.wait(|| server.get("/ready").status == 503);
+    assert_eq!(server.get("/ready").json(), json!({ "status": "draining" }));
+    // On old connections as on new ones: each answer is its connection's last.
+    for (what, status) in [("GET /health", 200), ("GET /nothing", 404)] {
+        let answer = read_answer(server.send(keep_alive(what).as_bytes()));
+        assert_eq!((answer.status, answer.header("connection")), (status, Some("close")));
+    }
+    kept.write_all(keep_alive("GET /ready").as_bytes()).unwrap();
+    let answer = read_answer(kept);
+    assert_eq!((answer.status, answer.header("connection")), (503, Some("close")));
+    assert_eq!(server.generate(&json!({ "prompt": "x", "max_tokens": 3 })).status, 200);
+
+    server.terminate();
+    assert_eq!(server.wait_for_exit().code(), Some(130), "a second signal ends it at once");
+}
+
+#[test]
+fn after_the_drain_delay_new_work_is_refused() {
+    let server = Server::start(&["--drain-delay", "0.5"]);
+    let body = json!({ "prompt": "A long story:", "max_tokens": 1500, "stream": true, "ignore_eos": true, "speculation": "off" });
+    let socket = server.open_stream(&body);
+    server.wait(|| server.load()["running"] == 1);
+    server.terminate();
+    server.wait(|| server.generate(&json!({ "prompt": "x", "max_tokens": 1 })).status == 503);
+    let refused = server.generate(&json!({ "prompt": "x" }));
+    assert_eq!((refused.status, &refused.json()["error"]["type"]), (503, &json!("draining")));
+    assert_eq!(refused.header("retry-after"), Some("1"));
+    assert_eq!(read_answer(socket).events().last().unwrap()["usage"]["completion_tokens"], 1500);
+    assert_eq!(server.wait_for_exit().code(), Some(0));
+}
+
+/// A body that still arrives when nothing else runs is waited for.
+#[test]
+fn a_request_that_is_being_sent_at_the_end_gets_an_answer() {
+    let server = Server::start(&["--drain-delay", "0"]);
+    let bytes = post_bytes(json!({ "prompt": "x", "max_tokens": 1 }).to_string().as_bytes());
+    let (first, rest) = bytes.split_at(bytes.len() - 1);
+    let mut socket = server.send(first);
+    server.wait(|| server.get("/health").status == 200); // the head has arrived, too
+    server.terminate();
+    server.wait(|| server.log().contains("draining"));
+    std::thread::sleep(Duration::from_secs(3)); // longer than what is left for flushing
+    socket.write_all(rest).unwrap();
+    let answer = read_answer(socket);
+    assert_eq!((answer.status, &answer.json()["error"]["type"]), (503, &json!("draining")));
     assert_eq!(server.wait_for_exit().code(), Some(0));
 }
 

@@ -158,6 +158,11 @@ fn a_request_shows_while_it_runs_and_when_its_client_leaves() {
     let classic = server.get("/metrics");
     assert_eq!(classic.header("content-type"), Some("text/plain; version=0.0.4; charset=utf-8"));
     check_classic(classic.text());
+    let n_blocks = server.get("/").json()["kv"]["cells"].as_u64().unwrap() / 16;
+    let config = format!(
+        r#"medusa_llama:cache_config_info{{model_name="smollm2-135m-instruct-q4_1",block_size="16",num_gpu_blocks="{n_blocks}"}} 1"#
+    );
+    assert!(classic.text().lines().any(|line| line == config), "{config}");
 
     // Without drafts, which would be through with a text that repeats itself before it is looked
     // at.

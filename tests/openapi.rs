@@ -80,9 +80,17 @@ fn answers_are_as_documented() {
         assert_eq!(answer.status, status, "{answer:?}");
         assert_eq!(document.fault(method, path, answer), None);
     };
-    for path in
-        ["/", "/health", "/v1/health", "/ready", "/metrics", "/v1/models", "/openapi.json", "/docs"]
-    {
+    for path in [
+        "/",
+        "/health",
+        "/v1/health",
+        "/ready",
+        "/metrics",
+        "/v1/loads",
+        "/v1/models",
+        "/openapi.json",
+        "/docs",
+    ] {
         check("get", path, 200, &server.get(path));
     }
     let openmetrics = server.ask("GET /metrics", &["Accept: application/openmetrics-text"], b"");

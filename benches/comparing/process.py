@@ -28,10 +28,10 @@ def free_port():
 
 
 class Process:
-    """A server on a free port: ready inside `with`, or from start() to stop(). `log` collects the lines of its log."""
+    """A server, on a free port unless one is given: ready inside `with`, or from start() to stop(). `log` collects the lines of its log."""
 
-    def __init__(self, *command, ready="/ready", log=None):
-        self.port = free_port()
+    def __init__(self, *command, ready="/ready", log=None, port=None):
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.command = [str(a) for a in (*command, "--port", self.port)]
         self.ready, self.log, self.process = ready, log, None

@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
 use parking_lot::Mutex;
@@ -22,7 +22,7 @@ use crate::metrics::Metrics;
 use crate::models::{Entry, Load, ModelLimits, ModelSetup, Models, Part, Phase};
 use crate::telemetry::Telemetry;
 
-/// Time to flush written bytes after the drain.
+/// Least time to flush written bytes after the drain.
 const FLUSH: Duration = Duration::from_secs(2);
 
 /// Serves until a signal; then drains.
@@ -67,9 +67,9 @@ async fn run(config: Config) -> anyhow::Result<()> {
         ignored_logged: Mutex::default(),
     });
 
-    let (end, ended) = oneshot::channel::<()>();
-    let until_end = async { drop(ended.await) };
-    let network = tokio::spawn(server::serve(listener, Arc::clone(&app), until_end, FLUSH));
+    let (end, ended) = oneshot::channel();
+    let until_end = async { ended.await.unwrap_or(FLUSH) };
+    let network = tokio::spawn(server::serve(listener, Arc::clone(&app), until_end));
     if let Some(only) = models.only() {
         models.start();
         tokio::spawn(show_loading(only.phase(), progress));
@@ -80,18 +80,19 @@ async fn run(config: Config) -> anyhow::Result<()> {
         });
     }
 
-    let failure = {
-        let mut signalled = std::pin::pin!(stop_signal()?);
-        tokio::select! {
-            () = &mut signalled => {
-                models.close();
-                drain(&models, config.drain_timeout).await;
-                None
-            }
-            why = failed(&models) => Some(why),
-        }
+    let signalled = stop_signal()?;
+    let taken = async {
+        signalled.await;
+        announce(&models, config.drain_delay).await;
     };
-    let _ = end.send(());
+    let (failure, left) = tokio::select! {
+        () = taken => {
+            models.close();
+            (None, drain(&models, config.drain_timeout).await)
+        }
+        why = failed(&models) => (Some(why), Duration::ZERO),
+    };
+    let _ = end.send(left.max(FLUSH));
     let _ = network.await;
     let _ = tokio::task::spawn_blocking(move || app.telemetry.as_ref().map(Telemetry::stop)).await;
     models.stop();
@@ -178,11 +179,24 @@ fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
     Ok(async { drop(rx.await) })
 }
 
-/// Waits until no request is in flight, at most for `timeout`.
-async fn drain(models: &Models, timeout: Duration) {
-    if models.loaded().is_empty() {
-        return;
+/// Tells that the end is near, and takes requests for `delay` more, so that balancers notice before
+/// any is refused. A model that still loads has none to wait for.
+async fn announce(models: &Models, delay: Duration) {
+    models.announce_end();
+    let is_loading = models.only().is_some_and(|only| only.loaded().is_none());
+    if !delay.is_zero() && !is_loading {
+        tracing::info!(seconds = delay.as_secs_f64(), "leaving: requests are still taken");
+        tokio::time::sleep(delay).await;
     }
+}
+
+/// Waits until no request is in flight, at most for `timeout`; returns what is left of it, for
+/// answers that are still to be written and requests that are still being read.
+async fn drain(models: &Models, timeout: Duration) -> Duration {
+    if models.loaded().is_empty() {
+        return Duration::ZERO;
+    }
+    let began = Instant::now();
     tracing::info!(in_flight = models.n_in_flight(), "draining");
     let idle = async {
         while models.n_in_flight() > 0 {
@@ -195,6 +209,7 @@ async fn drain(models: &Models, timeout: Duration) {
             "drain timeout reached; cancelling the remaining requests"
         );
     }
+    timeout.saturating_sub(began.elapsed())
 }
 
 /// Waits until a single model has failed; returns the reason.

@@ -39,7 +39,11 @@ pub struct ServeArgs {
     /// Threads of the HTTP server; the model has its own
     #[arg(long, env = "WORKERS", default_value_t = 1, value_parser = between(1, 256))]
     pub workers: usize,
-    /// Time that running requests have to finish after SIGTERM, in seconds
+    /// Time after SIGTERM in which /ready answers 503 but requests are still served, in seconds: for
+    /// balancers to notice
+    #[arg(long, env = "DRAIN_DELAY", default_value = "0", value_parser = seconds(0.0))]
+    pub drain_delay: Duration,
+    /// Time that running requests have to finish after SIGTERM and DRAIN_DELAY, in seconds
     #[arg(long, env = "DRAIN_TIMEOUT", default_value = "30", value_parser = seconds(0.0))]
     pub drain_timeout: Duration,
     /// Maximum size of a request body, in bytes
@@ -103,6 +107,7 @@ pub(crate) struct Config {
     /// Certificate and key; `None` serves plain HTTP.
     pub tls: Option<Tls>,
     pub otlp_endpoint: Option<Uri>,
+    pub drain_delay: Duration,
     pub drain_timeout: Duration,
 }
 
@@ -142,6 +147,7 @@ impl ServeArgs {
             cors: self.network.cors()?,
             tls: self.network.tls()?,
             otlp_endpoint: self.network.otlp_endpoint.clone(),
+            drain_delay: self.drain_delay,
             drain_timeout: self.drain_timeout,
         })
     }

@@ -14,6 +14,7 @@ use super::grammar::Grammars;
 use super::guide::Guide;
 use super::lanes::{Lane, Lanes};
 use super::leaves::DraftShape;
+use super::rate::Rate;
 use super::stats::Stats;
 use super::{Job, Limits};
 use crate::error::{Invalid, incident_id};
@@ -139,6 +140,8 @@ pub struct Handle {
     pub host_memory: u64,
     /// What the engine counts.
     pub stats: Arc<Stats>,
+    /// Requests that were accepted.
+    pub arrivals: Arc<Rate>,
     pub(super) jobs: SyncSender<Job>,
     pub(super) permits: Arc<Semaphore>,
     /// What compiles grammars, by the control tokens that are text; the first few.
@@ -151,6 +154,11 @@ impl Handle {
     /// Requests accepted and not yet ended.
     pub fn n_in_flight(&self) -> usize {
         self.n_queue - self.permits.available_permits()
+    }
+
+    /// Share of the cache's cells that running requests hold, from 0 to 1.
+    pub fn kv_usage(&self) -> f64 {
+        self.stats.cells_active.get() as f64 / self.limits.n_cells() as f64
     }
 
     /// Hands a request to the engine.
@@ -200,6 +208,7 @@ impl Handle {
             Job { prompt, request, caller, events, permit, accepted, guide, shown, dry, echo };
         // The channel has a place for every permit.
         self.jobs.try_send(job).map_err(|_| SubmitError::Stopped)?;
+        self.arrivals.count(accepted);
         Ok(Answer::from(receiver))
     }
 

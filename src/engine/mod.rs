@@ -26,6 +26,7 @@ pub mod offload;
 mod pace;
 pub mod plan;
 mod pool;
+mod rate;
 pub(crate) mod report;
 pub mod sampler;
 mod scheduler;
@@ -45,6 +46,7 @@ use std::time::Instant;
 
 pub use forward::{Forward, LlamaForward, Row, Rows, StepError};
 pub use handle::{Answer, Failed, Handle, SubmitError};
+pub use rate::Rate;
 pub use sequence::Job;
 pub use slots::Layout;
 pub use thread::{EngineParams, EngineThread, Stage, fits, spawn, spawn_after};

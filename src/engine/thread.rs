@@ -19,6 +19,7 @@ use super::lanes::Lanes;
 use super::leaves::DraftShape;
 use super::offload;
 use super::plan::{self, Beside, Plan, Sizes};
+use super::rate::Rate;
 use super::scheduler::MOST_READ;
 use super::stats::Stats;
 use super::{Engine, Forward, Job, Layout, Limits};
@@ -266,6 +267,7 @@ fn serve<F: Forward>(
         n_queue,
         host_memory,
         stats,
+        arrivals: Arc::new(Rate::new(Instant::now())),
         jobs,
         permits: Arc::new(Semaphore::new(n_queue)),
         grammars: Arc::default(),

@@ -21,7 +21,7 @@ use super::tls::Tls;
 use crate::engine::plan::LONGEST_CONTEXT;
 use crate::error::Invalid;
 use crate::metrics::Metrics;
-use crate::models::{Entry, Loaded, Models, Phase};
+use crate::models::{Entry, Intake, Loaded, Models, Phase};
 use crate::telemetry::{ChoiceRecords, Telemetry};
 
 /// Between two lines about ignored fields.
@@ -106,7 +106,7 @@ impl App {
         let only = self.models.only().map(|only| only.phase().borrow().clone());
         match only {
             Some(Phase::Failed(..)) => HealthStatus::Failed,
-            _ if self.models.is_closing() => HealthStatus::Draining,
+            _ if self.models.intake() != Intake::Open => HealthStatus::Draining,
             Some(Phase::Unloaded | Phase::Loading(_)) => HealthStatus::Loading,
             _ if self.models.loaded().iter().any(is_stalled) => HealthStatus::Stalled,
             _ => HealthStatus::Ok,

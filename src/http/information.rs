@@ -36,6 +36,7 @@ pub async fn information(cx: RequestContext, request: Request<Bytes>) -> Result<
         version: env!("CARGO_PKG_VERSION"),
         llama_cpp: llama::version(),
         backend: if llama::supports_gpu_offload() { "cuda" } else { "cpu" },
+        cpu: llama::cpu_features(),
         endpoints: cx.app.endpoints.clone(),
         ..Information::default()
     };

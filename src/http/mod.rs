@@ -21,6 +21,7 @@ mod embeddings;
 mod health;
 pub(crate) mod host;
 mod information;
+mod load;
 mod messages;
 pub(crate) mod openapi;
 mod page;

@@ -15,7 +15,9 @@ use super::api::answers::{
 };
 use super::api::embeddings::{EmbeddingAnswer, EmbeddingRequest};
 use super::api::generate::GenerateRequest;
-use super::api::information::{Health, Information, ModelEntry, ModelList, ModelStatus, Props};
+use super::api::information::{
+    Health, Information, Loads, ModelEntry, ModelList, ModelLoad, ModelStatus, Props,
+};
 use super::api::message_answers::{MessageAnswer, TokenCount};
 use super::api::message_blocks::SystemBlock;
 use super::api::messages::{CountRequest, MessagesRequest};
@@ -78,11 +80,13 @@ pub fn json(readers: &Readers) -> Bytes {
         GenerateRequest,
         Health,
         Information,
+        Loads,
         MessageAnswer,
         MessagesErrorBody,
         MessagesRequest,
         ModelEntry,
         ModelList,
+        ModelLoad,
         ModelStatus,
         OpenAiAnswer,
         Props,

@@ -12,7 +12,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use hyper::body::{Body, Incoming};
 use hyper::header::{ALLOW, CONNECTION, HeaderName, HeaderValue};
-use hyper::{Method, Request};
+use hyper::{Method, Request, StatusCode};
 use percent_encoding::percent_decode_str;
 use utoipa::openapi::path::{HttpMethod, Operation};
 
@@ -24,6 +24,7 @@ use super::docs::{self, docs, docs_file, document};
 use super::embeddings::{self, embed};
 use super::health::{self, health, metrics, ready, v1_health};
 use super::information::{self, information, model, models, props};
+use super::load::{self, loads};
 use super::messages::{self, converse, count_tokens};
 use super::page::{self, page_file};
 use super::problem::ErrorShape::{self, Anthropic, OpenAi, Own};
@@ -31,6 +32,7 @@ use super::problem::Problem;
 use super::reply::{self, Reply};
 use super::responses::{self, respond};
 use super::vocabulary::{self, apply_template, detokenize, tokenize, tokenizer_info};
+use crate::models::Intake;
 use crate::telemetry::ChoiceRecords;
 
 pub static ROUTES: LazyLock<Vec<Route>> = LazyLock::new(|| {
@@ -40,6 +42,7 @@ pub static ROUTES: LazyLock<Vec<Route>> = LazyLock::new(|| {
         route(health::__path_v1_health, Access::Open, OpenAi, v1_health),
         route(health::__path_ready, Access::Open, Own, ready),
         route(health::__path_metrics, Access::Metrics, Own, metrics),
+        route(load::__path_loads, Access::Key, OpenAi, loads),
         route(completions::__path_generate, Access::Key, Own, generate),
         route(information::__path_models, Access::Key, OpenAi, models),
         route(information::__path_model, Access::Key, OpenAi, model),
@@ -153,6 +156,7 @@ pub async fn dispatch(
     record: &Arc<ChoiceRecords>,
 ) -> Reply {
     let errors = route.map_or_else(|| ErrorShape::of_unknown(path), |route| route.errors);
+    let report = load::asked(request.headers());
     let (head, mut unread) = request.into_parts();
     let request = Request::from_parts(head, ());
     let handled = async {
@@ -193,8 +197,18 @@ pub async fn dispatch(
         app.metrics.count_refusal(problem.status_and_kind(Own).1);
         reply::error(&problem, errors, id)
     });
+    // Whoever was admitted with a key may know how busy the server is.
+    let may_know = route.is_some_and(|route| route.access == Access::Key)
+        && !matches!(reply.status(), StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN);
+    if let Some(format) = report.filter(|_| may_know)
+        && let Some(report) = load::report(&app.models, format)
+    {
+        reply.headers_mut().insert(load::REPORT, report);
+    }
     let is_last = reply.headers().contains_key(CONNECTION);
-    if !is_last && !unread.is_end_stream() && !body::drain(&mut unread).await {
+    let is_read = is_last || unread.is_end_stream() || body::drain(&mut unread).await;
+    // At the end of the server its clients should find another one.
+    if !is_read || app.models.intake() != Intake::Open {
         reply.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
     }
     if errors == Anthropic

@@ -20,23 +20,18 @@ use super::app::App;
 const MAX_HEADERS: usize = 100;
 
 /// Accepts connections until `end` completes, then lets open ones finish their current answer for
-/// up to `grace`.
-pub async fn serve(
-    listener: TcpListener,
-    app: Arc<App>,
-    end: impl Future<Output = ()>,
-    grace: Duration,
-) {
+/// up to the time that it says.
+pub async fn serve(listener: TcpListener, app: Arc<App>, end: impl Future<Output = Duration>) {
     let graceful = GracefulShutdown::new();
     let places = Arc::new(Semaphore::new(app.limits.max_connections));
     tokio::pin!(end);
-    loop {
+    let grace = loop {
         let accepted = async {
             let place = Arc::clone(&places).acquire_owned().await.expect("never closed");
             (listener.accept().await, place)
         };
         tokio::select! {
-            () = &mut end => break,
+            grace = &mut end => break grace,
             (accepted, place) = accepted => match accepted {
                 Ok((stream, _)) => {
                     let (app, watcher) = (Arc::clone(&app), graceful.watcher());
@@ -55,7 +50,7 @@ pub async fn serve(
                 }
             }
         }
-    }
+    };
     drop(listener);
     if tokio::time::timeout(grace, graceful.shutdown()).await.is_err() {
         tracing::warn!("closing connections that did not finish in time");

@@ -1,7 +1,7 @@
 //! What llama.cpp is as a library: its start, its build, its strings.
 
 use std::ffi::{CStr, c_char};
-use std::sync::Once;
+use std::sync::{Once, OnceLock};
 
 use super::{loading, log, sys};
 
@@ -56,13 +56,36 @@ pub fn max_sequences() -> usize {
     unsafe { sys::max_parallel_sequences() }
 }
 
-/// The instruction sets of the CPU kernels, as llama.cpp prints them ("CPU : SSE3 = 1 | ...").
+/// The instruction sets and options of the CPU kernels, such as "AVX2 FMA REPACK".
 #[must_use]
-pub fn system_info() -> String {
-    start_backend();
-    // SAFETY: returns a pointer to a static buffer that the next call overwrites; it is copied at
-    // once.
-    unsafe { text(sys::print_system_info()) }
+pub fn cpu_features() -> String {
+    static FEATURES: OnceLock<String> = OnceLock::new();
+    let features = FEATURES.get_or_init(|| {
+        start_backend();
+        // SAFETY: returns a pointer to a static buffer that the next call overwrites; it is copied
+        // at once, and `OnceLock` gives the one call.
+        features_of(&unsafe { text(sys::print_system_info()) }, "CPU")
+    });
+    features.clone()
+}
+
+/// The features that a backend has, in what llama.cpp prints of all: "CUDA : ARCHS = 900 | CPU : SSE3 = 1
+/// | AVX512 = 0 | ".
+fn features_of(info: &str, backend: &str) -> String {
+    let mut current = "";
+    let mut features = Vec::new();
+    for field in info.split(" | ") {
+        let feature = field.split_once(" : ").map_or(field, |(name, first)| {
+            current = name.trim();
+            first
+        });
+        if let Some((name, "1")) = feature.split_once(" = ")
+            && current == backend
+        {
+            features.push(name.trim());
+        }
+    }
+    features.join(" ")
 }
 
 /// The release of the linked llama.cpp.
@@ -82,4 +105,17 @@ pub(super) unsafe fn text(c: *const c_char) -> String {
     }
     // SAFETY: not null; the rest by contract.
     unsafe { CStr::from_ptr(c) }.to_string_lossy().into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn features_are_those_of_one_backend() {
+        let info = "CUDA : ARCHS = 900 | FA = 1 | CPU : SSE3 = 1 | AVX512 = 0 | FMA = 1 | ";
+        assert_eq!(features_of(info, "CPU"), "SSE3 FMA");
+        assert_eq!(features_of(info, "Metal"), "");
+        assert!(!cpu_features().is_empty());
+    }
 }

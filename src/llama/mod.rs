@@ -41,7 +41,7 @@ mod threads;
 mod writer;
 
 pub use adapter::AdapterFile;
-pub use backend::{Numa, max_sequences, supports_gpu_offload, system_info, use_numa, version};
+pub use backend::{Numa, cpu_features, max_sequences, supports_gpu_offload, use_numa, version};
 pub use batch::Batch;
 pub use cache_types::CacheTypes;
 pub use chat::{AnswerParser, ChatFormat, ParsedAnswer, ParsedCall};

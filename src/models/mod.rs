@@ -159,6 +159,17 @@ impl Entry {
     }
 }
 
+/// Whether requests are taken, in the order in which that changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Intake {
+    /// They are.
+    Open,
+    /// They still are, but the end has been announced: senders should look for another server.
+    Ending,
+    /// They are not.
+    Closed,
+}
+
 /// All models of a server.
 pub struct Models {
     entries: Vec<Entry>,
@@ -166,7 +177,7 @@ pub struct Models {
     limits: Option<ModelLimits>,
     /// Held while one is loaded.
     turn: TurnMutex<()>,
-    closing: watch::Sender<bool>,
+    intake: watch::Sender<Intake>,
 }
 
 impl Models {
@@ -179,8 +190,8 @@ impl Models {
             memory: limits.memory.or_else(available_memory),
             ..limits
         });
-        let closing = watch::Sender::new(false);
-        Arc::new(Self { entries, limits, turn: TurnMutex::default(), closing })
+        let intake = watch::Sender::new(Intake::Open);
+        Arc::new(Self { entries, limits, turn: TurnMutex::default(), intake })
     }
 
     /// All models, in their order.
@@ -208,7 +219,7 @@ impl Models {
     /// # Errors
     /// [`Unavailable`]; a single model that is loading is not waited for.
     pub async fn get(self: &Arc<Self>, name: Option<&str>) -> Result<Arc<Loaded>, Unavailable> {
-        if *self.closing.borrow() {
+        if self.intake() == Intake::Closed {
             return Err(Unavailable::Draining);
         }
         if let Some(only) = self.only() {
@@ -220,7 +231,7 @@ impl Models {
         }
         let index = self.find(name)?;
         let entry = &self.entries[index];
-        let (mut phase, mut closing) = (entry.phase(), self.closing.subscribe());
+        let (mut phase, mut intake) = (entry.phase(), self.intake.subscribe());
         let mut waiting = None;
         loop {
             *entry.used.lock() = Instant::now();
@@ -236,7 +247,7 @@ impl Models {
             }
             tokio::select! {
                 _ = phase.changed() => {}
-                _ = closing.wait_for(|closing| *closing) => return Err(Unavailable::Draining),
+                _ = intake.wait_for(|intake| *intake == Intake::Closed) => return Err(Unavailable::Draining),
             }
         }
     }
@@ -331,7 +342,7 @@ impl Models {
         });
         if failed {
             entry.engine.lock().take();
-            if self.limits.is_some() && !self.is_closing() {
+            if self.limits.is_some() && self.intake() != Intake::Closed {
                 tracing::error!(model = entry.id(), "{why}");
             }
         }
@@ -339,7 +350,7 @@ impl Models {
 
     /// Makes room for a model, and looks at its files. Runs on its engine's thread.
     fn prepare(&self, index: usize, stop: &AtomicBool) -> Result<EngineParams, String> {
-        let goes_on = || !stop.load(Ordering::Relaxed) && !*self.closing.borrow();
+        let goes_on = || !stop.load(Ordering::Relaxed) && self.intake() != Intake::Closed;
         let entry = &self.entries[index];
         let mut params = entry.setup.loader.prepare(&goes_on)?;
         let Some(limits) = self.limits else { return Ok(params) };
@@ -369,14 +380,28 @@ impl Models {
         oldest.map_or(Ok(()), |entry| unload(entry, goes_on))
     }
 
-    /// Refuses new requests from now on, also those that wait for a model.
-    pub fn close(&self) {
-        self.closing.send_replace(true);
+    /// Tells that the end is near. Requests are still taken.
+    pub fn announce_end(&self) {
+        self.set_intake(Intake::Ending);
     }
 
-    /// Whether [`close`](Self::close) was called.
-    pub fn is_closing(&self) -> bool {
-        *self.closing.borrow()
+    /// Refuses new requests from now on, also those that wait for a model.
+    pub fn close(&self) {
+        self.set_intake(Intake::Closed);
+    }
+
+    /// Whether requests are taken.
+    pub fn intake(&self) -> Intake {
+        *self.intake.borrow()
+    }
+
+    /// There is no way back.
+    fn set_intake(&self, to: Intake) {
+        self.intake.send_if_modified(|intake| {
+            let changes = *intake < to;
+            *intake = to.max(*intake);
+            changes
+        });
     }
 
     /// Ends all engines after their current steps, whatever still runs. Blocks.

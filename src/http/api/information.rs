@@ -101,6 +101,9 @@ pub struct Information {
     pub llama_cpp: String,
     /// What this build can compute on: `cpu` or `cuda`.
     pub backend: &'static str,
+    /// Instruction sets that the CPU's kernels use, as ggml names them. The same request and seed give the
+    /// same text from any server with the same of these, the same version and the same model.
+    pub cpu: String,
     /// Methods and paths.
     pub endpoints: Vec<String>,
     /// How much of the model is read, from 0 to 1.
@@ -194,6 +197,44 @@ pub struct EngineLoad {
     pub steps: u64,
     /// Since the start.
     pub tokens_generated: u64,
+}
+
+/// How busy the models are, with SGLang's fields.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Loads<'a> {
+    /// When, as RFC 3339 has it.
+    pub timestamp: String,
+    /// Entries of `loads`.
+    pub dp_rank_count: usize,
+    /// By loaded model.
+    pub loads: Vec<ModelLoad<'a>>,
+}
+
+/// How busy a model is.
+#[derive(Debug, Default, Serialize, ToSchema)]
+pub struct ModelLoad<'a> {
+    /// Its place in the list, from 0.
+    pub dp_rank: usize,
+    /// What clients call it.
+    pub model_name: &'a str,
+    /// Requests that the engine works on.
+    pub num_running_reqs: usize,
+    /// Requests that wait for a slot.
+    pub num_waiting_reqs: usize,
+    /// Both.
+    pub num_total_reqs: usize,
+    /// Cells of the cache that running requests hold, one for each token.
+    pub num_used_tokens: usize,
+    /// Cells of the cache.
+    pub max_total_num_tokens: usize,
+    /// The one as a share of the other, from 0 to 1.
+    pub token_usage: f64,
+    /// The larger of `token_usage` and all requests for each slot; above 1 while some wait.
+    pub utilization: f64,
+    /// Share of the tokens of prompts that were found in the cache since the start, from 0 to 1.
+    pub cache_hit_rate: f64,
+    /// Slots: requests that can run together.
+    pub max_running_requests: usize,
 }
 
 /// What is served, with llama-server's fields.
