@@ -283,6 +283,31 @@ fn one_connection_serves_request_after_request() {
     assert_eq!(read_answer(socket).status, 200);
 }
 
+/// A client that sends all of a body before it reads gets the answer, and may go on with the connection.
+#[test]
+fn a_body_that_is_too_large_does_not_cost_its_sender_the_answer() {
+    let server = server();
+    use std::io::Write;
+    let body = vec![b' '; 8 << 20];
+    for _ in 0..10 {
+        let mut socket = std::net::TcpStream::connect(server.addr).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        let head = format!(
+            "POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n",
+            body.len()
+        );
+        socket.write_all(head.as_bytes()).unwrap();
+        socket.write_all(&body).unwrap();
+        socket
+            .write_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            .unwrap();
+        let mut seen = String::new();
+        socket.read_to_string(&mut seen).unwrap();
+        assert!(seen.starts_with("HTTP/1.1 413") && seen.contains("body_too_large"), "{seen}");
+        assert!(seen.ends_with("{\"status\":\"ok\"}"), "{seen}");
+    }
+}
+
 #[test]
 fn a_prompt_beyond_the_context_is_told_as_openais_clients_look_for_it() {
     let server = server();

@@ -11,10 +11,11 @@ use tokio::time::timeout;
 use super::app::HttpLimits;
 use super::problem::Problem;
 
-/// Bytes of a refused body that are read, and for how long. A connection that is closed on what its
-/// client still sends loses the answer, too; one whose body was read can be used again.
-const MAX_DRAINED: usize = 1 << 20;
-const DRAIN_TIME: Duration = Duration::from_secs(1);
+/// Bytes of a refused body that are read, and the longest wait for some of them. A connection that is
+/// closed on what its client still sends loses the answer, too, most of all through a proxy; one whose
+/// body was read can be used again.
+const MAX_DRAINED: usize = 64 << 20;
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// Receives a body.
 ///
@@ -41,21 +42,21 @@ pub async fn receive(
     }
 }
 
-/// Reads what is left of a body that nobody wants. Returns `false` if that is too much, so that the
-/// connection cannot be used again.
-pub async fn drain(body: &mut Incoming) -> bool {
+/// Reads what is left of a body that nobody wants. Returns `false` if that is too much or comes too
+/// slowly, so that the connection cannot be used again.
+pub async fn drain(body: &mut Incoming, limits: &HttpLimits) -> bool {
     if body.size_hint().lower() > MAX_DRAINED as u64 {
         return false;
     }
     let read = async {
         let mut n_read = 0;
-        while let Some(frame) = body.frame().await {
+        while let Some(frame) = timeout(PAUSE, body.frame()).await.ok()? {
             n_read += frame.ok()?.data_ref().map_or(0, Bytes::len);
             (n_read <= MAX_DRAINED).then_some(())?;
         }
         Some(())
     };
-    matches!(timeout(DRAIN_TIME, read).await, Ok(Some(())))
+    matches!(timeout(limits.read_timeout, read).await, Ok(Some(())))
 }
 
 /// Whether a body is encoded in any way; `identity` is none.

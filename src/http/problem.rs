@@ -166,8 +166,8 @@ impl Problem {
             Self::MethodNotAllowed { allow, .. } => Some((ALLOW, allow)),
             Self::CompressedBody => Some((ACCEPT_ENCODING, "identity")),
             Self::KeyMissing | Self::KeyUnknown => Some((WWW_AUTHENTICATE, "Bearer")),
-            // The rest of the body is not worth reading.
-            Self::BodyTooLarge(_) | Self::BodyTimeout => Some((CONNECTION, "close")),
+            // The rest of the body will not come.
+            Self::BodyTimeout => Some((CONNECTION, "close")),
             Self::Refused(SubmitError::QueueFull { .. } | SubmitError::Stopped)
             | Self::Draining
             | Self::ModelFailed(_)

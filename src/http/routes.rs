@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use hyper::body::{Body, Incoming};
-use hyper::header::{ALLOW, CONNECTION, HeaderName, HeaderValue};
+use hyper::header::{ALLOW, CONNECTION, EXPECT, HeaderName, HeaderValue};
 use hyper::{Method, Request, StatusCode};
 use percent_encoding::percent_decode_str;
 use utoipa::openapi::path::{HttpMethod, Operation};
@@ -157,6 +157,7 @@ pub async fn dispatch(
 ) -> Reply {
     let errors = route.map_or_else(|| ErrorShape::of_unknown(path), |route| route.errors);
     let report = load::asked(request.headers());
+    let is_held_back = request.headers().contains_key(EXPECT); // until its client has leave to send it
     let (head, mut unread) = request.into_parts();
     let request = Request::from_parts(head, ());
     let handled = async {
@@ -206,7 +207,9 @@ pub async fn dispatch(
         reply.headers_mut().insert(load::REPORT, report);
     }
     let is_last = reply.headers().contains_key(CONNECTION);
-    let is_read = is_last || unread.is_end_stream() || body::drain(&mut unread).await;
+    let is_read = is_last
+        || unread.is_end_stream()
+        || (!is_held_back && body::drain(&mut unread, &app.limits).await);
     // At the end of the server its clients should find another one.
     if !is_read || app.models.intake() != Intake::Open {
         reply.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
