@@ -186,18 +186,22 @@ impl Tree {
         self.n_verified = n;
     }
 
-    /// Replaces all nodes, of which each comes after its parent, by the best `most` of these. A
-    /// node's `q` is not above its parent's.
+    /// Replaces all nodes, of which each comes after its parent, by the best `most` of these. A node
+    /// that is said to be likelier than its parent is as likely as that.
     pub fn replace(&mut self, nodes: &[Node], most: usize) {
+        let mut q: Vec<f32> = vec![];
+        for node in nodes {
+            q.push(node.parent.map_or(node.q, |parent| node.q.min(q[parent])));
+        }
         let mut order: Vec<usize> = (0..nodes.len()).collect();
-        order.sort_by(|&a, &b| nodes[b].q.total_cmp(&nodes[a].q)); // stable: parents stay first
+        order.sort_by(|&a, &b| q[b].total_cmp(&q[a])); // stable: parents stay first
         order.truncate(most);
-        let mut places = vec![None; nodes.len()];
+        let mut places = vec![0; nodes.len()];
         self.nodes.clear();
         for i in order {
-            places[i] = Some(self.nodes.len());
-            let parent = nodes[i].parent.and_then(|parent| places[parent]);
-            self.nodes.push(Node { parent, ..nodes[i] });
+            places[i] = self.nodes.len();
+            let parent = nodes[i].parent.map(|parent| places[parent]);
+            self.nodes.push(Node { parent, q: q[i], ..nodes[i] });
         }
         self.n_verified = self.nodes.len();
     }
@@ -255,5 +259,22 @@ impl Tree {
             n_leaves += 1;
         }
         n_leaves
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_stays_behind_its_parent_however_likely_it_is_said_to_be() {
+        let node = |parent, token, depth, q| Node { depth, ..Node::new(parent, Token(token), q) };
+        let nodes = [node(None, 1, 1, 0.5), node(Some(0), 2, 2, 0.9), node(None, 3, 1, 0.6)];
+        let mut tree = Tree::default();
+        tree.replace(&nodes, 3);
+        let found: Vec<_> = tree.nodes().iter().map(|n| (n.token.0, n.parent, n.q)).collect();
+        assert_eq!(found, [(3, None, 0.6), (1, None, 0.5), (2, Some(1), 0.5)]);
+        tree.replace(&nodes, 2);
+        assert_eq!(tree.nodes().len(), 2);
     }
 }
