@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Semaphore, watch};
 
 use super::bursts::Bursts;
-use super::drafts::DraftParams;
 use super::drafts::{self, DraftsError};
+use super::drafts::{DraftParams, LayersParams};
 use super::forward::LlamaForward;
 use super::handle::Handle;
 use super::lanes::Lanes;
@@ -375,20 +375,32 @@ fn n_ids(params: &EngineParams, limits: &Limits) -> usize {
     (n_seqs + limits.n_slots * (n_leaves - 1)).min(max_sequences())
 }
 
+/// How a model's own draft layers draft, where they do: not beside a draft model, nor in streams.
+fn own_layers(params: &EngineParams, model: &Model) -> Result<Option<LayersParams>, StartError> {
+    let drafts = params.drafts.as_ref().filter(|drafts| drafts.model.is_none());
+    let Some(own) = drafts.and_then(|drafts| drafts.own_layers) else { return Ok(None) };
+    let refuse = |why: String| match own.is_needed {
+        true => Err(StartError::Unsupported(why)),
+        false => Ok(None),
+    };
+    if !model.has_draft_layers() {
+        let what = format!("{} has no draft layers (MTP)", model.path().display());
+        let why = "or llama.cpp cannot compute those of its architecture";
+        return refuse(format!("{what}, {why}, {}", model.architecture()));
+    }
+    if params.sizes.streams {
+        return refuse("draft layers (MTP) need the pool: KV_LAYOUT cannot be streams".into());
+    }
+    Ok(Some(own))
+}
+
 /// The parameters as they are possible with this model.
 fn for_model(params: &EngineParams, model: &Model) -> Result<EngineParams, StartError> {
     let mut params = params.clone();
     let architecture = model.architecture();
-    if let Some(drafts) = &mut params.drafts
-        && let Some(own) = drafts.own_layers
-        && !(drafts.model.is_none() && model.has_draft_layers())
-    {
-        if own.is_needed && drafts.model.is_none() {
-            let what = format!("{} has no draft layers (MTP)", model.path().display());
-            let why = "or llama.cpp cannot compute those of its architecture";
-            return Err(StartError::Unsupported(format!("{what}, {why} {architecture}")));
-        }
-        drafts.own_layers = None;
+    let own_layers = own_layers(&params, model)?;
+    if let Some(drafts) = &mut params.drafts {
+        drafts.own_layers = own_layers;
     }
     if model.memory() == Memory::State {
         let refuse = |what: &str| {

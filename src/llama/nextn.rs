@@ -12,19 +12,10 @@ mod c {
     include!(concat!(env!("OUT_DIR"), "/nextn_bindings.rs"));
 }
 
-/// Architectures whose draft layers llama.cpp computes over a cache of keys and values. It knows more
-/// that have such layers, and leaves them aside.
-const ARCHITECTURES: [&str; 9] = [
-    "cohere2moe",
-    "glm4moe",
-    "hy_v3",
-    "mimo2",
-    "nemotron_h_moe",
-    "qwen35",
-    "qwen35moe",
-    "qwen3next",
-    "step35",
-];
+/// Architectures whose draft layers llama.cpp computes over a cache of keys and values, and that can be
+/// taken back after a draft. It knows more that have such layers.
+const ARCHITECTURES: [&str; 8] =
+    ["cohere2moe", "glm4moe", "hy_v3", "mimo2", "nemotron_h_moe", "qwen35", "qwen35moe", "step35"];
 
 impl Model {
     /// Whether layers that draft are [loaded](super::Placement::draft_layers), and can be computed.
