@@ -22,8 +22,9 @@
 //! 4. `engine::scheduler` picks the rows of the step: one for each
 //!    decoding sequence, then prompt chunks of the size that `engine::pace` allows.
 //! 5. [`speculate`] drafts a tree of candidates for each decoding sequence, with heads, a draft
-//!    model and from text; the [`guide`](engine::guide), if any, removes those that its grammar forbids and adds
-//!    those that it leaves alone; the policy keeps those that pay.
+//!    model or the model's own draft layers, and from text; the [`guide`](engine::guide), if any,
+//!    removes those that its grammar forbids and adds those that it leaves alone; the policy keeps
+//!    those that pay.
 //! 6. One [`forward`](engine::Forward::forward) over all rows, including the trees.
 //!    [`leaves`](engine::leaves) assigns sequence ids so that each node attends to its own path.
 //! 7. Commit: at each row that ends a sequence, [`sampler`](engine::sampler) (after
@@ -51,7 +52,7 @@
 //! | [`request`], [`error`] | what `http` and `engine` share | both |
 //! | [`engine`] | the step; `turn`, a sequence's part in it; `commit` and `walk`, its end; `pool`, embeddings; `thread` runs it, `handle` is its public side, `plan` its sizes by what memory there is, `offload` the layers that fit GPUs, `drafts` the sources of drafts, `rate` how often requests come, `lanes` the threads that read requests, `stats` its counters, `forward` its interface to a model, `sharing` and `thread_count` the threads of each pass, `guide` what may come next in an answer, `grammar` its interface to llguidance, `closing` the way to the end of JSON, `gbnf` a translator for llguidance | sockets, JSON |
 //! | [`metrics`] | `/metrics`: names for the counters of engine and HTTP | sockets, cells |
-//! | [`speculate`] | `heads` and `pickle` (files), `medusa` and `conditioned` (heads), `nets` (their networks), `draft_model`, `joint` (what two sources say together), `suffix` and `text` (text drafts), `tree`, `calibration`, `reliability`, `cost`, `policy`; `device` (heads and verification on a GPU); `simulated`, which `bench` wraps around a model | requests, cells |
+//! | [`speculate`] | `heads` and `pickle` (files), `medusa` and `conditioned` (heads), `nets` (their networks), `draft_model` (a smaller model, or the model's own draft layers, which go on from `states`), `joint` (what two sources say together), `suffix` and `text` (text drafts), `tree`, `calibration`, `reliability`, `cost`, `policy`; `device` (heads and verification on a GPU); `simulated`, which `bench` wraps around a model, and `recording`, in which it keeps what was decided | requests, cells |
 //! | [`chat`] | conversations: messages and tools to a prompt and the form of its answer, and an answer's text to thoughts and calls, for `http`, `train` and `bench` | dialects |
 //! | [`hub`] | models and heads by their names on the Hugging Face Hub: `name`, `pick` the files that one means, `snapshot` a repository online or from the cache, `download` with further attempts, `transfer` with checksums | requests, engine |
 //! | [`jinja`] | Jinja as Python's library renders it, with texts that know what came from outside | chats |
