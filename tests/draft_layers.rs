@@ -124,14 +124,17 @@ fn draft_layers_that_are_of_no_use_are_left_alone() {
     with_engine(engine(write(folder.path(), "tiny-glm4moe"), drafts), async |handle| {
         let (steps, drafted) = (|| handle.stats.steps.get(), || handle.stats.offered.get());
         let ask = || {
+            // Nearly all tokens are as likely, so what is drafted is right by chance.
+            let sampling =
+                SamplingParams { temperature: 50.0, top_p: 1.0, ..SamplingParams::default() };
             let one = requests(Speculation::AUTO).remove(0);
-            [Request { max_tokens: 400, ..one }]
+            [Request { max_tokens: 400, sampling, ..one }]
         };
         answers(&handle, &ask()).await;
         let before = (steps(), drafted());
         answers(&handle, &ask()).await;
         let (steps, offered) = (steps() - before.0, drafted() - before.1);
-        assert!(offered < 10 * steps, "{offered} candidates in {steps} steps");
+        assert!(offered < 5 * steps, "{offered} candidates in {steps} steps");
     });
 }
 
