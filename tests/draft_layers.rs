@@ -4,30 +4,18 @@
 
 mod common;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use common::context::rows_are_independent;
+use common::engines::{answers, engine, random_model, refused, with_engine};
 use medusa_llama::engine::drafts::{DraftParams, LayersParams};
-use medusa_llama::engine::thread::EngineParams;
-use medusa_llama::engine::{Handle, spawn};
-use medusa_llama::llama::{Context, ContextParams, Model, Placement, Quantization, SeqId, Token};
-use medusa_llama::request::{Caller, Completion, Request, SamplingParams, Source, Speculation};
+use medusa_llama::llama::{Context, ContextParams, Model, Placement, SeqId, Token};
+use medusa_llama::request::{Request, SamplingParams, Source, Speculation};
 use medusa_llama::speculate::calibration::Calibration;
 use medusa_llama::speculate::draft_model::{self, DraftModel};
 use medusa_llama::speculate::states::States;
 use medusa_llama::speculate::{Asked, Draft, Origin, Tree, Worth};
-use medusa_llama::synth::{self, ModelShape};
-
-/// A model of random weights with a draft layer, in F16: what rounding there is does not depend on how
-/// rows are grouped.
-fn write(folder: &Path, name: &str) -> PathBuf {
-    let path = folder.join(format!("{name}.gguf"));
-    let shape = ModelShape::by_name(name).unwrap();
-    let f16 = Quantization::by_name("F16").unwrap();
-    synth::model(&path, &shape, f16, 1, &mut |_, _| ()).unwrap();
-    path
-}
 
 fn loaded(path: &Path) -> Arc<Model> {
     let placement = Placement { draft_layers: true, ..Placement::default() };
@@ -36,32 +24,6 @@ fn loaded(path: &Path) -> Arc<Model> {
 
 fn own_layers() -> Option<LayersParams> {
     Some(LayersParams { n_cells: None, max_depth: 4, is_needed: true })
-}
-
-fn engine(path: PathBuf, drafts: DraftParams) -> EngineParams {
-    let params = EngineParams::new(path, 1, 8, 1024);
-    EngineParams { drafts: Some(drafts), n_queue: 16, ..params }
-}
-
-fn with_engine<R>(params: EngineParams, f: impl AsyncFnOnce(Handle) -> R) -> R {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let engine = spawn(params);
-    let result = runtime.block_on(async { f(engine.ready().await.unwrap()).await });
-    engine.stop();
-    result
-}
-
-async fn answers(handle: &Handle, requests: &[Request]) -> Vec<(String, Completion)> {
-    let mut sent = vec![];
-    for request in requests {
-        sent.push(handle.submit(request.clone(), Caller::default()).await.unwrap());
-    }
-    let mut all = vec![];
-    for answer in sent {
-        let (piece, done) = answer.collect().await.unwrap();
-        all.push((piece.text, done));
-    }
-    all
 }
 
 fn requests(speculation: Speculation) -> Vec<Request> {
@@ -93,7 +55,7 @@ fn draft_layers_change_no_text() {
             fixed_nodes: Some(4),
             ..DraftParams::default()
         };
-        with_engine(engine(write(folder.path(), name), drafts), async |handle| {
+        with_engine(engine(random_model(folder.path(), name, 1), drafts), async |handle| {
             assert!(handle.draft_model.is_some(), "{name}");
             let plain = answers(&handle, &requests(Speculation::OFF)).await;
             let (mut n_same, mut n_all) = (0, 0);
@@ -121,7 +83,7 @@ fn draft_layers_change_no_text() {
 fn draft_layers_that_are_of_no_use_are_left_alone() {
     let folder = tempfile::tempdir().unwrap();
     let drafts = DraftParams { own_layers: own_layers(), ..DraftParams::default() };
-    with_engine(engine(write(folder.path(), "tiny-glm4moe"), drafts), async |handle| {
+    with_engine(engine(random_model(folder.path(), "tiny-glm4moe", 1), drafts), async |handle| {
         let (steps, drafted) = (|| handle.stats.steps.get(), || handle.stats.offered.get());
         let ask = || {
             // Nearly all tokens are as likely, so what is drafted is right by chance.
@@ -141,16 +103,9 @@ fn draft_layers_that_are_of_no_use_are_left_alone() {
 #[test]
 fn a_model_without_draft_layers_is_refused_where_they_must_be_there() {
     let folder = tempfile::tempdir().unwrap();
-    let refused = |path: PathBuf| {
-        let drafts = DraftParams { own_layers: own_layers(), ..DraftParams::default() };
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let engine = spawn(engine(path, drafts));
-        let why = runtime.block_on(engine.ready()).err();
-        engine.stop();
-        why.unwrap_or_default()
-    };
-    let why = refused(write(folder.path(), "tiny-qwen35"));
-    assert!(why.contains("tiny-qwen35.gguf has no draft layers (MTP)"), "{why}");
+    let drafts = DraftParams { own_layers: own_layers(), ..DraftParams::default() };
+    let why = refused(engine(random_model(folder.path(), "tiny-qwen35", 1), drafts));
+    assert!(why.contains("tiny-qwen35-1.gguf has no draft layers (MTP)"), "{why}");
 }
 
 /// What the layers propose after a text is the same whether they read all of it at once, or went along
@@ -159,7 +114,7 @@ fn a_model_without_draft_layers_is_refused_where_they_must_be_there() {
 fn what_was_drafted_leaves_no_trace() {
     let folder = tempfile::tempdir().unwrap();
     for name in ["tiny-glm4moe", "tiny-qwen35-mtp"] {
-        let model = loaded(&write(folder.path(), name));
+        let model = loaded(&random_model(folder.path(), name, 1));
         let text = model.tokenize(&"the old road to the river ".repeat(4), true).unwrap();
         let states = states_of(&model, &text);
         let mut going = drafter(&model);

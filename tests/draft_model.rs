@@ -7,19 +7,17 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
 
 use common::context::{MODEL, rows_are_independent};
+use common::engines::{answers, engine, random_model, refused, with_engine};
 use medusa_llama::config::DEFAULT_HEADS;
 use medusa_llama::engine::drafts::{DraftModelParams, DraftParams, HeadsParams};
-use medusa_llama::engine::thread::EngineParams;
-use medusa_llama::engine::{Handle, spawn};
 use medusa_llama::llama::{
     self, Context, ContextParams, Model, Placement, Quantization, SeqId, Token,
 };
-use medusa_llama::request::{Caller, Completion, Request, SamplingParams, Source, Speculation};
+use medusa_llama::request::{Completion, Request, SamplingParams, Source, Speculation};
 use medusa_llama::speculate::calibration::Calibration;
 use medusa_llama::speculate::draft_model::{self, DraftModel};
 use medusa_llama::speculate::states::States;
 use medusa_llama::speculate::{Asked, Draft, Origin, Tree, Worth};
-use medusa_llama::synth::{self, ModelShape};
 use tempfile::TempDir;
 
 /// None: a draft model needs only tokens.
@@ -41,42 +39,6 @@ fn small() -> &'static Path {
 fn model_of(path: &Path) -> DraftModelParams {
     let placement = Placement::default();
     DraftModelParams { path: path.to_owned(), placement, n_cells: None, max_depth: 6 }
-}
-
-fn engine(model: PathBuf, drafts: DraftParams) -> EngineParams {
-    let params = EngineParams::new(model, 1, 8, 1024);
-    EngineParams { drafts: Some(drafts), n_queue: 16, ..params }
-}
-
-/// Runs `f` with an engine of these parameters.
-fn with_engine<R>(params: EngineParams, f: impl AsyncFnOnce(Handle) -> R) -> R {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let engine = spawn(params);
-    let result = runtime.block_on(async { f(engine.ready().await.unwrap()).await });
-    engine.stop();
-    result
-}
-
-/// Why an engine of these parameters does not start.
-fn refused(params: EngineParams) -> String {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let engine = spawn(params);
-    let why = runtime.block_on(engine.ready()).err().expect("a refusal");
-    engine.stop();
-    why
-}
-
-async fn answers(handle: &Handle, requests: &[Request]) -> Vec<(String, Completion)> {
-    let mut sent = vec![];
-    for request in requests {
-        sent.push(handle.submit(request.clone(), Caller::default()).await.unwrap());
-    }
-    let mut all = vec![];
-    for answer in sent {
-        let (piece, done) = answer.collect().await.unwrap();
-        all.push((piece.text, done));
-    }
-    all
 }
 
 fn requests(speculation: Speculation) -> Vec<Request> {
@@ -235,24 +197,15 @@ fn origin(seq: SeqId, tokens: &[Token]) -> Origin<'_> {
     }
 }
 
-/// A model of random weights.
-fn tiny(folder: &Path, name: &str, seed: u64) -> PathBuf {
-    let path = folder.join(format!("{name}-{seed}.gguf"));
-    let shape = ModelShape::by_name(name).unwrap();
-    let f16 = Quantization::by_name("F16").unwrap();
-    synth::model(&path, &shape, f16, seed, &mut |_, _| ()).unwrap();
-    path
-}
-
 #[test]
 fn a_model_that_cannot_draft_is_refused_with_the_reason() {
     let folder = tempfile::tempdir().unwrap();
     let drafts =
         |path: &Path| DraftParams { model: Some(model_of(path)), ..DraftParams::default() };
-    let other = tiny(folder.path(), "tiny", 1);
+    let other = random_model(folder.path(), "tiny", 1);
     let why = refused(engine(common::model_path(), drafts(&other)));
     assert!(why.contains("cannot draft for this model: it has") && why.contains("49152"), "{why}");
-    let mamba = tiny(folder.path(), "tiny-mamba", 1);
+    let mamba = random_model(folder.path(), "tiny-mamba", 1);
     let why = refused(engine(other.clone(), drafts(&mamba)));
     assert!(why.contains("cannot draft") && why.contains("keeps a state"), "{why}");
     let missing = folder.path().join("missing.gguf");
@@ -268,7 +221,8 @@ fn other_architectures_draft_and_are_drafted_for() {
     for (target, drafter) in
         [("tiny", "tiny-gemma3"), ("tiny-lfm2", "tiny"), ("tiny-gemma3", "tiny-qwen3")]
     {
-        let (target, drafter) = (tiny(folder.path(), target, 1), tiny(folder.path(), drafter, 2));
+        let (target, drafter) =
+            (random_model(folder.path(), target, 1), random_model(folder.path(), drafter, 2));
         let drafts = DraftParams {
             model: Some(model_of(&drafter)),
             fixed_nodes: Some(4),

@@ -2,6 +2,7 @@
 #![allow(dead_code, missing_docs)] // each test binary uses its part
 
 pub mod context;
+pub mod engines;
 pub mod gguf;
 pub mod hub;
 
