@@ -10,6 +10,8 @@ use std::sync::Arc;
 use common::context::rows_are_independent;
 use common::engines::{answers, engine, random_model, refused, with_engine};
 use medusa_llama::engine::drafts::{DraftParams, LayersParams};
+use medusa_llama::engine::plan::Sizes;
+use medusa_llama::engine::thread::EngineParams;
 use medusa_llama::llama::{Context, ContextParams, Model, Placement, SeqId, Token};
 use medusa_llama::request::{Request, SamplingParams, Source, Speculation};
 use medusa_llama::speculate::calibration::Calibration;
@@ -101,11 +103,18 @@ fn draft_layers_that_are_of_no_use_are_left_alone() {
 }
 
 #[test]
-fn a_model_without_draft_layers_is_refused_where_they_must_be_there() {
+fn where_draft_layers_must_be_there_and_cannot_draft_the_reason_is_told() {
     let folder = tempfile::tempdir().unwrap();
-    let drafts = DraftParams { own_layers: own_layers(), ..DraftParams::default() };
-    let why = refused(engine(random_model(folder.path(), "tiny-qwen35", 1), drafts));
+    let params = |name: &str| {
+        let drafts = DraftParams { own_layers: own_layers(), ..DraftParams::default() };
+        engine(random_model(folder.path(), name, 1), drafts)
+    };
+    let why = refused(params("tiny-qwen35"));
     assert!(why.contains("tiny-qwen35-1.gguf has no draft layers (MTP)"), "{why}");
+    let pool = params("tiny-glm4moe");
+    let sizes = Sizes { streams: true, ..pool.sizes };
+    let why = refused(EngineParams { sizes, ..pool });
+    assert!(why.contains("KV_LAYOUT cannot be streams"), "{why}");
 }
 
 /// What the layers propose after a text is the same whether they read all of it at once, or went along
