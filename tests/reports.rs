@@ -116,6 +116,7 @@ fn a_deadline_ends_an_answer_early() {
         (&answer["finish_reason"], &answer["stop_reason"]),
         (&json!("length"), &json!("deadline"))
     );
+    assert_eq!(server.load()["running"], 0, "the place is free before its answer is sent");
     let n = answer["usage"]["completion_tokens"].as_u64().unwrap();
     assert!((1..2000).contains(&n) && !answer["generated_text"].as_str().unwrap().is_empty());
 

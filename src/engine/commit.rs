@@ -153,9 +153,10 @@ impl<F: Forward> Engine<F> {
     /// Ends a sequence that is done; its cells are retained.
     fn release(&mut self, seq: SeqId) {
         let mut done = self.running.remove(&seq).expect("its turn was now");
+        let ops = self.ledger.release(seq);
+        self.publish_load(); // whoever has the whole answer finds its place free
         done.end(&self.stats);
         let _of_request = span(&done.job.caller.id).entered();
-        let ops = self.ledger.release(seq);
         self.free(seq, ops);
     }
 }

@@ -474,8 +474,9 @@ impl<F: Forward> Engine<F> {
         let _of_request = span(&job.caller.id).entered();
         tracing::error!(id, %error, "a request failed in the engine");
         self.stats.count_end(Ended::Failed);
-        job.end(Event::Failed { id });
         let ops = self.ledger.discard(seq);
+        self.publish_load();
+        job.end(Event::Failed { id });
         self.free(seq, ops);
     }
 
@@ -487,11 +488,15 @@ impl<F: Forward> Engine<F> {
         }
     }
 
-    fn publish(&self) {
+    fn publish_load(&self) {
         self.stats.running.set(self.running.len() as i64);
         self.stats.waiting.set(self.waiting.len() as i64);
         self.stats.cells_active.set(self.ledger.n_cells_active() as i64);
         self.stats.cells_retained.set(self.ledger.n_cells_retained() as i64);
+    }
+
+    fn publish(&self) {
+        self.publish_load();
         self.stats.steps.inc();
         if let Some(speculator) = &self.speculator {
             self.stats.reliability.lock().clone_from(&speculator.reliability);
