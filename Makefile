@@ -1,5 +1,5 @@
 # make serve   sets up what is missing, builds, serves the default model on :8000
-# make test    the same set-up, CUDA's compiler, clients in Python and JavaScript, a browser, chat templates and their cases, and schemas,
+# make test    the same set-up, CUDA's compiler, clients in Python and JavaScript, a browser, chat templates and their cases, schemas, and a stub of S3,
 #              then runs every test, and every bench in its short form
 # make check   formatting, lints, documentation
 # make docs    the book in target/book/html, with all links checked
@@ -14,15 +14,15 @@
 # make deny    checks licences and duplicate dependencies; installs cargo-deny once
 # make gpu     packs a CUDA build with its tests and benches for a host with a GPU
 # make chat-cases   takes the cases of llama.cpp's test of chat templates out of it, for tests/chat_cases.rs
-# Steps of the set-up, each idempotent: make tools, make vendor, make model, make clients, make node-clients, make browser, make templates, make schemas (for tests); for CUDA make nvcc, make cuda.
+# Steps of the set-up, each idempotent: make tools, make vendor, make model, make clients, make node-clients, make browser, make templates, make schemas, make s3 (for tests); for CUDA make nvcc, make cuda.
 
-.PHONY: serve test check docs bench bench-short compare schemathesis llama-server-suite agents lm-eval chat-cases build gpu setup tools vendor model clients node-clients browser templates schemas nvcc cuda fleet deny help
+.PHONY: serve test check docs bench bench-short compare schemathesis llama-server-suite agents lm-eval chat-cases build gpu setup tools vendor model clients node-clients browser templates schemas s3 nvcc cuda fleet deny help
 .DEFAULT_GOAL := help
 
 help:
 	@sed -n 's/^# //p' Makefile
 
-tools vendor model clients node-clients browser templates schemas nvcc cuda:
+tools vendor model clients node-clients browser templates schemas s3 nvcc cuda:
 	@scripts/setup $@
 
 setup:
@@ -34,7 +34,7 @@ build: setup
 serve: build
 	./target/release/medusa-llama serve
 
-test: setup clients node-clients browser templates schemas check chat-cases
+test: setup clients node-clients browser templates schemas s3 check chat-cases
 	cargo test --release --locked
 	$(MAKE) bench-short
 
@@ -81,7 +81,7 @@ chat-cases: build
 	scripts/chat-cases
 
 fleet: build
-	@scripts/setup fleet
+	@scripts/setup fleet s3
 	scripts/fleet $(ARGS)
 
 lm-eval: build

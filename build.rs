@@ -27,6 +27,7 @@ mod cuda;
 #[path = "build/wrappers.rs"]
 mod wrappers;
 
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
 use std::{env, fs};
@@ -51,6 +52,7 @@ fn main() {
     };
     cpu::compile_for_tests(&source, &tools);
     let state = state_of(&native);
+    name_arithmetic(&tools);
     wrappers::WRAPPERS.iter().for_each(|ours| ours.compile(&source, &native, &tools, &state));
     generate_bindings(&source, &tools);
     generate_kernel_args(&tools);
@@ -151,6 +153,20 @@ const OUR_KERNELS: [&str; 8] = [
 /// What the patched copy was made of.
 fn state_of(native: &Path) -> String {
     fs::read_to_string(native.join("source.state")).unwrap_or_default()
+}
+
+/// Names what decides the bits of results, beside the processor: our patches and kernels, and the
+/// compiler. llama.cpp's own release is known at run time.
+fn name_arithmetic(tools: &Tools) {
+    let mut hasher = DefaultHasher::new();
+    let kernels = OUR_KERNELS.map(|name| root().join("vendor/ggml").join(name));
+    for file in files_in(&root().join("vendor/patches"), "patch").iter().chain(&kernels) {
+        fs::read(file).unwrap_or_default().hash(&mut hasher);
+    }
+    let compiler = Command::new(&tools.cxx).arg("--version").output();
+    compiler.map(|said| said.stdout).unwrap_or_default().hash(&mut hasher);
+    is_own_checkout().hash(&mut hasher);
+    println!("cargo::rustc-env=MEDUSA_ARITHMETIC={:016x}", hasher.finish());
 }
 
 fn copy_with_patches(tree: &Path, native: &Path) -> PathBuf {

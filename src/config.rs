@@ -49,7 +49,7 @@ const COMMAND_CONTEXT: usize = 2048;
 pub const DEFAULT_HEADS: &str = "heads/smollm2-135m-instruct";
 
 /// llama.cpp's options of one dash and several letters, which clap does not have, and ours.
-const SHORT_NAMES: [(&str, &str); 17] = [
+const SHORT_NAMES: [(&str, &str); 18] = [
     ("-hf", "--hf-repo"),
     ("-hfr", "--hf-repo"),
     ("-hff", "--hf-file"),
@@ -67,6 +67,7 @@ const SHORT_NAMES: [(&str, &str); 17] = [
     ("-hfrd", "--draft-hf"),
     ("-ngld", "--draft-gpu-layers"),
     ("-cd", "--draft-ctx"),
+    ("-cram", "--cache-ram"),
 ];
 
 /// The command line.

@@ -18,7 +18,7 @@
 //! 2. [`Handle::submit`](engine::Handle::submit) takes a place in the bounded queue or fails (429),
 //!    tokenizes the prompt, and sends the job to the engine's thread.
 //! 3. The engine admits it: [`slots`](engine::slots) finds a sequence id and the part of the prompt
-//!    that is already cached.
+//!    that is already cached; further cells come back from [`prefixes`].
 //! 4. `engine::scheduler` picks the rows of the step: one for each
 //!    decoding sequence, then prompt chunks of the size that `engine::pace` allows.
 //! 5. [`speculate`] drafts a tree of candidates for each decoding sequence, with heads, a draft
@@ -49,8 +49,9 @@
 //! | [`http`] | accept loop, routes; `access`, the access log; `host`, `auth` and `cors`; `tls`; `api`, the bodies of requests and answers; `completions`, `responses`, `messages`, `embeddings`, `vocabulary` and `information`, their handlers; `load`, how busy the server is; `sections`, what an answer is made of; server-sent events; `page` for browsers; `openapi` and `docs` | cells, batches |
 //! | [`telemetry`] | request spans for an OpenTelemetry collector | bodies, engine |
 //! | [`models`] | the models of a server: one, or several that are loaded when a request names them and unloaded when memory is needed; what follows from a loaded one | sockets, JSON, cells |
+//! | [`prefixes`] | cells that outlive the cache: `key` and `block`, `memory`, and `store`, a folder or an S3-like store through `object_store` and `client` | cells' meaning, requests |
 //! | [`request`], [`error`] | what `http` and `engine` share | both |
-//! | [`engine`] | the step; `turn`, a sequence's part in it; `commit` and `walk`, its end; `pool`, embeddings; `thread` runs it, `handle` is its public side, `plan` its sizes by what memory there is, `offload` the layers that fit GPUs, `drafts` the sources of drafts, `rate` how often requests come, `lanes` the threads that read requests, `stats` its counters, `forward` its interface to a model, `sharing` and `thread_count` the threads of each pass, `guide` what may come next in an answer, `grammar` its interface to llguidance, `closing` the way to the end of JSON, `gbnf` a translator for llguidance | sockets, JSON |
+//! | [`engine`] | the step; `turn`, a sequence's part in it; `commit` and `walk`, its end; `pool`, embeddings; `thread` runs it, `handle` is its public side, `plan` its sizes by what memory there is, `offload` the layers that fit GPUs, `drafts` the sources of drafts, `prefix` and `saving` what outlives the cache, `rate` how often requests come, `lanes` the threads that read requests, `stats` its counters, `forward` its interface to a model, `sharing` and `thread_count` the threads of each pass, `guide` what may come next in an answer, `grammar` its interface to llguidance, `closing` the way to the end of JSON, `gbnf` a translator for llguidance | sockets, JSON |
 //! | [`metrics`] | `/metrics`: names for the counters of engine and HTTP | sockets, cells |
 //! | [`speculate`] | `heads` and `pickle` (files), `medusa` and `conditioned` (heads), `nets` (their networks), `draft_model` (a smaller model, or the model's own draft layers, which go on from `states`), `joint` (what two sources say together), `suffix` and `text` (text drafts), `tree`, `calibration`, `reliability`, `cost`, `policy`; `device` (heads and verification on a GPU); `simulated`, which `bench` wraps around a model, and `recording`, in which it keeps what was decided | requests, cells |
 //! | [`chat`] | conversations: messages and tools to a prompt and the form of its answer, and an answer's text to thoughts and calls, for `http`, `train` and `bench` | dialects |
@@ -96,6 +97,7 @@ pub mod matrix;
 pub mod metrics;
 pub mod models;
 mod plot;
+pub mod prefixes;
 pub mod request;
 pub mod speculate;
 pub mod synth;

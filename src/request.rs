@@ -172,6 +172,11 @@ impl Request {
         }
     }
 
+    /// `true` if it may start from cached cells.
+    pub fn reuses_cells(&self) -> bool {
+        self.cache_prompt && !self.reads_prompt()
+    }
+
     /// `true` if rows of the prompt before its last one have results, so that they must be computed.
     pub fn reads_prompt(&self) -> bool {
         self.scores_prompt() || matches!(self.embed, Some(Pooling::Mean | Pooling::Cls))
@@ -514,10 +519,36 @@ pub enum FinishReason {
 pub struct Usage {
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
-    /// Those of them that were in the cache already.
+    /// Those of them that were in the cache already, or came back into it.
     pub cached_tokens: usize,
+    /// Those of them that came back.
+    pub restored: Restored,
     /// Tokens generated, an end-of-text token included.
     pub completion_tokens: usize,
+}
+
+/// Tokens of a prompt whose cells had left the cache, or were computed by another process, and came
+/// back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, ToSchema)]
+pub struct Restored {
+    /// From the host's memory.
+    pub memory: usize,
+    /// From the prefix store.
+    pub store: usize,
+}
+
+impl Restored {
+    /// From anywhere.
+    #[must_use]
+    pub fn total(self) -> usize {
+        self.memory + self.store
+    }
+
+    /// As answers tell it: nothing if there were none.
+    #[must_use]
+    pub fn any(self) -> Option<Self> {
+        (self.total() > 0).then_some(self)
+    }
 }
 
 /// What drafting did for one request.

@@ -11,6 +11,8 @@ use std::sync::Arc;
 use medusa_llama::engine::stats::Stats;
 use medusa_llama::engine::{Engine, Forward, Job, Layout, Limits};
 use medusa_llama::llama::Token;
+use medusa_llama::prefixes::Prefixes;
+use medusa_llama::prefixes::key::Fingerprint;
 use medusa_llama::request::{
     DryParams, Event, FinishReason, Report, Request, SamplingParams, Speculation, Trace,
 };
@@ -255,6 +257,57 @@ proptest! {
             let (text, end) = read(receiver);
             prop_assert_eq!(text, expected(&client.prompt, client.max_tokens));
             prop_assert!(matches!(end, Some(Event::Done(_))), "{:?}", end);
+        }
+        engine.check_nothing_left();
+    }
+
+    /// The same where cells are few and prompts long, and what the cache drops is kept beside it, as far as
+    /// there is room, and comes back, as far as it can.
+    #[test]
+    fn every_client_gets_its_own_text_from_saved_blocks(
+        clients in prop::collection::vec((client(), 40usize..200), 1..14),
+        n_slots in 1usize..4,
+        n_batch in 5usize..100,
+        n_cells in 240usize..700,
+        n_retained in 0usize..700,
+        room in 0u64..4000,
+        restores_but in prop::option::of(1usize..6),
+        drafting in prop::option::of(drafting()),
+    ) {
+        let layout = Layout::Unified { n_cells, n_retained, n_seqs: n_slots + 2 };
+        let mut stub = Stub::new(N_VOCAB);
+        stub.restores_but = restores_but;
+        let stats = Arc::new(Stats::default());
+        let limits = limits(layout, n_slots, 240, n_batch);
+        let mut engine = Engine::new(stub, limits, Arc::clone(&stats));
+        let nobody = vec![];
+        let memory = stats.blocks_memory.clone();
+        engine.keep_prefixes(Prefixes::new(Fingerprint::of([]), nobody, room, None, memory));
+        if let Some(drafting) = &drafting {
+            drafting.apply(&mut engine, n_slots + 2);
+        }
+        let clients: Vec<Client> = clients
+            .into_iter()
+            .map(|(client, n)| {
+                let prompt = [&vec![n as i32 % 3 + 1; n], &client.prompt[..]].concat();
+                let max_tokens = client.max_tokens.min(239 - prompt.len());
+                Client { prompt, max_tokens, ..client }
+            })
+            .collect();
+        for _ in 0..2 {
+            let mut receivers = serve(&mut engine, &clients);
+            for (client, receiver) in clients.iter().zip(&mut receivers) {
+                let Some(receiver) = receiver else { continue };
+                let (text, end) = read(receiver);
+                prop_assert_eq!(text, expected(&client.prompt, client.max_tokens));
+                let Some(Event::Done(done)) = end else { panic!("ended with {end:?}") };
+                prop_assert!(done.usage.cached_tokens < client.prompt.len());
+                prop_assert!(done.usage.restored.total() <= done.usage.cached_tokens);
+            }
+            while engine.save_block() {
+                engine.check_integrity();
+            }
+            prop_assert!(stats.blocks_memory.get() as u64 <= room);
         }
         engine.check_nothing_left();
     }

@@ -260,7 +260,12 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
             Event::Done(Completion {
                 tail: Piece { text, tokens: vec![] },
                 finish_reason,
-                usage: Usage { prompt_tokens: 3, cached_tokens: 1, completion_tokens: 2 },
+                usage: Usage {
+                    prompt_tokens: 3,
+                    cached_tokens: 1,
+                    completion_tokens: 2,
+                    ..Usage::default()
+                },
                 timings: Timings::default(),
                 speculation: SpeculationUsage::default(),
                 embedding: None,

@@ -77,6 +77,12 @@ def get_json(url):
         return json.load(answer)
 
 
+def post_json(url, body):
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=300) as answer:
+        return json.load(answer)
+
+
 class Balancer:
     """A balancer that is ready inside `with`. `session`: its clients name their session; `resends`: what had no answer when a replica was lost
     goes to another."""

@@ -14,9 +14,12 @@ use super::values::{between, seconds};
 use super::{DraftArgs, DraftFiles, ModelArgs};
 use crate::engine::drafts::DraftParams;
 use crate::engine::plan::Sizes;
+use crate::engine::prefix::{PrefixParams, Room};
 use crate::engine::thread::EngineParams;
 use crate::jinja;
 use crate::llama::Pooling;
+use crate::prefixes::key::Owner;
+use crate::prefixes::store::{Place, StoreParams};
 
 /// Flags about an engine. Of several models, each has its own.
 #[derive(Clone, Debug, ClapArgs)]
@@ -42,6 +45,18 @@ pub struct EngineArgs {
     /// Part of a unified KV cache that may keep finished prompts for reuse, in tokens [default: all]
     #[arg(long, env = "PREFIX_CELLS", value_parser = between(0, 1 << 28))]
     pub prefix_cells: Option<usize>,
+    /// Memory of the host for prefixes that had to leave the KV cache, in MiB, also -cram; 0 keeps none
+    /// [default: a quarter of what is left beside the model, at most 8192; none beside other models]
+    #[arg(long = "cache-ram", env = "CACHE_RAM", value_name = "MIB", value_parser = between(0, 1 << 30))]
+    pub cache_ram: Option<usize>,
+    /// Folder, or s3://BUCKET[/PATH], where prefixes outlive the server, and are found by others that
+    /// compute the same; S3's settings are AWS_ENDPOINT, AWS_REGION, AWS_ACCESS_KEY_ID and so on
+    /// [default: none]
+    #[arg(long, env = "PREFIX_STORE", value_name = "DIR_OR_URL")]
+    pub prefix_store: Option<Place>,
+    /// Most that PREFIX_STORE may hold, in MiB
+    #[arg(long, env = "PREFIX_STORE_SIZE", value_name = "MIB", default_value_t = 1 << 16, value_parser = between(1, 1 << 40))]
+    pub prefix_store_size: usize,
     /// States that are kept for later prompts, beside one for each slot, where a model has a state for
     /// each sequence: of a recurrent or hybrid one (Mamba, LFM2, Qwen3.5) [default: 2 x BATCH_SIZE]
     #[arg(long = "ctx-checkpoints", env = "CTX_CHECKPOINTS", value_name = "CTX_CHECKPOINTS", value_parser = between(0, 4096))]
@@ -104,9 +119,9 @@ pub(crate) struct ModelConfig {
 }
 
 impl EngineArgs {
-    /// Checks values against each other; there are `n_tenants` API keys. An error names the variable,
+    /// Checks values against each other, for the owners of these API keys. An error names the variable,
     /// its value and the limit.
-    pub(crate) fn check(&self, n_tenants: usize) -> anyhow::Result<ModelConfig> {
+    pub(crate) fn check(&self, owners: &[Owner]) -> anyhow::Result<ModelConfig> {
         let (n_batch, n_slots) = (self.n_batch, self.batch_size);
         ensure!(
             n_batch >= n_slots,
@@ -139,15 +154,17 @@ impl EngineArgs {
             model,
             heads,
             draft_model,
-            params: self.params(n_tenants)?,
+            params: self.params(owners)?,
             chat_template: self.chat_template()?,
         })
     }
 
-    /// The engine's parameters with files, for `n_tenants` API keys. An error names variables that
+    /// The engine's parameters with files, for the owners of API keys. An error names variables that
     /// contradict each other.
-    fn params(&self, n_tenants: usize) -> anyhow::Result<MakeParams> {
+    fn params(&self, owners: &[Owner]) -> anyhow::Result<MakeParams> {
         let args = self.clone();
+        let prefixes = self.prefixes(owners.to_vec())?;
+        let n_tenants = owners.len();
         let params = self.model.engine(PathBuf::new(), self.batch_size)?;
         Ok(Arc::new(move |Files { model, drafts }| {
             let drafts = args
@@ -159,11 +176,28 @@ impl EngineArgs {
                 sizes: args.sizes(),
                 drafts: drafts.map(|drafts| DraftParams { n_tenants, ..drafts }),
                 pooling: args.pooling,
+                prefixes: prefixes.clone(),
                 n_queue: args.batch_size * args.max_concurrent_batches,
                 max_wait: args.max_wait_time,
                 ..params.clone()
             }
         }))
+    }
+
+    /// What is kept of prefixes beside the cache.
+    fn prefixes(&self, owners: Vec<Owner>) -> anyhow::Result<PrefixParams> {
+        let room = |mib: usize| if mib == 0 { Room::None } else { Room::Most((mib as u64) << 20) };
+        let memory = match self.kv {
+            KvLayout::Streams => Room::None,
+            KvLayout::Auto | KvLayout::Unified => self.cache_ram.map_or(Room::Auto, room),
+        };
+        ensure!(
+            self.prefix_store.is_none() || memory != Room::None,
+            "PREFIX_STORE needs memory for what it reads, and a pool: CACHE_RAM must not be 0, nor KV_LAYOUT streams"
+        );
+        let most = (self.prefix_store_size as u64) << 20;
+        let store = self.prefix_store.clone().map(|place| StoreParams { place, most });
+        Ok(PrefixParams { memory, store, owners })
     }
 
     /// The chat template of the file, which must be valid.

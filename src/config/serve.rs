@@ -119,9 +119,9 @@ impl ServeArgs {
             Some(several) => (several, true),
             None => (vec![self.engine.clone()], false),
         };
-        let n_tenants = auth.keys.len();
+        let owners = auth.owners();
         let models: Vec<ModelConfig> =
-            models.iter().map(|args| args.check(n_tenants)).collect::<Result<_, _>>()?;
+            models.iter().map(|args| args.check(&owners)).collect::<Result<_, _>>()?;
         for (i, model) in models.iter().enumerate() {
             let is_other = models[..i].iter().all(|other| other.id != model.id);
             ensure!(is_other, "two models have the name {}: give one an alias", model.id);

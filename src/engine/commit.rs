@@ -154,6 +154,9 @@ impl<F: Forward> Engine<F> {
     fn release(&mut self, seq: SeqId) {
         let mut done = self.running.remove(&seq).expect("its turn was now");
         let ops = self.ledger.release(seq);
+        if let Some(saving) = self.saving.as_mut().filter(|_| done.job.reuses_cells()) {
+            saving.end(seq, done.job.caller.tenant, &done.tokens[..done.n_computed]);
+        }
         self.publish_load(); // whoever has the whole answer finds its place free
         done.end(&self.stats);
         let _of_request = span(&done.job.caller.id).entered();

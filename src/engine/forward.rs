@@ -102,6 +102,9 @@ pub enum StepError {
     /// A row whose logits were asked for has none.
     #[error("row {0} has no logits")]
     NoLogits(usize),
+    /// Cells are saved and restored by a sequence id of its own, and there is none.
+    #[error("there is no sequence id to save cells with")]
+    NoSpare,
 }
 
 /// A model with its KV cache.
@@ -147,6 +150,26 @@ pub trait Forward {
     /// # Errors
     /// When the cache cannot do that.
     fn apply(&mut self, op: KvOp) -> Result<(), StepError>;
+    /// The cells of a sequence at these positions, to be [restored](Self::restore) later.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    fn save(&mut self, _seq: SeqId, _positions: Range<usize>) -> Result<Vec<u8>, StepError> {
+        Err(StepError::NoSpare)
+    }
+    /// Gives a sequence the cells at `wanted` positions of those that were saved, which end where
+    /// `wanted` does.
+    ///
+    /// # Errors
+    /// When there is no room for them, or they are not what was saved; nothing has changed then.
+    fn restore(
+        &mut self,
+        _seq: SeqId,
+        _wanted: Range<usize>,
+        _cells: &[u8],
+    ) -> Result<(), StepError> {
+        Err(StepError::NoSpare)
+    }
     /// Appends a token's bytes in a text; those of a control token are its name's if `by_name`, else
     /// none.
     fn piece(&self, token: Token, by_name: bool, out: &mut Vec<u8>);
@@ -176,6 +199,8 @@ pub struct LlamaForward {
     chosen: Vec<i32>,
     /// What sets the number of threads; `None`: it stays.
     sharing: Option<Sharing>,
+    /// An id of no sequence, by which cells are saved and restored.
+    spare: Option<SeqId>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -204,6 +229,7 @@ impl LlamaForward {
             device: None,
             chosen: Vec::new(),
             sharing: None,
+            spare: None,
         }
     }
 
@@ -217,6 +243,11 @@ impl LlamaForward {
     /// that decode, and for those that read prompts.
     pub fn share_threads(&mut self, n_decoding: usize, n_prompts: usize) {
         self.sharing = Some(Sharing::new(n_decoding, n_prompts));
+    }
+
+    /// Lets cells be saved and restored by an id that nobody else uses.
+    pub fn use_spare(&mut self, spare: SeqId) {
+        self.spare = Some(spare);
     }
 
     /// A pass, on as many threads as are good for it.
@@ -436,6 +467,16 @@ impl Forward for LlamaForward {
             KvOp::Share { from, to, start, end } => self.context.share(from, to, start..end)?,
         }
         Ok(())
+    }
+
+    fn save(&mut self, seq: SeqId, positions: Range<usize>) -> Result<Vec<u8>, StepError> {
+        let spare = self.spare.ok_or(StepError::NoSpare)?;
+        Ok(self.context.save_cells(seq, positions, spare)?)
+    }
+
+    fn restore(&mut self, seq: SeqId, wanted: Range<usize>, cells: &[u8]) -> Result<(), StepError> {
+        let spare = self.spare.ok_or(StepError::NoSpare)?;
+        Ok(self.context.restore_cells(seq, wanted, cells, spare)?)
     }
 
     fn piece(&self, token: Token, by_name: bool, out: &mut Vec<u8>) {

@@ -19,6 +19,7 @@ use super::stats::Stats;
 use super::{Job, Limits};
 use crate::error::{Invalid, incident_id};
 use crate::llama::{Model, Pooling, Token};
+use crate::prefixes::Prefixes;
 use crate::request::{Caller, Completion, Event, Piece, Prompt, Request};
 
 /// Why a request was not accepted.
@@ -142,6 +143,7 @@ pub struct Handle {
     pub stats: Arc<Stats>,
     /// Requests that were accepted.
     pub arrivals: Arc<Rate>,
+    pub(super) prefixes: Option<Arc<Prefixes>>,
     pub(super) jobs: SyncSender<Job>,
     pub(super) permits: Arc<Semaphore>,
     /// What compiles grammars, by the control tokens that are text; the first few.
@@ -198,6 +200,9 @@ impl Handle {
         });
         let (prompt, guide, shown, dry, echo, request) =
             read.await.ok_or(SubmitError::Stopped)??;
+        if let Some(prefixes) = self.prefixes.as_ref().filter(|_| request.reuses_cells()) {
+            prefixes.fetch(caller.tenant, &prompt).await;
+        }
         // Every event this request can cause: the prompt, a piece a token, and an end; before them
         // its progress, with at least a row of the prompt each.
         let n_progress = if request.progress { prompt.len() + 1 } else { 0 };

@@ -26,9 +26,11 @@ pub mod offload;
 mod pace;
 pub mod plan;
 mod pool;
+pub mod prefix;
 mod rate;
 pub(crate) mod report;
 pub mod sampler;
+mod saving;
 mod scheduler;
 mod sequence;
 mod sharing;
@@ -53,7 +55,8 @@ pub use thread::{EngineParams, EngineThread, Stage, fits, spawn, spawn_after};
 
 use crate::error::incident_id;
 use crate::llama::{SeqId, Token};
-use crate::request::{Event, Timings, Trace, span};
+use crate::prefixes::Prefixes;
+use crate::request::{Event, Restored, Timings, Trace, span};
 use crate::speculate::device::{OutputRow, Verified};
 use crate::speculate::speculator::Verifying;
 use crate::speculate::tree::Below;
@@ -61,6 +64,7 @@ use crate::speculate::{MAX_NODES, Origin, Speculator};
 use leaves::Leaves;
 use pace::{Load, Pace};
 use sampler::Sampler;
+use saving::Saving;
 use scheduler::{Budget, Demand, PromptRows, Share};
 use sequence::Sequence;
 use slots::{Admission, KvOp, Slots};
@@ -126,6 +130,8 @@ pub struct Engine<F> {
     pace: Pace,
     speculator: Option<Speculator>,
     leaves: Leaves,
+    /// What outlives the cache; `None`: nothing does.
+    saving: Option<Saving>,
     /// Answers come with hidden states and logits.
     traces: bool,
     /// End-of-text tokens, for requests that ignore them.
@@ -168,6 +174,7 @@ impl<F: Forward> Engine<F> {
             pace: Pace::new(limits.n_prefill),
             speculator: None,
             leaves: Leaves::new(0, 0, 0),
+            saving: None,
             traces: false,
             end_tokens,
             stats,
@@ -197,6 +204,27 @@ impl<F: Forward> Engine<F> {
     /// must keep hidden states.
     pub fn trace_answers(&mut self) {
         self.traces = true;
+    }
+
+    /// Keeps prefixes beside the cache.
+    ///
+    /// # Panics
+    /// In layouts where a sequence has more than cells that any other may share.
+    pub fn keep_prefixes(&mut self, prefixes: Arc<Prefixes>) {
+        assert!(matches!(self.limits.layout, Layout::Unified { .. }), "blocks are of a pool");
+        self.saving = Some(Saving::new(prefixes));
+    }
+
+    /// Where prefixes are kept beside the cache.
+    pub fn prefixes(&self) -> Option<&Prefixes> {
+        self.saving.as_ref().map(Saving::prefixes)
+    }
+
+    /// Saves a block of an ended sequence's cells, if one is to be saved. Returns whether there may be
+    /// more to do.
+    pub fn save_block(&mut self) -> bool {
+        let Self { saving, ledger, forward, stats, .. } = self;
+        saving.as_mut().is_some_and(|saving| saving.save(ledger, forward, stats))
     }
 
     /// Takes a request into the queue.
@@ -232,6 +260,7 @@ impl<F: Forward> Engine<F> {
             *self.stats.pass_began.lock() = None;
         }
         self.turns = turns;
+        self.save_block(); // one, however many there are: streams must not wait for it
         self.publish();
     }
 
@@ -264,10 +293,6 @@ impl<F: Forward> Engine<F> {
             let reuse = job.reuses_cells();
             let Some(place) = self.ledger.admit(&job.prompt, n_max, reuse) else { return };
             let mut job = self.waiting.remove(n_following).expect("it was there");
-            if reuse {
-                self.stats.prefix_queries.inc_by(job.prompt.len() as u64);
-                self.stats.prefix_hits.inc_by(place.n_cached as u64);
-            }
             let banned: &[Token] = if job.request.ignore_eos { &self.end_tokens } else { &[] };
             let n_vocab = self.forward.n_vocab();
             let mut sampler = Sampler::new(&job.request.sampling, banned, &job.prompt, n_vocab)
@@ -279,7 +304,10 @@ impl<F: Forward> Engine<F> {
             }
             let ready = apply(&mut self.forward, &place.ops).and(sampler.map_err(StepError::from));
             match ready {
-                Ok(sampler) => self.start(job, sampler, place),
+                Ok(sampler) => {
+                    let restored = self.restore(&job, &place);
+                    self.start(job, sampler, place, restored);
+                }
                 Err(error) => self.fail_job(job, place.seq, &error),
             }
         }
@@ -296,14 +324,32 @@ impl<F: Forward> Engine<F> {
         job.reuses_cells() && self.running.values().any(reads)
     }
 
-    fn start(&mut self, job: Job, sampler: Sampler, place: Admission) {
-        let Admission { seq, n_cached, keep, .. } = place;
+    /// Brings back the cells of an admitted prompt that are kept beside the cache.
+    fn restore(&mut self, job: &Job, place: &Admission) -> Restored {
+        let Self { saving, ledger, forward, stats, .. } = self;
+        let Some(saving) = saving.as_ref().filter(|_| job.reuses_cells()) else {
+            return Restored::default();
+        };
+        let (tenant, n_cached) = (job.caller.tenant, place.n_cached);
+        let restored = saving.restore(place.seq, tenant, &job.prompt, n_cached, forward, stats);
+        ledger.push(place.seq, &job.prompt[n_cached..n_cached + restored.total()]);
+        restored
+    }
+
+    fn start(&mut self, job: Job, sampler: Sampler, place: Admission, restored: Restored) {
+        let Admission { seq, keep, .. } = place;
+        let n_cached = place.n_cached + restored.total();
+        if job.reuses_cells() {
+            self.stats.prefix_queries.inc_by(job.prompt.len() as u64);
+            self.stats.prefix_hits.inc_by(n_cached as u64);
+        }
         let _of_request = span(&job.caller.id).entered();
-        tracing::debug!(slot = seq.0, n_prompt = job.prompt.len(), n_cached, "admitted");
+        tracing::debug!(slot = seq.0, n_prompt = job.prompt.len(), n_cached, ?restored, "admitted");
         let has_text = self.speculator.as_ref().is_some_and(|s| s.text.is_some());
         let drafts_text = has_text && job.request.speculation.by_text();
         let order = self.n_admitted;
         let mut sequence = Sequence::new(job, sampler, seq, n_cached, order, self.limits.n_ctx);
+        sequence.restored = restored;
         sequence.keep = keep.into();
         sequence.trace = self.traces.then(Trace::default);
         if drafts_text {

@@ -14,8 +14,8 @@ use super::stats::{Ended, Stats};
 use super::text::{Pushed, TextAssembler};
 use crate::llama::{SeqId, Token};
 use crate::request::{
-    Caller, Completion, Event, FinishReason, Logprobs, Piece, Progress, Request, SpeculationUsage,
-    Timings, TokenReport, Trace, Usage,
+    Caller, Completion, Event, FinishReason, Logprobs, Piece, Progress, Request, Restored,
+    SpeculationUsage, Timings, TokenReport, Trace, Usage,
 };
 use crate::speculate::calibration::{Trust, Trusts};
 use crate::speculate::states::States;
@@ -70,7 +70,7 @@ impl Job {
 
     /// `true` if it may start from cached cells.
     pub fn reuses_cells(&self) -> bool {
-        self.request.cache_prompt && !self.request.reads_prompt()
+        self.request.reuses_cells()
     }
 
     /// `true` if the model has nothing to compute for it.
@@ -151,6 +151,8 @@ pub struct Sequence {
     /// When its first step began.
     pub started: Option<Instant>,
     n_cached: usize,
+    /// Of those that were cached when it began.
+    pub restored: Restored,
     n_generate: usize,
     /// Of the last row that decided a token; empty before the first.
     hidden: Vec<f32>,
@@ -197,6 +199,7 @@ impl Sequence {
             trace: None,
             started: None,
             n_cached,
+            restored: Restored::default(),
             n_generate: job.n_generate(n_ctx),
             hidden: Vec::new(),
             states: States::default(),
@@ -469,6 +472,7 @@ impl Sequence {
             usage: Usage {
                 prompt_tokens: self.job.prompt.len(),
                 cached_tokens: self.n_cached,
+                restored: self.restored,
                 completion_tokens: self.n_answer(),
             },
             timings: self.timings(),

@@ -340,6 +340,16 @@ impl Slots {
         s.cells.extend(tokens.iter().map(|_| self.pool.take()));
     }
 
+    /// `true` if a sequence, active or retained, begins with these tokens.
+    pub fn holds(&self, seq: SeqId, tokens: &[Token]) -> bool {
+        self.seqs[seq.0 as usize].tokens.starts_with(tokens)
+    }
+
+    /// `true` if fewer cells than half of the pool are free, so that retained ones may go soon.
+    pub fn is_scarce(&self) -> bool {
+        2 * self.pool.free.len() < self.pool.holders.len()
+    }
+
     /// Records that a sequence computed more than was [pushed](Self::push), which was dropped.
     pub fn take_back(&mut self, seq: SeqId) {
         self.seqs[seq.0 as usize].is_taken_back = true;

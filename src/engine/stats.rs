@@ -141,6 +141,18 @@ stats! {
     prefix_queries: Counter = "prefix_cache_queries";
     /// Tokens of prompts found in the cache
     prefix_hits: Counter = "prefix_cache_hits";
+    /// Tokens of those found that were not in the cache but kept beside it, by where
+    restored: Labelled<&'static str> = "prefix_cache_restored";
+    /// Blocks of tokens saved beside the cache
+    blocks_saved: Counter = "prefix_blocks_saved";
+    /// Blocks that were written to the prefix store
+    blocks_written: Counter = "prefix_blocks_written";
+    /// Blocks of the prefix store, and in memory, that could not be used
+    blocks_skipped: Counter = "prefix_blocks_skipped";
+    /// Bytes of the blocks in memory
+    blocks_memory: Gauge = "prefix_memory_bytes";
+    /// Bytes of the blocks in the prefix store, as far as this server knows
+    blocks_store: Gauge = "prefix_store_bytes";
     /// Candidates that heads and text offered
     offered: Counter = "draft_candidates_offered";
     /// Candidates that were worth a row

@@ -19,6 +19,7 @@ use super::lanes::Lanes;
 use super::leaves::DraftShape;
 use super::offload;
 use super::plan::{self, Beside, Plan, Sizes};
+use super::prefix::{self, PrefixParams};
 use super::rate::Rate;
 use super::scheduler::MOST_READ;
 use super::stats::Stats;
@@ -26,7 +27,7 @@ use super::{Engine, Forward, Job, Layout, Limits};
 use crate::files::folder_bytes;
 use crate::llama::{
     AdapterFile, CacheTypes, Context, ContextParams, LlamaError, Memory, Model, Placement, Pooling,
-    Rope, max_sequences,
+    Rope, SeqId, max_sequences, model_files,
 };
 use crate::speculate::MAX_NODES;
 
@@ -51,6 +52,8 @@ pub struct EngineParams {
     pub sizes: Sizes,
     /// What to draft with; `None`: nothing is drafted.
     pub drafts: Option<DraftParams>,
+    /// What is kept of prefixes beside the cache.
+    pub prefixes: PrefixParams,
     /// How prompts are embedded; `None`: as the GGUF says, if it does.
     pub pooling: Option<Pooling>,
     /// Answers come with hidden states and logits for each token.
@@ -76,6 +79,7 @@ impl EngineParams {
             cache: CacheTypes::default(),
             sizes: Sizes::new(n_slots, n_ctx),
             drafts: None,
+            prefixes: PrefixParams::default(),
             pooling: None,
             traces: false,
             n_queue: n_slots + 1,
@@ -96,6 +100,8 @@ enum StartError {
     Files(String),
     #[error("{0}")]
     Unsupported(String),
+    #[error("{0}")]
+    Prefixes(#[from] prefix::PrefixError),
     #[error("there are no threads to read requests: {0}")]
     Threads(#[from] std::io::Error),
 }
@@ -226,6 +232,7 @@ fn serve<F: Forward>(
         }
         !stop.load(Ordering::Relaxed)
     };
+    let digest = prefix::begin(&params.prefixes, || files(params));
     let Prepared { params, context, limits, host_memory, n_ctx_trained } = load(params, progress)?;
     let params = &params;
     let model = Arc::clone(context.model());
@@ -233,6 +240,9 @@ fn serve<F: Forward>(
     let stats = Arc::new(Stats::default());
     let (jobs, receiver) = sync_channel(params.n_queue);
     let mut forward = LlamaForward::new(context);
+    if prefix::are_kept(&params.prefixes, limits.layout) {
+        forward.use_spare(SeqId(n_ids(params, &limits) as u32));
+    }
     if params.placement.is_on_cpu() {
         forward.share_threads(params.n_threads, params.n_threads_batch);
     }
@@ -253,6 +263,13 @@ fn serve<F: Forward>(
     if params.traces {
         engine.trace_answers();
     }
+    let prefixes = {
+        let (kept, layout) = (&params.prefixes, limits.layout);
+        prefix::open(kept, layout, host_memory, arithmetic(params), digest, &stats)?
+    };
+    if let Some(prefixes) = &prefixes {
+        engine.keep_prefixes(Arc::clone(prefixes));
+    }
     let n_queue = params.n_queue;
     let handle = Handle {
         model,
@@ -268,14 +285,38 @@ fn serve<F: Forward>(
         host_memory,
         stats,
         arrivals: Arc::new(Rate::new(Instant::now())),
+        prefixes: prefixes.clone(),
         jobs,
         permits: Arc::new(Semaphore::new(n_queue)),
         grammars: Arc::default(),
         lanes: Arc::new(Lanes::start()?),
     };
     stage.send_replace(Stage::Ready(handle));
-    run(engine, &receiver, params.max_wait, stop);
+    run(&mut engine, &receiver, params.max_wait, stop);
+    if let Some(prefixes) = prefixes.filter(|prefixes| prefixes.is_stored()) {
+        let until = Instant::now() + prefix::FINISH;
+        while Instant::now() < until && (engine.save_block() || !prefixes.keeps_up()) {
+            if !prefixes.keeps_up() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        prefixes.flush(until.saturating_duration_since(Instant::now()));
+    }
     Ok(())
+}
+
+/// The files with weights.
+fn files(params: &EngineParams) -> Vec<PathBuf> {
+    let model = &params.model_path;
+    let files = model_files(model).unwrap_or_else(|_| vec![model.clone()]); // loading says what is wrong
+    files.into_iter().chain(params.adapters.iter().map(|of| of.path.clone())).collect()
+}
+
+/// The settings that decide the bits of what is computed.
+fn arithmetic(params: &EngineParams) -> String {
+    let EngineParams { placement, adapters, rope, cache, .. } = params;
+    let scales: Vec<_> = adapters.iter().map(|of| of.scale).collect();
+    format!("{} {scales:?} {rope:?} {cache:?}", placement.arithmetic())
 }
 
 /// A model that is ready to compute.
@@ -372,7 +413,8 @@ fn n_ids(params: &EngineParams, limits: &Limits) -> usize {
         Some(_) => MAX_LEAVES,
         None => 1,
     };
-    (n_seqs + limits.n_slots * (n_leaves - 1)).min(max_sequences())
+    let n_spare = usize::from(prefix::are_kept(&params.prefixes, limits.layout));
+    (n_seqs + limits.n_slots * (n_leaves - 1)).min(max_sequences() - n_spare)
 }
 
 /// How a model's own draft layers draft, where they do: not beside a draft model, nor in streams.
@@ -441,7 +483,8 @@ fn context_params(params: &EngineParams, limits: &Limits) -> ContextParams {
     let &Limits { n_slots, n_batch, layout, .. } = limits;
     let (unified, n_cells, n_seq_max) = match layout {
         Layout::Unified { n_cells, .. } | Layout::States { n_cells, .. } => {
-            (true, n_cells, n_ids(params, limits))
+            let n_spare = usize::from(prefix::are_kept(&params.prefixes, layout));
+            (true, n_cells, n_ids(params, limits) + n_spare)
         }
         // llama.cpp divides the cells among the streams and rounds each share; so round before
         // multiplying.
@@ -474,7 +517,7 @@ const IDLE_LOOK: Duration = Duration::from_millis(100);
 
 /// The loop: takes new requests, then a step, until no sender is left and all is done, or `stop`.
 fn run<F: Forward>(
-    mut engine: Engine<F>,
+    engine: &mut Engine<F>,
     jobs: &Receiver<Job>,
     max_wait: Duration,
     stop: &AtomicBool,
@@ -482,8 +525,9 @@ fn run<F: Forward>(
     let mut bursts = Bursts::new(max_wait.as_secs_f64());
     while !stop.load(Ordering::Relaxed) {
         if engine.is_idle() {
-            match jobs.recv_timeout(IDLE_LOOK) {
-                Ok(job) => await_burst(&mut engine, job, jobs, &mut bursts),
+            let wait = if engine.save_block() { Duration::ZERO } else { IDLE_LOOK };
+            match jobs.recv_timeout(wait) {
+                Ok(job) => await_burst(engine, job, jobs, &mut bursts),
                 Err(RecvTimeoutError::Timeout) => continue,
                 Err(RecvTimeoutError::Disconnected) => return,
             }

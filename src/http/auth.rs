@@ -8,6 +8,7 @@ use sha2::{Digest, Sha256};
 use subtle::{Choice, ConditionallySelectable, ConstantTimeEq};
 
 use super::problem::Problem;
+use crate::prefixes::key::Owner;
 
 /// A key's SHA-256.
 #[derive(Clone)]
@@ -72,6 +73,11 @@ impl Auth {
             (Access::Key, false) if self.keys.is_empty() => Ok(0),
             _ => self.tenant(&given.ok_or(Problem::KeyMissing)?).ok_or(Problem::KeyUnknown),
         }
+    }
+
+    /// Whose what is kept is, by the number of the key.
+    pub fn owners(&self) -> Vec<Owner> {
+        self.keys.iter().map(|key| Owner::with(&key.0)).collect()
     }
 
     /// The number of a key. Looks at all keys, whichever it is.

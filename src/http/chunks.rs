@@ -16,7 +16,7 @@ use super::problem::{ErrorShape, Problem};
 use super::reply::{self, Dialect, Reply, event};
 use crate::chat::{self, AnswerReader, Syntax};
 use crate::engine::Failed;
-use crate::request::{self, Completion, Event, Piece, Progress, Report, Usage};
+use crate::request::{self, Completion, Event, Piece, Progress, Report, Restored, Usage};
 
 /// A path of the dialect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -163,7 +163,12 @@ impl Chunks {
         let cached_tokens = of_prompts(|usage| usage.cached_tokens);
         let completion_tokens = ended.iter().map(|ended| ended.usage.completion_tokens).sum();
         let total_tokens = prompt_tokens + completion_tokens;
-        let prompt_tokens_details = PromptTokensDetails { cached_tokens };
+        let restored = Restored {
+            memory: of_prompts(|usage| usage.restored.memory),
+            store: of_prompts(|usage| usage.restored.store),
+        };
+        let prompt_tokens_details =
+            PromptTokensDetails { cached_tokens, restored_tokens: restored.any() };
         OpenAiUsage { prompt_tokens, completion_tokens, total_tokens, prompt_tokens_details }
     }
 
@@ -341,7 +346,7 @@ mod tests {
         Completion {
             tail: Piece { text: tail.into(), tokens: vec![] },
             finish_reason: FinishReason::EndOfText,
-            usage: Usage { prompt_tokens: 5, cached_tokens: 0, completion_tokens },
+            usage: Usage { prompt_tokens: 5, completion_tokens, ..Usage::default() },
             timings: Timings::default(),
             speculation: SpeculationUsage::default(),
             embedding: None,

@@ -187,7 +187,7 @@ impl Dialect for Messages {
                 let usage = Usage {
                     prompt_tokens: progress.total,
                     cached_tokens: progress.cache,
-                    completion_tokens: 0,
+                    ..Usage::default()
                 };
                 self.begin(usage.into(), out);
             }

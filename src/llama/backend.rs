@@ -88,6 +88,9 @@ fn features_of(info: &str, backend: &str) -> String {
     features.join(" ")
 }
 
+/// Names the kernels that are linked: llama.cpp's source, our patches and kernels, and the compiler.
+pub const ARITHMETIC: &str = env!("MEDUSA_ARITHMETIC");
+
 /// The release of the linked llama.cpp.
 #[must_use]
 pub fn version() -> String {

@@ -243,6 +243,10 @@ impl Context {
         Ok(())
     }
 
+    pub(super) fn as_mut_ptr(&mut self) -> *mut sys::llama_context {
+        self.ptr.as_ptr()
+    }
+
     pub(super) fn as_ptr(&self) -> *const sys::llama_context {
         self.ptr.as_ptr()
     }
@@ -392,7 +396,7 @@ impl Context {
         Ok(unsafe { std::slice::from_raw_parts(ptr, self.model.n_embd()) })
     }
 
-    fn check_seq(&self, seq: SeqId) -> Result<i32, LlamaError> {
+    pub(super) fn check_seq(&self, seq: SeqId) -> Result<i32, LlamaError> {
         if (seq.0 as usize) < self.limits.n_seq_max {
             return Ok(seq.0 as i32);
         }

@@ -13,6 +13,7 @@ mod adapter;
 mod backend;
 mod batch;
 mod cache_types;
+mod cells;
 mod chat;
 mod check;
 mod context;
@@ -41,7 +42,9 @@ mod threads;
 mod writer;
 
 pub use adapter::AdapterFile;
-pub use backend::{Numa, cpu_features, max_sequences, supports_gpu_offload, use_numa, version};
+pub use backend::{
+    ARITHMETIC, Numa, cpu_features, max_sequences, supports_gpu_offload, use_numa, version,
+};
 pub use batch::Batch;
 pub use cache_types::CacheTypes;
 pub use chat::{AnswerParser, ChatFormat, ParsedAnswer, ParsedCall};

@@ -208,6 +208,15 @@ impl Placement {
         Self { n_gpu_layers: GpuLayers::Most(n), ..Self::default() }
     }
 
+    /// What of it decides where weights are, and so the bits of what is computed.
+    #[must_use]
+    pub fn arithmetic(&self) -> String {
+        let Self { n_gpu_layers, split, main_gpu, tensor_split, overrides, .. } = self;
+        let overrides: Vec<_> =
+            overrides.iter().map(|of| format!("{:?} {}", of.pattern, of.buffer.name())).collect();
+        format!("{n_gpu_layers:?} {split:?} {main_gpu} {tensor_split:?} {overrides:?}")
+    }
+
     /// Whether the CPU computes everything.
     #[must_use]
     pub fn is_on_cpu(&self) -> bool {

@@ -1,6 +1,7 @@
 //! A model made of a hash, with a cache that checks what it is told.
 
 use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 
 use medusa_llama::engine::slots::KvOp;
 use medusa_llama::engine::{Forward, Rows, StepError};
@@ -21,6 +22,9 @@ pub struct Stub {
     /// pass.
     pub n_rollback: Option<usize>,
     taken_back: HashSet<SeqId>,
+    /// Of each so many blocks one is not restored.
+    pub restores_but: Option<usize>,
+    n_restored: usize,
     /// Fail the pass with this number, counted from 0.
     pub fail_at: Option<usize>,
     pub n_passes: usize,
@@ -35,6 +39,8 @@ impl Stub {
             hidden: vec![],
             n_rollback: None,
             taken_back: HashSet::new(),
+            restores_but: None,
+            n_restored: 0,
             fail_at: None,
             n_passes: 0,
         }
@@ -225,6 +231,25 @@ impl Forward for Stub {
                 *old = given;
             }
         }
+        Ok(())
+    }
+
+    fn save(&mut self, seq: SeqId, positions: Range<usize>) -> Result<Vec<u8>, StepError> {
+        Ok(self.cache[&seq][positions].iter().flat_map(|token| token.0.to_le_bytes()).collect())
+    }
+
+    fn restore(&mut self, seq: SeqId, wanted: Range<usize>, cells: &[u8]) -> Result<(), StepError> {
+        self.n_restored += 1;
+        if self.restores_but.is_some_and(|n| self.n_restored.is_multiple_of(n)) {
+            return Err(StepError::NoSpare);
+        }
+        let cells: Vec<Token> = cells
+            .chunks(4)
+            .map(|token| Token(i32::from_le_bytes(token.try_into().unwrap())))
+            .collect();
+        let cached = self.cache.entry(seq).or_default();
+        assert_eq!(cached.len(), wanted.start, "cells follow on what is cached");
+        cached.extend(&cells[cells.len() - wanted.len()..]);
         Ok(())
     }
 

@@ -12,8 +12,8 @@ use crate::chat;
 use crate::engine::text::Decoder;
 use crate::llama::Token;
 use crate::request::{
-    Completion, FinishReason, Logprobs, Piece, Progress, Source, SpeculationUsage, Timings,
-    TokenReport, Usage,
+    Completion, FinishReason, Logprobs, Piece, Progress, Restored, Source, SpeculationUsage,
+    Timings, TokenReport, Usage,
 };
 
 /// A token's bytes in a text. Those of a control token are its name's if `true` is given, else none.
@@ -102,14 +102,20 @@ pub struct GenerateAnswer<'a> {
 
 impl<'a> GenerateAnswer<'a> {
     pub fn new(done: &'a Completion, piece: &'a Piece, detokenize: Option<&Detokenize>) -> Self {
-        let Usage { prompt_tokens, cached_tokens, completion_tokens } = done.usage;
+        let Usage { prompt_tokens, cached_tokens, completion_tokens, restored } = done.usage;
         let total_tokens = prompt_tokens + completion_tokens;
         let (finish_reason, stop_reason) = finish(done);
         Self {
             generated_text: &piece.text,
             finish_reason,
             stop_reason,
-            usage: GenerateUsage { prompt_tokens, cached_tokens, completion_tokens, total_tokens },
+            usage: GenerateUsage {
+                prompt_tokens,
+                cached_tokens,
+                restored_tokens: restored.any(),
+                completion_tokens,
+                total_tokens,
+            },
             timings: done.timings,
             speculation: done.into(),
             tokens: detokenize.map(|text| details(&piece.tokens, text)),
@@ -124,6 +130,9 @@ pub struct GenerateUsage {
     pub prompt_tokens: usize,
     /// Of those, found in the cache.
     pub cached_tokens: usize,
+    /// Of those cached, brought back into the cache, if any were.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub restored_tokens: Option<Restored>,
     /// Generated, one that ends the text included.
     pub completion_tokens: usize,
     /// Prompt and completion.

@@ -266,7 +266,7 @@ pub struct OutputTokensDetails {
 impl ResponseUsage {
     /// Of an answer with thoughts of so many tokens.
     pub fn new(usage: Usage, reasoning_tokens: usize) -> Self {
-        let Usage { prompt_tokens, cached_tokens, completion_tokens } = usage;
+        let Usage { prompt_tokens, cached_tokens, completion_tokens, .. } = usage;
         let reasoning_tokens = reasoning_tokens.min(completion_tokens);
         Self {
             input_tokens: prompt_tokens,

@@ -3,7 +3,7 @@
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use crate::request::{Completion, SpeculationUsage, Timings, Usage};
+use crate::request::{Completion, Restored, SpeculationUsage, Timings, Usage};
 
 /// Counts of tokens.
 #[derive(Clone, Copy, Debug, Serialize, ToSchema)]
@@ -23,6 +23,9 @@ pub struct OpenAiUsage {
 pub struct PromptTokensDetails {
     /// Found in the cache.
     pub cached_tokens: usize,
+    /// Of those, brought back into the cache, if any were.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub restored_tokens: Option<Restored>,
 }
 
 /// What an answer took, with llama-server's fields. Of several choices tokens are counted together, and
@@ -110,12 +113,17 @@ mod tests {
     fn timings(n_answers: [usize; 2]) -> AnswerTimings {
         let ended = n_answers.map(|completion_tokens| Ended {
             index: 0,
-            usage: Usage { prompt_tokens: 12, cached_tokens: 2, completion_tokens },
+            usage: Usage {
+                prompt_tokens: 12,
+                cached_tokens: 2,
+                completion_tokens,
+                ..Usage::default()
+            },
             timings: Timings { queue_s: 9.0, prefill_s: 0.5, decode_s: completion_tokens as f64 },
             speculation: SpeculationUsage::default(),
         });
         let completion_tokens = n_answers.iter().sum();
-        let prompt_tokens_details = PromptTokensDetails { cached_tokens: 2 };
+        let prompt_tokens_details = PromptTokensDetails { cached_tokens: 2, restored_tokens: None };
         let usage = OpenAiUsage {
             prompt_tokens: 12,
             completion_tokens,
