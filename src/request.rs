@@ -476,7 +476,7 @@ pub struct Completion {
     /// Of the prompt, if it was asked for and computed: `n_embd` values, not normalized.
     pub embedding: Option<Vec<f32>>,
     /// What the model thought at each token; only from an engine that traces.
-    pub trace: Option<Trace>,
+    pub trace: Option<Box<Trace>>,
 }
 
 /// What the model thought at each token of an answer: what heads learn from.

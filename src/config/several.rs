@@ -231,8 +231,8 @@ mod tests {
         let sizes: Vec<_> =
             models.iter().map(|args| (args.model.context_size, args.batch_size)).collect();
         assert_eq!(sizes, [(Some(512), 2), (Some(4096), 3)]);
-        assert_eq!(models[0].check(0).unwrap().id, "a");
-        assert_eq!(models[1].check(0).unwrap().id, "b");
+        assert_eq!(models[0].check(&[]).unwrap().id, "a");
+        assert_eq!(models[1].check(&[]).unwrap().id, "b");
     }
 
     #[test]

@@ -56,7 +56,7 @@ pub use thread::{EngineParams, EngineThread, Stage, fits, spawn, spawn_after};
 use crate::error::incident_id;
 use crate::llama::{SeqId, Token};
 use crate::prefixes::Prefixes;
-use crate::request::{Event, Restored, Timings, Trace, span};
+use crate::request::{Event, Restored, Timings, span};
 use crate::speculate::device::{OutputRow, Verified};
 use crate::speculate::speculator::Verifying;
 use crate::speculate::tree::Below;
@@ -351,7 +351,7 @@ impl<F: Forward> Engine<F> {
         let mut sequence = Sequence::new(job, sampler, seq, n_cached, order, self.limits.n_ctx);
         sequence.restored = restored;
         sequence.keep = keep.into();
-        sequence.trace = self.traces.then(Trace::default);
+        sequence.trace = self.traces.then(Box::default);
         if drafts_text {
             sequence.index_text();
         }

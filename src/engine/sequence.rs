@@ -147,7 +147,7 @@ pub struct Sequence {
     /// How far its drafts are to be trusted.
     pub trust: Trusts,
     /// Its hidden states and logits so far, where they are recorded.
-    pub trace: Option<Trace>,
+    pub trace: Option<Box<Trace>>,
     /// When its first step began.
     pub started: Option<Instant>,
     n_cached: usize,

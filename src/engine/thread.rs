@@ -112,7 +112,7 @@ pub enum Stage {
     /// The model is being read: from 0 to 1.
     Loading(f32),
     /// Requests are served.
-    Ready(Handle),
+    Ready(Box<Handle>),
     /// The engine's thread has ended, and why.
     Failed(String),
 }
@@ -139,7 +139,7 @@ impl EngineThread {
         let mut stage = self.stage.clone();
         loop {
             match &*stage.borrow_and_update() {
-                Stage::Ready(handle) => return Ok(handle.clone()),
+                Stage::Ready(handle) => return Ok((**handle).clone()),
                 Stage::Failed(why) => return Err(why.clone()),
                 Stage::Loading(_) => {}
             }
@@ -291,7 +291,7 @@ fn serve<F: Forward>(
         grammars: Arc::default(),
         lanes: Arc::new(Lanes::start()?),
     };
-    stage.send_replace(Stage::Ready(handle));
+    stage.send_replace(Stage::Ready(Box::new(handle)));
     run(&mut engine, &receiver, params.max_wait, stop);
     if let Some(prefixes) = prefixes.filter(|prefixes| prefixes.is_stored()) {
         let until = Instant::now() + prefix::FINISH;

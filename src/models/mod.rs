@@ -302,7 +302,7 @@ impl Models {
                     drop(entry.phase.send_replace(Phase::Loading(progress)))
                 }
                 Stage::Ready(handle) => {
-                    let loaded = Loaded::new(entry.id(), handle, entry.setup.template.clone());
+                    let loaded = Loaded::new(entry.id(), *handle, entry.setup.template.clone());
                     loaded.announce();
                     break Ok(Arc::new(loaded));
                 }

@@ -86,7 +86,7 @@ pub async fn collect(
                     let collected = answer.collect().await;
                     let (_, done) = collected.map_err(|e| TrainError::Engine(e.to_string()))?;
                     let untraced = || TrainError::Engine("it does not trace answers".into());
-                    answers.push((round, done.trace.ok_or_else(untraced)?));
+                    answers.push((round, *done.trace.ok_or_else(untraced)?));
                 }
                 Ok((prompt, answers))
             });
