@@ -252,6 +252,7 @@ impl<F: Forward> Engine<F> {
         if !self.work.rows.is_empty() {
             let started = Instant::now();
             *self.stats.pass_began.lock() = Some(started);
+            self.stats.steps.inc(); // before answers are sent, as all that they are counted in
             match self.forward() {
                 Ok(()) => self.commit(&mut turns, round, started),
                 // What the cache holds of these sequences is unknown, so they end.
@@ -543,7 +544,6 @@ impl<F: Forward> Engine<F> {
 
     fn publish(&self) {
         self.publish_load();
-        self.stats.steps.inc();
         if let Some(speculator) = &self.speculator {
             self.stats.reliability.lock().clone_from(&speculator.reliability);
         }
