@@ -3,6 +3,7 @@
 use std::ffi::{CStr, c_char};
 use std::sync::{Once, OnceLock};
 
+use super::workers::has_workers;
 use super::{loading, log, sys};
 
 /// Starts llama.cpp once per process and sends its log to `tracing`.
@@ -41,12 +42,35 @@ pub fn use_numa(numa: Numa) {
     CHOSEN.call_once(|| unsafe { sys::numa_init(numa) });
 }
 
-/// `true` if llama.cpp was built with a backend that can hold layers on a GPU and finds one.
+/// `true` if llama.cpp was built with a backend that can hold layers on a GPU and finds one here.
+/// llama.cpp's own function counts workers that might be.
 #[must_use]
 pub fn supports_gpu_offload() -> bool {
+    !local_gpus().is_empty()
+}
+
+/// The GPUs of this machine: workers' devices are in no registry.
+pub(super) fn local_gpus() -> Vec<sys::ggml_backend_dev_t> {
     start_backend();
-    // SAFETY: no arguments; reads a registry that `start_backend` has filled.
-    unsafe { sys::supports_gpu_offload() }
+    // SAFETY: no arguments; the registry is filled.
+    let n = unsafe { sys::ggml_backend_dev_count() };
+    // SAFETY: indexes in the registry.
+    let all = (0..n).map(|i| unsafe { sys::ggml_backend_dev_get(i) });
+    let kinds = [sys::GGML_BACKEND_DEVICE_TYPE_GPU, sys::GGML_BACKEND_DEVICE_TYPE_IGPU];
+    // SAFETY: a device of the registry.
+    all.filter(|&device| kinds.contains(&unsafe { sys::ggml_backend_dev_type(device) })).collect()
+}
+
+/// The kinds of devices that this process computes on: `cpu`, `cuda`, and with workers `rpc+cpu` or
+/// `rpc+cuda`.
+#[must_use]
+pub fn device_kinds() -> &'static str {
+    match (has_workers(), supports_gpu_offload()) {
+        (false, false) => "cpu",
+        (false, true) => "cuda",
+        (true, false) => "rpc+cpu",
+        (true, true) => "rpc+cuda",
+    }
 }
 
 /// Most sequence ids of one context.

@@ -21,6 +21,7 @@ mod exit;
 mod footprint;
 pub mod ggml;
 mod gguf;
+mod hello;
 mod ids;
 mod layout;
 mod loading;
@@ -38,10 +39,13 @@ mod sys;
 mod tap;
 mod tensor_type;
 mod threads;
+mod workers;
 mod writer;
 
 pub use adapter::AdapterFile;
-pub use backend::{Numa, cpu_features, max_sequences, supports_gpu_offload, use_numa, version};
+pub use backend::{
+    Numa, cpu_features, device_kinds, max_sequences, supports_gpu_offload, use_numa, version,
+};
 pub use batch::Batch;
 pub use cache_types::CacheTypes;
 pub use chat::{AnswerParser, ChatFormat, ParsedAnswer, ParsedCall};
@@ -50,6 +54,7 @@ pub use error::LlamaError;
 pub use exit::exit_now;
 pub use footprint::DeviceUse;
 pub use gguf::MatrixRows;
+pub use hello::Endpoint;
 pub use ids::{SeqId, Token};
 pub use layout::tensors_of;
 pub use model::{Memory, Model};
@@ -64,4 +69,5 @@ pub use shards::{model_bytes, model_files};
 pub use tap::Tapped;
 pub use tensor_type::TensorType;
 pub use threads::Threads;
+pub use workers::{MOST_WORKERS, connect, offered_names, serve_layers};
 pub use writer::{ALIGNMENT, Meta, TensorInfo, tensor_types, write_header};
