@@ -16,7 +16,7 @@ use crate::engine::drafts::DraftParams;
 use crate::engine::plan::Sizes;
 use crate::engine::thread::EngineParams;
 use crate::jinja;
-use crate::llama::Pooling;
+use crate::llama::{Endpoint, Pooling};
 
 /// Flags about an engine. Of several models, each has its own.
 #[derive(Clone, Debug, ClapArgs)]
@@ -97,6 +97,8 @@ pub(crate) struct ModelConfig {
     pub model: ModelSource,
     pub heads: Option<HeadsSource>,
     pub draft_model: Option<ModelSource>,
+    /// The workers that compute layers of it.
+    pub workers: Vec<Endpoint>,
     /// What its engine needs, once its files are here.
     pub params: MakeParams,
     /// The source of a chat template to use instead of the model's.
@@ -139,6 +141,7 @@ impl EngineArgs {
             model,
             heads,
             draft_model,
+            workers: self.model.placement.rpc.clone(),
             params: self.params(n_tenants)?,
             chat_template: self.chat_template()?,
         })

@@ -50,6 +50,8 @@ const HELLO: u8 = 14;
 const N_CAPS: usize = 24;
 /// Bytes of an answer after its length.
 const N_ANSWER: usize = 4 + N_CAPS;
+/// By how much the system may be late with the end of a wait.
+const GRACE: Duration = Duration::from_secs(1);
 /// Length and answer.
 type Answer = [u8; 8 + N_ANSWER];
 
@@ -96,7 +98,7 @@ fn judge(answer: &Answer) -> Result<(), String> {
     }
 }
 
-/// Asks all workers at a time, for at most `limit`. Connections are closed when it returns.
+/// Asks all workers at a time, for at most `limit`, and a second more for names. Connections are closed when it returns.
 ///
 /// # Errors
 /// The first worker that cannot be used, and why, to follow its address.
@@ -114,7 +116,7 @@ pub(super) fn probe(
     });
     let probes: Vec<_> = probes.collect();
     let answers = probes.into_iter().map(|(endpoint, receiver)| {
-        let left = until.saturating_duration_since(Instant::now()) + Duration::from_millis(100);
+        let left = until.saturating_duration_since(Instant::now()) + GRACE;
         let answer = receiver.recv_timeout(left);
         let answer =
             answer.unwrap_or_else(|_| Err("cannot be found: its name has no address".into()));

@@ -22,7 +22,7 @@ use super::sys;
 /// Most workers of a model: ggml hangs with more (llama.cpp's issue 28487).
 pub const MOST_WORKERS: usize = 2;
 /// Time in which all workers must answer.
-const ANSWER_LIMIT: Duration = Duration::from_secs(4);
+const ANSWER_LIMIT: Duration = Duration::from_secs(3);
 /// The name of ggml's backend.
 const BACKEND: &CStr = c"RPC";
 
