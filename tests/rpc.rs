@@ -30,26 +30,30 @@ fn serve(model: &Path, args: &[&str]) -> Server {
     server
 }
 
-/// Texts and log probabilities: greedy and seeded, with drafts and without, all at once.
+/// Texts and log probabilities, greedy and seeded: without drafts all at once, then with drafts one
+/// after the other, as more rows of a step cost more than they bring.
 fn answers(server: &Server) -> Vec<Value> {
-    let repeated = "one two three four, one two three four, one two";
-    let bodies = ["The capital of France is", repeated].into_iter().flat_map(|prompt| {
-        [(0.0, "off"), (0.0, "auto"), (0.9, "off"), (0.9, "auto")].map(|(temperature, drafts)| {
-            json!({
-                "prompt": prompt, "max_tokens": 32, "temperature": temperature, "seed": 7,
-                "logprobs": 3, "speculation": drafts, "ignore_eos": true,
-            })
-        })
-    });
-    let ask = |body: Value| {
+    let ask = |temperature: f32, prompt: &str, drafts: &str| {
+        let body = json!({
+            "prompt": prompt, "max_tokens": 40, "temperature": temperature, "seed": 7,
+            "logprobs": 3, "speculation": drafts, "ignore_eos": true,
+        });
         let answer = server.post_to("/v1/completions", &body);
         assert_eq!(answer.status, 200, "{}", answer.text());
-        answer.json()["choices"].clone()
+        let choice = &answer.json()["choices"][0];
+        json!([choice["text"], choice["logprobs"]])
     };
-    std::thread::scope(|scope| {
-        let asked: Vec<_> = bodies.map(|body| scope.spawn(|| ask(body))).collect();
+    let prompts = ["The capital of France is", "one two three, one two three, one"];
+    let cases = prompts.map(|prompt| [(0.0, prompt), (0.9, prompt)]).concat();
+    let mut all: Vec<Value> = std::thread::scope(|scope| {
+        let asked = cases.iter().map(|(t, prompt)| scope.spawn(|| ask(*t, prompt, "off")));
+        let asked: Vec<_> = asked.collect();
         asked.into_iter().map(|asked| asked.join().unwrap()).collect()
-    })
+    });
+    let drafted: Vec<Value> = cases.iter().map(|(t, prompt)| ask(*t, prompt, "auto")).collect();
+    assert!(drafted == all, "drafts change nothing");
+    all.extend(drafted);
+    all
 }
 
 #[test]
@@ -70,9 +74,9 @@ fn text_and_log_probabilities_are_those_of_one_machine() {
         drop(alone);
         let server = with_workers(&model, [workers[0].addr, workers[1].addr], &["--no-repack"]);
         assert_eq!(server.get("/").json()["backend"], "rpc+cpu");
-        assert_eq!(answers(&server), expected, "{kind}");
+        assert!(answers(&server) == expected, "{kind}");
         let accepted = server.metric("spec_decode_num_accepted_tokens_total", &[]);
-        assert!(accepted > 10.0, "{accepted} drafted tokens were accepted");
+        assert!(accepted > 5.0, "{accepted} drafted tokens were accepted");
         let log = server.log();
         for worker in &workers {
             assert!(log.contains(&format!("on worker {}", worker.addr)), "{log}");

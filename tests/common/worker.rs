@@ -110,6 +110,9 @@ impl Client {
     }
 }
 
+/// ggml's flag of a node that is to be computed.
+const COMPUTED: i32 = 16;
+
 /// A tensor as it is sent: floats unless `kind` says otherwise.
 #[derive(Clone, Copy, Default)]
 pub struct Tensor {
@@ -134,7 +137,8 @@ impl Tensor {
             add(&n.to_le_bytes());
         }
         add(&self.param.to_le_bytes());
-        add(&[0; 60 + 4]); // further parameters, flags
+        add(&[0; 60]); // further parameters
+        add(&COMPUTED.to_le_bytes());
         for id in self.src {
             add(&id.to_le_bytes());
         }
