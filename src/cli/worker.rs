@@ -26,7 +26,7 @@ pub(super) fn worker(args: &WorkerArgs) -> anyhow::Result<()> {
         );
     }
     let devices = offered_names().join(", ");
-    tracing::info!("listening on {address}, computing on {devices} with {n_threads} threads");
+    tracing::info!(n_threads, "listening on {address}, computing on {devices}");
     serve_layers(listener, n_threads, args.cache.as_deref());
     bail!("no connection can be accepted any more on {address}")
 }

@@ -3,7 +3,6 @@
 use std::ffi::{CStr, c_char};
 use std::sync::{Once, OnceLock};
 
-use super::workers::has_workers;
 use super::{loading, log, sys};
 
 /// Starts llama.cpp once per process and sends its log to `tracing`.
@@ -59,18 +58,6 @@ pub(super) fn local_gpus() -> Vec<sys::ggml_backend_dev_t> {
     let kinds = [sys::GGML_BACKEND_DEVICE_TYPE_GPU, sys::GGML_BACKEND_DEVICE_TYPE_IGPU];
     // SAFETY: a device of the registry.
     all.filter(|&device| kinds.contains(&unsafe { sys::ggml_backend_dev_type(device) })).collect()
-}
-
-/// The kinds of devices that this process computes on: `cpu`, `cuda`, and with workers `rpc+cpu` or
-/// `rpc+cuda`.
-#[must_use]
-pub fn device_kinds() -> &'static str {
-    match (has_workers(), supports_gpu_offload()) {
-        (false, false) => "cpu",
-        (false, true) => "cuda",
-        (true, false) => "rpc+cpu",
-        (true, true) => "rpc+cuda",
-    }
 }
 
 /// Most sequence ids of one context.

@@ -43,9 +43,7 @@ mod workers;
 mod writer;
 
 pub use adapter::AdapterFile;
-pub use backend::{
-    Numa, cpu_features, device_kinds, max_sequences, supports_gpu_offload, use_numa, version,
-};
+pub use backend::{Numa, cpu_features, max_sequences, supports_gpu_offload, use_numa, version};
 pub use batch::Batch;
 pub use cache_types::CacheTypes;
 pub use chat::{AnswerParser, ChatFormat, ParsedAnswer, ParsedCall};
@@ -69,5 +67,5 @@ pub use shards::{model_bytes, model_files};
 pub use tap::Tapped;
 pub use tensor_type::TensorType;
 pub use threads::Threads;
-pub use workers::{MOST_WORKERS, connect, offered_names, serve_layers};
+pub use workers::{MOST_WORKERS, connect, device_kinds, offered_names, serve_layers};
 pub use writer::{ALIGNMENT, Meta, TensorInfo, tensor_types, write_header};

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use super::backend::{local_gpus, start_backend, text};
+use super::backend::{local_gpus, start_backend, supports_gpu_offload, text};
 use super::error::LlamaError;
 use super::hello::{Endpoint, probe};
 use super::sys;
@@ -90,9 +90,17 @@ struct Connected {
 /// They stay connected: another client would take the place of one that leaves.
 static CONNECTED: Mutex<Vec<Connected>> = Mutex::new(Vec::new());
 
-/// Whether this process has workers.
-pub(super) fn has_workers() -> bool {
-    !CONNECTED.lock().is_empty()
+/// The kinds of devices that this process computes on: `cpu`, `cuda`, and with workers `rpc+cpu` or
+/// `rpc+cuda`.
+#[must_use]
+pub fn device_kinds() -> &'static str {
+    let has_workers = !CONNECTED.lock().is_empty();
+    match (has_workers, supports_gpu_offload()) {
+        (false, false) => "cpu",
+        (false, true) => "cuda",
+        (true, false) => "rpc+cpu",
+        (true, true) => "rpc+cuda",
+    }
 }
 
 /// Connects to workers, unless this process is connected to them.
