@@ -9,7 +9,7 @@
 # make schemathesis   tests with thousands of requests generated from /openapi.json, for ten minutes at most; ARGS=... goes to scripts/schemathesis
 # make llama-server-suite   runs llama-server's own test suite against this server, for seven minutes; ARGS=... goes to scripts/llama-server-suite
 # make agents  runs sessions of Codex and Qwen Code against this server, for a few minutes; installs 480 MB once
-# make fleet   runs three replicas behind HAProxy, smg and Envoy as deploy/ configures them, for some minutes; installs 330 MB once; ARGS=... goes to scripts/fleet
+# make fleet   runs three replicas behind HAProxy, smg and Envoy as deploy/ configures them, and a model on workers, for some minutes; installs 330 MB once; ARGS=... goes to scripts/fleet
 # make lm-eval compares an evaluator's log likelihoods with `medusa-llama perplexity`; installs 750 MB once
 # make deny    checks licences and duplicate dependencies; installs cargo-deny once
 # make gpu     packs a CUDA build with its tests and benches for a host with a GPU

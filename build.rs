@@ -350,6 +350,8 @@ fn configure(source: &Path, folder: &Path, tools: &Tools) -> cmake::Config {
             config.cxxflag(flag);
         }
     }
+    // Workers on other machines. With RDMA the binary would need a library wherever this machine has one.
+    config.define("GGML_RPC", "ON").define("GGML_RPC_RDMA", "OFF");
     config.define("GGML_CCACHE", "OFF");
     config.define("GGML_OPENMP", "OFF"); // its threads spin at every barrier; see vendor/ggml/waiting.h
     config
@@ -406,9 +408,10 @@ fn bindings(tools: &Tools) -> bindgen::Builder {
 fn generate_bindings(source: &Path, tools: &Tools) {
     bindings(tools)
         .header(source.join("include/llama.h").to_string_lossy())
+        .header(source.join("ggml/include/ggml-rpc.h").to_string_lossy())
         .clang_arg(format!("-I{}", source.join("include").display()))
         .clang_arg(format!("-I{}", source.join("ggml/include").display()))
-        .allowlist_item("(llama|ggml|gguf|LLAMA|GGML)_.*")
+        .allowlist_item("(llama|ggml|gguf|LLAMA|GGML|RPC_PROTO)_.*")
         .blocklist_function("ggml_(v?fprintf|.*print.*)")
         .prepend_enum_name(false)
         .layout_tests(false)
@@ -474,6 +477,7 @@ fn link(lib: &Path, cpu: &str, tools: &Tools) {
     }
     println!("cargo::rustc-link-lib=static=llama");
     println!("cargo::rustc-link-lib=static=ggml");
+    println!("cargo::rustc-link-lib=static=ggml-rpc");
     if tools.cuda {
         println!("cargo::rustc-link-lib=static=ggml-cuda");
     }

@@ -21,7 +21,7 @@ use tracing::Level;
 
 pub use commands::{
     BenchArgs, GenerateArgs, MakeDraftArgs, PerplexityArgs, PromptArgs, QuantizeArgs, ReportArgs,
-    RowsArgs, SynthArgs, TrainArgs, TryOutArgs, TuneArgs,
+    RowsArgs, SynthArgs, TrainArgs, TryOutArgs, TuneArgs, WorkerArgs,
 };
 pub(crate) use drafts::DraftFiles;
 pub use drafts::{DraftArgs, TextSource};
@@ -108,6 +108,8 @@ impl Args {
 pub enum Command {
     /// Serve a GGUF model over HTTP
     Serve(Box<ServeArgs>),
+    /// Compute layers of a model for a `serve` on another machine, which names this one in --rpc
+    Worker(WorkerArgs),
     /// Generate text from one prompt, streamed to the terminal
     Generate(GenerateArgs),
     /// Train heads for a model from its answers to prompts that it writes, or to a file of prompts
@@ -136,6 +138,7 @@ impl Command {
     pub fn log_level(&self) -> Level {
         let level = match (self, self.model()) {
             (Self::Serve(args), _) => return args.engine.model.log_level,
+            (Self::Worker(args), _) => return args.log_level,
             (Self::Synth(_) | Self::TryOut(_), _) => Level::ERROR,
             (_, Some(model)) => model.log_level,
             (_, None) => Level::WARN,
@@ -159,7 +162,7 @@ impl Command {
             Self::Rows(args) => Some(&args.model),
             Self::Perplexity(args) => Some(&args.model),
             Self::Tune(args) => Some(&args.model),
-            Self::Quantize(_) | Self::Synth(_) | Self::TryOut(_) => None,
+            Self::Worker(_) | Self::Quantize(_) | Self::Synth(_) | Self::TryOut(_) => None,
         }
     }
 }

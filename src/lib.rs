@@ -64,7 +64,7 @@
 //! | `tune` | recommends a quantization from measurements | files, models |
 //! | [`vector`], [`matrix`] | vectorized loops over logits; a matrix of floats | their purpose |
 //! | [`gpu`], `cuda/` | the fence around CUDA, and its kernels; `cuda/args.h` declares what both share | tokens, trees |
-//! | [`llama`] | the fence around C: model, where its weights go, its adapters, context and what it takes of each device, samplers, and graphs on ggml's kernels | requests, slots, heads |
+//! | [`llama`] | the fence around C: model, where its weights go, its adapters, context and what it takes of each device, samplers, and graphs on ggml's kernels; `workers`, layers on other machines, and `hello`, whether one is there | requests, slots, heads |
 //!
 //! # Invariants
 //!

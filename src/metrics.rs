@@ -59,7 +59,7 @@ impl Metrics {
         let build = [
             ("version", env!("CARGO_PKG_VERSION").to_owned()),
             ("llama_cpp", llama::version()),
-            ("backend", if llama::supports_gpu_offload() { "cuda" } else { "cpu" }.to_owned()),
+            ("backend", llama::device_kinds().to_owned()),
         ];
         registry.register("medusa_llama:build", "What is running", Info::new(build));
         let started = UNIX_EPOCH.elapsed().unwrap_or_default().as_secs_f64();

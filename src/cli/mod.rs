@@ -13,6 +13,7 @@ mod synth;
 mod train;
 mod try_out;
 mod tune;
+mod worker;
 
 use crate::config::Command;
 use crate::llama::use_numa;
@@ -25,6 +26,7 @@ pub fn run(command: Command) -> anyhow::Result<()> {
     command.numa().into_iter().for_each(use_numa);
     match command {
         Command::Serve(args) => serve::serve(args.check()?),
+        Command::Worker(args) => worker::worker(&args),
         Command::Generate(args) => generate::generate(&args),
         Command::Train(args) => train::train(&args),
         Command::Bench(args) => bench::bench(&args),

@@ -17,7 +17,7 @@ use crate::config::{Config, Files, ModelConfig};
 use crate::engine::EngineParams;
 use crate::http::app::App;
 use crate::http::{openapi, routes, server};
-use crate::llama::exit_now;
+use crate::llama::{connect, exit_now};
 use crate::metrics::Metrics;
 use crate::models::{Entry, Load, ModelLimits, ModelSetup, Models, Part, Phase};
 use crate::telemetry::Telemetry;
@@ -27,6 +27,8 @@ const FLUSH: Duration = Duration::from_secs(2);
 
 /// Serves until a signal; then drains.
 pub(super) fn serve(config: Config) -> anyhow::Result<()> {
+    // Now: one that is missing is better known before the port is.
+    config.models.iter().try_for_each(|model| connect(&model.workers))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(config.workers)
         .max_blocking_threads(2) // the telemetry's end, and its collector's address

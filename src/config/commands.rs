@@ -1,11 +1,13 @@
 //! Arguments of all commands but `serve`.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::Args as ClapArgs;
 use clap::builder::NonEmptyStringValueParser;
+use tracing::Level;
 
-use super::values::{between, number};
+use super::values::{between, level, number};
 use super::{DraftArgs, ModelArgs};
 use crate::llama::Quantization;
 use crate::request::Speculation;
@@ -83,6 +85,31 @@ pub struct GenerateArgs {
     /// Stop before this string; repeatable
     #[arg(long, value_parser = NonEmptyStringValueParser::new())]
     pub stop: Vec<String>,
+}
+
+/// `medusa-llama worker`.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct WorkerArgs {
+    /// Address to listen on; port 0 picks a free one. There is no authentication: whoever reaches it
+    /// controls this process
+    #[arg(
+        short = 'l',
+        long,
+        env = "WORKER_LISTEN",
+        value_name = "HOST:PORT",
+        default_value = "127.0.0.1:50052"
+    )]
+    pub listen: SocketAddr,
+    /// Threads of a CPU that computes [default: as many as there are cores]
+    #[arg(short = 't', long = "threads", env = "WORKER_THREADS", value_name = "N", value_parser = between(1, 512))]
+    pub n_threads: Option<usize>,
+    /// Folder in which tensors above 10 MiB are kept, so that a server need not send them again
+    /// [default: they are not kept]
+    #[arg(long, env = "WORKER_CACHE", value_name = "DIR")]
+    pub cache: Option<PathBuf>,
+    /// Log level: ERROR, WARN, INFO, DEBUG or TRACE
+    #[arg(long, env = "LOG_LEVEL", default_value = "INFO", value_parser = level)]
+    pub log_level: Level,
 }
 
 /// `medusa-llama train`.

@@ -111,6 +111,7 @@ impl DraftArgs {
                 main_gpu: placement.main_gpu,
                 load: placement.load,
                 lock: placement.lock,
+                no_repack: placement.no_repack,
                 ..Placement::default()
             },
             n_cells: self.draft_ctx,

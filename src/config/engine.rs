@@ -17,7 +17,7 @@ use crate::engine::plan::Sizes;
 use crate::engine::prefix::{PrefixParams, Room};
 use crate::engine::thread::EngineParams;
 use crate::jinja;
-use crate::llama::Pooling;
+use crate::llama::{Endpoint, Pooling};
 use crate::prefixes::key::Owner;
 use crate::prefixes::store::{Place, StoreParams};
 
@@ -112,6 +112,8 @@ pub(crate) struct ModelConfig {
     pub model: ModelSource,
     pub heads: Option<HeadsSource>,
     pub draft_model: Option<ModelSource>,
+    /// The workers that compute layers of it.
+    pub workers: Vec<Endpoint>,
     /// What its engine needs, once its files are here.
     pub params: MakeParams,
     /// The source of a chat template to use instead of the model's.
@@ -154,6 +156,7 @@ impl EngineArgs {
             model,
             heads,
             draft_model,
+            workers: self.model.placement.rpc.clone(),
             params: self.params(owners)?,
             chat_template: self.chat_template()?,
         })

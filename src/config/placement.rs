@@ -2,15 +2,15 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{anyhow, ensure};
+use anyhow::{anyhow, bail, ensure};
 use clap::Args as ClapArgs;
 use clap::builder::BoolishValueParser;
 
 use super::values::{between, layers, number};
 use super::{HeadsSource, ModelArgs};
 use crate::llama::{
-    AdapterFile, Buffer, GpuLayers, LoadMode, Numa, Override, Pattern, Placement, Rope,
-    RopeScaling, SplitMode, max_devices,
+    AdapterFile, Buffer, Endpoint, GpuLayers, LoadMode, MOST_WORKERS, Numa, Override, Pattern,
+    Placement, Rope, RopeScaling, SplitMode, max_devices,
 };
 
 /// Where a model's weights go.
@@ -40,6 +40,18 @@ pub struct PlacementArgs {
     /// `ffn_up=CPU`; repeat it, or separate several by commas; also -ot [default: none]
     #[arg(long = "override-tensor", env = "OVERRIDE_TENSOR", value_name = "OVERRIDE_TENSOR", value_delimiter = ',', value_parser = tensors)]
     pub overrides: Vec<Override>,
+    /// Workers that compute layers of the model, HOST:PORT, at most two: each a `medusa-llama worker` of
+    /// the same version. N_GPU_LAYERS and what shares it among GPUs then count for nothing [default: none]
+    #[arg(long, env = "RPC", value_name = "HOST:PORT", value_delimiter = ',')]
+    pub rpc: Vec<Endpoint>,
+    /// Share of the layers of each worker, and at last of this machine, such as 2,1,1 [default: by the
+    /// memory of each; of GPUs by what is free]
+    #[arg(long, env = "RPC_SPLIT", value_name = "RPC_SPLIT", value_delimiter = ',', value_parser = number(0.0, 1e6))]
+    pub rpc_split: Vec<f32>,
+    /// Leave the weights as the file has them, instead of arranging them for the CPU's kernels: slower
+    /// with several rows. Workers always do
+    #[arg(long, env = "NO_REPACK", value_parser = BoolishValueParser::new())]
+    pub no_repack: bool,
     /// Map the model's file into memory [default: unless a device needs a copy, or MLOCK is set]
     #[arg(long, env = "MMAP", value_parser = BoolishValueParser::new())]
     pub mmap: bool,
@@ -113,6 +125,7 @@ impl PlacementArgs {
         );
         let (n, most) = (self.tensor_split.len(), max_devices());
         ensure!(n <= most, "TENSOR_SPLIT has {n} shares; at most {most} devices can have one");
+        self.check_workers()?;
         let of_experts =
             |layer| Override { pattern: Pattern::of_experts(layer), buffer: Buffer::host() };
         let mut overrides = self.overrides.clone();
@@ -124,6 +137,9 @@ impl PlacementArgs {
             main_gpu: self.main_gpu,
             tensor_split: self.tensor_split.clone(),
             overrides,
+            workers: self.rpc.clone(),
+            worker_split: self.rpc_split.clone(),
+            no_repack: self.no_repack,
             draft_layers: false, // whoever drafts decides
             load: match (self.mmap, self.no_mmap) {
                 (_, true) => LoadMode::Copied,
@@ -132,6 +148,29 @@ impl PlacementArgs {
             },
             lock: self.mlock,
         })
+    }
+
+    /// Checks what is said of workers.
+    fn check_workers(&self) -> anyhow::Result<()> {
+        let (n, n_shares) = (self.rpc.len(), self.rpc_split.len());
+        ensure!(
+            n <= MOST_WORKERS,
+            "RPC names {n} workers, and at most {MOST_WORKERS} work: with more, ggml hangs (llama.cpp's issue 28487)"
+        );
+        let twice = self.rpc.iter().enumerate().find(|(i, of)| self.rpc[..*i].contains(of));
+        if let Some((_, worker)) = twice {
+            bail!("RPC names the worker {worker} twice");
+        }
+        ensure!(
+            n_shares == 0 || n_shares == n + 1,
+            "RPC_SPLIT has {n_shares} shares; it needs {}, of {n} workers and of this machine",
+            n + 1
+        );
+        ensure!(
+            n == 0 || (self.split == SplitMode::Layer && self.tensor_split.is_empty()),
+            "RPC divides the model by layers: leave SPLIT_MODE and TENSOR_SPLIT unset, and see RPC_SPLIT"
+        );
+        Ok(())
     }
 
     /// All adapters.

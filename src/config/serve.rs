@@ -119,6 +119,10 @@ impl ServeArgs {
             Some(several) => (several, true),
             None => (vec![self.engine.clone()], false),
         };
+        ensure!(
+            !are_several || models.iter().all(|args| args.model.placement.rpc.is_empty()),
+            "RPC is of one model, but MODEL_DIR or MODEL_LIST names several: leave it unset"
+        );
         let owners = auth.owners();
         let models: Vec<ModelConfig> =
             models.iter().map(|args| args.check(&owners)).collect::<Result<_, _>>()?;
@@ -220,6 +224,15 @@ mod tests {
         let few = ["--kv-cells", "100", "--ctx", "200"];
         assert!(rejected(&few).contains("KV_CELLS is 100"));
         assert!(rejected(&["--kv", "streams", "--heads", "x"]).contains("MEDUSA_HEADS"));
+        for (args, why) in [
+            (&["--rpc", "a:1,b:1,c:1"][..], "names 3 workers"),
+            (&["--rpc", "a:1,a:1"], "twice"),
+            (&["--rpc", "a:1", "--rpc-split", "1"], "it needs 2"),
+            (&["--rpc-split", "1,1"], "it needs 1"),
+            (&["--rpc", "a:1", "--split-mode", "row"], "by layers"),
+        ] {
+            assert!(rejected(args).contains(why), "{}", rejected(args));
+        }
     }
 
     #[test]

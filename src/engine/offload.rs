@@ -6,7 +6,8 @@ use crate::llama::{GpuLayers, LlamaError, Model, Placement, supports_gpu_offload
 
 /// A placement whose number of layers is known: of [`GpuLayers::Auto`] it is the most for which `fits`
 /// holds, which gets an [outline](Model::outline) with that many layers on GPUs. Logs how many more than
-/// asked for would fit. Without a GPU none are there, and nothing is tried.
+/// asked for would fit. Without a GPU none are there, and with workers the shares decide: nothing is
+/// tried.
 ///
 /// # Errors
 /// As [`Model::outline`], and those of `fits`.
@@ -16,6 +17,9 @@ pub(crate) fn settle<E: From<LlamaError>>(
     fits: impl Fn(Model) -> Result<bool, E>,
 ) -> Result<Placement, E> {
     let with = |n| Placement { n_gpu_layers: GpuLayers::Most(n), ..placement.clone() };
+    if !placement.workers.is_empty() {
+        return Ok(placement.clone());
+    }
     if !supports_gpu_offload() {
         return Ok(with(0));
     }

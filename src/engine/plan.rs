@@ -265,6 +265,9 @@ impl Plan {
                     None => {
                         "a smaller --ctx or --kv-cells, --cache-type-k and -v q8_0, or a smaller quantization"
                     }
+                    Some(_) if of.model.is_remote() => {
+                        "another --rpc-split, a smaller --ctx or --kv-cells, or --cache-type-k and -v q8_0"
+                    }
                     Some(_) => {
                         "a smaller --n-gpu-layers, --ctx or --kv-cells, or --cache-type-k and -v q8_0"
                     }

@@ -35,7 +35,7 @@ pub async fn information(cx: RequestContext, request: Request<Bytes>) -> Result<
         name: env!("CARGO_PKG_NAME"),
         version: env!("CARGO_PKG_VERSION"),
         llama_cpp: llama::version(),
-        backend: if llama::supports_gpu_offload() { "cuda" } else { "cpu" },
+        backend: llama::device_kinds(),
         cpu: llama::cpu_features(),
         endpoints: cx.app.endpoints.clone(),
         ..Information::default()

@@ -41,12 +41,23 @@ pub fn use_numa(numa: Numa) {
     CHOSEN.call_once(|| unsafe { sys::numa_init(numa) });
 }
 
-/// `true` if llama.cpp was built with a backend that can hold layers on a GPU and finds one.
+/// `true` if llama.cpp was built with a backend that can hold layers on a GPU and finds one here.
+/// llama.cpp's own function counts workers that might be.
 #[must_use]
 pub fn supports_gpu_offload() -> bool {
+    !local_gpus().is_empty()
+}
+
+/// The GPUs of this machine: workers' devices are in no registry.
+pub(super) fn local_gpus() -> Vec<sys::ggml_backend_dev_t> {
     start_backend();
-    // SAFETY: no arguments; reads a registry that `start_backend` has filled.
-    unsafe { sys::supports_gpu_offload() }
+    // SAFETY: no arguments; the registry is filled.
+    let n = unsafe { sys::ggml_backend_dev_count() };
+    // SAFETY: indexes in the registry.
+    let all = (0..n).map(|i| unsafe { sys::ggml_backend_dev_get(i) });
+    let kinds = [sys::GGML_BACKEND_DEVICE_TYPE_GPU, sys::GGML_BACKEND_DEVICE_TYPE_IGPU];
+    // SAFETY: a device of the registry.
+    all.filter(|&device| kinds.contains(&unsafe { sys::ggml_backend_dev_type(device) })).collect()
 }
 
 /// Most sequence ids of one context.

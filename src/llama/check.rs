@@ -95,7 +95,7 @@ impl Gguf {
     }
 
     /// A key's count.
-    fn number(&self, key: &str) -> Option<u32> {
+    pub(super) fn number(&self, key: &str) -> Option<u32> {
         let id = self.find(key, sys::GGUF_TYPE_UINT32)?;
         // SAFETY: a live header, and the id of a key of this type.
         Some(unsafe { sys::gguf_get_val_u32(self.0.as_ptr(), id) })

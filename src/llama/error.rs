@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use super::hello::Endpoint;
+
 /// An error from llama.cpp, or an argument that the fence refused before it reached llama.cpp.
 #[derive(Debug, thiserror::Error)]
 pub enum LlamaError {
@@ -13,6 +15,14 @@ pub enum LlamaError {
         /// The file.
         path: PathBuf,
         /// What llama.cpp logged, or what was checked here.
+        reason: String,
+    },
+    /// A worker cannot be used.
+    #[error("the worker {endpoint} {reason}")]
+    Worker {
+        /// Its address.
+        endpoint: Endpoint,
+        /// Why, to follow the address.
         reason: String,
     },
     /// llama.cpp can make no model of metadata; what it logged.

@@ -2,9 +2,9 @@
 
 use std::ptr;
 
-use super::backend::text;
 use super::context::Context;
 use super::sys;
+use super::workers::Device;
 
 /// The bindings of `vendor/memory`.
 #[allow(non_camel_case_types, missing_docs, unsafe_op_in_unsafe_fn, clippy::all)]
@@ -28,10 +28,12 @@ pub struct DeviceUse {
 /// A device with memory of its own.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FreeMemory {
-    /// As its driver calls it.
+    /// As its driver calls it, or a worker's address.
     pub name: String,
-    /// Bytes that nobody uses.
+    /// Bytes that nobody uses; of a worker's CPU, all of its machine's.
     pub free: u64,
+    /// A worker has it.
+    pub is_remote: bool,
 }
 
 impl DeviceUse {
@@ -39,6 +41,12 @@ impl DeviceUse {
     #[must_use]
     pub fn total(&self) -> u64 {
         self.weights + self.cache + self.compute
+    }
+
+    /// Whether a worker holds it.
+    #[must_use]
+    pub fn is_remote(&self) -> bool {
+        self.device.as_ref().is_some_and(|device| device.is_remote)
     }
 }
 
@@ -67,12 +75,10 @@ fn device_use(c: &c::medusa_memory) -> DeviceUse {
         let device: sys::ggml_backend_dev_t = c.device.cast();
         let (mut free, mut total) = (0, 0);
         // SAFETY: a device of ggml's registry, which lives as long as the process; two numbers are
-        // written, and the name is a constant.
-        let name = unsafe {
-            sys::ggml_backend_dev_memory(device, &raw mut free, &raw mut total);
-            text(sys::ggml_backend_dev_name(device))
-        };
-        FreeMemory { name, free: free as u64 }
+        // written.
+        unsafe { sys::ggml_backend_dev_memory(device, &raw mut free, &raw mut total) };
+        let device = Device(device);
+        FreeMemory { name: device.name(), free: free as u64, is_remote: device.is_remote() }
     });
     DeviceUse { device, weights, cache, compute }
 }

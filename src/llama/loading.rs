@@ -116,6 +116,11 @@ pub(super) fn install() {
 unsafe extern "C" fn on_abort(message: *const c_char) {
     // SAFETY: ggml passes a zero-terminated string that lives for the call.
     let message = unsafe { CStr::from_ptr(message) }.to_string_lossy().replace('\n', " ");
+    // Our patch of ggml's RPC names the worker.
+    if let Some((_, what)) = message.split_once("RPC worker ") {
+        tracing::error!("the worker {what}; its layers are gone: start this again when it runs");
+        exit_now(1);
+    }
     let state = STATE.lock();
     if state.files.is_empty() {
         tracing::error!(target: "llama.cpp", "{message}");

@@ -16,6 +16,7 @@ use super::loading::Loading;
 use super::pieces::{Special, Specials};
 use super::placement::Placement;
 use super::shards::model_files;
+use super::workers::{Division, connect, divide};
 use super::{log, sys};
 
 /// What a model keeps of the tokens that it has read.
@@ -122,14 +123,16 @@ impl Model {
         let fail =
             |reason: String| LlamaError::File { action: "load", path: path.to_owned(), reason };
         let _loading = Loading::begin(path);
-        check(&Gguf::open(path)?).map_err(fail)?;
+        let header = Gguf::open(path)?;
+        check(&header).map_err(fail)?;
+        let division = division(placement, &header)?;
         let c_path =
             CString::new(path.as_os_str().as_encoded_bytes()).map_err(|e| fail(e.to_string()))?;
 
         let mut callback: &mut dyn FnMut(f32) -> bool = progress;
         // SAFETY: no arguments; returns a struct by value.
         let mut c = unsafe { sys::model_default_params() };
-        let lists = placement.set(&mut c);
+        let lists = placement.set(&mut c, division.as_ref());
         let draft_layers = placement.draft_layers;
         if is_outline {
             (c.no_alloc, c.load_mode) = (true, sys::LLAMA_LOAD_MODE_NONE);
@@ -570,6 +573,17 @@ impl Model {
         // SAFETY: the token is in the vocabulary.
         self.contains(token) && unsafe { sys::vocab_is_eog(self.vocab.as_ptr(), token.0) }
     }
+}
+
+/// How a placement's workers and this machine divide a model; connects to them.
+fn division(placement: &Placement, header: &Gguf) -> Result<Option<Division>, LlamaError> {
+    if placement.workers.is_empty() {
+        return Ok(None);
+    }
+    connect(&placement.workers)?;
+    let architecture = header.text("general.architecture").unwrap_or_default();
+    let n_layers = header.number(&format!("{architecture}.block_count")).unwrap_or(0);
+    divide(&placement.workers, &placement.worker_split, n_layers as usize).map(Some)
 }
 
 /// C's counts are `int32_t` and not negative.

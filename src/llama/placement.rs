@@ -6,7 +6,9 @@ use std::fmt;
 use std::ptr;
 
 use super::backend::{start_backend, supports_gpu_offload, text};
+use super::hello::Endpoint;
 use super::sys;
+use super::workers::Division;
 
 /// The bindings of `vendor/pattern`.
 #[allow(non_camel_case_types, missing_docs, unsafe_op_in_unsafe_fn, clippy::all)]
@@ -30,6 +32,18 @@ pub struct Placement {
     pub tensor_split: Vec<f32>,
     /// Buffers of tensors, wherever their layer is. Of several patterns that match, the first counts.
     pub overrides: Vec<Override>,
+    /// Workers that compute layers for this process, at most [`MOST_WORKERS`]. With some, layers are
+    /// divided by `worker_split`, all of this machine's go to its GPUs if it has some, and `n_gpu_layers`,
+    /// `split`, `main_gpu` and `tensor_split` count for nothing.
+    ///
+    /// [`MOST_WORKERS`]: super::MOST_WORKERS
+    pub workers: Vec<Endpoint>,
+    /// The share of each worker and, as the last one, of this machine, in any unit; empty: by the memory
+    /// of each.
+    pub worker_split: Vec<f32>,
+    /// Leave the weights as the file has them, where the CPU would arrange them for its kernels. Workers
+    /// always do.
+    pub no_repack: bool,
     /// Load the layers that draft, too, if the file has some.
     pub draft_layers: bool,
     /// How the file gets into memory.
@@ -123,6 +137,17 @@ impl Pattern {
         Err(unsafe { text(why.as_ptr()) })
     }
 
+    /// What is in no layer: embeddings, the output's norm and matrix. Factors of the rotation belong to
+    /// layers, whatever their name.
+    fn of_head() -> Self {
+        Self::new(r"^(?!blk\.|rope_)").expect("a valid pattern")
+    }
+
+    /// No tensor.
+    fn of_none() -> Self {
+        Self::new("^$").expect("a valid pattern")
+    }
+
     /// The weights of experts: of all layers, or of one.
     #[must_use]
     pub fn of_experts(layer: Option<u32>) -> Self {
@@ -212,20 +237,24 @@ impl Placement {
     #[must_use]
     pub fn arithmetic(&self) -> String {
         let Self { n_gpu_layers, split, main_gpu, tensor_split, overrides, .. } = self;
+        let on_workers = (self.workers.len(), &self.worker_split, self.no_repack);
         let overrides: Vec<_> =
             overrides.iter().map(|of| format!("{:?} {}", of.pattern, of.buffer.name())).collect();
-        format!("{n_gpu_layers:?} {split:?} {main_gpu} {tensor_split:?} {overrides:?}")
+        format!(
+            "{n_gpu_layers:?} {split:?} {main_gpu} {tensor_split:?} {overrides:?} {on_workers:?}"
+        )
     }
 
     /// Whether the CPU computes everything.
     #[must_use]
     pub fn is_on_cpu(&self) -> bool {
-        self.n_gpu_layers == GpuLayers::default() || !supports_gpu_offload()
+        let on_gpus = self.n_gpu_layers != GpuLayers::default() && supports_gpu_offload();
+        self.workers.is_empty() && !on_gpus
     }
 
-    /// Sets what C needs. The parameters point into the returned value, which must live until they
-    /// were used.
-    pub(super) fn set(&self, c: &mut sys::model_params) -> Lists {
+    /// Sets what C needs; with workers, their `division`. The parameters point into the returned value,
+    /// which must live until they were used.
+    pub(super) fn set(&self, c: &mut sys::model_params, division: Option<&Division>) -> Lists {
         c.n_gpu_layers = match self.n_gpu_layers {
             GpuLayers::Most(n) => i32::try_from(n).unwrap_or(i32::MAX),
             GpuLayers::Auto => i32::MAX,
@@ -245,7 +274,16 @@ impl Placement {
             (LoadMode::Mapped, true) => sys::LLAMA_LOAD_MODE_MMAP_MLOCK,
             (LoadMode::Auto | LoadMode::Copied, true) => sys::LLAMA_LOAD_MODE_MLOCK,
         };
+        c.use_extra_bufts = !self.no_repack;
         let mut shares = self.tensor_split.clone();
+        let mut devices = vec![];
+        if let Some(division) = division {
+            shares = division.layers.iter().map(|&n| n as f32).collect();
+            devices =
+                division.devices.iter().map(|device| device.0).chain([ptr::null_mut()]).collect();
+            c.n_gpu_layers = division.layers.iter().sum::<usize>() as i32;
+            c.split_mode = sys::LLAMA_SPLIT_MODE_LAYER;
+        }
         shares.resize(max_devices(), 0.0); // C reads as many
         let of = |of: &Override| sys::model_tensor_buft_override {
             pattern: of.pattern.0.as_ptr(),
@@ -255,21 +293,35 @@ impl Placement {
             pattern: ptr::null::<c_char>(),
             buft: ptr::null_mut(),
         };
-        let overrides = self.overrides.iter().map(of).chain([end]).collect();
-        let lists = Lists { shares, overrides };
+        let at_head = division.map(|division| Override {
+            // With any pattern llama.cpp computes batch after batch: several at a time would take more
+            // buffers and need what engines here never send.
+            pattern: if division.has_gpus { Pattern::of_none() } else { Pattern::of_head() },
+            buffer: Buffer::host(),
+        });
+        let overrides = self.overrides.iter().chain(&at_head).map(of).chain([end]).collect();
+        let mut lists = Lists { shares, overrides, devices, at_head };
         c.tensor_split = lists.shares.as_ptr();
-        if !self.overrides.is_empty() {
+        if lists.overrides.len() > 1 {
             c.tensor_buft_overrides = lists.overrides.as_ptr();
+        }
+        if division.is_some() {
+            c.devices = lists.devices.as_mut_ptr();
         }
         lists
     }
 }
 
-/// What C's parameters of a model point to; the patterns belong to the [`Placement`].
+/// What C's parameters of a model point to; all other patterns belong to the [`Placement`].
 pub(super) struct Lists {
     shares: Vec<f32>,
     /// With C's end of a list.
     overrides: Vec<sys::model_tensor_buft_override>,
+    /// With C's end of a list; empty: llama.cpp's own.
+    devices: Vec<sys::ggml_backend_dev_t>,
+    /// The override that is not the [`Placement`]'s.
+    #[allow(dead_code, reason = "an entry of `overrides` points into it")]
+    at_head: Option<Override>,
 }
 
 #[cfg(test)]
@@ -305,12 +357,17 @@ mod tests {
             lock: true,
             ..Placement::layers(u32::MAX)
         }
-        .set(&mut c);
+        .set(&mut c, None);
         assert_eq!((lists.shares.len(), lists.overrides.len()), (max_devices(), 2));
         assert!(lists.overrides[1].pattern.is_null());
         assert_eq!(c.n_gpu_layers, i32::MAX);
         assert_eq!(c.load_mode, sys::LLAMA_LOAD_MODE_MLOCK);
-        let lists = Placement::default().set(&mut c);
+        let lists = Placement::default().set(&mut c, None);
         assert_eq!((c.n_gpu_layers, lists.overrides.len()), (0, 1));
+        assert!(c.devices.is_null());
+        let division = Division { devices: vec![], layers: vec![3, 5], has_gpus: false };
+        let lists = Placement::default().set(&mut c, Some(&division));
+        assert_eq!((c.n_gpu_layers, &lists.shares[..3]), (8, &[3.0, 5.0, 0.0][..]));
+        assert_eq!((lists.overrides.len(), lists.devices.len()), (2, 1));
     }
 }

@@ -9,6 +9,7 @@
 use std::ffi::{CStr, c_void};
 
 use super::sys;
+use super::workers::is_remote;
 use crate::gpu::{Address, Slice};
 
 /// Hidden rows of the last forward pass, appended micro-batch by micro-batch.
@@ -116,7 +117,8 @@ pub(super) unsafe extern "C" fn on_tensor(
     true
 }
 
-/// Addresses of logits and hidden states, if both are contiguous floats on the same side.
+/// Addresses of logits and hidden states, if both are contiguous floats on the same side of this
+/// machine.
 ///
 /// # Safety
 /// Both are live and computed.
@@ -129,7 +131,7 @@ unsafe fn results(
     let side = |t: &sys::ggml_tensor| {
         let plain = t.type_ == sys::GGML_TYPE_F32 && !t.data.is_null() && !t.buffer.is_null();
         // SAFETY: live tensors.
-        let plain = plain && unsafe { sys::ggml_is_contiguous(t) };
+        let plain = plain && unsafe { sys::ggml_is_contiguous(t) && !is_remote(t.buffer) };
         // SAFETY: as above, with a buffer.
         plain.then(|| unsafe { sys::ggml_backend_buffer_is_host(t.buffer) })
     };

@@ -5,6 +5,7 @@ pub mod context;
 pub mod engines;
 pub mod gguf;
 pub mod hub;
+pub mod worker;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -133,6 +134,10 @@ impl Server {
     }
 
     pub fn wait_for_exit(mut self) -> ExitStatus {
+        self.ended()
+    }
+
+    fn ended(&mut self) -> ExitStatus {
         let start = Instant::now();
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
@@ -141,6 +146,13 @@ impl Server {
             assert!(start.elapsed() < Duration::from_secs(60), "still running");
             std::thread::sleep(Duration::from_millis(20));
         }
+    }
+
+    /// Waits until it has ended with status 1, and returns all that it logged.
+    pub fn log_when_ended(mut self) -> String {
+        assert_eq!(self.ended().code(), Some(1));
+        std::thread::sleep(Duration::from_millis(200)); // its last line is on its way
+        self.log()
     }
 
     pub fn get(&self, path: &str) -> Answer {

@@ -99,7 +99,7 @@ pub struct Information {
     pub version: &'static str,
     /// llama.cpp's.
     pub llama_cpp: String,
-    /// What this build can compute on: `cpu` or `cuda`.
+    /// What it computes on: `cpu` or `cuda`, and with workers `rpc+cpu` or `rpc+cuda`.
     pub backend: &'static str,
     /// Instruction sets that the CPU's kernels use, as ggml names them. The same request and seed give the
     /// same text from any server with the same of these, the same version and the same model.
