@@ -206,7 +206,7 @@ mod tests {
         }
         assert!(judge(&answer(4, own)).unwrap_err().contains("no worker"));
         let mut http = [0; 8 + N_ANSWER];
-        http.copy_from_slice(b"HTTP/1.1 400 Bad Request\r\nDate: Mon, ");
+        http.copy_from_slice(b"HTTP/1.1 400 Bad Request\r\nDate: Mon,");
         assert!(judge(&http).unwrap_err().contains("no worker"));
     }
 
