@@ -55,6 +55,12 @@ fn documented_commands_parse() {
     assert!(n_commands >= 10, "{n_commands} commands were found");
 }
 
+#[test]
+fn the_readme_is_short() {
+    let n = std::fs::read_to_string(root().join("README.md")).unwrap().lines().count();
+    assert!(n <= 150, "README.md has {n} lines: what a stranger does not need first goes to docs/");
+}
+
 /// The words of a shell command, without its comment.
 fn words(line: &str) -> Vec<String> {
     let (mut words, mut quoted) = (vec![String::new()], false);

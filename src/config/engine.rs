@@ -46,7 +46,7 @@ pub struct EngineArgs {
     #[arg(long, env = "PREFIX_CELLS", value_parser = between(0, 1 << 28))]
     pub prefix_cells: Option<usize>,
     /// Memory of the host for prefixes that had to leave the KV cache, in MiB, also -cram; 0 keeps none
-    /// [default: a quarter of what is left beside the model, at most 8192; none beside other models]
+    /// [default: a quarter of what is left beside the model, at most 8192; of several models without a store, none]
     #[arg(long = "cache-ram", env = "CACHE_RAM", value_name = "MIB", value_parser = between(0, 1 << 30))]
     pub cache_ram: Option<usize>,
     /// Folder, or s3://BUCKET[/PATH], where prefixes outlive the server, and are found by others that

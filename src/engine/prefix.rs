@@ -43,6 +43,17 @@ pub enum Room {
     Most(u64),
 }
 
+impl PrefixParams {
+    /// Where other models want the memory, too: only what was asked for, or a store needs.
+    #[must_use]
+    pub fn beside_others(mut self) -> Self {
+        if self.store.is_none() && self.memory == Room::Auto {
+            self.memory = Room::None;
+        }
+        self
+    }
+}
+
 /// The part of the memory that is left beside the model, and the most of it, that blocks take.
 const AUTO_PART: u64 = 4;
 const AUTO_MOST: u64 = 8 << 30;

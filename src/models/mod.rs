@@ -361,6 +361,7 @@ impl Models {
             let taken = |model: &Arc<Loaded>| model.handle.host_memory;
             let taken: u64 = loaded.iter().map(taken).sum();
             params.memory = limits.memory.map(|memory| memory.saturating_sub(taken));
+            params.prefixes = params.prefixes.beside_others();
             let is_full = loaded.len() >= limits.n_loaded;
             if loaded.is_empty() || (!is_full && engine::fits(&params)?) {
                 break;
