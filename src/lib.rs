@@ -53,7 +53,7 @@
 //! | [`request`], [`error`] | what `http` and `engine` share | both |
 //! | [`engine`] | the step; `turn`, a sequence's part in it; `commit` and `walk`, its end; `pool`, embeddings; `thread` runs it, `handle` is its public side, `plan` its sizes by what memory there is, `offload` the layers that fit GPUs, `drafts` the sources of drafts, `prefix` and `saving` what outlives the cache, `rate` how often requests come, `lanes` the threads that read requests, `stats` its counters, `forward` its interface to a model, `sharing` and `thread_count` the threads of each pass, `guide` what may come next in an answer, `grammar` its interface to llguidance, `closing` the way to the end of JSON, `gbnf` a translator for llguidance | sockets, JSON |
 //! | [`metrics`] | `/metrics`: names for the counters of engine and HTTP | sockets, cells |
-//! | [`speculate`] | `heads` and `pickle` (files), `medusa` and `conditioned` (heads), `nets` (their networks), `draft_model` (a smaller model, or the model's own draft layers, which go on from `states`), `joint` (what two sources say together), `suffix` and `text` (text drafts), `tree`, `calibration`, `reliability`, `cost`, `policy`; `device` (heads and verification on a GPU); `simulated`, which `bench` wraps around a model, and `recording`, in which it keeps what was decided | requests, cells |
+//! | [`speculate`] | `heads` and `pickle` (files), `medusa` and `conditioned` (heads), `nets` (their networks), `draft_model` (a smaller model, or the model's own draft layers, which go on from `states`; `lanes` are what it has read), `joint` (what two sources say together), `suffix` and `text` (text drafts), `tree`, `calibration`, `reliability`, `cost`, `policy`; `device` (heads and verification on a GPU); `simulated`, which `bench` wraps around a model, and `recording`, in which it keeps what was decided | requests, cells |
 //! | [`chat`] | conversations: messages and tools to a prompt and the form of its answer, and an answer's text to thoughts and calls, for `http`, `train` and `bench` | dialects |
 //! | [`hub`] | models and heads by their names on the Hugging Face Hub: `name`, `pick` the files that one means, `snapshot` a repository online or from the cache, `download` with further attempts, `transfer` with checksums | requests, engine |
 //! | [`jinja`] | Jinja as Python's library renders it, with texts that know what came from outside | chats |
@@ -70,7 +70,7 @@
 //!
 //! - `unsafe` occurs only in [`llama`] and [`gpu`].
 //! - `scheduler`, `slots`, `leaves`, `sampler`'s draw, `text`, `pace`, `bursts`, `thread_count`, `turn`, and of
-//!   `speculate` all but `heads`, `pickle`, `medusa`, `conditioned`, `nets`, `draft_model` and `device` do no I/O
+//!   `speculate` all but `heads`, `pickle`, `medusa`, `conditioned`, `nets`, `draft_model`, `lanes` and `device` do no I/O
 //!   and read no clock.
 //! - One thread creates and owns the llama context.
 //! - Whatever grows after the start has a limit in [`config`]: queue, body, connections, cells,

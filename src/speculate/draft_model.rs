@@ -17,6 +17,7 @@ use std::time::Instant;
 
 use super::calibration::Calibration;
 use super::cost::{self, Cost};
+use super::lanes::{Lane, Lanes};
 use super::medusa::top_candidates;
 use super::paths::{Candidate, plant, propose};
 use super::{Draft, Origin, Tree, Worth};
@@ -95,7 +96,7 @@ fn n_reserved(n_lanes: usize, max_depth: usize) -> usize {
 pub struct DraftModel {
     context: Context,
     batch: Batch,
-    lanes: Vec<Lane>,
+    lanes: Lanes,
     /// Sequence ids that no path has in this draft.
     free: Vec<SeqId>,
     lent: Vec<SeqId>,
@@ -109,20 +110,7 @@ pub struct DraftModel {
     best: Vec<(Token, f32)>,
     /// Of draft layers, after each row with an output of this draft: `n_embd` values.
     states: Vec<f32>,
-    n_drafts: u64,
     invested_s: f64,
-}
-
-/// What the draft model has read of a sequence, under the sequence id that is the lane's index.
-#[derive(Default)]
-struct Lane {
-    /// Whose it is.
-    seq: Option<SeqId>,
-    tokens: Vec<Token>,
-    /// How many of them, the last ones, are drafted.
-    n_drafted: usize,
-    /// The draft that it was last needed for.
-    used: u64,
 }
 
 /// A path that the next pass continues.
@@ -159,7 +147,7 @@ impl DraftModel {
         let n_ids = n_ids(n_lanes);
         Ok(Self {
             batch,
-            lanes: (0..n_lanes).map(|_| Lane::default()).collect(),
+            lanes: Lanes::new(n_lanes),
             free: (n_lanes..n_ids).map(|id| SeqId(id as u32)).collect(),
             lent: vec![],
             n_vocab: n_vocab.min(context.model().n_vocab()),
@@ -169,7 +157,6 @@ impl DraftModel {
             paths: vec![],
             best: vec![],
             states: vec![],
-            n_drafts: 0,
             invested_s: 0.0,
             context,
         })
@@ -185,66 +172,6 @@ impl DraftModel {
     #[must_use]
     pub fn seconds(&self, n: usize) -> f64 {
         self.cost.seconds(n)
-    }
-
-    /// The lane of an origin's sequence, with what is right of what it holds: all but the last token
-    /// at most. A new one begins with what another lane has read of the same text.
-    fn lane(&mut self, origin: &Origin<'_>, busy: &[bool]) -> Result<usize, LlamaError> {
-        let known = self.lanes.iter().position(|lane| lane.seq == Some(origin.seq));
-        let most = origin.tokens.len() - 1;
-        let common = |lane: &Lane| common_prefix(&lane.tokens, &origin.tokens[..most]);
-        let lane = if let Some(lane) = known {
-            self.truncate(lane, common(&self.lanes[lane]))?;
-            lane
-        } else {
-            let free = (0..self.lanes.len()).filter(|&i| !busy[i]);
-            let lane =
-                free.min_by_key(|&i| self.lanes[i].used).expect("as many lanes as sequences");
-            let all = (0..self.lanes.len()).map(|i| (i, common(&self.lanes[i])));
-            let (other, shared) = all.max_by_key(|&(i, n)| (n, i == lane)).expect("lanes");
-            if other == lane {
-                self.truncate(lane, shared)?;
-            } else {
-                self.truncate(lane, 0)?;
-                let (from, to) = (SeqId(other as u32), SeqId(lane as u32));
-                self.context.share(from, to, 0..shared)?;
-                self.lanes[lane].tokens.extend_from_slice(&origin.tokens[..shared]);
-            }
-            lane
-        };
-        self.lanes[lane].seq = Some(origin.seq);
-        self.lanes[lane].used = self.n_drafts;
-        Ok(lane)
-    }
-
-    /// Drops what a lane holds from the `n`-th token on.
-    fn truncate(&mut self, lane: usize, n: usize) -> Result<(), LlamaError> {
-        if n < self.lanes[lane].tokens.len() {
-            self.context.remove_from(SeqId(lane as u32), n)?;
-            self.lanes[lane].tokens.truncate(n);
-        }
-        self.lanes[lane].n_drafted = 0;
-        Ok(())
-    }
-
-    /// Makes room for `n` more tokens and what is drafted after all: drops what is held of sequences
-    /// that this draft is not for. Returns `false` if there is no room.
-    fn make_room(&mut self, n: usize) -> Result<bool, LlamaError> {
-        let n = n + n_reserved(self.lanes.len(), self.max_depth);
-        loop {
-            // Shared cells are counted for each lane, so this is an upper limit.
-            let held: usize = self.lanes.iter().map(|lane| lane.tokens.len()).sum();
-            if held + n <= self.context.n_cells() {
-                return Ok(true);
-            }
-            let idle = |i: &usize| {
-                self.lanes[*i].used < self.n_drafts && !self.lanes[*i].tokens.is_empty()
-            };
-            let oldest = (0..self.lanes.len()).filter(idle).min_by_key(|&i| self.lanes[i].used);
-            let Some(oldest) = oldest else { return Ok(false) };
-            self.truncate(oldest, 0)?;
-            self.lanes[oldest].seq = None;
-        }
     }
 
     /// Finds the lanes of `paths`, which are roots, and reads all but a few of the tokens that are new
@@ -267,16 +194,22 @@ impl DraftModel {
         let n_last = LEAST_READ.min(n_rows / roots.len().max(1));
         for root in roots {
             let origin = &origins[root.origin];
-            let lane = self.lane(origin, &busy)?;
+            let lane = self.lanes.find(&mut self.context, origin, &busy)?;
             busy[lane] = true;
-            if self.context.has_states() && !self.reach_states(lane, origin)? {
+            if self.context.has_states()
+                && !self.lanes.reach_states(&mut self.context, lane, origin)?
+            {
                 continue;
             }
             let new = &origin.tokens[self.lanes[lane].tokens.len()..];
             let is_known = |t: &Token| usize::try_from(t.0).is_ok_and(|t| t < self.n_vocab);
             let mut n_ahead = new.len().saturating_sub(n_last);
             let pays = n_ahead == 0 || self.cost.seconds(n_ahead) <= HORIZON * gain_s;
-            if !pays || !new.iter().all(is_known) || !self.make_room(new.len())? {
+            if !pays || !new.iter().all(is_known) {
+                continue;
+            }
+            let n_wanted = new.len() + n_reserved(self.lanes.len(), self.max_depth);
+            if !self.lanes.make_room(&mut self.context, n_wanted)? {
                 continue;
             }
             while n_ahead > 0 && left > 0 {
@@ -305,22 +238,6 @@ impl DraftModel {
         if let Some(state) = before.and_then(|pos| origin.states.at(pos)) {
             self.batch.set_state(row, state);
         }
-    }
-
-    /// Makes a lane begin where there are states, if it does not go on from there. Returns `false` if
-    /// there is none for the root.
-    fn reach_states(&mut self, lane: usize, origin: &Origin<'_>) -> Result<bool, LlamaError> {
-        let states = origin.states;
-        let most = origin.tokens.len() - 1;
-        if most == 0 || states.at(most - 1).is_none() {
-            return Ok(false);
-        }
-        let n_held = self.lanes[lane].tokens.len();
-        if n_held <= states.first() && (n_held > 0 || states.first() > 0) {
-            self.truncate(lane, 0)?;
-            self.lanes[lane].tokens.extend_from_slice(&origin.tokens[..=states.first()]);
-        }
-        Ok(true)
     }
 
     /// Keeps the paths after which candidates at `depth` are expected to pay for the pass; returns the
@@ -456,7 +373,7 @@ impl DraftModel {
         self.nodes.clear();
         self.paths.clear();
         self.states.clear();
-        self.n_drafts += 1;
+        self.lanes.begin_draft();
         self.invested_s = 0.0;
         let n_longest = self.context.n_cells_per_sequence();
         let is_asked =
@@ -493,7 +410,8 @@ impl DraftModel {
         if self.context.has_states() {
             for lane in 0..self.lanes.len() {
                 let Lane { tokens, n_drafted, .. } = &self.lanes[lane];
-                self.truncate(lane, tokens.len() - n_drafted)?;
+                let n_read = tokens.len() - n_drafted;
+                self.lanes.truncate(&mut self.context, lane, n_read)?;
             }
         }
         while let Some(id) = self.lent.pop() {
@@ -507,9 +425,7 @@ impl DraftModel {
     fn reset(&mut self) {
         self.context.clear();
         self.free.append(&mut self.lent);
-        for lane in &mut self.lanes {
-            *lane = Lane::default();
-        }
+        self.lanes.reset();
     }
 }
 
@@ -536,10 +452,6 @@ impl Draft for DraftModel {
     fn invested_s(&self) -> f64 {
         self.invested_s
     }
-}
-
-fn common_prefix(a: &[Token], b: &[Token]) -> usize {
-    a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
 
 /// Seconds of a pass of `n` rows, which leaves nothing in the cache.

@@ -16,6 +16,7 @@ pub mod draft_model;
 mod error;
 pub mod heads;
 mod joint;
+mod lanes;
 pub mod medusa;
 pub mod nets;
 pub mod paths;
