@@ -33,8 +33,8 @@ pub use serve::{LogFormat, ServeArgs};
 pub(crate) use sources::{HeadsSource, ModelSource};
 use values::{between, cache_type, level};
 
+use crate::engine::EngineParams;
 use crate::engine::plan::LONGEST_CONTEXT;
-use crate::engine::thread::EngineParams;
 use crate::hub::name::ModelName;
 use crate::llama::{AdapterFile, CacheTypes, ContextParams, Numa, Placement, TensorType};
 use crate::machine::cores;

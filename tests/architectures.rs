@@ -7,8 +7,8 @@ mod common;
 use std::path::Path;
 use std::sync::Arc;
 
+use medusa_llama::engine::EngineParams;
 use medusa_llama::engine::plan::Sizes;
-use medusa_llama::engine::thread::EngineParams;
 use medusa_llama::engine::{Handle, spawn};
 use medusa_llama::llama::{Context, ContextParams, Model, Placement, Quantization, SeqId, Token};
 use medusa_llama::request::{Caller, Report, Request, SamplingParams, Speculation};

@@ -9,9 +9,9 @@ use std::sync::Arc;
 
 use common::context::rows_are_independent;
 use common::engines::{answers, engine, random_model, refused, with_engine};
+use medusa_llama::engine::EngineParams;
 use medusa_llama::engine::drafts::{DraftParams, LayersParams};
 use medusa_llama::engine::plan::Sizes;
-use medusa_llama::engine::thread::EngineParams;
 use medusa_llama::llama::{Context, ContextParams, Model, Placement, SeqId, Token};
 use medusa_llama::request::{Request, SamplingParams, Source, Speculation};
 use medusa_llama::speculate::calibration::Calibration;

@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 
 use common::gguf::{ARRAY, File, U32, random};
 use common::run;
+use medusa_llama::engine::EngineParams;
 use medusa_llama::engine::plan::Sizes;
 use medusa_llama::engine::spawn;
-use medusa_llama::engine::thread::EngineParams;
 use medusa_llama::llama::{
     ALIGNMENT, AdapterFile, Buffer, Context, ContextParams, LoadMode, Meta, Model, Override,
     Pattern, Placement, Quantization, Rope, RopeScaling, SeqId, TensorInfo, TensorType, Token,

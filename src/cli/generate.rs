@@ -9,9 +9,9 @@ use super::shared::show_loading;
 use crate::chat::{self, Template};
 use crate::config::GenerateArgs;
 use crate::engine;
+use crate::engine::EngineParams;
 use crate::engine::Failed;
 use crate::engine::Stage;
-use crate::engine::thread::EngineParams;
 use crate::request::{Caller, Event, Request, SamplingParams};
 
 /// Generates and prints; a line of figures goes to standard error.

@@ -5,7 +5,7 @@
 //! the next rows, [`sampler`] the next token, `text` what of it may be shown; `pool` makes a prompt's
 //! embedding; `pace` and `bursts` limit how long things take; `sharing` sets the threads of a pass, by `thread_count`; [`speculate`](crate::speculate) drafts.
 //! They are pure: only this file, `admission`, `commit`, `grammar` and `sharing` read a clock, and only [`forward`] calls
-//! llama.cpp. [`stats`] counts. Before the loop, `thread` loads a model in the sizes that [`plan`] makes
+//! llama.cpp. [`stats`] counts. Before the loop, `load` loads a model in the sizes that [`plan`] makes
 //! of the memory there is.
 
 mod admission;
@@ -23,6 +23,7 @@ pub mod guide;
 pub mod handle;
 mod lanes;
 pub mod leaves;
+mod load;
 pub mod offload;
 mod pace;
 pub mod plan;
@@ -49,10 +50,11 @@ use std::time::Instant;
 
 pub use forward::{Forward, LlamaForward, Row, Rows, StepError};
 pub use handle::{Answer, Failed, Handle, SubmitError};
+pub use load::{EngineParams, fits};
 pub use rate::Rate;
 pub use sequence::Job;
 pub use slots::Layout;
-pub use thread::{EngineParams, EngineThread, Stage, fits, spawn, spawn_after};
+pub use thread::{EngineThread, Stage, spawn, spawn_after};
 
 use crate::error::incident_id;
 use crate::llama::{SeqId, Token};

@@ -3,8 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
+use medusa_llama::engine::EngineParams;
 use medusa_llama::engine::drafts::DraftParams;
-use medusa_llama::engine::thread::EngineParams;
 use medusa_llama::engine::{Handle, spawn};
 use medusa_llama::llama::Quantization;
 use medusa_llama::request::{Caller, Completion, Request};
