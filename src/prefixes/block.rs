@@ -2,7 +2,7 @@
 //!
 //! | bytes | what |
 //! |---|---|
-//! | 8 | [`MAGIC`] |
+//! | 8 | `MLPREFIX` |
 //! | 4 | version, little-endian |
 //! | 4 | tokens of the block |
 //! | 32 | its [`Key`] |

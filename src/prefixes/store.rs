@@ -1,6 +1,6 @@
 //! Blocks in a folder or an S3-like store, shared by all servers that are given it.
 //!
-//! An object is one [block](super::block), at `<fingerprint>/<key>`. It appears whole or not at all: a
+//! An object is one [`block`], at `<fingerprint>/<key>`. It appears whole or not at all: a
 //! folder's files are written beside and renamed, and S3 has no other way. What is used longest ago
 //! is deleted first, before a block would exceed the limit; blocks of other fingerprints are counted
 //! and deleted like all others. Servers that share a store each count all of it, and learn of each
