@@ -4,6 +4,7 @@ Each link is counted by a proxy or shaped by the kernel. Without reuse of graphs
 it would without vendor/patches/0012.
 """
 import contextlib
+import math
 import os
 import re
 import shutil
@@ -139,11 +140,13 @@ class Link:
         return self
 
     def limit(self, mbit):
-        """The same rate in both directions."""
+        """The same rate in both directions; None: no limit."""
         for where, name in [((), "near"), (self.where, "far")]:
-            run(*where, "tc", "qdisc", "replace", "dev", name, "root", "tbf", "rate", f"{mbit}mbit", "burst", "4kb", "latency", "100ms")
+            shape = ["tbf", "rate", f"{mbit}mbit", "burst", "4kb", "latency", "100ms"] if mbit else ["pfifo"]
+            run(*where, "tc", "qdisc", "replace", "dev", name, "root", *shape)
 
     def __exit__(self, *_):
+        subprocess.run(["ip", "link", "del", "near"], check=False)  # with its other end; the namespace would take it away later
         self.holder.kill()
         self.holder.wait()
 
@@ -158,15 +161,17 @@ def link_speed(report, bytes_by_reuse):
     for reused in (True, False):
         with Link() as link, Worker(FAR, link.where) as first, Worker(FAR, link.where) as second, graphs_reused(reused):
             with Head([first.address, second.address]) as head:
-                best = lambda: min(head.answer(n)[0] for _ in range(5)) / (n - 1)
                 head.answer(20)
-                unlimited = best()
-                for mbit in (1000, 100):
-                    link.limit(mbit)
-                    measured = best()
+                seconds = {None: math.inf, 1000: math.inf, 100: math.inf}
+                for _ in range(4):  # in turn, as the machine's speed changes
+                    for mbit in seconds:
+                        link.limit(mbit)
+                        seconds[mbit] = min(seconds[mbit], *(head.answer(n)[0] / (n - 1) for _ in range(2)))
+                unlimited = seconds.pop(None)
+                for mbit, measured in seconds.items():
                     expected = unlimited + bytes_by_reuse[reused] / (mbit * 1e6 / 8 * PAYLOAD)
-                    report.line(f"workers: {mbit} Mbit/s, {'graphs reused' if reused else 'whole graphs'}: tokens/s as the formula says, within 15%",
-                                0.85 < measured / expected < 1.15, tokens_per_s=1 / measured, formula=1 / expected, without_limit=1 / unlimited)
+                    report.line(f"workers: {mbit} Mbit/s, {'graphs reused' if reused else 'whole graphs'}: at least 0.85 of the tokens/s that the formula says",
+                                measured < expected / 0.85, tokens_per_s=1 / measured, formula=1 / expected, without_limit=1 / unlimited)
 
 
 def certificates(folder):
